@@ -1,0 +1,77 @@
+"""What can be wrong with what a user gives, one class for each kind.
+
+Every message is one line: what was given, what was expected, the nearest valid choice. The command
+line prints that line and exits with the class's `exit_code`; nothing has been written by then.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MiniloraError(Exception):
+    """Base of all errors that minilora raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(MiniloraError, ValueError):
+    """A hyperparameter or option that has no meaning: rank 0, alpha NaN, an empty grid."""
+
+
+class InputError(MiniloraError, ValueError):
+    """Tokens, batches or arguments that the model cannot take."""
+
+
+class FormatError(MiniloraError, ValueError):
+    """A file whose bytes are not what its name promises."""
+
+
+class UnsupportedError(MiniloraError, ValueError):
+    """Something well-formed that minilora does not do."""
+
+
+class MismatchError(MiniloraError, ValueError):
+    """Two things that must agree and do not: a checkpoint and its run, names and a model."""
+
+
+class NonFiniteError(MiniloraError, ArithmeticError):
+    """NaN or infinity where numbers are needed."""
+
+
+class StateError(MiniloraError, RuntimeError):
+    """A call in the wrong order: unmerge before merge, train while merged."""
+
+
+class StorageError(MiniloraError, OSError):
+    """The file system said no: missing, read-only, full."""
+
+    exit_code = 4
+
+
+class LockedError(MiniloraError, RuntimeError):
+    """Another process is working in this folder."""
+
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names most like `name`, as the tail of an error message."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.3) or known[:count]
+    return "nearest: " + ", ".join(repr(k) for k in close) if close else "there are none"
+
+
+def check_int(name: str, value: object, least: int) -> int:
+    """`value` if it is an int (not a bool) of at least `least`, else ConfigError."""
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{name} is {value!r}; expected an int, at least {least}")
+    return value
+
+
+def check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
+    """`value` if it is a finite number in [low, high) (in (low, high) if open_low), else ConfigError."""
+    number = type(value) in (int, float)
+    if not number or not (low <= value < high) or (open_low and value == low):  # type: ignore[operator]
+        bracket = "(" if open_low else "["
+        raise ConfigError(f"{name} is {value!r}; expected a number in {bracket}{low:g}, {high:g})")
+    return float(value)  # type: ignore[arg-type]

@@ -1,0 +1,267 @@
+"""What owns a parameter: Linear, RMSNorm, LayerNorm, Embedding; and the tree that they form.
+
+For y = x Wᵀ + b the gradients are dW = dYᵀ X, db = sum of dY, dx = dY W. A frozen weight costs only
+the last: its `back` is one line, and no closure holds x. Stands in for torch.nn's modules; leaves out
+hooks, buffers and modes: a layer is a dataclass of parameters and layers, and its attribute path is its
+name, which is Hugging Face's.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, normal, scatter_add, to_device, to_host, xp
+from .errors import MismatchError, nearest
+from .ops import Back, dropout, rms_norm, rows
+
+Wanted = bool | None  # of x's gradient: True yes, False no; None: of no gradient at all (inference)
+
+
+class Param:
+    """An array, whether it is trained, and the gradient summed up so far (None: no gradient yet)."""
+
+    __slots__ = ("data", "grad", "trainable")
+
+    def __init__(self, data: Array, trainable: bool = True) -> None:
+        self.data, self.trainable = data, trainable
+        self.grad: Array | None = None
+
+    def dense(self) -> Array:
+        """The weight as an array; a quantized weight decodes itself here."""
+        return self.data
+
+    def add_grad(self, g: Array) -> None:
+        """Add one contribution; a weight that is used twice receives two."""
+        if self.grad is None:
+            self.grad = g
+        else:
+            self.grad += g
+
+
+@dataclass(eq=False)
+class Linear:
+    """y = x Wᵀ + b: x (..., I) -> y (..., O)."""
+
+    weight: Param  # (O, I)
+    bias: Param | None = None  # (O,)
+
+    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        weight, bias = self.weight, self.bias
+        W = weight.dense()
+        y = rows(x) @ W.T
+        if bias is not None:
+            y += bias.data
+        shape = x.shape
+        back = self.back_to_x(shape) if dx else back_nothing
+        if weight.trainable:
+            back = self.back_to_weight(rows(x), back)
+        if bias is not None and bias.trainable:
+            back = self.back_to_bias(bias, back)
+        return y.reshape(*shape[:-1], -1), back
+
+    def back_to_x(self, shape: tuple[int, ...]) -> Back:
+        """dx = dY W."""
+        weight = self.weight
+
+        def back(dy: Array) -> Array:
+            return (rows(dy) @ weight.dense()).reshape(shape)
+
+        return back
+
+    def back_to_weight(self, x: Array, then: Back) -> Back:
+        """dW = dYᵀ X."""
+        weight = self.weight
+
+        def back(dy: Array) -> Array:
+            weight.add_grad(rows(dy).T @ x)
+            return then(dy)
+
+        return back
+
+    @staticmethod
+    def back_to_bias(bias: Param, then: Back) -> Back:
+        """db = the sum of dY over all rows."""
+
+        def back(dy: Array) -> Array:
+            bias.add_grad(rows(dy).sum(0))
+            return then(dy)
+
+        return back
+
+
+@dataclass(eq=False)
+class RMSNorm:
+    """y = w * x / sqrt(mean(x²) + eps) over the last axis, of width D."""
+
+    weight: Param  # (D,)
+    eps: float = 1e-5
+
+    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        w = self.weight
+        n, back_n = rms_norm(x, self.eps)
+
+        def back_frozen(dy: Array) -> Array:
+            return back_n(dy * w.data)
+
+        def back_trained(dy: Array) -> Array:
+            w.add_grad(xp.einsum("mi,mi->i", rows(dy), rows(n)))
+            return back_n(dy * w.data)
+
+        return n * w.data, back_trained if w.trainable else back_frozen
+
+
+@dataclass(eq=False)
+class LayerNorm:
+    """y = w * (x - mean) / sqrt(var + eps) + b over the last axis (Ba et al. 2016)."""
+
+    weight: Param  # (D,)
+    bias: Param  # (D,)
+    eps: float = 1e-5
+
+    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        w, b = self.weight, self.bias
+        n, back_n = rms_norm(x - x.mean(-1, keepdims=True), self.eps)
+
+        def back_frozen(dy: Array) -> Array:
+            dc = back_n(dy * w.data)
+            return dc - dc.mean(-1, keepdims=True)
+
+        def back_trained(dy: Array) -> Array:
+            w.add_grad(xp.einsum("mi,mi->i", rows(dy), rows(n)))
+            b.add_grad(rows(dy).sum(0))
+            return back_frozen(dy)
+
+        return n * w.data + b.data, back_trained if w.trainable or b.trainable else back_frozen
+
+
+@dataclass(eq=False)
+class Embedding:
+    """A table E (V, D): ids (...) of ints -> rows E[ids] (..., D); as a tied head, x -> x Eᵀ."""
+
+    weight: Param  # (V, D)
+
+    def __call__(self, ids: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        weight = self.weight
+        table = weight.dense()
+        V, D = table.shape
+
+        def back_trained(dy: Array) -> None:
+            weight.add_grad(scatter_add(V, ids.reshape(-1), dy.reshape(-1, D)))
+
+        return table[ids], back_trained if weight.trainable else back_nothing
+
+    def attend(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        """The logits (..., V) of x (..., D) under the same table: the tied head."""
+        return Linear(self.weight)(x, dx)
+
+
+@dataclass(eq=False)
+class Dropout:
+    """Zero each entry of x with probability p and scale the others by 1/(1-p), when training."""
+
+    p: float
+    rng: np.random.Generator
+
+    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        if dx is None or self.p == 0:
+            return x, back_same
+        keep = (self.rng.random(x.shape) >= self.p) / (1 - self.p)
+        return dropout(x, to_device(keep, x.real.dtype))
+
+
+def back_same(dy: Array) -> Array:
+    """The way back through nothing at all."""
+    return dy
+
+
+def back_nothing(dy: Array) -> None:
+    """The way back to something that wants no gradient."""
+
+
+def linear(
+    rng: np.random.Generator, outputs: int, inputs: int, *, bias: bool = False, dtype: Any = np.float32
+) -> Linear:
+    """A fresh Linear with W ~ N(0, 1/inputs) and b = 0."""
+    w = normal(rng, (outputs, inputs), 1 / math.sqrt(inputs), dtype)
+    return Linear(Param(w), Param(xp.zeros(outputs, dtype)) if bias else None)
+
+
+# ---- the tree: every layer is a dataclass; its fields, list indices and dict keys spell the names
+
+
+def children(node: Any) -> Iterator[tuple[str, Any]]:
+    """The named parts of a layer, list or dict of layers, in order."""
+    if isinstance(node, list):
+        yield from ((str(i), part) for i, part in enumerate(node))
+    elif isinstance(node, dict):
+        yield from node.items()
+    elif is_dataclass(node):
+        yield from ((f.name, getattr(node, f.name)) for f in fields(node))
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (path, layer or Param) of a tree, parents first."""
+    yield path, node
+    for name, part in children(node):
+        if isinstance(part, Param | list | dict) or is_dataclass(part):
+            yield from walk(part, f"{path}.{name}" if path else name)
+
+
+def named_params(tree: Any) -> dict[str, Param]:
+    """Path -> Param, each Param once, under the first of its names."""
+    first: dict[int, tuple[str, Param]] = {}
+    for path, node in walk(tree):
+        if isinstance(node, Param):
+            first.setdefault(id(node), (path, node))
+    return dict(first.values())
+
+
+def trained(tree: Any) -> dict[str, Param]:
+    """Path -> Param of those that are trained."""
+    return {path: p for path, p in named_params(tree).items() if p.trainable}
+
+
+def trains(tree: Any) -> bool:
+    """Whether anything in the tree is trained."""
+    return any(isinstance(node, Param) and node.trainable for _, node in walk(tree))
+
+
+def freeze(tree: Any, keep: Callable[[str], bool] = lambda path: False) -> None:
+    """Train nothing in the tree but the parameters whose path `keep` accepts."""
+    for path, p in named_params(tree).items():
+        p.trainable = keep(path)
+        p.grad = None
+
+
+def digest(tree: Any) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name."""
+    h = hashlib.sha256()
+    for path, p in sorted(named_params(tree).items()):
+        a = np.ascontiguousarray(to_host(p.dense()))
+        h.update(f"{path} {a.shape} {a.dtype.str}\n".encode())
+        h.update(a.tobytes())
+    return h.hexdigest()
+
+
+def get(tree: Any, path: str) -> Any:
+    """The node at a path; MismatchError with the nearest names if there is none."""
+    found = dict(walk(tree))
+    if path not in found:
+        raise MismatchError(f"{path!r} is no part of this model; {nearest(path, found)}")
+    return found[path]
+
+
+def replace(tree: Any, path: str, new: Any) -> None:
+    """Put `new` in the place of the node at `path`."""
+    above, _, name = path.rpartition(".")
+    parent = get(tree, above)
+    if isinstance(parent, list):
+        parent[int(name)] = new
+    elif isinstance(parent, dict):
+        parent[name] = new
+    else:
+        setattr(parent, name, new)

@@ -1,0 +1,386 @@
+"""The Llama architecture (Touvron et al. 2023), forward and backward by hand.
+
+    h = E[ids];  per block  h += attention(norm(h));  h += mlp(norm(h));  logits = norm(h) Eᵀ or Wᵀ
+
+Attribute paths are Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so a checkpoint
+needs no mapping table. Stands in for transformers' modeling_llama.py; leaves out padding masks, other
+attention kernels and distributed layers. A layer knows nothing of LoRA: what is adapted is replaced in
+the tree from outside.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, normal, to_device, to_host, xp
+from .errors import ConfigError, InputError, check_float, check_int
+from .layers import Dropout, Embedding, Linear, Param, RMSNorm, Wanted, linear, trains, walk
+from .ops import IGNORE, Back, attention, cross_entropy, heads, rope, rope_tables, swiglu, unheads
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a Llama, in the words of Hugging Face's config.json. ConfigError if it has none."""
+
+    vocab_size: int = 128  # V
+    hidden_size: int = 96  # D
+    intermediate_size: int = 256  # F
+    num_hidden_layers: int = 3  # L
+    num_attention_heads: int = 4  # H
+    num_key_value_heads: int = 4  # G, a divisor of H
+    head_dim: int | None = None  # E, D / H unless given
+    max_position_embeddings: int = 512  # the longest T
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        D, H, G = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+            check_int(name, getattr(self, name), 1)
+        if H % G:
+            raise ConfigError(f"num_key_value_heads is {G}; expected a divisor of {H} attention heads")
+        if self.head_dim is None and D % H:
+            raise ConfigError(f"num_attention_heads is {H}; expected a divisor of hidden_size {D}")
+        if self.E < 2 or self.E % 2:
+            raise ConfigError(f"head_dim is {self.E}; rotary embedding needs an even one, at least 2")
+        check_float("rms_norm_eps", self.rms_norm_eps, 0, 1, open_low=True)
+        check_float("rope_theta", self.rope_theta, 0, math.inf, open_low=True)
+
+    @property
+    def E(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(eq=False)
+class Cache:
+    """Keys and values (N, G, T, E) of one layer for the positions seen so far."""
+
+    k: Array = None
+    v: Array = None
+
+    def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """Append the new positions and return all of them."""
+        self.k = k if self.k is None else xp.concatenate([self.k, k], axis=2)
+        self.v = v if self.v is None else xp.concatenate([self.v, v], axis=2)
+        return self.k, self.v
+
+
+@dataclass(eq=False)
+class Attention:
+    """Causal self-attention with rotary positions: x (N, T, D) -> (N, T, D)."""
+
+    head_dim: int  # E
+    q_proj: Any  # (H*E, D)
+    k_proj: Any  # (G*E, D)
+    v_proj: Any  # (G*E, D)
+    o_proj: Any  # (D, H*E)
+
+    def __call__(
+        self, x: Array, turn: tuple[Array, Array], dx: Wanted = True, cache: Cache | None = None
+    ) -> tuple[Array, Back]:
+        q, back_q = self.q_proj(x, dx)
+        k, back_k = self.k_proj(x, dx)
+        v, back_v = self.v_proj(x, dx)
+        q, unturn_q = rope(heads(q, self.head_dim), *turn)  # (N, H, T, E)
+        k, unturn_k = rope(heads(k, self.head_dim), *turn)  # (N, G, T, E)
+        v = heads(v, self.head_dim)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        a, back_a = attention(q, k, v)
+        y, back_o = self.o_proj(unheads(a))
+
+        def back(dy: Array) -> Array:
+            dq, dk, dv = back_a(heads(back_o(dy), self.head_dim))
+            dv = back_v(unheads(dv))
+            dk = back_k(unheads(unturn_k(dk)))
+            dq = back_q(unheads(unturn_q(dq)))
+            return dq + dk + dv if dx else None
+
+        return y, back
+
+
+@dataclass(eq=False)
+class MLP:
+    """The gated feed-forward part: down(silu(gate(x)) * up(x)), x (N, T, D) -> (N, T, D)."""
+
+    gate_proj: Any  # (F, D)
+    up_proj: Any  # (F, D)
+    down_proj: Any  # (D, F)
+
+    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        g, back_g = self.gate_proj(x, dx)
+        u, back_u = self.up_proj(x, dx)
+        h, back_h = swiglu(g, u)
+        y, back_d = self.down_proj(h)
+
+        def back(dy: Array) -> Array:
+            dg, du = back_h(back_d(dy))
+            du = back_u(du)
+            dg = back_g(dg)
+            return dg + du if dx else None
+
+        return y, back
+
+
+def wanted(dx: Wanted, layer: Any) -> Wanted:
+    """Whether the gradient of `layer`'s output is wanted, given whether that of its input is."""
+    return trains(layer) if dx is False else dx
+
+
+@dataclass(eq=False)
+class Block:
+    """x += self_attn(norm(x)); x += mlp(norm(x)); x (N, T, D)."""
+
+    input_layernorm: Any  # (D,)
+    self_attn: Attention
+    post_attention_layernorm: Any  # (D,)
+    mlp: MLP
+
+    def __call__(
+        self, x: Array, turn: tuple[Array, Array], dx: Wanted = True, cache: Cache | None = None
+    ) -> tuple[Array, Back]:
+        dn1 = wanted(dx, self.input_layernorm)
+        da = wanted(dn1, self.self_attn)
+        dn2 = wanted(da, self.post_attention_layernorm)
+        n1, back_n1 = self.input_layernorm(x, dx)
+        a, back_a = self.self_attn(n1, turn, dn1, cache)
+        x = x + a
+        n2, back_n2 = self.post_attention_layernorm(x, da)
+        m, back_m = self.mlp(n2, dn2)
+
+        def back(dy: Array) -> Array:
+            dn = back_m(dy)
+            if dn2:
+                dn = back_n2(dn)
+            if da:
+                dy = dy + dn
+                dn = back_a(dy)
+            if dn1:
+                dn = back_n1(dn)
+            return dy + dn if dx else None
+
+        return x + m, back
+
+
+def recomputed(block: Block, x: Array, turn: tuple[Array, Array], dx: Wanted) -> tuple[Array, Back]:
+    """The block, keeping only its input: it runs once more on the way back (Chen et al. 2016)."""
+    rngs = [node.rng.bit_generator for _, node in walk(block) if isinstance(node, Dropout)]
+    before = [rng.state for rng in rngs]
+    y, _ = block(x, turn, dx)
+
+    def back(dy: Array) -> Array:
+        after = [rng.state for rng in rngs]
+        for rng, state in zip(rngs, before, strict=True):  # the same dropout masks again
+            rng.state = state
+        _, back_block = block(x, turn, dx)
+        for rng, state in zip(rngs, after, strict=True):
+            rng.state = state
+        return back_block(dy)
+
+    return y, back
+
+
+@dataclass(eq=False)
+class Decoder:
+    """The stack between tokens and head."""
+
+    embed_tokens: Any  # (V, D)
+    layers: list[Block]
+    norm: Any  # (D,)
+
+
+@dataclass(eq=False)
+class Llama:
+    """ids (N, T) of ints -> logits (N, T, V). With lm_head None the head is the embedding's own table."""
+
+    config: Config
+    model: Decoder
+    lm_head: Any = None  # (V, D)
+    recompute: bool = False  # when training, keep one activation per block and compute the rest again
+
+    def __call__(
+        self, ids: Array, train: bool = False, caches: list[Cache] | None = None, start: int = 0
+    ) -> tuple[Array, Back]:
+        """Logits, and when training the `back` that takes their gradient.
+
+        With caches the ids are the positions from `start` on. InputError for ids that are not a 2-D
+        array of ints in [0, V), or too many.
+        """
+        ids = self.check(ids, start)
+        decoder = self.model
+        dx: Wanted = False if train else None
+        backs: list[Back] = []
+
+        x, back = decoder.embed_tokens(ids, dx)
+        if dx := wanted(dx, decoder.embed_tokens):
+            backs.append(back)
+        positions = xp.arange(start, start + ids.shape[1])
+        turn = rope_tables(positions, self.config.E, self.config.rope_theta, x.real.dtype)
+        for i, block in enumerate(decoder.layers):
+            if train and self.recompute:
+                x, back = recomputed(block, x, turn, dx)
+            else:
+                x, back = block(x, turn, dx, caches[i] if caches else None)
+            if dx := wanted(dx, block):
+                backs.append(back)
+        x, back = decoder.norm(x, dx)
+        if dx := wanted(dx, decoder.norm):
+            backs.append(back)
+        head = decoder.embed_tokens.attend if self.lm_head is None else self.lm_head
+        logits, back_head = head(x, dx)
+
+        def back_all(dlogits: Array) -> None:
+            d = back_head(dlogits)
+            while backs:
+                d = backs.pop()(d)  # what a layer kept dies here
+
+        return logits, back_all
+
+    def loss(self, ids: Array, labels: Array, train: bool = False) -> tuple[Array, Back]:
+        """Mean cross-entropy in nats per token; labels (N, T), -100 to ignore. back() starts at 1.
+
+        InputError for labels of another shape or outside the vocabulary.
+        """
+        labels = host_ints("labels", labels)
+        if labels.shape != to_host(ids).shape:
+            raise InputError(f"labels have shape {labels.shape}; the ids {to_host(ids).shape}")
+        check_range("label", labels[labels != IGNORE], self.config.vocab_size)
+        logits, back_logits = self(ids, train)
+        value, back_loss = cross_entropy(logits, to_device(labels))
+
+        def back(d: Any = 1.0) -> None:
+            back_logits(back_loss(d))
+
+        return value, back
+
+    def check(self, ids: Array, start: int = 0) -> Array:
+        """The ids on the device, or InputError."""
+        ids = host_ints("token ids", ids)
+        limit = self.config.max_position_embeddings
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise InputError(f"token ids have shape {ids.shape}; expected (N, T), neither of them 0")
+        if start + ids.shape[1] > limit:
+            raise InputError(f"{start + ids.shape[1]} tokens; the model takes at most {limit}")
+        check_range("token id", ids, self.config.vocab_size)
+        return to_device(ids)
+
+
+def host_ints(what: str, values: Any) -> np.ndarray:
+    """The values as an int64 array on the host, or InputError."""
+    try:
+        host = to_host(values)
+    except ValueError as e:
+        raise InputError(f"{what} are ragged; expected one array of ints") from e
+    if host.dtype.kind not in "iu":
+        raise InputError(f"{what} have dtype {host.dtype}; expected ints")
+    return host.astype(np.int64, copy=False)
+
+
+def check_range(what: str, values: np.ndarray, V: int) -> None:
+    """InputError naming the first value outside [0, V)."""
+    outside = values[(values < 0) | (values >= V)]
+    if outside.size:
+        raise InputError(f"{what} {outside[0]}; expected 0 to {V - 1}")
+
+
+def llama(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> Llama:
+    """A fresh model: every W ~ N(0, 1/inputs), the two that write to the stream 1/sqrt(2L) of that.
+
+    The embedding is N(0, 1/D), so that a tied head starts with logits of order one.
+    """
+    c = config
+    D, F, E = c.hidden_size, c.intermediate_size, c.E
+    H, G = c.num_attention_heads, c.num_key_value_heads
+
+    def norm() -> RMSNorm:
+        return RMSNorm(Param(xp.ones(D, dtype)), c.rms_norm_eps)
+
+    def project(outputs: int, inputs: int, bias: bool, gain: float = 1.0) -> Linear:
+        layer = linear(rng, outputs, inputs, bias=bias, dtype=dtype)
+        layer.weight.data *= gain
+        return layer
+
+    def block() -> Block:
+        out = 1 / math.sqrt(2 * c.num_hidden_layers)
+        a, m = c.attention_bias, c.mlp_bias
+        attn = Attention(
+            E, project(H * E, D, a), project(G * E, D, a), project(G * E, D, a), project(D, H * E, a, out)
+        )
+        mlp = MLP(project(F, D, m), project(F, D, m), project(D, F, m, out))
+        return Block(norm(), attn, norm(), mlp)
+
+    table = Embedding(Param(normal(rng, (c.vocab_size, D), 1 / math.sqrt(D), dtype)))
+    decoder = Decoder(table, [block() for _ in range(c.num_hidden_layers)], norm())
+    return Llama(c, decoder, None if c.tie_word_embeddings else project(c.vocab_size, D, False))
+
+
+def generate(
+    model: Llama,
+    ids: Array,
+    max_new_tokens: int,
+    *,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+) -> Iterator[np.ndarray]:
+    """Continue the prompts ids (N, T), yielding the next token of each row (N,) one step at a time.
+
+    Temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that hold that share
+    of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for settings
+    without a meaning or a text longer than the model takes.
+    """
+    limit = model.config.max_position_embeddings
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected an int, at least 1")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature is {temperature!r}; expected a number, at least 0")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise InputError(f"top_k is {top_k!r}; expected an int, at least 1")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p!r}; expected a number in (0, 1]")
+    N, T = to_host(model.check(ids)).shape
+    if T + max_new_tokens > limit:
+        raise InputError(f"{T} + {max_new_tokens} tokens; the model takes at most {limit}")
+    return _generate(model, ids, max_new_tokens, rng, temperature, top_k, top_p)
+
+
+def _generate(
+    model: Llama, ids: Array, steps: int, rng: np.random.Generator,
+    temperature: float, top_k: int | None, top_p: float,
+) -> Iterator[np.ndarray]:
+    caches = [Cache() for _ in model.model.layers]
+    start = 0
+    for _ in range(steps):
+        logits, _ = model(ids, caches=caches, start=start)
+        start += to_host(ids).shape[1]
+        token = sample(to_host(logits[:, -1]).astype(np.float64), rng, temperature, top_k, top_p)
+        yield token
+        ids = token[:, None]
+
+
+def sample(
+    logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int | None, top_p: float
+) -> np.ndarray:
+    """One token (N,) from each row of logits (N, V), on the host."""
+    if temperature == 0:
+        greedy: np.ndarray = logits.argmax(-1)
+        return greedy
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    z = np.take_along_axis(logits, order, -1) / temperature
+    p = np.exp(z - z[:, :1])
+    p /= p.sum(-1, keepdims=True)
+    p[:, top_k:] = 0
+    p[np.cumsum(p, -1) - p >= top_p * p.sum(-1, keepdims=True)] = 0  # what came before was enough
+    c = np.cumsum(p, -1)
+    choice = (c < rng.random((len(p), 1)) * c[:, -1:]).sum(-1)
+    return np.take_along_axis(order, choice[:, None], -1)[:, 0]

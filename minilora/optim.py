@@ -1,0 +1,140 @@
+"""AdamW, gradient clipping and learning-rate schedules.
+
+    m <- b1 m + (1-b1) g      v <- b2 v + (1-b2) g²      mhat = m / (1-b1^t)      vhat = v / (1-b2^t)
+    p <- p - lr (mhat / (sqrt(vhat) + eps) + decay p)
+
+Kingma and Ba 2015, algorithm 1; decay decoupled from the gradient as in Loshchilov and Hutter 2019.
+Stands in for torch.optim.AdamW; leaves out amsgrad and fused kernels. A group is a predicate on names:
+what decays, and how much faster one kind of parameter learns (LoRA+ is such a rule).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .backend import Array, to_device, to_host, xp
+from .errors import ConfigError, MismatchError, NonFiniteError, check_float
+from .layers import Param
+
+
+def decay_matrices(path: str, p: Param) -> bool:
+    """Decay what has two axes: matrices, but neither norms nor biases."""
+    return p.data.ndim >= 2
+
+
+def same_rate(path: str) -> float:
+    """Every parameter learns at the same rate."""
+    return 1.0
+
+
+def lora_plus(ratio: float = 16.0) -> Callable[[str], float]:
+    """B learns `ratio` times as fast as A (Hayou et al. 2024)."""
+    check_float("ratio", ratio, 0, math.inf, open_low=True)
+    return lambda path: ratio if path.endswith(".B") else 1.0
+
+
+@dataclass
+class AdamW:
+    """The optimizer and its state: `step(params, lr_now)` updates each Param from its grad, in place."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0  # largest global norm of the gradient
+    decays: Callable[[str, Param], bool] = decay_matrices
+    rate: Callable[[str], float] = same_rate
+    t: int = 0
+    m: dict[str, Array] = field(default_factory=dict)
+    v: dict[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_float("lr", self.lr, 0, math.inf, open_low=True)
+        for i, beta in enumerate(self.betas):
+            check_float(f"betas[{i}]", beta, 0, 1)
+        check_float("eps", self.eps, 0, math.inf, open_low=True)
+        check_float("weight_decay", self.weight_decay, 0, math.inf)
+        if self.clip is not None:
+            check_float("clip", self.clip, 0, math.inf, open_low=True)
+
+    def step(self, params: Mapping[str, Param], lr: float | None = None) -> float:
+        """Update all params that have a gradient and clear it; returns the gradient's global norm.
+
+        NonFiniteError, with nothing changed, when a gradient is not finite.
+        """
+        lr = self.lr if lr is None else lr
+        norm = global_norm(params)
+        if not math.isfinite(norm):
+            bad = [path for path, p in params.items() if p.grad is not None and not xp.isfinite(p.grad).all()]
+            raise NonFiniteError(f"step {self.t + 1}: the gradient of {(bad or ['everything'])[0]} is not finite")
+        shrink = min(1.0, self.clip / norm) if self.clip and norm > 0 else 1.0
+        self.t += 1
+        b1, b2 = self.betas
+        correct1, correct2 = 1 - b1**self.t, 1 - b2**self.t
+        for path, p in params.items():
+            if p.grad is None:
+                continue
+            g = p.grad if shrink == 1.0 else p.grad * shrink
+            if path not in self.m:
+                self.m[path], self.v[path] = xp.zeros_like(p.data), xp.zeros_like(p.data)
+            m, v = self.m[path], self.v[path]
+            m *= b1
+            m += (1 - b1) * g
+            v *= b2
+            v += (1 - b2) * (g * g)
+            rate = lr * self.rate(path)
+            if self.weight_decay and self.decays(path, p):
+                p.data *= 1 - rate * self.weight_decay
+            p.data -= (rate / correct1) * m / (xp.sqrt(v / correct2) + self.eps)
+            p.grad = None
+        return norm
+
+    def state(self) -> dict[str, Array]:
+        """The moments on the host, under `m.path` and `v.path`."""
+        moments = {"m": self.m, "v": self.v}
+        return {f"{k}.{path}": to_host(a) for k, d in moments.items() for path, a in d.items()}
+
+    def load(self, state: Mapping[str, Array], t: int) -> None:
+        """Continue from what `state` returned after `t` steps."""
+        for name in state:
+            if name[:2] not in ("m.", "v."):
+                raise MismatchError(f"optimizer state has {name!r}; expected names in 'm.' or 'v.'")
+        self.t = t
+        self.m = {name[2:]: to_device(a.copy()) for name, a in state.items() if name[0] == "m"}
+        self.v = {name[2:]: to_device(a.copy()) for name, a in state.items() if name[0] == "v"}
+
+
+def global_norm(params: Mapping[str, Param]) -> float:
+    """The Euclidean norm of all gradients taken together."""
+    squares = [xp.vdot(p.grad, p.grad) for p in params.values() if p.grad is not None]
+    return math.sqrt(float(sum(squares[1:], squares[0]))) if squares else 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The factor on the learning rate at step 0, 1, ...: linear warm-up, then constant or a cosine.
+
+    The cosine falls from 1 to `final` at the last of `steps`.
+    """
+
+    steps: int
+    warmup: int = 0
+    kind: str = "cosine"  # or "constant"
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int or self.steps < 1:
+            raise ConfigError(f"steps is {self.steps!r}; expected an int, at least 1")
+        if type(self.warmup) is not int or not 0 <= self.warmup <= self.steps:
+            raise ConfigError(f"warmup is {self.warmup!r}; expected an int from 0 to the {self.steps} steps")
+        if self.kind not in ("cosine", "constant"):
+            raise ConfigError(f"schedule is {self.kind!r}; expected 'cosine' or 'constant'")
+        check_float("final", self.final, 0, 1.0000001)
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.kind == "constant":
+            return 1.0
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

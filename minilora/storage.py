@@ -1,0 +1,114 @@
+"""The one way in which minilora writes a file: complete by rename, or not at all.
+
+Write to a temporary name in the same folder, fsync, rename, fsync the folder. A crash at any moment
+leaves the old file or the new one. A lock held by the kernel keeps two processes out of one folder,
+and is free again the moment its holder dies. No other file of the package opens one for writing.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .errors import LockedError, StorageError
+
+
+def write_atomic(path: Path | str, data: bytes) -> None:
+    """Make `path` hold exactly `data`, durably, or leave what was there and raise StorageError."""
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temp, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temp.unlink()
+        raise StorageError(f"{path}: not written: {e.strerror or e}") from e
+
+
+def write_folder(path: Path | str, fill: Callable[[Path], None]) -> None:
+    """Make the folder `path` by filling a temporary one beside it and renaming; never replaces one."""
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    if path.exists():
+        raise StorageError(f"{path}: is there already; expected a name that is free")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp.mkdir()
+        fill(temp)
+        sync_folder(temp)
+        os.rename(temp, path)
+        sync_folder(path.parent)
+    except BaseException as e:
+        remove_tree(temp)
+        if isinstance(e, OSError) and not isinstance(e, StorageError):
+            raise StorageError(f"{path}: not written: {e.strerror or e}") from e
+        raise
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder of ours and all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        for child in path.iterdir():
+            remove_tree(child)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside the folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read(path: Path | str, limit: int = 1 << 30) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; StorageError names what else it is."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise StorageError(f"{path}: is not a regular file")
+        if path.stat().st_size > limit:
+            raise StorageError(f"{path}: has {path.stat().st_size} bytes; at most {limit} are read")
+        return path.read_bytes()
+    except OSError as e:
+        if isinstance(e, StorageError):
+            raise
+        raise StorageError(f"{path}: cannot be read: {e.strerror or e}") from e
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str) -> Iterator[None]:
+    """Hold `folder` (made if missing) for this process; LockedError if another one holds it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    except OSError as e:
+        raise StorageError(f"{folder}: cannot be used: {e.strerror or e}") from e
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(fd, 200).decode("ascii", "replace").strip() or "another process"
+            raise LockedError(f"{folder}: is in use by {holder}; wait for it, or use --out with another folder") from None
+        os.ftruncate(fd, 0)
+        os.write(fd, f"process {os.getpid()} on {os.uname().nodename}".encode())
+        for leftover in folder.glob(".*.tmp"):  # of a process that died; ours, by pattern and lock
+            remove_tree(leftover)
+        yield
+    finally:
+        os.close(fd)
