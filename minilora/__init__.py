@@ -1,3 +1,28 @@
-"""minilora: LoRA from scratch in NumPy. Read lora.py first; README.md lists the files in reading order."""
+"""minilora: LoRA from scratch in NumPy. Read lora.py first; README.md lists the files in reading order.
+
+    model = ml.load()                                        # the base that ships, frozen
+    ml.inject(model, ml.LoraConfig(r=8, alpha=16), rng=rng)  # A and B beside every linear map
+    ml.train(model, batches, ml.AdamW(lr=1e-2), steps=300)
+    ml.merge(model); ml.unmerge(model)
+    ml.spectrum(model)                                       # singular values of every ΔW
+"""
+
+from .backend import use
+from .data import batches, corpus, decode, encode, eval_batches
+from .files import load, save_model
+from .layers import digest, freeze, named_params, trained, unfreeze
+from .lora import LoraConfig, disabled, fuse, inject, merge, remove, scales, set_adapter, set_scale, unmerge
+from .model import Config, Llama, generate, llama
+from .optim import AdamW, Schedule, lora_plus
+from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
+from .train import evaluate, train
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdamW", "Config", "Llama", "LoraConfig", "Schedule", "batches", "corpus", "decode", "digest",
+    "disabled", "effective_rank", "encode", "eval_batches", "evaluate", "freeze", "fuse", "generate",
+    "inject", "llama", "load", "lora_plus", "merge", "named_params", "participation_ratio", "remove",
+    "save_model", "scales", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank",
+    "train", "trained", "unfreeze", "unmerge", "use",
+]  # fmt: skip

@@ -237,6 +237,12 @@ def freeze(tree: Any, keep: Callable[[str], bool] = lambda path: False) -> None:
         p.grad = None
 
 
+def unfreeze(tree: Any) -> None:
+    """Train everything, in copies: the arrays that were loaded are never written."""
+    for p in named_params(tree).values():
+        p.data, p.grad, p.trainable = p.data.copy(), None, True
+
+
 def digest(tree: Any) -> str:
     """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name."""
     h = hashlib.sha256()

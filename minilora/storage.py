@@ -40,8 +40,7 @@ def write_folder(path: Path | str, fill: Callable[[Path], None]) -> None:
     """Make the folder `path` by filling a temporary one beside it and renaming; never replaces one."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    if path.exists():
-        raise StorageError(f"{path}: is there already; expected a name that is free")
+    check_free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temp.mkdir()
@@ -54,6 +53,12 @@ def write_folder(path: Path | str, fill: Callable[[Path], None]) -> None:
         if isinstance(e, OSError) and not isinstance(e, StorageError):
             raise StorageError(f"{path}: not written: {e.strerror or e}") from e
         raise
+
+
+def check_free(path: Path | str) -> None:
+    """StorageError if there is something at `path`."""
+    if Path(path).exists():
+        raise StorageError(f"{path}: is there already; expected a name that is free")
 
 
 def remove_tree(path: Path) -> None:

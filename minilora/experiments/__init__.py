@@ -1,0 +1,1 @@
+"""One question each: `run(...)` gives rows, `plots` draws them."""

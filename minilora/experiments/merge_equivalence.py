@@ -1,0 +1,75 @@
+"""Does merging change what the model says? The observed difference beside a bound that holds for sure.
+
+Rounding to nearest with unit roundoff u, a product of inner dimension k errs by at most g(k) = k u / (1 - k u)
+times the product of the absolute values (Higham, Accuracy and Stability, 3.1). For the unmerged
+y = fl(W x) + fl(s B (A x)) and the merged y = fl(W + s B A) x, each alone is within
+g(n+1) |W||x| + g(n+r+2) |s||B||A||x| of the exact value, so their difference is within twice that.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ..layers import Linear, Param
+from ..lora import Adapted, LowRank, merge
+
+Row = dict[str, Any]
+
+
+def merge_bound(
+    W: np.ndarray, A: np.ndarray, B: np.ndarray, s: float, X: np.ndarray, dtype: Any
+) -> np.ndarray:
+    """The most by which merged and unmerged outputs (M, O) can differ, for rows X (M, I).
+
+    Evaluated in a wider type. The last term is underflow; it matters near the smallest numbers only.
+    """
+    info = np.finfo(dtype)
+    wide = np.float64 if np.dtype(dtype) == np.float32 else np.longdouble
+    u, tiny = wide(info.eps) / 2, wide(info.smallest_subnormal)
+    W, A, B, X = (np.abs(v).astype(wide) for v in (W, A, B, X))
+    s = wide(abs(np.dtype(dtype).type(s)))
+    r, n = A.shape
+
+    def g(k: int) -> Any:
+        return k * u / (1 - k * u)
+
+    underflow = 2 * tiny * (
+        n + 2 + s * (r + n * B.sum(1)[None, :]) + (s * r + 1) * X.sum(1, keepdims=True)
+    )  # fmt: skip
+    bound: np.ndarray = 2 * (g(n + 1) * (X @ W.T) + g(n + r + 2) * s * ((X @ A.T) @ B.T)) + underflow
+    return bound
+
+
+def run(seed: int = 0, rank: int = 8, draws: int = 5) -> list[Row]:
+    """Rows over widths and dtypes: the largest difference of `draws` maps, and its bound, relative to |y|."""
+    rows = []
+    for dtype in (np.float32, np.float64):
+        for n in (16, 32, 64, 128, 256, 512, 1024, 2048):
+            rng = np.random.default_rng([seed, n])
+            cells = [one(rng, n, rank, dtype) for _ in range(draws)]
+            rows.append({
+                "dtype": np.dtype(dtype).name,
+                "inputs": n,
+                "rank": rank,
+                "draws": draws,
+                "difference": max(c[0] for c in cells),
+                "bound": max(c[1] for c in cells),
+                "ratio": max(c[2] for c in cells),
+            })  # fmt: skip
+    return rows
+
+
+def one(rng: np.random.Generator, n: int, rank: int, dtype: Any) -> tuple[float, float, float]:
+    """Difference and bound relative to the largest output, and their largest ratio, for one random map."""
+
+    def draw(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(dtype)
+
+    W, A, B, X = draw(n // 2, n), draw(rank, n), draw(n // 2, rank), draw(9, n)
+    layer = Adapted(Linear(Param(W, False)), {"a": LowRank(Param(A), Param(B), 2.0)}, "a")
+    apart = layer(X, None)[0].astype(np.longdouble)
+    merge({"layer": layer})
+    difference = np.abs(layer(X, None)[0].astype(np.longdouble) - apart)
+    bound = merge_bound(W, A, B, 2.0, X, dtype)
+    top = np.abs(apart).max()
+    return float(difference.max() / top), float(bound.max() / top), float((difference / bound).max())

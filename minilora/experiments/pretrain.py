@@ -1,0 +1,123 @@
+"""The base: a tiny character-level Llama trained on Shakespeare in modern spelling, from seed to folder.
+
+All other experiments start from its checkpoint, which ships with the package. Five plays are held out in
+every spelling, so that what is learned of them later was not memorised here.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import __version__, data, files
+from ..layers import freeze
+from ..lora import size
+from ..model import Config, llama
+from ..optim import AdamW, Schedule
+from ..storage import check_free, locked, remove_tree
+from ..train import evaluate, train
+
+LENGTH = 128  # characters in a window
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the base is trained. The defaults are those of the checkpoint that ships."""
+
+    corpus: str = "shakespeare"
+    steps: int = 8000
+    batch: int = 16
+    lr: float = 4e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    beta2: float = 0.99
+    seed: int = 0
+    test_windows: int = 4096  # of LENGTH characters, evenly over the held-out plays
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: losses in nats per character, characters per second of training."""
+
+    test: float
+    valid: float
+    characters: int
+    speed: float
+
+
+CARD = """# minilora base
+
+A character-level Llama with {parameters:,} parameters, trained from scratch in NumPy.
+
+| | |
+|---|---|
+| corpus | {source} |
+| command | `minilora pretrain` (minilora {version}) |
+| recipe | `{recipe}` |
+| loss on the held-out plays | **{test:.4f} nats per character**, over {windows:,} windows of {length} characters |
+| loss on the validation split | {valid:.4f} nats per character |
+| characters seen | {characters:,} |
+
+Tokenizer: a character is its own id, its ASCII code point; vocabulary 128, of which 96 occur.
+The weights are this project's own (MIT). No text of the corpus is in them but what a model remembers.
+"""
+
+
+def run(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    config: Config | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Outcome:
+    """Train, measure, and write the model as the new folder `out`.
+
+    Beside it a checkpoint is kept, from which a killed run goes on to the same bytes; it is deleted at
+    the end. StorageError if `out` exists.
+    """
+    out = Path(out)
+    check_free(out)
+    text = data.corpus_or_fallback(recipe.corpus)
+    model = llama(config or Config(), np.random.default_rng(recipe.seed))
+    rng = np.random.default_rng([recipe.seed, 1])
+    start = time.monotonic()
+    done = 0
+
+    def watch(step: int, loss: float) -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(step, loss)
+
+    work = out.with_name(f".{out.name}.pretrain")
+    with locked(work):
+        train(
+            model,
+            data.batches(text.train, rng, recipe.batch, LENGTH),
+            AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay),
+            steps=recipe.steps,
+            schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
+            checkpoint=work / "checkpoint.safetensors",
+            checkpoint_every=250,
+            rngs={"batches": rng},
+            progress=watch,
+        )
+        speed = done * recipe.batch * LENGTH / (time.monotonic() - start)
+        freeze(model)
+        losses = {
+            split: evaluate(model, data.eval_batches(getattr(text, split), 16, LENGTH, windows * LENGTH))
+            for split, windows in (("test", recipe.test_windows), ("valid", recipe.test_windows // 4))
+        }
+        characters = recipe.steps * recipe.batch * LENGTH
+        recipe_text = json.dumps(asdict(recipe))
+        card = CARD.format(
+            parameters=size(model), source=text.source, version=__version__, recipe=recipe_text,
+            windows=recipe.test_windows, length=LENGTH, characters=characters, **losses,
+        )  # fmt: skip
+        facts = {"corpus": text.source, "corpus_sha256": text.digest, "recipe": asdict(recipe), **losses}
+        files.save_model(model, out, card, {"minilora": facts, "bos_token_id": None, "eos_token_id": None})
+    remove_tree(work)
+    return Outcome(losses["test"], losses["valid"], characters, speed)

