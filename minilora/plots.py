@@ -41,6 +41,7 @@ STYLE = {
     "svg.hashsalt": "minilora",
     "svg.fonttype": "none",
 }
+styled = matplotlib.rc_context(STYLE)  # as a decorator: the style of one function's figure
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NATS = "nats per character"
 
@@ -77,9 +78,8 @@ class Picture:
 
 def axes(columns: int = 1, lines: int = 1, size: tuple[float, float] | None = None) -> tuple[Figure, Any]:
     """An empty figure of the house style and its axes."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size)
-        return figure, figure.subplots(lines, columns, squeeze=False)
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(lines, columns, squeeze=False)
 
 
 # ---- rows
@@ -140,14 +140,16 @@ def title(target: str) -> str:
     return names.get(target, Path(target).name)
 
 
-def seeds(rows: Sequence[Row]) -> int:
-    """How many seeds the rows hold."""
-    return len({row["config"]["seed"] for row in rows})
+def seeds(rows: Sequence[Row]) -> str:
+    """How many seeds the rows hold, in words."""
+    count = len({row["config"]["seed"] for row in rows})
+    return f"{count} seed{'s' * (count > 1)}"
 
 
 # ---- figures
 
 
+@styled
 def loss_against_rank(rows: Sequence[Row], target: str) -> Picture:
     """(a) Test loss against rank, with the frozen base and full fine-tuning as lines."""
     lora, full, base = (final(rows, target, m) for m in ("lora", "full", "none"))
@@ -157,7 +159,7 @@ def loss_against_rank(rows: Sequence[Row], target: str) -> Picture:
     level(ax, base[0]["test"], "frozen base", GREY, ":", above=False)
     level(ax, f[0, 0], "full fine-tuning", ORANGE, "--", above=False)
     ax.axhspan(f[0, 1], f[0, 2], color=ORANGE, alpha=0.2, linewidth=0)
-    band(ax, ranks, y, f"LoRA, mean and range of {seeds(lora)} seeds", BLUE, "o")
+    band(ax, ranks, y, f"LoRA, mean and range of {seeds(lora)}", BLUE, "o")
     rank_axis(ax, ranks)
     ax.set_ylabel(f"test loss ({NATS})")
     ax.set_title(title(target))
@@ -170,6 +172,7 @@ def loss_against_rank(rows: Sequence[Row], target: str) -> Picture:
     return Picture(figure, says)
 
 
+@styled
 def gap_against_parameters(rows: Sequence[Row]) -> Picture:
     """(b) The share of the gap between base and full fine-tuning that is closed, by trained parameters."""
     figure, ((ax,),) = axes()
@@ -215,6 +218,7 @@ def kinds(rows: Sequence[Row]) -> list[str]:
     return [kind for kind in (*KINDS, "embed_tokens") if kind in ends]
 
 
+@styled
 def spectra(rows: Sequence[Row], target: str) -> Picture:
     """(c) Singular values of ΔW for each kind of module and rank, full fine-tuning and noise behind them."""
     lora, full = final(rows, target), final(rows, target, "full")
@@ -251,7 +255,7 @@ def spectra(rows: Sequence[Row], target: str) -> Picture:
             ax.set_ylabel("singular value of ΔW")
     handles, labels = flat[0].get_legend_handles_labels()
     flat[len(panels)].legend(handles, labels, loc="center", fontsize=9, ncols=2 if len(labels) > 7 else 1)
-    figure.suptitle(f"{title(target)}: spectra of ΔW, mean over layers and {seeds(lora)} seeds", fontsize=12)
+    figure.suptitle(f"{title(target)}: spectra of ΔW, mean over layers and {seeds(lora)}", fontsize=12)
     tops = ", ".join(f"{k} {mean_spectrum(select(lora, rank=ranks[-1]), k)[0]:.2g}" for k in panels)
     return Picture(figure, f"Singular values of ΔW on {title(target)}; the largest at rank {ranks[-1]}: {tops}.")
 
@@ -263,6 +267,7 @@ def shape_noise(kind: str, rows: Sequence[Row], count: int) -> np.ndarray:
     return noise_spectrum((m, n), np.random.default_rng(0))
 
 
+@styled
 def energy_and_effective_rank(rows: Sequence[Row], target: str) -> Picture:
     """(d) Cumulative energy of the spectra, and effective rank against r with its noise baseline."""
     lora, full = final(rows, target), final(rows, target, "full")
@@ -314,6 +319,7 @@ def energy_and_effective_rank(rows: Sequence[Row], target: str) -> Picture:
     return Picture(figure, says)
 
 
+@styled
 def known_rank(rows: Sequence[Row], target: str) -> Picture:
     """(e) Excess loss against rank beside the truncated true answer, and the spectrum of the learned ΔE."""
     lora, base = final(rows, target), final(rows, target, "none")[0]
@@ -324,12 +330,12 @@ def known_rank(rows: Sequence[Row], target: str) -> Picture:
     ranks, y = by_rank(lora, "test")
     rs, o = by_rank(oracle, "test")
     left.plot(rs, o[:, 0] - floor, color=ORANGE, linestyle="--", marker="s", markersize=5, label="true ΔE cut to rank r")
-    band(left, ranks, y - floor, f"LoRA, {seeds(lora)} seeds", BLUE, "o")
+    band(left, ranks, y - floor, f"LoRA, {seeds(lora)}", BLUE, "o")
     left.axvline(k, color=GREY, linestyle=":")
     left.axhline(0, color=GREY, linewidth=0.8)
     rank_axis(left, ranks)
     left.set_ylabel(f"excess loss ({NATS})")
-    left.annotate(f"{k} swaps", (k, 0.97), xycoords=("data", "axes fraction"), xytext=(4, 0),
+    left.annotate(f"{k} swaps", (k, 0.3), xycoords=("data", "axes fraction"), xytext=(4, 0),
                   textcoords="offset points", va="top", color=GREY)  # fmt: skip
     left.legend()
     shown = min((r for r in ranks if r >= 2 * k), default=ranks[-1])
@@ -351,6 +357,7 @@ def known_rank(rows: Sequence[Row], target: str) -> Picture:
     return Picture(figure, f"Excess loss over the known floor: {excess}{gap}.")
 
 
+@styled
 def learning_curves(rows: Sequence[Row], target: str) -> Picture:
     """Validation loss against step: has full fine-tuning flattened?"""
     lora, full = final(rows, target), final(rows, target, "full")
@@ -385,6 +392,7 @@ def flattening(full: Sequence[Row]) -> str:
     )
 
 
+@styled
 def merge_equivalence(rows: Sequence[Row]) -> Picture:
     """(f) The largest difference between merged and unmerged outputs, beside the derived bound."""
     figure, ((ax,),) = axes()

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 from hypothesis import strategies as st
 
+from minilora.backend import to_device
 from minilora.layers import named_params
 from minilora.lora import LoraConfig, inject
 from minilora.model import Config, llama
@@ -85,7 +86,8 @@ def assert_layer_gradient(call, params, x, rng):
     y, back = call(x)
     weights = rng.standard_normal(y.shape)  # the scalar is sum(weights * y)
     dx = back(weights.copy())
-    at, gradient = {k: p.data for k, p in params.items()}, {k: p.grad for k, p in params.items()}
+    data = {k: p.data for k, p in params.items()}
+    at, gradient = data, {k: p.grad for k, p in params.items()}
     if x.dtype.kind == "f":
         at, gradient = at | {"x": x}, gradient | {"x": dx}
 
@@ -95,6 +97,8 @@ def assert_layer_gradient(call, params, x, rng):
         return (weights * call(arrays.get("x", x))[0]).sum()
 
     assert_gradient(value, at, gradient, rng)
+    for k, p in params.items():
+        p.data = data[k]
 
 
 def assert_precision_scales(f):
@@ -116,7 +120,7 @@ def tiny(seed=0, dtype=np.float64, **how):
     model = llama(Config(**SIZES | how), rng, dtype)
     for p in named_params(model).values():
         if p.data.ndim == 1:
-            p.data += (0.3 * rng.standard_normal(p.data.shape)).astype(dtype)
+            p.data += to_device(0.3 * rng.standard_normal(p.data.shape), dtype)
     return model, rng
 
 

@@ -47,6 +47,7 @@ THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LENGTH = 128  # characters in a window
 RATES = {"lora": (3e-3, 1e-2, 3e-2), "full": (1e-3, 3e-3, 1e-2)}  # where the search starts
+TABLE_RATES = {"lora": (3e-2, 1e-1, 3e-1), "full": RATES["full"]}  # ... for a permutation
 STEP = math.sqrt(10)  # by which it goes on beyond an edge
 EDGES = 2  # how often it may
 
@@ -62,7 +63,7 @@ class Plan:
     steps: int = 300
     search_steps: int = 100
     batch: int = 8
-    alpha: float = 16
+    alpha: float | None = None  # None: 16 for linear maps, 1/4 for a permutation's embedding
     base: str = "base"
     test_windows: int = 512
     valid_windows: int = 64
@@ -78,7 +79,8 @@ class Plan:
                 raise ConfigError(f"{name} are {', '.join(map(str, values))}; expected each once")
         for name in ("seeds", "steps", "search_steps", "batch", "test_windows", "valid_windows"):
             check_int(name, getattr(self, name), 1)
-        check_float("alpha", self.alpha, 0, math.inf, open_low=True)
+        if self.alpha is not None:
+            check_float("alpha", self.alpha, 0, math.inf, open_low=True)
 
     def ranks_for(self, target: str) -> tuple[int, ...]:
         """The ranks of LoRA on one target."""
@@ -91,8 +93,13 @@ class Plan:
         """What LoRA adapts on one target."""
         return self.modules or (("embed_tokens",) if data.swaps_of(target) else ("all-linear",))
 
+    def alpha_for(self, target: str) -> float:
+        """alpha of LoRA on one target: an embedding's B starts at N(0, 1), so ΔE is large from the first step."""
+        return self.alpha if self.alpha is not None else 0.25 if data.swaps_of(target) else 16.0
 
-QUICK = {"ranks": (1, 4, 16), "seeds": 1, "steps": 40, "search_steps": 10, "test_windows": 64, "valid_windows": 16}
+
+QUICK = {"ranks": (1, 4, 16), "seeds": 1, "steps": 40, "search_steps": 10,
+         "test_windows": 64, "valid_windows": 16}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class Run:
     alpha: float = 0.0
     seed: int = 0
     lr: float = 0.0
+    eps: float = 1e-8  # AdamW's
     steps: int = 0
     batch: int = 0
     base: str = "base"
@@ -194,7 +202,7 @@ def trained_run(run: Run) -> Row:
     history = train(
         model,
         data.batches(text, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
-        AdamW(run.lr, betas=(0.9, 0.99)),
+        AdamW(run.lr, betas=(0.9, 0.99), eps=run.eps),
         steps=run.steps,
         schedule=Schedule(run.steps, warmup=run.steps // 20),
         evaluate=None if run.kind == "search" else lambda: evaluate(model, valid),
@@ -264,13 +272,13 @@ def grid(plan: Plan, fallback: dict[str, bool]) -> list[Run]:
     cells = []
     for target in plan.targets:
         start = Run(
-            "final", target, "full", batch=plan.batch, base=plan.base, fallback=fallback[target],
+            "final", target, "full", eps=1e-4 if data.swaps_of(target) else 1e-8, batch=plan.batch, base=plan.base, fallback=fallback[target],
             test_windows=plan.test_windows, valid_windows=plan.valid_windows,
         )  # fmt: skip
         modules = plan.modules_for(target)
         cells.append(start)
         cells += [
-            replace(start, method="lora", rank=r, modules=modules, alpha=plan.alpha)
+            replace(start, method="lora", rank=r, modules=modules, alpha=plan.alpha_for(target))
             for r in plan.ranks_for(target)
         ]
     return cells
@@ -278,7 +286,7 @@ def grid(plan: Plan, fallback: dict[str, bool]) -> list[Run]:
 
 def references(cells: list[Run]) -> list[Run]:
     """What needs no training: the base on each target, and the known answer cut to each rank."""
-    plain = [replace(c, method="none", modules=(), alpha=0.0, batch=0) for c in cells]
+    plain = [replace(c, method="none", modules=(), alpha=0.0, eps=0.0, batch=0) for c in cells]
     bases = dict.fromkeys(replace(c, kind="base", rank=0) for c in plain)
     return [*bases, *(replace(c, kind="oracle") for c in plain if c.rank and data.swaps_of(c.target))]
 
@@ -288,7 +296,8 @@ def chosen_rates(plan: Plan, cells: list[Run], store: "Store") -> dict[Run, floa
 
     Where the best one lies at an edge the search goes on beyond it, at most EDGES times.
     """
-    rates = {cell: list(RATES[cell.method]) for cell in cells}
+    start = {cell: (TABLE_RATES if data.swaps_of(cell.target) else RATES)[cell.method] for cell in cells}
+    rates = {cell: list(lrs) for cell, lrs in start.items()}
     best: dict[Run, float] = {}
     for _ in range(EDGES + 1):
         tried = {
@@ -300,7 +309,7 @@ def chosen_rates(plan: Plan, cells: list[Run], store: "Store") -> dict[Run, floa
         for cell, runs in tried.items():
             best[cell] = min(runs, key=lambda run: (store.loss(run), run.lr)).lr
             lrs = rates[cell]
-            if best[cell] in (min(lrs), max(lrs)) and len(lrs) < len(RATES[cell.method]) + EDGES:
+            if best[cell] in (min(lrs), max(lrs)) and len(lrs) < len(start[cell]) + EDGES:
                 lrs.append(float(f"{best[cell] * (STEP if best[cell] == max(lrs) else 1 / STEP):.2g}"))
                 grown = True
         if not grown:

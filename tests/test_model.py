@@ -1,0 +1,258 @@
+"""The network: causal, cached decoding is the full forward, sampling keeps to its limits, bad tokens are refused."""
+
+import math
+
+import numpy as np
+import pytest
+from helpers import (
+    EVERYTHING, NORMS, SIZES, T, assert_precision_scales, batch, dtypes, flags, gradients, same_bits, seeds, tiny,
+    tiny_lora,
+)  # fmt: skip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora.errors import ConfigError, InputError
+from minilora.layers import digest, named_params, trained
+from minilora.lora import LoraConfig, disabled, inject, merge
+from minilora.model import Cache, Config, generate, llama, sample
+from minilora.ops import saved
+from minilora.optim import AdamW
+
+V = SIZES["vocab_size"]
+few = settings(max_examples=12)
+
+
+@few
+@given(seed=seeds, flags=flags, dtype=dtypes, j=st.integers(1, T - 1))
+def test_a_later_token_changes_no_bit_of_an_earlier_logit(seed, flags, dtype, j):
+    model, rng = tiny_lora(seed, dtype, **flags)
+    ids, _ = batch(rng)
+    other = ids.copy()
+    other[:, j:] = rng.integers(0, V, other[:, j:].shape)
+    assert np.array_equal(model(ids)[0][:, :j], model(other)[0][:, :j])
+
+
+@few
+@given(seed=seeds, flags=flags, dtype=dtypes)
+def test_an_ignored_label_changes_no_bit(seed, flags, dtype):
+    model, rng = tiny_lora(seed, dtype, **flags)
+    ids, labels = batch(rng)
+    labels[:, -1] = -100  # so the last token is read by no label that counts
+    other = ids.copy()
+    other[:, -1] = ids[:, 0]
+    a, b = gradients(model, ids, labels), gradients(model, other, labels)
+    assert a[0] == b[0]
+    # but a table's gradient is summed in the order of the ids
+    assert same_bits(*({k: g for k, g in x[1].items() if "embed" not in k} for x in (a, b)))
+
+
+@few
+@given(seed=seeds, flags=flags, dtype=dtypes)
+def test_with_all_labels_ignored_loss_and_gradients_are_zero(seed, flags, dtype):
+    model, rng = tiny_lora(seed, dtype, **flags)
+    ids, labels = batch(rng, ignored=1.0)
+    labels[0, 0] = -100
+    loss, g = gradients(model, ids, labels)
+    assert loss == 0
+    assert g
+    assert not any(a.any() for a in g.values())
+
+
+@few
+@given(seed=seeds, flags=flags, cuts=st.sets(st.integers(1, T - 1)))
+def test_cached_decoding_is_the_full_forward(seed, flags, cuts):
+    def both(dtype):
+        model, rng = tiny_lora(seed, dtype, **flags)
+        ids, _ = batch(rng)
+        caches, parts = [Cache() for _ in model.model.layers], []
+        for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), T], strict=True):
+            parts.append(model(ids[:, start:end], caches=caches, start=start)[0])
+        return np.concatenate(parts, 1), model(ids)[0]
+
+    assert_precision_scales(both)
+
+
+@few
+@given(seed=seeds, flags=flags, merged=st.booleans())
+def test_greedy_text_is_that_of_the_full_forward_and_of_every_greedy_setting(seed, flags, merged):
+    model, rng = tiny_lora(seed, np.float64, **flags)
+    prompt = rng.integers(0, V, (3, 4))
+    if merged:
+        merge(model)
+    ids = prompt
+    for _ in range(6):
+        ids = np.concatenate([ids, model(ids)[0][:, -1].argmax(-1)[:, None]], 1)
+    for how in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}, {"temperature": 0, "top_k": 3}):
+        text = np.stack(list(generate(model, prompt, 6, rng=rng, **how)), 1)
+        assert np.array_equal(text, ids[:, 4:]), how
+
+
+@few
+@given(seed=seeds, dtype=dtypes, kind=st.sampled_from(["lora", "dropout", "dora", "full"]))
+def test_recomputing_gives_the_same_bits_and_keeps_less(seed, dtype, kind):
+    model, rng = tiny(seed, dtype)
+    if kind != "full":
+        how = {"dropout": {"dropout": 0.4}, "dora": {"dora": True}, "lora": {"modules_to_save": NORMS}}[kind]
+        inject(model, LoraConfig(r=3, alpha=7, init="both", **how), rng=rng)
+    ids, labels = batch(rng)
+    state = rng.bit_generator.state
+    loss, g = gradients(model, ids, labels)
+    after = rng.bit_generator.state
+    kept = sum(a.size for a in saved(model.loss(ids, labels, train=True)[1]).values())
+    model.recompute, rng.bit_generator.state = True, state
+    again, h = gradients(model, ids, labels)
+    assert loss == again
+    assert same_bits(g, h)
+    assert rng.bit_generator.state == after
+    assert sum(a.size for a in saved(model.loss(ids, labels, train=True)[1]).values()) < kept
+
+
+@few
+@given(seed=seeds, dtype=dtypes, flags=flags, kind=st.sampled_from([None, {}, {"dora": True}, {"dropout": 0.5}]))
+def test_the_dtype_is_closed(seed, dtype, flags, kind):
+    model, rng = tiny(seed, dtype, **flags)
+    if kind is not None:
+        targets = EVERYTHING if not kind else "all-linear"
+        inject(model, LoraConfig(r=3, targets=targets, modules_to_save=NORMS, **kind), rng=rng)
+    ids, labels = batch(rng)
+    arrays = [model(ids)[0]]
+    loss, back = model.loss(ids, labels, train=True)
+    arrays += [loss, *(a for a in saved(back).values() if a.dtype.kind == "f")]
+    back()
+    arrays += [p.grad for p in trained(model).values()]
+    optimizer = AdamW(weight_decay=0.1, clip=1e-3)
+    optimizer.step(trained(model))
+    arrays += [*optimizer.state().values(), *(p.data for p in named_params(model).values())]
+    if kind is not None:
+        merge(model)
+        arrays += [model(ids)[0], *(p.data for p in named_params(model).values())]
+    assert {a.dtype for a in arrays} == {np.dtype(dtype)}
+
+
+def test_what_was_kept_is_gone_after_the_way_back():
+    model, rng = tiny_lora()
+    _, back = model.loss(*batch(rng), train=True)
+    before = sum(a.size for a in saved(back).values())
+    back()
+    after = sum(a.size for a in saved(back).values())
+    model.model.layers = []
+    _, back = model.loss(*batch(rng), train=True)
+    assert after <= sum(a.size for a in saved(back).values()) < before  # what head and loss hold, at most
+
+
+@given(seed=seeds)
+def test_a_fresh_model_starts_near_the_uniform_guess(seed):
+    model = llama(Config(), np.random.default_rng(seed))
+    ids = np.random.default_rng(seed).integers(0, 128, (2, 16))
+    labels = np.roll(ids, 1, 1)
+    # logits of variance 1 cost 1/2 nat above log V; the mean of 32 of them has a deviation below 0.3
+    assert abs(model.loss(ids, labels)[0] - math.log(128) - 0.5) <= 6 * 0.3
+
+
+# ---- sampling
+
+
+@settings(max_examples=20)
+@given(seed=seeds, temperature=st.sampled_from([0.5, 1.0, 2.0]), top_k=st.sampled_from([None, 1, 3, 50]),
+       top_p=st.sampled_from([0.3, 0.8, 1.0]))  # fmt: skip
+def test_a_sample_follows_the_truncated_distribution(seed, temperature, top_k, top_p):
+    rng = np.random.default_rng(seed)
+    logits, draws = rng.standard_normal(V), 4000
+    p = np.exp(logits / temperature)
+    order = np.argsort(-p)
+    p[order[top_k:]] = 0
+    p /= p.sum()
+    enough = int((np.cumsum(p[order]) < top_p).sum()) + 1  # the fewest that hold the share
+    p[order[enough:]] = 0
+    p /= p.sum()
+    counts = np.bincount(sample(np.tile(logits, (draws, 1)), rng, temperature, top_k, top_p), minlength=V)
+    # 6 standard deviations of a binomial count, and 6 for the discreteness of small ones
+    assert (np.abs(counts - draws * p) <= 6 * np.sqrt(draws * p * (1 - p)) + 6 * (p > 0)).all()
+
+
+def test_rows_are_sampled_apart_and_an_impossible_token_never():
+    logits = np.full((1000, V), -np.inf)
+    logits[np.arange(1000), np.arange(1000) % V] = 0
+    assert np.array_equal(sample(logits, np.random.default_rng(0), 1.0, None, 1.0), np.arange(1000) % V)
+
+
+# ---- bad input: refused before any arithmetic
+
+GOOD = np.zeros((2, 3), int)
+IDS = [
+    (np.array([[0, V]]), str(V)), (np.array([[0, -1]]), "-1"), (GOOD.astype(float), "float64"),
+    (GOOD.astype(bool), "bool"), (GOOD.astype(object), "object"), ([[1, 2], [3]], "ragged"), (GOOD[0], r"(3,)"),
+    (GOOD[None], "(1, 2, 3)"), (np.zeros((1, 17), int), "17 tokens"), (np.zeros((2, 0), int), "(2, 0)"),
+    (np.zeros((0, 3), int), "(0, 3)"), (None, "object"), ("text", "dtype"), (np.array(["a"]), "dtype"),
+    (np.array([[2**63]], np.uint64), str(2**63)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ids", "says"), IDS, ids=lambda v: repr(v)[:30])
+def test_tokens_that_are_none_are_refused(ids, says):
+    model, rng = tiny_lora()
+    before = digest(model)
+    for call in (
+        lambda: model(ids), lambda: model(ids, train=True), lambda: generate(model, ids, 1, rng=rng),
+        lambda: model.loss(ids, ids),
+    ):  # fmt: skip
+        with pytest.raises(InputError) as e:
+            call()
+        assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(InputError) as e:
+        model(ids)
+    assert says in str(e.value)
+    assert digest(model) == before
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [(GOOD[:1], "(1, 3)"), (GOOD.T, "(3, 2)"), (GOOD + V, str(V)), (GOOD - 1, "-1"), (GOOD - 99, "-99"),
+     (GOOD.astype(float), "float64"), ([[1], [1, 2]], "ragged")],
+    ids=str,
+)  # fmt: skip
+def test_labels_that_do_not_fit_are_refused(labels, says):
+    with pytest.raises(InputError) as e:
+        tiny()[0].loss(GOOD, labels)
+    assert says in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_new_tokens": 2.0}, {"max_new_tokens": True},
+     {"max_new_tokens": 14}, {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf},
+     {"top_k": 0}, {"top_k": -1}, {"top_k": 1.0}, {"top_k": True}, {"top_p": 0}, {"top_p": -0.1}, {"top_p": 1.1},
+     {"top_p": math.nan}, {"temperature": "1"}, {"top_p": "1"}, {"temperature": None}, {"top_p": None}],
+    ids=repr,
+)  # fmt: skip
+def test_a_setting_of_generate_without_meaning_is_refused_at_once(bad):
+    model, rng = tiny()
+    with pytest.raises(InputError) as e:  # by the call, not by the first token
+        generate(model, GOOD, **{"max_new_tokens": 2, "rng": rng} | bad)
+    assert str(next(iter(bad.values()))) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [*({name: v} for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                              "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+       for v in (0, -1, 2.0, True, None, "8")),
+     {"num_key_value_heads": 4}, {"head_dim": 5}, {"head_dim": 0}, {"head_dim": -2}, {"head_dim": 4.0},
+     {"head_dim": None, "hidden_size": 13}, {"head_dim": None, "hidden_size": 18}, {"rms_norm_eps": 0},
+     {"rms_norm_eps": math.nan}, {"rms_norm_eps": "1e-5"}, {"rope_theta": 0}, {"rope_theta": math.inf},
+     *({flag: v} for flag in ("tie_word_embeddings", "attention_bias", "mlp_bias") for v in ("false", 1, None))],
+    ids=repr,
+)  # fmt: skip
+def test_a_shape_that_is_none_is_refused(bad):
+    with pytest.raises(ConfigError) as e:
+        Config(**SIZES | bad)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_disabled_is_the_base_to_the_bit():
+    model, rng = tiny_lora(0)
+    ids, _ = batch(rng)
+    base = tiny(0)[0](ids)[0]
+    with disabled(model):
+        assert np.array_equal(model(ids)[0], base)
+    assert not np.allclose(model(ids)[0], base)
