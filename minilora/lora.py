@@ -50,10 +50,11 @@ class LowRank:
             dh = s * (dy_ @ B.data)  # (M, r)
             B.add_grad(dy_.T @ h)  # dB = dYᵀ H
             A.add_grad(dh.T @ z)  # dA = (s dY B)ᵀ X
-            if not dx:
-                return back_base(dy)
-            dz = (dh @ A.data).reshape(x.shape)
-            return back_base(dy) + (back_drop(dz) if back_drop else dz)
+            d = back_base(dy)
+            if dx:
+                dz = (dh @ A.data).reshape(x.shape)
+                d += back_drop(dz) if back_drop else dz
+            return d
 
         return y, back
 

@@ -90,9 +90,9 @@ class Attention:
         q, back_q = self.q_proj(x, dx)
         k, back_k = self.k_proj(x, dx)
         v, back_v = self.v_proj(x, dx)
-        q, unturn_q = rope(heads(q, self.head_dim), *turn)  # (N, H, T, E)
-        k, unturn_k = rope(heads(k, self.head_dim), *turn)  # (N, G, T, E)
-        v = heads(v, self.head_dim)
+        q, unturn_q = rope(q, *turn, self.head_dim)
+        k, unturn_k = rope(k, *turn, self.head_dim)
+        q, k, v = (heads(x, self.head_dim) for x in (q, k, v))  # (N, H or G, T, E)
         if cache is not None:
             k, v = cache.extend(k, v)
         a, back_a = attention(q, k, v)
@@ -101,8 +101,8 @@ class Attention:
         def back(dy: Array) -> Array:
             dq, dk, dv = back_a(heads(back_o(dy), self.head_dim))
             dv = back_v(unheads(dv))
-            dk = back_k(unheads(unturn_k(dk)))
-            dq = back_q(unheads(unturn_q(dq)))
+            dk = back_k(unturn_k(unheads(dk)))
+            dq = back_q(unturn_q(unheads(dq)))
             return dq + dk + dv if dx else None
 
         return y, back
@@ -224,7 +224,8 @@ class Llama:
         if dx := wanted(dx, decoder.embed_tokens):
             backs.append(back)
         positions = xp.arange(start, start + ids.shape[1])
-        turn = rope_tables(positions, self.config.E, self.config.rope_theta, x.real.dtype)
+        c = self.config
+        turn = rope_tables(positions, c.num_attention_heads, c.E, c.rope_theta, x.real.dtype)
         for i, block in enumerate(decoder.layers):
             if train and self.recompute:
                 x, back = recomputed(block, x, turn, dx)

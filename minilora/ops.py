@@ -111,24 +111,32 @@ def rms_norm(x: Array, eps: float) -> tuple[Array, Back]:
     return y, back
 
 
-def rope_tables(positions: Array, width: int, theta: float, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin (T, E/2) of position * theta^(-2j/E), j < E/2 (Su et al. 2021)."""
+def rope_tables(positions: Array, heads: int, width: int, theta: float, dtype: Any) -> tuple[Array, Array]:
+    """cos and signed sin (T, H*E) of position * theta^(-2j/E), j < E/2, for H heads (Su et al. 2021).
+
+    Each head has its cosines twice, and its sines first with a minus: as `rope` wants them.
+    """
     inverse = theta ** (xp.arange(width // 2) * (-2.0 / width))
     angle = positions[:, None] * inverse  # float64 until the end: large positions lose no digits
-    return xp.cos(angle).astype(dtype), xp.sin(angle).astype(dtype)
+    cos, sin = xp.cos(angle), xp.sin(angle)
+    tables = xp.tile(cos, 2 * heads), xp.tile(xp.concatenate([-sin, sin], 1), heads)
+    return tables[0].astype(dtype), tables[1].astype(dtype)
 
 
-def rope(x: Array, cos: Array, sin: Array) -> tuple[Array, Back]:
-    """Turn the pairs (j, j + E/2) of x (..., T, E) by the angles of `rope_tables`: HF's half-split."""
+def rope(x: Array, cos: Array, sin: Array, width: int) -> tuple[Array, Back]:
+    """Turn the pairs (j, j + E/2) of each head in x (N, T, H*E) by the angles of the tables.
+
+    [a, b] -> [a, b] * cos + [b, a] * [-sin, sin], Hugging Face's half-split. Three long passes over
+    memory and one that swaps the halves: heads, of E numbers, are too short to loop over.
+    """
+    N, T, W = x.shape
+    cos, sin = cos[:, :W], sin[:, :W]  # fewer heads, where keys have fewer
 
     def turn(x: Array, sin: Array) -> Array:
-        half = x.shape[-1] // 2
-        a, b = x[..., :half], x[..., half:]
-        y = xp.empty(x.shape, x.dtype)
-        xp.multiply(a, cos, out=y[..., :half])
-        y[..., :half] -= b * sin
-        xp.multiply(b, cos, out=y[..., half:])
-        y[..., half:] += a * sin
+        swapped = x.reshape(N, T, W // width, 2, width // 2)[..., ::-1, :].reshape(N, T, W)
+        swapped *= sin
+        y = x * cos
+        y += swapped
         return y
 
     def back(dy: Array) -> Array:

@@ -152,4 +152,5 @@ def gradients(model, ids, labels):
 
 def same_bits(a, b):
     """Two dicts of arrays are equal in every bit."""
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)
+    bits = [{k: (x.dtype, x.shape, x.tobytes()) for k, x in arrays.items()} for arrays in (a, b)]
+    return bits[0] == bits[1]

@@ -9,15 +9,12 @@ import minilora
 
 PACKAGE = Path(minilora.__file__).parent
 ORDER = [
-    "errors", "backend", "ops", "layers", "model", "lora", "optim", "storage", "data", "train", "files", "spectra",
-    "plots", "experiments", "cli",
+    "errors", "backend", "ops", "layers", "model", "lora", "optim", "storage", "data", "train", "files",
+    "spectra", "plots", "report", "experiments", "cli", "__main__",
 ]  # fmt: skip
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra"]
 TYPES = {"random.Generator", "ndarray", "float32", "float64", "int64", "dtype", "errstate"}
-ON_THE_HOST = {  # the functions that work on host arrays
-    "sample", "host_ints", "check_range", "digest",
-}  # fmt: skip
 
 
 def room(file):
@@ -31,7 +28,7 @@ def imports(file):
             yield from ((alias.name.split(".")[0], 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names = [node.module] if node.module else [alias.name for alias in node.names]
-            yield from ((name.split(".")[0], node.level) for name in names)
+            yield from ((name.split(".")[0], node.level) for name in names if name != "__version__")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
@@ -54,16 +51,17 @@ def test_each_library_has_one_door():
         assert not names & {"torch", "transformers", "peft", "scipy", "pickle"}
         if room(file) not in ("backend", "cli"):
             code = ast.parse(file.read_text())
-            words = [n.value for n in ast.walk(code) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-            assert "cupy" not in words, file.name
+            assert "cupy" not in [n.value for n in ast.walk(code) if isinstance(n, ast.Constant)], file.name
 
 
 @pytest.mark.parametrize("name", NUMERIC)
 def test_device_work_goes_through_xp(name):
     def look(node):
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef) and child.name in ON_THE_HOST:
-                continue
+            if isinstance(child, ast.FunctionDef):  # whose signature says that it handles host arrays
+                signature = ast.unparse(child.args) + ast.unparse(child.returns)
+                if "np.ndarray" in signature or child.name == "digest":
+                    continue
             if isinstance(child, ast.Attribute):
                 text = ast.unparse(child)
                 if text.startswith("np."):

