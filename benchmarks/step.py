@@ -108,7 +108,7 @@ def main() -> None:
     keep_memory()
     chosen = [int(a) for a in sys.argv[1:]] or [size[0] for size in SIZES]
     rows = []
-    print(f"{'D':>4} {'products':>9} {'LoRA':>8} {'full':>8} {'LoRA/products':>14} {'LoRA/full':>10}   (ms, one thread)")
+    print(f"{'D':>4} {'products':>9} {'LoRA':>8} {'full':>8} {'LoRA/products':>14} {'LoRA/full':>10}   (ms)")
     for size in SIZES:
         if size[0] not in chosen:
             continue

@@ -1,10 +1,10 @@
 """minilora: LoRA from scratch in NumPy. Read lora.py first; README.md lists the files in reading order.
 
-    model = ml.load()                                        # the base that ships, frozen
-    ml.inject(model, ml.LoraConfig(r=8, alpha=16), rng=rng)  # A and B beside every linear map
-    ml.train(model, batches, ml.AdamW(lr=1e-2), steps=300)
-    ml.merge(model); ml.unmerge(model)
-    ml.spectrum(model)                                       # singular values of every ΔW
+model = ml.load()                                        # the base that ships, frozen
+ml.inject(model, ml.LoraConfig(r=8, alpha=16), rng=rng)  # A and B beside every linear map
+ml.train(model, batches, ml.AdamW(lr=1e-2), steps=300)
+ml.merge(model); ml.unmerge(model)
+ml.spectrum(model)                                       # singular values of every ΔW
 """
 
 from .backend import use

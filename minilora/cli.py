@@ -56,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
         return sub.add_argument
 
     add = command("sweep", sweep, "the main job: LoRA at every rank against full fine-tuning, with figures")
-    add("--target", action="append", metavar="NAME", help="a corpus: permuted:K, folio, kjv, code, reversed, stdlib")
+    add("--target", action="append", metavar="NAME", help="permuted:K, folio, kjv, code, reversed or stdlib")
     add("--data", action="append", metavar="PATH", help="your own text file or folder as a target")
     add("--base", default="base", metavar="DIR", help="the model to start from (default: the one that ships)")
     add("--ranks", type=integers, metavar="R,R,...", help="default: 1,2,4,8,16,32,64")
-    add("--modules", type=words, default=(), metavar="NAME,...", help="what LoRA adapts, or all-linear")
+    add("--modules", type=words, metavar="NAME,...", help="what LoRA adapts, or all-linear")
     add("--seeds", type=int, metavar="N", help="default: 3")
     add("--steps", type=int, metavar="N", help="of training per run")
     add("--jobs", type=int, metavar="N", help="processes (default: one per core)")
@@ -94,15 +94,15 @@ def sweep(options: Options) -> int:
     from .experiments import rank_sweep
 
     chosen: dict[str, Any] = dict(rank_sweep.QUICK) if options.quick else {}
-    given = {"ranks": options.ranks, "seeds": options.seeds, "steps": options.steps}
+    given = {name: getattr(options, name) for name in ("ranks", "modules", "seeds", "steps")}
     chosen |= {name: value for name, value in given.items() if value is not None}
     if options.target or options.data:
         chosen["targets"] = (*(options.target or ()), *(options.data or ()))
-    plan = rank_sweep.Plan(base=options.base, modules=options.modules, **chosen)
+    plan = rank_sweep.Plan(base=options.base, **chosen)
     out = options.out or Path("runs/quick" if options.quick else "runs/sweep")
     jobs, cores = options.jobs, os.cpu_count() or 1
     if jobs is not None and jobs > cores:
-        print(f"minilora: {jobs} jobs on {cores} cores would wait for each other; using {cores}", file=sys.stderr)
+        print(f"minilora: {jobs} jobs on {cores} cores; using {cores}", file=sys.stderr)
         jobs = cores
     with bar("runs") as show:
         rows = rank_sweep.sweep(plan, out, jobs=jobs, progress=lambda done, known, row: show(done, known))
@@ -112,7 +112,7 @@ def sweep(options: Options) -> int:
     return 1 if any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final") else 0
 
 
-def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """Write all figures of a sweep, and the report."""
     from .experiments import rank_sweep
     from .storage import write_atomic

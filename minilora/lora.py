@@ -22,8 +22,16 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, normal, scatter_add, uniform, xp
-from .errors import ConfigError, InputError, MismatchError, NonFiniteError, StateError
-from .errors import check_float, check_int, nearest
+from .errors import (
+    ConfigError,
+    InputError,
+    MismatchError,
+    NonFiniteError,
+    StateError,
+    check_float,
+    check_int,
+    nearest,
+)
 from .layers import Dropout, Embedding, Linear, Param, Wanted, children, freeze, named_params, replace
 from .ops import Back, rows
 
@@ -309,7 +317,8 @@ class Report:
 
     def __str__(self) -> str:
         width = max(len(row.module) for row in self.rows)
-        lines = [f"{'module':{width}}  {'shape':>12}  {'r':>4}  {'alpha':>6}  {'scale':>8}  {'parameters':>10}"]
+        head = f"{'shape':>12}  {'r':>4}  {'alpha':>6}  {'scale':>8}  {'parameters':>10}"
+        lines = [f"{'module':{width}}  {head}"]
         for w in self.rows:
             shape = " x ".join(map(str, w.shape))
             how = f"{w.r:4}  {w.alpha:6g}  {w.scale:8.4g}" if w.r else f"{'in full':>22}"
@@ -358,7 +367,8 @@ def find_targets(layers: Mapping[str, Any], config: LoraConfig) -> list[str]:
     if isinstance(targets, re.Pattern):
         found = [p for p in adaptable if targets.fullmatch(p)]
         if not found:
-            raise MismatchError(f"targets: {targets.pattern!r} matches no module; there are {adaptable[:3]} ...")
+            some = ", ".join(adaptable[:3])
+            raise MismatchError(f"targets: {targets.pattern!r} matches no module; there are {some}, ...")
         return found
     return resolve("targets", names("targets", targets), adaptable)
 
@@ -524,7 +534,7 @@ def folded(model: Any) -> dict[str, Any]:
                 plain[path] = layer.adapters[layer.active].fold(layer.base)
                 for name, p in named_params(plain[path]).items():
                     if not xp.isfinite(p.data).all():
-                        raise NonFiniteError(f"{path}.{name}: the merged weight is not finite; nothing was merged")
+                        raise NonFiniteError(f"{path}.{name} is not finite with ΔW; nothing was merged")
     return plain
 
 

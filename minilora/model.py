@@ -74,6 +74,11 @@ class Cache:
         return self.k, self.v
 
 
+def wanted(dx: Wanted, layer: Any) -> Wanted:
+    """Whether the gradient of `layer`'s output is wanted, given whether that of its input is."""
+    return trains(layer) if dx is False else dx
+
+
 @dataclass(eq=False)
 class Attention:
     """Causal self-attention with rotary positions: x (N, T, D) -> (N, T, D)."""
@@ -96,10 +101,14 @@ class Attention:
         if cache is not None:
             k, v = cache.extend(k, v)
         a, back_a = attention(q, k, v)
-        y, back_o = self.o_proj(unheads(a))
+        da = wanted(dx, [self.q_proj, self.k_proj, self.v_proj])
+        y, back_o = self.o_proj(unheads(a), da)
 
         def back(dy: Array) -> Array:
-            dq, dk, dv = back_a(heads(back_o(dy), self.head_dim))
+            do = back_o(dy)
+            if not da:
+                return None
+            dq, dk, dv = back_a(heads(do, self.head_dim))
             dv = back_v(unheads(dv))
             dk = back_k(unturn_k(unheads(dk)))
             dq = back_q(unturn_q(unheads(dq)))
@@ -120,20 +129,19 @@ class MLP:
         g, back_g = self.gate_proj(x, dx)
         u, back_u = self.up_proj(x, dx)
         h, back_h = swiglu(g, u)
-        y, back_d = self.down_proj(h)
+        dh = wanted(dx, [self.gate_proj, self.up_proj])
+        y, back_d = self.down_proj(h, dh)
 
         def back(dy: Array) -> Array:
-            dg, du = back_h(back_d(dy))
+            dd = back_d(dy)
+            if not dh:
+                return None
+            dg, du = back_h(dd)
             du = back_u(du)
             dg = back_g(dg)
             return dg + du if dx else None
 
         return y, back
-
-
-def wanted(dx: Wanted, layer: Any) -> Wanted:
-    """Whether the gradient of `layer`'s output is wanted, given whether that of its input is."""
-    return trains(layer) if dx is False else dx
 
 
 @dataclass(eq=False)
@@ -349,15 +357,20 @@ def generate(
         raise InputError(f"top_k is {top_k!r}; expected an int, at least 1")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p!r}; expected a number in (0, 1]")
-    N, T = to_host(model.check(ids)).shape
+    T = to_host(model.check(ids)).shape[1]
     if T + max_new_tokens > limit:
         raise InputError(f"{T} + {max_new_tokens} tokens; the model takes at most {limit}")
     return _generate(model, ids, max_new_tokens, rng, temperature, top_k, top_p)
 
 
 def _generate(
-    model: Llama, ids: Array, steps: int, rng: np.random.Generator,
-    temperature: float, top_k: int | None, top_p: float,
+    model: Llama,
+    ids: Array,
+    steps: int,
+    rng: np.random.Generator,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
 ) -> Iterator[np.ndarray]:
     caches = [Cache() for _ in model.model.layers]
     start = 0

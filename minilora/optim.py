@@ -66,7 +66,9 @@ class AdamW:
         norm = global_norm(params)
         if not math.isfinite(norm):
             bad = [path for path, p in params.items() if p.grad is not None and not xp.isfinite(p.grad).all()]
-            raise NonFiniteError(f"step {self.t + 1}: the gradient of {(bad or ['everything'])[0]} is not finite")
+            raise NonFiniteError(
+                f"step {self.t + 1}: the gradient of {(bad or ['everything'])[0]} is not finite"
+            )
         shrink = min(1.0, self.clip / norm) if self.clip and norm > 0 else 1.0
         self.t += 1
         b1, b2 = self.betas

@@ -26,7 +26,7 @@ from .storage import write_atomic
 Row = dict[str, Any]
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (6.4, 4.0),
     "figure.constrained_layout.use": True,
     "savefig.dpi": 150,
@@ -108,7 +108,9 @@ def by_rank(rows: Sequence[Row], key: str) -> tuple[list[int], np.ndarray]:
     return ranks, np.array([(math.fsum(v) / len(v), min(v), max(v)) for v in values])
 
 
-def band(ax: Axes, x: Sequence[float], y: np.ndarray, label: str, colour: str, marker: str, line: str = "-") -> None:
+def band(
+    ax: Axes, x: Sequence[float], y: np.ndarray, label: str, colour: str, marker: str, line: str = "-"
+) -> None:
     """A mean line with the range over seeds behind it."""
     ax.fill_between(x, y[:, 1], y[:, 2], color=colour, alpha=0.2, linewidth=0)
     ax.plot(x, y[:, 0], color=colour, marker=marker, linestyle=line, label=label, markersize=5)
@@ -134,7 +136,12 @@ def level(ax: Axes, y: float, text: str, colour: str, line: str, above: bool = T
 
 def title(target: str) -> str:
     """A target as a heading."""
-    names = {"folio": "First Folio", "kjv": "King James Bible", "code": "Python code", "reversed": "reversed text"}
+    names = {
+        "folio": "First Folio",
+        "kjv": "King James Bible",
+        "code": "Python code",
+        "reversed": "reversed text",
+    }
     if target.startswith("permuted"):
         return f"letter permutation, {target.partition(':')[2] or 4} swaps"
     return names.get(target, Path(target).name)
@@ -183,11 +190,17 @@ def gap_against_parameters(rows: Sequence[Row]) -> Picture:
         _, p = by_rank(lora, "parameters")
         band(ax, p[:, 0].tolist(), 100 * y, title(target), colour, marker)
         for i in (0, -1):
-            ax.annotate(f"r = {ranks[i]}", (p[i, 0], 100 * y[i, 0]), xytext=(4, -14), textcoords="offset points")
-        says.append(f"{title(target)}: {y[0, 0]:.0%} at {p[0, 0]:,.0f} parameters, {y[-1, 0]:.0%} at {p[-1, 0]:,.0f}")
+            ax.annotate(
+                f"r = {ranks[i]}", (p[i, 0], 100 * y[i, 0]), xytext=(4, -14), textcoords="offset points"
+            )
+        says.append(
+            f"{title(target)}: {y[0, 0]:.0%} at {p[0, 0]:,.0f} parameters, {y[-1, 0]:.0%} at {p[-1, 0]:,.0f}"
+        )
     whole = final(rows, targets(rows)[0], "full")[0]["parameters"]
     ax.axhline(100, color=ORANGE, linestyle="--", linewidth=1.5)
-    ax.plot([whole], [100], color=ORANGE, marker="*", markersize=12, linestyle="none", label="full fine-tuning")
+    ax.plot(
+        [whole], [100], color=ORANGE, marker="*", markersize=12, linestyle="none", label="full fine-tuning"
+    )
     ax.set_xscale("log")
     ax.set_xlabel("trained parameters")
     ax.set_ylabel("gap to full fine-tuning closed (%)")
@@ -209,7 +222,9 @@ def mean_spectrum(rows: Sequence[Row], ending: str) -> np.ndarray:
 
 def shades(ranks: Sequence[int]) -> dict[int, Any]:
     """A colour of viridis for each rank, dark to light."""
-    return {r: matplotlib.colormaps["viridis"](0.85 * i / max(len(ranks) - 1, 1)) for i, r in enumerate(ranks)}
+    return {
+        r: matplotlib.colormaps["viridis"](0.85 * i / max(len(ranks) - 1, 1)) for i, r in enumerate(ranks)
+    }
 
 
 def kinds(rows: Sequence[Row]) -> list[str]:
@@ -236,7 +251,15 @@ def spectra(rows: Sequence[Row], target: str) -> Picture:
         ax.plot(index, noise, color=GREY, linestyle=":", linewidth=1.5, label="noise of that norm")
         for r, colour in shades(ranks).items():
             v = mean_spectrum(select(lora, rank=r), kind)
-            ax.plot(np.arange(1, len(v) + 1), v, color=colour, marker=".", markersize=4, linewidth=1, label=f"r = {r}")
+            ax.plot(
+                np.arange(1, len(v) + 1),
+                v,
+                color=colour,
+                marker=".",
+                markersize=4,
+                linewidth=1,
+                label=f"r = {r}",
+            )
         ax.set_yscale("log")
         ax.set_xscale("log", base=2)
         ticks = [t for t in (1, 4, 16, 64) if t <= len(s)]
@@ -257,7 +280,9 @@ def spectra(rows: Sequence[Row], target: str) -> Picture:
     flat[len(panels)].legend(handles, labels, loc="center", fontsize=9, ncols=2 if len(labels) > 7 else 1)
     figure.suptitle(f"{title(target)}: spectra of ΔW, mean over layers and {seeds(lora)}", fontsize=12)
     tops = ", ".join(f"{k} {mean_spectrum(select(lora, rank=ranks[-1]), k)[0]:.2g}" for k in panels)
-    return Picture(figure, f"Singular values of ΔW on {title(target)}; the largest at rank {ranks[-1]}: {tops}.")
+    return Picture(
+        figure, f"Singular values of ΔW on {title(target)}; the largest at rank {ranks[-1]}: {tops}."
+    )
 
 
 def shape_noise(kind: str, rows: Sequence[Row], count: int) -> np.ndarray:
@@ -283,7 +308,9 @@ def energy_and_effective_rank(rows: Sequence[Row], target: str) -> Picture:
         return np.array([f[: min(map(len, found))] for f in found]).mean(0)
 
     whole = mean_energy(full)
-    left.plot(np.arange(1, len(whole) + 1), 100 * whole, color=ORANGE, linestyle="--", linewidth=2, label="full")
+    left.plot(
+        np.arange(1, len(whole) + 1), 100 * whole, color=ORANGE, linestyle="--", linewidth=2, label="full"
+    )
     for r, colour in shades(ranks).items():
         e = 100 * mean_energy(select(lora, rank=r))
         left.plot(np.arange(1, len(e) + 1), e, color=colour, marker=".", linewidth=1, label=f"r = {r}")
@@ -293,7 +320,10 @@ def energy_and_effective_rank(rows: Sequence[Row], target: str) -> Picture:
     left.set_ylabel("energy in the first k (%)")
     left.legend(fontsize=9, ncols=2, loc="lower right")
 
-    effective = [{"config": row["config"], "v": float(np.mean([effective_rank(s) for s in curves([row])]))} for row in lora]
+    effective = [
+        {"config": row["config"], "v": float(np.mean([effective_rank(s) for s in curves([row])]))}
+        for row in lora
+    ]
     _, y = by_rank(effective, "v")
     band(right, ranks, y, "LoRA", BLUE, "o")
     side = len(curves(full)[0])
@@ -314,7 +344,8 @@ def energy_and_effective_rank(rows: Sequence[Row], target: str) -> Picture:
     says = (
         f"Effective rank of ΔW on {title(target)}: "
         + ", ".join(f"{v[0]:.1f} at r = {r} (noise {n:.1f})" for r, v, n in zip(ranks, y, noise, strict=True))
-        + f"; {f:.1f} for full fine-tuning. At r = {ranks[-1]}, 90 % of the energy lies in {most:.0f} directions."
+        + f"; {f:.1f} for full fine-tuning. "
+        + f"At r = {ranks[-1]}, 90 % of the energy lies in {most:.0f} directions."
     )
     return Picture(figure, says)
 
@@ -329,7 +360,15 @@ def known_rank(rows: Sequence[Row], target: str) -> Picture:
     figure, ((left, right),) = axes(2, 1, (10, 4))
     ranks, y = by_rank(lora, "test")
     rs, o = by_rank(oracle, "test")
-    left.plot(rs, o[:, 0] - floor, color=ORANGE, linestyle="--", marker="s", markersize=5, label="true ΔE cut to rank r")
+    left.plot(
+        rs,
+        o[:, 0] - floor,
+        color=ORANGE,
+        linestyle="--",
+        marker="s",
+        markersize=5,
+        label="true ΔE cut to rank r",
+    )
     band(left, ranks, y - floor, f"LoRA, {seeds(lora)}", BLUE, "o")
     left.axvline(k, color=GREY, linestyle=":")
     left.axhline(0, color=GREY, linewidth=0.8)
@@ -341,9 +380,18 @@ def known_rank(rows: Sequence[Row], target: str) -> Picture:
     shown = min((r for r in ranks if r >= 2 * k), default=ranks[-1])
     s = np.array([row["spectra"]["model.embed_tokens"] for row in select(lora, rank=shown)])
     index = np.arange(1, s.shape[1] + 1)
-    right.plot(index[:k], truth[:k], color=ORANGE, marker="_", markersize=22, markeredgewidth=2.5, linestyle="none",
-               label="true singular values")  # fmt: skip
-    band(right, index.tolist(), np.stack([s.mean(0), s.min(0), s.max(0)], 1), f"learned at r = {shown}", BLUE, "o")
+    right.plot(
+        index[:k], truth[:k], color=ORANGE, marker="_", markersize=22, markeredgewidth=2.5,
+        linestyle="none", label="true singular values",
+    )  # fmt: skip
+    band(
+        right,
+        index.tolist(),
+        np.stack([s.mean(0), s.min(0), s.max(0)], 1),
+        f"learned at r = {shown}",
+        BLUE,
+        "o",
+    )
     right.axvline(k + 0.5, color=GREY, linestyle=":")
     right.set_xticks(index)
     right.set_ylim(bottom=0)
@@ -359,7 +407,7 @@ def known_rank(rows: Sequence[Row], target: str) -> Picture:
 
 @styled
 def learning_curves(rows: Sequence[Row], target: str) -> Picture:
-    """Validation loss against step: has full fine-tuning flattened?"""
+    """Validation loss against step, to see whether full fine-tuning has flattened."""
     lora, full = final(rows, target), final(rows, target, "full")
     ranks = sorted({row["config"]["rank"] for row in lora})
     figure, ((ax,),) = axes()

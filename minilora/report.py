@@ -15,7 +15,8 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse; width: 100% }}
 caption {{ text-align: left; font-weight: 600; padding: .5rem 0 }}
 th, td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd }}
@@ -52,7 +53,9 @@ def table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> 
         for line in lines
     )
     caption = html.escape(caption)
-    return f"<table><caption>{caption}</caption><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return (
+        f"<table><caption>{caption}</caption><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    )
 
 
 def drawing(name: str, picture: Picture) -> str:

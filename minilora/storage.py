@@ -109,7 +109,9 @@ def locked(folder: Path | str) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(fd, 200).decode("ascii", "replace").strip() or "another process"
-            raise LockedError(f"{folder}: is in use by {holder}; wait for it, or use --out with another folder") from None
+            raise LockedError(
+                f"{folder}: is in use by {holder}; wait for it, or use --out with another folder"
+            ) from None
         os.ftruncate(fd, 0)
         os.write(fd, f"process {os.getpid()} on {os.uname().nodename}".encode())
         for leftover in folder.glob(".*.tmp"):  # of a process that died; ours, by pattern and lock

@@ -76,7 +76,9 @@ def train(
         if not math.isfinite(loss):
             for p in params.values():
                 p.grad = None
-            raise NonFiniteError(f"step {step + 1}: the loss is {loss}; the parameters of step {step} are kept")
+            raise NonFiniteError(
+                f"step {step + 1}: the loss is {loss}; the parameters of step {step} are kept"
+            )
         try:
             optimizer.step(params, optimizer.lr * (schedule(step) if schedule else 1.0))
         finally:
@@ -148,7 +150,9 @@ def load_checkpoint(
     data = read(path)
     try:
         tensors = load(data)
-        meta = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["minilora"])
+        meta = json.loads(
+            json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["minilora"]
+        )
     except (SafetensorError, ValueError, KeyError) as e:
         raise FormatError(f"{path}: is no checkpoint of minilora: {e}") from e
     params = trained(model)
@@ -156,7 +160,9 @@ def load_checkpoint(
         raise MismatchError(f"{path}: holds other trained parameters than the model has")
     for k, p in params.items():
         if tensors[f"p.{k}"].shape != p.data.shape:
-            raise MismatchError(f"{path}: {k} has shape {tensors[f'p.{k}'].shape}; the model's {p.data.shape}")
+            raise MismatchError(
+                f"{path}: {k} has shape {tensors[f'p.{k}'].shape}; the model's {p.data.shape}"
+            )
     if meta["frozen"] != frozen_digest(model):
         raise MismatchError(f"{path}: was written over another base model")
     if meta["optimizer"] != settings(optimizer):
@@ -181,5 +187,3 @@ def settings(optimizer: AdamW) -> dict[str, Any]:
     """The optimizer's numbers, which a resumed run must share."""
     o = optimizer
     return {"lr": o.lr, "betas": list(o.betas), "eps": o.eps, "decay": o.weight_decay, "clip": o.clip}
-
-

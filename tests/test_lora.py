@@ -582,9 +582,9 @@ def test_an_adapter_name_is_letters_digits_and_dashes(name):
 def test_calls_in_the_wrong_order_are_refused_and_change_nothing():
     model, rng = tiny()
     inject_it = lambda name="default": inject(model, LoraConfig(r=2), rng=rng, name=name)  # noqa: E731
-    for call, *arguments in ((merge,), (unmerge,), (fuse,), (set_scale, 1.0), (remove, "x"), (set_adapter, "x")):
+    for call, *rest in ((merge,), (unmerge,), (fuse,), (set_scale, 1.0), (remove, "x"), (set_adapter, "x")):
         with pytest.raises(StateError, match="no adapter"):
-            call(model, *arguments)
+            call(model, *rest)
     inject_it()
     cases = [
         (lambda: unmerge(model), StateError), (lambda: inject_it(), InputError),

@@ -194,8 +194,9 @@ GOOD = np.zeros((2, 3), int)
 IDS = [
     (np.array([[0, V]]), str(V)), (np.array([[0, -1]]), "-1"), (GOOD.astype(float), "float64"),
     (GOOD.astype(bool), "bool"), (GOOD.astype(object), "object"), ([[1, 2], [3]], "ragged"),
-    (GOOD[0], "(3,)"), (GOOD[None], "(1, 2, 3)"), (np.zeros((1, 17), int), "17 tokens"), (np.zeros((2, 0), int), "(2, 0)"),
-    (np.zeros((0, 3), int), "(0, 3)"), (None, "object"), ("text", "dtype"), (np.array(["a"]), "dtype"),
+    (GOOD[0], "(3,)"), (GOOD[None], "(1, 2, 3)"), (np.zeros((1, 17), int), "17 tokens"),
+    (np.zeros((2, 0), int), "(2, 0)"), (np.zeros((0, 3), int), "(0, 3)"), (None, "object"),
+    ("text", "dtype"), (np.array(["a"]), "dtype"),
     (np.array([[2**63]], np.uint64), str(2**63)),
 ]  # fmt: skip
 
@@ -234,7 +235,8 @@ def test_labels_that_do_not_fit_are_refused(labels, says):
     [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_new_tokens": 2.0}, {"max_new_tokens": True},
      {"max_new_tokens": 14}, {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf},
      {"top_k": 0}, {"top_k": -1}, {"top_k": 1.0}, {"top_k": True}, {"top_p": 0}, {"top_p": -0.1},
-     {"top_p": 1.1}, {"top_p": math.nan}, {"temperature": "1"}, {"top_p": "1"}, {"temperature": None}, {"top_p": None}],
+     {"top_p": 1.1}, {"top_p": math.nan}, {"temperature": "1"}, {"top_p": "1"},
+     {"temperature": None}, {"top_p": None}],
     ids=repr,
 )  # fmt: skip
 def test_a_setting_of_generate_without_meaning_is_refused_at_once(bad):

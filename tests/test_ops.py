@@ -28,8 +28,8 @@ from minilora.ops import (
 
 
 def turned(rng, x):
-    cos, sin = rope_tables(np.arange(3, 3 + x.shape[-2]), x.shape[-1], 100.0, x.real.dtype)
-    return rope(x, cos, sin)
+    cos, sin = rope_tables(np.arange(3, 3 + x.shape[1]), 3, 4, 100.0, x.real.dtype)
+    return rope(x, cos, sin, 4)  # three heads in the tables, two in x
 
 
 def masked(rng, x):
@@ -48,7 +48,7 @@ OPS = {  # name -> op(rng, *operands), shapes of its operands; a, b, c are drawn
     "swiglu": (lambda rng, g, u: swiglu(g, u), lambda a, b, c: [(a, b, c)] * 2),
     "gelu": (lambda rng, x: gelu(x), lambda a, b, c: [(a, b, c)]),
     "rms_norm": (lambda rng, x: rms_norm(x, 1e-3), lambda a, b, c: [(a, b, c)]),
-    "rope": (turned, lambda a, b, c: [(a, 2, b, 2 * c)]),
+    "rope": (turned, lambda a, b, c: [(a, b, 2 * 4)]),
     "attention": (lambda rng, *qkv: attention(*qkv), lambda a, b, c: [(3, 6, a, b), *[(3, 2, a, b)] * 2]),
     "cached attention": (
         lambda rng, *qkv: attention(*qkv), lambda a, b, c: [(1, 6, a, b), *[(1, 3, a + c, b)] * 2],
@@ -104,14 +104,14 @@ def test_sigmoid_is_exact_at_both_ends(dtype):
 @given(seed=seeds, T=sizes, half=st.integers(1, 4))
 def test_rope_turns_the_pairs_j_and_j_plus_half(seed, T, half):
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((3, T, 2 * half))
-    cos, sin = rope_tables(np.arange(T), 2 * half, 100.0, x.dtype)
-    y, back = rope(x, cos, sin)
-    angle = np.arange(T)[:, None] * 100.0 ** (-np.arange(half) / half)
-    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    x = rng.standard_normal((3, T, 5 * 2 * half))  # five heads
+    y, back = rope(x, *rope_tables(np.arange(T), 7, 2 * half, 100.0, x.dtype), 2 * half)
+    angle = np.arange(T)[:, None, None] * 100.0 ** (-np.arange(half) / half)
+    a, b = np.moveaxis(x.reshape(3, T, 5, 2, half), -2, 0)
+    z = (a + 1j * b) * np.exp(1j * angle)
     # the angle: 3 roundings of at most T, in either formula; the product: two more
-    bound = 2 * gamma(3 * T + 2) * np.tile(np.abs(z), 2)
-    assert (np.abs(y - np.concatenate([z.real, z.imag], -1)) <= bound).all()
+    bound = 2 * gamma(3 * T + 2) * np.concatenate([np.abs(z)] * 2, -1).reshape(x.shape)
+    assert (np.abs(y - np.concatenate([z.real, z.imag], -1).reshape(x.shape)) <= bound).all()
     assert np.array_equal(y[:, 0], x[:, 0])  # position 0 is not turned
     assert (np.abs(back(y) - x) <= bound * 2).all()  # a rotation's transpose is its inverse
 

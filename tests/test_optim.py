@@ -192,8 +192,9 @@ def test_a_schedule_warms_up_to_one_and_falls_to_its_final_value(steps, warm, ki
 @pytest.mark.parametrize(
     "bad",
     [{"lr": 0}, {"lr": -1}, {"lr": math.nan}, {"lr": math.inf}, {"lr": "1"}, {"lr": None},
-     {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"betas": (0.9, math.nan)}, {"eps": 0}, {"eps": -1.0}, {"weight_decay": -0.1},
-     {"weight_decay": math.inf}, {"clip": 0}, {"clip": -1.0}, {"clip": math.nan}, {"lr": True},
+     {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"betas": (0.9, math.nan)}, {"eps": 0}, {"eps": -1.0},
+     {"weight_decay": -0.1}, {"weight_decay": math.inf}, {"clip": 0}, {"clip": -1.0}, {"clip": math.nan},
+     {"lr": True},
      {"betas": (0.9,)}, {"betas": 0.9}],
     ids=repr,
 )  # fmt: skip

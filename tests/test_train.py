@@ -267,14 +267,15 @@ def without(key):
 
 
 META = {
-    "a list": lambda m: [1], "null": lambda m: None, "no step": without("step"), "no frozen": without("frozen"),
-    "no rngs": without("rngs"), "no history": without("history"), "no optimizer": without("optimizer"),
+    "a list": lambda m: [1], "null": lambda m: None, "no step": without("step"),
+    "no frozen": without("frozen"), "no rngs": without("rngs"), "no history": without("history"),
+    "no optimizer": without("optimizer"),
     "step of text": lambda m: m | {"step": "3"}, "negative step": lambda m: m | {"step": -1},
     "rngs of text": lambda m: m | {"rngs": "x"},
     "an empty state": lambda m: m | {"rngs": m["rngs"] | {"batches": {}}},
-    "another generator": lambda m: m | {"rngs": {k: v | {"bit_generator": "MT19937"} for k, v in m["rngs"].items()}},
+    "another generator": lambda m: m | {"rngs": {k: {"bit_generator": "MT19937"} for k in m["rngs"]}},
     "step and history apart": lambda m: m | {"history": {"loss": [], "evals": []}},
-    "a loss of text": lambda m: m | {"history": {"loss": ["1", "2", "3"], "evals": []}},
+    "a loss of text": lambda m: m | {"history": {"loss": ["x", "y", "z"], "evals": []}},
 }  # fmt: skip
 
 

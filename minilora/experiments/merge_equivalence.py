@@ -1,7 +1,7 @@
 """Does merging change what the model says? The observed difference beside a bound that holds for sure.
 
-Rounding to nearest with unit roundoff u, a product of inner dimension k errs by at most g(k) = k u / (1 - k u)
-times the product of the absolute values (Higham, Accuracy and Stability, 3.1). For the unmerged
+With unit roundoff u, a product of inner dimension k errs by at most g(k) = k u / (1 - k u) times the
+product of the absolute values (Higham, Accuracy and Stability, 3.1). For the unmerged
 y = fl(W x) + fl(s B (A x)) and the merged y = fl(W + s B A) x, each alone is within
 g(n+1) |W||x| + g(n+r+2) |s||B||A||x| of the exact value, so their difference is within twice that.
 """
@@ -27,16 +27,15 @@ def merge_bound(
     wide = np.float64 if np.dtype(dtype) == np.float32 else np.longdouble
     u, tiny = wide(info.eps) / 2, wide(info.smallest_subnormal)
     W, A, B, X = (np.abs(v).astype(wide) for v in (W, A, B, X))
-    s = wide(abs(np.dtype(dtype).type(s)))
+    size = wide(abs(np.dtype(dtype).type(s)))
     r, n = A.shape
 
     def g(k: int) -> Any:
         return k * u / (1 - k * u)
 
-    underflow = 2 * tiny * (
-        n + 2 + s * (r + n * B.sum(1)[None, :]) + (s * r + 1) * X.sum(1, keepdims=True)
-    )  # fmt: skip
-    bound: np.ndarray = 2 * (g(n + 1) * (X @ W.T) + g(n + r + 2) * s * ((X @ A.T) @ B.T)) + underflow
+    factors, x = B.sum(1)[None, :], X.sum(1, keepdims=True)
+    underflow = 2 * tiny * (n + 2 + size * (r + n * factors) + (size * r + 1) * x)
+    bound: np.ndarray = 2 * (g(n + 1) * (X @ W.T) + g(n + r + 2) * size * ((X @ A.T) @ B.T)) + underflow
     return bound
 
 

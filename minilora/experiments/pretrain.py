@@ -57,7 +57,7 @@ A character-level Llama with {parameters:,} parameters, trained from scratch in 
 | corpus | {source} |
 | command | `minilora pretrain` (minilora {version}) |
 | recipe | `{recipe}` |
-| loss on the held-out plays | **{test:.4f} nats per character**, over {windows:,} windows of {length} characters |
+| loss on the held-out plays | **{test:.4f} nats per character**, {windows:,} windows of {length} characters |
 | loss on the validation split | {valid:.4f} nats per character |
 | characters seen | {characters:,} |
 

@@ -46,10 +46,33 @@ SEARCH_SEED = 1000
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LENGTH = 128  # characters in a window
-RATES = {"lora": (3e-3, 1e-2, 3e-2), "full": (1e-3, 3e-3, 1e-2)}  # where the search starts
-TABLE_RATES = {"lora": (3e-2, 1e-1, 3e-1), "full": RATES["full"]}  # ... for a permutation
-STEP = math.sqrt(10)  # by which it goes on beyond an edge
+STEP = math.sqrt(10)  # by which the search for a learning rate goes on beyond an edge
 EDGES = 2  # how often it may
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one kind of target is trained, unless the plan says otherwise."""
+
+    modules: tuple[str, ...]  # what LoRA adapts
+    alpha: float
+    eps: float  # AdamW's, for LoRA
+    lora_rates: tuple[float, ...]  # where the search starts
+    full_rates: tuple[float, ...]
+    steps: int
+    search_steps: int
+    batch: int
+
+
+TEXT = Setting(("all-linear",), 16.0, 1e-8, (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3), 300, 100, 8)
+# An embedding's B starts at N(0, 1), so alpha is small. The larger eps keeps AdamW from moving the rows
+# of rare letters, whose gradient is next to nothing, as fast as all others: their noise hides the spectrum.
+TABLE = Setting(("embed_tokens",), 0.25, 1e-4, (3e-2, 1e-1, 3e-1), (1e-3, 3e-3, 1e-2), 200, 60, 4)
+
+
+def setting(target: str) -> Setting:
+    """TABLE for a letter permutation, which the embedding alone can solve; TEXT for all others."""
+    return TABLE if data.swaps_of(target) else TEXT
 
 
 @dataclass(frozen=True)
@@ -57,28 +80,28 @@ class Plan:
     """What a sweep is to do. ConfigError for an empty grid or a number without a meaning."""
 
     targets: tuple[str, ...] = ("permuted:4", "folio")
-    ranks: tuple[int, ...] | None = None  # None: RANKS, and for k swaps k - 1 too, below the elbow
-    modules: tuple[str, ...] = ()  # of LoRA; empty: embed_tokens for a permutation, else all-linear
+    ranks: tuple[int, ...] | None = None  # None: RANKS, and for k swaps k - 1 and k too: the elbow
+    modules: tuple[str, ...] | None = None  # None here and below: as the target's setting says
+    alpha: float | None = None
+    steps: int | None = None
+    search_steps: int | None = None
     seeds: int = 3
-    steps: int = 300
-    search_steps: int = 100
-    batch: int = 8
-    alpha: float | None = None  # None: 16 for linear maps, 1/4 for a permutation's embedding
     base: str = "base"
     test_windows: int = 512
     valid_windows: int = 64
 
     def __post_init__(self) -> None:
-        if not self.targets or self.ranks == ():
-            raise ConfigError("the grid is empty; expected at least one target and one rank")
+        if not self.targets or self.ranks == () or self.modules == ():
+            raise ConfigError("the grid is empty; expected at least one target, one rank and one module")
         for r in self.ranks or ():
             check_int("rank", r, 1)
         for name in ("targets", "ranks"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} are {', '.join(map(str, values))}; expected each once")
-        for name in ("seeds", "steps", "search_steps", "batch", "test_windows", "valid_windows"):
-            check_int(name, getattr(self, name), 1)
+        for name in ("steps", "search_steps", "seeds", "test_windows", "valid_windows"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
         if self.alpha is not None:
             check_float("alpha", self.alpha, 0, math.inf, open_low=True)
 
@@ -87,15 +110,19 @@ class Plan:
         if self.ranks is not None:
             return self.ranks
         swaps = data.swaps_of(target)
-        return tuple(sorted({*RANKS, swaps - 1, swaps})) if swaps > 1 else RANKS
+        return tuple(sorted({*RANKS, max(swaps - 1, 1), max(swaps, 1)}))
 
-    def modules_for(self, target: str) -> tuple[str, ...]:
-        """What LoRA adapts on one target."""
-        return self.modules or (("embed_tokens",) if data.swaps_of(target) else ("all-linear",))
-
-    def alpha_for(self, target: str) -> float:
-        """alpha of LoRA on one target: an embedding's B starts at N(0, 1), so ΔE is large from the first step."""
-        return self.alpha if self.alpha is not None else 0.25 if data.swaps_of(target) else 16.0
+    def setting(self, target: str) -> Setting:
+        """How one target is trained."""
+        usual = setting(target)
+        steps = self.steps or usual.steps
+        return replace(
+            usual,
+            modules=self.modules or usual.modules,
+            alpha=self.alpha or usual.alpha,
+            steps=steps,
+            search_steps=self.search_steps or min(usual.search_steps, max(steps // 3, 1)),
+        )
 
 
 QUICK = {"ranks": (1, 4, 16), "seeds": 1, "steps": 40, "search_steps": 10,
@@ -259,11 +286,7 @@ def sweep(
         store = Store(Path(out), fingerprint(plan, texts), workers, progress)
         store.finish(references(cells))
         rates = chosen_rates(plan, cells, store)
-        store.finish(
-            replace(cell, kind="final", lr=rates[cell], steps=plan.steps, seed=seed)
-            for cell in cells
-            for seed in range(plan.seeds)
-        )
+        store.finish(replace(cell, lr=rates[cell], seed=seed) for cell in cells for seed in range(plan.seeds))
         return store.rows()
 
 
@@ -271,22 +294,19 @@ def grid(plan: Plan, fallback: dict[str, bool]) -> list[Run]:
     """One Run for each target and method, the full one first, with neither seed nor learning rate."""
     cells = []
     for target in plan.targets:
-        start = Run(
-            "final", target, "full", eps=1e-4 if data.swaps_of(target) else 1e-8, batch=plan.batch, base=plan.base, fallback=fallback[target],
-            test_windows=plan.test_windows, valid_windows=plan.valid_windows,
+        how = plan.setting(target)
+        full = Run(
+            "final", target, "full", steps=how.steps, batch=how.batch, base=plan.base,
+            fallback=fallback[target], test_windows=plan.test_windows, valid_windows=plan.valid_windows,
         )  # fmt: skip
-        modules = plan.modules_for(target)
-        cells.append(start)
-        cells += [
-            replace(start, method="lora", rank=r, modules=modules, alpha=plan.alpha_for(target))
-            for r in plan.ranks_for(target)
-        ]
+        lora = replace(full, method="lora", modules=how.modules, alpha=how.alpha, eps=how.eps)
+        cells += [full, *(replace(lora, rank=r) for r in plan.ranks_for(target))]
     return cells
 
 
 def references(cells: list[Run]) -> list[Run]:
     """What needs no training: the base on each target, and the known answer cut to each rank."""
-    plain = [replace(c, method="none", modules=(), alpha=0.0, eps=0.0, batch=0) for c in cells]
+    plain = [replace(c, method="none", modules=(), alpha=0.0, eps=0.0, steps=0, batch=0) for c in cells]
     bases = dict.fromkeys(replace(c, kind="base", rank=0) for c in plain)
     return [*bases, *(replace(c, kind="oracle") for c in plain if c.rank and data.swaps_of(c.target))]
 
@@ -296,20 +316,22 @@ def chosen_rates(plan: Plan, cells: list[Run], store: "Store") -> dict[Run, floa
 
     Where the best one lies at an edge the search goes on beyond it, at most EDGES times.
     """
-    start = {cell: (TABLE_RATES if data.swaps_of(cell.target) else RATES)[cell.method] for cell in cells}
-    rates = {cell: list(lrs) for cell, lrs in start.items()}
+    how = {cell: plan.setting(cell.target) for cell in cells}
+    rates = {c: list(how[c].full_rates if c.method == "full" else how[c].lora_rates) for c in cells}
+    most = {cell: len(lrs) + EDGES for cell, lrs in rates.items()}
     best: dict[Run, float] = {}
     for _ in range(EDGES + 1):
         tried = {
-            cell: [replace(cell, kind="search", lr=lr, steps=plan.search_steps, seed=SEARCH_SEED) for lr in lrs]
-            for cell, lrs in rates.items()
+            cell: [replace(short, lr=lr) for lr in rates[cell]]
+            for cell in cells
+            for short in [replace(cell, kind="search", steps=how[cell].search_steps, seed=SEARCH_SEED)]
         }
         store.finish(run for runs in tried.values() for run in runs)
         grown = False
         for cell, runs in tried.items():
             best[cell] = min(runs, key=lambda run: (store.loss(run), run.lr)).lr
             lrs = rates[cell]
-            if best[cell] in (min(lrs), max(lrs)) and len(lrs) < len(start[cell]) + EDGES:
+            if best[cell] in (min(lrs), max(lrs)) and len(lrs) < most[cell]:
                 lrs.append(float(f"{best[cell] * (STEP if best[cell] == max(lrs) else 1 / STEP):.2g}"))
                 grown = True
         if not grown:
@@ -414,7 +436,7 @@ def fingerprint(plan: Plan, texts: dict[str, data.Corpus]) -> Row:
 
 def versions() -> dict[str, str]:
     """What the last digits of a row depend on."""
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index]
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         "minilora": __version__,
         "python": platform.python_version(),
@@ -527,10 +549,11 @@ HEAD = ("method", "parameters", "learning rate", "test loss", "range over seeds"
 
 def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
     """The table of one target, in words."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for line in summary(rows):
         if line["target"] == target:
-            name = {"none": "frozen base", "full": "full fine-tuning"}.get(line["method"], f"LoRA r = {line['rank']}")
+            names = {"none": "frozen base", "full": "full fine-tuning", "lora": f"LoRA r = {line['rank']}"}
+            name = names[line["method"]]
             if not line["seeds"]:
                 found.append((name, "", f"{line['lr']:.2g}", "diverged", "", ""))
                 continue

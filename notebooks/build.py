@@ -1,0 +1,214 @@
+"""Make the lessons: notebooks/src/NAME.py -> notebooks/NAME.ipynb, executed, the same bytes every time.
+
+    python notebooks/build.py                build all of them
+    python notebooks/build.py --check        execute again and compare with what is there; exit 1 if it differs
+    python notebooks/build.py --student DIR  write copies without solutions and outputs
+
+A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments, and either
+may end in tags=["name"]. Tags: exercise, solution (hidden at first, left out for students), check, corpus
+(its outputs need the fetched texts) and widget (its outputs are not kept: they hold random names).
+Comparing: text must be equal. Figures are compared only under the matplotlib that drew the stored ones, and
+then but for a few pixels, since the last digits of what is drawn differ from one processor to another.
+"""
+
+import argparse
+import base64
+import html
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import numpy as np
+from nbformat import v4
+
+HERE = Path(__file__).resolve().parent
+ROWS = HERE.parent / "figures" / "rows.jsonl"  # what the third lesson reads
+LESSONS = ("1_lora_from_one_equation", "2_merging_costs_nothing", "3_which_rank")
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+FIGURE = re.compile(r'<img alt="(?P<says>[^"]*)" [^>]*src="data:image/png;base64,(?P<png>[^"]*)"')
+PIXELS = 0.02  # the share of pixels that may differ
+
+
+def cells(text):
+    """(is markdown, tags, source) of every cell of a source."""
+    for part in re.split(r"^# %%", text, flags=re.M)[1:]:
+        head, _, body = part.partition("\n")
+        tags = json.loads(found[1]) if (found := re.search(r"tags=(\[.*\])", head)) else []
+        markdown = "[markdown]" in head
+        if markdown:
+            body = re.sub(r"^# ?", "", body, flags=re.M)
+        yield markdown, tags, body.strip()
+
+
+def notebook(name):
+    """The lesson without outputs."""
+    nb = v4.new_notebook(metadata={"kernelspec": KERNEL, "minilora": {"matplotlib": matplotlib.__version__}})
+    text = (HERE / "src" / f"{name}.py").read_text(encoding="utf-8")
+    for i, (markdown, tags, source) in enumerate(cells(text), 1):
+        cell = (v4.new_markdown_cell if markdown else v4.new_code_cell)(source, id=f"cell-{i:02}")
+        if tags:
+            cell.metadata["tags"] = tags
+        if "solution" in tags:
+            cell.metadata["jupyter"] = {"source_hidden": True}
+        nb.cells.append(cell)
+    return nb
+
+
+def student(nb):
+    """A copy without solutions and outputs."""
+    nb = nbformat.from_dict(json.loads(json.dumps(nb)))
+    nb.cells = [cell for cell in nb.cells if "solution" not in tags_of(cell)]
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return nb
+
+
+def tags_of(cell):
+    """The tags of a cell."""
+    return cell.metadata.get("tags", [])
+
+
+def execute(nb):
+    """Run all cells in a fresh kernel, from this folder, and drop what differs from run to run."""
+    from nbclient import NotebookClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "IPYTHONDIR": folder}
+        os.environ.update(fixed)  # one order of summation, and nobody's startup files
+        NotebookClient(
+            nb, timeout=300, kernel_name="python3", record_timing=False, store_widget_state=False,
+            extra_arguments=["--log-level=ERROR"],
+            resources={"metadata": {"path": str(HERE)}},
+        ).execute()  # fmt: skip
+    nb.metadata.pop("language_info", None)  # holds the patch version of Python
+    nb.metadata.pop("widgets", None)
+    for cell in nb.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [] if "widget" in tags_of(cell) else [tidy(output) for output in cell.outputs]
+    return nb
+
+
+def tidy(output):
+    """An output whose figure's plain text is its sentence."""
+    data = output.get("data", {})
+    if found := FIGURE.search(data.get("text/html", "")):
+        data["text/plain"] = html.unescape(found["says"])
+    return output
+
+
+def written(nb):
+    """The notebook as the text of its file."""
+    nbformat.validate(nb)
+    return nbformat.writes(nb) + "\n"
+
+
+def texts_are_there():
+    """Whether the built-in texts can be had; they are fetched now, so that no lesson speaks of it."""
+    from minilora import data
+    from minilora.errors import StorageError
+
+    try:
+        data.corpus("folio")
+    except StorageError as e:
+        print(f"the texts are not there: {e}", file=sys.stderr)
+        return False
+    return True
+
+
+def differences(old, new, texts):
+    """What is different in two executions of one lesson, in words."""
+    if [cell.source for cell in old.cells] != [cell.source for cell in new.cells]:
+        yield "its cells are not those of src/; build it again"
+        return
+    drawn = old.metadata.get("minilora") == new.metadata["minilora"]
+    for a, b in zip(old.cells, new.cells, strict=True):
+        if a.cell_type == "code" and (texts or "corpus" not in tags_of(a)):
+            if len(a.outputs) != len(b.outputs):
+                yield f"{a.id}: {len(a.outputs)} outputs are stored, {len(b.outputs)} came now"
+                continue
+            for x, y in zip(a.outputs, b.outputs, strict=True):
+                figures = [FIGURE.search(o.get("data", {}).get("text/html", "")) for o in (x, y)]
+                if all(figures):
+                    if drawn and not alike(*figures):
+                        yield f"{a.id}: the figure is another"
+                elif x != y:
+                    yield f"{a.id}: stored is\n{shown(x)}\nand now it is\n{shown(y)}"
+
+
+def alike(a, b):
+    """Whether two figures show the same: nearly all pixels, and the sentence but for its numbers."""
+    from io import BytesIO
+
+    from matplotlib.image import imread
+
+    words = [re.sub(r"[-+]?\d[\d.,e+-]*", "#", html.unescape(figure["says"])) for figure in (a, b)]
+    p, q = (imread(BytesIO(base64.b64decode(figure["png"]))) for figure in (a, b))
+    return words[0] == words[1] and p.shape == q.shape and (np.abs(p - q) > 0.1).any(-1).mean() <= PIXELS
+
+
+def shown(output):
+    """An output for the terminal."""
+    return output.get("text") or json.dumps(output.get("data", output), ensure_ascii=False)[:2000]
+
+
+def faults(nb):
+    """What a lesson's outputs must not hold, in words."""
+    for cell in nb.cells:
+        if "execution" in cell.metadata:
+            yield f"{cell.id}: holds times"
+        for output in cell.get("outputs", []):
+            said = json.dumps({k: v for k, v in output.get("data", {}).items() if k != "text/html"})
+            said += output.get("text", "")
+            if output.output_type == "error" or output.get("name") == "stderr":
+                yield f"{cell.id}: {shown(output)}"
+            if re.search(r"(?<![\w.)])/(home|root|tmp|work|usr|opt|Users|var|mnt)/|[A-Z]:\\\\", said):
+                yield f"{cell.id}: names a path of this machine"
+            if re.search(r"\bat 0x[0-9a-f]{6,}", said):
+                yield f"{cell.id}: names an address in memory"
+
+
+def main(argv=None):
+    """Build, check or copy; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"which lessons (default all: {', '.join(LESSONS)})")
+    parser.add_argument("--check", action="store_true", help="compare with what is stored, change nothing")
+    parser.add_argument("--student", type=Path, metavar="DIR", help="write copies without solutions into DIR")
+    args = parser.parse_args(argv)
+    names = [Path(name).stem for name in args.names] or list(LESSONS)
+    if unknown := set(names) - set(LESSONS):
+        parser.error(f"there is no lesson {min(unknown)!r}; there are {', '.join(LESSONS)}")
+    if args.student:
+        args.student.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (args.student / f"{name}.ipynb").write_text(written(student(notebook(name))), encoding="utf-8")
+        return 0
+    texts = texts_are_there()
+    if LESSONS[2] in names and not ROWS.exists():
+        print("figures/rows.jsonl is missing; `minilora sweep` makes it", file=sys.stderr)
+        return 1
+    if not texts and not args.check:
+        return 1
+    wrong = 0
+    for name in names:
+        path, nb = HERE / f"{name}.ipynb", execute(notebook(name))
+        found = [] if args.check and not texts else list(faults(nb))
+        if args.check:
+            found += differences(nbformat.read(path, 4), nb, texts)
+        elif not found:
+            path.write_text(written(nb), encoding="utf-8")
+        for what in found:
+            print(f"{name}: {what}", file=sys.stderr)
+        wrong += bool(found)
+        print(f"{name}: {'wrong' if found else 'as stored' if args.check else 'built'}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
