@@ -5,6 +5,7 @@ line prints that line and exits with the class's `exit_code`; nothing has been w
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -54,6 +55,15 @@ class LockedError(MiniloraError, RuntimeError):
     exit_code = 3
 
 
+def short(value: object) -> str:
+    """The repr of a value, cut to fit into a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4,300 digits
+        text = f"{type(value).__name__} of very many digits"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name`, as the tail of an error message."""
     known = sorted(set(known))
@@ -64,14 +74,17 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 def check_int(name: str, value: object, least: int) -> int:
     """`value` if it is an int (not a bool) of at least `least`, else ConfigError."""
     if type(value) is not int or value < least:
-        raise ConfigError(f"{name} is {value!r}; expected an int, at least {least}")
+        raise ConfigError(f"{name} is {short(value)}; expected an int, at least {least}")
     return value
 
 
 def check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
     """`value` if it is a finite number in [low, high) (in (low, high) if open_low), else ConfigError."""
-    number = type(value) in (int, float)
-    if not number or not (low <= value < high) or (open_low and value == low):  # type: ignore[operator]
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
+    if not low <= number < high or (open_low and number == low):
         bracket = "(" if open_low else "["
-        raise ConfigError(f"{name} is {value!r}; expected a number in {bracket}{low:g}, {high:g})")
-    return float(value)  # type: ignore[arg-type]
+        raise ConfigError(f"{name} is {short(value)}; expected a number in {bracket}{low:g}, {high:g})")
+    return number

@@ -126,16 +126,16 @@ class LayerNorm:
         w, b = self.weight, self.bias
         n, back_n = rms_norm(x - x.mean(-1, keepdims=True), self.eps)
 
-        def back_frozen(dy: Array) -> Array:
+        def back_x(dy: Array) -> Array:
             dc = back_n(dy * w.data)
             return dc - dc.mean(-1, keepdims=True)
 
-        def back_trained(dy: Array) -> Array:
+        def back_w(dy: Array) -> Array:
             w.add_grad(xp.einsum("mi,mi->i", rows(dy), rows(n)))
-            b.add_grad(rows(dy).sum(0))
-            return back_frozen(dy)
+            return back_x(dy)
 
-        return n * w.data + b.data, back_trained if w.trainable or b.trainable else back_frozen
+        back = back_w if w.trainable else back_x
+        return n * w.data + b.data, Linear.back_to_bias(b, back) if b.trainable else back
 
 
 @dataclass(eq=False)
@@ -241,6 +241,16 @@ def unfreeze(tree: Any) -> None:
     """Train everything, in copies: the arrays that were loaded are never written."""
     for p in named_params(tree).values():
         p.data, p.grad, p.trainable = p.data.copy(), None, True
+
+
+def settings(tree: Any) -> dict[str, Any]:
+    """Path -> value of every plain number, flag and name in a tree: what it is beside its parameters."""
+    return {
+        f"{path}.{name}": part
+        for path, node in walk(tree)
+        for name, part in children(node)
+        if part is None or type(part) in (int, float, str, bool)
+    }
 
 
 def digest(tree: Any) -> str:

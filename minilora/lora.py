@@ -49,7 +49,7 @@ class LowRank:
         A, B, s = self.A, self.B, self.scale
         y, back_base = base(x, dx)
         z, back_drop = self.dropout(x, dx) if self.dropout else (x, None)
-        z = rows(z)  # (M, I)
+        z, shape = rows(z), x.shape  # (M, I)
         h = s * (z @ A.data.T)  # (M, r)
         y += (h @ B.data.T).reshape(y.shape)
 
@@ -60,7 +60,7 @@ class LowRank:
             A.add_grad(dh.T @ z)  # dA = (s dY B)ᵀ X
             d = back_base(dy)
             if dx:
-                dz = (dh @ A.data).reshape(x.shape)
+                dz = (dh @ A.data).reshape(shape)
                 d += back_drop(dz) if back_drop else dz
             return d
 
@@ -254,6 +254,9 @@ class LoraConfig:
         check_int("r", self.r, 1)
         check_float("alpha", self.alpha, 0, math.inf, open_low=True)
         check_float("dropout", self.dropout, 0, 1)
+        for what in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, what), Mapping):
+                raise ConfigError(f"{what} is {getattr(self, what)!r}; expected a mapping from names")
         for name, r in self.rank_pattern.items():
             check_int(f"rank_pattern[{name!r}]", r, 1)
         for name, alpha in self.alpha_pattern.items():

@@ -17,7 +17,7 @@ import numpy as np
 
 from .backend import Array, normal, to_device, to_host, xp
 from .errors import ConfigError, InputError, check_float, check_int
-from .layers import Dropout, Embedding, Linear, Param, RMSNorm, Wanted, linear, trains, walk
+from .layers import Dropout, Embedding, Linear, Param, RMSNorm, Wanted, back_nothing, linear, trains, walk
 from .ops import IGNORE, Back, attention, cross_entropy, heads, rope, rope_tables, swiglu, unheads
 
 
@@ -49,6 +49,11 @@ class Config:
             raise ConfigError(f"num_key_value_heads is {G}; expected a divisor of {H} attention heads")
         if self.head_dim is None and D % H:
             raise ConfigError(f"num_attention_heads is {H}; expected a divisor of hidden_size {D}")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        if self.head_dim is not None:
+            check_int("head_dim", self.head_dim, 2)
         if self.E < 2 or self.E % 2:
             raise ConfigError(f"head_dim is {self.E}; rotary embedding needs an even one, at least 2")
         check_float("rms_norm_eps", self.rms_norm_eps, 0, 1, open_low=True)
@@ -103,12 +108,11 @@ class Attention:
         a, back_a = attention(q, k, v)
         da = wanted(dx, [self.q_proj, self.k_proj, self.v_proj])
         y, back_o = self.o_proj(unheads(a), da)
+        if not da:
+            return y, back_o
 
         def back(dy: Array) -> Array:
-            do = back_o(dy)
-            if not da:
-                return None
-            dq, dk, dv = back_a(heads(do, self.head_dim))
+            dq, dk, dv = back_a(heads(back_o(dy), self.head_dim))
             dv = back_v(unheads(dv))
             dk = back_k(unturn_k(unheads(dk)))
             dq = back_q(unturn_q(unheads(dq)))
@@ -131,12 +135,11 @@ class MLP:
         h, back_h = swiglu(g, u)
         dh = wanted(dx, [self.gate_proj, self.up_proj])
         y, back_d = self.down_proj(h, dh)
+        if not dh:
+            return y, back_d
 
         def back(dy: Array) -> Array:
-            dd = back_d(dy)
-            if not dh:
-                return None
-            dg, du = back_h(dd)
+            dg, du = back_h(back_d(dy))
             du = back_u(du)
             dg = back_g(dg)
             return dg + du if dx else None
@@ -164,6 +167,8 @@ class Block:
         x = x + a
         n2, back_n2 = self.post_attention_layernorm(x, da)
         m, back_m = self.mlp(n2, dn2)
+        if not da:
+            back_a = back_n1 = back_nothing  # keep nothing of what no gradient will reach
 
         def back(dy: Array) -> Array:
             dn = back_m(dy)
@@ -351,11 +356,11 @@ def generate(
     limit = model.config.max_position_embeddings
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected an int, at least 1")
-    if not 0 <= temperature < math.inf:
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
         raise InputError(f"temperature is {temperature!r}; expected a number, at least 0")
     if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise InputError(f"top_k is {top_k!r}; expected an int, at least 1")
-    if not 0 < top_p <= 1:
+    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p!r}; expected a number in (0, 1]")
     T = to_host(model.check(ids)).shape[1]
     if T + max_new_tokens > limit:
@@ -393,7 +398,8 @@ def sample(
     z = np.take_along_axis(logits, order, -1) / temperature
     p = np.exp(z - z[:, :1])
     p /= p.sum(-1, keepdims=True)
-    p[:, top_k:] = 0
+    if top_k is not None:
+        p[:, top_k:] = 0
     p[np.cumsum(p, -1) - p >= top_p * p.sum(-1, keepdims=True)] = 0  # what came before was enough
     c = np.cumsum(p, -1)
     choice = (c < rng.random((len(p), 1)) * c[:, -1:]).sum(-1)

@@ -50,6 +50,8 @@ class AdamW:
 
     def __post_init__(self) -> None:
         check_float("lr", self.lr, 0, math.inf, open_low=True)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise ConfigError(f"betas are {self.betas!r}; expected two numbers")
         for i, beta in enumerate(self.betas):
             check_float(f"betas[{i}]", beta, 0, 1)
         check_float("eps", self.eps, 0, math.inf, open_low=True)

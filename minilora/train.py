@@ -7,6 +7,7 @@ trained, so LoRA and full fine-tuning are the same call. One checkpoint file hol
 go on as if nothing had happened, to the bit.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,8 +20,8 @@ import numpy as np
 
 from .backend import Array, keep_memory, to_device, to_host
 from .errors import FormatError, InputError, MismatchError, NonFiniteError, StateError, check_int
-from .layers import digest, named_params, trained
-from .optim import AdamW
+from .layers import digest, named_params, settings, trained
+from .optim import AdamW, Schedule
 from .storage import read, write_atomic
 
 Batch = tuple[Array, Array]  # ids (N, T) and labels (N, T)
@@ -48,38 +49,40 @@ def train(
     checkpoint: Path | str | None = None,
     checkpoint_every: int | None = None,
     rngs: Mapping[str, np.random.Generator] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> History:
     """Train what is trainable for `steps` updates; each averages `accumulate` batches of equal weight.
 
     `schedule(step)` is the factor on the learning rate (constant 1 unless given); `evaluate` runs before
     the first update, every `eval_every` and after the last. With a `checkpoint` path, the run continues
     from the file if it is there and keeps it up to date; `rngs` names the generators that the batches
-    and the dropout draw from, whose states belong to it. StateError when nothing is trainable,
-    InputError when the batches run out, NonFiniteError when loss or gradient is not finite: the
-    parameters are then those of the last good step.
+    and the dropout draw from, whose states belong to it, and `identity` what else a run must share to
+    go on (the data, say). StateError when nothing is trainable, InputError when the batches run out,
+    NonFiniteError when loss or gradient is not finite: the parameters are then those of the last good
+    step.
     """
     check_int("steps", steps, 1)
     check_int("accumulate", accumulate, 1)
+    for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+        if every is not None:
+            check_int(name, every, 1)
     params = trained(model)
     if not params:
         raise StateError("nothing is trainable; inject an adapter, or unfreeze the model")
     keep_memory()
     history, rngs = History(), rngs or {}
+    run = about(model, optimizer, schedule, accumulate) | dict(identity or {})
     if checkpoint and Path(checkpoint).exists():
-        history = load_checkpoint(checkpoint, model, optimizer, rngs)
+        history = load_checkpoint(checkpoint, model, optimizer, rngs, run)
     source = iter(batches)
     done = len(history.loss)
     if evaluate and not done:
         history.evals.append((0, evaluate()))
     for step in range(done, steps):
-        loss = accumulated(model, islice(source, accumulate), accumulate)
-        if not math.isfinite(loss):
-            for p in params.values():
-                p.grad = None
-            raise NonFiniteError(
-                f"step {step + 1}: the loss is {loss}; the parameters of step {step} are kept"
-            )
         try:
+            loss = accumulated(model, islice(source, accumulate), accumulate)
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"step {step + 1}: the loss is {loss}; step {step} is kept")
             optimizer.step(params, optimizer.lr * (schedule(step) if schedule else 1.0))
         finally:
             for p in params.values():
@@ -89,7 +92,7 @@ def train(
         if evaluate and (last or (eval_every and (step + 1) % eval_every == 0)):
             history.evals.append((step + 1, evaluate()))
         if checkpoint and (last or (checkpoint_every and (step + 1) % checkpoint_every == 0)):
-            save_checkpoint(checkpoint, model, optimizer, rngs, history)
+            save_checkpoint(checkpoint, model, optimizer, rngs, history, run)
         if progress:
             progress(step + 1, loss)
     return history
@@ -122,68 +125,95 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     return total / count
 
 
+def about(
+    model: Any, optimizer: AdamW, schedule: Callable[[int], float] | None, accumulate: int
+) -> dict[str, Any]:
+    """What a resumed run must share with the one that it goes on from, beside its trained parameters."""
+    o = optimizer
+    frozen = {path.replace(".", "/"): p for path, p in named_params(model).items() if not p.trainable}
+    return {
+        "base": digest(frozen),
+        "model": hashlib.sha256(json.dumps(settings(model)).encode()).hexdigest(),
+        "optimizer": [o.lr, *o.betas, o.eps, o.weight_decay, o.clip],
+        "schedule": repr(schedule) if isinstance(schedule, Schedule) else None,
+        "accumulate": accumulate,
+    }
+
+
+def sealed(meta: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    """The sha256 of a checkpoint's content."""
+    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "sha256"}).encode())
+    for name, a in sorted(tensors.items()):
+        h.update(f"{name} {a.shape} {a.dtype.str}\n".encode() + a.tobytes())
+    return h.hexdigest()
+
+
 def save_checkpoint(
-    path: Path | str, model: Any, optimizer: AdamW, rngs: Mapping[str, np.random.Generator], history: History
+    path: Path | str,
+    model: Any,
+    optimizer: AdamW,
+    rngs: Mapping[str, np.random.Generator],
+    history: History,
+    run: Mapping[str, Any],
 ) -> None:
-    """All that a run needs to go on, in one safetensors file, complete or not there."""
+    """All that a run needs to go on, in one safetensors file with its digest, complete or not there."""
     from safetensors.numpy import save
 
     tensors = {f"p.{k}": np.ascontiguousarray(to_host(p.data)) for k, p in trained(model).items()}
     tensors |= {k: np.ascontiguousarray(a) for k, a in optimizer.state().items()}
     meta = {
-        "step": len(history.loss),
         "history": {"loss": history.loss, "evals": history.evals},
         "rngs": {name: rng.bit_generator.state for name, rng in rngs.items()},
-        "frozen": frozen_digest(model),
-        "optimizer": settings(optimizer),
+        "run": dict(run),
     }
+    meta["sha256"] = sealed(meta, tensors)
     write_atomic(path, save(tensors, metadata={"minilora": json.dumps(meta)}))
 
 
 def load_checkpoint(
-    path: Path | str, model: Any, optimizer: AdamW, rngs: Mapping[str, np.random.Generator]
+    path: Path | str,
+    model: Any,
+    optimizer: AdamW,
+    rngs: Mapping[str, np.random.Generator],
+    run: Mapping[str, Any],
 ) -> History:
-    """Put model, optimizer and generators where the file's run was; MismatchError if they do not fit."""
+    """Put model, optimizer and generators where the file's run was.
+
+    FormatError if one bit of the file has changed, MismatchError if it was another run; nothing is
+    changed then.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     data = read(path)
     try:
         tensors = load(data)
-        meta = json.loads(
-            json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["minilora"]
-        )
-    except (SafetensorError, ValueError, KeyError) as e:
-        raise FormatError(f"{path}: is no checkpoint of minilora: {e}") from e
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        meta = json.loads(header["__metadata__"]["minilora"])
+        if meta["sha256"] != sealed(meta, tensors):
+            raise ValueError("its digest is another")
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise FormatError(f"{path}: is no intact checkpoint of minilora: {str(e)[:120]}") from e
     params = trained(model)
-    if {f"p.{k}" for k in params} != {k for k in tensors if k.startswith("p.")}:
-        raise MismatchError(f"{path}: holds other trained parameters than the model has")
-    for k, p in params.items():
-        if tensors[f"p.{k}"].shape != p.data.shape:
-            raise MismatchError(
-                f"{path}: {k} has shape {tensors[f'p.{k}'].shape}; the model's {p.data.shape}"
-            )
-    if meta["frozen"] != frozen_digest(model):
-        raise MismatchError(f"{path}: was written over another base model")
-    if meta["optimizer"] != settings(optimizer):
-        raise MismatchError(f"{path}: was trained with {meta['optimizer']}; now it is {settings(optimizer)}")
+    shapes = {f"p.{k}": (p.data.shape, p.data.dtype) for k, p in params.items()}
+    found = {k: (a.shape, a.dtype) for k, a in tensors.items() if k.startswith("p.")}
+    for k in sorted(shapes.keys() | found.keys()):
+        if shapes.get(k) != found.get(k):
+            raise MismatchError(f"{path}: {k[2:]} is {found.get(k)}; the model's is {shapes.get(k)}")
+    now = json.loads(json.dumps(dict(run)))
+    for k in now | meta["run"]:
+        if now.get(k) != meta["run"].get(k):
+            raise MismatchError(f"{path}: its run had {k} {meta['run'].get(k)}; this one has {now.get(k)}")
     if set(meta["rngs"]) != set(rngs):
         raise MismatchError(f"{path}: holds the generators {sorted(meta['rngs'])}; given are {sorted(rngs)}")
+    for k, rng in rngs.items():
+        kinds = [state["bit_generator"] for state in (meta["rngs"][k], rng.bit_generator.state)]
+        if kinds[0] != kinds[1]:
+            raise MismatchError(f"{path}: the generator {k} is a {kinds[0]}; given is a {kinds[1]}")
     for k, p in params.items():
         p.data[...] = to_device(tensors[f"p.{k}"])
-    optimizer.load({k: a for k, a in tensors.items() if not k.startswith("p.")}, meta["step"])
+    losses = meta["history"]["loss"]
+    optimizer.load({k: a for k, a in tensors.items() if not k.startswith("p.")}, len(losses))
     for name, rng in rngs.items():
         rng.bit_generator.state = meta["rngs"][name]
-    evals = [(int(step), float(value)) for step, value in meta["history"]["evals"]]
-    return History(meta["history"]["loss"], evals)
-
-
-def frozen_digest(model: Any) -> str:
-    """What the run stands on: the digest of everything that is not trained."""
-    return digest({path.replace(".", "/"): p for path, p in named_params(model).items() if not p.trainable})
-
-
-def settings(optimizer: AdamW) -> dict[str, Any]:
-    """The optimizer's numbers, which a resumed run must share."""
-    o = optimizer
-    return {"lr": o.lr, "betas": list(o.betas), "eps": o.eps, "decay": o.weight_decay, "clip": o.clip}
+    return History(losses, [(int(step), float(value)) for step, value in meta["history"]["evals"]])

@@ -1,7 +1,7 @@
 """Make the lessons: notebooks/src/NAME.py -> notebooks/NAME.ipynb, executed, the same bytes every time.
 
     python notebooks/build.py                build all of them
-    python notebooks/build.py --check        execute again and compare with what is there; exit 1 if it differs
+    python notebooks/build.py --check        execute again, compare with what is stored; exit 1 if it differs
     python notebooks/build.py --student DIR  write copies without solutions and outputs
 
 A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments, and either
@@ -79,8 +79,8 @@ def execute(nb):
     from nbclient import NotebookClient
 
     with tempfile.TemporaryDirectory() as folder:
-        fixed = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "IPYTHONDIR": folder}
-        os.environ.update(fixed)  # one order of summation, and nobody's startup files
+        os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
+        os.environ["IPYTHONDIR"] = folder  # one order of summation, and nobody's startup files
         NotebookClient(
             nb, timeout=300, kernel_name="python3", record_timing=False, store_widget_state=False,
             extra_arguments=["--log-level=ERROR"],

@@ -103,6 +103,7 @@ def run(
             checkpoint=work / "checkpoint.safetensors",
             checkpoint_every=250,
             rngs={"batches": rng},
+            identity={"text": text.digest, "recipe": asdict(recipe)},
             progress=watch,
         )
         speed = done * recipe.batch * LENGTH / (time.monotonic() - start)

@@ -7,8 +7,9 @@
 #
 # **What you need.** Matrix products and the chain rule. NumPy, and this package.
 #
-# **Contents.** The equation · The gradients on paper · Eight lines of NumPy · Are they right? · The package does
-# the same · The first steps · Counting parameters · What a layer keeps · A whole model · Exercise · To take along
+# **Contents.** The equation · The gradients on paper · Eight lines of NumPy · Are they right? · The package
+# does the same · The first steps · Counting parameters · What a layer keeps · A whole model · Exercise · To
+# take along
 
 # %%
 import numpy as np
@@ -16,17 +17,16 @@ import numpy as np
 import minilora as ml
 from minilora import data, ops, plots
 from minilora.layers import Linear, Param
-from minilora.lora import Adapted, LowRank
-from minilora.train import frozen_digest
+from minilora.lora import Adapted, LowRank, adapted
 
 rng = np.random.default_rng(0)
 
 # %% [markdown]
 # ## The equation
 #
-# A linear map takes the rows of $X$, one row for each token, to the rows of $Y = X W^\top$. LoRA
-# ([Hu et al. 2021](https://arxiv.org/abs/2106.09685), section 4.1) leaves $W$ as it is and learns a change of
-# it, $\Delta W = s\,B A$, of rank at most $r$:
+# A linear map takes the rows of $X$, one row for each token, to the rows of $Y = X W^\top$. LoRA ([Hu et al.
+# 2021](https://arxiv.org/abs/2106.09685), section 4.1) leaves $W$ as it is and learns a change of it, $\Delta
+# W = s\,B A$, of rank at most $r$:
 #
 # $$Y = X W^\top + s\,(X A^\top)\,B^\top$$
 #
@@ -38,7 +38,8 @@ rng = np.random.default_rng(0)
 # | $B$ | $(O, r)$ | writes the output; starts at zero |
 # | $s$ | a number | the scale, $\alpha / r$ |
 #
-# In this notebook every axis has another size, so that a forgotten transpose is an error and not a wrong number.
+# In this notebook every axis has another size, so that a forgotten transpose is an error and not a wrong
+# number.
 
 # %%
 M, I, O, r, s = 7, 6, 4, 3, 2.0  # noqa: E741
@@ -52,26 +53,25 @@ print("Y has shape", Y.shape, "and equals X (W + s B A)ᵀ:", np.allclose(Y, mer
 # %% [markdown]
 # ## The gradients on paper
 #
-# Let $L$ be a loss, and write $dY$ for the matrix of its derivatives $\partial L / \partial Y_{mo}$; likewise for
-# the other letters. A small change of $Y$ changes the loss by $\langle dY, \delta Y \rangle$, the sum of the
-# products of entries. All we need is that a factor can be moved to the other side of that bracket:
+# Let $L$ be a loss, and write $dY$ for the matrix of its derivatives $\partial L / \partial Y_{mo}$; likewise
+# for the other letters. A small change of $Y$ changes the loss by $\langle dY, \delta Y \rangle$, the sum of
+# the products of entries. All we need is that a factor can be moved to the other side of that bracket:
 # $\langle P, Q R \rangle = \langle P R^\top, Q \rangle = \langle Q^\top P, R \rangle$.
 #
 # With $H = s\,X A^\top$ the equation reads $Y = X W^\top + H B^\top$.
 #
-# **Change $B$ only.** $\;\delta Y = H\,\delta B^\top$, so
-# $\delta L = \langle dY, H\,\delta B^\top \rangle = \langle H^\top dY, \delta B^\top \rangle =
-# \langle dY^\top H, \delta B \rangle$, and therefore
+# **Change $B$ only.** $\;\delta Y = H\,\delta B^\top$, so $\delta L = \langle dY, H\,\delta B^\top \rangle =
+# \langle H^\top dY, \delta B^\top \rangle = \langle dY^\top H, \delta B \rangle$, and therefore
 #
 # $$dB = dY^\top H$$
 #
-# **Change $A$ only.** $\;\delta Y = s\,X\,\delta A^\top B^\top$, so
-# $\delta L = \langle dY, s\,X\,\delta A^\top B^\top \rangle = \langle X^\top (s\,dY\,B), \delta A^\top \rangle$, and
+# **Change $A$ only.** $\;\delta Y = s\,X\,\delta A^\top B^\top$, so $\delta L = \langle dY, s\,X\,\delta
+# A^\top B^\top \rangle = \langle X^\top (s\,dY\,B), \delta A^\top \rangle$, and
 #
 # $$dA = (s\,dY\,B)^\top X$$
 #
-# Each has the shape of its matrix. $W$ needs no gradient. Look at what multiplies what: $dA$ contains $B$, and
-# $dB$ contains $A$ (inside $H$). That decides how training starts, as we shall see.
+# Each has the shape of its matrix. $W$ needs no gradient. Look at what multiplies what: $dA$ contains $B$,
+# and $dB$ contains $A$ (inside $H$). That decides how training starts, as we shall see.
 
 # %% [markdown]
 # ## Eight lines of NumPy
@@ -93,8 +93,8 @@ def lora(X, W, A, B, s):
 # The function returns the output and a second function that takes the gradient home. All of the package is
 # written in this way; there is no automatic differentiation in it.
 #
-# For the loss we take $L = \sum \log\cosh(Y - \text{target})$, a smooth relative of the absolute error, because its
-# derivative is short: $dY = \tanh(Y - \text{target})$.
+# For the loss we take $L = \sum \log\cosh(Y - \text{target})$, a smooth relative of the absolute error,
+# because its derivative is short: $dY = \tanh(Y - \text{target})$.
 
 
 # %%
@@ -113,10 +113,12 @@ print("dB", dB.shape, "like B", B.shape)
 #
 # Two checks that know nothing of our derivation, entry by entry.
 #
-# - **Central differences**: $\big(L(a + h) - L(a - h)\big) / 2h$. The formula itself is wrong by a multiple of $h^2$,
-#   and the subtraction loses digits as $h$ shrinks. There is a best $h$, and it gives some ten digits.
-# - **Complex step**: $\operatorname{Im} L(a + ih) / h$. Nothing is subtracted, so $h$ may be as small as $10^{-20}$, and
-#   all digits are right. It needs a loss made of smooth functions that accept complex numbers.
+# - **Central differences**: $\big(L(a + h) - L(a - h)\big) / 2h$. The formula itself is wrong by a multiple
+#   of $h^2$, and the subtraction loses digits as $h$ shrinks. There is a best $h$, and it gives some ten
+#   digits.
+# - **Complex step**: $\operatorname{Im} L(a + ih) / h$. Nothing is subtracted, so $h$ may be as small as
+#   $10^{-20}$, and all digits are right. It needs a loss made of smooth functions that accept complex
+#   numbers.
 
 
 # %%
@@ -142,18 +144,23 @@ def error(slope):
 steps = [10.0**-k for k in range(1, 15)]
 errors = {name: [error(how(h)) for h in steps] for name, how in (("c", central), ("i", complex_step))}
 
-figure, ((ax,),) = plots.axes()
-ax.loglog(steps, errors["c"], color=plots.ORANGE, marker="o", label="central differences")
-ax.loglog(steps, errors["i"], color=plots.BLUE, marker="s", linestyle="--", label="complex step")
-ax.invert_xaxis()
-ax.set_xlabel("step h")
-ax.set_ylabel("largest relative error of a gradient entry")
-ax.legend()
-plots.Picture(
-    figure,
-    "Error of two numerical derivatives against the step h. Central differences are best near h = 1e-6 and get worse "
-    "again below; the complex step reaches the last digit and stays there.",
-)
+
+@plots.styled
+def draw():
+    figure, ((ax,),) = plots.axes()
+    ax.loglog(steps, errors["c"], color=plots.ORANGE, marker="o", label="central differences")
+    ax.loglog(steps, errors["i"], color=plots.BLUE, marker="s", linestyle="--", label="complex step")
+    ax.invert_xaxis()
+    ax.set(xlabel="step h", ylabel="largest relative error of an entry")
+    ax.legend()
+    return plots.Picture(
+        figure,
+        "Error of two numerical derivatives against the step h. Central differences are best near h = 1e-6 "
+        "and get worse again below; the complex step reaches the last digit and stays there.",
+    )
+
+
+draw()
 
 
 # %%
@@ -170,8 +177,9 @@ for k in (1, 3, 5, 7, 9, 11):
 # %% [markdown]
 # ## The package does the same
 #
-# `minilora.lora.LowRank` is the adapter, put beside any `Linear`. It does the same operations in the same order as
-# our lines, so its gradients must agree in every bit. Its `back` also returns $dX$, which the layer below needs.
+# `minilora.lora.LowRank` is the adapter, put beside any `Linear`. It does the same operations in the same
+# order as our lines, so its gradients must agree in every bit. Its `back` also returns $dX$, which the layer
+# below needs.
 
 # %%
 adapter = LowRank(Param(A.copy()), Param(B.copy()), s)
@@ -184,10 +192,10 @@ print("dB equal:     ", np.array_equal(adapter.B.grad, dB))
 # %% [markdown]
 # ## The first steps
 #
-# $B$ starts at zero, so $\Delta W = 0$ and the adapted model begins as the base, exactly. Then $dA = (s\,dY\,B)^\top X$
-# is zero as well: **the first step moves only $B$.** From the second step on both move. If both matrices started at
-# zero, both gradients would be zero for ever. If $A$ started at zero and $B$ at random, the first step would move
-# only $A$; that would do as well.
+# $B$ starts at zero, so $\Delta W = 0$ and the adapted model begins as the base, exactly. Then $dA =
+# (s\,dY\,B)^\top X$ is zero as well: **the first step moves only $B$.** From the second step on both move. If
+# both matrices started at zero, both gradients would be zero for ever. If $A$ started at zero and $B$ at
+# random, the first step would move only $A$; that would do as well.
 
 
 # %%
@@ -221,9 +229,9 @@ for inputs, outputs, rank in ((96, 96, 8), (96, 256, 8), (96, 96, 48), (4096, 40
 # %% [markdown]
 # ## What a layer keeps
 #
-# A layer that is to be trained must remember something from the forward pass. `ops.saved(back)` lists the arrays
-# that a `back` keeps alive. A frozen map needs none: its way back is $dX = dY\,W$. A trained one keeps its input for
-# $dW = dY^\top X$. An adapted one keeps its input too, for $dA$, and the small $H$ besides.
+# A layer that is to be trained must remember something from the forward pass. `ops.saved(back)` lists the
+# arrays that a `back` keeps alive. A frozen map needs none: its way back is $dX = dY\,W$. A trained one keeps
+# its input for $dW = dY^\top X$. An adapted one keeps its input too, for $dA$, and the small $H$ besides.
 
 # %%
 x = rng.standard_normal((8, 128, 96)).astype(np.float32)
@@ -235,22 +243,23 @@ def weight(rows, columns, trainable):
 
 frozen, full = Linear(weight(96, 96, False)), Linear(weight(96, 96, True))
 small = LowRank(weight(8, 96, True), weight(96, 8, True), 2.0)
-for name, layer in (("frozen", frozen), ("trained", full), ("adapted, r = 8", Adapted(frozen, {"a": small}, "a"))):
+beside = Adapted(frozen, {"a": small}, "a")
+for name, layer in (("frozen", frozen), ("trained", full), ("adapted, r = 8", beside)):
     kept = ops.saved(layer(x)[1])
     memory = {v.__array_interface__["data"][0]: (k, v) for k, v in kept.items()}  # two views count once
     shapes = ", ".join(f"{k.rpartition('.')[2]} {v.shape}" for k, v in memory.values()) or "nothing"
     print(f"{name:15} keeps {sum(v.nbytes for _, v in memory.values()):7,} bytes: {shapes}")
 
 # %% [markdown]
-# So LoRA does **not** save activations: an adapted map keeps a little more than a trained one. What it saves is
-# what belongs to each trained number: a gradient and the two moments of Adam.
+# So LoRA does **not** save activations: an adapted map keeps a little more than a trained one. What it saves
+# is what belongs to each trained number: a gradient and the two moments of Adam.
 
 # %% [markdown]
 # ## A whole model
 #
-# `ml.load()` is the base that ships with the package: a character-level Llama, trained on Shakespeare in modern
-# spelling. `ml.inject` freezes it and puts an adapter beside every linear map of the blocks. Its report is the
-# formula $r (I + O)$, line by line.
+# `ml.load()` is the base that ships with the package: a character-level Llama, trained on Shakespeare in
+# modern spelling. `ml.inject` freezes it and puts an adapter beside every linear map of the blocks. Its
+# report is the formula $r (I + O)$, line by line.
 
 # %%
 model = ml.load()
@@ -264,14 +273,21 @@ for name, count in (("LoRA", report.parameters), ("full fine-tuning", report.bas
     print(f"gradient and moments, {name + ':':18} {3 * 4 * count / 2**20:5.2f} MiB")
 
 # %% [markdown]
-# Now 30 steps on the First Folio, the same author in the spelling of 1623. The loss is in nats per character, on
-# plays that neither the base nor the adapter was trained on. (Where the texts cannot be fetched, the package says so
-# and takes the documentation of Python's standard library instead; then the numbers are others.)
+# Now 30 steps on the First Folio, the same author in the spelling of 1623. The loss is in nats per character,
+# on plays that neither the base nor the adapter was trained on. (Where the texts cannot be fetched, the
+# package says so and takes the documentation of Python's standard library instead; then the numbers are
+# others.)
 
 # %% tags=["corpus"]
 text = data.corpus_or_fallback("folio")
 test = ml.eval_batches(text.test, batch_size=16, length=128, limit=64 * 128)
-base = frozen_digest(model)
+
+
+def base_digest():
+    return ml.digest({path: layer.base for path, layer in adapted(model).items()})
+
+
+base = base_digest()
 
 before = ml.evaluate(model, test)
 batches = ml.batches(text.train, np.random.default_rng(2), batch_size=8, length=128)
@@ -281,20 +297,23 @@ after = ml.evaluate(model, test)
 print("text:", text.source)
 print(f"test loss before:   {before:.2f}")
 print(f"test loss after 30: {after:.2f}")
-print("the base is what it was, to the bit:", frozen_digest(model) == base)
+print("the base is what it was, to the bit:", base_digest() == base)
 
 # %% [markdown]
 # ## Exercise
 #
 # One gradient is missing from our eight lines: that of the input, which the layer below needs. Starting from
-# $Y = X W^\top + s\,X A^\top B^\top$, change $X$ only, and write $dX$ in NumPy. Do not form the matrix
-# $W + s\,B A$: during training that would cost more than the adapter itself.
+# $Y = X W^\top + s\,X A^\top B^\top$, change $X$ only, and write $dX$ in NumPy. Do not form the matrix $W +
+# s\,B A$: during training that would cost more than the adapter itself.
 
 
 # %% tags=["exercise"]
 def input_gradient(dY, W, A, B, s):
     """dX (M, I), from dY (M, O)."""
     return None  # your line
+
+
+input_gradient(dY, W, A, B, s)
 
 
 # %% tags=["solution"]

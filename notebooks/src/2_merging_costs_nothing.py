@@ -7,8 +7,8 @@
 #
 # **What you need.** The first lesson, [LoRA from one equation](1_lora_from_one_equation.ipynb).
 #
-# **Contents.** The same function twice · How far apart can they be? · Where nothing rounds · Merging a model ·
-# Adding and subtracting · Counting the work · Exercise · To take along
+# **Contents.** The same function twice · How far apart can they be? · Where nothing rounds · Merging a model
+# · Adding and subtracting · Counting the work · Exercise · To take along
 
 # %%
 import time
@@ -26,14 +26,16 @@ from minilora.lora import Adapted, LowRank, adapted
 #
 # $$X W^\top + s\,(X A^\top) B^\top = X\,(W + s\,B A)^\top$$
 #
-# On the left the adapter is a detour beside $W$. On the right it has become part of the weight, and the map is a plain
-# one again. As real numbers the two sides are equal. As floating-point numbers they round at different places.
+# On the left the adapter is a detour beside $W$. On the right it has become part of the weight, and the map
+# is a plain one again. As real numbers the two sides are equal. As floating-point numbers they round at
+# different places.
 #
 # ## How far apart can they be?
 #
-# Let $u$ be the unit roundoff ($2^{-24}$ for float32, $2^{-53}$ for float64) and $\gamma_k = k u / (1 - k u)$. A sum of $k$
-# products, added in any order, is off by at most $\gamma_k$ times the sum of the absolute values (Higham, *Accuracy and
-# Stability of Numerical Algorithms*, section 3.1). Follow the roundings of either side, with $n$ inputs and rank $r$:
+# Let $u$ be the unit roundoff ($2^{-24}$ for float32, $2^{-53}$ for float64) and $\gamma_k = k u / (1 - k
+# u)$. A sum of $k$ products, added in any order, is off by at most $\gamma_k$ times the sum of the absolute
+# values (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1). Follow the roundings of
+# either side, with $n$ inputs and rank $r$:
 #
 # | step | factor |
 # |---|---|
@@ -41,13 +43,14 @@ from minilora.lora import Adapted, LowRank, adapted
 # | times $s$, and added to $W x$ | two more roundings |
 # | product $W x$, and the addition | $\gamma_{n+1}$ |
 #
-# For the merged side the same counts appear in another order. Each side is therefore within one and the same distance
-# of the exact value, and the two are within twice that of each other:
+# For the merged side the same counts appear in another order. Each side is therefore within one and the same
+# distance of the exact value, and the two are within twice that of each other:
 #
-# $$|y_\text{unmerged} - y_\text{merged}| \le 2\,\big(\gamma_{n+1}\,|W||x| + \gamma_{n+r+2}\,|s|\,|B||A||x|\big)$$
+# $$|y_\text{unmerged} - y_\text{merged}| \le
+# 2\,\big(\gamma_{n+1}\,|W||x| + \gamma_{n+r+2}\,|s|\,|B||A||x|\big)$$
 #
-# (and a term for underflow, too small to matter here). Such a bound can be asserted: it never fails by bad luck.
-# A tolerance like `atol=1e-5` can, or it hides a mistake.
+# (and a term for underflow, too small to matter here). Such a bound can be asserted: it never fails by bad
+# luck. A tolerance like `atol=1e-5` can, or it hides a mistake.
 
 # %%
 rows = merge_equivalence.run()
@@ -60,13 +63,14 @@ for row in rows:
     print(f"{row['dtype']:>8}  {row['inputs']:6}  {row['bound']:.1e}   {where}")
 
 # %% [markdown]
-# The differences lie far below the bound, and the more so the wider the map: the bound adds up as if all roundings
-# pointed the same way, while real ones partly cancel.
+# The differences lie far below the bound, and the more so the wider the map: the bound adds up as if all
+# roundings pointed the same way, while real ones partly cancel.
 #
 # ## Where nothing rounds
 #
-# If all numbers are small integers and $s$ is a power of two, every intermediate result is an integer below $2^{24}$,
-# and float32 holds it exactly. Then the two sides must agree with `==`. A wrong formula has nowhere to hide.
+# If all numbers are small integers and $s$ is a power of two, every intermediate result is an integer below
+# $2^{24}$, and float32 holds it exactly. Then the two sides must agree with `==`. A wrong formula has nowhere
+# to hide.
 
 # %%
 rng = np.random.default_rng(0)
@@ -87,9 +91,9 @@ print("equal with ==:", bool((apart == together).all()))
 # %% [markdown]
 # ## Merging a model
 #
-# Here both factors are drawn at random, so that $\Delta W$ is not zero. `merge` computes $W + \Delta W$ for every adapted
-# layer and puts it **beside** the base, as a second array. `unmerge` drops that array. The base is never written, so it
-# cannot change. The digest is taken over every byte of the base's weights.
+# Here both factors are drawn at random, so that $\Delta W$ is not zero. `merge` computes $W + \Delta W$ for
+# every adapted layer and puts it **beside** the base, as a second array. `unmerge` drops that array. The base
+# is never written, so it cannot change. The digest is taken over every byte of the base's weights.
 
 # %%
 model = ml.load()
@@ -109,7 +113,9 @@ def logits():
 
 def apart_by(a, b):
     d = float(np.abs(a - b).max() / np.abs(a).max())
-    return "equal to the bit" if d == 0 else "below 1e-4" if d < 1e-4 else "above 1e-1" if d > 0.1 else "between"
+    if d == 0:
+        return "equal to the bit"
+    return "below 1e-4" if d < 1e-4 else "above 1e-1" if d > 0.1 else "between the two"
 
 
 print("base, at first:       ", base_digest())
@@ -128,13 +134,14 @@ with ml.disabled(model):
     print("  base and adapter disabled:  ", apart_by(plain, logits()))
 
 # %% [markdown]
-# Keeping both arrays takes memory, one more copy of each adapted weight while merged. `ml.fuse` is for those who will
-# not go back: it makes the model a plain one and drops base and adapter.
+# Keeping both arrays takes memory, one more copy of each adapted weight while merged. `ml.fuse` is for those
+# who will not go back: it makes the model a plain one and drops base and adapter.
 #
 # ## Adding and subtracting
 #
-# The other way is to write into the weight: `W += Q` to merge and `W -= Q` to unmerge, with $Q = \Delta W$. It needs no
-# second array, and it does not give $W$ back: $W + Q$ is rounded, and the subtraction cannot know what was lost.
+# The other way is to write into the weight: `W += Q` to merge and `W -= Q` to unmerge, with $Q = \Delta W$.
+# It needs no second array, and it does not give $W$ back: $W + Q$ is rounded, and the subtraction cannot know
+# what was lost.
 
 # %%
 rng = np.random.default_rng(3)
@@ -166,19 +173,24 @@ for name, moves in orders.items():
                 W -= change
         found[name, cycle] = int((W != W0).sum()), float(np.abs(W - W0).max())
 
-figure, ((ax,),) = plots.axes()
-looks = zip(orders, (plots.GREY, plots.BLUE, plots.GREEN, plots.ORANGE), ("-", "--", "-.", ":"), strict=True)
-for name, colour, line in looks:
-    drift = [found[name, cycle][1] for cycle in range(1, 101)]
-    ax.loglog(range(1, 101), drift, color=colour, linestyle=line, linewidth=2, label=name)
-ax.set_xlabel("cycles of merging and unmerging in place")
-ax.set_ylabel("largest change of an entry of W")
-ax.legend(fontsize=9)
-plots.Picture(
-    figure,
-    "Largest change of a weight after cycles of adding and subtracting. With one adapter it stays where the first "
-    "cycle put it; with two it grows from cycle to cycle, in whatever order they come and go.",
-)
+
+@plots.styled
+def draw():
+    figure, ((ax,),) = plots.axes()
+    looks = zip((plots.GREY, plots.BLUE, plots.GREEN, plots.ORANGE), ("-", "--", "-.", ":"), strict=True)
+    for name, (colour, line) in zip(orders, looks, strict=True):
+        drift = [found[name, cycle][1] for cycle in range(1, 101)]
+        ax.loglog(range(1, 101), drift, color=colour, linestyle=line, linewidth=2, label=name)
+    ax.set(xlabel="cycles of merging and unmerging in place", ylabel="largest change of an entry of W")
+    ax.legend(fontsize=9)
+    return plots.Picture(
+        figure,
+        "Largest change of a weight after cycles of adding and subtracting. With one adapter it stays where "
+        "the first cycle put it; with two it grows from cycle to cycle, in whatever order they come and go.",
+    )
+
+
+draw()
 
 # %%
 print(f"entries of W that changed, of {W0.size:,}, and the largest change")
@@ -187,15 +199,16 @@ for name in orders:
     print(f"{name:24}" + "".join(f"{n:>9,} {d:8.1e}" for n, d in (found[name, c] for c in cycles)))
 
 # %% [markdown]
-# With one adapter the damage is done in the first cycle and never grows: $(((x \oplus y) \ominus y) \oplus y) \ominus y$
-# equals $(x \oplus y) \ominus y$ when rounding goes to the nearest even number (Reiser and Knuth 1975). With two adapters
-# there is no such theorem. The changes are small, but the weight is no longer the one that was loaded, and its digest
-# says so. A reference to the old array is cheaper than the worry.
+# With one adapter the damage is done in the first cycle and never grows: $(((x \oplus y) \ominus y) \oplus y)
+# \ominus y$ equals $(x \oplus y) \ominus y$ when rounding goes to the nearest even number (Reiser and Knuth
+# 1975). With two adapters there is no such theorem. The changes are small, but the weight is no longer the
+# one that was loaded, and its digest says so. A reference to the old array is cheaper than the worry.
 #
 # ## Counting the work
 #
-# Time depends on the machine; the number of products does not. This array counts the products of matrices that it
-# takes part in, and passes the property on to its results. Put in as the embedding table, it reaches the whole model.
+# Time depends on the machine; the number of products does not. This array counts the products of matrices
+# that it takes part in, and passes the property on to its results. Put in as the embedding table, it reaches
+# the whole model.
 
 
 # %%
@@ -236,11 +249,13 @@ for name, (products, multiplications) in work.items():
     print(f"{name:10}  {products:8}  {multiplications:16,}  {multiplications / work['base'][1]:6.1%}")
 
 # %% [markdown]
-# The model has 21 adapted maps. Unmerged, each takes two more products, thin ones: few multiplications, but 42 more
-# calls, and on a small batch calls are what one waits for. Merged, the work is that of the base, call for call.
+# The model has 21 adapted maps. Unmerged, each takes two more products, thin ones: few multiplications, but
+# 42 more calls, and on a small batch calls are what one waits for. Merged, the work is that of the base, call
+# for call.
 #
-# The function below measures on your machine. It takes the best of several interleaved tries, because anything else
-# that runs there can only make a try slower. Call `seconds()` for the numbers; here we ask for the verdict only.
+# The function below measures on your machine. It takes the best of several interleaved tries, because
+# anything else that runs there can only make a try slower. Call `seconds()` for the numbers; here we ask for
+# the verdict only.
 
 
 # %%
@@ -267,20 +282,23 @@ best = seconds()
 print("merged takes less than 1.5 times as long as the base:", best["merged"] < 1.5 * best["base"])
 
 # %% [markdown]
-# What merging cannot do: a merged weight holds one adapter. A batch whose rows need different adapters has to run
-# unmerged, and a merged model cannot be trained.
+# What merging cannot do: a merged weight holds one adapter. A batch whose rows need different adapters has to
+# run unmerged, and a merged model cannot be trained.
 #
 # ## Exercise
 #
-# Two adapters of ranks $r_1$ and $r_2$ with scales $s_1$ and $s_2$ are to act together:
-# $\Delta W = s_1 B_1 A_1 + s_2 B_2 A_2$. Write them as one adapter of rank $r_1 + r_2$ with scale 1, exactly, without
-# multiplying any $B$ with any $A$.
+# Two adapters of ranks $r_1$ and $r_2$ with scales $s_1$ and $s_2$ are to act together: $\Delta W = s_1 B_1
+# A_1 + s_2 B_2 A_2$. Write them as one adapter of rank $r_1 + r_2$ with scale 1, exactly, without multiplying
+# any $B$ with any $A$.
 
 
 # %% tags=["exercise"]
 def together_as_one(A1, B1, s1, A2, B2, s2):
     """A (r1 + r2, I) and B (O, r1 + r2) with B A = s1 B1 A1 + s2 B2 A2."""
     return None  # your lines
+
+
+together_as_one(A, B, 2.0, A, B, 0.5)
 
 
 # %% tags=["solution"]
@@ -299,15 +317,16 @@ assert made is not None, "together_as_one returns None: return the pair A, B"
 A, B = made
 assert A.shape == (8, 12), f"A has shape {A.shape}; expected (r1 + r2, I) = (8, 12): stack the rows"
 assert B.shape == (10, 8), f"B has shape {B.shape}; expected (O, r1 + r2) = (10, 8): stack the columns"
-wanted = 2.0 * B1 @ A1 + 0.5 * B2 @ A2
-assert not (B @ A == B1 @ A1 + B2 @ A2).all(), "almost: the scales are missing, and the new one has scale 1"
-assert (B @ A == wanted).all(), "B A is another matrix: put each scale on one factor, not on both"
+wanted, unscaled = 2.0 * B1 @ A1 + 0.5 * B2 @ A2, B1 @ A1 + B2 @ A2
+assert not np.array_equal(B @ A, unscaled), "almost: the scales are missing, and the new one has scale 1"
+assert np.array_equal(B @ A, wanted), "B A is another matrix: put each scale on one factor, not on both"
 print("right: with integers, equal by ==")
 
 # %% [markdown]
 # ## To take along
 #
-# - Merged and unmerged agree within $2(\gamma_{n+1}|W||x| + \gamma_{n+r+2}|s||B||A||x|)$: assert that, not a guess.
+# - Merged and unmerged agree within $2(\gamma_{n+1}|W||x| + \gamma_{n+r+2}|s||B||A||x|)$: assert that, not a
+#   guess.
 # - Keep the base and drop the merged copy, and unmerging is exact. Adding and subtracting is not.
 # - Merged, the adapted model does the products of the base and no other.
 #

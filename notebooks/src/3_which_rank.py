@@ -1,15 +1,15 @@
 # %% [markdown]
 # # Which rank?
 #
-# **What you will see.** The rows of a sweep over ranks, read back from the file that `minilora sweep` wrote: the test
-# loss against the rank; the singular values of what was learned, with those of full fine-tuning and of noise beside
-# them; and a task whose rank is known, on which the method can be tested itself.
+# **What you will see.** The rows of a sweep over ranks, read back from the file that `minilora sweep` wrote:
+# the test loss against the rank; the singular values of what was learned, with those of full fine-tuning and
+# of noise beside them; and a task whose rank is known, on which the method can be tested itself.
 #
-# **What you need.** The first lesson, [LoRA from one equation](1_lora_from_one_equation.ipynb), and the idea of
-# singular values: every matrix is a sum of rank-one matrices, and they are the sizes of those.
+# **What you need.** The first lesson, [LoRA from one equation](1_lora_from_one_equation.ipynb), and the idea
+# of singular values: every matrix is a sum of rank-one matrices, and they are the sizes of those.
 #
-# **Contents.** The sweep · Loss against rank · The spectra · How many directions? · One rank at a time · A task whose
-# rank is known · What not to claim · Exercise · To take along
+# **Contents.** The sweep · Loss against rank · The spectra · How many directions? · One rank at a time · A
+# task whose rank is known · What not to claim · Exercise · To take along
 
 # %%
 import math
@@ -29,16 +29,17 @@ print(len(rows), "runs; targets:", ", ".join(targets))
 # %% [markdown]
 # ## The sweep
 #
-# One frozen base, and for each target LoRA at several ranks and full fine-tuning, everything else being equal. Three
-# rules make the comparison fair.
+# One frozen base, and for each target LoRA at several ranks and full fine-tuning, everything else being
+# equal. Three rules make the comparison fair.
 #
-# 1. **Each method and each rank has a learning rate of its own**, chosen by short runs. At one shared rate the winner
-#    would be the method that the rate happens to suit.
-# 2. The choice looks at the validation split only; the table shows the test split, texts that no run has seen.
+# 1. **Each method and each rank has a learning rate of its own**, chosen by short runs. At one shared rate
+#    the winner would be the method that the rate happens to suit.
+# 2. The choice looks at the validation split only; the table shows the test split, texts that no run has
+#    seen.
 # 3. Several seeds, and their whole range is shown, not an error bar.
 #
-# *Gap closed* is $(L_\text{base} - L) / (L_\text{base} - L_\text{full})$, with $L$ the test loss: 0 % is the frozen base, 100 %
-# is full fine-tuning. A value above 100 % is possible.
+# *Gap closed* is $(L_\text{base} - L) / (L_\text{base} - L_\text{full})$, with $L$ the test loss: 0 % is the
+# frozen base, 100 % is full fine-tuning. A value above 100 % is possible.
 
 # %%
 print(rank_sweep.table(rows))
@@ -52,24 +53,25 @@ plots.loss_against_rank(rows, text)
 # %%
 lora, full, base = (plots.final(rows, text, method) for method in ("lora", "full", "none"))
 ranks, losses = plots.by_rank(lora, "test")
-_, whole = plots.by_rank(full, "test")
+_, level = plots.by_rank(full, "test")
 print(f"{'':16}  mean   least  greatest")
 print(f"{'frozen base':16} {base[0]['test']:.3f}")
 for r, (mean, low, high) in zip(ranks, losses, strict=True):
     print(f"{f'LoRA r = {r}':16} {mean:.3f}   {low:.3f}   {high:.3f}")
-print(f"{'full fine-tuning':16} {whole[0, 0]:.3f}   {whole[0, 1]:.3f}   {whole[0, 2]:.3f}")
+print(f"{'full fine-tuning':16} {level[0, 0]:.3f}   {level[0, 1]:.3f}   {level[0, 2]:.3f}")
 print()
 print("validation loss of full fine-tuning:", plots.flattening(full))
 
 # %% [markdown]
-# How to read it. Where the curve falls, rank is what was missing. Where it is flat, it was not: compare the steps between
-# neighbouring ranks with the range over the seeds before you call one better. The last line says whether full
-# fine-tuning had come to rest; if it had not, its line is no floor, and the picture is one of *this many steps*.
+# How to read it. Where the curve falls, rank is what was missing. Where it is flat, it was not: compare the
+# steps between neighbouring ranks with the range over the seeds before you call one better. The last line
+# says whether full fine-tuning had come to rest; if it had not, its line is no floor, and the picture is one
+# of *this many steps*.
 #
 # ## The spectra
 #
-# $\Delta W = s\,B A$ has at most $r$ singular values. They are computed from the thin factors, without forming $\Delta W$:
-# with $B = Q R$ and $A^\top = P T$ they are those of the small matrix $s\,R\,T^\top$.
+# $\Delta W = s\,B A$ has at most $r$ singular values. They are computed from the thin factors, without
+# forming $\Delta W$: with $B = Q R$ and $A^\top = P T$ they are those of the small matrix $s\,R\,T^\top$.
 
 # %%
 plots.spectra(rows, text)
@@ -97,15 +99,16 @@ for kind in plots.kinds(lora):
     print(f"{kind:12} {cells[0]}       {cells[1]}   {share:14.0%}")
 
 # %% [markdown]
-# The dashed line is full fine-tuning, the dotted one is Gaussian noise of the same norm. A spectrum says something
-# only against that line: noise, too, has a largest singular value. A curve that lies above the noise at small index and
-# below it later has directions that matter more than others. (*norm²* is the sum of the squares: the energy.)
+# The dashed line is full fine-tuning, the dotted one is Gaussian noise of the same norm. A spectrum says
+# something only against that line: noise, too, has a largest singular value. A curve that lies above the
+# noise at small index and below it later has directions that matter more than others. (*norm²* is the sum of
+# the squares: the energy.)
 #
 # ## How many directions?
 #
-# Two ways to count. The **effective rank** (Roy and Vetterli 2007) is $\exp(-\sum p_i \ln p_i)$ with
-# $p_i = \sigma_i / \sum \sigma_j$: it is $k$ if $k$ singular values are equal and the others zero. The **energy** in the first
-# $k$ is $\sum_{i \le k} \sigma_i^2 / \sum \sigma_i^2$.
+# Two ways to count. The **effective rank** (Roy and Vetterli 2007) is $\exp(-\sum p_i \ln p_i)$ with $p_i =
+# \sigma_i / \sum \sigma_j$: it is $k$ if $k$ singular values are equal and the others zero. The **energy** in
+# the first $k$ is $\sum_{i \le k} \sigma_i^2 / \sum \sigma_i^2$.
 
 # %%
 plots.energy_and_effective_rank(rows, text)
@@ -117,49 +120,58 @@ print("effective rank, mean over all adapted matrices")
 print("   r    LoRA   product of two noise factors   directions for 90 % of the energy")
 for r in ranks:
     some = curves(plots.select(lora, rank=r))
-    noise = ml.effective_rank(spectra.noise_spectrum((side, side), rng, rank=min(r, side)))
+    by_chance = ml.effective_rank(spectra.noise_spectrum((side, side), rng, rank=min(r, side), draws=4))
     at90 = mean([spectra.rank_at(s, 0.9) for s in some])
-    print(f"{r:4}  {mean([ml.effective_rank(s) for s in some]):6.1f}   {noise:27.1f}   {at90:33.1f}")
+    print(f"{r:4}  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance:27.1f}   {at90:33.1f}")
 some = [s for kind in plots.kinds(lora) for s in curves(full, kind)]
-noise = ml.effective_rank(spectra.noise_spectrum((side, side), rng))
+by_chance = ml.effective_rank(spectra.noise_spectrum((side, side), rng, draws=4))
 at90 = mean([spectra.rank_at(s, 0.9) for s in some])
-print(f"full  {mean([ml.effective_rank(s) for s in some]):6.1f}   {noise:20.1f} (noise)   {at90:33.1f}")
+print(f"full  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance:20.1f} (noise)   {at90:33.1f}")
 
 # %% [markdown]
-# The effective rank of LoRA can never exceed $r$, so a small one proves nothing by itself. Compare it with noise: the
-# further it lies below the product of two noise factors, the more the training has concentrated.
+# The effective rank of LoRA can never exceed $r$, so a small one proves nothing by itself. Compare it with
+# noise: the further it lies below the product of two noise factors, the more the training has concentrated.
 #
 # ## One rank at a time
 #
-# The value projections, rank by rank: the spectrum that LoRA learned, that of full fine-tuning, and that of a random
-# product of the same rank and norm. With a kernel running, the slider below shows one rank; without one, the figure
-# after it shows all of them.
+# The value projections, rank by rank: the spectrum that LoRA learned, that of full fine-tuning, and that of a
+# random product of the same rank and norm. With a kernel running, the slider below shows one rank; without
+# one, the figure after it shows all of them.
 
 
 # %%
-def panel(ax, r, kind="v_proj"):
-    """Draw one rank; returns what it shows in words."""
-    learned = plots.mean_spectrum(plots.select(lora, rank=r), kind)
-    behind = plots.mean_spectrum(full, kind)
-    n = len(behind)
-    noise = spectra.noise_spectrum((n, n), np.random.default_rng(0), rank=r)[:r] * math.sqrt((learned**2).sum())
-    ax.plot(range(1, n + 1), behind, color=plots.ORANGE, linestyle="--", label="full fine-tuning")
-    ax.plot(range(1, r + 1), noise, color=plots.GREY, linestyle=":", marker="x", label="noise of rank r")
-    ax.plot(range(1, r + 1), learned, color=plots.BLUE, marker="o", markersize=4, label=f"LoRA, r = {r}")
-    ax.set(xscale="log", xlim=(0.9, 1.1 * n), ylim=(0, None), title=f"r = {r}", xlabel="index")
-    return f"at r = {r} from {learned[0]:.2f} down to {learned[-1]:.2f}, noise from {noise[0]:.2f} to {noise[-1]:.2f}"
+def noise_like(s, n):
+    """The spectrum of a random n x n product of the rank and the norm of the spectrum s."""
+    noise = spectra.noise_spectrum((n, n), np.random.default_rng(0), rank=len(s))[: len(s)]
+    return noise * math.sqrt((s**2).sum())
 
 
+learned = {r: plots.mean_spectrum(plots.select(lora, rank=r), "v_proj") for r in ranks}
+whole = plots.mean_spectrum(full, "v_proj")
+noise = {r: noise_like(s, len(whole)) for r, s in learned.items()}
+low = min(s[-1] for s in (*learned.values(), *noise.values()))
+high = max(s[0] for s in (*learned.values(), *noise.values(), whole))
+
+
+@plots.styled
 def picture(shown, columns):
     lines = -(-len(shown) // columns)
-    figure, grid = plots.axes(columns, lines, (3.4 * columns + 1.5, 2.9 * lines))
-    words = [panel(ax, r) for ax, r in zip(grid.flat, shown, strict=False)]
-    for ax in list(grid.flat)[len(shown) :]:
+    figure, grid = plots.axes(columns, lines, (3.2 * columns + 1, 2.9 * lines))
+    for ax in grid.flat:
         ax.set_axis_off()
-    grid[0, 0].legend(fontsize=8)
-    for ax in grid[:, 0]:
-        ax.set_ylabel("singular value of ΔW")
-    return plots.Picture(figure, "Singular values of ΔW of the value projections: " + "; ".join(words) + ".")
+    for ax, r in zip(grid.flat, shown, strict=False):
+        ax.set_axis_on()
+        ax.plot(range(1, len(whole) + 1), whole, color=plots.ORANGE, linestyle="--", label="full fine-tuning")
+        ax.plot(range(1, r + 1), noise[r], color=plots.GREY, linestyle=":", marker="x", label="noise, rank r")
+        ax.plot(range(1, r + 1), learned[r], color=plots.BLUE, marker="o", markersize=4, label="LoRA")
+        ax.set(xscale="log", yscale="log", xlim=(0.9, 1.1 * len(whole)), ylim=(0.7 * low, 1.4 * high))
+        ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+        ax.minorticks_off()
+        ax.set(title=f"r = {r}", xlabel="index", ylabel="singular value of ΔW")
+        ax.label_outer()
+    grid[0, 0].legend(fontsize=8, loc="lower left")
+    words = [f"at r = {r} from {learned[r][0]:.2f} down to {learned[r][-1]:.2f}" for r in shown]
+    return plots.Picture(figure, f"Singular values of ΔW of the value projections: {'; '.join(words)}.")
 
 
 # %% tags=["widget"]
@@ -168,6 +180,8 @@ try:
 except ImportError:
     print("ipywidgets is not installed; the figure below shows all ranks")
 else:
+    from IPython.display import display
+
     slider = ipywidgets.IntSlider(0, 0, len(ranks) - 1, description="which rank", continuous_update=False)
     slider.readout = False  # it would show the place in the list, not the rank
     view = ipywidgets.HTML(picture(ranks[:1], 1)._repr_html_())
@@ -176,7 +190,7 @@ else:
         view.value = picture([ranks[change["new"]]], 1)._repr_html_()
 
     slider.observe(turn, "value")
-    display(ipywidgets.VBox([slider, view]))  # noqa: F821
+    display(ipywidgets.VBox([slider, view]))
 
 # %%
 picture(ranks, 3)
@@ -184,20 +198,19 @@ picture(ranks, 3)
 # %%
 print("   r   first and last singular value     of noise")
 for r in ranks:
-    s = plots.mean_spectrum(plots.select(lora, rank=r), "v_proj")
-    side = len(curves(full, "v_proj")[0])
-    noise = spectra.noise_spectrum((side, side), np.random.default_rng(0), rank=r)[:r] * math.sqrt((s**2).sum())
-    print(f"{r:4}   {s[0]:12.2f} {s[-1]:12.2f}   {noise[0]:10.2f} {noise[-1]:8.2f}")
+    print(f"{r:4}   {learned[r][0]:12.2f} {learned[r][-1]:12.2f}   {noise[r][0]:10.2f} {noise[r][-1]:8.2f}")
 
 # %% [markdown]
 # ## A task whose rank is known
 #
-# For a text we do not know the answer. So here is a task for which we do: pairs of letters have changed places
-# everywhere in the text. The base knows this text; it only has to learn that the letters have other names. The model
-# uses one table $E$ for input and output, so the change $\Delta E = (P - I) E$, with $P$ the permutation, undoes the swaps
-# exactly, and its rank is the number of swaps: each swapped pair is one direction, the difference of two rows.
+# For a text we do not know the answer. So here is a task for which we do: pairs of letters have changed
+# places everywhere in the text. The base knows this text; it only has to learn that the letters have other
+# names. The model uses one table $E$ for input and output, so the change $\Delta E = (P - I) E$, with $P$ the
+# permutation, undoes the swaps exactly, and its rank is the number of swaps: each swapped pair is one
+# direction, the difference of two rows.
 #
-# Two things can be tested. Does the loss need as many ranks as there are swaps? And does LoRA, given more, use just these?
+# Two things can be tested. Does the loss need as many ranks as there are swaps? And does LoRA, given more,
+# use just these?
 
 # %%
 plots.known_rank(rows, known)
@@ -207,11 +220,12 @@ lora_k, base_k = plots.final(rows, known), plots.final(rows, known, "none")[0]
 oracle = {row["config"]["rank"]: row["test"] for row in plots.select(rows, kind="oracle", target=known)}
 truth = np.array(base_k["spectra"]["model.embed_tokens"])
 swaps = int((truth > 1e-6 * truth[0]).sum())
-print(f"{swaps} swaps; loss on the plain text, the floor: {base_k['floor']:.3f}; untouched: {base_k['test']:.3f}")
+print(f"{swaps} swaps; the base on the plain text: {base_k['floor']:.3f}, on this one: {base_k['test']:.3f}")
 print("   r   excess loss of LoRA   of the true ΔE cut to rank r")
 ranks_k, losses_k = plots.by_rank(lora_k, "test")
 for r, (value, *_) in zip(ranks_k, losses_k, strict=True):
-    print(f"{r:4}   {value - base_k['floor']:19.3f}   {oracle[r] - base_k['floor']:28.3f}")
+    excess, cut = (round(v - base_k["floor"], 3) + 0.0 for v in (value, oracle[r]))  # no minus zero
+    print(f"{r:4}   {excess:19.3f}   {cut:28.3f}")
 
 shown = min((r for r in ranks_k if r >= 2 * swaps), default=ranks_k[-1])
 found = np.mean([row["spectra"]["model.embed_tokens"] for row in plots.select(lora_k, rank=shown)], axis=0)
@@ -221,22 +235,24 @@ print(f"learned at r = {shown}, the first {swaps}:      {' '.join(f'{x:5.2f}' fo
 print(f"and the next:                       {' '.join(f'{x:5.2f}' for x in found[swaps : 2 * swaps])}")
 
 # %% [markdown]
-# How to read it. Left: below the number of swaps no matrix of that rank can do better than some positive excess; the
-# squares show what the true answer loses when it is cut (the best cut of the matrix, not of the loss, so LoRA may lie
-# below them). At the number of swaps the squares reach zero. Right: if the learned singular values drop after that
-# number, the method has found the rank that we put in. They need not equal the true ones: other changes of the table
-# have the same effect on the loss, or nearly so.
+# How to read it. Left: the squares show what the true answer still gives away when it is cut to rank $r$.
+# That is the best cut of the matrix and not of the loss, so LoRA may lie below them; at the number of swaps
+# they reach zero. A circle below zero would mean that training has done more than undo the swaps. Right: if
+# the learned singular values drop after that number, the method has found the rank that we put in. They need
+# not equal the true ones: other changes of the table have the same effect on the loss, or nearly so, and
+# AdamW makes some of them on the way.
 #
 # ## What not to claim
 #
-# - *"Fine-tuning updates are low-rank, therefore LoRA works."* Look at the row *full* of the table of directions. What is
-#   shown here is only that a change of low rank is *enough* for a task like this one.
-# - *"Rank $r$ is enough."* For this base, this text and this many steps. More data and harder tasks need more.
-# - *"LoRA beats full fine-tuning"*, where a point lies below the line. The range over few seeds is not a test, and both
-#   learning rates come from a coarse grid.
+# - *"Fine-tuning updates are low-rank, therefore LoRA works."* Look at the row *full* of the table of
+#   directions. What is shown here is only that a change of low rank is *enough* for a task like this one.
+# - *"Rank $r$ is enough."* For this base, this text and this many steps. More data and harder tasks need
+#   more.
+# - *"LoRA beats full fine-tuning"*, where a point lies below the line. The range over few seeds is not a
+#   test, and both learning rates come from a coarse grid.
 # - *"The effective rank is small."* Smaller than that of noise of the same rank? That is the question.
-# - *"10,000 times less memory."* Fewer trained numbers, with their gradients and moments; the weights and the activations
-#   stay, as the first lesson counted.
+# - *"10,000 times less memory."* Fewer trained numbers, with their gradients and moments; the weights and the
+#   activations stay, as the first lesson counted.
 #
 # ## Exercise
 #
@@ -245,8 +261,11 @@ print(f"and the next:                       {' '.join(f'{x:5.2f}' for x in found
 
 # %% tags=["exercise"]
 def directions(s, share):
-    """The least k such that the first k of the falling singular values s hold that share of the sum of squares."""
+    """The least k such that the first k of the falling values s hold that share of the sum of squares."""
     return None  # your lines
+
+
+directions(np.array([3.0, 2.0, 1.0, 1.0]), 0.7)
 
 
 # %% tags=["solution"]
@@ -271,7 +290,8 @@ print("right, for all", len(curves(lora)), "spectra of the sweep")
 # %% [markdown]
 # ## To take along
 #
-# - Choose the rank where the loss stops falling by more than the seeds differ, with a learning rate tuned at each rank.
+# - Choose the rank where the loss stops falling by more than the seeds differ, with a learning rate tuned at
+#   each rank.
 # - Put noise beside every spectrum.
 # - Try a method first on a task whose answer you know.
 #
