@@ -33,8 +33,8 @@ def life(folder, config, tie):
         evaluate=lambda: evaluate(model, [(ids, labels)]),
     )
     file = folder / f"{config.dora}{tie}.safetensors"
-    save_checkpoint(file, model, optimizer, {}, history)
-    load_checkpoint(file, model, optimizer, {})
+    save_checkpoint(file, model, optimizer, {}, history, {})
+    load_checkpoint(file, model, optimizer, {}, {})
     model.recompute = True
     _, back = model.loss(ids, labels, train=True)
     back()

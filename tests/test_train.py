@@ -38,7 +38,7 @@ from minilora.layers import digest, freeze, named_params, trained
 from minilora.lora import LoraConfig, inject, merge, unmerge
 from minilora.optim import AdamW, Schedule
 from minilora.storage import read, write_atomic
-from minilora.train import History, evaluate, load_checkpoint, save_checkpoint, train
+from minilora.train import History, about, evaluate, load_checkpoint, save_checkpoint, train
 
 STEPS = 6
 SHAPE = {"r": 3, "alpha": 7, "targets": LINEARS, "init": "both", "dropout": 0.3, "modules_to_save": ["norm"]}
@@ -65,6 +65,12 @@ class Run:
             rngs=self.rngs, **how,
         )  # fmt: skip
         return self
+
+    def about(self):
+        return about(self.model, self.optimizer, Schedule(STEPS, warmup=2), 2)
+
+    def load(self, path):
+        return load_checkpoint(path, self.model, self.optimizer, self.rngs, self.about())
 
     def state(self):
         return (
@@ -184,10 +190,10 @@ def test_a_checkpoint_does_not_change_the_run(whole, tmp_path):
 
 def test_saving_and_loading_are_inverse(saved, tmp_path):
     run = Run(seed=5)
-    history = load_checkpoint(saved, run.model, run.optimizer, run.rngs)
-    save_checkpoint(tmp_path / "c", run.model, run.optimizer, run.rngs, history)
+    history = run.load(saved)
+    save_checkpoint(tmp_path / "c", run.model, run.optimizer, run.rngs, history, run.about())
     other = Run(seed=6)
-    assert load_checkpoint(tmp_path / "c", other.model, other.optimizer, other.rngs) == history
+    assert other.load(tmp_path / "c") == history
     run.history = other.history = history
     assert run.state() == other.state()
 
@@ -213,7 +219,7 @@ def attempt(run, path, error):
     run.history = History()
     before = run.state()
     with pytest.raises(error) as e:
-        load_checkpoint(path, run.model, run.optimizer, run.rngs)
+        run.load(path)
     assert str(path) in str(e.value)
     assert len(str(e.value).splitlines()) == 1
     assert run.state() == before
@@ -267,10 +273,8 @@ def without(key):
 
 
 META = {
-    "a list": lambda m: [1], "null": lambda m: None, "no step": without("step"),
-    "no frozen": without("frozen"), "no rngs": without("rngs"), "no history": without("history"),
-    "no optimizer": without("optimizer"),
-    "step of text": lambda m: m | {"step": "3"}, "negative step": lambda m: m | {"step": -1},
+    "a list": lambda m: [1], "null": lambda m: None, "no digest": without("sha256"), "no rngs": without("rngs"), "no history": without("history"),
+    "no run": without("run"), "another run": lambda m: m | {"run": m["run"] | {"base": "0"}},
     "rngs of text": lambda m: m | {"rngs": "x"},
     "an empty state": lambda m: m | {"rngs": m["rngs"] | {"batches": {}}},
     "another generator": lambda m: m | {"rngs": {k: {"bit_generator": "MT19937"} for k in m["rngs"]}},
@@ -286,7 +290,7 @@ def test_a_checkpoint_with_wrong_metadata_is_refused_and_nothing_changes(change,
 
 def test_a_copy_with_the_same_metadata_is_accepted(saved, tmp_path):
     run = Run()
-    history = load_checkpoint(altered(saved, tmp_path / "c"), run.model, run.optimizer, run.rngs)
+    history = run.load(altered(saved, tmp_path / "c"))
     assert len(history.loss) == 3
 
 
@@ -296,7 +300,7 @@ def test_a_checkpoint_without_one_of_its_arrays_is_refused(kind, saved, tmp_path
         del tensors[next(k for k in sorted(tensors) if k.startswith(kind))]
         return tensors
 
-    attempt(Run(), altered(saved, tmp_path / "c", tensors=drop), MismatchError)
+    attempt(Run(), altered(saved, tmp_path / "c", tensors=drop), FormatError)
 
 
 @pytest.mark.parametrize("kind", ["m.", "v.", "p."])
@@ -306,7 +310,7 @@ def test_a_checkpoint_of_other_dtypes_or_shapes_is_refused(other, kind, saved, t
         turned = {k: a.astype(np.float64) if other == "dtype" else a[None] for k, a in tensors.items()}
         return {k: turned[k] if k.startswith(kind) else a for k, a in tensors.items()}
 
-    attempt(Run(), altered(saved, tmp_path / "c", tensors=turn), MismatchError)
+    attempt(Run(), altered(saved, tmp_path / "c", tensors=turn), FormatError)
 
 
 @settings(max_examples=60)
@@ -319,7 +323,7 @@ def test_a_flipped_bit_of_the_header_is_an_error_or_harmless(data, saved, tmp_pa
     write_atomic(path, bytes(raw))
     run = Run()
     with contextlib.suppress(MiniloraError):
-        load_checkpoint(path, run.model, run.optimizer, run.rngs)
+        run.load(path)
     shutil.rmtree(path.parent)
 
 
@@ -346,7 +350,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(bad, tmp_path):
     assert same_bits(ours, theirs)
     assert all(p.grad is None for p in named_params(run.model).values())
     other = Run()
-    assert len(load_checkpoint(tmp_path / "c", other.model, other.optimizer, other.rngs).loss) == 2
+    assert len(other.load(tmp_path / "c").loss) == 2
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing():
