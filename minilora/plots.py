@@ -189,10 +189,8 @@ def gap_against_parameters(rows: Sequence[Row]) -> Picture:
         ranks, y = by_rank(lora, "gap_closed")
         _, p = by_rank(lora, "parameters")
         band(ax, p[:, 0].tolist(), 100 * y, title(target), colour, marker)
-        for i in (0, -1):
-            ax.annotate(
-                f"r = {ranks[i]}", (p[i, 0], 100 * y[i, 0]), xytext=(4, -14), textcoords="offset points"
-            )
+        for i, at in ((0, (6, -14)), (-1, (-10, -16))):
+            ax.annotate(f"r = {ranks[i]}", (p[i, 0], 100 * y[i, 0]), xytext=at, textcoords="offset points")
         says.append(
             f"{title(target)}: {y[0, 0]:.0%} at {p[0, 0]:,.0f} parameters, {y[-1, 0]:.0%} at {p[-1, 0]:,.0f}"
         )
@@ -241,12 +239,12 @@ def spectra(rows: Sequence[Row], target: str) -> Picture:
     panels = kinds(lora)
     columns = min(4, len(panels) + 1)
     lines = -(-(len(panels) + 1) // columns)
-    figure, grid = axes(columns, lines, (3.0 * columns, 2.7 * lines))
+    figure, grid = axes(columns, lines, (max(3.0 * columns, 8), max(2.7 * lines, 3.5)))
     flat = list(grid.flat)
     for ax, kind in zip(flat, panels, strict=False):
         s = mean_spectrum(full, kind)
         index = np.arange(1, len(s) + 1)
-        noise = math.sqrt((s * s).sum()) * np.resize(shape_noise(kind, full, len(s)), len(s))
+        noise = math.sqrt((s * s).sum()) * noise_spectrum(shape_of(kind, full), np.random.default_rng(0))
         ax.plot(index, s, color=ORANGE, linestyle="--", linewidth=2, label="full fine-tuning")
         ax.plot(index, noise, color=GREY, linestyle=":", linewidth=1.5, label="noise of that norm")
         for r, colour in shades(ranks).items():
@@ -278,18 +276,17 @@ def spectra(rows: Sequence[Row], target: str) -> Picture:
             ax.set_ylabel("singular value of ΔW")
     handles, labels = flat[0].get_legend_handles_labels()
     flat[len(panels)].legend(handles, labels, loc="center", fontsize=9, ncols=2 if len(labels) > 7 else 1)
-    figure.suptitle(f"{title(target)}: spectra of ΔW, mean over layers and {seeds(lora)}", fontsize=12)
+    figure.suptitle(f"{title(target)}: spectra of ΔW (mean over layers and {seeds(lora)})", fontsize=12)
     tops = ", ".join(f"{k} {mean_spectrum(select(lora, rank=ranks[-1]), k)[0]:.2g}" for k in panels)
     return Picture(
         figure, f"Singular values of ΔW on {title(target)}; the largest at rank {ranks[-1]}: {tops}."
     )
 
 
-def shape_noise(kind: str, rows: Sequence[Row], count: int) -> np.ndarray:
-    """The spectrum, of norm 1, of Gaussian noise in the shape of a kind of module."""
-    shapes = [shape for row in rows for path, shape in row.get("shapes", {}).items() if path.endswith(kind)]
-    m, n = shapes[0] if shapes else (count, count)
-    return noise_spectrum((m, n), np.random.default_rng(0))
+def shape_of(kind: str, rows: Sequence[Row]) -> tuple[int, int]:
+    """The shape (O, I) of one kind of module."""
+    m, n = next(shape for row in rows for path, shape in row["shapes"].items() if path.endswith(kind))
+    return m, n
 
 
 @styled
@@ -326,19 +323,23 @@ def energy_and_effective_rank(rows: Sequence[Row], target: str) -> Picture:
     ]
     _, y = by_rank(effective, "v")
     band(right, ranks, y, "LoRA", BLUE, "o")
-    side = len(curves(full)[0])
     rng = np.random.default_rng(0)
-    noise = [effective_rank(noise_spectrum((side, side), rng, rank=min(r, side), draws=4)) for r in ranks]
+    shapes = [shape_of(kind, lora) for kind in kinds(lora)]
+    noise = [
+        float(np.mean([effective_rank(noise_spectrum(shape, rng, rank=r, draws=4)) for shape in shapes]))
+        for r in ranks
+    ]
     right.plot(ranks, noise, color=GREY, linestyle=":", marker="x", label="product of two noise factors")
     right.plot(ranks, ranks, color=GREY, linewidth=0.8, label="r itself")
     f = float(np.mean([effective_rank(s) for s in curves(full)]))
-    level(right, f, "full fine-tuning", ORANGE, "--", above=False)
+    level(right, f, "full fine-tuning", ORANGE, "--")
     rank_axis(right, ranks)
     right.set_yscale("log", base=2)
     right.set_yticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
     right.minorticks_off()
+    right.set_ylim(0.9, 1.4 * max(f, *ranks))
     right.set_ylabel("effective rank of ΔW")
-    right.legend(fontsize=9, loc="upper left")
+    right.legend(fontsize=9, loc="lower right")
     figure.suptitle(f"{title(target)}: how many directions does ΔW use?", fontsize=12)
     most = np.mean([rank_at(s, 0.9) for s in curves(select(lora, rank=ranks[-1]))])
     says = (

@@ -31,7 +31,7 @@ import numpy as np
 from .. import __version__, data, files, plots, report, spectra
 from ..backend import to_device, to_host
 from ..errors import ConfigError, MismatchError, NonFiniteError, StateError, check_float, check_int
-from ..layers import digest, trained, unfreeze
+from ..layers import digest, get, trained, unfreeze
 from ..lora import LoraConfig, inject
 from ..model import Llama
 from ..optim import AdamW, Schedule
@@ -67,7 +67,7 @@ class Setting:
 TEXT = Setting(("all-linear",), 16.0, 1e-8, (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3), 300, 100, 8)
 # An embedding's B starts at N(0, 1), so alpha is small. The larger eps keeps AdamW from moving the rows
 # of rare letters, whose gradient is next to nothing, as fast as all others: their noise hides the spectrum.
-TABLE = Setting(("embed_tokens",), 0.25, 1e-4, (3e-2, 1e-1, 3e-1), (1e-3, 3e-3, 1e-2), 200, 60, 4)
+TABLE = Setting(("embed_tokens",), 0.25, 1e-4, (1e-1, 3e-1, 1.0), (1e-3, 3e-3, 1e-2), 200, 60, 4)
 
 
 def setting(target: str) -> Setting:
@@ -238,9 +238,11 @@ def trained_run(run: Run) -> Row:
     row = losses(model, run) | {"parameters": sum(p.data.size for p in trained(model).values())}
     if run.kind == "final":
         row["curve"] = history.evals
+        base = files.load(run.base)
         whole = run.method == "full"
-        changes = spectra.spectrum_between(files.load(run.base), model) if whole else spectra.spectrum(model)
+        changes = spectra.spectrum_between(base, model) if whole else spectra.spectrum(model)
         row["spectra"] = rounded(changes)
+        row["shapes"] = {path: list(get(base, f"{path}.weight").data.shape) for path in changes}
     return row
 
 

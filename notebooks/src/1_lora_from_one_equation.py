@@ -121,7 +121,7 @@ print("dB", dB.shape, "like B", B.shape)
 #   numbers.
 
 
-# %%
+# %% tags=["rounding"]
 def central(h):
     return lambda f, v: (f(v * h) - f(-v * h)) / (2 * h)
 

@@ -52,7 +52,7 @@ from minilora.lora import Adapted, LowRank, adapted
 # (and a term for underflow, too small to matter here). Such a bound can be asserted: it never fails by bad
 # luck. A tolerance like `atol=1e-5` can, or it hides a mistake.
 
-# %%
+# %% tags=["rounding"]
 rows = merge_equivalence.run()
 plots.merge_equivalence(rows)
 
