@@ -7,9 +7,9 @@ This is the only file that names CuPy. Stands in for the dispatchers of array-AP
 every other array library.
 """
 
+from __future__ import annotations
+
 import contextlib
-import ctypes
-import importlib
 import os
 import types
 from typing import Any
@@ -40,6 +40,8 @@ def use(library: str) -> None:
         raise ConfigError(f"backend is {library!r}; {nearest(library, ['numpy', 'cupy'])}")
     module: Any = np
     if library == "cupy":
+        import importlib
+
         try:
             module = importlib.import_module("cupy")
             module.cuda.runtime.getDeviceCount()
@@ -100,6 +102,8 @@ def keep_memory() -> None:
     A step frees and takes the same megabytes again and again; given back to the system each time, they
     come back as page faults, a third of a step's time.
     """
+    import ctypes
+
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-1, 1 << 30), (-2, 1 << 26), (-3, 1 << 30)):  # trim, top pad, mmap

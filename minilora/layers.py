@@ -6,6 +6,8 @@ hooks, buffers and modes: a layer is a dataclass of parameters and layers, and i
 name, which is Hugging Face's.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Callable, Iterator

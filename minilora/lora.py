@@ -11,6 +11,8 @@ leaves out quantized and convolution variants, hot-swapping and the other initia
 knows nothing of the transformer: an adapter is put around any Linear or Embedding of a tree.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 import re

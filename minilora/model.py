@@ -8,6 +8,8 @@ attention kernels and distributed layers. A layer knows nothing of LoRA: what is
 the tree from outside.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

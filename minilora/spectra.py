@@ -8,6 +8,8 @@ A spectrum means nothing without that of noise beside it: a Gaussian n x n matri
 ratio of n/2 and an effective rank of 0.8 n. All numbers are computed in float64.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

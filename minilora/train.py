@@ -7,6 +7,8 @@ trained, so LoRA and full fine-tuning are the same call. One checkpoint file hol
 go on as if nothing had happened, to the bit.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math

@@ -4,12 +4,12 @@
     python notebooks/build.py --check        execute again, compare with what is stored; exit 1 if it differs
     python notebooks/build.py --student DIR  write copies without solutions and outputs
 
-A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments; tags=["name"]
-may follow. Tags: exercise; solution (hidden at first, left out for students); check; corpus (the outputs need
-the fetched texts); widget (the outputs are not kept, for they hold random names); rounding (the figure shows
-rounding errors). What is compared: text must be equal. A figure is compared if the same matplotlib drew it, but
-for a few pixels, since last digits differ from one processor to another; where they are what it shows, only the
-words of its caption count.
+A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments, and tags
+may follow: tags=["exercise"]; solution (hidden at first, left out for students); check; corpus (the outputs
+need the fetched texts); widget (the outputs are not kept, for they hold random names); rounding (the figure
+shows rounding errors). What is compared: text must be equal. A figure is compared if the same matplotlib drew
+it, but for a few pixels, since last digits differ from one processor to another; where they are what it
+shows, only the words of its caption count.
 """
 
 import argparse

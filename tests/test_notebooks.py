@@ -21,7 +21,13 @@ build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
 
+def need_rows(name):
+    rows = build.ROWS.exists() or name != build.LESSONS[2]
+    assert rows, "figures/rows.jsonl is missing; `minilora sweep --out figures` makes it"
+
+
 def stored(name):
+    need_rows(name)
     path = BUILD.with_name(f"{name}.ipynb")
     assert path.exists(), f"{path.name} is not there; `python notebooks/build.py {name}` makes it"
     return nbformat.read(path, 4)
@@ -68,7 +74,7 @@ def test_an_exercise_is_stub_solution_and_check(name):
     nb = build.notebook(name)
     roles = [t for c in nb.cells for t in build.tags_of(c) if t in ("exercise", "solution", "check")]
     assert roles == ["exercise", "solution", "check"]
-    left = build.student(stored(name))
+    left = build.student(nb)
     assert "def solution" not in "".join(c.source for c in left.cells)
     assert not any(c.get("outputs") for c in left.cells)
 
@@ -76,8 +82,7 @@ def test_an_exercise_is_stub_solution_and_check(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", build.LESSONS)
 def test_a_lesson_runs_again_to_the_same_outputs(name):
-    if name == build.LESSONS[2]:
-        assert build.ROWS.exists(), "figures/rows.jsonl is missing; `minilora sweep --out figures` makes it"
+    need_rows(name)
     done = run(BUILD, "--check", name)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -99,7 +104,6 @@ except CellExecutionError as e:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", build.LESSONS)
 def test_without_its_solution_a_lesson_fails_at_the_check(name):
-    if name == build.LESSONS[2]:
-        assert build.ROWS.exists(), "figures/rows.jsonl is missing; `minilora sweep --out figures` makes it"
+    need_rows(name)
     done = run("-c", STUDENT, BUILD.parent, name)
     assert done.stdout.strip() == "['check'] AssertionError", done.stdout + done.stderr
