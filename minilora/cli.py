@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 some runs diverged; 2 bad input; 3 the folder is in use; 4
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -127,13 +128,18 @@ def figures(options: Options) -> int:
     """Draw what a sweep found, and the merge experiment, into a folder."""
     from . import plots
     from .experiments import merge_equivalence, rank_sweep
+    from .storage import make_folder, write_atomic
 
     rows = rank_sweep.read_rows(options.rows)
     if not rows:
         raise ConfigError(f"{options.rows}: holds no finished run; run minilora sweep first")
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     draw(rows, options.out)
-    plots.merge_equivalence(merge_equivalence.run()).save(options.out, "merge_equivalence")
+    merged = merge_equivalence.run()
+    plots.merge_equivalence(merged).save(options.out, "merge_equivalence")
+    write_atomic(options.out / "rows.jsonl", b"".join(rank_sweep.sealed(row) for row in rows))
+    write_atomic(options.out / "merge_equivalence.json", (json.dumps(merged, indent=1) + "\n").encode())
+    write_atomic(options.out / "MANIFEST.json", (json.dumps(plots.made_with(), indent=1) + "\n").encode())
     print(f"figures: {options.out}")
     return 0
 

@@ -76,6 +76,11 @@ class Picture:
         )
 
 
+def made_with() -> dict[str, str]:
+    """What the bytes of a figure depend on beside the rows; text is laid out anew in every version."""
+    return {"command": "minilora figures --rows figures/rows.jsonl", "matplotlib": matplotlib.__version__}
+
+
 def axes(columns: int = 1, lines: int = 1, size: tuple[float, float] | None = None) -> tuple[Figure, Any]:
     """An empty figure of the house style and its axes."""
     figure = Figure(figsize=size)

@@ -55,6 +55,14 @@ def write_folder(path: Path | str, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def make_folder(path: Path | str) -> None:
+    """See to it that `path` is a folder, or StorageError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be a folder: {e.strerror or e}") from e
+
+
 def check_free(path: Path | str) -> None:
     """StorageError if there is something at `path`."""
     if Path(path).exists():

@@ -41,6 +41,7 @@ from minilora.lora import (
     inject,
     merge,
     remove,
+    row_norms,
     scales,
     set_adapter,
     set_scale,
@@ -767,3 +768,33 @@ class Adapters(RuleBasedStateMachine):
 
 TestAdapters = Adapters.TestCase
 TestAdapters.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+
+
+@given(seed=seeds, r=st.integers(1, 4), n=st.integers(4, 7))
+def test_a_square_table_is_merged_the_right_way_round(seed, r, n):
+    rng = np.random.default_rng(seed)
+    E, A, B = (rng.integers(-4, 5, s).astype(float) for s in ((n, n), (r, n), (n, r)))
+    tree = {"embed": Embedding(Param(E))}
+    inject(tree, LoraConfig(r=r, alpha=2 * r, targets="embed"), rng=rng)
+    f = tree["embed"].adapters["default"]
+    f.A.data, f.B.data = A, B
+    merge(tree)
+    assert np.array_equal(tree["embed"](np.arange(n), None)[0], E + 2 * (B @ A).T)  # nothing rounds
+
+
+@given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3))
+def test_a_detached_norm_is_a_constant_on_the_way_back(seed, o, i, r):
+    found = {}
+    for detach in (False, True):
+        tree, draw, _ = layer_of(seed, o, i, r, bias=False, dora=True, detach=detach)
+        x, dy = draw(4, i), draw(4, o)
+        y, back = tree["q_proj"](x)
+        found[detach] = {"y": y, "x": back(dy)} | {k[-1]: p.grad for k, p in trained(tree).items()}
+    exact, detached = found[False], found[True]
+    assert same_bits(*({k: f[k] for k in ("y", "x", "e")} for f in (exact, detached)))  # e: magnitude
+    assert not np.array_equal(exact["B"], detached["B"])
+    dora, base = tree["q_proj"].adapters["default"], tree["q_proj"].base  # the detached one
+    f, V = dora.low_rank, base.weight.dense() + dora.low_rank.delta()
+    f.A.grad = f.B.grad = None
+    f(base, x)[1](dora.magnitude.data / row_norms(V) * dy)  # plain LoRA, told m / |V| times as much
+    assert same_bits({"A": f.A.grad, "B": f.B.grad}, {k: detached[k] for k in "AB"})

@@ -211,3 +211,14 @@ def test_a_wrong_gradient_is_seen():
     value = lambda a: (np.arange(3) * softmax(a["x"])[0]).sum()  # noqa: E731
     with pytest.raises(AssertionError):
         assert_gradient(value, {"x": x}, {"x": wrong}, np.random.default_rng(0))
+
+
+@given(seed=seeds, M=st.integers(3, 9), dtype=dtypes)
+def test_the_mean_is_over_the_labels_that_count(seed, M, dtype):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.standard_normal((M, 7)).astype(dtype), rng.integers(0, 7, M)
+    labels[rng.integers(1, M, 2)] = -100
+    counted = labels != -100
+    some, alone = cross_entropy(logits, labels)[0], cross_entropy(logits[counted], labels[counted])[0]
+    # either: a sum of 7, exp and log of 4 units each, a mean of at most 8
+    assert abs(some - alone) <= 2 * gamma(7 + 4 + 4 + 8, unit(dtype)) * (1 + alone)

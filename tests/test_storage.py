@@ -165,3 +165,12 @@ def test_no_other_module_writes_files():
                 texts = {str(a.value) for a in ast.walk(node) if isinstance(a, ast.Constant)}
                 modes = [text for text in texts if set(text) <= set("rwaxbt+")]
                 assert not set("".join(modes)) & set("wax+"), where
+
+
+def test_a_new_folder_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "rename"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    write_folder(tmp_path / "f", lambda temp: None)
+    assert calls == ["fsync", "rename", "fsync"]

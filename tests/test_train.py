@@ -1,6 +1,7 @@
 """The loop: accumulation, checkpoints that go on to the bit, and refusals that leave the last good state."""
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -425,3 +426,14 @@ def test_the_loss_of_a_step_is_that_of_its_batches():
     losses = [float(gradients(model, *pair)[0]) for pair in pairs]
     history = train(model, pairs, AdamW(), steps=1, accumulate=2)
     assert math.isclose(history.loss[0], sum(losses) / 2, rel_tol=2 * unit(np.float64))
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_the_schedule_is_asked_for_the_step_that_is_made(at):
+    model, rng = tiny_lora(0, np.float32)
+    digests = [digest(model)]
+    train(
+        model, [batch(rng) for _ in range(4)], AdamW(), steps=4, schedule=lambda step: float(step == at),
+        progress=lambda step, loss: digests.append(digest(model)),
+    )  # fmt: skip
+    assert [a != b for a, b in itertools.pairwise(digests)] == [step == at for step in range(4)]

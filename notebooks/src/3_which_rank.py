@@ -175,8 +175,9 @@ def picture(shown, columns):
         ax.set(xscale="log", yscale="log", xlim=(0.9, 1.1 * len(whole)), ylim=(0.7 * low, 1.4 * high))
         ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
         ax.minorticks_off()
-        ax.set(title=f"r = {r}", xlabel="index", ylabel="singular value of ΔW")
-        ax.label_outer()
+        ax.set(title=f"r = {r}", xlabel="index")
+    for ax in grid[:, 0]:
+        ax.set_ylabel("singular value of ΔW")
     grid[0, 0].legend(fontsize=8, loc="lower left")
     words = [f"at r = {r} from {learned[r][0]:.2f} down to {learned[r][-1]:.2f}" for r in shown]
     return plots.Picture(figure, f"Singular values of ΔW of the value projections: {'; '.join(words)}.")
@@ -201,7 +202,7 @@ else:
     display(ipywidgets.VBox([slider, view]))
 
 # %%
-picture(ranks, 3)
+picture(ranks, 4)
 
 # %%
 print("   r   first and last singular value     of noise")

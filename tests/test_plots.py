@@ -1,0 +1,434 @@
+"""A figure shows what its rows say, names axes and units, comes out the same; the page needs nothing else."""
+
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from minilora import cli, plots, report
+from minilora.errors import InputError
+from minilora.experiments import merge_equivalence, rank_sweep
+from minilora.experiments.rank_sweep import Run, pictures, report_page, table, with_gaps
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (12, 8),
+    "model.layers.1.self_attn.q_proj": (12, 8),
+    "model.layers.0.mlp.up_proj": (20, 8),
+}
+TABLE = {"model.embed_tokens": (24, 8)}
+VERSIONS = {"minilora": "0", "python": "3", "numpy": "2", "blas": "b", "machine": "m"}
+
+
+def make_rows(targets=("folio",), ranks=(1, 2, 4), seeds=3, gap=1.0):
+    """Rows as a sweep makes them, from a formula: mean test loss 2 - gap (1 - 1/(r + 1)) at rank r."""
+    rows = []
+    for target in targets:
+        known = target.startswith("permuted")
+        shapes = TABLE if known else SHAPES
+
+        def row(kind, method, rank=0, seed=0, lr=0.0, more=(), target=target, **values):
+            config = Run(kind, target, method, rank, ("q_proj",), seed=seed, lr=lr, steps=40, batch=8)
+            found = {"id": config.id, "config": rank_sweep.asdict(config), "source": f"text of {target} <&>"}
+            found |= {"status": "done", "versions": VERSIONS, "valid": 1.5} | values
+            rows.append(found | dict(more))
+
+        def spectra(r, seed, shapes=shapes, full=False):
+            return {
+                path: [float(f"{(seed + 2) * 0.7**i:.6g}") for i in range(min(m, n) if full else r)]
+                for path, (m, n) in shapes.items()
+            }
+
+        def trained(loss, r, seed, full=False, shapes=shapes, spectra=spectra):
+            curve = [[step, 2.0 - (2.0 - loss) * step / 40] for step in (0, 10, 20, 30, 40)]
+            return {
+                "test": loss + 0.01 * (seed - 1), "parameters": 5000 if full else 100 * r, "curve": curve,
+                "spectra": spectra(r, seed, full=full), "shapes": {k: list(v) for k, v in shapes.items()},
+            }  # fmt: skip
+
+        truth = {"model.embed_tokens": [3.0, 2.0, *[0.0] * 6]}
+        row("base", "none", test=2.0, parameters=0, **({"floor": 1.1, "spectra": truth} if known else {}))
+        for r in ranks if known else ():
+            row("oracle", "none", r, test=1.1 + 0.5 * max(0, 2 - r), parameters=0)
+        row("search", "full", seed=1000, lr=1e-3)
+        for seed in range(seeds):
+            row("final", "full", seed=seed, lr=1e-3, **trained(2 - gap, 0, seed, full=True))
+        for r in ranks:
+            for seed in range(seeds):
+                row("final", "lora", r, seed, 0.01, **trained(2 - gap * (1 - 1 / (r + 1)), r, seed))
+    return with_gaps(rows)
+
+
+def gone(rows, **config):
+    """The rows in which those of a config have diverged."""
+
+    def turn(row):
+        if all(row["config"][k] == v for k, v in config.items()):
+            return {k: row[k] for k in ("id", "config", "source", "versions")} | {
+                "status": "diverged", "error": "step 3: the loss is nan"
+            }  # fmt: skip
+        return row
+
+    return with_gaps([turn(row) for row in rows])
+
+
+ROWS = make_rows(("folio", "permuted:2"))
+DRAW = {
+    "loss_against_rank": lambda rows: plots.loss_against_rank(rows, "folio"),
+    "gap_against_parameters": plots.gap_against_parameters,
+    "spectra": lambda rows: plots.spectra(rows, "folio"),
+    "energy": lambda rows: plots.energy_and_effective_rank(rows, "folio"),
+    "known_rank": lambda rows: plots.known_rank(rows, "permuted:2"),
+    "curves": lambda rows: plots.learning_curves(rows, "folio"),
+    "merge": lambda rows: plots.merge_equivalence(MERGED),
+}
+MERGED = [
+    {"dtype": d, "inputs": n, "rank": 8, "draws": 5, "difference": e, "bound": 9 * e, "ratio": 0.1}
+    for d, e in (("float32", 1e-7), ("float64", 1e-16))
+    for n in (16, 32, 64)
+]
+
+
+def line(ax, label):
+    """(x, y) of the line with this label."""
+    (found,) = [drawn for drawn in ax.get_lines() if drawn.get_label().startswith(label)]
+    return np.array(found.get_xdata(), float), np.array(found.get_ydata(), float)
+
+
+def texts(ax):
+    legend = ax.get_legend()
+    return [t.get_text() for t in (*ax.texts, *(legend.get_texts() if legend else ()))]
+
+
+# ---- every figure
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_the_same_rows_give_the_same_bytes(name):
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        one, two = (DRAW[name](ROWS).encoded(kind) for _ in range(2))
+        assert one == two
+        assert one.startswith(start)
+        assert b"Date" not in one
+        assert b"dc:date" not in one
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_every_axis_has_a_name_and_every_loss_its_unit(name):
+    for ax in DRAW[name](ROWS).figure.axes:
+        if not ax.axison:
+            continue
+        assert ax.get_xlabel()
+        first_of_line = ax.get_subplotspec().colspan.start == 0 or name not in ("spectra",)
+        assert ax.get_ylabel() or not first_of_line
+        if "loss" in ax.get_ylabel():
+            assert ax.get_ylabel().endswith("(nats per character)")
+        if "energy" in ax.get_ylabel() or "gap" in ax.get_ylabel():
+            assert ax.get_ylabel().endswith("(%)")
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_every_curve_is_told_apart_by_more_than_its_colour(name):
+    for ax in DRAW[name](ROWS).figure.axes:
+        looks = [
+            (drawn.get_marker(), drawn.get_linestyle(), drawn.get_linewidth())
+            for drawn in ax.get_lines()
+            if not drawn.get_label().startswith("_") and not re.fullmatch(r"r = \d+", drawn.get_label())
+        ]
+        assert len(set(looks)) == len(looks)
+        named = [t.get_text() for t in ax.get_legend().get_texts()] if ax.get_legend() else []
+        assert len(set(named)) == len(named)
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_every_picture_says_what_it_shows(name):
+    says = DRAW[name](ROWS).says
+    assert says.endswith(".")
+    assert re.search(r"\d", says)
+    assert not re.search(r"nan|inf\b|None", says)
+
+
+def test_a_picture_in_a_notebook_has_its_sentence_as_alternative_text():
+    picture = plots.Picture(plots.loss_against_rank(ROWS, "folio").figure, 'a "quoted" <sentence>')
+    found = picture._repr_html_()
+    assert 'alt="a &quot;quoted&quot; &lt;sentence&gt;"' in found
+    assert "<sentence>" not in found
+
+
+def test_saving_writes_both_kinds(tmp_path):
+    picture = plots.learning_curves(ROWS, "folio")
+    picture.save(tmp_path, "a")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        f"a.{kind}": picture.encoded(kind) for kind in ("png", "svg")
+    }
+
+
+def test_the_style_of_the_figures_does_not_stay():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    DRAW["spectra"](ROWS).encoded("svg")
+    assert dict(matplotlib.rcParams) == before
+
+
+# ---- what the figures show
+
+
+def test_losses_are_means_over_seeds_with_their_range_and_both_references():
+    picture = plots.loss_against_rank(ROWS, "folio")
+    (ax,) = picture.figure.axes
+    ranks, y = line(ax, "LoRA, mean and range of 3 seeds")
+    means = [2 - (1 - 1 / (r + 1)) for r in (1, 2, 4)]
+    assert list(ranks) == [1, 2, 4]
+    # three numbers near 2: a few roundings
+    assert np.abs(y - means).max() <= 8 * 2.0**-53 * 2
+    (band,) = [c for c in ax.collections if len(c.get_paths()[0].vertices) > 6]
+    heights = band.get_paths()[0].vertices
+    at_two = heights[np.isclose(heights[:, 0], 2), 1]
+    assert np.isclose(at_two.min(), means[1] - 0.01)
+    assert np.isclose(at_two.max(), means[1] + 0.01)
+    levels = sorted(float(x.get_ydata()[0]) for x in ax.get_lines() if x.get_label().startswith("_"))
+    assert np.allclose(levels, [1.0, 2.0])
+    assert {"frozen base", "full fine-tuning"} <= set(texts(ax))
+    for number in ("2.000", "1.500 at rank 1", "1.333 at rank 2", "1.200 at rank 4", "1.000 for full"):
+        assert number in picture.says
+
+
+def test_the_gap_is_that_of_the_rows_for_every_target():
+    picture = plots.gap_against_parameters(ROWS)
+    (ax,) = picture.figure.axes
+    for name in ("First Folio", "letter permutation, 2 swaps"):
+        x, y = line(ax, name)
+        assert list(x) == [100, 200, 400]
+        assert np.allclose(y, [50, 200 / 3, 80])
+        assert f"{name}: 50% at 100 parameters, 80% at 400" in picture.says
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 7])
+def test_no_target_is_left_out_of_the_gap(count):
+    names = tuple(f"t{i}" for i in range(count))
+    (ax,) = plots.gap_against_parameters(make_rows(names, ranks=(1, 2), seeds=1)).figure.axes
+    assert set(names) <= {text for text in texts(ax)}
+
+
+def test_spectra_are_means_over_layers_and_seeds_beside_full_and_noise():
+    picture = plots.spectra(ROWS, "folio")
+    panels = {ax.get_title(): ax for ax in picture.figure.axes if ax.axison}
+    assert list(panels) == ["q_proj", "up_proj"]
+    for ax in panels.values():
+        x, y = line(ax, "r = 4")
+        assert list(x) == [1, 2, 3, 4]
+        assert np.allclose(y, [3 * 0.7**i for i in range(4)], rtol=1e-5)  # rows have six digits
+        full, noise = line(ax, "full fine-tuning")[1], line(ax, "noise of that norm")[1]
+        assert len(full) == len(noise) == 8
+        # the mean of eight spectra of norm one is a little shorter than one
+        assert 0.99 <= np.linalg.norm(noise) / np.linalg.norm(full) <= 1
+    tall, square = (line(panels[k], "noise of that norm")[1] for k in ("up_proj", "q_proj"))
+    assert tall[-1] / tall[0] > square[-1] / square[0]  # noise is flatter, the taller the matrix
+
+
+def test_energy_rises_to_all_of_it_and_the_effective_rank_is_below_r():
+    picture = plots.energy_and_effective_rank(ROWS, "folio")
+    left, right = picture.figure.axes
+    for label in ("full", "r = 1", "r = 2", "r = 4"):
+        _, y = line(left, label)
+        assert np.isclose(y[-1], 100)
+        assert (np.diff(y) > 0).all()
+    ranks, y = line(right, "LoRA")
+    assert (y <= ranks * (1 + 1e-12)).all()
+    _, noise = line(right, "product of two noise factors")
+    assert (noise <= ranks * (1 + 1e-12)).all()
+    assert math.isclose(y[0], 1, rel_tol=1e-12)
+    assert f"{y[2]:.1f} at r = 4 (noise {noise[2]:.1f})" in picture.says
+
+
+def test_the_known_rank_is_marked_and_the_excess_is_over_the_floor():
+    picture = plots.known_rank(ROWS, "permuted:2")
+    left, right = picture.figure.axes
+    assert np.allclose(line(left, "LoRA, 3 seeds")[1], [1.5 - 1.1, 4 / 3 - 1.1, 1.2 - 1.1])
+    assert np.allclose(line(left, "true ΔE cut to rank r")[1], [0.5, 0, 0])
+    assert "2 swaps" in texts(left)
+    assert np.allclose(line(right, "true singular values")[1], [3, 2])
+    assert np.allclose(line(right, "learned at r = 4")[1], [3 * 0.7**i for i in range(4)], rtol=1e-5)
+    assert "0.400 at rank 1" in picture.says
+
+
+def test_curves_are_means_of_the_validation_losses():
+    picture = plots.learning_curves(ROWS, "folio")
+    (ax,) = picture.figure.axes
+    x, y = line(ax, "full")
+    assert list(x) == [0, 10, 20, 30, 40]
+    assert np.allclose(y, [2, 1.75, 1.5, 1.25, 1])
+    assert "2.000 at the start, 1.000 after 40 steps" in picture.says
+    assert "25.0% of the whole fall" in picture.says
+
+
+def test_the_merge_figure_has_both_types_below_their_bounds():
+    (ax,) = plots.merge_equivalence(MERGED).figure.axes
+    for dtype in ("float32", "float64"):
+        assert (line(ax, f"observed, {dtype}")[1] <= line(ax, f"bound, {dtype}")[1]).all()
+    assert "0.100 of the derived bound" in plots.merge_equivalence(MERGED).says
+    real = merge_equivalence.run(draws=1)
+    assert plots.merge_equivalence(real).encoded("svg")
+
+
+# ---- rows that are not all there
+
+
+def test_one_seed_and_one_rank_are_enough(tmp_path):
+    rows = make_rows(("folio", "permuted:2"), ranks=(2,), seeds=1)
+    assert "1 seed" in texts(plots.loss_against_rank(rows, "folio").figure.axes[0])[-1]
+    cli.draw(rows, tmp_path)
+
+
+def test_what_has_no_runs_is_an_input_error():
+    for draw in (plots.loss_against_rank, plots.spectra, plots.energy_and_effective_rank, plots.known_rank):
+        with pytest.raises(InputError, match="no finished run"):
+            draw(ROWS, "kjv")
+
+
+PARTS = {
+    "no full run": {"method": "full"},
+    "no LoRA run": {"method": "lora"},
+    "one rank": {"rank": 2},
+    "one seed": {"seed": 0, "kind": "final"},
+    "no final run": {"kind": "final"},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_report_is_written_whatever_has_diverged(part, tmp_path):
+    rows = gone(ROWS, **PARTS[part])
+    cli.draw(rows, tmp_path)
+    assert "diverged" in table(rows) or part == "one seed"
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_sweep_in_which_full_fine_tuning_is_no_better_is_drawn_too(tmp_path):
+    rows = make_rows(gap=-0.5)
+    assert {row["gap_closed"] for row in rows if row["config"]["kind"] == "final"} == {None}
+    cli.draw(rows, tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_one_target_without_a_gap_does_not_hide_the_others():
+    rows = [*make_rows(("t1",), gap=-0.5), *make_rows(("t2",))]
+    (ax,) = plots.gap_against_parameters(rows).figure.axes
+    assert "t2" in texts(ax)
+
+
+# ---- the table and the page
+
+
+class Page(HTMLParser):
+    """What of a page matters here."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.used = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.append((tag, given))
+        if "id" in given:
+            self.ids.append(given["id"])
+        for key, value in attrs:
+            if key in ("href", "xlink:href", "src") and (value or "").startswith("#"):
+                self.used.append(value[1:])
+            self.used += re.findall(r"url\(#([^)]+)\)", value or "")
+
+    def all(self, tag):
+        return [given for name, given in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html():
+    return report_page(ROWS, pictures(ROWS))
+
+
+def test_the_page_loads_nothing_and_runs_nothing(html):
+    page = Page(html)
+    for tag in ("script", "link", "iframe", "object", "embed", "img", "video", "base", "foreignobject"):
+        assert not page.all(tag), tag
+    for tag, given in page.tags:
+        for key, value in given.items():
+            assert not key.startswith("on"), (tag, key)
+            if key in ("href", "xlink:href", "src", "srcset", "action", "data"):
+                assert value.startswith("#") or value.startswith("data:"), (tag, key, value)
+            assert "url(http" not in (value or "")
+    assert "@import" not in html
+    assert not re.search(r"url\(\s*['\"]?(https?:|//)", html)
+
+
+def test_the_page_can_be_read_without_seeing(html):
+    page = Page(html)
+    (root,) = page.all("html")
+    assert root["lang"] == "en"
+    assert len(page.all("h1")) == len(page.all("main")) == len(page.all("title")) - len(page.all("svg")) == 1
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert set(levels[1:]) == {2}
+    assert len(page.all("table")) == len(page.all("caption")) == 2
+    assert {given["scope"] for given in page.all("th")} == {"col", "row"}
+    assert len(page.all("svg")) == len(page.all("figcaption")) == len(pictures(ROWS))
+    for svg in page.all("svg"):
+        assert svg["role"] == "img"
+        assert svg["aria-labelledby"] in page.ids
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(html):
+    page = Page(html)
+    assert len(set(page.ids)) == len(page.ids)
+    assert set(page.used) <= set(page.ids)
+
+
+def test_the_page_says_where_its_text_and_its_numbers_come_from(html):
+    assert "text of folio &lt;&amp;&gt;" in html
+    assert "<&>" not in html
+    for name, value in VERSIONS.items():
+        assert f"{name}: {value}" in html
+    for cell in ("LoRA r = 4", "full fine-tuning", "frozen base", "1.3333", "1.3233 to 1.3433", "67%"):
+        assert cell in html
+        assert cell in table(ROWS)
+    assert "nats per character" in html
+
+
+NAMES = {
+    "the end of another": ("lio", "my_lio"),
+    "the same but for a sign": ("a b", "a_b"),
+    "the end of a figure's name": ("parameters", "folio"),
+    "the same stem": ("one/text.txt", "two/text.txt"),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_targets_of_like_names_keep_their_figures_apart(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES[case]:
+        if "/" in name:
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_text("")
+    rows = make_rows(NAMES[case], ranks=(1, 2), seeds=1)
+    drawn = pictures(rows)
+    assert len(drawn) == 2 * 4 + 1
+    page = Page(report_page(rows, drawn))
+    assert len(page.all("svg")) == len(drawn)
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_the_names_of_figures_follow_from_the_rows_alone(tmp_path):
+    """The folder may have moved to a machine that has not the user's text."""
+    path = tmp_path / "mine.txt"
+    path.write_text("")
+    rows = make_rows((str(path),), ranks=(1, 2), seeds=1)
+    before = set(pictures(rows))
+    path.unlink()
+    assert set(pictures(rows)) == before
+
+
+def test_a_table_escapes_what_it_is_given():
+    found = report.table("<a>", ["<b>"], [["<c>", "<d>"]])
+    for letter in "abcd":
+        assert f"&lt;{letter}&gt;" in found

@@ -1,0 +1,59 @@
+"""What the README says is so: its program prints its numbers, its table is that of the rows."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minilora.errors import StorageError
+from minilora.experiments.rank_sweep import HEAD, lines, read_rows, summary
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def markdown(rows):
+    """The results of a sweep as one table in Markdown for each target."""
+    parts = []
+    for target in dict.fromkeys(line["target"] for line in summary(rows)):
+        cells = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *lines(rows, target)]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in cells)
+        parts.append(f"`{target}`\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def test_the_program_prints_what_its_comments_say(capsys):
+    from minilora.data import fetch
+
+    try:
+        fetch()
+    except StorageError as e:
+        pytest.skip(str(e))
+    code = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1]
+    said = re.findall(r"^print\(.*?# (.*)$", code, re.M)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(said) == len(printed) == 5
+    numbers = re.compile(r"[0-9.]+")
+    for comment, line in zip(said, printed, strict=True):
+        digits = len(comment.partition(".")[2].split()[0].rstrip("]")) if "." in comment else 0
+        # other machines round otherwise, and a hundred steps carry that on: one unit of the last digit shown
+        expected, got = (np.array([float(x) for x in numbers.findall(t)]) for t in (comment, line))
+        assert np.abs(got - expected).max() <= 1.5 * 10.0**-digits, (comment, line)
+
+
+def test_the_table_is_that_of_the_rows():
+    assert markdown(read_rows(ROOT / "figures" / "rows.jsonl")) in README
+
+
+def test_the_quoted_line_stands_in_lora():
+    quoted = re.search(r"```python\n( +A\.add_grad.*)\n```", README)[1]
+    assert quoted in (ROOT / "minilora" / "lora.py").read_text().splitlines()
+
+
+def test_every_file_and_picture_that_is_named_is_there_and_every_module_is_named():
+    for path in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for module in (ROOT / "minilora").glob("*.py"):
+        assert module.name.startswith("__") or f"minilora/{module.name}" in README, module.name
