@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, interrupt)
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except MiniloraError as e:
         print(f"minilora: {e}", file=sys.stderr)
@@ -35,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("minilora: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our table has gone; the files are written
+    except OSError as e:  # stdout: its reader has gone, or it is full; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(e, BrokenPipeError):
+            return 0
+        print(f"minilora: {e}", file=sys.stderr)
+        return 4
 
 
 def interrupt(number: int, frame: Any) -> NoReturn:

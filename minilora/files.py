@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 
 from .backend import to_device, to_host
-from .errors import FormatError, MismatchError, NonFiniteError, UnsupportedError, nearest
-from .layers import freeze, named_params
+from .errors import (
+    ConfigError,
+    FormatError,
+    MismatchError,
+    NonFiniteError,
+    StateError,
+    UnsupportedError,
+    nearest,
+)
+from .layers import freeze, named_params, walk
+from .lora import Adapted
 from .model import Config, Llama, llama
 from .storage import read, write_atomic, write_folder
 
@@ -30,6 +39,8 @@ def save_model(model: Llama, folder: Path | str, card: str, extra: dict[str, Any
     """
     from safetensors.numpy import save
 
+    if any(isinstance(node, Adapted) for _, node in walk(model)):
+        raise StateError("the model has adapters; fuse() makes it a plain one that can be saved")
     tensors = {path: np.ascontiguousarray(to_host(p.dense())) for path, p in named_params(model).items()}
     dtype = str(next(iter(tensors.values())).dtype)
     config = FIXED | {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype} | asdict(model.config)
@@ -49,8 +60,12 @@ def load(folder: Path | str = "base", dtype: Any = np.float32) -> Llama:
     StorageError, FormatError, UnsupportedError, MismatchError or NonFiniteError name file and tensor.
     """
     folder = BASE if str(folder) == "base" else Path(folder)
-    model = llama(read_config(folder / "config.json"), np.random.default_rng(0), dtype)
+    config = read_config(folder / "config.json")
     tensors = read_tensors(folder / "model.safetensors")
+    held = sum(a.size for a in tensors.values())
+    if matrix_size(config) > 2 * held:  # before anything of that size is made
+        raise MismatchError(f"{folder}: most is missing: {held:,} parameters are fewer than config.json says")
+    model = llama(config, np.random.default_rng(0), dtype)
     if model.lm_head is None and "lm_head.weight" in tensors:
         tensors.pop("lm_head.weight")  # some savers repeat the tied table
     params = named_params(model)
@@ -61,9 +76,11 @@ def load(folder: Path | str = "base", dtype: Any = np.float32) -> Llama:
         given = tensors[path]
         if given.shape != p.data.shape:
             raise MismatchError(f"{folder}: {path} has shape {given.shape}; expected {p.data.shape}")
-        if not np.isfinite(given).all():
-            raise NonFiniteError(f"{folder}: {path} holds values that are not finite")
-        own = np.frombuffer(given.astype(dtype).tobytes(), dtype)  # bytes cannot be made writable
+        with np.errstate(over="ignore"):
+            cast = given.astype(dtype)
+        if not np.isfinite(cast).all():
+            raise NonFiniteError(f"{folder}: {path} holds values that are not finite in {np.dtype(dtype)}")
+        own = np.frombuffer(cast.tobytes(), dtype)  # bytes cannot be made writable
         p.data = to_device(own.reshape(given.shape))
     freeze(model)
     return model
@@ -96,7 +113,17 @@ def read_config(path: Path | str) -> Config:
     values = {f.name: given[f.name] for f in fields(Config) if given.get(f.name) is not None}
     if "num_attention_heads" in values:
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    return Config(**values)
+    try:
+        return Config(**values)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+
+
+def matrix_size(c: Config) -> int:
+    """The number of weights in the matrices of a model, by its shape alone."""
+    D, F, E, H, G = c.hidden_size, c.intermediate_size, c.E, c.num_attention_heads, c.num_key_value_heads
+    block = 2 * D * H * E + 2 * D * G * E + 3 * D * F
+    return c.vocab_size * D * (1 if c.tie_word_embeddings else 2) + c.num_hidden_layers * block
 
 
 def read_tensors(path: Path | str) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,12 @@ def gap_against_parameters(rows: Sequence[Row]) -> Picture:
     """(b) The share of the gap between base and full fine-tuning that is closed, by trained parameters."""
     figure, ((ax,),) = axes()
     says = []
-    for target, colour, marker in zip(targets(rows), (BLUE, GREEN, PINK, ORANGE), "osD^", strict=False):
+    looks = zip(cycle((BLUE, GREEN, PINK, ORANGE)), cycle("osD^vPX"), strict=False)
+    for target, (colour, marker) in zip(targets(rows), looks, strict=False):
         lora = [row for row in final(rows, target) if row.get("gap_closed") is not None]
+        if not lora:
+            says.append(f"{title(target)}: full fine-tuning is no better than the base")
+            continue
         ranks, y = by_rank(lora, "gap_closed")
         _, p = by_rank(lora, "parameters")
         band(ax, p[:, 0].tolist(), 100 * y, title(target), colour, marker)
@@ -450,10 +455,10 @@ def flattening(full: Sequence[Row]) -> str:
 def merge_equivalence(rows: Sequence[Row]) -> Picture:
     """(f) The largest difference between merged and unmerged outputs, beside the derived bound."""
     figure, ((ax,),) = axes()
-    for dtype, colour, marker in (("float32", BLUE, "o"), ("float64", GREEN, "s")):
+    for dtype, colour, marker, dashes in (("float32", BLUE, "o", "--"), ("float64", GREEN, "s", ":")):
         some = [row for row in rows if row["dtype"] == dtype]
         n = [row["inputs"] for row in some]
-        ax.plot(n, [row["bound"] for row in some], color=colour, linestyle="--", label=f"bound, {dtype}")
+        ax.plot(n, [row["bound"] for row in some], color=colour, linestyle=dashes, label=f"bound, {dtype}")
         ax.plot(n, [row["difference"] for row in some], color=colour, marker=marker, linestyle="none",
                 markersize=5, label=f"observed, {dtype}")  # fmt: skip
     ax.set_xscale("log", base=2)

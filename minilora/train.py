@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, keep_memory, to_device, to_host
+from .backend import Array, keep_memory, quiet_overflow, to_device, to_host
 from .errors import FormatError, InputError, MismatchError, NonFiniteError, StateError, check_int
 from .layers import digest, named_params, settings, trained
 from .optim import AdamW, Schedule
@@ -82,10 +82,11 @@ def train(
         history.evals.append((0, evaluate()))
     for step in range(done, steps):
         try:
-            loss = accumulated(model, islice(source, accumulate), accumulate)
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"step {step + 1}: the loss is {loss}; step {step} is kept")
-            optimizer.step(params, optimizer.lr * (schedule(step) if schedule else 1.0))
+            with quiet_overflow():  # a loss or gradient that is not finite is an error of its own
+                loss = accumulated(model, islice(source, accumulate), accumulate)
+                if not math.isfinite(loss):
+                    raise NonFiniteError(f"step {step + 1}: the loss is {loss}; step {step} is kept")
+                optimizer.step(params, optimizer.lr * (schedule(step) if schedule else 1.0))
         finally:
             for p in params.values():
                 p.grad = None

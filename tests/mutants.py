@@ -278,7 +278,7 @@ def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     try:
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return True, f"nothing ended within {LIMIT} s"
+        return False, f"no end within {LIMIT} s"
     red = re.search(r"^(?:FAILED|ERROR) tests/(\S+::.+?)(?: - |$)", done.stdout, re.M)
     said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
     return (True, red[1]) if done.returncode == 1 and red else (False, said[-1] if done.returncode else "")
@@ -324,10 +324,10 @@ def main() -> int:
         start = time.monotonic()
         names = sorted({name for m in chosen for name in m.tests.split()})
         names = [name for name in names if (ROOT / f"tests/test_{name}.py").exists()]
-        for name, (_, said) in zip(names, pool.map(attempt, names), strict=True):
-            if said:
-                print(f"test_{name}.py is not green without any mutant: {said}")
-                return 1
+        green = dict(zip(names, pool.map(attempt, names), strict=True))
+        if red := {name: said for name, (_, said) in green.items() if said}:
+            print(*(f"test_{name}.py is not green without any mutant: {red[name]}" for name in red), sep="\n")
+            return 1
         print(f"{len(names)} test files are green without any mutant, {time.monotonic() - start:.0f} s")
         caught = 0
         for mutant, (red, said) in zip(chosen, pool.map(lambda m: attempt(m.tests, m), chosen), strict=True):

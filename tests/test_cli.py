@@ -1,5 +1,6 @@
 """The command line: one line for what went wrong, an exit code, never a traceback, nothing left behind."""
 
+import contextlib
 import errno
 import json
 import os
@@ -96,8 +97,8 @@ def test_the_version_is_that_of_the_package(main, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["--nonsense"], ["data", "--nonsense"], ["pretrain", "--steps"], ["pretrain", "--steps", "x"],
-     ["figures", "extra"]],
+    [[], ["nonsense"], ["--nonsense"], ["data", "--nonsense"], ["pretrain", "--steps"],
+     ["pretrain", "--steps", "x"], ["figures", "extra"]],
     ids=" ".join,
 )  # fmt: skip
 def test_what_is_no_command_or_option_is_exit_code_two(arguments, main, capsys):
@@ -128,33 +129,36 @@ def closed_pipe():
 
 @pytest.mark.parametrize("arguments", [["data"], ["--help"], ["sweep", "--help"]], ids=" ".join)
 def test_a_reader_that_has_gone_gives_no_traceback(arguments, texts):
-    write = closed_pipe()
+    write, env = closed_pipe(), environment(MINILORA_TEXTS="/none")  # nothing is fetched
     try:
-        done = minilora_(*arguments, stdout=write, env=environment(MINILORA_CACHE=os.environ["MINILORA_CACHE"],
-                                                                   MINILORA_TEXTS="/none"))  # fmt: skip
+        done = minilora_(*arguments, stdout=write, env=env)
     finally:
         os.close(write)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
 
 
-def with_rows(folder):
+def with_rows(folder, ranks=()):
+    """The rows of a sweep with these ranks; without any there is little to draw."""
     path = folder / "rows.jsonl"
-    path.write_bytes(b"".join(map(sealed, make_rows(ranks=(1, 2), seeds=1))))
+    path.write_bytes(b"".join(map(sealed, make_rows(ranks=ranks, seeds=1))))
     return path
 
 
-@pytest.mark.parametrize("how", ["closed", "none", "full"])
-def test_a_command_finishes_without_stdout(how, tmp_path):
-    rows, out = with_rows(tmp_path), tmp_path / "figures"
-    run = [sys.executable, "-m", "minilora", "figures", "--rows", str(rows), "--out", str(out)]
-    redirect = {"closed": ">&-", "none": "<&- >/dev/null", "full": ">/dev/full"}[how]
-    shell = ["sh", "-c", f'exec "$@" {redirect}', "sh", *run]
-    done = subprocess.run(shell, capture_output=True, text=True, check=False, env=environment())
-    assert "Traceback" not in done.stderr, done.stderr
-    assert "Exception" not in done.stderr
-    assert done.returncode == (4 if how == "full" else 0)
-    assert (out / "report.html").exists()
+def test_a_command_finishes_without_stdout(main, texts, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where a shell says >&-
+    assert main("data") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stdout_that_takes_nothing_is_exit_code_four(main, texts, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Path("/dev/full").open("w"))
+    assert main("data") == 4
+    said = capsys.readouterr().err
+    assert said.startswith("minilora: ")
+    assert "No space left" in said
+    with contextlib.suppress(OSError):
+        sys.stdout.close()
 
 
 # ---- data
@@ -182,14 +186,11 @@ def test_texts_that_cannot_be_fetched_are_exit_code_four(tmp_path, main, capsys,
 # ---- figures
 
 
-def test_figures_are_drawn_from_rows_alone_and_the_same_each_time(tmp_path, main, capsys):
-    rows = with_rows(tmp_path)
-    for name in ("a", "b"):
-        assert main("figures", "--rows", rows, "--out", tmp_path / name) == 0
-    assert capsys.readouterr().out == "".join(f"figures: {tmp_path / name}\n" for name in "ab")
-    a, b = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab")
-    assert a == b
-    assert {"report.html", "merge_equivalence.png", "merge_equivalence.svg", "spectra_folio.svg"} <= set(a)
+def test_figures_are_drawn_from_rows_alone(tmp_path, main, capsys):
+    assert main("figures", "--rows", with_rows(tmp_path, ranks=(1,)), "--out", tmp_path / "a") == 0
+    assert capsys.readouterr() == (f"figures: {tmp_path / 'a'}\n", "")
+    names = set(os.listdir(tmp_path / "a"))
+    assert {"report.html", "merge_equivalence.png", "merge_equivalence.svg", "spectra_folio.svg"} <= names
 
 
 def test_rows_that_are_missing_or_hold_nothing_are_one_line(tmp_path, main, capsys):

@@ -490,6 +490,7 @@ def test_a_worker_that_is_killed_between_two_stages_costs_only_a_retry(place, wh
     assert held(tmp_path / "out") == held(whole[0])
 
 
+@pytest.mark.slow
 def test_workers_that_keep_dying_are_an_error_that_keeps_what_is_done(place, tmp_path):
     def progress(done, known, row):
         kill_workers()
@@ -706,8 +707,7 @@ WRONG = {
 
 
 def call(here, place, out, *more):
-    return here(["sweep", "--quick", "--data", str(place / "mine.txt"), "--modules", "q_proj", "--ranks", "1,2",
-                 "--base", str(place / "base"), "--steps", "2", "--jobs", "1", "--out", str(out), *more])  # fmt: skip
+    return here([*command(place, out, "--jobs", "1", steps=2)[3:], *more])
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -776,7 +776,8 @@ def test_diverged_runs_are_exit_code_one_and_in_the_table(here, place, tmp_path,
 
 @pytest.mark.parametrize(
     "bad", [{"targets": ()}, {"ranks": ()}, {"modules": ()}, {"seeds": 0}, {"seeds": True}, {"alpha": 0},
-            {"alpha": math.nan}, {"test_windows": 0}, {"search_steps": 0}, {"ranks": (1.5,)}, {"ranks": (2, 2)}],
+            {"alpha": math.nan}, {"test_windows": 0}, {"search_steps": 0}, {"ranks": (1.5,)},
+            {"ranks": (2, 2)}],
     ids=repr,
 )  # fmt: skip
 def test_a_plan_without_meaning_is_a_config_error(bad):

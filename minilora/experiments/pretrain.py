@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__, data, files
+from ..errors import check_int
 from ..layers import freeze
 from ..lora import size
 from ..model import Config, llama
@@ -36,6 +37,10 @@ class Recipe:
     beta2: float = 0.99
     seed: int = 0
     test_windows: int = 4096  # of LENGTH characters, evenly over the held-out plays
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0), ("test_windows", 4)):
+            check_int(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, data, files, plots, report, spectra
-from ..backend import to_device, to_host
+from ..backend import quiet_overflow, to_device, to_host
 from ..errors import ConfigError, MismatchError, NonFiniteError, StateError, check_float, check_int
 from ..layers import digest, get, trained, unfreeze
 from ..lora import LoraConfig, inject
@@ -145,6 +145,7 @@ class Run:
     steps: int = 0
     batch: int = 0
     base: str = "base"
+    text: str = ""  # the digest of the target's corpus
     fallback: bool = False  # the texts could not be fetched: the standard library's instead
     test_windows: int = 512
     valid_windows: int = 64
@@ -152,23 +153,38 @@ class Run:
     @property
     def id(self) -> str:
         """A short name that follows from the content."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return id_of(asdict(self))
+
+
+def id_of(config: Row) -> str:
+    """The id of the run with this config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---- one run, in whatever process it happens to be
 
 
 @cache
-def corpus(target: str, fallback: bool) -> data.Corpus:
-    """The target's texts, read once per process."""
-    return data.fallback(target) if fallback else data.corpus(target)
+def corpus(target: str, fallback: bool, digest: str) -> data.Corpus:
+    """The target's texts, read once per process; MismatchError if they are not those of the plan."""
+    found = data.fallback(target) if fallback else data.corpus(target)
+    if found.digest != digest:
+        raise MismatchError(f"{target}: the text has changed since the sweep began")
+    return found
+
+
+def corpus_of(run: Run) -> data.Corpus:
+    """The texts of a run."""
+    return corpus(run.target, run.fallback, run.text)
 
 
 def work(run: Run) -> Row:
     """Do one run and return its row: config, versions, status, curve, losses, parameters, spectra."""
-    row: Row = {"id": run.id, "config": asdict(run), "source": corpus(run.target, run.fallback).source}
+    row: Row = {"id": run.id, "config": asdict(run), "source": corpus_of(run).source}
+    kinds = {"base": baseline, "oracle": oracle}
     try:
-        row |= {"status": "done"} | {"base": baseline, "oracle": oracle}.get(run.kind, trained_run)(run)
+        with quiet_overflow():
+            row |= {"status": "done"} | kinds.get(run.kind, trained_run)(run)
     except NonFiniteError as e:
         row |= {"status": "diverged", "error": str(e)}
     return row
@@ -177,14 +193,18 @@ def work(run: Run) -> Row:
 def windows(run: Run, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The evaluation batches of one split, spread evenly over it."""
     count = run.test_windows if split == "test" else run.valid_windows
-    text = getattr(corpus(run.target, run.fallback), split)
+    text = getattr(corpus_of(run), split)
     return data.eval_batches(text, 16, LENGTH, limit=count * LENGTH)
 
 
 def losses(model: Llama, run: Run) -> Row:
     """Validation loss, and the test loss of what is reported, in nats per character."""
-    row = {"valid": evaluate(model, windows(run, "valid"))}
-    return row if run.kind == "search" else row | {"test": evaluate(model, windows(run, "test"))}
+    splits = ("valid",) if run.kind == "search" else ("valid", "test")
+    row = {split: evaluate(model, windows(run, split)) for split in splits}
+    for split, loss in row.items():
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"after training the loss on {split} is {loss}")
+    return row
 
 
 def baseline(run: Run) -> Row:
@@ -225,7 +245,7 @@ def trained_run(run: Run) -> Row:
     """Train LoRA or everything, and measure."""
     model = prepared(run)
     valid = windows(run, "valid")
-    text = corpus(run.target, run.fallback).train
+    text = corpus_of(run).train
     history = train(
         model,
         data.batches(text, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
@@ -281,7 +301,10 @@ def sweep(
     """
     jobs = check_int("jobs", os.cpu_count() or 1 if jobs is None else jobs, 1)
     texts = {target: data.corpus_or_fallback(target) for target in plan.targets}
-    cells = grid(plan, {target: text.source.startswith("fallback:") for target, text in texts.items()})
+    for text in texts.values():
+        for split in (text.train, text.valid, text.test):
+            data.check_windows(split, 1, LENGTH)
+    cells = grid(plan, texts)
     for cell in cells:
         prepared(cell)  # a rank or a module that does not fit is an error before any run
     with locked(out), Workers(jobs, executor) as workers:
@@ -289,17 +312,18 @@ def sweep(
         store.finish(references(cells))
         rates = chosen_rates(plan, cells, store)
         store.finish(replace(cell, lr=rates[cell], seed=seed) for cell in cells for seed in range(plan.seeds))
-        return store.rows()
+        return store.close()
 
 
-def grid(plan: Plan, fallback: dict[str, bool]) -> list[Run]:
+def grid(plan: Plan, texts: dict[str, data.Corpus]) -> list[Run]:
     """One Run for each target and method, the full one first, with neither seed nor learning rate."""
     cells = []
     for target in plan.targets:
         how = plan.setting(target)
         full = Run(
             "final", target, "full", steps=how.steps, batch=how.batch, base=plan.base,
-            fallback=fallback[target], test_windows=plan.test_windows, valid_windows=plan.valid_windows,
+            text=texts[target].digest, fallback=texts[target].source.startswith("fallback:"),
+            test_windows=plan.test_windows, valid_windows=plan.valid_windows,
         )  # fmt: skip
         lora = replace(full, method="lora", modules=how.modules, alpha=how.alpha, eps=how.eps)
         cells += [full, *(replace(lora, rank=r) for r in plan.ranks_for(target))]
@@ -356,8 +380,8 @@ class Store:
         runs = list(runs)
         self.order |= dict.fromkeys(run.id for run in runs)
         for attempt in range(4):
-            futures = [self.workers.submit(run) for run in runs if run.id not in self.done]
             try:
+                futures = [self.workers.submit(run) for run in runs if run.id not in self.done]
                 for future in as_completed(futures):
                     self.add(future.result())
                 return
@@ -368,10 +392,23 @@ class Store:
 
     def add(self, row: Row) -> None:
         """Keep one finished row, durably."""
-        self.done[row["id"]] = row | {"versions": self.versions}
-        write_atomic(self.path, b"".join(sealed(row) for row in self.rows()))
+        self.done[row["id"]] = json.loads(json.dumps(row | {"versions": self.versions}))  # as read back
+        later = [row for id, row in self.done.items() if id not in self.order]  # of an earlier start
+        self.write([*self.rows(), *later])
         if self.progress:
             self.progress(sum(id in self.done for id in self.order), len(self.order), row)
+
+    def write(self, rows: list[Row]) -> None:
+        """Replace the file, if it holds anything else."""
+        lines = b"".join(sealed(row) for row in rows)
+        if not self.path.exists() or read(self.path) != lines:
+            write_atomic(self.path, lines)
+
+    def close(self) -> list[Row]:
+        """Leave the rows of the plan and no others in the file, and return them."""
+        rows = self.rows()
+        self.write(rows)
+        return rows
 
     def rows(self) -> list[Row]:
         """What is done of the plan, in its order, each with the share of the gap that it closed."""
@@ -401,10 +438,15 @@ class Workers:
 
     def submit(self, run: Run) -> Future[Row]:
         """Have one run done."""
-        if self.pool is None:
-            context = multiprocessing.get_context("spawn")  # a forked child would hold the lock
+        if self.pool is not None:
+            return self.pool.submit(work, run)
+        context = multiprocessing.get_context("spawn")  # a forked child would hold the lock
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's alone
+        try:
             self.pool = ProcessPoolExecutor(self.jobs, context, initializer=follow_parent)
-        return self.pool.submit(work, run)
+            return self.pool.submit(work, run)  # which starts the processes
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def renew(self) -> None:
         """After a worker has died: new processes."""
@@ -413,8 +455,7 @@ class Workers:
 
 
 def follow_parent() -> None:
-    """In a worker: leave interrupts to the parent, and end when it ends, however it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: end when the parent ends, however it does."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -483,8 +524,11 @@ def read_rows(path: Path | str) -> list[Row]:
             row = json.loads(line)
             if not isinstance(row, dict) or row.get("sha256") != seal(row):
                 raise ValueError("its digest is another")
+            if row.get("id") != id_of(row.get("config", {})):
+                raise ValueError("its id is another")
+            del row["sha256"]
             rows.append(row)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             print(f"minilora: {path}: line {i + 1} does not count: {str(e)[:100]}", file=sys.stderr)
     return rows
 
@@ -529,18 +573,33 @@ def summary(rows: list[Row]) -> list[Row]:
     return lines
 
 
+FIGURES = ("loss_against_rank", "known_rank", "spectra", "energy", "curves")  # of one target
+
+
+def figure_names(rows: list[Row]) -> dict[str, str]:
+    """Target -> the end of its figures' file names, another one for each target."""
+    names: dict[str, str] = {}
+    for target in dict.fromkeys(row["config"]["target"] for row in rows):
+        plain = name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem)
+        while name in names.values():
+            name = f"{plain}_{len(names) + 1}"
+        names[target] = name
+    return names
+
+
 def pictures(rows: list[Row]) -> dict[str, plots.Picture]:
     """All figures that the rows have the runs for, by file name."""
     drawn = {}
     complete = plots.targets(rows)
+    names = figure_names(rows)
     for target in complete:
-        name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem if Path(target).exists() else target)
+        name = names[target]
         drawn[f"loss_against_rank_{name}"] = plots.loss_against_rank(rows, target)
+        if data.swaps_of(target):
+            drawn[f"known_rank_{name}"] = plots.known_rank(rows, target)
         drawn[f"spectra_{name}"] = plots.spectra(rows, target)
         drawn[f"energy_{name}"] = plots.energy_and_effective_rank(rows, target)
         drawn[f"curves_{name}"] = plots.learning_curves(rows, target)
-        if data.swaps_of(target):
-            drawn[f"known_rank_{name}"] = plots.known_rank(rows, target)
     if complete:
         drawn["gap_against_parameters"] = plots.gap_against_parameters(rows)
     return drawn
@@ -582,7 +641,8 @@ def table(rows: list[Row]) -> str:
 def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
     """The whole sweep as one HTML page."""
     parts = []
-    for target in dict.fromkeys(row["config"]["target"] for row in rows):
+    names = figure_names(rows)
+    for target in names:
         some = [row for row in rows if row["config"]["target"] == target]
         full = plots.select(some, kind="final", method="full")
         parts.append(f"<h2>{html.escape(plots.title(target))}</h2>")
@@ -590,8 +650,8 @@ def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
         parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
         if full:
             parts.append(report.paragraph(f"Has full fine-tuning flattened? {plots.flattening(full)}."))
-        name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem if Path(target).exists() else target)
-        parts += [report.drawing(k, p) for k, p in pictures.items() if k.endswith("_" + name)]
+        drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
+        parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]
     if "gap_against_parameters" in pictures:
         parts.append("<h2>What the parameters buy</h2>")
         parts.append(report.drawing("gap", pictures["gap_against_parameters"]))
