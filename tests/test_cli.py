@@ -152,7 +152,7 @@ def test_a_command_finishes_without_stdout(main, texts, capsys, monkeypatch):
 
 
 def test_a_stdout_that_takes_nothing_is_exit_code_four(main, texts, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Path("/dev/full").open("w"))
+    monkeypatch.setattr(sys, "stdout", Path("/dev/full").open("w"))  # noqa: SIM115
     assert main("data") == 4
     said = capsys.readouterr().err
     assert said.startswith("minilora: ")

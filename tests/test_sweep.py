@@ -785,6 +785,7 @@ def test_a_plan_without_meaning_is_a_config_error(bad):
         Plan(**bad)
 
 
+@pytest.mark.slow
 def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_path, monkeypatch, capsys):
     def offline(target):
         raise StorageError("texts not fetched: no network")

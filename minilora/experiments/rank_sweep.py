@@ -605,6 +605,10 @@ def pictures(rows: list[Row]) -> dict[str, plots.Picture]:
     return drawn
 
 
+CAVEAT = (
+    "The learning rate falls to zero over a run, so a part of this is the schedule's doing; "
+    "a sweep with twice the --steps tells how large a part."
+)
 HEAD = ("method", "parameters", "learning rate", "test loss", "range over seeds", "gap closed")
 
 
@@ -649,7 +653,9 @@ def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
         parts.append(report.paragraph(f"Text: {some[0]['source']}."))
         parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
         if full:
-            parts.append(report.paragraph(f"Has full fine-tuning flattened? {plots.flattening(full)}."))
+            parts.append(
+                report.paragraph(f"Has full fine-tuning flattened? {plots.flattening(full)}. {CAVEAT}")
+            )
         drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
         parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]
     if "gap_against_parameters" in pictures:
