@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
 import re
 import sys
@@ -87,6 +86,8 @@ def make(name: str, source: str, train: Ids, valid: Ids, test: Ids) -> Corpus:
 
 def sha256(data: bytes) -> str:
     """The digest by which texts are compared."""
+    import hashlib
+
     return hashlib.sha256(data).hexdigest()
 
 

@@ -8,7 +8,6 @@ name, which is Hugging Face's.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -257,6 +256,8 @@ def settings(tree: Any) -> dict[str, Any]:
 
 def digest(tree: Any) -> str:
     """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name."""
+    import hashlib  # brings in OpenSSL, which a mere import of minilora need not
+
     h = hashlib.sha256()
     for path, p in sorted(named_params(tree).items()):
         a = np.ascontiguousarray(to_host(p.dense()))

@@ -9,7 +9,6 @@ go on as if nothing had happened, to the bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -132,6 +131,8 @@ def about(
     model: Any, optimizer: AdamW, schedule: Callable[[int], float] | None, accumulate: int
 ) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on from, beside its trained parameters."""
+    import hashlib
+
     o = optimizer
     frozen = {path.replace(".", "/"): p for path, p in named_params(model).items() if not p.trainable}
     return {
@@ -145,6 +146,8 @@ def about(
 
 def sealed(meta: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     """The sha256 of a checkpoint's content."""
+    import hashlib
+
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "sha256"}).encode())
     for name, a in sorted(tensors.items()):
         h.update(f"{name} {a.shape} {a.dtype.str}\n".encode() + a.tobytes())

@@ -442,3 +442,11 @@ def test_both_statements_of_the_bound_agree(seed, dtype, s):
     wide = np.finfo(np.float64 if dtype == np.float32 else np.longdouble).eps
     slack = 4 * (I + r + 8) * wide + float(np.finfo(dtype).eps)
     assert (np.abs(ours - theirs) <= slack * theirs).all()
+
+
+def test_weights_that_lie_transposed_are_saved_in_order(tmp_path):
+    model, _ = tiny(0, np.float32)
+    for p in named_params(model).values():
+        p.data = np.asfortranarray(p.data)
+    save_model(model, tmp_path / "m", "")
+    assert digest(load(tmp_path / "m")) == digest(model)

@@ -313,3 +313,9 @@ def test_a_dense_change_and_a_plain_layer_agree():
     found = singular_values(layer.fold(base).weight.data)
     assert np.abs(found[:2] - singular_values(layer)).max() <= rounding(B, A, 0.5)
     assert (found[2:] <= rounding(B, A, 0.5)).all()
+
+
+def test_energy_is_of_squares():
+    s = np.array([4.0, 3.0])
+    assert energy(s).tolist() == [16 / 25, 1.0]
+    assert rank_at(s, 0.6) == 1

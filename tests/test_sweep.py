@@ -799,3 +799,25 @@ def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_
         assert row["config"]["fallback"] is True
         assert row["source"].startswith("fallback:")
     assert "fallback" in rank_sweep.report_page(rows, {})
+
+
+def test_a_changed_loss_with_the_old_seal_does_not_count(place, whole, tmp_path):
+    out = copy_of(whole, tmp_path)
+    lines = held(out).splitlines()
+    lines[-1] = lines[-1].replace(b'"valid": ', b'"valid": 1')  # valid JSON, right id, another number
+    (out / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    _, done = run(plan_of(place), out)
+    assert [r.id for r in done] == [json.loads(lines[-1])["id"]]
+    assert held(out) == held(whole[0])
+
+
+def test_the_search_never_reads_the_test_split(place, tmp_path, monkeypatch):
+    real, seen = rank_sweep.windows, set()
+
+    def spy(run, split):
+        seen.add((run.kind, split))
+        return real(run, split)
+
+    monkeypatch.setattr(rank_sweep, "windows", spy)
+    run(plan_of(place), tmp_path / "out")
+    assert seen == {("search", "valid"), *((k, s) for k in ("base", "final") for s in ("valid", "test"))}

@@ -274,7 +274,8 @@ def without(key):
 
 
 META = {
-    "a list": lambda m: [1], "null": lambda m: None, "no digest": without("sha256"), "no rngs": without("rngs"), "no history": without("history"),
+    "a list": lambda m: [1], "null": lambda m: None, "no digest": without("sha256"),
+    "no rngs": without("rngs"), "no history": without("history"),
     "no run": without("run"), "another run": lambda m: m | {"run": m["run"] | {"base": "0"}},
     "rngs of text": lambda m: m | {"rngs": "x"},
     "an empty state": lambda m: m | {"rngs": m["rngs"] | {"batches": {}}},

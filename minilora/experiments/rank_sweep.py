@@ -7,6 +7,7 @@ run is done, so a sweep may be killed at any moment and goes on where it was. Ro
 machine names: the same plan on the same machine gives the same bytes.
 """
 
+import contextlib
 import hashlib
 import html
 import json
@@ -18,11 +19,12 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ SCHEMA = 1
 SEARCH_SEED = 1000
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 LENGTH = 128  # characters in a window
 STEP = math.sqrt(10)  # by which the search for a learning rate goes on beyond an edge
 EDGES = 2  # how often it may
@@ -438,15 +441,13 @@ class Workers:
 
     def submit(self, run: Run) -> Future[Row]:
         """Have one run done."""
-        if self.pool is not None:
+        if self.given is not None:
+            return self.given.submit(work, run)
+        with uninterrupted():
+            if self.pool is None:
+                context = multiprocessing.get_context("spawn")  # a forked child would hold the lock
+                self.pool = ProcessPoolExecutor(self.jobs, context, initializer=follow_parent)
             return self.pool.submit(work, run)
-        context = multiprocessing.get_context("spawn")  # a forked child would hold the lock
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's alone
-        try:
-            self.pool = ProcessPoolExecutor(self.jobs, context, initializer=follow_parent)
-            return self.pool.submit(work, run)  # which starts the processes
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def renew(self) -> None:
         """After a worker has died: new processes."""
@@ -454,8 +455,34 @@ class Workers:
             self.pool = None
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let interrupts wait while a worker is started: they would cut that in two.
+
+    The worker inherits the mask, so none reaches it before it can ignore them. The mask alone is not
+    enough here: another thread may take the signal, and Python runs the handler in this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it unblocks the signals
+    waiting: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, frame: waiting.append(number)) for n in INTERRUPTS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
+    for number in waiting[:1]:
+        signal.raise_signal(number)
+
+
 def follow_parent() -> None:
-    """In a worker: end when the parent ends, however it does."""
+    """In a worker: leave interrupts to the parent, and end when it ends, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)  # a worker starts with them blocked
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
