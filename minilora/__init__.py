@@ -7,15 +7,20 @@ ml.merge(model); ml.unmerge(model)
 ml.spectrum(model)                                       # singular values of every ΔW
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .backend import use
-from .data import batches, corpus, decode, encode, eval_batches
-from .files import load, save_model
 from .layers import digest, freeze, named_params, trained, unfreeze
 from .lora import LoraConfig, disabled, fuse, inject, merge, remove, scales, set_adapter, set_scale, unmerge
 from .model import Config, Llama, generate, llama
 from .optim import AdamW, Schedule, lora_plus
-from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
 from .train import evaluate, train
+
+if TYPE_CHECKING:
+    from .data import batches, corpus, decode, encode, eval_batches
+    from .files import load, save_model
+    from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
 
 __version__ = "0.1.0"
 
@@ -26,3 +31,16 @@ __all__ = [
     "save_model", "scales", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank",
     "train", "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
+
+LATER = {  # imported when first asked for
+    "data": ("batches", "corpus", "decode", "encode", "eval_batches"),
+    "files": ("load", "save_model"),
+    "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in LATER.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module 'minilora' has no attribute {name!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import types
 from typing import Any
 
@@ -112,4 +113,7 @@ def keep_memory() -> None:
 
 install(np)
 if os.environ.get("MINILORA_BACKEND"):
-    use(os.environ["MINILORA_BACKEND"])
+    try:
+        use(os.environ["MINILORA_BACKEND"])
+    except ConfigError as e:  # NumPy stays in use
+        print(f"minilora: MINILORA_BACKEND: {e}", file=sys.stderr)

@@ -102,7 +102,10 @@ def sweep(options: Options) -> int:
     given = {name: getattr(options, name) for name in ("ranks", "modules", "seeds", "steps")}
     chosen |= {name: value for name, value in given.items() if value is not None}
     if options.target or options.data:
-        chosen["targets"] = (*(options.target or ()), *(options.data or ()))
+        chosen["targets"] = (
+            *(options.target or ()),
+            *(path if os.sep in path else f"./{path}" for path in options.data or ()),  # never a name
+        )
     plan = rank_sweep.Plan(base=options.base, **chosen)
     out = options.out or Path("runs/quick" if options.quick else "runs/sweep")
     jobs, cores = options.jobs, os.cpu_count() or 1

@@ -29,7 +29,12 @@ from .storage import read, write_atomic, write_folder
 
 BASE = Path(__file__).parent / "base"  # the model that ships with the package
 
-FIXED = {"model_type": "llama", "hidden_act": "silu", "rope_scaling": None}  # what else we cannot do
+FIXED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "quantization_config": None,
+}  # what else we cannot do
 
 
 def save_model(model: Llama, folder: Path | str, card: str, extra: dict[str, Any] | None = None) -> None:
@@ -55,11 +60,11 @@ def save_model(model: Llama, folder: Path | str, card: str, extra: dict[str, Any
 
 
 def load(folder: Path | str = "base", dtype: Any = np.float32) -> Llama:
-    """The model of a folder, frozen; "base" is the one that ships with the package.
+    """The model of a folder, frozen; "base" is the one that ships ("./base" a folder here).
 
     StorageError, FormatError, UnsupportedError, MismatchError or NonFiniteError name file and tensor.
     """
-    folder = BASE if str(folder) == "base" else Path(folder)
+    folder = BASE if folder == "base" else Path(folder)
     config = read_config(folder / "config.json")
     tensors = read_tensors(folder / "model.safetensors")
     held = sum(a.size for a in tensors.values())
@@ -67,7 +72,9 @@ def load(folder: Path | str = "base", dtype: Any = np.float32) -> Llama:
         raise MismatchError(f"{folder}: most is missing: {held:,} parameters are fewer than config.json says")
     model = llama(config, np.random.default_rng(0), dtype)
     if model.lm_head is None and "lm_head.weight" in tensors:
-        tensors.pop("lm_head.weight")  # some savers repeat the tied table
+        head = tensors.pop("lm_head.weight")  # some savers repeat the tied table
+        if not np.array_equal(head, tensors.get("model.embed_tokens.weight", head[:0])):
+            raise MismatchError(f"{folder}: lm_head.weight is not the embedding that it should be tied to")
     params = named_params(model)
     for path in sorted(set(params) ^ set(tensors)):
         state = "is missing" if path in params else f"is not expected; {nearest(path, params)}"
@@ -110,6 +117,10 @@ def read_config(path: Path | str) -> Config:
     for key, only in FIXED.items():
         if given.get(key, only) != only:
             raise UnsupportedError(f"{path}: {key} is {given[key]!r}; expected {only!r}")
+    rope = given.get("rope_parameters") or {}  # as transformers 5 writes it
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise UnsupportedError(f"{path}: rope_parameters are {rope!r}; expected rope_type 'default'")
+    given = {"rope_theta": rope["rope_theta"], **given} if "rope_theta" in rope else given
     values = {f.name: given[f.name] for f in fields(Config) if given.get(f.name) is not None}
     if "num_attention_heads" in values:
         values.setdefault("num_key_value_heads", values["num_attention_heads"])

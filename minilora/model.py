@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, normal, to_device, to_host, xp
-from .errors import ConfigError, InputError, check_float, check_int
+from .errors import ConfigError, InputError, StateError, check_float, check_int
 from .layers import Dropout, Embedding, Linear, Param, RMSNorm, Wanted, back_nothing, linear, trains, walk
 from .ops import IGNORE, Back, attention, cross_entropy, heads, rope, rope_tables, swiglu, unheads
 
@@ -259,7 +259,7 @@ class Llama:
             while backs:
                 d = backs.pop()(d)  # what a layer kept dies here
 
-        return logits, back_all
+        return logits, back_all if train else back_untrained
 
     def loss(self, ids: Array, labels: Array, train: bool = False) -> tuple[Array, Back]:
         """Mean cross-entropy in nats per token; labels (N, T), -100 to ignore. back() starts at 1.
@@ -288,6 +288,11 @@ class Llama:
             raise InputError(f"{start + ids.shape[1]} tokens; the model takes at most {limit}")
         check_range("token id", ids, self.config.vocab_size)
         return to_device(ids)
+
+
+def back_untrained(dlogits: Array) -> None:
+    """The way back from a model that was called without train=True: there is none."""
+    raise StateError("no gradient was wanted; call the model with train=True")
 
 
 def host_ints(what: str, values: Any) -> np.ndarray:

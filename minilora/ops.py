@@ -134,9 +134,8 @@ def rope(x: Array, cos: Array, sin: Array, width: int) -> tuple[Array, Back]:
 
     def turn(x: Array, sin: Array) -> Array:
         swapped = x.reshape(N, T, W // width, 2, width // 2)[..., ::-1, :].reshape(N, T, W)
-        swapped *= sin
         y = x * cos
-        y += swapped
+        y += swapped * sin
         return y
 
     def back(dy: Array) -> Array:

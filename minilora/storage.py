@@ -8,17 +8,19 @@ and is free again the moment its holder dies. No other file of the package opens
 import contextlib
 import fcntl
 import os
-import secrets
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import LockedError, StorageError
 
+OURS = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # the temporary names below
+
 
 def write_atomic(path: Path | str, data: bytes) -> None:
     """Make `path` hold exactly `data`, durably, or leave what was there and raise StorageError."""
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temp = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
         try:
@@ -39,7 +41,7 @@ def write_atomic(path: Path | str, data: bytes) -> None:
 def write_folder(path: Path | str, fill: Callable[[Path], None]) -> None:
     """Make the folder `path` by filling a temporary one beside it and renaming; never replaces one."""
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temp = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     check_free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +124,9 @@ def locked(folder: Path | str) -> Iterator[None]:
             ) from None
         os.ftruncate(fd, 0)
         os.write(fd, f"process {os.getpid()} on {os.uname().nodename}".encode())
-        for leftover in folder.glob(".*.tmp"):  # of a process that died; ours, by pattern and lock
-            remove_tree(leftover)
+        for leftover in folder.glob(".*.tmp"):  # of a process of ours that died
+            if OURS.fullmatch(leftover.name):
+                remove_tree(leftover)
         yield
     finally:
         os.close(fd)

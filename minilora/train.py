@@ -75,8 +75,10 @@ def train(
     run = about(model, optimizer, schedule, accumulate) | dict(identity or {})
     if checkpoint and Path(checkpoint).exists():
         history = load_checkpoint(checkpoint, model, optimizer, rngs, run)
-    source = iter(batches)
     done = len(history.loss)
+    source = iter(batches)
+    if not rngs:  # batches that no generator draws, a list say, are passed over as far as they were used
+        source = islice(source, done * accumulate, None)
     if evaluate and not done:
         history.evals.append((0, evaluate()))
     for step in range(done, steps):

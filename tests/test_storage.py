@@ -131,10 +131,10 @@ def test_a_second_process_is_kept_out_until_the_first_dies(tmp_path):
 
     with child() as first:
         assert first.stdout.readline() == "held\n"
-        (tmp_path / ".a.1.tmp").write_bytes(b"")  # the holder's own, in the making
+        (tmp_path / ".a.1.0123abcd.tmp").write_bytes(b"")  # the holder's own, in the making
         with pytest.raises(LockedError, match=f"process {first.pid}"), locked(tmp_path):
             pass
-        assert (tmp_path / ".a.1.tmp").exists()
+        assert (tmp_path / ".a.1.0123abcd.tmp").exists()
         first.kill()
     with locked(tmp_path):
         assert sorted(os.listdir(tmp_path)) == [".lock"]  # what the dead one left is gone

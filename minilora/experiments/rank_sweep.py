@@ -307,6 +307,7 @@ def sweep(
     for text in texts.values():
         for split in (text.train, text.valid, text.test):
             data.check_windows(split, 1, LENGTH)
+    check_base(plan)
     cells = grid(plan, texts)
     for cell in cells:
         prepared(cell)  # a rank or a module that does not fit is an error before any run
@@ -316,6 +317,18 @@ def sweep(
         rates = chosen_rates(plan, cells, store)
         store.finish(replace(cell, lr=rates[cell], seed=seed) for cell in cells for seed in range(plan.seeds))
         return store.close()
+
+
+def check_base(plan: Plan) -> None:
+    """MismatchError if the base does not read characters, or cannot solve a permutation by its table."""
+    c = files.load(plan.base).config
+    if c.vocab_size != data.VOCAB or c.max_position_embeddings < LENGTH:
+        raise MismatchError(
+            f"{plan.base}: has a vocabulary of {c.vocab_size} and {c.max_position_embeddings} positions; "
+            f"expected {data.VOCAB} characters and at least {LENGTH} positions"
+        )
+    if not c.tie_word_embeddings and any(data.swaps_of(target) for target in plan.targets):
+        raise MismatchError(f"{plan.base}: its head is not tied; a permutation needs one that is")
 
 
 def grid(plan: Plan, texts: dict[str, data.Corpus]) -> list[Run]:
@@ -435,7 +448,10 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         if self.pool is not None and self.given is None:
-            self.pool.shutdown(wait=error[0] is None, cancel_futures=True)
+            if error[0] is not None:  # nobody would keep what they are at
+                for process in multiprocessing.active_children():
+                    process.terminate()
+            self.pool.shutdown(cancel_futures=True)
         for name, value in self.before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -519,6 +535,8 @@ def versions() -> dict[str, str]:
 def check_plan(path: Path, wanted: Row) -> None:
     """Write the plan of a new folder; MismatchError, naming the difference, if it holds another."""
     if not path.exists():
+        if path.with_name("rows.jsonl").exists():
+            raise MismatchError(f"{path.parent}: holds rows without their plan; expected another --out")
         write_atomic(path, (json.dumps(wanted, indent=1) + "\n").encode())
         return
     found = files.read_json(path)
@@ -645,7 +663,7 @@ def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
     for line in summary(rows):
         if line["target"] == target:
             names = {"none": "frozen base", "full": "full fine-tuning", "lora": f"LoRA r = {line['rank']}"}
-            name = names[line["method"]]
+            name = names[line["method"]] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
             if not line["seeds"]:
                 found.append((name, "", f"{line['lr']:.2g}", "diverged", "", ""))
                 continue
@@ -662,7 +680,9 @@ def table(rows: list[Row]) -> str:
     for target in dict.fromkeys(line["target"] for line in summary(rows)):
         cells = [HEAD, *lines(rows, target)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(HEAD))]
-        out.append(f"{target}  (test loss in nats per character)")
+        fallback = any(r["config"]["fallback"] for r in rows if r["config"]["target"] == target)
+        note = "; fallback text, not the one named" if fallback else ""
+        out.append(f"{target}  (test loss in nats per character{note})")
         for line in cells:
             out.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip())
         out.append("")
@@ -688,14 +708,14 @@ def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
     if "gap_against_parameters" in pictures:
         parts.append("<h2>What the parameters buy</h2>")
         parts.append(report.drawing("gap", pictures["gap_against_parameters"]))
-    c = rows[0]["config"]
-    steps = max(row["config"]["steps"] for row in rows)
-    parts.append(report.facts({
-        "command": "minilora sweep",
-        "steps": steps,
-        "batch": f"{max(row['config']['batch'] for row in rows)} windows of {LENGTH} characters",
-        "test": f"{c['test_windows']} windows, evenly over the held-out text",
-        "learning rate": "chosen on the validation split by short runs with a seed of their own",
-        **rows[0]["versions"],
-    }))  # fmt: skip
+    made: Row = {}
+    for target in names:
+        last = [row["config"] for row in rows if row["config"]["target"] == target][-1]
+        made[target] = (
+            f"{last['steps']} steps of {last['batch']} windows of {LENGTH} characters; LoRA on "
+            f"{', '.join(last['modules'])} with alpha {last['alpha']:g}; AdamW eps {last['eps']:g}; "
+            f"tested on at most {last['test_windows']} windows, evenly over the held-out text"
+        )
+    made["learning rate"] = "chosen on the validation split by short runs with a seed of their own"
+    parts.append(report.facts(made | rows[0]["versions"]))
     return report.page("Which rank does a task need?", parts)
