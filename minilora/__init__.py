@@ -40,6 +40,8 @@ LATER = {  # imported when first asked for
 
 
 def __getattr__(name: str) -> Any:
+    if name in LATER:
+        return import_module(f".{name}", __name__)
     for module, names in LATER.items():
         if name in names:
             return getattr(import_module(f".{module}", __name__), name)

@@ -442,6 +442,7 @@ class Workers:
         self.jobs, self.given, self.pool = jobs, executor, executor
 
     def __enter__(self) -> "Workers":
+        self.others = multiprocessing.active_children()  # the caller's, if it has any
         self.before = {name: os.environ.get(name) for name in THREADS}
         os.environ.update(dict.fromkeys(THREADS, "1"))  # read by BLAS when a worker starts
         return self
@@ -450,7 +451,8 @@ class Workers:
         if self.pool is not None and self.given is None:
             if error[0] is not None:  # nobody would keep what they are at
                 for process in multiprocessing.active_children():
-                    process.terminate()
+                    if process not in self.others:
+                        process.terminate()
             self.pool.shutdown(cancel_futures=True)
         for name, value in self.before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
