@@ -270,3 +270,8 @@ def test_disabled_is_the_base_to_the_bit():
     with disabled(model):
         assert np.array_equal(model(ids)[0], base)
     assert not np.allclose(model(ids)[0], base)
+
+
+def test_without_truncation_every_token_can_come():
+    found = sample(np.zeros((4000, 5)), np.random.default_rng(0), 1.0, None, 1.0)
+    assert set(found.tolist()) == set(range(5))  # one of five is missed with probability 5 (4/5)^4000
