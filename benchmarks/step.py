@@ -1,39 +1,44 @@
-"""Time one training step, LoRA on all linear maps and full, beside the bare matrix products of the step.
+"""Time one training step with LoRA on all linear maps beside PyTorch's, and beside its own bare products.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/step.py [D ...]
+    python benchmarks/step.py [D ...] [--threads 1 2] [--draw]
 
-Four sizes; each round times, one after the other, the products alone (into ready buffers, nothing
-else), a LoRA step (r = 8) and a full step, AdamW included; medians over the rounds. The products are
-those of forward and of the gradients that a step with a frozen base needs: y = x Wᵀ and dx = dy W for
-every map, without the dx that nobody wants (q, k, v of the first block), two in the attention forward
-and four on the way back, and the head. LoRA's own thin products are not among them. Prints a table and
-writes benchmarks/results/step.json.
+Contestants, each in a process of its own (common.py), taking turns: our LoRA step (r = 8) and our full
+step, as `train` makes them; transformers + PEFT; the same network written by hand in PyTorch, eager and
+through torch.compile (rivals.py); AdamW and clipping included everywhere; and the bare matrix products
+of the step, into ready buffers, nothing else. Those are forward's and those of the gradients that a step
+with a frozen base needs: y = x Wᵀ and dx = dy W for every map, without the dx that nobody wants (q, k,
+v of the first block), two in the attention forward and four on the way back, without regard to its mask,
+and the head. LoRA's own thin products are not among them. Each has `threads` of them: PyTorch and the
+products inside one operation, our steps for parts of the batch. Ratios are medians over rounds.
+
+Also the peak of bytes above the weights that one LoRA step holds: tracemalloc's here (NumPy reports to
+it), the profiler's there; and what a step with per-block recomputation takes of either. Writes
+results/step.json; --draw only draws results/step.png and .svg from it.
 """
 
+import argparse
+import contextlib
+import importlib.util
 import json
-import os
-import platform
+import math
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+import tracemalloc
+from collections.abc import Callable, Mapping
 from statistics import median
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from typing import Any
 
 import numpy as np
+from common import RESULTS, SIZES, Contestant, alternate, answer, named, ratio, threads, write
 
 import minilora as ml
-from minilora.backend import keep_memory
+from minilora.backend import Array, floats, keep_memory, to_device, xp
+from minilora.lanes import lanes
+from minilora.optim import squared_norm
 
-SIZES = (
-    # D, L, H, F, T, V, N
-    (64, 2, 4, 176, 64, 96, 16),
-    (128, 4, 4, 352, 128, 256, 16),
-    (256, 6, 8, 704, 128, 256, 16),
-    (512, 6, 8, 1376, 256, 1024, 8),
-)
-ROUNDS = {64: 60, 128: 20, 256: 9, 512: 5}
+ROUNDS = {64: 40, 128: 15, 256: 7, 512: 5}
+OURS = ("products", "lora", "full", "recomputed")
+THEIRS = ("peft", "torch", "compiled")
 
 
 def products(D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> Callable[[], None]:
@@ -41,13 +46,13 @@ def products(D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> Callable
     rng = np.random.default_rng(0)
     M, E = N * T, D // H
 
-    def array(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, dtype=np.float32)
+    def array(*shape: int) -> Array:
+        return to_device(rng.standard_normal(shape, dtype=np.float32))
 
-    jobs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    jobs: list[tuple[Array, Array, Array]] = []
 
-    def job(a: np.ndarray, b: np.ndarray) -> None:
-        jobs.append((a, b, np.matmul(a, b)))
+    def job(a: Array, b: Array) -> None:
+        jobs.append((a, b, xp.matmul(a, b)))
 
     for layer in range(L):
         for i, (outputs, inputs) in enumerate([(D, D)] * 4 + [(F, D)] * 2 + [(D, F)]):
@@ -68,33 +73,52 @@ def products(D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> Callable
 
     def run() -> None:
         for a, b, out in jobs:
-            np.matmul(a, b, out=out)
+            xp.matmul(a, b, out=out)
 
     return run
 
 
-def step(mode: str, D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> Callable[[], None]:
-    """One training step of a fresh model."""
+def fresh(mode: str, D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> tuple[Any, Any, Any]:
+    """A model, and the ids and labels of one batch."""
     rng = np.random.default_rng(0)
     model = ml.llama(ml.Config(V, D, F, L, H, H), rng)
     if mode == "lora":
         ml.inject(model, ml.LoraConfig(r=8), rng=rng)
-    params, optimizer = ml.trained(model), ml.AdamW(1e-3)
-    ids, labels = rng.integers(0, V, (2, N, T))
+    return model, *rng.integers(0, V, (2, N, T))
 
-    def run() -> None:
-        _, back = model.loss(ids, labels, train=True)
-        back()
-        optimizer.step(params)
+
+KEPT = contextlib.ExitStack()  # lanes stay open as long as the process lives
+
+
+def step(mode: str, *size: int, cores: int = 1) -> Callable[[], float]:
+    """One training step of a fresh model, as `train` makes it; it gives the loss."""
+    model, ids, labels = fresh("full" if mode == "full" else "lora", *size)
+    model.recompute = mode == "recomputed"
+    params, optimizer = ml.trained(model), ml.AdamW(1e-3)
+    gradient = KEPT.enter_context(lanes(model, cores))
+
+    def run() -> float:
+        loss, square = floats(gradient([(ids, labels)]), squared_norm(params))
+        optimizer.step(params, norm=math.sqrt(square))
+        return loss
 
     return run
 
 
-def measure(size: tuple[int, ...]) -> dict[str, float]:
-    """Median milliseconds of each, the three timed in turn."""
-    runs = {"products": products(*size), "lora": step("lora", *size), "full": step("full", *size)}
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that a run holds above what was held before."""
+    run()
+    tracemalloc.start()
+    run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def medians(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, timed in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(ROUNDS[size[0]] + 2):
+    for i in range(rounds + 2):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
@@ -103,33 +127,153 @@ def measure(size: tuple[int, ...]) -> dict[str, float]:
     return {name: median(t) for name, t in times.items()}
 
 
-def main() -> None:
-    """Measure, print and write."""
+# ---- a contestant
+
+
+def run_of(name: str, size: tuple[int, ...], cores: int) -> Callable[[], Any]:
+    """What a contestant runs."""
+    if name == "products":
+        return products(*size)
+    if name in OURS:
+        return step(name, *size, cores=cores)
+    import rivals
+    import torch
+
+    torch.set_num_threads(cores)
+    return rivals.peft(size) if name == "peft" else rivals.by_hand(size, compiled=name == "compiled")
+
+
+def act(name: str, i: str, cores: int, job: str) -> None:
+    """The part of one: wait and run, or tell the peak of bytes."""
     keep_memory()
-    chosen = [int(a) for a in sys.argv[1:]] or [size[0] for size in SIZES]
+    run = run_of(name, SIZES[int(i)], cores)
+    if job == "time":
+        answer(run)
+    elif name in OURS:
+        print("ready", peak_bytes(run), sep="\n", flush=True)
+    else:
+        import rivals
+
+        print("ready", rivals.peak_bytes(run), sep="\n", flush=True)
+
+
+def contestant(name: str, i: int, cores: int, job: str) -> Contestant:
+    """The same file once more, in the part of one."""
+    return Contestant([__file__, "--threads", str(cores), "--as", name, str(i), job], threads(cores))
+
+
+def peak(name: str, i: int, cores: int) -> int:
+    """The peak of one contestant."""
+    it = contestant(name, i, cores, "memory")
+    while it.line() != "ready\n":
+        pass
+    found = int(it.line())
+    it.close()
+    return found
+
+
+# ---- the race
+
+
+def measure(chosen: list[int], cores: list[int], there: bool) -> list[dict[str, Any]]:
+    """All rows of the chosen sizes, printed as they come."""
+    names = OURS + THEIRS * there
     rows = []
-    print(f"{'D':>4} {'products':>9} {'LoRA':>8} {'full':>8} {'LoRA/products':>14} {'LoRA/full':>10}   (ms)")
-    for size in SIZES:
-        if size[0] not in chosen:
-            continue
-        t = measure(size)
-        ratios = {"lora_to_products": t["lora"] / t["products"], "lora_to_full": t["lora"] / t["full"]}
-        rows.append({"size": dict(zip("DLHFTVN", size, strict=True)), "ms": t, **ratios})
-        print(f"{size[0]:4} {t['products']:9.1f} {t['lora']:8.1f} {t['full']:8.1f} "
-              f"{ratios['lora_to_products']:14.2f} {ratios['lora_to_full']:10.2f}", flush=True)  # fmt: skip
-    result = {
-        "rows": rows,
-        "threads": os.environ["OPENBLAS_NUM_THREADS"],
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    if len(rows) == len(SIZES):
-        out = Path(__file__).parent / "results"
-        out.mkdir(exist_ok=True)
-        (out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{'D':>4} {'threads':>7} " + " ".join(f"{name:>10}" for name in names) + "   (ms)")
+    for n in cores:
+        for i in chosen:
+            runners = {name: contestant(name, i, n, "time") for name in names}
+            times = alternate(runners, ROUNDS[SIZES[i][0]])
+            lora = times["lora"]
+            row = {
+                "size": named(SIZES[i]), "threads": n, "ms": {name: median(t) for name, t in times.items()},
+                "floor": ratio(times["products"], lora), "to_full": ratio(lora, times["full"]),
+                "recomputed_to_lora": ratio(times["recomputed"], lora),
+                "times_faster": {name: ratio(times[name], lora) for name in THEIRS * there},
+                "peak_bytes": {name: peak(name, i, n) for name in ("lora", "recomputed", *["peft"] * there)},
+            }  # fmt: skip
+            rows.append(row)
+            print(f"{SIZES[i][0]:4} {n:7} " + " ".join(f"{row['ms'][name]:10.1f}" for name in names))
+            faster = "  ".join(f"{name} {x:.2f}" for name, x in row["times_faster"].items())
+            held = "  ".join(f"{name} {b / 2**20:.1f}" for name, b in row["peak_bytes"].items())
+            print(f"{'':12} products / step {row['floor']:.2f}  step / full {row['to_full']:.2f}  "
+                  f"recomputed / step {row['recomputed_to_lora']:.2f}  times faster than: {faster}  "
+                  f"peak MiB: {held}", flush=True)  # fmt: skip
+    return rows
+
+
+# ---- the figure
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """results/step.png and .svg."""
+    from minilora.plots import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
+
+    @styled
+    def picture() -> Picture:
+        figure, ((left, right),) = axes(2, size=(12, 4.8))
+        D = sorted({row["size"]["D"] for row in rows})
+        left.axhline(1, color=GREY, linewidth=1)
+        kinds = (("peft", BLUE, "o", "transformers + PEFT"), ("torch", ORANGE, "s", "by hand, eager"),
+                 ("compiled", GREEN, "^", "by hand, torch.compile"))  # fmt: skip
+        for n, dashes in ((2, "-"), (1, "--")):
+            some = {row["size"]["D"]: row for row in rows if row["threads"] == n and row["times_faster"]}
+            for name, colour, marker, label in kinds:
+                at = [i for i, d in enumerate(D) if d in some]
+                left.plot(at, [some[D[i]]["times_faster"][name] for i in at], marker=marker, markersize=8,
+                          linestyle=dashes, color=colour, label=f"{label}, {n} thread(s)")  # fmt: skip
+        left.set_ylim(bottom=0)
+        left.set_ylabel("time of PyTorch / time of minilora")
+        left.set_title("A LoRA step, times faster than PyTorch")
+        left.legend(fontsize=9)
+        some = {
+            row["size"]["D"]: row["peak_bytes"]
+            for row in rows
+            if row["threads"] == max(r["threads"] for r in rows)
+        }
+        bars = (("peft", BLUE, "transformers + PEFT"), ("lora", ORANGE, "minilora"),
+                ("recomputed", GREEN, "minilora, blocks recomputed"))  # fmt: skip
+        for j, (name, colour, label) in enumerate(bars):
+            at = [i for i, d in enumerate(D) if name in some.get(d, {})]
+            right.bar([i + 0.27 * (j - 1) for i in at], [some[D[i]][name] / 2**20 for i in at], 0.25,
+                      color=colour, label=label)  # fmt: skip
+        right.set_yscale("log")
+        right.set_ylabel("peak above the weights (MiB)")
+        right.set_title("What a LoRA step holds")
+        right.legend(fontsize=10)
+        for panel in (left, right):
+            panel.set_xticks(range(len(D)), [str(d) for d in D])
+            panel.set_xlabel("width D")
+        return Picture(figure, "Times of a LoRA step against PyTorch's, and its peak of memory.")
+
+    picture().save(RESULTS, "step")
+
+
+def main() -> None:
+    """Measure, print, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("D", nargs="*", type=int, help="64, 128, 256, 512; all unless given")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--draw", action="store_true", help="only draw what is written")
+    parser.add_argument("--as", nargs=3, dest="part", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        name, i, job = args.part
+        act(name, i, args.threads[0], job)
+        return
+    if not args.draw:
+        there = all(map(importlib.util.find_spec, ("torch", "transformers", "peft")))
+        if not there:
+            print(
+                "torch, transformers and peft are not all installed (the extra `parity`): nothing beside them"
+            )
+        chosen = [i for i, size in enumerate(SIZES) if not args.D or size[0] in args.D]
+        rows = measure(chosen, args.threads, there)
+        if len(chosen) < len(SIZES):
+            return
+        write("step", rows)
+    draw(json.loads((RESULTS / "step.json").read_text())["rows"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

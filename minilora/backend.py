@@ -10,16 +10,19 @@ every other array library.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import types
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from .errors import ConfigError, nearest
 
 Array = Any  # numpy.ndarray, or cupy.ndarray after use("cupy")
+Chain = TypeVar("Chain", bound=Callable[..., Any])
 
 xp: Any = types.SimpleNamespace()  # numpy's functions, or cupy's
 name = "numpy"
@@ -29,6 +32,12 @@ def install(module: Any) -> None:
     """Fill `xp` with the functions of an array library."""
     xp.__dict__.clear()
     xp.__dict__.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
+    xp.__dict__.setdefault("fuse", as_written)
+
+
+def as_written(chain: Chain) -> Chain:
+    """What `fuse` is in a library that compiles nothing."""
+    return chain
 
 
 def use(library: str) -> None:
@@ -53,6 +62,11 @@ def use(library: str) -> None:
     name = library
 
 
+def on_host() -> bool:
+    """Whether arrays are NumPy's own."""
+    return xp.ndarray is np.ndarray
+
+
 def to_device(a: Any, dtype: Any = None) -> Array:
     """The same numbers as an array of the library in use."""
     return xp.asarray(a, dtype=dtype)
@@ -64,6 +78,27 @@ def to_host(a: Any) -> np.ndarray:
         return np.asarray(a)
     host: np.ndarray = a.get()
     return host
+
+
+def floats(*scalars: Any) -> list[float]:
+    """Scalars as Python's numbers, brought to the host together: one transfer, one wait for the device."""
+    numbers: list[float] = to_host(xp.stack([xp.asarray(s, dtype=xp.float64) for s in scalars])).tolist()
+    return numbers
+
+
+def fused(chain: Chain) -> Chain:
+    """An elementwise chain of `xp`, made one kernel by a library that compiles (`cupy.fuse`).
+
+    It takes arrays, scalars of their dtype (for a Python float the kernel would compute in float64) and
+    None, by position. Under NumPy it runs as it is written.
+    """
+    kernel = functools.cache(lambda fuse: fuse(chain))  # one for each library that comes into use
+
+    @functools.wraps(chain)
+    def call(*operands: Any) -> Any:
+        return kernel(xp.fuse)(*operands)
+
+    return cast(Chain, call)
 
 
 def scatter_add(rows: int, ids: Array, values: Array) -> Array:
@@ -100,8 +135,8 @@ def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtyp
 def keep_memory() -> None:
     """Ask the C allocator to keep freed pages, where it can be asked (glibc).
 
-    A step frees and takes the same megabytes again and again; given back to the system each time, they
-    come back as page faults, a third of a step's time.
+    A step, or a token, frees and takes the same megabytes again and again; given back to the system each
+    time, they come back as page faults, a third of a step's time.
     """
     import ctypes
 
@@ -109,6 +144,34 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-1, 1 << 30), (-2, 1 << 26), (-3, 1 << 30)):  # trim, top pad, mmap
             mallopt(option, value)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[bool]:
+    """Hold NumPy's BLAS at one thread within the context; whether that could be had.
+
+    The OpenBLAS in NumPy's wheels can be asked; another says by its environment variables.
+    """
+    import ctypes
+
+    said = {os.environ.get(f"{library}_NUM_THREADS") for library in ("OPENBLAS", "MKL", "OMP")}
+    try:
+        library = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
+        count = library.scipy_openblas_get_num_threads64_()
+        hold = library.scipy_openblas_set_num_threads64_
+    except (OSError, AttributeError, KeyError):
+        yield "1" in said
+        return
+    hold(1)
+    try:
+        yield True
+    finally:
+        hold(count)
 
 
 install(np)

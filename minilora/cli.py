@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .backend import cores
 from .errors import ConfigError, MiniloraError
 
 Options = argparse.Namespace
@@ -69,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, metavar="N", help="default: 3")
     add("--steps", type=int, metavar="N", help="of training per run")
     add("--jobs", type=int, metavar="N", help="processes (default: one per core)")
+    add("--dask", metavar="tcp://HOST:PORT", help="the runs go to the workers of this dask scheduler; who "
+        "reaches its port can run code there: keep it on a private address, or use tls://")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="default: runs/sweep, or runs/quick")
     add("--quick", action="store_true", help="a small grid, done in half a minute")
 
@@ -108,12 +111,14 @@ def sweep(options: Options) -> int:
         )
     plan = rank_sweep.Plan(base=options.base, **chosen)
     out = options.out or Path("runs/quick" if options.quick else "runs/sweep")
-    jobs, cores = options.jobs, os.cpu_count() or 1
-    if jobs is not None and jobs > cores:
-        print(f"minilora: {jobs} jobs on {cores} cores; using {cores}", file=sys.stderr)
-        jobs = cores
+    jobs, most = options.jobs, cores()
+    if jobs is not None and jobs > most:
+        print(f"minilora: {jobs} jobs on {most} cores; using {most}", file=sys.stderr)
+        jobs = most
     with bar("runs") as show:
-        rows = rank_sweep.sweep(plan, out, jobs=jobs, progress=lambda done, known, row: show(done, known))
+        rows = rank_sweep.sweep(
+            plan, out, jobs=jobs, dask=options.dask, progress=lambda done, known, row: show(done, known)
+        )
     draw(rows, out)
     print(rank_sweep.table(rows))
     print(f"figures and report: {out / 'report.html'}")

@@ -6,6 +6,7 @@ line prints that line and exits with the class's `exit_code`; nothing has been w
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class MiniloraError(Exception):
@@ -89,3 +90,12 @@ def check_float(name: str, value: object, low: float, high: float, *, open_low: 
         bracket = "(" if open_low else "["
         raise ConfigError(f"{name} is {short(value)}; expected a number in {bracket}{low:g}, {high:g})")
     return number
+
+
+def check_same(who: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """MismatchError, naming the first difference, unless `who` reports all that is expected."""
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise MismatchError(
+                f"{who}: {name} is {found.get(name)!r}; expected {value!r}, as where the sweep was started"
+            )

@@ -17,10 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, normal, to_device, to_host, xp
+from .backend import Array, keep_memory, normal, to_device, to_host, xp
 from .errors import ConfigError, InputError, StateError, check_float, check_int
-from .layers import Dropout, Embedding, Linear, Param, RMSNorm, Wanted, back_nothing, linear, trains, walk
-from .ops import IGNORE, Back, attention, cross_entropy, heads, rope, rope_tables, swiglu, unheads
+from .layers import (
+    Dropout,
+    Embedding,
+    Linear,
+    Param,
+    RMSNorm,
+    Wanted,
+    back_nothing,
+    linear,
+    named_params,
+    trains,
+    walk,
+)
+from .ops import IGNORE, Back, attend_one, attention, cross_entropy, heads, rope, rope_tables, swiglu, unheads
 
 
 @dataclass(frozen=True)
@@ -69,16 +81,41 @@ class Config:
 
 @dataclass(eq=False)
 class Cache:
-    """Keys and values (N, G, T, E) of one layer for the positions seen so far."""
+    """Keys and values (N, G, S, E) of one layer, of which the first `seen` positions are filled."""
 
-    k: Array = None
-    v: Array = None
+    k: Array
+    v: Array
+    seen: int = 0
 
     def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append the new positions and return all of them."""
-        self.k = k if self.k is None else xp.concatenate([self.k, k], axis=2)
-        self.v = v if self.v is None else xp.concatenate([self.v, v], axis=2)
-        return self.k, self.v
+        """Write the next positions (N, G, T, E) and return all that are filled, as views."""
+        start, self.seen = self.seen, self.seen + k.shape[2]
+        self.k[:, :, start : self.seen] = k
+        self.v[:, :, start : self.seen] = v
+        return self.k[:, :, : self.seen], self.v[:, :, : self.seen]
+
+    def attend(self, q: Array, k: Array, v: Array) -> Array:
+        """What attention makes of the next positions, which see themselves and all before."""
+        k, v = self.extend(k, v)
+        return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0]
+
+
+@dataclass(eq=False)
+class Past:
+    """What decoding keeps of N texts of up to S positions: 2 L N G S E numbers, and rope's 2 S H E.
+
+    All of it is made once: appending would copy every key and value for every token, which takes as
+    long as attention itself.
+    """
+
+    tables: tuple[Array, Array]  # cos and sin (S, H*E)
+    caches: list[Cache]  # one a layer
+
+    def turn(self, T: int) -> tuple[Array, Array]:
+        """The tables of the next T positions."""
+        cos, sin = self.tables
+        seen = self.caches[0].seen
+        return cos[seen : seen + T], sin[seen : seen + T]
 
 
 def wanted(dx: Wanted, layer: Any) -> Wanted:
@@ -105,9 +142,10 @@ class Attention:
         q, unturn_q = rope(q, *turn, self.head_dim)
         k, unturn_k = rope(k, *turn, self.head_dim)
         q, k, v = (heads(x, self.head_dim) for x in (q, k, v))  # (N, H or G, T, E)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        a, back_a = attention(q, k, v)
+        if cache is None:
+            a, back_a = attention(q, k, v)
+        else:
+            a, back_a = cache.attend(q, k, v), back_nothing
         da = wanted(dx, [self.q_proj, self.k_proj, self.v_proj])
         y, back_o = self.o_proj(unheads(a), da)
         if not da:
@@ -222,15 +260,18 @@ class Llama:
     lm_head: Any = None  # (V, D)
     recompute: bool = False  # when training, keep one activation per block and compute the rest again
 
-    def __call__(
-        self, ids: Array, train: bool = False, caches: list[Cache] | None = None, start: int = 0
-    ) -> tuple[Array, Back]:
+    def __call__(self, ids: Array, train: bool = False) -> tuple[Array, Back]:
         """Logits, and when training the `back` that takes their gradient.
 
-        With caches the ids are the positions from `start` on. InputError for ids that are not a 2-D
-        array of ints in [0, V), or too many.
+        InputError for ids that are not a 2-D array of ints in [0, V), or too many.
         """
-        ids = self.check(ids, start)
+        return self.forward(self.check(ids), train)
+
+    def forward(self, ids: Array, train: bool = False, past: Past | None = None) -> tuple[Array, Back]:
+        """The same for ids that are checked and on the device.
+
+        After a `past` they are its next positions, and only the last has logits: (N, 1, V).
+        """
         decoder = self.model
         dx: Wanted = False if train else None
         backs: list[Back] = []
@@ -238,16 +279,17 @@ class Llama:
         x, back = decoder.embed_tokens(ids, dx)
         if dx := wanted(dx, decoder.embed_tokens):
             backs.append(back)
-        positions = xp.arange(start, start + ids.shape[1])
-        c = self.config
-        turn = rope_tables(positions, c.num_attention_heads, c.E, c.rope_theta, x.real.dtype)
+        T = ids.shape[1]
+        turn = past.turn(T) if past else self.tables(T, x.real.dtype)
         for i, block in enumerate(decoder.layers):
             if train and self.recompute:
                 x, back = recomputed(block, x, turn, dx)
             else:
-                x, back = block(x, turn, dx, caches[i] if caches else None)
+                x, back = block(x, turn, dx, past.caches[i] if past else None)
             if dx := wanted(dx, block):
                 backs.append(back)
+        if past:
+            x = x[:, -1:]
         x, back = decoder.norm(x, dx)
         if dx := wanted(dx, decoder.norm):
             backs.append(back)
@@ -278,14 +320,26 @@ class Llama:
 
         return value, back
 
-    def check(self, ids: Array, start: int = 0) -> Array:
+    def tables(self, positions: int, dtype: Any) -> tuple[Array, Array]:
+        """Rope's cos and sin (positions, H*E), from position 0 on."""
+        c = self.config
+        return rope_tables(xp.arange(positions), c.num_attention_heads, c.E, c.rope_theta, dtype)
+
+    def past(self, N: int, S: int) -> Past:
+        """The past of N texts of at most S positions, of which nothing is seen yet."""
+        c = self.config
+        dtype = next(iter(named_params(self).values())).dense().dtype
+        shape = (c.num_hidden_layers, 2, N, c.num_key_value_heads, S, c.E)
+        return Past(self.tables(S, dtype), [Cache(k, v) for k, v in xp.empty(shape, dtype)])
+
+    def check(self, ids: Array) -> Array:
         """The ids on the device, or InputError."""
         ids = host_ints("token ids", ids)
         limit = self.config.max_position_embeddings
         if ids.ndim != 2 or 0 in ids.shape:
             raise InputError(f"token ids have shape {ids.shape}; expected (N, T), neither of them 0")
-        if start + ids.shape[1] > limit:
-            raise InputError(f"{start + ids.shape[1]} tokens; the model takes at most {limit}")
+        if ids.shape[1] > limit:
+            raise InputError(f"{ids.shape[1]} tokens; the model takes at most {limit}")
         check_range("token id", ids, self.config.vocab_size)
         return to_device(ids)
 
@@ -369,7 +423,8 @@ def generate(
         raise InputError(f"top_k is {top_k!r}; expected an int, at least 1")
     if type(top_p) not in (int, float) or not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p!r}; expected a number in (0, 1]")
-    T = to_host(model.check(ids)).shape[1]
+    ids = model.check(ids)
+    T = ids.shape[1]
     if T + max_new_tokens > limit:
         raise InputError(f"{T} + {max_new_tokens} tokens; the model takes at most {limit}")
     return _generate(model, ids, max_new_tokens, rng, temperature, top_k, top_p)
@@ -384,14 +439,13 @@ def _generate(
     top_k: int | None,
     top_p: float,
 ) -> Iterator[np.ndarray]:
-    caches = [Cache() for _ in model.model.layers]
-    start = 0
+    keep_memory()
+    past = model.past(ids.shape[0], ids.shape[1] + steps - 1)  # the last token is not read
     for _ in range(steps):
-        logits, _ = model(ids, caches=caches, start=start)
-        start += to_host(ids).shape[1]
+        logits, _ = model.forward(ids, past=past)
         token = sample(to_host(logits[:, -1]).astype(np.float64), rng, temperature, top_k, top_p)
         yield token
-        ids = token[:, None]
+        ids = to_device(token[:, None])
 
 
 def sample(

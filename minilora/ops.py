@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .backend import Array, quiet_overflow, xp
+from .backend import Array, fused, quiet_overflow, xp
 
 Back = Callable[..., Any]
 
@@ -49,6 +49,7 @@ def _softmax_back_(p: Array, dp: Array) -> Array:
     return dp
 
 
+@fused
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)); an exp that overflows gives the right 0 and says nothing."""
     y = -x
@@ -70,19 +71,31 @@ def silu(x: Array) -> tuple[Array, Back]:
 
 def swiglu(gate: Array, up: Array) -> tuple[Array, Back]:
     """silu(gate) * up (Shazeer 2020): all three (..., F); back gives (dgate, dup)."""
-    s = sigmoid(gate)
-    a = gate * s
+    s, a, y = _swiglu(gate, up)
 
     def back(dy: Array) -> tuple[Array, Array]:
-        # silu' = s (1 + gate (1 - s)) = s + a - s a
-        dup = dy * a
-        dgate = s - s * a
-        dgate += a
-        dgate *= up
-        dgate *= dy
-        return dgate, dup
+        return _swiglu_back(dy, up, s, a)
 
-    return a * up, back
+    return y, back
+
+
+@fused
+def _swiglu(gate: Array, up: Array) -> tuple[Array, Array, Array]:
+    """sigmoid(gate), silu(gate) and the value."""
+    s = sigmoid(gate)
+    a = gate * s
+    return s, a, a * up
+
+
+@fused
+def _swiglu_back(dy: Array, up: Array, s: Array, a: Array) -> tuple[Array, Array]:
+    """(dgate, dup), where silu' = s (1 + gate (1 - s)) = s + a - s a."""
+    dup = dy * a
+    dgate = s - s * a
+    dgate += a
+    dgate *= up
+    dgate *= dy
+    return dgate, dup
 
 
 def gelu(x: Array) -> tuple[Array, Back]:
@@ -98,12 +111,13 @@ def gelu(x: Array) -> tuple[Array, Back]:
 
 def rms_norm(x: Array, eps: float) -> tuple[Array, Back]:
     """x / sqrt(mean(x²) + eps) over the last axis (Zhang and Sennrich 2019); x (..., D)."""
-    rms = xp.sqrt(xp.einsum("...i,...i->...", x, x)[..., None] / x.shape[-1] + eps)
+    D = x.shape[-1]
+    rms = xp.sqrt(xp.einsum("...i,...i->...", x, x)[..., None] / D + eps)
     y = x / rms
 
     def back(dy: Array) -> Array:
         # dx = (dy - y mean(dy * y)) / rms
-        dx = y * (xp.einsum("...i,...i->...", dy, y)[..., None] / -x.shape[-1])
+        dx = y * (xp.einsum("...i,...i->...", dy, y)[..., None] / -D)
         dx += dy
         dx /= rms
         return dx
@@ -156,35 +170,83 @@ def unheads(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(N, T, -1)
 
 
-def attention(q: Array, k: Array, v: Array) -> tuple[Array, Back]:
+TILE = 64  # queries that attention takes at once: few enough to skip, many enough for long products
+
+
+def attention(q: Array, k: Array, v: Array, tile: int = TILE) -> tuple[Array, Back]:
     """Causal softmax(q kᵀ / sqrt(E)) v (Vaswani et al. 2017), grouped queries (Ainslie et al. 2023).
 
     q (N, H, T, E); k, v (N, G, S, E), where head h reads group h // (H/G) and the T queries are the
     last of the S positions. Returns (N, H, T, E); back gives (dq, dk, dv).
+
+    Queries go in tiles of `tile`, each against the keys up to its own last position: up to half of the
+    products and exponentials are never computed. With e = exp(scores) the sums l = e 1 come out of the
+    product e [v, 1], and y = e v / l: no pass divides e. On the way back, with dy' = dy / l,
+
+        dv = eᵀ dy'        ds = e * (dy' vᵀ - δ)        δ = sum(dy' * y) over E = sum(p * dp) over S
+
+    where [dy', -δ] [v, 1]ᵀ is one product (δ as in FlashAttention: Dao et al. 2022, appendix B).
     """
     N, H, T, E = q.shape
     G, S = k.shape[1:3]
     scale = 1 / math.sqrt(E)
-    q = q.reshape(N, G, H // G, T, E) * scale
+    q = (q * scale).reshape(N, G, H // G, T, E)
     k, v = k[:, :, None], v[:, :, None]  # (N, G, 1, S, E)
-    scores = q @ k.swapaxes(-1, -2)  # (N, G, H/G, T, S)
-    if T > 1:
-        future = xp.arange(S) > xp.arange(S - T, S)[:, None]
-        scores += xp.where(future, -math.inf, 0.0).astype(scores.real.dtype)
-    scores -= scores.real.max(-1, keepdims=True)
-    p = _softmax_(scores)
-    y = (p @ v).reshape(N, H, T, E)
+    v = xp.concatenate([v, xp.ones_like(v[..., :1])], -1)  # [v, 1]
+    shape, order = (N, T, G, H // G, E + 1), (0, 2, 3, 1, 4)  # in memory, heads of one position together
+    z = xp.empty(shape, q.dtype).transpose(order)  # [e v, e 1]
+    tiles = []
+    for start in range(0, T, tile):
+        of = slice(start, min(start + tile, T))
+        seen = S - T + of.stop
+        e = q[..., of, :] @ k[..., :seen, :].swapaxes(-1, -2)
+        if (t := of.stop - start) > 1:
+            future = xp.arange(t) > xp.arange(t)[:, None]
+            e[..., seen - t :] += xp.where(future, -math.inf, 0.0).astype(e.real.dtype)
+        e -= e.real.max(-1, keepdims=True)
+        xp.exp(e, out=e)
+        xp.matmul(e, v[..., :seen, :], out=z[..., of, :])
+        tiles.append((of, seen, e))
+    l = z[..., E:].copy()  # noqa: E741
+    y = xp.empty((N, T, G, H // G, E), q.dtype).transpose(order)
+    xp.divide(z[..., :E], l, out=y)
 
     def back(dy: Array) -> tuple[Array, Array, Array]:
-        dy = dy.reshape(N, G, H // G, T, E)
-        dv = p.swapaxes(-1, -2) @ dy  # (N, G, H/G, S, E)
-        ds = _softmax_back_(p, dy @ v.swapaxes(-1, -2))
-        dq = ds @ k
+        d, dq = xp.empty(shape, q.dtype).transpose(order), xp.empty_like(q)  # d = [dy', -δ]
+        xp.divide(dy.reshape(y.shape), l, out=d[..., :E])
+        d[..., E] = xp.einsum("...i,...i->...", d[..., :E], y)
+        d[..., E] *= -1
+        dk: Array = None
+        dv: Array = None
+        while tiles:  # the last tile first: it sees all keys
+            of, seen, e = tiles.pop()
+            dv = _add(dv, seen, e.swapaxes(-1, -2) @ d[..., of, :E])
+            e *= d[..., of, :] @ v[..., :seen, :].swapaxes(-1, -2)  # now ds
+            xp.matmul(e, k[..., :seen, :], out=dq[..., of, :])
+            dk = _add(dk, seen, e.swapaxes(-1, -2) @ q[..., of, :])  # q carries the scale
         dq *= scale
-        dk = ds.swapaxes(-1, -2) @ q  # q carries the scale
         return dq.reshape(N, H, T, E), dk.sum(2), dv.sum(2)
 
-    return y, back
+    return y.reshape(N, H, T, E), back
+
+
+def _add(total: Array, seen: int, part: Array) -> Array:
+    """Add the gradient of the first `seen` keys to that of all."""
+    if total is None:
+        return part
+    total[..., :seen, :] += part
+    return total
+
+
+def attend_one(q: Array, k: Array, v: Array) -> Array:
+    """`attention` of a single query (T = 1), the newest: nothing is masked, and no gradient is wanted.
+
+    The H/G heads that read one group stand where the T queries stood: one product for all of them.
+    """
+    N, G, _, E = k.shape
+    scores = (q.reshape(N, G, -1, E) / math.sqrt(E)) @ k.swapaxes(-1, -2)  # (N, G, H/G, S)
+    scores -= scores.max(-1, keepdims=True)
+    return (_softmax_(scores) @ v).reshape(q.shape)
 
 
 def dropout(x: Array, keep: Array) -> tuple[Array, Back]:
@@ -204,13 +266,14 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Back]:
     """
     z, labels = rows(logits), labels.reshape(-1)
     counted = labels != IGNORE
-    count = max(int(counted.sum()), 1)
+    count = xp.maximum(counted.sum(), 1)  # stays on the device
     at = (xp.arange(len(labels)), xp.where(counted, labels, 0))
     z = z - z.real.max(-1, keepdims=True)
     target = z[at]
     p = xp.exp(z, out=z)
     total = p.sum(-1)
-    loss = (xp.where(counted, xp.log(total) - target, 0)).sum() / count
+    loss = xp.where(counted, xp.log(total) - target, 0).sum()
+    loss = loss / count.astype(loss.real.dtype)
 
     def back(d: Any = 1.0) -> Array:
         # (p / total - onehot) / count, and 0 where the label is ignored

@@ -11,8 +11,9 @@ what decays, and how much faster one kind of parameter learns (LoRA+ is such a r
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from .backend import Array, to_device, to_host, xp
+from .backend import Array, floats, fused, to_device, to_host, xp
 from .errors import ConfigError, MismatchError, NonFiniteError, check_float
 from .layers import Param
 
@@ -59,37 +60,33 @@ class AdamW:
         if self.clip is not None:
             check_float("clip", self.clip, 0, math.inf, open_low=True)
 
-    def step(self, params: Mapping[str, Param], lr: float | None = None) -> float:
+    def step(self, params: Mapping[str, Param], lr: float | None = None, norm: float | None = None) -> float:
         """Update all params that have a gradient and clear it; returns the gradient's global norm.
 
-        NonFiniteError, with nothing changed, when a gradient is not finite.
+        A caller that has brought the norm to the host passes it in. NonFiniteError, with nothing changed,
+        when a gradient is not finite.
         """
         lr = self.lr if lr is None else lr
-        norm = global_norm(params)
+        norm = global_norm(params) if norm is None else norm
         if not math.isfinite(norm):
             bad = [path for path, p in params.items() if p.grad is not None and not xp.isfinite(p.grad).all()]
             raise NonFiniteError(
                 f"step {self.t + 1}: the gradient of {(bad or ['everything'])[0]} is not finite"
             )
-        shrink = min(1.0, self.clip / norm) if self.clip and norm > 0 else 1.0
+        shrink = self.clip / norm if self.clip and norm > self.clip else None
         self.t += 1
         b1, b2 = self.betas
         correct1, correct2 = 1 - b1**self.t, 1 - b2**self.t
         for path, p in params.items():
             if p.grad is None:
                 continue
-            g = p.grad if shrink == 1.0 else p.grad * shrink
             if path not in self.m:
                 self.m[path], self.v[path] = xp.zeros_like(p.data), xp.zeros_like(p.data)
-            m, v = self.m[path], self.v[path]
-            m *= b1
-            m += (1 - b1) * g
-            v *= b2
-            v += (1 - b2) * (g * g)
             rate = lr * self.rate(path)
-            if self.weight_decay and self.decays(path, p):
-                p.data *= 1 - rate * self.weight_decay
-            p.data -= (rate / correct1) * m / (xp.sqrt(v / correct2) + self.eps)
+            decay = 1 - rate * self.weight_decay if self.weight_decay and self.decays(path, p) else None
+            scalars = (shrink, decay, b1, 1 - b1, b2, 1 - b2, rate / correct1, correct2, self.eps)
+            own = [None if s is None else p.data.dtype.type(s) for s in scalars]
+            _update(p.data, self.m[path], self.v[path], p.grad, *own)
             p.grad = None
         return norm
 
@@ -108,10 +105,32 @@ class AdamW:
         self.v = {name[2:]: to_device(a.copy()) for name, a in state.items() if name[0] == "v"}
 
 
+@fused
+def _update(
+    p: Array, m: Array, v: Array, g: Array, shrink: Any, decay: Any, b1: Any, c1: Any, b2: Any, c2: Any,
+    rate: Any, correct2: Any, eps: Any,
+) -> None:  # fmt: skip
+    """The formulas above on one parameter in place; c = 1 - b, and the first correction is in the rate."""
+    if shrink is not None:
+        g = g * shrink
+    m *= b1
+    m += c1 * g
+    v *= b2
+    v += c2 * (g * g)
+    if decay is not None:
+        p *= decay
+    p -= rate * m / (xp.sqrt(v / correct2) + eps)
+
+
+def squared_norm(params: Mapping[str, Param]) -> Array:
+    """The sum of the squares of all gradients, on the device."""
+    squares = [xp.vdot(p.grad, p.grad) for p in params.values() if p.grad is not None]
+    return sum(squares[1:], squares[0]) if squares else 0.0
+
+
 def global_norm(params: Mapping[str, Param]) -> float:
     """The Euclidean norm of all gradients taken together."""
-    squares = [xp.vdot(p.grad, p.grad) for p in params.values() if p.grad is not None]
-    return math.sqrt(float(sum(squares[1:], squares[0]))) if squares else 0.0
+    return math.sqrt(floats(squared_norm(params))[0])
 
 
 @dataclass(frozen=True)

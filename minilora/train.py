@@ -1,6 +1,6 @@
 """The loop: model + batches + optimizer -> history.
 
-    for each batch: loss, back = model.loss(ids, labels); back(); optimizer.step
+    for each batch: loss = gradient(batch); optimizer.step
 
 Stands in for a trainer; leaves out callbacks, devices and distributed anything. Whatever is trainable is
 trained, so LoRA and full fine-tuning are the same call. One checkpoint file holds all that is needed to
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, keep_memory, quiet_overflow, to_device, to_host
+from .backend import floats, keep_memory, quiet_overflow, to_device, to_host
 from .errors import FormatError, InputError, MismatchError, NonFiniteError, StateError, check_int
+from .lanes import Batch, lanes
 from .layers import digest, named_params, settings, trained
-from .optim import AdamW, Schedule
+from .optim import AdamW, Schedule, squared_norm
 from .storage import read, write_atomic
-
-Batch = tuple[Array, Array]  # ids (N, T) and labels (N, T)
 
 
 @dataclass
@@ -51,6 +50,7 @@ def train(
     checkpoint_every: int | None = None,
     rngs: Mapping[str, np.random.Generator] | None = None,
     identity: Mapping[str, Any] | None = None,
+    threads: int | None = None,
 ) -> History:
     """Train what is trainable for `steps` updates; each averages `accumulate` batches of equal weight.
 
@@ -58,12 +58,15 @@ def train(
     the first update, every `eval_every` and after the last. With a `checkpoint` path, the run continues
     from the file if it is there and keeps it up to date; `rngs` names the generators that the batches
     and the dropout draw from, whose states belong to it, and `identity` what else a run must share to
-    go on (the data, say). StateError when nothing is trainable, InputError when the batches run out,
+    go on (the data, say). `threads` compute the parts of a batch, one for each core unless given, and
+    change no bit (lanes.py). StateError when nothing is trainable, InputError when the batches run out,
     NonFiniteError when loss or gradient is not finite: the parameters are then those of the last good
     step.
     """
     check_int("steps", steps, 1)
     check_int("accumulate", accumulate, 1)
+    if threads is not None:
+        check_int("threads", threads, 1)
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if every is not None:
             check_int(name, every, 1)
@@ -81,40 +84,32 @@ def train(
         source = islice(source, done * accumulate, None)
     if evaluate and not done:
         history.evals.append((0, evaluate()))
-    for step in range(done, steps):
-        try:
-            with quiet_overflow():  # a loss or gradient that is not finite is an error of its own
-                loss = accumulated(model, islice(source, accumulate), accumulate)
-                if not math.isfinite(loss):
-                    raise NonFiniteError(f"step {step + 1}: the loss is {loss}; step {step} is kept")
-                optimizer.step(params, optimizer.lr * (schedule(step) if schedule else 1.0))
-        finally:
-            for p in params.values():
-                p.grad = None
-        history.loss.append(loss)
-        last = step + 1 == steps
-        if evaluate and (last or (eval_every and (step + 1) % eval_every == 0)):
-            history.evals.append((step + 1, evaluate()))
-        if checkpoint and (last or (checkpoint_every and (step + 1) % checkpoint_every == 0)):
-            save_checkpoint(checkpoint, model, optimizer, rngs, history, run)
-        if progress:
-            progress(step + 1, loss)
+    with lanes(model, threads) as gradient:
+        for step in range(done, steps):
+            try:
+                some = list(islice(source, accumulate))
+                if len(some) < accumulate:
+                    missing = accumulate - len(some)
+                    raise InputError(f"the batches ran out; expected {missing} more for step {step + 1}")
+                with quiet_overflow():  # a loss or gradient that is not finite is an error of its own
+                    mean = gradient(some)
+                    loss, square = floats(mean, squared_norm(params))  # all that a step brings to the host
+                    if not math.isfinite(loss):
+                        raise NonFiniteError(f"step {step + 1}: the loss is {loss}; step {step} is kept")
+                    lr = optimizer.lr * (schedule(step) if schedule else 1.0)
+                    optimizer.step(params, lr, math.sqrt(square))
+            finally:
+                for p in params.values():
+                    p.grad = None
+            history.loss.append(loss)
+            last = step + 1 == steps
+            if evaluate and (last or (eval_every and (step + 1) % eval_every == 0)):
+                history.evals.append((step + 1, evaluate()))
+            if checkpoint and (last or (checkpoint_every and (step + 1) % checkpoint_every == 0)):
+                save_checkpoint(checkpoint, model, optimizer, rngs, history, run)
+            if progress:
+                progress(step + 1, loss)
     return history
-
-
-def accumulated(model: Any, batches: Iterator[Batch], count: int) -> float:
-    """The mean loss over the micro-batches, its gradient summed up in the parameters."""
-    total, seen = 0.0, 0
-    for ids, labels in batches:
-        loss, back = model.loss(ids, labels, train=True)
-        total += float(loss)
-        seen += 1
-        if not math.isfinite(total):
-            return total / count
-        back(1.0 / count)
-    if seen < count:
-        raise InputError(f"the batches ran out; expected {count - seen} more for this step")
-    return total / count
 
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> float:

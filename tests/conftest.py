@@ -1,4 +1,7 @@
-"""One thread, derandomised hypothesis (HYPOTHESIS_PROFILE=nightly draws afresh), and the stand-in device."""
+"""One thread, derandomised hypothesis (HYPOTHESIS_PROFILE=nightly draws afresh), and the library under test.
+
+MINILORA_TEST_BACKEND=standin or cupy runs the suite on that library, see library.py.
+"""
 
 import os
 
@@ -7,8 +10,10 @@ for library in ("OPENBLAS", "OMP", "MKL"):  # before NumPy is imported: one thre
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from library import LIBRARY, use  # noqa: E402
 
 settings.register_profile("ci", derandomize=True, max_examples=40, deadline=None, print_blob=True)
+settings.register_profile("few", settings.get_profile("ci"), max_examples=5)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -16,11 +21,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture
 def device():
     """Arrays live on the stand-in device for one test."""
-    import numpy as np
-    from device import namespace
-
-    from minilora import backend
-
-    backend.install(namespace)
+    use("standin")
     yield
-    backend.install(np)
+    use(LIBRARY)

@@ -8,8 +8,8 @@ so that no wrong transpose passes.
 import re
 import warnings
 
-import numpy as np
 from hypothesis import strategies as st
+from library import np
 
 from minilora.backend import to_device
 from minilora.layers import named_params

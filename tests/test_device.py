@@ -1,18 +1,29 @@
 """The whole life of an adapter on the stand-in device: nothing leaks to NumPy, and no bit differs."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from device import DeviceArray, namespace
 from helpers import EVERYTHING, LINEARS, N, T, batch, gamma, tiny
+from library import LIBRARY
 
 from minilora import backend
-from minilora.backend import scatter_add, to_device, to_host
+from minilora.backend import fused, scatter_add, to_device, to_host
+from minilora.experiments.merge_equivalence import one
 from minilora.layers import digest, named_params
 from minilora.lora import LoraConfig, disabled, fuse, inject, merge, unmerge
 from minilora.model import generate
 from minilora.ops import gelu, saved, sigmoid, silu, softmax
 from minilora.optim import AdamW, Schedule
 from minilora.train import evaluate, load_checkpoint, save_checkpoint, train
+
+pytestmark = pytest.mark.skipif(LIBRARY != "numpy", reason="compares the stand-in with NumPy")
+
+LAWS = ("ops", "layers", "model", "lora", "optim", "train", "spectra")
 
 KINDS = {
     "lora": LoraConfig(r=3, alpha=7, targets=EVERYTHING, init="both"),
@@ -60,6 +71,25 @@ def test_a_life_on_the_device_is_that_on_the_host_to_the_bit(kind, tie, tmp_path
         assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("library", ["standin", "cupy"])
+def test_the_laws_hold_on_the_device(library):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
+    done = subprocess.run(
+        [*command, *(f"tests/test_{name}.py" for name in LAWS)], cwd=Path(__file__).parent.parent,
+        env=os.environ | {"MINILORA_TEST_BACKEND": library, "HYPOTHESIS_PROFILE": "few"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if missing := [line for line in done.stderr.splitlines() if "numpy stays in use" in line]:
+        pytest.skip(missing[-1].removeprefix("E   "))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_merge_experiment_on_the_device_is_that_on_the_host(request):
+    host = one(np.random.default_rng(0), 32, 4, np.float32)
+    request.getfixturevalue("device")
+    assert one(np.random.default_rng(0), 32, 4, np.float32) == host
+
+
 def test_the_operations_that_the_model_does_not_use_stay_on_the_device(device):
     x = to_device(np.linspace(-2, 2, N * T).reshape(N, T))
     for op in (softmax, silu, gelu):
@@ -67,6 +97,55 @@ def test_the_operations_that_the_model_does_not_use_stay_on_the_device(device):
         assert isinstance(back(y), DeviceArray)
         assert all(isinstance(a, DeviceArray) for a in saved(back).values())
     assert isinstance(sigmoid(x), DeviceArray)
+
+
+@pytest.mark.parametrize("clip", [1e-6, None])
+@pytest.mark.parametrize("kind", [*KINDS, "full"])
+def test_a_step_brings_loss_and_norm_to_the_host_together_and_nothing_else(kind, clip, device):
+    model, rng = tiny(1, np.float32)
+    if kind != "full":
+        inject(model, KINDS[kind], rng=rng)
+    batches = [batch(rng) for _ in range(8)]  # on the host, where the texts are
+    counts = []
+    train(model, batches, AdamW(clip=clip, weight_decay=0.1), steps=4, accumulate=2, schedule=Schedule(4),
+          progress=lambda step, loss: counts.append(DeviceArray.transfers))  # fmt: skip
+    assert np.diff(counts).tolist() == [1, 1, 1]
+
+
+def test_a_chain_is_compiled_once_by_the_library_in_use(request):
+    compiled = []
+
+    def compiles(chain):
+        compiled.append(chain.__name__)
+        return lambda x: -chain(x)
+
+    @fused
+    def twice(x):
+        return x + x
+
+    def run():
+        return [float(twice(to_device(np.float64(3)))) for _ in range(2)]
+
+    assert run() == [6, 6]
+    request.getfixturevalue("device")
+    assert run() == [6, 6]
+    backend.xp.fuse = compiles
+    assert run() == [-6, -6]
+    assert compiled == ["twice"]
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [lambda x: x.sum(), lambda x: x[0], lambda x: float(x[0]), lambda x: backend.xp.einsum("i->", x),
+     lambda x: backend.xp.where(x > 0, x, 0)],
+)  # fmt: skip
+def test_what_is_not_elementwise_is_refused_in_a_fused_chain(chain, device):
+    x = to_device(np.ones(3))
+    chain(x)
+    with pytest.raises(TypeError, match="in a fused chain"):
+        fused(chain)(x)
+    with pytest.raises(TypeError, match="several dtypes"):
+        fused(lambda x, s: x * s)(x, np.float32(2))
 
 
 def test_a_leak_is_caught(device):

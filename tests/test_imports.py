@@ -9,8 +9,8 @@ import minilora
 
 PACKAGE = Path(minilora.__file__).parent
 ORDER = [
-    "errors", "backend", "ops", "layers", "model", "lora", "optim", "storage", "data", "train", "files",
-    "spectra", "plots", "report", "experiments", "cli", "__main__",
+    "errors", "backend", "ops", "layers", "model", "lora", "optim", "storage", "data", "lanes", "train",
+    "files", "spectra", "plots", "report", "cluster", "experiments", "cli", "__main__",
 ]  # fmt: skip
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra"]
@@ -48,6 +48,7 @@ def test_each_library_has_one_door():
         names = {name for name, level in imports(file) if not level}
         assert "cupy" not in names
         assert "matplotlib" not in names or room(file) == "plots"
+        assert not names & {"dask", "distributed"} or room(file) == "cluster"
         assert not names & {"torch", "transformers", "peft", "scipy", "pickle"}
         if room(file) not in ("backend", "cli"):
             code = ast.parse(file.read_text())

@@ -1,10 +1,10 @@
 """The layers that own parameters: gradients, what a frozen one costs, and the tree that they form."""
 
-import numpy as np
 import pytest
 from helpers import assert_layer_gradient, dtypes, seeds, sizes, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from library import np
 
 from minilora.errors import MismatchError
 from minilora.layers import (

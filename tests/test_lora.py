@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from helpers import (
     EVERYTHING,
@@ -23,6 +22,7 @@ from helpers import (
     ranks,
     same_bits,
     seeds,
+    sizes,
     tiny,
     tiny_lora,
     unit,
@@ -30,12 +30,14 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from library import np
 
 from minilora.errors import ConfigError, InputError, MiniloraError, MismatchError, NonFiniteError, StateError
 from minilora.layers import Embedding, Linear, Param, digest, get, named_params, trained
 from minilora.lora import (
     Adapted,
     LoraConfig,
+    LowRank,
     disabled,
     fuse,
     inject,
@@ -454,14 +456,41 @@ def test_a_frozen_base_has_no_gradient_and_no_bit_of_it_changes(kind, tie):
     assert digest(base) == before
 
 
-def test_a_frozen_linear_keeps_no_activation_and_an_adapted_one_z_and_h():
+def test_a_frozen_linear_keeps_no_activation_and_an_adapted_one_x_and_perhaps_h():
     tree, draw, _ = layer_of(0, 4, 5, 3)
-    x = draw(2, 6, 5)
-    assert saved(tree["q_proj"].base(x)[1]) == {}
-    kept = list(saved(tree["q_proj"](x)[1]).values())
-    h = [a for a in kept if not np.shares_memory(a, x)]
-    assert [a.shape for a in h] == [(12, 3)]
-    assert any(np.shares_memory(a, x) for a in kept)
+    for m, others in ((12, []), (2, [(2, 3)])):  # many rows: through W + ΔW; few: beside, with h (M, r)
+        x = draw(1, m, 5)
+        assert saved(tree["q_proj"].base(x)[1]) == {}
+        kept = list(saved(tree["q_proj"](x)[1]).values())
+        assert [a.shape for a in kept if not np.shares_memory(a, x)] == others
+        assert any(np.shares_memory(a, x) for a in kept)
+
+
+@given(seed=seeds, o=sizes, i=sizes, r=sizes, m=sizes, dx=st.booleans())
+def test_folded_is_beside(seed, o, i, r, m, dx):
+    def both(dtype):
+        rng = np.random.default_rng(seed)
+        shapes = (o, i), (r, i), (o, r), (m, i), (m, o)
+        W, A, B, x, dy = (rng.standard_normal(s).astype(dtype) for s in shapes)
+        base, adapter = Linear(Param(W, False)), LowRank(Param(A), Param(B), 1.7)
+        for way in (adapter.folded, adapter.beside):
+            y, back = way(base, x, dx)
+            d = back(dy.copy())
+            assert (d is None) is not dx
+            yield np.concatenate([a.ravel() for a in (y, adapter.A.grad, adapter.B.grad, *[d] * dx)])
+            adapter.A.grad = adapter.B.grad = None
+
+    assert_precision_scales(both)
+
+
+@pytest.mark.parametrize(("m", "folds"), [(6, False), (7, True)])  # 2 O I <= M (O + I): 80 <= 13 M
+def test_many_rows_go_through_the_folded_weight(m, folds, monkeypatch):
+    went = []
+    monkeypatch.setattr(LowRank, "folded", lambda self, base, x, dx=True: went.append(x.shape))
+    monkeypatch.setattr(LowRank, "beside", lambda self, base, x, dx=True: None)
+    W, A, B = (Param(np.ones(s)) for s in ((5, 8), (2, 8), (5, 2)))
+    LowRank(A, B, 1.0)(Linear(W), np.ones((m, 1, 8)))
+    assert bool(went) is folds
 
 
 def test_with_dropout_an_adapted_linear_keeps_what_A_read_and_not_x():

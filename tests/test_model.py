@@ -2,12 +2,13 @@
 
 import math
 
-import numpy as np
+import numpy
 import pytest
 from helpers import (
     EVERYTHING,
     NORMS,
     SIZES,
+    N,
     T,
     assert_precision_scales,
     batch,
@@ -21,11 +22,13 @@ from helpers import (
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from library import np
 
+from minilora.backend import to_device, to_host
 from minilora.errors import ConfigError, InputError
 from minilora.layers import digest, named_params, trained
 from minilora.lora import LoraConfig, disabled, inject, merge
-from minilora.model import Cache, Config, generate, llama, sample
+from minilora.model import Config, generate, llama, sample
 from minilora.ops import saved
 from minilora.optim import AdamW
 
@@ -75,12 +78,39 @@ def test_cached_decoding_is_the_full_forward(seed, flags, cuts):
     def both(dtype):
         model, rng = tiny_lora(seed, dtype, **flags)
         ids, _ = batch(rng)
-        caches, parts = [Cache() for _ in model.model.layers], []
-        for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), T], strict=True):
-            parts.append(model(ids[:, start:end], caches=caches, start=start)[0])
-        return np.concatenate(parts, 1), model(ids)[0]
+        past, ends = model.past(N, T), [*sorted(cuts), T]
+        spans = zip([0, *ends], ends, strict=False)
+        parts = [model.forward(to_device(ids[:, a:b]), past=past)[0] for a, b in spans]
+        return np.concatenate(parts, 1), model(ids)[0][:, [end - 1 for end in ends]]
 
     assert_precision_scales(both)
+
+
+@few
+@given(seed=seeds, flags=flags, dtype=dtypes, S=st.integers(4, 16))
+def test_a_past_is_made_once_and_takes_what_it_says(seed, flags, dtype, S):
+    model, rng = tiny(seed, dtype, **flags)
+    past, c = model.past(N, S), model.config
+    arrays = [a for cache in past.caches for a in (cache.k, cache.v)]
+    L, H, G, E = c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.E
+    assert sum(a.size for a in arrays) == 2 * L * N * G * S * E
+    assert sum(a.size for a in past.tables) == 2 * S * H * E
+    assert {a.dtype for a in (*arrays, *past.tables)} == {np.dtype(dtype)}
+    for t in (3, *[1] * (S - 3)):
+        logits, _ = model.forward(to_device(rng.integers(0, V, (N, t))), past=past)
+        assert logits.shape == (N, 1, V)
+    assert all(a is b for a, b in zip(arrays, (a for c in past.caches for a in (c.k, c.v)), strict=True))
+    assert all(cache.seen == S for cache in past.caches)
+
+
+def test_generate_reads_no_further_than_it_must(monkeypatch):
+    model, rng = tiny()
+    made = []
+    past = model.past
+    monkeypatch.setattr(model, "past", lambda N, S: made.append((past(N, S), S)) or made[-1][0])
+    assert len(list(generate(model, GOOD, 5, rng=rng))) == 5
+    ((past, S),) = made
+    assert past.caches[0].seen == S == 3 + 5 - 1  # the last token is not read
 
 
 @few
@@ -94,8 +124,8 @@ def test_greedy_text_is_that_of_the_full_forward_and_of_every_greedy_setting(see
     for _ in range(6):
         ids = np.concatenate([ids, model(ids)[0][:, -1].argmax(-1)[:, None]], 1)
     for how in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 0, "top_k": 3}):
-        text = np.stack(list(generate(model, prompt, 6, rng=rng, **how)), 1)
-        assert np.array_equal(text, ids[:, 4:]), how
+        text = numpy.stack(list(generate(model, prompt, 6, rng=rng, **how)), 1)
+        assert numpy.array_equal(text, to_host(ids[:, 4:])), how
 
 
 @few
@@ -161,43 +191,44 @@ def test_a_fresh_model_starts_near_the_uniform_guess(seed):
     assert abs(model.loss(ids, labels)[0] - math.log(128) - 0.5) <= 6 * 0.3
 
 
-# ---- sampling
+# ---- sampling, which is done on the host
 
 
 @settings(max_examples=20)
 @given(seed=seeds, temperature=st.sampled_from([0.5, 1.0, 2.0]), top_k=st.sampled_from([None, 1, 3, 50]),
        top_p=st.sampled_from([0.3, 0.8, 1.0]))  # fmt: skip
 def test_a_sample_follows_the_truncated_distribution(seed, temperature, top_k, top_p):
-    rng = np.random.default_rng(seed)
+    rng = numpy.random.default_rng(seed)
     logits, draws = rng.standard_normal(V), 4000
-    p = np.exp(logits / temperature)
-    order = np.argsort(-p)
+    p = numpy.exp(logits / temperature)
+    order = numpy.argsort(-p)
     p[order[top_k or V :]] = 0
     p /= p.sum()
-    enough = int((np.cumsum(p[order]) < top_p).sum()) + 1  # the fewest that hold the share
+    enough = int((numpy.cumsum(p[order]) < top_p).sum()) + 1  # the fewest that hold the share
     p[order[enough:]] = 0
     p /= p.sum()
-    counts = np.bincount(sample(np.tile(logits, (draws, 1)), rng, temperature, top_k, top_p), minlength=V)
+    found = sample(numpy.tile(logits, (draws, 1)), rng, temperature, top_k, top_p)
+    counts = numpy.bincount(found, minlength=V)
     # 6 standard deviations of a binomial count, and 6 for the discreteness of small ones
-    assert (np.abs(counts - draws * p) <= 6 * np.sqrt(draws * p * (1 - p)) + 6 * (p > 0)).all()
+    assert (numpy.abs(counts - draws * p) <= 6 * numpy.sqrt(draws * p * (1 - p)) + 6 * (p > 0)).all()
 
 
 def test_rows_are_sampled_apart_and_an_impossible_token_never():
-    logits = np.full((1000, V), -np.inf)
-    logits[np.arange(1000), np.arange(1000) % V] = 0
-    assert np.array_equal(sample(logits, np.random.default_rng(0), 1.0, None, 1.0), np.arange(1000) % V)
+    logits, token = numpy.full((1000, V), -math.inf), numpy.arange(1000) % V
+    logits[numpy.arange(1000), token] = 0
+    assert numpy.array_equal(sample(logits, numpy.random.default_rng(0), 1.0, None, 1.0), token)
 
 
-# ---- bad input: refused before any arithmetic
+# ---- bad input from the host: refused before any arithmetic
 
-GOOD = np.zeros((2, 3), int)
+GOOD = numpy.zeros((2, 3), int)
 IDS = [
-    (np.array([[0, V]]), str(V)), (np.array([[0, -1]]), "-1"), (GOOD.astype(float), "float64"),
+    (numpy.array([[0, V]]), str(V)), (numpy.array([[0, -1]]), "-1"), (GOOD.astype(float), "float64"),
     (GOOD.astype(bool), "bool"), (GOOD.astype(object), "object"), ([[1, 2], [3]], "ragged"),
-    (GOOD[0], "(3,)"), (GOOD[None], "(1, 2, 3)"), (np.zeros((1, 17), int), "17 tokens"),
-    (np.zeros((2, 0), int), "(2, 0)"), (np.zeros((0, 3), int), "(0, 3)"), (None, "object"),
-    ("text", "dtype"), (np.array(["a"]), "dtype"),
-    (np.array([[2**63]], np.uint64), str(2**63)),
+    (GOOD[0], "(3,)"), (GOOD[None], "(1, 2, 3)"), (numpy.zeros((1, 17), int), "17 tokens"),
+    (numpy.zeros((2, 0), int), "(2, 0)"), (numpy.zeros((0, 3), int), "(0, 3)"), (None, "object"),
+    ("text", "dtype"), (numpy.array(["a"]), "dtype"),
+    (numpy.array([[2**63]], numpy.uint64), str(2**63)),
 ]  # fmt: skip
 
 
@@ -273,5 +304,5 @@ def test_disabled_is_the_base_to_the_bit():
 
 
 def test_without_truncation_every_token_can_come():
-    found = sample(np.zeros((4000, 5)), np.random.default_rng(0), 1.0, None, 1.0)
+    found = sample(numpy.zeros((4000, 5)), numpy.random.default_rng(0), 1.0, None, 1.0)
     assert set(found.tolist()) == set(range(5))  # one of five is missed with probability 5 (4/5)^4000

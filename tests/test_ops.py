@@ -2,14 +2,15 @@
 
 import math
 
-import numpy as np
 import pytest
 from helpers import U, assert_gradient, assert_precision_scales, dtypes, gamma, seeds, sizes, unit
 from hypothesis import given
 from hypothesis import strategies as st
+from library import np
 
 from minilora.backend import to_device, to_host
 from minilora.ops import (
+    attend_one,
     attention,
     cross_entropy,
     dropout,
@@ -49,9 +50,16 @@ OPS = {  # name -> op(rng, *operands), shapes of its operands; a, b, c are drawn
     "gelu": (lambda rng, x: gelu(x), lambda a, b, c: [(a, b, c)]),
     "rms_norm": (lambda rng, x: rms_norm(x, 1e-3), lambda a, b, c: [(a, b, c)]),
     "rope": (turned, lambda a, b, c: [(a, b, 2 * 4)]),
-    "attention": (lambda rng, *qkv: attention(*qkv), lambda a, b, c: [(3, 6, a, b), *[(3, 2, a, b)] * 2]),
+    # two positions at least, and no large scores: over one, or saturated, it has no gradient but rounding
+    "attention": (
+        lambda rng, *qkv: attention(*qkv), lambda a, b, c: [(3, 6, a + 1, b), *[(3, 2, a + 1, b)] * 2],
+    ),
+    "attention in tiles": (
+        lambda rng, *qkv: attention(*qkv, tile=2),
+        lambda a, b, c: [(2, 4, a + 1, b), *[(2, 2, a + 1, b)] * 2],
+    ),
     "cached attention": (
-        lambda rng, *qkv: attention(*qkv), lambda a, b, c: [(1, 6, a, b), *[(1, 3, a + c, b)] * 2],
+        lambda rng, *qkv: attention(*qkv, tile=3), lambda a, b, c: [(1, 6, a, b), *[(1, 3, a + c, b)] * 2],
     ),
     "dropout": (masked, lambda a, b, c: [(a, b, c)]),
     "cross_entropy": (labelled, lambda a, b, c: [(a, b, c + 1)]),
@@ -63,6 +71,7 @@ OPS = {  # name -> op(rng, *operands), shapes of its operands; a, b, c are drawn
 def test_the_gradient_is_that_of_the_complex_step(name, seed, a, b, c, size):
     op, shapes = OPS[name]  # c >= 3: a norm or softmax over less may have no gradient but rounding
     rng = np.random.default_rng(seed)
+    size = min(size, 1.0) if "attention" in name else size
     operands = {str(i): size * rng.standard_normal(s) for i, s in enumerate(shapes(a, b, c))}
 
     def run(arrays):  # the same random mask and labels every time
@@ -120,10 +129,10 @@ def test_rope_turns_the_pairs_j_and_j_plus_half(seed, T, half):
 def test_attention_never_sees_the_future(seed, T, j, dtype):
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((3, n, T, 5)).astype(dtype) for n in (6, 2, 2))
-    y, _ = attention(q, k, v)
+    y, _ = attention(q, k, v, tile=2)
     for x in (q, k, v):
         x[:, :, j:] = rng.standard_normal(x[:, :, j:].shape)
-    assert np.array_equal(y[:, :, :j], attention(q, k, v)[0][:, :, :j])
+    assert np.array_equal(y[:, :, :j], attention(q, k, v, tile=2)[0][:, :, :j])
 
 
 @given(seed=seeds)
@@ -139,6 +148,51 @@ def test_attention_is_softmax_of_the_grouped_products(seed):
         return attention(q, k, v)[0], plain
 
     assert_precision_scales(both)
+
+
+@given(seed=seeds, T=st.integers(1, 9), past=st.integers(0, 3), tile=st.integers(1, 9))
+def test_attention_in_tiles_is_the_plain_one_with_a_mask(seed, T, past, tile):
+    def both(dtype):
+        rng = np.random.default_rng(seed)
+        shapes = (2, 6, T, 4), *[(2, 2, T + past, 4)] * 2
+        q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+        dy = rng.standard_normal(q.shape).astype(dtype)
+        for y, back in (attention(q, k, v, tile), plain_attention(q, k, v)):
+            yield np.concatenate([a.ravel() for a in (y, *back(dy.copy()))])
+
+    assert_precision_scales(both)
+
+
+def plain_attention(q, k, v):
+    """All the scores, and a mask: the clear version of what `attention` does in tiles."""
+    (_, H, T, E), (G, S) = q.shape, k.shape[1:3]
+    k, v = (a.repeat(H // G, 1) for a in (k, v))
+    scores = q @ k.swapaxes(-1, -2) / q.dtype.type(math.sqrt(E))
+    scores[..., np.arange(S) > np.arange(S - T, S)[:, None]] = -np.inf
+    p, back_p = softmax(scores)
+
+    def back(dy):
+        ds = back_p(dy @ v.swapaxes(-1, -2)) / q.dtype.type(math.sqrt(E))
+        dk, dv = ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
+        return ds @ k, *(a.reshape(-1, G, H // G, S, E).sum(2) for a in (dk, dv))
+
+    return p @ v, back
+
+
+@given(seed=seeds, S=sizes, E=sizes, size=st.sampled_from([0.1, 1.0, 100.0]), dtype=dtypes)
+def test_one_query_sees_what_the_last_of_many_sees(seed, S, E, size, dtype):
+    rng = np.random.default_rng(seed)
+    q, k, v = (size * rng.standard_normal((3, n, S, E)).astype(dtype) for n in (6, 2, 2))
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    one, many = attend_one(q[:, :, -1:], k, v), attention(q, k, v)[0][:, :, -1:]
+    # A score is a sum of E products, scaled: at most gamma(E + 2) a from exact, a = max |q||k| / sqrt(E);
+    # the shift adds 2 u a. p is off by twice that, by two exp (4 u each), a sum of S terms and a division;
+    # p v by S products. Either side, and a factor 2 for the second order.
+    a = (np.abs(q[:, :, -1:]) @ np.abs(k).repeat(3, 1).swapaxes(-1, -2)).max() / math.sqrt(E)
+    u = unit(dtype)
+    bound = 2 * 2 * (2 * gamma(E + 4, u) * float(a) + gamma(2 * S + 9, u)) * np.abs(v).max()
+    assert one.dtype == dtype
+    assert np.abs(one - many).max() <= bound
 
 
 def test_attention_of_one_position_is_its_value():

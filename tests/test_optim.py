@@ -2,11 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 from helpers import EVERYTHING, batch, dtypes, gamma, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from library import np
 
 from minilora.errors import ConfigError, MismatchError, NonFiniteError
 from minilora.layers import Param, trained

@@ -37,7 +37,8 @@ def test_importing_costs_little_more_than_numpy(tmp_path):
     assert more < 0.05
 
 
-HEAVY = ("matplotlib", "tqdm", "safetensors", "cupy", "torch", "multiprocessing", "unittest", "http", "ssl")
+HEAVY = ("matplotlib", "tqdm", "safetensors", "cupy", "torch", "distributed", "multiprocessing", "unittest",
+         "http", "ssl")  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ["minilora", "minilora.cli"])

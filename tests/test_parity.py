@@ -13,7 +13,7 @@ import pytest
 from minilora.backend import to_device, to_host
 from minilora.layers import Param, named_params, trained
 from minilora.lora import LoraConfig, inject
-from minilora.model import Config, llama
+from minilora.model import Config, generate, llama
 from minilora.optim import AdamW, lora_plus
 from minilora.train import train
 
@@ -216,6 +216,23 @@ def test_logits_are_transformers(config, dtype, bound):
     ids, _ = batch(rng)
     theirs = llama_of_transformers(model, getattr(torch, dtype))
     agree({"logits": model(ids)[0]}, {"logits": theirs(tensor(ids)).logits}, bound)
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied-biases"])
+def test_greedy_text_is_transformers(config):
+    model, rng = fresh(config)
+    prompt, steps = rng.integers(0, config.vocab_size, (5, 6)), 10
+    theirs = llama_of_transformers(model, torch.float64)
+    theirs.generation_config.eos_token_id = None
+    seen = torch.ones(prompt.shape, dtype=torch.int64)  # or a 0 in the prompt would be taken for padding
+    how = {"attention_mask": seen, "pad_token_id": 0}
+    text = theirs.generate(tensor(prompt), max_new_tokens=steps, do_sample=False, **how).numpy()
+    ours = np.stack(list(generate(model, to_device(prompt), steps, rng=rng, temperature=0)), 1)
+    logits = np.sort(to_host(model(to_device(text))[0]), -1)[:, prompt.shape[1] - 1 : -1]
+    lead = (logits[..., -1] - logits[..., -2]).min()
+    print(f"  the first token leads by {lead:.1e} or more")
+    assert lead > 1e-4  # no tie that transformers' rounding could break
+    assert np.array_equal(text[:, prompt.shape[1] :], ours)
 
 
 def peft_name(path):

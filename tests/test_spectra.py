@@ -3,12 +3,14 @@
 import math
 import tracemalloc
 
-import numpy as np
+import numpy
 import pytest
 from helpers import EVERYTHING, LINEARS, U, dtypes, gamma, seeds, tiny, tiny_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from library import np
 
+from minilora.backend import to_device
 from minilora.errors import InputError, MismatchError
 from minilora.layers import Linear, Param, digest, named_params
 from minilora.lora import LoraConfig, LowRank, LowRankEmbedding, Replacement, adapted, disabled, inject
@@ -26,7 +28,7 @@ from minilora.spectra import (
 )  # fmt: skip
 
 MEASURES = (effective_rank, stable_rank, participation_ratio)
-spectra_ = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40).map(lambda s: np.sort(s)[::-1])
+spectra_ = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40).map(lambda s: numpy.sort(s)[::-1])
 
 
 @st.composite
@@ -47,7 +49,7 @@ def rounding(B, A, s):
     """
     (m, r), n = B.shape, A.shape[1]
     norms = np.linalg.norm(B.astype(float)) * np.linalg.norm(A.astype(float))
-    return (m + n + r + 2) * U * abs(s) * norms
+    return (m + n + r + 2) * U * abs(s) * float(norms)
 
 
 def dense(B, A, s):
@@ -88,7 +90,7 @@ def test_an_adapter_has_the_spectrum_of_its_delta(given_, negative):
     s = -s if negative else s  # a scale may be turned round: singular values are not negative
     bound = rounding(B, A, s)
     for kind in (LowRank, LowRankEmbedding):
-        found = singular_values(kind(Param(A), Param(B), s))
+        found = to_device(singular_values(kind(Param(A), Param(B), s)))
         delta = kind(Param(A.astype(np.float64)), Param(B.astype(np.float64)), s).delta()
         assert delta.shape == ((len(B), A.shape[1]) if kind is LowRank else (A.shape[1], len(B)))
         assert (found >= 0).all()
@@ -131,7 +133,7 @@ def test_the_spectrum_of_a_model_has_every_adapted_matrix(seed, dtype, r):
         A, B = a.A.data, a.B.data
         assert found[path].shape == (r,)
         whole = np.linalg.svd(dense(B, A, a.scale), compute_uv=False)[:r]
-        assert np.abs(found[path] - whole).max() <= rounding(B, A, a.scale)
+        assert np.abs(to_device(found[path]) - whole).max() <= rounding(B, A, a.scale)
 
 
 @settings(max_examples=10)
@@ -147,7 +149,7 @@ def test_the_spectrum_of_dora_is_that_of_its_whole_change(seed, r):
         (m, n), s = W.shape, np.linalg.svd(new - W, compute_uv=False)
         assert found[path].shape == (min(m, n),)
         # the norm of n terms, the product of r, five roundings more, twice; and both SVDs
-        assert np.abs(found[path] - s).max() <= 2 * (m + 2 * n + r + 5) * U * (
+        assert np.abs(to_device(found[path]) - s).max() <= 2 * (m + 2 * n + r + 5) * U * (
             np.linalg.norm(new) + np.linalg.norm(W) + np.linalg.norm(V - W)
         )
 
@@ -167,7 +169,8 @@ def test_the_spectrum_of_a_replacement_is_that_of_copy_minus_base():
     for path in matrices:
         change = copies[path].adapters["default"].layer.weight.data - copies[path].base.weight.data
         whole = np.linalg.svd(change, compute_uv=False)
-        assert np.abs(found[path] - whole).max() <= (sum(change.shape) + 2) * U * np.linalg.norm(change)
+        bound = (sum(change.shape) + 2) * U * np.linalg.norm(change)
+        assert np.abs(to_device(found[path]) - whole).max() <= bound
 
 
 def test_a_fresh_adapter_has_the_zero_spectrum_and_a_disabled_one_has_none():
@@ -193,12 +196,12 @@ def test_the_spectrum_between_two_models_is_that_of_their_difference():
         whole = np.linalg.svd(change, compute_uv=False)
         size = np.linalg.norm(named_params(tuned)[path + ".weight"].data)  # one rounding of the sum more
         bound = (sum(change.shape) + 2) * U * (np.linalg.norm(change) + size)
-        assert np.abs(found[path] - whole).max() <= bound
+        assert np.abs(to_device(found[path]) - whole).max() <= bound
     with pytest.raises(MismatchError, match="other parameters"):
         spectrum_between(base, tiny(3, num_hidden_layers=1)[0])
 
 
-# ---- what the measures mean
+# ---- what the measures mean, on the host
 
 
 def slack(k):
@@ -215,7 +218,7 @@ def test_every_measure_lies_between_one_and_the_rank(s):
 
 @given(k=st.integers(1, 100), size=st.floats(1e-6, 1e6), zeros=st.integers(0, 5))
 def test_k_equal_singular_values_count_k(k, size, zeros):
-    s = np.array([size] * k + [0.0] * zeros)
+    s = numpy.array([size] * k + [0.0] * zeros)
     for measure in MEASURES:
         assert abs(measure(s) - k) <= k * slack(k)
     assert rank_at(s, 1.0) == k
@@ -225,11 +228,11 @@ def test_k_equal_singular_values_count_k(k, size, zeros):
 def test_no_measure_depends_on_the_scale(s, power):
     for measure in MEASURES:
         assert abs(measure(s * 2.0**power) - measure(s)) <= measure(s) * slack(len(s))
-    assert np.array_equal(energy(s * 2.0**power), energy(s))
+    assert numpy.array_equal(energy(s * 2.0**power), energy(s))
 
 
 def test_the_effective_rank_weighs_by_values_not_by_their_squares():
-    s = np.array([3.0, 1.0])
+    s = numpy.array([3.0, 1.0])
 
     def entropy(p):
         return -sum(x * math.log(x) for x in p)
@@ -242,7 +245,7 @@ def test_the_effective_rank_weighs_by_values_not_by_their_squares():
 
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_the_zero_matrix_has_rank_zero(n):
-    s = np.zeros(n)
+    s = numpy.zeros(n)
     assert [measure(s) for measure in MEASURES] == [0.0] * 3
     assert rank_at(s, 0.5) == 0
     assert energy(s).shape == (n,)
@@ -252,7 +255,7 @@ def test_the_zero_matrix_has_rank_zero(n):
 @given(s=spectra_, share=st.floats(0.01, 1))
 def test_energy_rises_to_one_and_rank_at_is_where_it_passes(s, share):
     e = energy(s)
-    assert (np.diff(e) >= 0).all()
+    assert (numpy.diff(e) >= 0).all()
     assert e[-1] == 1
     k = rank_at(s, share)
     assert 1 <= k <= len(s)
@@ -264,7 +267,7 @@ def test_energy_rises_to_one_and_rank_at_is_where_it_passes(s, share):
 @pytest.mark.parametrize("share", [0, -1, 1.001, math.nan])
 def test_a_share_without_meaning_is_refused(share):
     with pytest.raises(InputError, match="share"):
-        rank_at(np.ones(3), share)
+        rank_at(numpy.ones(3), share)
 
 
 # ---- noise
@@ -276,8 +279,8 @@ SHAPES = [(64, 64), (128, 128), (256, 96), (96, 256), (600, 300)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_noise_has_the_measures_of_the_closed_forms(shape):
     (m, n), draws = shape, 12
-    rng = np.random.default_rng(1)
-    found = np.array([[f(noise_spectrum(shape, rng, draws=1)) for f in MEASURES] for _ in range(draws)])
+    rng = numpy.random.default_rng(1)
+    found = numpy.array([[f(noise_spectrum(shape, rng, draws=1)) for f in MEASURES] for _ in range(draws)])
     mean, error = found.mean(0), found.std(0, ddof=1) / math.sqrt(draws)
     print(shape, mean, error)
     effective, stable, participation = mean
@@ -297,11 +300,11 @@ def test_noise_has_the_measures_of_the_closed_forms(shape):
 @given(m=st.integers(2, 30), n=st.integers(2, 30), seed=seeds, data=st.data())
 def test_noise_falls_has_norm_one_and_the_wanted_rank(m, n, seed, data):
     r = data.draw(st.none() | st.integers(1, min(m, n)))
-    s = noise_spectrum((m, n), np.random.default_rng(seed), rank=r, draws=1)
+    s = noise_spectrum((m, n), numpy.random.default_rng(seed), rank=r, draws=1)
     assert s.shape == (r or min(m, n),)
-    assert (np.diff(s) <= 0).all()
+    assert (numpy.diff(s) <= 0).all()
     assert abs((s * s).sum() - 1) <= gamma(2 * len(s) + 4)
-    again = noise_spectrum((m, n), np.random.default_rng(seed), rank=r, draws=1)
+    again = noise_spectrum((m, n), numpy.random.default_rng(seed), rank=r, draws=1)
     assert again.tobytes() == s.tobytes()
 
 
@@ -311,11 +314,11 @@ def test_a_dense_change_and_a_plain_layer_agree():
     layer = LowRank(Param(A), Param(B), 0.5)
     base = Linear(Param(np.zeros((7, 5)), False))
     found = singular_values(layer.fold(base).weight.data)
-    assert np.abs(found[:2] - singular_values(layer)).max() <= rounding(B, A, 0.5)
+    assert numpy.abs(found[:2] - singular_values(layer)).max() <= rounding(B, A, 0.5)
     assert (found[2:] <= rounding(B, A, 0.5)).all()
 
 
 def test_energy_is_of_squares():
-    s = np.array([4.0, 3.0])
+    s = numpy.array([4.0, 3.0])
     assert energy(s).tolist() == [16 / 25, 1.0]
     assert rank_at(s, 0.6) == 1

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import cli, data, plots
+from minilora import backend, cli, data, plots
 from minilora.errors import ConfigError, MismatchError, NonFiniteError, StateError, StorageError
 from minilora.experiments import rank_sweep
 from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sealed, sweep, with_gaps
@@ -754,7 +754,7 @@ def test_a_file_in_the_place_of_the_folder_is_a_storage_error(where, here, place
 def test_more_jobs_than_cores_is_said_and_capped(here, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "draw", lambda rows, out: None)
     assert call(here, place, tmp_path / "out", "--jobs", "1000") == 0
-    cores = os.cpu_count()
+    cores = backend.cores()
     assert capsys.readouterr().err == f"minilora: 1000 jobs on {cores} cores; using {cores}\n"
 
 

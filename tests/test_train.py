@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 from helpers import (
     LINEARS,
@@ -23,6 +22,7 @@ from helpers import (
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from library import np
 from safetensors.numpy import load, save
 
 from minilora.errors import (

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import to_device, to_host
 from ..layers import Linear, Param
 from ..lora import Adapted, LowRank, merge
 
@@ -65,10 +66,15 @@ def one(rng: np.random.Generator, n: int, rank: int, dtype: Any) -> tuple[float,
         return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(dtype)
 
     W, A, B, X = draw(n // 2, n), draw(rank, n), draw(n // 2, rank), draw(9, n)
-    layer = Adapted(Linear(Param(W, False)), {"a": LowRank(Param(A), Param(B), 2.0)}, "a")
-    apart = layer(X, None)[0].astype(np.longdouble)
+    low_rank = LowRank(Param(to_device(A)), Param(to_device(B)), 2.0)
+    layer = Adapted(Linear(Param(to_device(W), False)), {"a": low_rank}, "a")
+
+    def output() -> np.ndarray:
+        return to_host(layer(to_device(X), None)[0]).astype(np.longdouble)
+
+    apart = output()
     merge({"layer": layer})
-    difference = np.abs(layer(X, None)[0].astype(np.longdouble) - apart)
+    difference = np.abs(output() - apart)
     bound = merge_bound(W, A, B, 2.0, X, dtype)
     top = np.abs(apart).max()
     return float(difference.max() / top), float(bound.max() / top), float((difference / bound).max())

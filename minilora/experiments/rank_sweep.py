@@ -8,6 +8,7 @@ machine names: the same plan on the same machine gives the same bytes.
 """
 
 import contextlib
+import copy
 import hashlib
 import html
 import json
@@ -20,8 +21,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import resource_tracker
@@ -30,9 +31,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, data, files, plots, report, spectra
-from ..backend import quiet_overflow, to_device, to_host
-from ..errors import ConfigError, MismatchError, NonFiniteError, StateError, check_float, check_int
+from .. import __version__, backend, cluster, data, files, plots, report, spectra
+from ..backend import cores, quiet_overflow, to_device, to_host
+from ..errors import (
+    ConfigError,
+    MismatchError,
+    NonFiniteError,
+    StateError,
+    check_float,
+    check_int,
+    check_same,
+)
 from ..layers import digest, get, trained, unfreeze
 from ..lora import LoraConfig, inject
 from ..model import Llama
@@ -167,22 +176,49 @@ def id_of(config: Row) -> str:
 # ---- one run, in whatever process it happens to be
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What the runs of a sweep read, for workers that have none of its files."""
+
+    base: Llama
+    texts: dict[str, data.Corpus]  # by target
+
+
+stock_here: ContextVar[Stock | None] = ContextVar("stock_here", default=None)
+
+
+def job(run: Run, stock: Stock | None = None) -> tuple[Row, Row]:
+    """The row of a run, and with what it was made; what it reads comes from the stock, or from files."""
+    token = stock_here.set(stock)
+    try:
+        return work(run), surroundings() | {"base": digest(base_of(run))}
+    finally:
+        stock_here.reset(token)
+
+
+def base_of(run: Run) -> Llama:
+    """The model that a run starts from, fresh."""
+    stock = stock_here.get()
+    return copy.deepcopy(stock.base) if stock else files.load(run.base)
+
+
+def corpus_of(run: Run) -> data.Corpus:
+    """The texts of a run."""
+    stock = stock_here.get()
+    return stock.texts[run.target] if stock else corpus(run.target, run.fallback, run.text)
+
+
 @cache
 def corpus(target: str, fallback: bool, digest: str) -> data.Corpus:
     """The target's texts, read once per process; MismatchError if they are not those of the plan."""
     found = data.fallback(target) if fallback else data.corpus(target)
     if found.digest != digest:
-        raise MismatchError(f"{target}: the text has changed since the sweep began")
+        raise MismatchError(f"{target}: the text is not the one that the sweep began with")
     return found
 
 
-def corpus_of(run: Run) -> data.Corpus:
-    """The texts of a run."""
-    return corpus(run.target, run.fallback, run.text)
-
-
 def work(run: Run) -> Row:
-    """Do one run and return its row: config, versions, status, curve, losses, parameters, spectra."""
+    """Do one run and return its row: config, status, curve, losses, parameters, spectra."""
     row: Row = {"id": run.id, "config": asdict(run), "source": corpus_of(run).source}
     kinds = {"base": baseline, "oracle": oracle}
     try:
@@ -212,7 +248,7 @@ def losses(model: Llama, run: Run) -> Row:
 
 def baseline(run: Run) -> Row:
     """The frozen base on the target; for a permutation also on the plain text, which is the floor."""
-    model = files.load(run.base)
+    model = base_of(run)
     row = losses(model, run) | {"parameters": 0, "base_digest": digest(model)}
     if swaps := data.swaps_of(run.target):
         plain = [unpermuted(b, swaps) for b in windows(run, "test")]
@@ -235,7 +271,7 @@ def true_delta(model: Llama, swaps: int) -> Any:
 
 def oracle(run: Run) -> Row:
     """The known answer cut to the run's rank (Eckart and Young), with no training at all."""
-    model = files.load(run.base)
+    model = base_of(run)
     table = model.model.embed_tokens.weight
     U, S, Vt = np.linalg.svd(to_host(true_delta(model, data.swaps_of(run.target))).astype(np.float64))
     r = run.rank
@@ -257,11 +293,12 @@ def trained_run(run: Run) -> Row:
         schedule=Schedule(run.steps, warmup=run.steps // 20),
         evaluate=None if run.kind == "search" else lambda: evaluate(model, valid),
         eval_every=max(run.steps // 10, 1),
+        threads=1,  # the other cores have runs of their own
     )
     row = losses(model, run) | {"parameters": sum(p.data.size for p in trained(model).values())}
     if run.kind == "final":
         row["curve"] = history.evals
-        base = files.load(run.base)
+        base = base_of(run)
         whole = run.method == "full"
         changes = spectra.spectrum_between(base, model) if whole else spectra.spectrum(model)
         row["spectra"] = rounded(changes)
@@ -271,7 +308,7 @@ def trained_run(run: Run) -> Row:
 
 def prepared(run: Run) -> Llama:
     """The base, ready to be trained as the run says."""
-    model = files.load(run.base)
+    model = base_of(run)
     if run.method == "full":
         unfreeze(model)
         return model
@@ -294,15 +331,20 @@ def sweep(
     *,
     jobs: int | None = None,
     executor: Executor | None = None,
+    dask: str | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Do what is not done yet of a plan in the folder `out`, and return all rows in the plan's order.
 
-    Runs go to `jobs` processes (default: one per core) with one BLAS thread each, or to any executor
-    whose workers have minilora. `progress(done, known, row)` is called after every run. LockedError if
-    another sweep works in the folder, MismatchError if the folder holds another plan.
+    Runs go to `jobs` processes (default: one per core) with one BLAS thread each; or to any executor whose
+    workers have minilora and the same files at the same paths; or to the workers of the dask scheduler at
+    "tcp://HOST:PORT", which are sent what they need. `progress(done, known, row)` is called after every run.
+    LockedError if another sweep works in the folder, MismatchError if the folder holds another plan or a
+    worker has other versions or another base; StateError if workers keep dying or cannot be reached.
     """
-    jobs = check_int("jobs", os.cpu_count() or 1 if jobs is None else jobs, 1)
+    if sum(given is not None for given in (jobs, executor, dask)) > 1:
+        raise ConfigError("jobs, an executor and dask are three ways to do the runs; expected one of them")
+    jobs = check_int("jobs", cores() if jobs is None else jobs, 1)
     texts = {target: data.corpus_or_fallback(target) for target in plan.targets}
     for text in texts.values():
         for split in (text.train, text.valid, text.test):
@@ -311,7 +353,10 @@ def sweep(
     cells = grid(plan, texts)
     for cell in cells:
         prepared(cell)  # a rank or a module that does not fit is an error before any run
-    with locked(out), Workers(jobs, executor) as workers:
+    place: contextlib.AbstractContextManager[Executor | None] = contextlib.nullcontext(executor)
+    if dask is not None:
+        place = cluster.connect(dask, surroundings, expected(), Stock(files.load(plan.base), texts))
+    with place as given, locked(out), Workers(jobs, given) as workers:
         store = Store(Path(out), fingerprint(plan, texts), workers, progress)
         store.finish(references(cells))
         rates = chosen_rates(plan, cells, store)
@@ -388,6 +433,7 @@ class Store:
         self.path, self.workers, self.progress = out / "rows.jsonl", workers, progress
         self.order: dict[str, None] = {}  # ids in the plan's order
         self.versions = fingerprint["versions"]
+        self.expected = expected() | {"base": fingerprint["base"]}
         check_plan(out / "plan.json", fingerprint)
         self.done = {row["id"]: row for row in read_rows(self.path)} if self.path.exists() else {}
 
@@ -395,16 +441,30 @@ class Store:
         """See to it that all these runs are done; a worker that dies costs only its run's work."""
         runs = list(runs)
         self.order |= dict.fromkeys(run.id for run in runs)
-        for attempt in range(4):
-            try:
-                futures = [self.workers.submit(run) for run in runs if run.id not in self.done]
-                for future in as_completed(futures):
-                    self.add(future.result())
+        for _ in range(4):
+            died = self.attempt([run for run in runs if run.id not in self.done])
+            if not died:
                 return
-            except BrokenProcessPool as e:
-                if attempt == 3:
-                    raise StateError("worker processes keep dying; what is done is kept") from e
-                self.workers.renew()
+            self.workers.renew()
+        raise StateError("worker processes keep dying; what is done is kept") from died
+
+    def attempt(self, runs: list[Run]) -> BrokenExecutor | None:
+        """Do all of these runs that can be done; the death of a worker, if there was one."""
+        died, futures = None, []
+        try:
+            for run in runs:
+                futures.append(self.workers.submit(run))
+        except BrokenExecutor as e:
+            died = e
+        for future in as_completed(futures):
+            try:
+                row, surroundings = future.result()
+            except BrokenExecutor as e:
+                died = e
+                continue
+            check_same(f"run {row['id']}", surroundings, self.expected)
+            self.add(row)
+        return died
 
     def add(self, row: Row) -> None:
         """Keep one finished row, durably."""
@@ -457,15 +517,15 @@ class Workers:
         for name, value in self.before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-    def submit(self, run: Run) -> Future[Row]:
+    def submit(self, run: Run) -> Future[tuple[Row, Row]]:
         """Have one run done."""
         if self.given is not None:
-            return self.given.submit(work, run)
+            return self.given.submit(job, run)
         with uninterrupted():
             if self.pool is None:
                 context = multiprocessing.get_context("spawn")  # a forked child would hold the lock
                 self.pool = ProcessPoolExecutor(self.jobs, context, initializer=follow_parent)
-            return self.pool.submit(work, run)
+            return self.pool.submit(job, run)
 
     def renew(self) -> None:
         """After a worker has died: new processes."""
@@ -523,7 +583,7 @@ def fingerprint(plan: Plan, texts: dict[str, data.Corpus]) -> Row:
 
 
 def versions() -> dict[str, str]:
-    """What the last digits of a row depend on."""
+    """What the last digits of a row depend on; a backend is named only if it is not NumPy."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         "minilora": __version__,
@@ -531,7 +591,17 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "blas": f"{blas['name']} {blas['version']}",
         "machine": platform.machine(),
-    }
+    } | ({} if backend.name == "numpy" else {"backend": backend.name})
+
+
+def surroundings() -> Row:
+    """What a worker must have in common with the process that started the sweep."""
+    return versions() | {"backend": backend.name} | {name: os.environ.get(name) for name in THREADS}
+
+
+def expected() -> Row:
+    """The surroundings that a worker must have: ours, with one BLAS thread."""
+    return surroundings() | dict.fromkeys(THREADS, "1")
 
 
 def check_plan(path: Path, wanted: Row) -> None:

@@ -1,0 +1,129 @@
+"""What the benchmarks share: sizes, contestants in processes of their own, the machine, the results.
+
+Two libraries in one process share its threads and its allocator. So every contestant is a process that
+gets ready, waits for a line on its standard input, does one run, answers its milliseconds, and waits
+again; the parent lets them run in turn, and all see the same weather.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = (
+    # D, L, H, F, T, V, N
+    (64, 2, 4, 176, 64, 96, 16),
+    (128, 4, 4, 352, 128, 256, 16),
+    (256, 6, 8, 704, 128, 256, 16),
+    (512, 6, 8, 1376, 256, 1024, 8),
+)
+
+
+def threads(n: int) -> dict[str, str]:
+    """The environment of a process whose libraries compute with n threads."""
+    return {f"{library}_NUM_THREADS": str(n) for library in ("OPENBLAS", "OMP", "MKL")}
+
+
+def answer(run: Callable[[], Any], warm: int = 2) -> None:
+    """Be a contestant: warm up, then do one run for every line that comes, until none does."""
+    for _ in range(warm):
+        run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(1000 * (time.perf_counter() - start), flush=True)
+
+
+class Contestant:
+    """A process that ends in `answer`: `python argv...` with `env` beside the environment."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        self.argv, pipe = [sys.executable, *argv], subprocess.PIPE
+        env = os.environ | env
+        self.process = subprocess.Popen(self.argv, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=env)
+
+    def line(self) -> str:
+        """What it says next; RuntimeError if it has ended."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.argv} ended with {self.process.wait()}")
+        return line
+
+    def run(self) -> float:
+        """The milliseconds of one run."""
+        self.process.stdin.write("go\n")
+        return float(self.line())
+
+    def close(self) -> None:
+        """No more runs."""
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def alternate(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, list[float]]:
+    """name -> the milliseconds of its run in each round; to and fro, so that nobody is always first."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    try:
+        for contestant in contestants.values():
+            while contestant.line() != "ready\n":
+                pass
+        for i in range(rounds):
+            for name in list(contestants)[:: -1 if i % 2 else 1]:
+                times[name].append(contestants[name].run())
+    finally:
+        for contestant in contestants.values():
+            contestant.close()
+    return times
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median over the rounds of a / b."""
+    return median(x / y for x, y in zip(a, b, strict=True))
+
+
+def named(size: Sequence[int]) -> dict[str, int]:
+    """The letters of a size."""
+    return dict(zip("DLHFTVN", size, strict=True))
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def machine() -> dict[str, Any]:
+    """On what and with what this was measured."""
+    installed = {d.name.lower() for d in importlib.metadata.distributions()}
+    versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft") if n in installed}
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {
+        "machine": platform.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": f"{blas['name']} {blas['version']}",
+        **versions,
+    }
+
+
+def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """results/<name>.json: the rows, and the machine."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"rows": list(rows), **machine()}, indent=1) + "\n")

@@ -1,0 +1,153 @@
+"""Time a sweep on one and two processes, and the same grid in PEFT, one run after the other.
+
+    python benchmarks/sweep.py [--steps 60]
+
+The grid is the default sweep's on the First Folio (`minilora sweep --data folio`): every rank, full
+fine-tuning, the search for the learning rates and three seeds, with fewer steps (the default has 300),
+so that it ends within minutes. Ours: the whole command but the drawing, start of processes and writing
+of rows included. Theirs: for every run of that grid transformers' Llama of the base's shape with PEFT's
+LoRA (none for full fine-tuning), as many AdamW steps on as many windows and the same evaluations, in one
+process with one model made per run and as many threads as cores; nothing is written. Overhead is what
+the one process spends outside training and evaluation. Writes results/sweep.json.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Contestant, answer, threads, write
+
+import minilora as ml
+from minilora.experiments import rank_sweep
+from minilora.experiments.rank_sweep import LENGTH, Plan, Row, sweep
+
+
+def timed(plan: Plan, **how: Any) -> tuple[float, list[Row]]:
+    """Seconds of a sweep into a fresh folder, and its rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        rows = sweep(plan, Path(folder), **how)
+        return time.perf_counter() - start, rows
+
+
+@contextlib.contextmanager
+def inside() -> Iterator[list[float]]:
+    """The seconds of every training and every final evaluation within the context."""
+    seconds: list[float] = []
+    before = rank_sweep.train, rank_sweep.losses
+
+    def watched(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                seconds.append(time.perf_counter() - start)
+
+        return call
+
+    rank_sweep.train, rank_sweep.losses = map(watched, before)  # type: ignore[assignment]
+    yield seconds
+    rank_sweep.train, rank_sweep.losses = before  # type: ignore[assignment]
+
+
+def peft_grid(runs: list[Row], cores: int) -> None:
+    """Every run in transformers and PEFT."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(cores)
+    c, text = ml.load().config, ml.corpus("folio")
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+
+    def loss(model: Any, ids: Any, labels: Any) -> Any:
+        logits = model(input_ids=torch.as_tensor(ids)).logits
+        wanted = torch.as_tensor(labels).reshape(-1)
+        return torch.nn.functional.cross_entropy(logits.reshape(-1, c.vocab_size), wanted)
+
+    def held_out(model: Any, split: Any, limit: int) -> float:
+        with torch.inference_mode():
+            batches = ml.eval_batches(split, 16, LENGTH, limit=limit)
+            return float(np.mean([float(loss(model, ids, labels)) for ids, labels in batches]))
+
+    for run in runs:
+        model = transformers.LlamaForCausalLM(config)
+        if run["method"] == "lora":
+            r = run["rank"]
+            model = get_peft_model(
+                model, LoraConfig(r=r, lora_alpha=run["alpha"], target_modules="all-linear")
+            )
+        params = [p for p in model.parameters() if p.requires_grad]
+        rng = np.random.default_rng(0)
+        if run["steps"]:
+            optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
+            batches = ml.batches(text.train, rng, run["batch"], LENGTH)
+            valid = run["valid_windows"] * LENGTH
+            for step in range(run["steps"]):
+                if run["kind"] == "final" and step % max(run["steps"] // 10, 1) == 0:
+                    held_out(model, text.valid, valid)
+                loss(model, *next(batches)).backward()
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            held_out(model, text.valid, valid)
+        if run["kind"] != "search":
+            held_out(model, text.test, run["test_windows"] * LENGTH)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--as", dest="grid", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.grid:
+        runs = json.loads(Path(args.grid).read_text())
+        answer(lambda: peft_grid(runs, 2), warm=0)
+        return
+    plan = Plan(targets=("folio",), steps=args.steps)
+    seconds: Row = {}
+    seconds["two processes"], rows = timed(plan, jobs=2)
+    seconds["one process"], _ = timed(plan, jobs=1)
+    with inside() as parts, ThreadPoolExecutor(1) as executor:
+        whole, _ = timed(plan, executor=executor)
+    row = {
+        "steps": args.steps, "runs": len(rows), "seconds": seconds,
+        "two_to_one": seconds["one process"] / seconds["two processes"],
+        "overhead": 1 - sum(parts) / whole,
+    }  # fmt: skip
+    if all(map(importlib.util.find_spec, ("torch", "transformers", "peft"))):
+        with tempfile.TemporaryDirectory() as folder:
+            grid = Path(folder) / "grid.json"
+            grid.write_text(json.dumps([r["config"] for r in rows]))
+            rival = Contestant([__file__, "--as", str(grid)], threads(2))
+            rival.line()
+            seconds["peft"] = rival.run() / 1000
+            rival.close()
+        row["times_faster"] = seconds["peft"] / seconds["two processes"]
+    print(json.dumps(row, indent=1))
+    write("sweep", [row])
+
+
+if __name__ == "__main__":
+    main()

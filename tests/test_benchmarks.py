@@ -1,0 +1,53 @@
+"""The GPU benchmark without a GPU: its dry run passes and writes nothing, a real one is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def gpu(*arguments, **env):
+    command = [sys.executable, "benchmarks/gpu.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+
+
+def test_the_dry_run_passes_and_writes_no_figure():
+    def results():
+        return {file: file.read_bytes() for file in (ROOT / "benchmarks/results").iterdir()}
+
+    before = results()
+    done = gpu("--dry-run")
+    assert done.returncode == 0, done.stderr
+    *rows, last = done.stdout.splitlines()
+    assert all("transfers 1, difference 0;" in row for row in rows)
+    assert len(rows) == 2
+    assert "no figure" in last
+    assert results() == before
+
+
+def test_without_a_gpu_the_benchmark_says_so_in_one_line():
+    done = gpu(CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stderr.startswith("no GPU")
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("precision", ["float32", "TF32"])
+def test_a_difference_beyond_the_bound_is_seen(precision, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    rng = np.random.default_rng(0)
+    exact = {"g": rng.standard_normal((5, 7))}
+    cpu = {"g": exact["g"].astype(np.float32)}
+    u = gpu.UNIT[precision]
+    for size, passes in ((u, True), (100 * u, False)):
+        device = {"g": exact["g"] * (1 + size * rng.standard_normal((5, 7)))}
+        assert (gpu.worst(device, cpu, exact, precision) <= 1) == passes
+    assert gpu.worst(cpu, cpu, exact, precision) == 0
