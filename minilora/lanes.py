@@ -20,6 +20,7 @@ from typing import Any
 
 from .backend import Array, cores, on_host, one_blas_thread, quiet_overflow, to_host, xp
 from .layers import Dropout, Param, named_params, trained, walk
+from .lora import holding, low_ranks
 
 PART = 1 << 17  # numbers (tokens x width) of a part at most: where calls are shorter, threads wait in turn
 
@@ -73,13 +74,15 @@ def lanes(model: Any, threads: int | None = None) -> Iterator[Callable[[list[Bat
         if threads > 1 and not stack.enter_context(one_blas_thread()):
             threads = 1
         pool = stack.enter_context(ThreadPoolExecutor(threads))
+        models = [model, *(twin(model) for _ in range(threads - 1))]
+        adapters = list(zip(*map(low_ranks, models), strict=True))
+        params_of = [list(trained(lane).values()) for lane in models]
         free: SimpleQueue[Any] = SimpleQueue()
-        for lane in [model, *(twin(model) for _ in range(threads - 1))]:
+        for lane in zip(models, params_of, strict=True):
             free.put(lane)
 
         def run(part: Part) -> tuple[Array, list[Array | None]]:
-            lane = free.get()
-            params = trained(lane).values()
+            lane, params = free.get()
             ids, labels, weight = part
             try:
                 with quiet_overflow():  # threads do not inherit it
@@ -89,17 +92,21 @@ def lanes(model: Any, threads: int | None = None) -> Iterator[Callable[[list[Bat
             finally:
                 for p in params:
                     p.grad = None
-                free.put(lane)
+                free.put((lane, params))
 
         def gradient(batches: list[Batch]) -> Array:
             each, width = 1 / len(batches), model.config.hidden_size
             jobs = [(ids, labels, each * w) for batch in batches for ids, labels, w in parts(*batch, width)]
-            results = pool.map(run, jobs) if threads > 1 else map(run, jobs)
-            loss, grads = next(results)
-            for more, others in results:
-                loss = loss + more
-                grads = [add(total, g) for total, g in zip(grads, others, strict=True)]
-            for p, g in zip(trained(model).values(), grads, strict=True):
+            with contextlib.ExitStack() as held:
+                M = sum(getattr(ids, "size", 0) for ids, *_ in jobs)  # what is no array, the model refuses
+                for twins in adapters:
+                    held.enter_context(holding(twins, M))
+                results = pool.map(run, jobs) if threads > 1 else map(run, jobs)
+                loss, grads = next(results)
+                for more, others in results:
+                    loss = loss + more
+                    grads = [add(total, g) for total, g in zip(grads, others, strict=True)]
+            for p, g in zip(params_of[0], grads, strict=True):
                 p.grad = g
             return loss
 

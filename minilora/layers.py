@@ -51,18 +51,20 @@ class Linear:
     bias: Param | None = None  # (O,)
 
     def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        y = rows(x) @ self.weight.dense().T
+        if self.bias is not None:
+            y += self.bias.data
+        return y.reshape(*x.shape[:-1], -1), self.back(x, dx)
+
+    def back(self, x: Array, dx: Wanted) -> Back:
+        """The way back alone, for who knows the value or does not need it."""
         weight, bias = self.weight, self.bias
-        W = weight.dense()
-        y = rows(x) @ W.T
-        if bias is not None:
-            y += bias.data
-        shape = x.shape
-        back = self.back_to_x(shape) if dx else back_nothing
+        back = self.back_to_x(x.shape) if dx else back_nothing
         if weight.trainable:
             back = self.back_to_weight(rows(x), back)
         if bias is not None and bias.trainable:
             back = self.back_to_bias(bias, back)
-        return y.reshape(*shape[:-1], -1), back
+        return back
 
     def back_to_x(self, shape: tuple[int, ...]) -> Back:
         """dx = dY W."""

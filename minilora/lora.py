@@ -46,13 +46,32 @@ class LowRank:
     B: Param  # (O, r)
     scale: float  # s = alpha / r
     dropout: Dropout | None = None  # of what A reads
+    held: Array | None = None  # W + ΔW (O, I), while `holding` says that A and B stay what they are
 
     def __call__(self, base: Linear, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        W = self.whole(base, x)
+        if W is None:
+            return self.beside(base, x, dx)
+        return Linear(Param(W, trainable=False), base.bias)(x, None)[0], self.folded(W, x, dx)
+
+    def back(self, base: Linear, x: Array, dx: Wanted) -> Back:
+        """The way back alone."""
+        W = self.whole(base, x)
+        return self.beside(base, x, dx)[1] if W is None else self.folded(W, x, dx)
+
+    def whole(self, base: Linear, x: Array) -> Array | None:
+        """W + ΔW (O, I) if it is held, or if forming it pays for the rows of x."""
+        if self.held is None and self.pays(len(rows(x))):
+            return self.fold(base).weight.data
+        return self.held
+
+    def pays(self, M: int) -> bool:
+        """Whether M rows are cheaper through W + ΔW, formed for them, than beside W.
+
+        2 O I r operations save M (O + I) r on either way, those of H Bᵀ and of (s dY B) A.
+        """
         O, I = len(self.B.data), self.A.data.shape[1]  # noqa: E741
-        M = len(rows(x))
-        if self.dropout is None and M * (O + I) > 2 * O * I:
-            return self.folded(base, x, dx)
-        return self.beside(base, x, dx)
+        return self.dropout is None and M * (O + I) > 2 * O * I
 
     def beside(self, base: Linear, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
         """The adapter as the paper draws it, on a path of its own."""
@@ -76,22 +95,18 @@ class LowRank:
 
         return y, back
 
-    def folded(self, base: Linear, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
-        """The same through W + ΔW, formed anew on either way: cheaper where rows are many.
-
-        2 O I r operations save M (O + I) r, those of H Bᵀ and (s dY B) A; dA and dB stay thin.
-        """
+    def folded(self, W: Array, x: Array, dx: Wanted) -> Back:
+        """The way back through W + ΔW, of which dA and dB need nothing: they stay thin."""
         A, B, s = self.A, self.B, self.scale
-        y, _ = self.fold(base)(x, None)
         z, shape = rows(x), x.shape  # (M, I)
 
         def back(dy: Array) -> Array:
             dy_ = rows(dy)
             B.add_grad(dy_.T @ (s * (z @ A.data.T)))
             A.add_grad((s * (dy_ @ B.data)).T @ z)
-            return (dy_ @ self.fold(base).weight.data).reshape(shape) if dx else None
+            return (dy_ @ W).reshape(shape) if dx else None
 
-        return y, back
+        return back
 
     def delta(self) -> Array:
         """ΔW = s B A, (O, I)."""
@@ -197,6 +212,10 @@ class DoRA:
 
         return y.reshape(*x.shape[:-1], -1), back
 
+    def back(self, base: Linear, x: Array, dx: Wanted) -> Back:
+        """The way back alone; the value is a part of dm."""
+        return self(base, x, dx)[1]
+
     def fold(self, base: Linear) -> Linear:
         """A plain Linear with m V / |V|."""
         V = base.weight.dense() + self.low_rank.delta()
@@ -216,6 +235,11 @@ class Replacement:
 
     def __call__(self, base: Any, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
         return self.layer(x, dx)
+
+    def back(self, base: Linear, x: Array, dx: Wanted) -> Back:
+        """The way back alone, of a Linear."""
+        back: Back = self.layer.back(x, dx)
+        return back
 
     def attend(self, base: Embedding, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
         """The copy as a tied head."""
@@ -243,6 +267,12 @@ class Adapted:
         if self.active is None:
             return self.base(x, dx)
         return self.adapters[self.active](self.base, x, dx)
+
+    def back(self, x: Array, dx: Wanted) -> Back:
+        """The way back alone, of a Linear."""
+        if self.active is None:
+            return self.base.back(x, dx)
+        return self.adapters[self.active].back(self.base, x, dx)
 
     def attend(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
         """The layer as a tied head."""
@@ -513,6 +543,30 @@ def set_adapter(model: Any, name: str) -> None:
         layer.active = name if name in layer.adapters else None
         if layer.active:
             freeze(layer.adapters[name], keep=lambda _: True)
+
+
+def low_ranks(model: Any) -> list[tuple[Linear, LowRank]]:
+    """Every active LowRank of a model, with the base beside which it stands."""
+    layers = [layer for _, layer in sites(model) if isinstance(layer, Adapted)]
+    found = [(layer.base, layer.adapters[layer.active]) for layer in layers if layer.active]
+    return [(base, adapter) for base, adapter in found if isinstance(adapter, LowRank)]
+
+
+@contextlib.contextmanager
+def holding(twins: Sequence[tuple[Linear, LowRank]], M: int) -> Iterator[None]:
+    """Within the context twins of one adapter share W + ΔW, formed once, if it pays for M rows.
+
+    A and B must not change meanwhile: the context is that of one gradient.
+    """
+    base, adapter = twins[0]
+    W = adapter.fold(base).weight.data if adapter.pays(M) else None
+    for _, twin in twins:
+        twin.held = W
+    try:
+        yield
+    finally:
+        for _, twin in twins:
+            twin.held = None
 
 
 @contextlib.contextmanager

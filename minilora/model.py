@@ -118,6 +118,9 @@ class Past:
         return cos[seen : seen + T], sin[seen : seen + T]
 
 
+Turn = tuple[Array, Array]  # rope's cos and sin
+
+
 def wanted(dx: Wanted, layer: Any) -> Wanted:
     """Whether the gradient of `layer`'s output is wanted, given whether that of its input is."""
     return trains(layer) if dx is False else dx
@@ -125,7 +128,11 @@ def wanted(dx: Wanted, layer: Any) -> Wanted:
 
 @dataclass(eq=False)
 class Attention:
-    """Causal self-attention with rotary positions: x (N, T, D) -> (N, T, D)."""
+    """Causal self-attention with rotary positions: x (N, T, D) -> (N, T, D).
+
+    `again` is the second time on the way back, when the value is not needed: here and in MLP, the last
+    product is left out.
+    """
 
     head_dim: int  # E
     q_proj: Any  # (H*E, D)
@@ -134,7 +141,7 @@ class Attention:
     o_proj: Any  # (D, H*E)
 
     def __call__(
-        self, x: Array, turn: tuple[Array, Array], dx: Wanted = True, cache: Cache | None = None
+        self, x: Array, dx: Wanted, turn: Turn, cache: Cache | None = None, again: bool = False
     ) -> tuple[Array, Back]:
         q, back_q = self.q_proj(x, dx)
         k, back_k = self.k_proj(x, dx)
@@ -147,7 +154,8 @@ class Attention:
         else:
             a, back_a = cache.attend(q, k, v), back_nothing
         da = wanted(dx, [self.q_proj, self.k_proj, self.v_proj])
-        y, back_o = self.o_proj(unheads(a), da)
+        a = unheads(a)
+        y, back_o = (None, self.o_proj.back(a, da)) if again else self.o_proj(a, da)
         if not da:
             return y, back_o
 
@@ -169,12 +177,12 @@ class MLP:
     up_proj: Any  # (F, D)
     down_proj: Any  # (D, F)
 
-    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+    def __call__(self, x: Array, dx: Wanted = True, again: bool = False) -> tuple[Array, Back]:
         g, back_g = self.gate_proj(x, dx)
         u, back_u = self.up_proj(x, dx)
         h, back_h = swiglu(g, u)
         dh = wanted(dx, [self.gate_proj, self.up_proj])
-        y, back_d = self.down_proj(h, dh)
+        y, back_d = (None, self.down_proj.back(h, dh)) if again else self.down_proj(h, dh)
         if not dh:
             return y, back_d
 
@@ -189,7 +197,10 @@ class MLP:
 
 @dataclass(eq=False)
 class Block:
-    """x += self_attn(norm(x)); x += mlp(norm(x)); x (N, T, D)."""
+    """x += self_attn(norm(x)); x += mlp(norm(x)); x (N, T, D).
+
+    With `recompute` it keeps only what enters the two halves.
+    """
 
     input_layernorm: Any  # (D,)
     self_attn: Attention
@@ -197,47 +208,53 @@ class Block:
     mlp: MLP
 
     def __call__(
-        self, x: Array, turn: tuple[Array, Array], dx: Wanted = True, cache: Cache | None = None
+        self, x: Array, turn: Turn, dx: Wanted = True, cache: Cache | None = None, recompute: bool = False
     ) -> tuple[Array, Back]:
-        dn1 = wanted(dx, self.input_layernorm)
-        da = wanted(dn1, self.self_attn)
-        dn2 = wanted(da, self.post_attention_layernorm)
-        n1, back_n1 = self.input_layernorm(x, dx)
-        a, back_a = self.self_attn(n1, turn, dn1, cache)
-        x = x + a
-        n2, back_n2 = self.post_attention_layernorm(x, da)
-        m, back_m = self.mlp(n2, dn2)
-        if not da:
-            back_a = back_n1 = back_nothing  # keep nothing of what no gradient will reach
+        half = recomputed if recompute else residual
+        da = wanted(dx, [self.input_layernorm, self.self_attn])
+        x, back_a = half(self.input_layernorm, self.self_attn, x, dx, turn, cache)
+        x, back_m = half(self.post_attention_layernorm, self.mlp, x, da)
 
         def back(dy: Array) -> Array:
-            dn = back_m(dy)
-            if dn2:
-                dn = back_n2(dn)
-            if da:
-                dy = dy + dn
-                dn = back_a(dy)
-            if dn1:
-                dn = back_n1(dn)
-            return dy + dn if dx else None
+            return back_a(back_m(dy))
 
-        return x + m, back
+        return x, back
 
 
-def recomputed(block: Block, x: Array, turn: tuple[Array, Array], dx: Wanted) -> tuple[Array, Back]:
-    """The block, keeping only its input: it runs once more on the way back (Chen et al. 2016)."""
-    rngs = [node.rng.bit_generator for _, node in walk(block) if isinstance(node, Dropout)]
+def residual(norm: Any, part: Any, x: Array, dx: Wanted, *how: Any) -> tuple[Array, Back]:
+    """x + part(norm(x)), half a block."""
+    dn = wanted(dx, norm)
+    n, back_n = norm(x, dx)
+    y, back_part = part(n, dn, *how)
+    y = None if y is None else x + y
+    if not wanted(dn, part):
+        return y, back_nothing
+
+    def back(dy: Array) -> Array:
+        d = back_part(dy)
+        if dn:
+            d = back_n(d)
+        return dy + d if dx else None
+
+    return y, back
+
+
+def recomputed(norm: Any, part: Any, x: Array, dx: Wanted, *how: Any) -> tuple[Array, Back]:
+    """The same, keeping only x: it runs once more on the way back (Chen et al. 2016)."""
+    rngs = [node.rng.bit_generator for _, node in walk(part) if isinstance(node, Dropout)]
     before = [rng.state for rng in rngs]
-    y, _ = block(x, turn, dx)
+    y, back_once = residual(norm, part, x, dx, *how)
+    if back_once is back_nothing:
+        return y, back_nothing
 
     def back(dy: Array) -> Array:
         after = [rng.state for rng in rngs]
         for rng, state in zip(rngs, before, strict=True):  # the same dropout masks again
             rng.state = state
-        _, back_block = block(x, turn, dx)
+        _, back_again = residual(norm, part, x, dx, *how, True)
         for rng, state in zip(rngs, after, strict=True):
             rng.state = state
-        return back_block(dy)
+        return back_again(dy)
 
     return y, back
 
@@ -258,7 +275,7 @@ class Llama:
     config: Config
     model: Decoder
     lm_head: Any = None  # (V, D)
-    recompute: bool = False  # when training, keep one activation per block and compute the rest again
+    recompute: bool = False  # when training, keep two activations per block and compute the rest again
 
     def __call__(self, ids: Array, train: bool = False) -> tuple[Array, Back]:
         """Logits, and when training the `back` that takes their gradient.
@@ -282,10 +299,7 @@ class Llama:
         T = ids.shape[1]
         turn = past.turn(T) if past else self.tables(T, x.real.dtype)
         for i, block in enumerate(decoder.layers):
-            if train and self.recompute:
-                x, back = recomputed(block, x, turn, dx)
-            else:
-                x, back = block(x, turn, dx, past.caches[i] if past else None)
+            x, back = block(x, turn, dx, past.caches[i] if past else None, train and self.recompute)
             if dx := wanted(dx, block):
                 backs.append(back)
         if past:

@@ -71,27 +71,34 @@ def silu(x: Array) -> tuple[Array, Back]:
 
 def swiglu(gate: Array, up: Array) -> tuple[Array, Back]:
     """silu(gate) * up (Shazeer 2020): all three (..., F); back gives (dgate, dup)."""
-    s, a, y = _swiglu(gate, up)
+    t, a, y = _swiglu(gate, up)
 
     def back(dy: Array) -> tuple[Array, Array]:
-        return _swiglu_back(dy, up, s, a)
+        return _swiglu_back(dy, up, t, a)
 
     return y, back
 
 
 @fused
 def _swiglu(gate: Array, up: Array) -> tuple[Array, Array, Array]:
-    """sigmoid(gate), silu(gate) and the value."""
-    s = sigmoid(gate)
-    a = gate * s
-    return s, a, a * up
+    """t = 1 / sigmoid(gate) = 1 + exp(-gate), a = silu(gate) = gate / t, and the value.
+
+    Where exp overflows, a and its derivative are the right 0.
+    """
+    t = -gate
+    with quiet_overflow():
+        xp.exp(t, out=t)
+    t += 1
+    a = gate / t
+    return t, a, a * up
 
 
 @fused
-def _swiglu_back(dy: Array, up: Array, s: Array, a: Array) -> tuple[Array, Array]:
-    """(dgate, dup), where silu' = s (1 + gate (1 - s)) = s + a - s a."""
+def _swiglu_back(dy: Array, up: Array, t: Array, a: Array) -> tuple[Array, Array]:
+    """(dgate, dup), where silu' = s + a - s a = (1 - a) / t + a with s = sigmoid(gate) = 1 / t."""
     dup = dy * a
-    dgate = s - s * a
+    dgate = 1 - a
+    dgate /= t
     dgate += a
     dgate *= up
     dgate *= dy

@@ -13,7 +13,7 @@ from minilora.backend import cores, one_blas_thread
 from minilora.errors import InputError
 from minilora.lanes import lanes, parts, twin
 from minilora.layers import named_params, trained
-from minilora.lora import LoraConfig, inject
+from minilora.lora import LoraConfig, LowRank, inject, low_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,22 @@ def test_a_model_with_dropout_keeps_to_one_lane_and_one_order():
     (a, first), (b, second) = results
     assert a == b
     assert all(first[k].tobytes() == second[k].tobytes() for k in first)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_each_folded_weight_is_formed_once_for_all_parts_and_given_up(threads, monkeypatch):
+    model, rng = tiny_lora(0)
+    formed, real = [], LowRank.fold
+    monkeypatch.setattr(LowRank, "fold", lambda *a: formed.append(id(a[0].A.data)) or real(*a))
+    with lanes(model, threads) as gradient:
+        for n in (7, 4):
+            gradient([batch(rng, n=n, t=5), batch(rng, n=n, t=5)])
+            assert sorted(formed) == sorted({id(adapter.A.data) for _, adapter in low_ranks(model)})
+            formed.clear()
+        with pytest.raises(InputError):
+            gradient([(np.full((4, 5), 99), np.zeros((4, 5), int))])
+    assert len(low_ranks(model)) == 7 * 2
+    assert all(adapter.held is None for _, adapter in low_ranks(model))
 
 
 def test_a_twin_shares_every_array_and_no_gradient():

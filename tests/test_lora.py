@@ -33,13 +33,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from library import np
 
 from minilora.errors import ConfigError, InputError, MiniloraError, MismatchError, NonFiniteError, StateError
-from minilora.layers import Embedding, Linear, Param, digest, get, named_params, trained
+from minilora.layers import Dropout, Embedding, Linear, Param, digest, get, named_params, trained
 from minilora.lora import (
     Adapted,
     LoraConfig,
     LowRank,
     disabled,
     fuse,
+    holding,
     inject,
     merge,
     remove,
@@ -458,7 +459,7 @@ def test_a_frozen_base_has_no_gradient_and_no_bit_of_it_changes(kind, tie):
 
 def test_a_frozen_linear_keeps_no_activation_and_an_adapted_one_x_and_perhaps_h():
     tree, draw, _ = layer_of(0, 4, 5, 3)
-    for m, others in ((12, []), (2, [(2, 3)])):  # many rows: through W + ΔW; few: beside, with h (M, r)
+    for m, others in ((12, [(4, 5)]), (2, [(2, 3)])):  # many rows: W + ΔW (O, I); few: beside, h (M, r)
         x = draw(1, m, 5)
         assert saved(tree["q_proj"].base(x)[1]) == {}
         kept = list(saved(tree["q_proj"](x)[1]).values())
@@ -473,8 +474,9 @@ def test_folded_is_beside(seed, o, i, r, m, dx):
         shapes = (o, i), (r, i), (o, r), (m, i), (m, o)
         W, A, B, x, dy = (rng.standard_normal(s).astype(dtype) for s in shapes)
         base, adapter = Linear(Param(W, False)), LowRank(Param(A), Param(B), 1.7)
-        for way in (adapter.folded, adapter.beside):
-            y, back = way(base, x, dx)
+        with holding([(base, adapter)], 10**9):
+            ways = adapter(base, x, dx), adapter.beside(base, x, dx)
+        for y, back in ways:
             d = back(dy.copy())
             assert (d is None) is not dx
             yield np.concatenate([a.ravel() for a in (y, adapter.A.grad, adapter.B.grad, *[d] * dx)])
@@ -486,11 +488,54 @@ def test_folded_is_beside(seed, o, i, r, m, dx):
 @pytest.mark.parametrize(("m", "folds"), [(6, False), (7, True)])  # 2 O I <= M (O + I): 80 <= 13 M
 def test_many_rows_go_through_the_folded_weight(m, folds, monkeypatch):
     went = []
-    monkeypatch.setattr(LowRank, "folded", lambda self, base, x, dx=True: went.append(x.shape))
+    monkeypatch.setattr(LowRank, "folded", lambda self, W, x, dx: went.append(x.shape))
     monkeypatch.setattr(LowRank, "beside", lambda self, base, x, dx=True: None)
     W, A, B = (Param(np.ones(s)) for s in ((5, 8), (2, 8), (5, 2)))
     LowRank(A, B, 1.0)(Linear(W), np.ones((m, 1, 8)))
     assert bool(went) is folds
+
+
+def test_what_is_held_is_shared_by_twins_and_given_up():
+    def fresh(dropout=None):
+        base = Linear(Param(np.ones((5, 8)), False))
+        return base, LowRank(Param(np.ones((2, 8))), Param(np.ones((5, 2))), 1.0, dropout)
+
+    def fail(twins):
+        with holding(twins, 7):
+            assert twins[0][1].held is twins[1][1].held
+            assert np.array_equal(twins[0][1].held, np.full((5, 8), 3.0))
+            raise RuntimeError
+
+    twins = [fresh(), fresh()]
+    with pytest.raises(RuntimeError):
+        fail(twins)
+    assert all(adapter.held is None for _, adapter in twins)
+    dropped = [fresh(Dropout(0.5, None))]
+    for some, M in ((twins, 6), (dropped, 10**9)):  # where it does not pay, or would be another function
+        with holding(some, M):
+            assert all(adapter.held is None for _, adapter in some)
+
+
+@pytest.mark.parametrize("m", [2, 12])  # few rows and many
+@pytest.mark.parametrize("kind", ["plain", "lora", "dora", "saved", "off"])
+def test_the_way_back_alone_is_that_of_the_call(kind, m):
+    rng = np.random.default_rng(0)
+    layer = Linear(Param(rng.standard_normal((4, 5))), Param(rng.standard_normal(4)))
+    tree = {"q_proj": layer, "o": Linear(Param(np.ones((2, 2))))}
+    how = {"targets": ["o"], "modules_to_save": ["q_proj"]} if kind == "saved" else {"targets": ["q_proj"]}
+    if kind != "plain":
+        inject(tree, LoraConfig(r=2, alpha=3, init="both", dora=kind == "dora", **how), rng=rng)
+    if kind == "off":
+        tree["q_proj"].active = None
+    layer, x, dy = tree["q_proj"], rng.standard_normal((1, m, 5)), rng.standard_normal((1, m, 4))
+    results = []
+    for back in (layer(x)[1], layer.back(x, True)):
+        results.append([back(dy.copy()), *(p.grad for p in trained(tree).values())])
+        for p in trained(tree).values():
+            p.grad = None
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or a.tobytes() == b.tobytes()
+    assert results[0][0].shape == x.shape
 
 
 def test_with_dropout_an_adapted_linear_keeps_what_A_read_and_not_x():

@@ -1,6 +1,7 @@
 """The network is causal, cached decoding is the full forward, sampling keeps to its limits."""
 
 import math
+from collections import Counter
 
 import numpy
 import pytest
@@ -26,7 +27,7 @@ from library import np
 
 from minilora.backend import to_device, to_host
 from minilora.errors import ConfigError, InputError
-from minilora.layers import digest, named_params, trained
+from minilora.layers import Linear, digest, named_params, trained
 from minilora.lora import LoraConfig, disabled, inject, merge
 from minilora.model import Config, generate, llama, sample
 from minilora.ops import saved
@@ -146,6 +147,23 @@ def test_recomputing_gives_the_same_bits_and_keeps_less(seed, dtype, kind):
     assert same_bits(g, h)
     assert rng.bit_generator.state == after
     assert sum(a.size for a in saved(model.loss(ids, labels, train=True)[1]).values()) < kept
+
+
+def test_recomputing_leaves_out_the_last_product_of_either_half(monkeypatch):
+    model, rng = tiny()
+    model.recompute = True
+    names = {id(p): path.split(".")[-2] for path, p in named_params(model).items()}
+    ran, real = Counter(), Linear.__call__
+
+    def spied(self, x, dx=True):
+        ran[names[id(self.weight)]] += 1
+        return real(self, x, dx)
+
+    monkeypatch.setattr(Linear, "__call__", spied)
+    gradients(model, *batch(rng))
+    L = 2
+    once, twice = ("o_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    assert ran == {**dict.fromkeys(once, L), **dict.fromkeys(twice, 2 * L), "embed_tokens": 1}
 
 
 @few
