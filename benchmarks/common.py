@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+PAUSE = (
+    0.25  # seconds; threads of BLAS and OpenMP go on spinning, on the next one's core, when theirs is done
+)
 RESULTS = Path(__file__).parent / "results"
 SIZES = (
     # D, L, H, F, T, V, N
@@ -81,6 +84,7 @@ def alternate(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, l
                 pass
         for i in range(rounds):
             for name in list(contestants)[:: -1 if i % 2 else 1]:
+                time.sleep(PAUSE)
                 times[name].append(contestants[name].run())
     finally:
         for contestant in contestants.values():

@@ -4,7 +4,8 @@
 
 Latency: a forward of N x T tokens, and one token of cached decoding at batch 1, for the base, the base
 once more (what two processes of the same code differ by is the error of this clock), the same model
-with a merged LoRA of rank 8 on all linear maps, and with an unmerged one.
+with a LoRA of rank 8 on all linear maps: merged (the plain layers stand behind the adapted ones), fused
+(they stand in their place) and unmerged.
 
 Decoding: greedy, 96 tokens after a prompt of 32, batches 1 and 32, float32, by `generate` here and by
 `model.generate` of transformers on PyTorch (use_cache, inference_mode, no end token) with the same
@@ -46,10 +47,10 @@ def fresh(size: tuple[int, ...], kind: str = "base") -> tuple[ml.Llama, np.rando
     rng = np.random.default_rng(0)
     model = ml.llama(ml.Config(V, D, F, L, H, H), rng)
     ml.freeze(model)
-    if kind in ("merged", "unmerged"):
+    if kind in ("merged", "fused", "unmerged"):
         ml.inject(model, ml.LoraConfig(r=8, init="both"), rng=rng)
-    if kind == "merged":
-        ml.merge(model)
+    if kind in ("merged", "fused"):
+        (ml.merge if kind == "merged" else ml.fuse)(model)
     return model, rng
 
 
@@ -117,7 +118,7 @@ def act(cores: int, part: str, i: str, what: str, kind: str) -> None:
 
 # ---- the race
 
-KINDS = ("base", "base again", "merged", "unmerged")
+KINDS = ("base", "base again", "merged", "fused", "unmerged")
 
 
 def measure_latency(i: int, job: str, cores: int) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def measure(chosen: list[int], cores: list[int]) -> list[dict[str, Any]]:
     """All rows of the chosen sizes, printed as they come."""
     rows = []
     print(f"{'D':>4} {'job':>8} {'base':>8} {'merged':>8} {'unmerged':>8}   ms   to the base: "
-          f"{'again':>6} {'merged':>6} {'unmerged':>8}")  # fmt: skip
+          f"{'again':>6} {'merged':>6} {'fused':>6} {'unmerged':>8}")  # fmt: skip
     for i in chosen:
         for job in ("forward", "token"):
             rows.append(row := measure_latency(i, job, 1))

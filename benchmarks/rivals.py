@@ -6,6 +6,7 @@ by hand with PyTorch's own functions, adapters beside the frozen weights, as sho
 """
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,7 @@ def step_of(size: Size, logits: Callable[[torch.Tensor], torch.Tensor], params: 
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        float(loss)
+        loss.item()
 
     return run
 
@@ -40,6 +41,7 @@ def peft(size: Size) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
 
     transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT uses what transformers is to rename
     D, L, H, F, _, V, _ = size
     config = transformers.LlamaConfig(
         vocab_size=V,

@@ -12,8 +12,9 @@ and the head. LoRA's own thin products are not among them. Each has `threads` of
 products inside one operation, our steps for parts of the batch. Ratios are medians over rounds.
 
 Also the peak of bytes above the weights that one LoRA step holds: tracemalloc's here (NumPy reports to
-it), the profiler's there; and what a step with per-block recomputation takes of either. Writes
-results/step.json; --draw only draws results/step.png and .svg from it.
+it), the profiler's there; what a step takes that does not cut its batch into parts ("whole"); and what
+one with per-block recomputation takes, of time too. Writes results/step.json; --draw only draws
+results/step.png and .svg from it.
 """
 
 import argparse
@@ -32,13 +33,14 @@ import numpy as np
 from common import RESULTS, SIZES, Contestant, alternate, answer, named, ratio, threads, write
 
 import minilora as ml
+from minilora import lanes as room
 from minilora.backend import Array, floats, keep_memory, to_device, xp
-from minilora.lanes import lanes
 from minilora.optim import squared_norm
 
 ROUNDS = {64: 40, 128: 15, 256: 7, 512: 5}
 OURS = ("products", "lora", "full", "recomputed")
 THEIRS = ("peft", "torch", "compiled")
+HELD = ("lora", "whole", "recomputed")  # whose memory is measured
 
 
 def products(D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> Callable[[], None]:
@@ -94,8 +96,10 @@ def step(mode: str, *size: int, cores: int = 1) -> Callable[[], float]:
     """One training step of a fresh model, as `train` makes it; it gives the loss."""
     model, ids, labels = fresh("full" if mode == "full" else "lora", *size)
     model.recompute = mode == "recomputed"
+    if mode == "whole":
+        room.PART = sys.maxsize
     params, optimizer = ml.trained(model), ml.AdamW(1e-3)
-    gradient = KEPT.enter_context(lanes(model, cores))
+    gradient = KEPT.enter_context(room.lanes(model, cores))
 
     def run() -> float:
         loss, square = floats(gradient([(ids, labels)]), squared_norm(params))
@@ -134,7 +138,7 @@ def run_of(name: str, size: tuple[int, ...], cores: int) -> Callable[[], Any]:
     """What a contestant runs."""
     if name == "products":
         return products(*size)
-    if name in OURS:
+    if name in (*OURS, *HELD):
         return step(name, *size, cores=cores)
     import rivals
     import torch
@@ -149,7 +153,7 @@ def act(name: str, i: str, cores: int, job: str) -> None:
     run = run_of(name, SIZES[int(i)], cores)
     if job == "time":
         answer(run)
-    elif name in OURS:
+    elif name in HELD:
         print("ready", peak_bytes(run), sep="\n", flush=True)
     else:
         import rivals
@@ -190,7 +194,7 @@ def measure(chosen: list[int], cores: list[int], there: bool) -> list[dict[str, 
                 "floor": ratio(times["products"], lora), "to_full": ratio(lora, times["full"]),
                 "recomputed_to_lora": ratio(times["recomputed"], lora),
                 "times_faster": {name: ratio(times[name], lora) for name in THEIRS * there},
-                "peak_bytes": {name: peak(name, i, n) for name in ("lora", "recomputed", *["peft"] * there)},
+                "peak_bytes": {name: peak(name, i, n) for name in (*HELD, *["peft"] * there)},
             }  # fmt: skip
             rows.append(row)
             print(f"{SIZES[i][0]:4} {n:7} " + " ".join(f"{row['ms'][name]:10.1f}" for name in names))

@@ -54,25 +54,6 @@ class LowRank:
             return self.beside(base, x, dx)
         return Linear(Param(W, trainable=False), base.bias)(x, None)[0], self.folded(W, x, dx)
 
-    def back(self, base: Linear, x: Array, dx: Wanted) -> Back:
-        """The way back alone."""
-        W = self.whole(base, x)
-        return self.beside(base, x, dx)[1] if W is None else self.folded(W, x, dx)
-
-    def whole(self, base: Linear, x: Array) -> Array | None:
-        """W + ΔW (O, I) if it is held, or if forming it pays for the rows of x."""
-        if self.held is None and self.pays(len(rows(x))):
-            return self.fold(base).weight.data
-        return self.held
-
-    def pays(self, M: int) -> bool:
-        """Whether M rows are cheaper through W + ΔW, formed for them, than beside W.
-
-        2 O I r operations save M (O + I) r on either way, those of H Bᵀ and of (s dY B) A.
-        """
-        O, I = len(self.B.data), self.A.data.shape[1]  # noqa: E741
-        return self.dropout is None and M * (O + I) > 2 * O * I
-
     def beside(self, base: Linear, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
         """The adapter as the paper draws it, on a path of its own."""
         A, B, s = self.A, self.B, self.scale
@@ -95,6 +76,31 @@ class LowRank:
 
         return y, back
 
+    def delta(self) -> Array:
+        """ΔW = s B A, (O, I)."""
+        return (self.scale * self.B.data) @ self.A.data
+
+    def fold(self, base: Linear) -> Linear:
+        """A plain Linear with W + ΔW."""
+        W = self.delta()
+        W += base.weight.dense()
+        return Linear(Param(W, trainable=False), base.bias)
+
+    def whole(self, base: Linear, x: Array) -> Array | None:
+        """W + ΔW (O, I) if it is held, or if forming it pays for the rows of x."""
+        if self.held is None and self.pays(len(rows(x))):
+            return self.fold(base).weight.data
+        return self.held
+
+    def pays(self, M: int) -> bool:
+        """Whether M rows are cheaper through W + ΔW, formed for them, than beside W.
+
+        2 O I r operations, and as many again in time for writing and reading O I numbers, save
+        2 M (O + I) r: those of H Bᵀ on the way there and of (s dY B) A on the way back.
+        """
+        O, I = len(self.B.data), self.A.data.shape[1]  # noqa: E741
+        return self.dropout is None and M * (O + I) > 2 * O * I
+
     def folded(self, W: Array, x: Array, dx: Wanted) -> Back:
         """The way back through W + ΔW, of which dA and dB need nothing: they stay thin."""
         A, B, s = self.A, self.B, self.scale
@@ -108,15 +114,10 @@ class LowRank:
 
         return back
 
-    def delta(self) -> Array:
-        """ΔW = s B A, (O, I)."""
-        return (self.scale * self.B.data) @ self.A.data
-
-    def fold(self, base: Linear) -> Linear:
-        """A plain Linear with W + ΔW."""
-        W = self.delta()
-        W += base.weight.dense()
-        return Linear(Param(W, trainable=False), base.bias)
+    def back(self, base: Linear, x: Array, dx: Wanted) -> Back:
+        """The way back alone."""
+        W = self.whole(base, x)
+        return self.beside(base, x, dx)[1] if W is None else self.folded(W, x, dx)
 
 
 @dataclass(eq=False)
