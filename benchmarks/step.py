@@ -225,7 +225,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
             for name, colour, marker, label in kinds:
                 at = [i for i, d in enumerate(D) if d in some]
                 left.plot(at, [some[D[i]]["times_faster"][name] for i in at], marker=marker, markersize=8,
-                          linestyle=dashes, color=colour, label=f"{label}, {n} thread(s)")  # fmt: skip
+                          linestyle=dashes, color=colour, label=f"{label}, {n} thread{'s' * (n > 1)}")  # fmt: skip
         left.set_ylim(bottom=0)
         left.set_ylabel("time of PyTorch / time of minilora")
         left.set_title("A LoRA step, times faster than PyTorch")
@@ -243,7 +243,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
                       color=colour, label=label)  # fmt: skip
         right.set_yscale("log")
         right.set_ylabel("peak above the weights (MiB)")
-        right.set_title("What a LoRA step holds")
+        right.set_title("What a LoRA step holds, on two threads")
         right.legend(fontsize=10)
         for panel in (left, right):
             panel.set_xticks(range(len(D)), [str(d) for d in D])

@@ -436,6 +436,7 @@ class Store:
         self.expected = expected() | {"base": fingerprint["base"]}
         check_plan(out / "plan.json", fingerprint)
         self.done = {row["id"]: row for row in read_rows(self.path)} if self.path.exists() else {}
+        self.lines: dict[tuple[str, float | None], bytes] = {}
 
     def finish(self, runs: Iterable[Run]) -> None:
         """See to it that all these runs are done; a worker that dies costs only its run's work."""
@@ -476,9 +477,16 @@ class Store:
 
     def write(self, rows: list[Row]) -> None:
         """Replace the file, if it holds anything else."""
-        lines = b"".join(sealed(row) for row in rows)
+        lines = b"".join(map(self.line, rows))
         if not self.path.exists() or read(self.path) != lines:
             write_atomic(self.path, lines)
+
+    def line(self, row: Row) -> bytes:
+        """The sealed row, sealed once: only its share of the gap can change when other runs are done."""
+        key = row["id"], row.get("gap_closed")
+        if key not in self.lines:
+            self.lines[key] = sealed(row)
+        return self.lines[key]
 
     def close(self) -> list[Row]:
         """Leave the rows of the plan and no others in the file, and return them."""
