@@ -17,7 +17,7 @@ import numpy as np
 import minilora as ml
 from minilora import data, ops, plots
 from minilora.layers import Linear, Param
-from minilora.lora import Adapted, LowRank, adapted
+from minilora.lora import LowRank, adapted
 
 rng = np.random.default_rng(0)
 
@@ -177,13 +177,14 @@ for k in (1, 3, 5, 7, 9, 11):
 # %% [markdown]
 # ## The package does the same
 #
-# `minilora.lora.LowRank` is the adapter, put beside any `Linear`. It does the same operations in the same
-# order as our lines, so its gradients must agree in every bit. Its `back` also returns $dX$, which the layer
-# below needs.
+# `minilora.lora.LowRank` is the adapter, put beside any `Linear`. Its `beside` does the same operations in
+# the same order as our lines, so its gradients must agree in every bit. Its `back` also returns $dX$, which
+# the layer below needs. (Where rows are many, the package goes through $W + \Delta W$ instead, formed for
+# the purpose: the same function, and the same thin $dA$ and $dB$, with less work.)
 
 # %%
 adapter = LowRank(Param(A.copy()), Param(B.copy()), s)
-y, back = adapter(Linear(Param(W, trainable=False)), X)
+y, back = adapter.beside(Linear(Param(W, trainable=False)), X)
 dX = back(dY)
 print("output equal: ", np.array_equal(y, Y))
 print("dA equal:     ", np.array_equal(adapter.A.grad, dA))
@@ -243,9 +244,9 @@ def weight(rows, columns, trainable):
 
 frozen, full = Linear(weight(96, 96, False)), Linear(weight(96, 96, True))
 small = LowRank(weight(8, 96, True), weight(96, 8, True), 2.0)
-beside = Adapted(frozen, {"a": small}, "a")
-for name, layer in (("frozen", frozen), ("trained", full), ("adapted, r = 8", beside)):
-    kept = ops.saved(layer(x)[1])
+backs = {"frozen": frozen(x)[1], "trained": full(x)[1], "adapted, r = 8": small.beside(frozen, x)[1]}
+for name, back in backs.items():
+    kept = ops.saved(back)
     memory = {v.__array_interface__["data"][0]: (k, v) for k, v in kept.items()}  # two views count once
     shapes = ", ".join(f"{k.rpartition('.')[2]} {v.shape}" for k, v in memory.values()) or "nothing"
     print(f"{name:15} keeps {sum(v.nbytes for _, v in memory.values()):7,} bytes: {shapes}")
