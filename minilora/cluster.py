@@ -121,17 +121,29 @@ class Cluster(Executor):
             outcome.set_exception(e)
 
     def watch(self) -> None:
-        """Fail what waits once no worker has worked on any of it for LONELY seconds."""
+        """Fail what waits once nobody works on any of it: with nobody there, or with dask having lost it.
+
+        It can lose a result whose worker dies while the result is on its way here.
+        """
         last = time.monotonic()
         while not self.closed.wait(1):
+            there: Any = None
             with contextlib.suppress(Exception):  # the scheduler is gone, of which settle() hears
+                there = self.client.nthreads()
                 if not self.waiting or any(self.client.processing().values()):
                     last = time.monotonic()
-            if time.monotonic() - last > LONELY:
-                for outcome in list(self.waiting):
-                    if self.waiting.pop(outcome, False):
-                        why = f"there has been no worker for {LONELY:g} s; what is done is kept"
-                        outcome.set_exception(StateError(why))
+            idle = time.monotonic() - last
+            if there and idle > PATIENCE:
+                self.fail(BrokenExecutor("dask has lost the run"))
+            elif idle > LONELY:
+                self.fail(StateError(f"there has been no worker for {LONELY:g} s; what is done is kept"))
+
+    def fail(self, error: Exception) -> None:
+        """Settle all that waits."""
+        self.shared = None
+        for outcome in list(self.waiting):
+            if self.waiting.pop(outcome, False):
+                outcome.set_exception(error)
 
 
 def itself(value: Any) -> Any:

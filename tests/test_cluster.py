@@ -335,6 +335,7 @@ def test_a_mix_of_versions_is_refused_before_any_run(serial, machines, refused, 
         said, _ = refused("--dask", machines.address)
         assert match in said, said
         machines.end(other)
+        wait(lambda: machines.ask(lambda client: len(client.nthreads())) == 1, 60)  # else it counts as joined
 
 
 @pytest.mark.slow
