@@ -75,7 +75,7 @@ class Contestant:
         self.process.wait()
 
 
-def alternate(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, list[float]]:
+def alternate(contestants: Mapping[str, Contestant], rounds: int, cores: int) -> dict[str, list[float]]:
     """name -> the milliseconds of its run in each round; to and fro, so that nobody is always first."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     try:
@@ -84,7 +84,7 @@ def alternate(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, l
                 pass
         for i in range(rounds):
             for name in list(contestants)[:: -1 if i % 2 else 1]:
-                time.sleep(PAUSE)
+                time.sleep(PAUSE * (cores > 1))
                 times[name].append(contestants[name].run())
     finally:
         for contestant in contestants.values():

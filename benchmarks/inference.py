@@ -126,7 +126,7 @@ def measure_latency(i: int, job: str, cores: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(LAUNCHES):
         runners = {kind: contestant(cores, "latency", i, job, kind) for kind in KINDS}
-        for kind, t in alternate(runners, LATENCY_ROUNDS[SIZES[i][0]]).items():
+        for kind, t in alternate(runners, LATENCY_ROUNDS[SIZES[i][0]], cores).items():
             times[kind] += t
     unit = 1 if job == "forward" else TOKENS
     return {
@@ -139,7 +139,7 @@ def measure_latency(i: int, job: str, cores: int) -> dict[str, Any]:
 def measure_decoding(i: int, batch: int, cores: int) -> dict[str, Any]:
     """One row: milliseconds of a continuation, tokens per second, and how many times faster ours is."""
     runners = {name: contestant(cores, "decoding", i, batch, name) for name in ("minilora", "transformers")}
-    times = alternate(runners, DECODING_ROUNDS[SIZES[i][0]])
+    times = alternate(runners, DECODING_ROUNDS[SIZES[i][0]], cores)
     ms = {name: median(t) for name, t in times.items()}
     return {
         "part": "decoding", "batch": batch, "prompt": PROMPT, "new": NEW, "threads": cores,
@@ -160,7 +160,7 @@ def measure(chosen: list[int], cores: list[int]) -> list[dict[str, Any]]:
             ms, r = row["ms"], row["to_base"]
             print(f"{row['size']['D']:4} {job:>8} {ms['base']:8.3f} {ms['merged']:8.3f} "
                   f"{ms['unmerged']:8.3f} {'':20} {r['base again']:6.3f} {r['merged']:6.3f} "
-                  f"{r['unmerged']:8.3f}", flush=True)  # fmt: skip
+                  f"{r['fused']:6.3f} {r['unmerged']:8.3f}", flush=True)  # fmt: skip
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         print("torch and transformers are not both installed (the extra `parity`): no decoding beside them")
         return rows
@@ -199,14 +199,16 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 left.plot(places + shift, y, marker, color=colour, markersize=9,
                           markerfacecolor=colour if filled else "white", markeredgewidth=1.8,
                           label=f"{kind}, {what}")  # fmt: skip
+                below = filled and kind == "merged"  # else it would lie on that of the unmerged
                 for x, value in zip(places + shift, y, strict=True):
-                    left.annotate(f"{value:.2f}", (x, value), (0, 8), textcoords="offset points",
-                                  ha="center", fontsize=10, color=colour)  # fmt: skip
+                    left.annotate(f"{value:.2f}", (x, value), (0, -18 if below else 8),
+                                  textcoords="offset points", ha="center", fontsize=10,
+                                  color=colour)  # fmt: skip
         left.set_xticks(places, [str(d) for d in D])
         left.set_ylim(bottom=0.9, top=left.get_ylim()[1] * 1.12)
         left.set_xlabel("width D")
         left.set_ylabel("latency / latency of the base")
-        left.set_title("A merged adapter costs nothing")
+        left.set_title("What an adapter costs at inference")
         left.legend(fontsize=10)
 
         some = [row for row in rows if row["part"] == "decoding" and row["threads"] == 1]

@@ -187,7 +187,7 @@ def measure(chosen: list[int], cores: list[int], there: bool) -> list[dict[str, 
     for n in cores:
         for i in chosen:
             runners = {name: contestant(name, i, n, "time") for name in names}
-            times = alternate(runners, ROUNDS[SIZES[i][0]])
+            times = alternate(runners, ROUNDS[SIZES[i][0]], n)
             lora = times["lora"]
             row = {
                 "size": named(SIZES[i]), "threads": n, "ms": {name: median(t) for name, t in times.items()},
@@ -206,7 +206,22 @@ def measure(chosen: list[int], cores: list[int], there: bool) -> list[dict[str, 
     return rows
 
 
-# ---- the figure
+# ---- the table and the figure
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown; times in ms, peaks in MiB."""
+    head = ("D", "threads", "step", "PEFT", "times faster than PEFT", "by hand", "torch.compile",
+            "products / step", "step / full", "peak", "recomputed", "PEFT's")  # fmt: skip
+    lines = [head, ("---:",) * len(head)]
+    for row in rows:
+        ms, faster, peaks = row["ms"], row["times_faster"], row["peak_bytes"]
+        lines.append((
+            str(row["size"]["D"]), str(row["threads"]), f"{ms['lora']:.1f}", f"{ms['peft']:.1f}",
+            *(f"{faster[name]:.2f}" for name in THEIRS), f"{row['floor']:.2f}", f"{row['to_full']:.2f}",
+            *(f"{peaks[name] / 2**20:.0f}" for name in ("lora", "recomputed", "peft")),
+        ))  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -225,7 +240,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
             for name, colour, marker, label in kinds:
                 at = [i for i, d in enumerate(D) if d in some]
                 left.plot(at, [some[D[i]]["times_faster"][name] for i in at], marker=marker, markersize=8,
-                          linestyle=dashes, color=colour, label=f"{label}, {n} thread{'s' * (n > 1)}")  # fmt: skip
+                          linestyle=dashes, color=colour,
+                          label=f"{label}, {n} thread{'s' * (n > 1)}")  # fmt: skip
         left.set_ylim(bottom=0)
         left.set_ylabel("time of PyTorch / time of minilora")
         left.set_title("A LoRA step, times faster than PyTorch")

@@ -1,9 +1,9 @@
 """Time a sweep on one and two processes, and the same grid in PEFT, one run after the other.
 
-    python benchmarks/sweep.py [--steps 60]
+    python benchmarks/sweep.py [--steps 150] [--seeds 1]
 
-The grid is the default sweep's on the First Folio (`minilora sweep --data folio`): every rank, full
-fine-tuning, the search for the learning rates and three seeds, with fewer steps (the default has 300),
+The grid is the default sweep's on the First Folio (`minilora sweep --target folio`): every rank, full
+fine-tuning and the search for the learning rates, with fewer steps and seeds (the default has 300 and 3),
 so that it ends within minutes. Ours: the whole command but the drawing, start of processes and writing
 of rows included. Theirs: for every run of that grid transformers' Llama of the base's shape with PEFT's
 LoRA (none for full fine-tuning), as many AdamW steps on as many windows and the same evaluations, in one
@@ -17,6 +17,7 @@ import importlib.util
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,6 +67,7 @@ def peft_grid(runs: list[Row], cores: int) -> None:
     from peft import LoraConfig, get_peft_model
 
     transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT uses what transformers is to rename
     torch.set_num_threads(cores)
     c, text = ml.load().config, ml.corpus("folio")
     config = transformers.LlamaConfig(
@@ -118,21 +120,22 @@ def peft_grid(runs: list[Row], cores: int) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--as", dest="grid", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.grid:
         runs = json.loads(Path(args.grid).read_text())
         answer(lambda: peft_grid(runs, 2), warm=0)
         return
-    plan = Plan(targets=("folio",), steps=args.steps)
+    plan = Plan(targets=("folio",), steps=args.steps, seeds=args.seeds)
     seconds: Row = {}
     seconds["two processes"], rows = timed(plan, jobs=2)
     seconds["one process"], _ = timed(plan, jobs=1)
     with inside() as parts, ThreadPoolExecutor(1) as executor:
         whole, _ = timed(plan, executor=executor)
     row = {
-        "steps": args.steps, "runs": len(rows), "seconds": seconds,
+        "steps": args.steps, "seeds": args.seeds, "runs": len(rows), "seconds": seconds,
         "two_to_one": seconds["one process"] / seconds["two processes"],
         "overhead": 1 - sum(parts) / whole,
     }  # fmt: skip

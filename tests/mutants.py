@@ -278,6 +278,8 @@ MUTANTS = (
     Mutant("damaged-text-accepted", "data.py", "if found.digest != known.digest:", "if False:", "data"),
     # ---- the sweep
     Mutant("row-written-without-digest", SWEEP, 'row | {"sha256": seal(row)}', "row", "sweep"),
+    Mutant("line-sealed-with-an-old-gap", SWEEP, 'key = row["id"], row.get("gap_closed")',
+           'key = row["id"], None', "sweep"),
     Mutant("damaged-row-counted", SWEEP, ' or row.get("sha256") != seal(row):', ":", "sweep"),
     Mutant("row-of-another-run-counted", SWEEP, 'if row.get("id") != id_of(row.get("config", {})):',
            "if False:", "sweep"),

@@ -37,6 +37,22 @@ def test_importing_costs_little_more_than_numpy(tmp_path):
     assert more < 0.05
 
 
+def test_help_is_there_at_once():
+    """A quarter of a second beyond an interpreter with NumPy: the median of pairs, in processor time."""
+
+    def seconds(*arguments):
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_utime + used.ru_stime
+
+    pairs = [(seconds("-m", "minilora", "--help"), seconds("-c", "import numpy")) for _ in range(5)]
+    more = statistics.median(ours - theirs for ours, theirs in pairs)
+    print(f"minilora --help: {1000 * more:.0f} ms beyond NumPy")
+    assert more < 0.25
+
+
 HEAVY = ("matplotlib", "tqdm", "safetensors", "cupy", "torch", "distributed", "multiprocessing", "unittest",
          "http", "ssl")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What the README says is so: its program prints its numbers, its table is that of the rows."""
 
+import json
 import re
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_the_program_prints_what_its_comments_say(capsys):
 
 def test_the_table_is_that_of_the_rows():
     assert markdown(read_rows(ROOT / "figures" / "rows.jsonl")) in README
+
+
+def test_the_table_of_the_step_is_that_of_its_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["rows"]
+    assert step.table(rows) in README
 
 
 def test_the_quoted_line_stands_in_lora():
