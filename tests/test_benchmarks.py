@@ -1,5 +1,9 @@
-"""The GPU benchmark without a GPU: its dry run passes and writes nothing, a real one is refused."""
+"""The GPU benchmark without a GPU: its dry run passes and writes nothing, a real one is refused.
 
+And the table of what a block keeps is that of the code.
+"""
+
+import json
 import os
 import subprocess
 import sys
@@ -51,3 +55,19 @@ def test_a_difference_beyond_the_bound_is_seen(precision, monkeypatch):
         device = {"g": exact["g"] * (1 + size * rng.standard_normal((5, 7)))}
         assert (gpu.worst(device, cpu, exact, precision) <= 1) == passes
     assert gpu.worst(cpu, cpu, exact, precision) == 0
+
+
+def test_the_table_of_what_is_kept_is_that_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import kept
+
+    size = next(size for size in kept.SIZES if size[0] == 128)
+    found = {kind: kept.kept(kind, size) for kind in kept.KINDS}
+    rows = json.loads((ROOT / "benchmarks/results/kept.json").read_text())["rows"]
+    for row in rows:
+        arrays = {kind: some[row["name"]] for kind, some in found.items() if row["name"] in some}
+        assert row["bytes"] == {kind: a.nbytes for kind, a in arrays.items()}, row["name"]
+    assert {row["name"] for row in rows} == {name for some in found.values() for name in some}
+    total = {kind: sum(a.nbytes for a in some.values()) for kind, some in found.items()}
+    assert total["LoRA"] == total["everything trained"]  # LoRA saves no activations
+    assert total["LoRA, recomputed"] < total["frozen base"] / 5
