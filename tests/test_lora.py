@@ -280,6 +280,21 @@ def test_merged_is_unmerged_within_the_bound_and_no_less(seed, o, i, r, dtype, s
     assert (np.abs(layer(x)[0].astype(np.longdouble) - merged) > bound).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=5)
+@given(seed=seeds, dtype=dtypes)
+def test_merging_and_unmerging_leave_every_bit_of_the_base(kind, seed, dtype):
+    model, _ = tiny_lora(seed, dtype, config=KINDS[kind])
+    bases = {path.replace(".", "/"): layer.base for path, layer in sites(model) if isinstance(layer, Adapted)}
+    arrays, before = {k: p.data for k, p in named_params(bases).items()}, digest(bases)
+    for _ in range(3):
+        merge(model)
+        assert digest(bases) == before
+        unmerge(model)
+        assert digest(bases) == before
+    assert all(p.data is arrays[k] for k, p in named_params(bases).items())
+
+
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3), power=st.integers(-3, 3), dtype=dtypes)
 def test_with_whole_numbers_merging_is_exact(seed, o, i, r, power, dtype):
     tree, draw, _ = layer_of(seed, o, i, r, dtype, whole=True, alpha=r * 2.0**power)
