@@ -128,7 +128,7 @@ class Cluster(Executor):
         last = time.monotonic()
         while not self.closed.wait(1):
             there: Any = None
-            with contextlib.suppress(Exception):  # the scheduler is gone, of which settle() hears
+            with contextlib.suppress(Exception):  # no scheduler answers
                 there = self.client.nthreads()
                 if not self.waiting or any(self.client.processing().values()):
                     last = time.monotonic()
@@ -136,7 +136,10 @@ class Cluster(Executor):
             if there and idle > PATIENCE:
                 self.fail(BrokenExecutor("dask has lost the run"))
             elif idle > LONELY:
-                self.fail(StateError(f"there has been no worker for {LONELY:g} s; what is done is kept"))
+                gone = (
+                    "the scheduler is gone" if there is None else f"there has been no worker for {LONELY:g} s"
+                )
+                self.fail(StateError(f"{gone}; what is done is kept"))
 
     def fail(self, error: Exception) -> None:
         """Settle all that waits."""
