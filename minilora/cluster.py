@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import ConfigError, MismatchError, StateError, check_same
 
-PATIENCE = 10.0  # seconds within which a scheduler must answer and a first worker be there
+PATIENCE = 10.0  # seconds within which a scheduler answers, a first worker is there, a free one gets work
 LONELY = 60.0  # seconds that a sweep waits while no worker works, because none is left, say
 
 Survey = Callable[[], dict[str, Any]]
