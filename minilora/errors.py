@@ -73,6 +73,17 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return "nearest: " + ", ".join(repr(k) for k in close) if close else "there are none"
 
 
+def needed(package: str, extra: str) -> Any:
+    """An optional package, or UnsupportedError with the line that installs it."""
+    from importlib import import_module
+
+    try:
+        return import_module(package)
+    except ImportError as e:
+        line = f'pip install "minilora[{extra}]"'
+        raise UnsupportedError(f"the package {package} is not installed; expected: {line}") from e
+
+
 def check_int(name: str, value: object, least: int) -> int:
     """`value` if it is an int (not a bool) of at least `least`, else ConfigError."""
     if type(value) is not int or value < least:

@@ -8,14 +8,13 @@ name, which is Hugging Face's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 
-from .backend import Array, normal, scatter_add, to_device, to_host, xp
+from .backend import Array, scatter_add, to_device, to_host, xp
 from .errors import MismatchError, nearest
 from .ops import Back, dropout, rms_norm, rows
 
@@ -183,14 +182,6 @@ def back_same(dy: Array) -> Array:
 
 def back_nothing(dy: Array) -> None:
     """The way back to something that wants no gradient."""
-
-
-def linear(
-    rng: np.random.Generator, outputs: int, inputs: int, *, bias: bool = False, dtype: Any = np.float32
-) -> Linear:
-    """A fresh Linear with W ~ N(0, 1/inputs) and b = 0."""
-    w = normal(rng, (outputs, inputs), 1 / math.sqrt(inputs), dtype)
-    return Linear(Param(w), Param(xp.zeros(outputs, dtype)) if bias else None)
 
 
 # ---- the tree: every layer is a dataclass; its fields, list indices and dict keys spell the names

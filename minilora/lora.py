@@ -14,6 +14,7 @@ knows nothing of the transformer: an adapter is put around any Linear or Embeddi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from .errors import (
     check_float,
     check_int,
     nearest,
+    short,
 )
 from .layers import Dropout, Embedding, Linear, Param, Wanted, children, freeze, named_params, replace
 from .ops import Back, rows
@@ -52,7 +54,7 @@ class LowRank:
         W = self.whole(base, x)
         if W is None:
             return self.beside(base, x, dx)
-        return Linear(Param(W, trainable=False), base.bias)(x, None)[0], self.folded(W, x, dx)
+        return Linear(Param(W, trainable=False), base.bias)(x, None)[0], self.folded(base, W, x, dx)
 
     def beside(self, base: Linear, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
         """The adapter as the paper draws it, on a path of its own."""
@@ -101,9 +103,9 @@ class LowRank:
         O, I = len(self.B.data), self.A.data.shape[1]  # noqa: E741
         return self.dropout is None and M * (O + I) > 2 * O * I
 
-    def folded(self, W: Array, x: Array, dx: Wanted) -> Back:
+    def folded(self, base: Linear, W: Array, x: Array, dx: Wanted) -> Back:
         """The way back through W + ΔW, of which dA and dB need nothing: they stay thin."""
-        A, B, s = self.A, self.B, self.scale
+        A, B, s, bias = self.A, self.B, self.scale, base.bias
         z, shape = rows(x), x.shape  # (M, I)
 
         def back(dy: Array) -> Array:
@@ -112,12 +114,12 @@ class LowRank:
             A.add_grad((s * (dy_ @ B.data)).T @ z)
             return (dy_ @ W).reshape(shape) if dx else None
 
-        return back
+        return Linear.back_to_bias(bias, back) if bias is not None and bias.trainable else back
 
     def back(self, base: Linear, x: Array, dx: Wanted) -> Back:
         """The way back alone."""
         W = self.whole(base, x)
-        return self.beside(base, x, dx)[1] if W is None else self.folded(W, x, dx)
+        return self.beside(base, x, dx)[1] if W is None else self.folded(base, W, x, dx)
 
 
 @dataclass(eq=False)
@@ -187,14 +189,14 @@ class DoRA:
     def __call__(self, base: Linear, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
         A, B, s, m = self.low_rank.A, self.low_rank.B, self.low_rank.scale, self.magnitude
         V = base.weight.dense() + self.low_rank.delta()  # (O, I)
-        n = row_norms(V)
+        n, bias = row_norms(V), base.bias
         g = m.data / n
         x_ = rows(x)
         h = s * (x_ @ A.data.T)  # (M, r)
         z = x_ @ V.T  # (M, O)
         y = g * z
-        if base.bias is not None:
-            y += base.bias.data
+        if bias is not None:
+            y += bias.data
 
         def back(dy: Array) -> Array:
             dy_ = rows(dy)
@@ -211,7 +213,8 @@ class DoRA:
             A.add_grad(dA)
             return (dz @ V).reshape(x.shape) if dx else None
 
-        return y.reshape(*x.shape[:-1], -1), back
+        y = y.reshape(*x.shape[:-1], -1)
+        return y, Linear.back_to_bias(bias, back) if bias is not None and bias.trainable else back
 
     def back(self, base: Linear, x: Array, dx: Wanted) -> Back:
         """The way back alone; the value is a part of dm."""
@@ -226,6 +229,32 @@ class DoRA:
 def row_norms(V: Array) -> Array:
     """The Euclidean norm (O,) of each row of V (O, I)."""
     return xp.sqrt(xp.einsum("oi,oi->o", V, V))
+
+
+@dataclass(eq=False)
+class WithBias:
+    """A bias b (O,) in the place of the base's, beside a low-rank adapter or alone: PEFT's `bias`."""
+
+    adapter: LowRank | DoRA | None
+    bias: Param  # (O,)
+
+    def over(self, base: Linear) -> Linear:
+        """The base with this bias."""
+        return Linear(base.weight, self.bias)
+
+    def __call__(self, base: Linear, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+        base = self.over(base)
+        return self.adapter(base, x, dx) if self.adapter else base(x, dx)
+
+    def back(self, base: Linear, x: Array, dx: Wanted) -> Back:
+        """The way back alone."""
+        base = self.over(base)
+        return self.adapter.back(base, x, dx) if self.adapter else base.back(x, dx)
+
+    def fold(self, base: Linear) -> Linear:
+        """A plain Linear with a copy of the bias."""
+        weight = self.adapter.fold(base).weight if self.adapter else base.weight
+        return Linear(weight, Param(self.bias.data.copy(), trainable=False))
 
 
 @dataclass(eq=False)
@@ -295,7 +324,7 @@ class LoraConfig:
     """What to adapt, and how. Every entry of `targets` and the like must match something.
 
     A name matches a module whose path is that name or ends with "." and that name. s = alpha / r, or
-    alpha / sqrt(r) with `rslora` (Kalajdzievski 2023).
+    alpha / sqrt(r) with `rslora` (Kalajdzievski 2023). What is excluded wins over what is named.
     """
 
     r: int = 8
@@ -303,6 +332,9 @@ class LoraConfig:
     targets: str | re.Pattern[str] | Sequence[str] = "all-linear"  # all but lm_head; a compiled regex
     rank_pattern: Mapping[str, int] = field(default_factory=dict)  # name -> r where it differs
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: Sequence[str] = ()
+    layers_to_transform: Sequence[int] | None = None  # of the targets, only those in these layers
+    bias: str = "none"  # "lora_only": the biases of the targets are trained too; "all": all biases
     modules_to_save: Sequence[str] = ()  # trained in full beside LoRA: norms, embedding, head
     rslora: bool = False
     dropout: float = 0.0  # of what A reads; an embedding's lookup has none
@@ -333,8 +365,19 @@ class LoraConfig:
             if not self.targets:
                 raise ConfigError(f"targets is {self.targets!r}; expected at least one name")
         names("modules_to_save", self.modules_to_save)
+        names("exclude_modules", self.exclude_modules)
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias is {short(self.bias)}; {nearest(str(self.bias), BIASES)}")
+        if self.layers_to_transform is not None:
+            if not isinstance(self.layers_to_transform, list | tuple | range) or not self.layers_to_transform:
+                given = short(self.layers_to_transform)
+                raise ConfigError(f"layers_to_transform is {given}; expected a list of layer numbers")
+            for number in self.layers_to_transform:
+                check_int("layers_to_transform", number, 0)
 
 
+BIASES = ("none", "lora_only", "all")
+LAYER = re.compile(r"(?:.*?\.)?[^.]+\.([0-9]+)\.")  # the number in model.layers.3.self_attn.q_proj
 INITS = ("kaiming", "gaussian", "both")
 
 
@@ -421,19 +464,35 @@ def resolve(what: str, entries: Sequence[str], among: Sequence[str]) -> list[str
 
 def find_targets(layers: Mapping[str, Any], config: LoraConfig) -> list[str]:
     """The paths of all modules that get a low-rank adapter."""
-    linears = [p for p, layer in layers.items() if isinstance(base_of(layer), Linear)]
-    targets = config.targets
-    if isinstance(targets, str) and targets == "all-linear":
-        saved = config.modules_to_save
-        return [p for p in linears if not matches("lm_head", p) and not any(matches(m, p) for m in saved)]
     adaptable = [p for p, layer in layers.items() if isinstance(base_of(layer), Linear | Embedding)]
-    if isinstance(targets, re.Pattern):
+    linears = [p for p in adaptable if isinstance(base_of(layers[p]), Linear)]
+    targets, excluded = config.targets, names("exclude_modules", config.exclude_modules)
+    if isinstance(targets, str) and targets == "all-linear":
+        saved = names("modules_to_save", config.modules_to_save)
+        found = [p for p in linears if not matches("lm_head", p) and not any(matches(m, p) for m in saved)]
+    elif isinstance(targets, re.Pattern):
         found = [p for p in adaptable if targets.fullmatch(p)]
         if not found:
             some = ", ".join(adaptable[:3])
             raise MismatchError(f"targets: {targets.pattern!r} matches no module; there are {some}, ...")
-        return found
-    return resolve("targets", names("targets", targets), adaptable)
+    else:
+        found = resolve("targets", names("targets", targets), adaptable)
+    out = set(resolve("exclude_modules", excluded, list(layers)))
+    kept = [p for p in found if p not in out and in_layers(p, config.layers_to_transform, found)]
+    if not kept:
+        raise ConfigError("exclude_modules and layers_to_transform leave none of the targets")
+    return kept
+
+
+def in_layers(path: str, wanted: Sequence[int] | None, among: Sequence[str]) -> bool:
+    """Whether a module lies in one of the wanted layers, each of which must be there; None: in any."""
+    if wanted is None:
+        return True
+    numbers = {int(found[1]) for p in among if (found := LAYER.match(p))}
+    if missing := sorted(set(wanted) - numbers):
+        raise ConfigError(f"layers_to_transform has {missing[0]}; expected some of {sorted(numbers)}")
+    found = LAYER.match(path)
+    return bool(found) and int(found[1]) in wanted  # type: ignore[index]
 
 
 def pick(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
@@ -480,6 +539,18 @@ def size(tree: Any) -> int:
     return sum(p.data.size for p in named_params(tree).values())
 
 
+def open_for(model: Any, name: str) -> dict[str, Any]:
+    """Path -> layer of a model that can take an adapter of that name; InputError or StateError if not."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+        raise InputError(f"adapter name is {short(name)}; expected letters, digits, '-' and '_'")
+    layers = dict(sites(model))
+    if any(isinstance(x, Adapted) and name in x.adapters for x in layers.values()):
+        raise InputError(f"adapter {name!r} is there already; expected a new name")
+    if any(isinstance(x, Adapted) and x.merged is not None for x in layers.values()):
+        raise StateError("the model is merged; unmerge it first")
+    return layers
+
+
 def inject(model: Any, config: LoraConfig, *, rng: np.random.Generator, name: str = "default") -> Report:
     """Freeze the model and put a fresh, active adapter beside every target.
 
@@ -487,13 +558,7 @@ def inject(model: Any, config: LoraConfig, *, rng: np.random.Generator, name: st
     or InputError, with the model as it was, for a rank that does not fit, a name that matches nothing
     or an adapter name in use.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
-        raise InputError(f"adapter name is {name!r}; expected letters, digits, '-' and '_'")
-    layers = dict(sites(model))
-    if any(isinstance(x, Adapted) and name in x.adapters for x in layers.values()):
-        raise InputError(f"adapter {name!r} is there already; expected a new name")
-    if any(isinstance(x, Adapted) and x.merged is not None for x in layers.values()):
-        raise StateError("the model is merged; unmerge it first")
+    layers = open_for(model, name)
     targets = find_targets(layers, config)
     saved = resolve("modules_to_save", names("modules_to_save", config.modules_to_save), list(layers))
     if both := sorted(set(targets) & set(saved)):
@@ -504,15 +569,30 @@ def inject(model: Any, config: LoraConfig, *, rng: np.random.Generator, name: st
     new: dict[str, Any] = {}
     table = []
     for path in targets:
-        new[path], row = low_rank(path, base_of(layers[path]), config, rng)
+        base = base_of(layers[path])
+        new[path], row = low_rank(path, base, config, rng)
+        if config.bias != "none" and isinstance(base, Linear) and base.bias is not None:
+            new[path] = WithBias(new[path], Param(base.bias.data.copy()))
+            row = dataclasses.replace(row, parameters=size(new[path]))
         table.append(row)
-    for path in saved:
-        new[path] = Replacement(deepcopy(base_of(layers[path])))
-        freeze(new[path], keep=lambda _: True)
-        shape = tuple(base_of(layers[path]).weight.dense().shape)
-        table.append(Row(path, shape, None, None, None, size(new[path])))
+    for path, layer in layers.items():
+        base = base_of(layer)
+        if path in saved:
+            new[path] = Replacement(deepcopy(base))
+            freeze(new[path], keep=lambda _: True)
+            table.append(Row(path, tuple(base.weight.dense().shape), None, None, None, size(new[path])))
+        elif config.bias == "all" and path not in new and isinstance(base, Linear) and base.bias is not None:
+            new[path] = WithBias(None, Param(base.bias.data.copy()))
+            table.append(Row(f"{path}.bias", tuple(base.bias.data.shape), None, None, None, size(new[path])))
 
     base_parameters = sum(size(base_of(layer)) for layer in layers.values())
+    attach(model, new, name)
+    return Report(tuple(table), base_parameters)
+
+
+def attach(model: Any, new: Mapping[str, Any], name: str) -> None:
+    """Put adapters (path -> adapter) beside their layers, under one name, and make it the active one."""
+    layers = dict(sites(model))
     for path, adapter in new.items():
         layer = layers[path]
         if not isinstance(layer, Adapted):
@@ -520,7 +600,6 @@ def inject(model: Any, config: LoraConfig, *, rng: np.random.Generator, name: st
             replace(model, path, layer)
         layer.adapters[name] = adapter
     set_adapter(model, name)
-    return Report(tuple(table), base_parameters)
 
 
 def adapted(model: Any) -> dict[str, Adapted]:
@@ -549,8 +628,13 @@ def set_adapter(model: Any, name: str) -> None:
 def low_ranks(model: Any) -> list[tuple[Linear, LowRank]]:
     """Every active LowRank of a model, with the base beside which it stands."""
     layers = [layer for _, layer in sites(model) if isinstance(layer, Adapted)]
-    found = [(layer.base, layer.adapters[layer.active]) for layer in layers if layer.active]
+    found = [(layer.base, unbiased(layer.adapters[layer.active])) for layer in layers if layer.active]
     return [(base, adapter) for base, adapter in found if isinstance(adapter, LowRank)]
+
+
+def unbiased(adapter: Any) -> Any:
+    """What stands beside a bias of its own, if there is one."""
+    return adapter.adapter if isinstance(adapter, WithBias) else adapter
 
 
 @contextlib.contextmanager
@@ -607,7 +691,7 @@ def scales(model: Any) -> dict[str, float]:
 
 def factors(layer: Adapted) -> LowRank | LowRankEmbedding | None:
     """The low-rank factors of the active adapter, DoRA's too; None without any."""
-    adapter = layer.adapters[layer.active] if layer.active else None
+    adapter = unbiased(layer.adapters[layer.active]) if layer.active else None
     adapter = adapter.low_rank if isinstance(adapter, DoRA) else adapter
     return adapter if isinstance(adapter, LowRank | LowRankEmbedding) else None
 

@@ -11,14 +11,14 @@ the tree from outside.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .backend import Array, keep_memory, normal, to_device, to_host, xp
-from .errors import ConfigError, InputError, StateError, check_float, check_int
+from .errors import ConfigError, InputError, StateError, check_float, check_int, short
 from .layers import (
     Dropout,
     Embedding,
@@ -27,12 +27,53 @@ from .layers import (
     RMSNorm,
     Wanted,
     back_nothing,
-    linear,
     named_params,
     trains,
     walk,
 )
-from .ops import IGNORE, Back, attend_one, attention, cross_entropy, heads, rope, rope_tables, swiglu, unheads
+from .ops import (
+    IGNORE,
+    Back,
+    attend_one,
+    attention,
+    cross_entropy,
+    heads,
+    rope,
+    rope_frequencies,
+    rope_tables,
+    swiglu,
+    unheads,
+)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the slow rotary frequencies, in the words of config.json.
+
+    A pair whose wavelength is longer than L / low turns `factor` times slower, one shorter than
+    L / high as before, and between them the two are mixed; L is original_max_position_embeddings.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    rope_type: str = "llama3"
+
+    def __post_init__(self) -> None:
+        if self.rope_type != "llama3":
+            raise ConfigError(f"rope_type is {self.rope_type!r}; expected 'llama3'")
+        check_float("factor", self.factor, 1, math.inf)
+        check_float("low_freq_factor", self.low_freq_factor, 0, math.inf, open_low=True)
+        check_float("high_freq_factor", self.high_freq_factor, self.low_freq_factor, math.inf, open_low=True)
+        check_int("original_max_position_embeddings", self.original_max_position_embeddings, 1)
+
+    def __call__(self, inverse: Array) -> Array:
+        """The frequencies (E/2,) after stretching."""
+        low, high = self.low_freq_factor, self.high_freq_factor
+        turns = self.original_max_position_embeddings * inverse / (2 * math.pi)  # within L positions
+        t = xp.clip((turns - low) / (high - low), 0, 1)
+        return (1 - t) * inverse / self.factor + t * inverse
 
 
 @dataclass(frozen=True)
@@ -49,6 +90,7 @@ class Config:
     max_position_embeddings: int = 512  # the longest T
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -72,6 +114,8 @@ class Config:
             raise ConfigError(f"head_dim is {self.E}; rotary embedding needs an even one, at least 2")
         check_float("rms_norm_eps", self.rms_norm_eps, 0, 1, open_low=True)
         check_float("rope_theta", self.rope_theta, 0, math.inf, open_low=True)
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ConfigError(f"rope_scaling is {short(self.rope_scaling)}; expected a RopeScaling or None")
 
     @property
     def E(self) -> int:
@@ -337,7 +381,9 @@ class Llama:
     def tables(self, positions: int, dtype: Any) -> tuple[Array, Array]:
         """Rope's cos and sin (positions, H*E), from position 0 on."""
         c = self.config
-        return rope_tables(xp.arange(positions), c.num_attention_heads, c.E, c.rope_theta, dtype)
+        inverse = rope_frequencies(c.E, c.rope_theta)
+        inverse = c.rope_scaling(inverse) if c.rope_scaling else inverse
+        return rope_tables(xp.arange(positions), c.num_attention_heads, inverse, dtype)
 
     def past(self, N: int, S: int) -> Past:
         """The past of N texts of at most S positions, of which nothing is seen yet."""
@@ -386,6 +432,23 @@ def llama(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> 
 
     The embedding is N(0, 1/D), so that a tied head starts with logits of order one.
     """
+
+    def draw(shape: tuple[int, int], gain: float) -> Array:
+        W = normal(rng, shape, 1 / math.sqrt(shape[1]), dtype)
+        W *= gain
+        return W
+
+    return build(config, draw, dtype)
+
+
+def blank(config: Config, dtype: Any = np.float32) -> Llama:
+    """A model of that shape to be filled: each of its matrices is a view of one zero, whatever its size."""
+    zero = xp.zeros((), dtype)
+    return build(config, lambda shape, gain: xp.broadcast_to(zero, shape), dtype)
+
+
+def build(config: Config, draw: Callable[[tuple[int, int], float], Array], dtype: Any) -> Llama:
+    """The tree of layers, with matrices from draw(shape, gain); norms are one, biases zero."""
     c = config
     D, F, E = c.hidden_size, c.intermediate_size, c.E
     H, G = c.num_attention_heads, c.num_key_value_heads
@@ -394,9 +457,8 @@ def llama(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> 
         return RMSNorm(Param(xp.ones(D, dtype)), c.rms_norm_eps)
 
     def project(outputs: int, inputs: int, bias: bool, gain: float = 1.0) -> Linear:
-        layer = linear(rng, outputs, inputs, bias=bias, dtype=dtype)
-        layer.weight.data *= gain
-        return layer
+        W = draw((outputs, inputs), gain)
+        return Linear(Param(W), Param(xp.zeros(outputs, dtype)) if bias else None)
 
     def block() -> Block:
         out = 1 / math.sqrt(2 * c.num_hidden_layers)
@@ -407,7 +469,7 @@ def llama(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> 
         mlp = MLP(project(F, D, m), project(F, D, m), project(D, F, m, out))
         return Block(norm(), attn, norm(), mlp)
 
-    table = Embedding(Param(normal(rng, (c.vocab_size, D), 1 / math.sqrt(D), dtype)))
+    table = Embedding(Param(draw((c.vocab_size, D), 1.0)))
     decoder = Decoder(table, [block() for _ in range(c.num_hidden_layers)], norm())
     return Llama(c, decoder, None if c.tie_word_embeddings else project(c.vocab_size, D, False))
 

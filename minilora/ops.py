@@ -132,12 +132,16 @@ def rms_norm(x: Array, eps: float) -> tuple[Array, Back]:
     return y, back
 
 
-def rope_tables(positions: Array, heads: int, width: int, theta: float, dtype: Any) -> tuple[Array, Array]:
-    """cos and signed sin (T, H*E) of position * theta^(-2j/E), j < E/2, for H heads (Su et al. 2021).
+def rope_frequencies(width: int, theta: float) -> Array:
+    """theta^(-2j/E), j < E/2: the angle by which each pair of a head turns per position (Su et al. 2021)."""
+    return theta ** (xp.arange(width // 2) * (-2.0 / width))
+
+
+def rope_tables(positions: Array, heads: int, inverse: Array, dtype: Any) -> tuple[Array, Array]:
+    """cos and signed sin (T, H*E) of position * frequency (E/2,), for H heads.
 
     Each head has its cosines twice, and its sines first with a minus: as `rope` wants them.
     """
-    inverse = theta ** (xp.arange(width // 2) * (-2.0 / width))
     angle = positions[:, None] * inverse  # float64 until the end: large positions lose no digits
     cos, sin = xp.cos(angle), xp.sin(angle)
     tables = xp.tile(cos, 2 * heads), xp.tile(xp.concatenate([-sin, sin], 1), heads)

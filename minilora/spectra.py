@@ -17,7 +17,7 @@ import numpy as np
 from .backend import Array, to_host, xp
 from .errors import InputError, MismatchError
 from .layers import named_params
-from .lora import LowRank, LowRankEmbedding, adapted
+from .lora import LowRank, LowRankEmbedding, adapted, unbiased
 
 
 def thin_svd(B: Array, A: Array, scale: float = 1.0) -> tuple[Array, Array, Array]:
@@ -42,7 +42,7 @@ def spectrum(model: Any) -> dict[str, np.ndarray]:
     """Path -> singular values of ΔW for every adapted matrix: thin for LoRA, dense for the others."""
     found = {}
     for path, layer in adapted(model).items():
-        adapter = layer.adapters[layer.active] if layer.active else None
+        adapter = unbiased(layer.adapters[layer.active]) if layer.active else None
         if isinstance(adapter, LowRank | LowRankEmbedding):
             found[path] = singular_values(adapter)
         elif adapter is not None and layer.base.weight.dense().ndim == 2:

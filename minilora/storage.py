@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import LockedError, StorageError
@@ -17,40 +17,54 @@ from .errors import LockedError, StorageError
 OURS = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # the temporary names below
 
 
-def write_atomic(path: Path | str, data: bytes) -> None:
+def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
     """Make `path` hold exactly `data`, durably, or leave what was there and raise StorageError."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
+            for piece in [data] if isinstance(data, bytes) else data:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(fd, view) :]
             os.fsync(fd)
         finally:
             os.close(fd)
         os.replace(temp, path)
         sync_folder(path.parent)
-    except OSError as e:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             temp.unlink()
-        raise StorageError(f"{path}: not written: {e.strerror or e}") from e
+        if isinstance(e, OSError) and not isinstance(e, StorageError):
+            raise StorageError(f"{path}: not written: {e.strerror or e}") from e
+        raise
 
 
-def write_folder(path: Path | str, fill: Callable[[Path], None]) -> None:
-    """Make the folder `path` by filling a temporary one beside it and renaming; never replaces one."""
+def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool = False) -> None:
+    """Make the folder `path` by filling a temporary one beside it and renaming.
+
+    StorageError if there is something at `path`; with `overwrite` a folder there goes, once the new one is
+    complete.
+    """
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-    check_free(path)
+    temp, old = (path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp") for _ in range(2))
+    replacing = overwrite and path.is_dir() and not path.is_symlink()
+    if not replacing:
+        check_free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temp.mkdir()
         fill(temp)
         sync_folder(temp)
+        if replacing:
+            os.rename(path, old)
         os.rename(temp, path)
         sync_folder(path.parent)
+        remove_tree(old)
     except BaseException as e:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         remove_tree(temp)
         if isinstance(e, OSError) and not isinstance(e, StorageError):
             raise StorageError(f"{path}: not written: {e.strerror or e}") from e
@@ -90,19 +104,48 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def read(path: Path | str, limit: int = 1 << 30) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; StorageError names what else it is."""
+def size_of(path: Path | str) -> int:
+    """The size of a regular file in bytes; StorageError names what else it is."""
     path = Path(path)
-    try:
+    with reading(path):
         if path.exists() and not path.is_file():
             raise StorageError(f"{path}: is not a regular file")
-        if path.stat().st_size > limit:
-            raise StorageError(f"{path}: has {path.stat().st_size} bytes; at most {limit} are read")
-        return path.read_bytes()
+        return path.stat().st_size
+
+
+def read(path: Path | str, limit: int = 1 << 30) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes, or StorageError."""
+    size = size_of(path)
+    if size > limit:
+        raise StorageError(f"{path}: has {size} bytes; at most {limit} are read")
+    with reading(path):
+        return Path(path).read_bytes()
+
+
+def read_at(path: Path | str, start: int, count: int) -> bytes:
+    """`count` bytes of a file from `start` on; StorageError if it has become shorter."""
+    with reading(path), open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        data = file.read(count)
+        while len(data) < count:  # one read gives at most 2 GiB
+            more = file.read(count - len(data))
+            if not more:
+                raise StorageError(f"{path}: ends at byte {start + len(data)}; it has changed meanwhile")
+            data += more
+        return data
+
+
+@contextlib.contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """An error of the system, inside, is a StorageError that names the file."""
+    try:
+        yield
     except OSError as e:
         if isinstance(e, StorageError):
             raise
         raise StorageError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except ValueError as e:  # a NUL in the name
+        raise StorageError(f"{str(path)!a}: cannot be read: {e}") from e
 
 
 @contextlib.contextmanager

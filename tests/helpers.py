@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from library import np
 
 from minilora.backend import to_device
-from minilora.layers import named_params
+from minilora.layers import Linear, Param, named_params
 from minilora.lora import LoraConfig, inject
 from minilora.model import Config, llama
 
@@ -44,6 +44,12 @@ def unit(dtype):
 def gamma(k, u=U):
     """The relative error of k roundings in a row."""
     return k * u / (1 - k * u)
+
+
+def linear(rng, outputs, inputs, bias=False):
+    """A Linear with random weights in float32."""
+    W = rng.standard_normal((outputs, inputs)).astype(np.float32)
+    return Linear(Param(to_device(W)), Param(np.zeros(outputs, np.float32)) if bias else None)
 
 
 def merge_bound(W, A, B, s, X, dtype):

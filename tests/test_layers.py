@@ -1,7 +1,7 @@
 """The layers that own parameters: gradients, what a frozen one costs, and the tree that they form."""
 
 import pytest
-from helpers import assert_layer_gradient, dtypes, seeds, sizes, tiny
+from helpers import assert_layer_gradient, dtypes, linear, seeds, sizes, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from library import np
@@ -17,7 +17,6 @@ from minilora.layers import (
     digest,
     freeze,
     get,
-    linear,
     named_params,
     replace,
     trained,

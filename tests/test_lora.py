@@ -503,7 +503,7 @@ def test_folded_is_beside(seed, o, i, r, m, dx):
 @pytest.mark.parametrize(("m", "folds"), [(6, False), (7, True)])  # 2 O I <= M (O + I): 80 <= 13 M
 def test_many_rows_go_through_the_folded_weight(m, folds, monkeypatch):
     went = []
-    monkeypatch.setattr(LowRank, "folded", lambda self, W, x, dx: went.append(x.shape))
+    monkeypatch.setattr(LowRank, "folded", lambda self, base, W, x, dx: went.append(x.shape))
     monkeypatch.setattr(LowRank, "beside", lambda self, base, x, dx=True: None)
     W, A, B = (Param(np.ones(s)) for s in ((5, 8), (2, 8), (5, 2)))
     LowRank(A, B, 1.0)(Linear(W), np.ones((m, 1, 8)))

@@ -18,6 +18,7 @@ from minilora.ops import (
     heads,
     rms_norm,
     rope,
+    rope_frequencies,
     rope_tables,
     saved,
     sigmoid,
@@ -29,7 +30,7 @@ from minilora.ops import (
 
 
 def turned(rng, x):
-    cos, sin = rope_tables(np.arange(3, 3 + x.shape[1]), 3, 4, 100.0, x.real.dtype)
+    cos, sin = rope_tables(np.arange(3, 3 + x.shape[1]), 3, rope_frequencies(4, 100.0), x.real.dtype)
     return rope(x, cos, sin, 4)  # three heads in the tables, two in x
 
 
@@ -114,7 +115,7 @@ def test_sigmoid_is_exact_at_both_ends(dtype):
 def test_rope_turns_the_pairs_j_and_j_plus_half(seed, T, half):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((3, T, 5 * 2 * half))  # five heads
-    y, back = rope(x, *rope_tables(np.arange(T), 7, 2 * half, 100.0, x.dtype), 2 * half)
+    y, back = rope(x, *rope_tables(np.arange(T), 7, rope_frequencies(2 * half, 100.0), x.dtype), 2 * half)
     angle = np.arange(T)[:, None, None] * 100.0 ** (-np.arange(half) / half)
     a, b = np.moveaxis(x.reshape(3, T, 5, 2, half), -2, 0)
     z = (a + 1j * b) * np.exp(1j * angle)

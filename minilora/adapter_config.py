@@ -1,0 +1,265 @@
+"""PEFT's adapter_config.json: what it says, which modules it means, and how ours is written.
+
+Every field that changes the numbers is honoured or refused by name, and has its exact type: PEFT takes
+"false" for true and NaN for an alpha. Its patterns are regular expressions; those that could hang are
+refused, and none is needed to write one: each module that differs gets a key of its own, since PEFT
+sorts the keys on saving and takes the first that fits on reading.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, UnsupportedError, check_float, check_int, short
+from .files import read_json
+from .lora import LAYER, in_layers, matches
+
+NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+REFUSED = (  # what changes the arithmetic in a way that is not done here
+    "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config",
+    "monteclora_config", "kasa_config", "megatron_config", "layer_replication", "target_parameters",
+    "trainable_token_indices", "ensure_weight_tying",
+)  # fmt: skip
+OF_NO_EFFECT = (  # on the numbers
+    "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode",
+    "qalora_group_size", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "runtime_config",
+)  # fmt: skip
+USED = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "fan_in_fan_out", "init_lora_weights", "lora_dropout",
+)  # fmt: skip
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked adapter_config.json, by PEFT's names; see PEFT's LoraConfig."""
+
+    r: int
+    lora_alpha: float
+    target_modules: str | tuple[str, ...]
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    lora_dropout: float = 0.0
+    base: str | None = None  # base_model_name_or_path, which nothing compares
+
+    def scale(self, module: str, r: int) -> tuple[float, float]:
+        """alpha and s of a module of rank r."""
+        alpha = chosen(self.alpha_pattern, module, self.lora_alpha)
+        return alpha, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
+    """The settings in an adapter_config.json, and notes on what is beside; ConfigError names the field."""
+    given = read_json(path)
+
+    def wrong(name: str, expected: str) -> ConfigError:
+        return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")
+
+    kind = given.get("peft_type")
+    if not isinstance(kind, str) or not kind:
+        raise wrong("peft_type", "'LORA'")
+    if kind != "LORA":
+        raise UnsupportedError(f"{path}: peft_type is {short(kind)}; expected 'LORA'")
+    for name in REFUSED:
+        if given.get(name) not in (None, False, {}, []):
+            raise UnsupportedError(f"{path}: {name} is {short(given[name])}; this is not done here")
+    init = given.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(OTHER_BASE):
+        raise UnsupportedError(
+            f"{path}: init_lora_weights is {short(init)}: its base is not the published one; PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
+        )
+
+    def flag(name: str) -> bool:
+        found = given.get(name, False)
+        if type(found) is not bool:
+            raise wrong(name, "true or false")
+        return found
+
+    def words(name: str, optional: bool = True) -> str | tuple[str, ...]:
+        found = given.get(name)
+        if found is None and optional:
+            return ()
+        if isinstance(found, str) and found:
+            checked_regex(found if found.lower() != "all-linear" else "x", f"{path}: {name}")
+            return found
+        if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+            raise wrong(name, "a list of module names")
+        if not found and not optional:
+            raise wrong(name, "at least one module name")
+        for word in found:
+            if not NAME.fullmatch(word):
+                raise ConfigError(f"{path}: {name} has the entry {short(word)}; expected a module's name")
+        return tuple(dict.fromkeys(found))
+
+    def pattern(name: str, check: Any) -> dict[str, Any]:
+        found = given.get(name) or {}
+        if not isinstance(found, dict):
+            raise wrong(name, "an object of numbers by module name")
+        for key, number in found.items():
+            checked_regex(key, f"{path}: {name}")
+            check(f"{name}[{short(key)}]", number)
+        return found
+
+    def rank(name: str, value: Any) -> int:
+        return check_int(f"{path}: {name}", value, 1)
+
+    def alpha(name: str, value: Any) -> float:
+        return check_float(f"{path}: {name}", value, 0, math.inf, open_low=True)
+
+    for name in ("r", "lora_alpha"):
+        if name not in given:
+            raise ConfigError(f"{path}: {name} is missing; expected a number")
+    numbers = given.get("layers_to_transform")
+    numbers = [numbers] if type(numbers) is int else numbers
+    if numbers is not None and (
+        not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers)
+    ):
+        raise wrong("layers_to_transform", "layer numbers")
+    if given.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise wrong("bias", "'none', 'lora_only' or 'all'")
+    base = given.get("base_model_name_or_path")
+    saved, layers = words("modules_to_save"), given.get("layers_pattern") or []
+    layers = [layers] if isinstance(layers, str) else layers
+    if isinstance(saved, str) or not isinstance(layers, list) or not all(isinstance(n, str) for n in layers):
+        raise wrong("modules_to_save" if isinstance(saved, str) else "layers_pattern", "a list of names")
+    settings = Settings(
+        r=rank("r", given["r"]),
+        lora_alpha=alpha("lora_alpha", given["lora_alpha"]),
+        target_modules=words("target_modules", optional=False),
+        use_rslora=flag("use_rslora"),
+        use_dora=flag("use_dora"),
+        rank_pattern=pattern("rank_pattern", rank),
+        alpha_pattern=pattern("alpha_pattern", alpha),
+        exclude_modules=words("exclude_modules"),
+        layers_to_transform=None if numbers is None else tuple(numbers),
+        layers_pattern=tuple(layers),
+        modules_to_save=saved,
+        bias=given.get("bias", "none"),
+        fan_in_fan_out=flag("fan_in_fan_out"),
+        lora_dropout=check_float(f"{path}: lora_dropout", given.get("lora_dropout", 0.0), 0, 1),
+        base=base if isinstance(base, str) else None,
+    )
+    if settings.layers_to_transform is not None and isinstance(settings.target_modules, str):
+        raise wrong("layers_to_transform", "null where target_modules is one string")
+    strange = set(given) - {*USED, *REFUSED, *OF_NO_EFFECT}
+    notes = [f"{name} is not known here and ignored" for name in sorted(strange) if given[name]]
+    return settings, tuple(notes)
+
+
+def checked_regex(pattern: str, where: str) -> re.Pattern[str]:
+    """The regular expression of a file, if it cannot take long: at most four repeats, none of a group.
+
+    n characters then take at most n⁴ steps, and a module's name is short. ConfigError if it is none,
+    UnsupportedError if it might hang.
+    """
+    if len(pattern) > 1000 or "\0" in pattern:
+        raise ConfigError(f"{where} is {short(pattern)}; expected a short pattern")
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)  # escapes and classes are one character
+    risky = re.search(r"\)[*+?{]|\(\?[^:]", bare) or re.search(r"\\[1-9]", pattern)
+    if risky or len(re.findall(r"[*+{]", bare)) > 4:
+        raise UnsupportedError(f"{where} is {short(pattern)}: a regular expression that could take for ever")
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise ConfigError(f"{where} is {short(pattern)}: is no regular expression: {e}") from e
+
+
+def chosen(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first key that means this module: in PEFT a regex for the end of its name."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def contested(pattern: Mapping[str, Any], module: str) -> bool:
+    """Whether two keys mean this module and disagree: the order, which PEFT loses on saving, would decide."""
+    return len({value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)}) > 1
+
+
+def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Which of a base's modules the config means to adapt, by PEFT's rules."""
+    saved = settings.modules_to_save
+    free = [m for m in modules if not named(settings.exclude_modules, m)]
+    free = [m for m in free if not any(f".{entry}." in f".{m}." for entry in saved)]
+    targets = settings.target_modules
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return [m for m in free if m in linears and not matches("lm_head", m)]
+    found = [m for m in free if named(targets, m)]
+    if settings.layers_to_transform is None:
+        return found
+    by_suffix = [m for m in found if m not in targets]
+    if settings.layers_pattern:
+        by_suffix = [m for m in by_suffix if any(f".{p}." in f".{m}." for p in settings.layers_pattern)]
+    numbered = [m for m in by_suffix if LAYER.match(m)]
+    kept = {m for m in numbered if in_layers(m, settings.layers_to_transform, numbered)}
+    return [m for m in found if m in kept or m in targets]
+
+
+def named(entries: str | tuple[str, ...], module: str) -> bool:
+    """Whether entries (names), or one regular expression for the whole name, mean a module."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, module) is not None
+    return any(matches(entry, module) for entry in entries)
+
+
+def peft_config(sizes: Mapping[str, tuple[int, float]], targets: Sequence[str]) -> dict[str, Any]:
+    """A config for modules of these ranks and alphas: what they share, and where they differ."""
+    (r, alpha), _ = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))
+
+    def differing(i: int, usual: float) -> dict[str, float]:
+        return {f"^{re.escape(m)}": size[i] for m, size in sizes.items() if size[i] != usual}
+
+    return {
+        "alpha_pattern": differing(1, alpha),
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": differing(0, r),
+        "revision": None,
+        "target_modules": sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:
+    """The shortest list that means these modules and no other: last names where they do, else full ones."""
+    short_names = {m.rpartition(".")[2] for m in wanted}
+    return sorted(
+        short_names if {m for m in modules if m.rpartition(".")[2] in short_names} == wanted else wanted
+    )
+
+
+def alpha_of(scale: float, r: int) -> float:
+    """The alpha whose quotient by r is the scale, to the last bit where there is one."""
+    near = scale * r
+    exact = [a for a in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if a / r == scale]
+    alpha = exact[0] if exact else near
+    return int(alpha) if alpha == int(alpha) else alpha

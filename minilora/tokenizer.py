@@ -1,0 +1,72 @@
+"""Text -> ids and back, as the model's folder says: its tokenizer.json, or the alphabet of data.py.
+
+Byte-level BPE and all else that a tokenizer.json can hold is done by the package `tokenizers` (extra
+`tokenizers`). A folder without that file and with a vocabulary of 128 is one of ours: a character's id
+is its code point. Leaves out chat templates: a prompt is given as the model should see it, and the names
+of special tokens in it (`<|im_start|>`) mean those tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import data, gguf
+from .errors import FormatError, InputError, StorageError, needed, short
+from .storage import read
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """encode: text -> ids (T,) of ints; decode: ids -> text; the ids that end a text."""
+
+    encode: Callable[[str], np.ndarray]
+    decode: Callable[[Any], str]
+    stops: frozenset[int] = frozenset()
+
+
+def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model's folder or GGUF file; `settings` is its config.json.
+
+    StorageError if it has none, FormatError if it is damaged or another model's, UnsupportedError if the
+    package is missing.
+    """
+    if where.suffix == ".gguf":
+        text, settings = gguf.tokenizer_json(where), gguf.special(where)
+    elif (where / "tokenizer.json").exists():
+        text = read(where / "tokenizer.json").decode(errors="replace")
+    elif vocab_size == data.VOCAB:
+        return Tokenizer(data.encode, data.decode)
+    else:
+        raise StorageError(f"{where}: has no tokenizer.json; expected one for a vocabulary of {vocab_size}")
+    package = needed("tokenizers", "tokenizers")
+    try:
+        bpe = package.Tokenizer.from_str(text)
+    except Exception as e:  # the package raises no narrower class
+        raise FormatError(f"{where}: its tokenizer cannot be read: {short(str(e))}") from e
+    if bpe.get_vocab_size() > vocab_size:
+        raise FormatError(
+            f"{where}: its tokenizer has {bpe.get_vocab_size()} ids; the model has {vocab_size}"
+        )
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(bpe.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(ids: Any) -> str:
+        return str(bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
+
+    return Tokenizer(encode, decode, ends(where, settings.get("eos_token_id")))
+
+
+def ends(where: Path, given: Any) -> frozenset[int]:
+    """eos_token_id, an int or a list of them, as a set."""
+    listed = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(type(i) is int and i >= 0 for i in listed):
+        raise InputError(f"{where}: eos_token_id is {short(given)}; expected an int or a list of ints")
+    return frozenset(listed)
