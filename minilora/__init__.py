@@ -18,23 +18,36 @@ from .optim import AdamW, Schedule, lora_plus
 from .train import evaluate, train
 
 if TYPE_CHECKING:
+    from .adapters import load_adapter, open_adapter, save_adapter
+    from .compose import compress, extract
     from .data import batches, corpus, decode, encode, eval_batches
-    from .files import load, save_model
+    from .files import checkpoint, load, save_model
+    from .finetune import Recipe, finetune
+    from .merging import merge_checkpoint
+    from .microscope import inspect
+    from .sizes import count, modules
     from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Schedule", "batches", "corpus", "decode", "digest",
-    "disabled", "effective_rank", "encode", "eval_batches", "evaluate", "freeze", "fuse", "generate",
-    "inject", "llama", "load", "lora_plus", "merge", "named_params", "participation_ratio", "remove",
-    "save_model", "scales", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank",
-    "train", "trained", "unfreeze", "unmerge", "use",
+    "AdamW", "Config", "Llama", "LoraConfig", "Recipe", "Schedule", "batches", "checkpoint", "compress",
+    "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
+    "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
+    "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
+    "participation_ratio", "remove", "save_adapter", "save_model", "scales", "set_adapter", "set_scale",
+    "spectrum", "spectrum_between", "stable_rank", "train", "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
 
 LATER = {  # imported when first asked for
+    "adapters": ("load_adapter", "open_adapter", "save_adapter"),
+    "compose": ("compress", "extract"),
     "data": ("batches", "corpus", "decode", "encode", "eval_batches"),
-    "files": ("load", "save_model"),
+    "files": ("checkpoint", "load", "save_model"),
+    "finetune": ("Recipe", "finetune"),
+    "merging": ("merge_checkpoint",),
+    "microscope": ("inspect",),
+    "sizes": ("count", "modules"),
     "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
 }
 

@@ -80,7 +80,82 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N")
     add("--seed", type=int, metavar="N")
 
-    command("data", fetch, "fetch the built-in texts once, verified by digest")
+    add = command("data", fetch, "fetch the built-in texts, or SmolLM2-135M, once, verified by digest")
+    add("what", nargs="?", default="texts", choices=("texts", "smollm2"))
+
+    bases = "base (ships), smollm2 (fetched), a Hugging Face folder or a .gguf file"
+    add = command("train", train, "LoRA, DoRA or full fine-tuning on your text or examples")
+    add(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="text, a folder, .jsonl with prompt and completion, folio",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="the adapter's folder (in full: the model's)")
+    add("--base", metavar="BASE", help=bases)
+    add("--method", metavar="NAME", help="lora (default), dora or full")
+    add("--rank", dest="r", type=int, metavar="R", help="default: 8")
+    add("--alpha", type=float, metavar="A", help="default: 16")
+    add("--targets", type=words, metavar="NAME,...", help="what is adapted (default: all-linear)")
+    add("--lr", type=float, metavar="RATE", help="default: 1e-3, in full 1e-4")
+    for name, text in (("steps", "200"), ("batch", "8 texts"), ("length", "128 tokens"), ("seed", "0")):
+        add(f"--{name}", type=int, metavar="N", help=f"default: {text}")
+    add("--eval-every", type=int, metavar="N", help="steps between measurements and checkpoints: 50")
+    add("--overwrite", action="store_true")
+
+    add = command("generate", generate, "continue a prompt, with the base, an adapter, or merged")
+    add("prompt", help="as the model should see it, with <|im_start|> and the like where it has them")
+    add("--base", default="base", metavar="BASE", help=bases)
+    add("--adapter", metavar="DIR")
+    add("--merged", action="store_true", help="merge the adapter first")
+    add("--max-tokens", type=int, default=200, metavar="N")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    add("--top-k", type=int, metavar="K")
+    add("--top-p", type=float, default=1.0, metavar="P")
+    add("--seed", type=int, default=0, metavar="N")
+
+    add = command("inspect", inspect, "which rank an adapter really uses, module by module")
+    add("adapter", metavar="ADAPTER", help="a PEFT folder")
+    add("--base", metavar="BASE", help="compare with the weights that it changes")
+    add("--against", metavar="ADAPTER", help="compare with another adapter")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    add("--out", type=Path, metavar="DIR", help="write figures and report.html there too")
+
+    def choice(add: Callable[..., argparse.Action]) -> None:
+        add("--rank", type=int, metavar="R")
+        add("--energy", type=float, metavar="E", help="the least rank that keeps this share of |ΔW|²")
+        add("--per-module", action="store_true", help="another rank for each module")
+        add("--overwrite", action="store_true")
+        add("--json", action="store_true")
+
+    add = command("compress", compress, "an adapter of smaller rank with the nearest ΔW")
+    add("adapter", metavar="ADAPTER")
+    add("out", metavar="OUT")
+    choice(add)
+    add = command("extract", extract, "the LoRA nearest to the difference of two checkpoints")
+    add("base", metavar="BASE")
+    add("tuned", metavar="TUNED")
+    add("out", metavar="OUT")
+    choice(add)
+    add = command("merge", merge, "a base with an adapter merged into it, and what that cost")
+    add("base", metavar="BASE")
+    add("adapter", metavar="ADAPTER")
+    add("out", metavar="OUT")
+    add("--dtype", metavar="NAME", help="float32, bfloat16, ... (default: the base's)")
+    add("--force", action="store_true", help="though it was trained beside another base")
+    add("--json", action="store_true")
+
+    add = command("params", params, "how many parameters LoRA trains, and the memory that takes")
+    add("model", metavar="MODEL", help="llama-3-8b and the like, a config.json, or d=4096,layers=32,...")
+    add("--rank", type=int, default=8, metavar="R")
+    add("--targets", type=words, default=("q_proj", "v_proj"), metavar="NAME,...")
+    add("--dora", action="store_true")
+    add("--json", action="store_true")
+    add = command("modules", modules, "the modules of a base, and which of them a target means")
+    add("base", nargs="?", default="base", metavar="BASE", help=bases)
+    add("--targets", type=words, default=("all-linear",), metavar="NAME,...")
+    add("--json", action="store_true")
+
     add = command("figures", figures, "draw the figures again from the rows of a sweep")
     add("--rows", type=Path, default=Path("runs/sweep/rows.jsonl"), metavar="FILE")
     add("--out", type=Path, default=Path("figures"), metavar="DIR")
@@ -172,11 +247,131 @@ def pretrain(options: Options) -> int:
 
 
 def fetch(options: Options) -> int:
-    """Fetch the texts and say where they are."""
-    from . import data
+    """Fetch the texts or the model and say where they are."""
+    from . import data, files
 
-    print(data.fetch())
+    print(files.smollm2() if options.what == "smollm2" else data.fetch())
     return 0
+
+
+def target_spec(names: Sequence[str]) -> str | tuple[str, ...]:
+    """all-linear alone is a word of its own."""
+    return names[0] if tuple(names) == ("all-linear",) else tuple(names)
+
+
+def show(options: Options, found: Any) -> int:
+    """Print what was found, as a table or as JSON."""
+    print(json.dumps(found.data(), indent=1) if options.json else found)
+    return 0
+
+
+def train(options: Options) -> int:
+    """Fine-tune, telling the held-out loss as it falls."""
+    from . import finetune
+
+    names = ("data", "base", "method", "r", "alpha", "lr", "steps", "batch", "length", "seed", "eval_every")
+    given = {name: getattr(options, name) for name in names}
+    given["targets"] = target_spec(options.targets) if options.targets else None
+    recipe = finetune.Recipe(**{name: value for name, value in given.items() if value is not None})
+
+    def told(step: int, loss: float) -> None:
+        print(f"step {step}: held-out loss {loss:.4f} nats per token", file=sys.stderr, flush=True)
+
+    with bar("steps") as line:
+        outcome = finetune.finetune(
+            recipe, options.out, overwrite=options.overwrite,
+            progress=lambda step, loss: line(step, recipe.steps),
+            told=told,
+        )  # fmt: skip
+    print(outcome)
+    return 0
+
+
+def generate(options: Options) -> int:
+    """Print a continuation as it comes."""
+    import numpy as np
+
+    from . import adapters, files, lora, model, tokenizer
+
+    given = files.checkpoint(options.base)
+    words = files.tokenizer_of(given)
+    ids = words.encode(options.prompt)[None, :]
+    llama = files.assemble(given)
+    if options.adapter:
+        print(adapters.load_adapter(llama, options.adapter), file=sys.stderr)
+        if options.merged:
+            lora.merge(llama)
+    elif options.merged:
+        raise ConfigError("--merged is for an adapter; expected --adapter DIR")
+    room = given.config.max_position_embeddings - ids.shape[1]
+    tokens = model.generate(
+        llama, ids, min(options.max_tokens, max(room, 1)), rng=np.random.default_rng(options.seed),
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+    )  # fmt: skip
+    print(options.prompt, end="", flush=True)
+    for piece in tokenizer.stream(words, (int(token[0]) for token in tokens)):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def inspect(options: Options) -> int:
+    """Print what an adapter does; with --out draw it, too."""
+    from . import microscope
+    from .storage import make_folder, write_atomic
+
+    with bar("modules") as line:
+        seen = microscope.inspect(options.adapter, options.base, options.against, progress=line)
+    if options.out:
+        make_folder(options.out)
+        drawn = microscope.pictures(seen)
+        for name, picture in drawn.items():
+            picture.save(options.out, name)
+        write_atomic(options.out / "report.html", microscope.report_page(seen, drawn).encode())
+    show(options, seen)
+    if options.out and not options.json:
+        print(f"figures and report: {options.out / 'report.html'}")
+    return 0
+
+
+def compress(options: Options) -> int:
+    """Write a smaller adapter."""
+    from . import compose
+
+    how = {name: getattr(options, name) for name in ("rank", "energy", "per_module", "overwrite")}
+    return show(options, compose.compress(options.adapter, options.out, **how))
+
+
+def extract(options: Options) -> int:
+    """Write the LoRA between two checkpoints."""
+    from . import compose
+
+    how = {name: getattr(options, name) for name in ("rank", "energy", "per_module", "overwrite")}
+    with bar("tensors") as line:
+        found = compose.extract(options.base, options.tuned, options.out, **how, progress=line)
+    return show(options, found)
+
+
+def merge(options: Options) -> int:
+    """Write a merged checkpoint."""
+    from . import merging
+
+    how = {"dtype": options.dtype, "force": options.force}
+    return show(options, merging.merge_checkpoint(options.base, options.adapter, options.out, **how))
+
+
+def params(options: Options) -> int:
+    """Count."""
+    from . import sizes
+
+    return show(options, sizes.count(options.model, options.rank, target_spec(options.targets), options.dora))
+
+
+def modules(options: Options) -> int:
+    """List the modules."""
+    from . import sizes
+
+    return show(options, sizes.modules(options.base, target_spec(options.targets)))
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ from .layers import freeze, named_params, walk
 from .lora import Adapted
 from .model import Config, Llama, RopeScaling, blank
 from .storage import read, write_atomic, write_folder
-from .tensors import CALLED, Tensors, layout, open_tensors, unique
+from .tensors import CALLED, Tensors, layout, open_tensors, stored, unique
+from .tokenizer import FILES, Tokenizer, tokenizer
 
 BASE = Path(__file__).parent / "base"  # the model that ships with the package
 REQUIREMENTS = Path(__file__).with_name("requirements-smollm2.txt")
@@ -54,11 +55,18 @@ USUAL = {  # what a config.json of Hugging Face means by leaving a key out
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+MISTRALS = {  # where that differs
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
 FIXED = {
     "model_type": ("llama", "mistral"),
     "hidden_act": ("silu",),
     "quantization_config": (None,),
     "sliding_window": (None,),
+    "partial_rotary_factor": (None, 1),
 }  # what else we cannot do
 
 
@@ -91,6 +99,17 @@ def checkpoint(spec: Path | str = "base") -> Checkpoint:
     return Checkpoint(where, config, checked(where, config, tensors))
 
 
+def weights(spec: Path | str) -> Tensors:
+    """The tensors of a checkpoint of any architecture by name; of a Llama those of its config."""
+    where = located(spec)
+    if where.suffix == ".gguf" or (
+        (where / "config.json").exists()
+        and read_json(where / "config.json").get("model_type") in FIXED["model_type"]
+    ):
+        return checkpoint(spec).tensors
+    return open_folder(where)
+
+
 def located(spec: Path | str) -> Path:
     """The folder or GGUF file that a name or path means."""
     return {"base": lambda: BASE, "smollm2": smollm2}.get(str(spec), lambda: Path(spec))()
@@ -100,7 +119,7 @@ def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
     """The tensors, if names and shapes are those of the config; without what is only repeated."""
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
     if matrix_size(config) > 2 * held:  # before anything of that size is made
-        raise MismatchError(f"{where}: most is missing: {held:,} parameters are fewer than config.json says")
+        raise MismatchError(f"{where}: most is missing: {held:,} parameters are fewer than its config says")
     shapes = {path: p.data.shape for path, p in named_params(blank(config)).items()}
     spare = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and TIED in tensors:
@@ -129,7 +148,7 @@ def assemble(given: Checkpoint, dtype: Any = np.float32) -> Llama:
     """The model of a checkpoint, its tensors read one after the other."""
     model = blank(given.config, dtype)
     for path, p in named_params(model).items():
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             cast = given.tensors[path].astype(dtype, copy=False)
         if not np.isfinite(cast).all():
             raise NonFiniteError(
@@ -154,9 +173,14 @@ def save_model(
     `extra` goes into config.json beside the shape; `dtype` is "float32", "bfloat16", ... or None for that of
     the model; `beside` are more files by name, those of a tokenizer. StorageError if the folder exists.
     """
+    if dtype is not None and dtype not in CALLED:
+        raise ConfigError(f"dtype is {short(dtype)}; expected one of {', '.join(CALLED)}")
     if any(isinstance(node, Adapted) for _, node in walk(model)):
         raise StateError("the model has adapters; fuse() makes it a plain one that can be saved")
     tensors = {path: to_host(p.dense()) for path, p in named_params(model).items()}
+    for path, a in tensors.items():
+        if not np.isfinite(stored(a, kind := dtype or a.dtype.name)).all():
+            raise NonFiniteError(f"{folder}: not written: {path} has values that are not finite in {kind}")
     config = {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
     config |= {"torch_dtype": dtype or str(next(iter(tensors.values())).dtype)} | asdict(model.config)
     config |= {"tie_word_embeddings": TIED not in tensors} | dict(extra or {})
@@ -190,19 +214,23 @@ def smollm2(cache: Path | None = None) -> Path:
         if data.sha256(read(file)) != SMOLLM2:
             raise FormatError(f"{file}: is not the file that was expected: its sha256 has changed")
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
-        save_model(load(file), folder, CARD, gguf.special(file), beside=beside)
+        try:
+            save_model(load(file), folder, CARD, gguf.special(file), beside=beside)
+        except StorageError:
+            if not (folder / "model.safetensors").exists():  # else another process was faster
+                raise
     return folder
 
 
 def open_folder(folder: Path) -> Tensors:
     """All tensors of a checkpoint's folder, in one file or in those that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        if not (folder / "model.safetensors").exists() and (folder / "pytorch_model.bin").exists():
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():  # if both are there, transformers takes the one
+        if not single.exists() and (folder / "pytorch_model.bin").exists():
             raise UnsupportedError(
                 f"{folder}: has pytorch_model.bin only: pickles run code and are never opened"
             )
-        return open_tensors(folder / "model.safetensors")
+        return open_tensors(single)
     weight_map = read_json(index, limit=1 << 24).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise FormatError(f"{index}: weight_map is {short(weight_map)}; expected file names by tensor")
@@ -224,11 +252,12 @@ def plain_file(index: Path, name: str) -> Path:
     Links into the `blobs` of the same cache are how the hub's own client lays a model out.
     """
     path, home = index.parent / name, index.parent.resolve()
-    if name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
+    odd = any(c in name for c in "/\\:") or not name.isprintable() or len(name) > 255
+    if odd or name in ("", ".", ".."):
         raise FormatError(
             f"{index}: weight_map names the file {ascii(name)[:120]}; expected a plain file name"
         )
-    if path.resolve().parent not in (home, home.parent.parent / "blobs"):
+    if Path(os.path.realpath(path)).parent not in (home, home.parent.parent / "blobs"):
         raise FormatError(f"{index}: weight_map names {name}, a link out of the folder")
     return path
 
@@ -250,7 +279,7 @@ def read_config(path: Path | str) -> Config:
     """The Config of a config.json."""
     given = read_json(path)
     if given.get("model_type") == "mistral":
-        given = {"sliding_window": 4096} | given  # what its config means by leaving it out
+        given = MISTRALS | given
     for key, only in FIXED.items():
         if given.get(key, only[0]) not in only:
             raise UnsupportedError(f"{path}: {key} is {short(given[key])}; expected {only[0]!r}")
@@ -264,16 +293,24 @@ def read_config(path: Path | str) -> Config:
 
 
 def rope(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
-    """Config's rope_theta and rope_scaling, from `rope_parameters` (transformers 5) or the older two keys."""
-    key = "rope_scaling" if given.get("rope_parameters") is None else "rope_parameters"
+    """Config's rope_theta and rope_scaling, from `rope_parameters` (transformers 5) or the older two keys.
+
+    As in transformers, `rope_scaling` counts where both are given, and a rope_theta inside before others.
+    """
+    key = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
     found = given.get(key) or {}
-    kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else found
+    kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else None
     if kind not in ("default", "llama3"):
         raise UnsupportedError(f"{path}: {key} is {short(found)}; expected rope_type 'default' or 'llama3'")
+    names = [f.name for f in fields(RopeScaling) if f.name != "rope_type"]
+    known = {*names, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown := sorted(set(found) - known):
+        raise UnsupportedError(f"{path}: {key} has {short(unknown[0])}; expected {', '.join(sorted(known))}")
+    if found.get("partial_rotary_factor") not in FIXED["partial_rotary_factor"]:
+        raise UnsupportedError(f"{path}: {key} has {short(found)}; expected no partial_rotary_factor")
     theta = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
     if kind == "default":
         return {**theta, "rope_scaling": None}
-    names = [f.name for f in fields(RopeScaling) if f.name != "rope_type"]
     if missing := [name for name in names if name not in found]:
         raise ConfigError(f"{path}: {key} has no {missing[0]}; expected {', '.join(names)}")
     try:
@@ -295,7 +332,32 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
 
     h = hashlib.sha256()
     for name in sorted(tensors):
-        a = np.ascontiguousarray(to_host(tensors[name]), np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            a = np.asarray(to_host(tensors[name]), np.float32, order="C")
         h.update(f"{name} {a.shape}\n".encode())
         h.update(a.data)
     return h.hexdigest()
+
+
+# ---- what lies beside the tensors
+
+
+def tokenizer_of(given: Checkpoint) -> Tokenizer:
+    """The tokenizer of a checkpoint; see `tokenizer.tokenizer` for what it raises."""
+    config = {} if given.where.suffix == ".gguf" else read_json(given.where / "config.json")
+    return tokenizer(given.where, config, given.config.vocab_size)
+
+
+def token_ids(where: Path) -> dict[str, Any]:
+    """What a base's config says about special tokens, to be kept in that of a model made from it."""
+    if where.suffix == ".gguf":
+        return dict(gguf.special(where))
+    config = read_json(where / "config.json")
+    return {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+
+
+def beside(where: Path) -> dict[str, bytes]:
+    """The tokenizer's files of a base, by name."""
+    if where.suffix == ".gguf":
+        return {"tokenizer.json": gguf.tokenizer_json(where).encode()}
+    return {name: read(where / name) for name in FILES if (where / name).exists()}

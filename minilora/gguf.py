@@ -4,8 +4,9 @@
 
 llama.cpp turns neighbouring pairs (2j, 2j+1) of a query by rotary's angle, Hugging Face the pairs
 (j, j + E/2); the rows of q_proj and k_proj lie accordingly and are put back here. The wrong order is no
-error but a much worse model. The file itself is read and decoded by the package `gguf` (extra `gguf`);
-left out are other architectures, stretched rotary positions and tokenizers that are not byte-level BPE.
+error but a much worse model. The blocks are decoded by the package `gguf` (extra `gguf`). What stands
+before them is read here: the package walks a damaged length until no memory is left. Left out are other
+architectures, stretched rotary positions and tokenizers that are not byte-level BPE.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import functools
 import json
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,9 @@ NAMES = {
 }
 BLOCK = re.compile(r"(?:blk\.([0-9]{1,6})\.)?([a-z_]+)\.(weight|bias)")
 CONTROL = 3  # the token type of those that no text contains, such as the end of a turn
+SCALARS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")  # by number
+STRING, ARRAY = 8, 9
+LONGEST = 1 << 26  # bytes of header
 
 
 def hf_name(name: str) -> str:
@@ -57,62 +63,155 @@ def half_split(W: np.ndarray, heads: int) -> np.ndarray:
     return W.reshape(heads, half, 2, *W.shape[1:]).swapaxes(1, 2).reshape(W.shape)
 
 
-@functools.lru_cache(maxsize=1)  # its 100,000 strings take seconds
-def reader(path: Path, changed: int) -> Any:
-    """The package's reader of a file as of that moment of its last change."""
-    try:
-        return needed("gguf", "gguf").GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as e:
-        raise FormatError(f"{path}: is not an intact GGUF file: {short(str(e))}") from e
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor in the file: its numbers are blocks of a kind of ggml's, from byte `start` on."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    size: int  # in bytes
 
 
-def opened(path: Path) -> Any:
-    """The reader of a GGUF file of a Llama; StorageError, FormatError or UnsupportedError."""
-    if size_of(path) < 4 or read_at(path, 0, 4) != b"GGUF":
+@dataclass(frozen=True, eq=False)
+class Header:
+    """All that a GGUF file says before its numbers."""
+
+    values: Mapping[str, Any]
+    tensors: Mapping[str, Blocks]
+
+
+class Cursor:
+    """The bytes of a file one after the other, and none beyond its end: FormatError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size, self.at, self.seen = path, size_of(path), 0, bytearray()
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        start, self.at = self.at, self.at + count
+        if self.at > (end := min(self.size, LONGEST)):
+            raise FormatError(f"{self.path}: its header goes on at byte {end}; the file has {self.size}")
+        if self.at > len(self.seen):
+            more = min(max(self.at - len(self.seen), 1 << 20), self.size - len(self.seen))
+            self.seen += read_at(self.path, len(self.seen), more)
+        return bytes(self.seen[start : self.at])
+
+    def number(self, kind: str = "<u8") -> Any:
+        """The next number."""
+        return np.frombuffer(self.take(np.dtype(kind).itemsize), kind)[0].item()
+
+    def text(self) -> str:
+        """The next string."""
+        try:
+            return self.take(int.from_bytes(self.take(8), "little")).decode()
+        except UnicodeDecodeError as e:
+            raise FormatError(f"{self.path}: the text before byte {self.at} is not UTF-8") from e
+
+    def value(self) -> Any:
+        """The next metadata value, after its type."""
+        kind = self.number("<u4")
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            return self.number(self.scalar(kind))
+        kind, count = self.number("<u4"), self.number()
+        if kind == STRING:
+            return [self.text() for _ in range(count)]
+        scalar = self.scalar(kind)
+        return np.frombuffer(self.take(count * np.dtype(scalar).itemsize), scalar).tolist()
+
+    def scalar(self, kind: int) -> str:
+        """The dtype of a number of a type."""
+        if kind < len(SCALARS) and SCALARS[kind]:
+            return SCALARS[kind]
+        raise FormatError(f"{self.path}: has a value of type {kind} before byte {self.at}; there is none")
+
+
+@functools.lru_cache(maxsize=1)
+def header(path: Path, changed: int) -> Header:
+    """The header of a file as of that moment of its last change, checked as llama.cpp does."""
+    sizes = needed("gguf", "gguf").GGML_QUANT_SIZES
+    file = Cursor(path)
+    if file.size < 4 or file.take(4) != b"GGUF":
         raise FormatError(f"{path}: is not a GGUF file; expected it to begin with GGUF")
-    file = reader(path.resolve(), path.stat().st_mtime_ns)
-    if (kind := value(file, "general.architecture")) != "llama":
+    if (version := file.number("<u4")) not in (2, 3):
+        raise UnsupportedError(f"{path}: is GGUF of version {version}; expected 2 or 3, little-endian")
+    tensors, values = file.number(), file.number()
+    pairs = [(file.text(), file.value()) for _ in range(values)]
+    entries = [
+        (file.text(), [file.number() for _ in range(file.number("<u4"))], file.number("<u4"), file.number())
+        for _ in range(tensors)
+    ]
+    given = dict(pairs)
+    align = given.get("general.alignment", 32)
+    if type(align) is not int or not 0 < align < 1 << 20:
+        raise FormatError(f"{path}: general.alignment is {short(align)}; expected 32, or about that")
+    begin = at = -(-file.at // align) * align
+    places: dict[str, Blocks] = {}
+    for name, dims, kind, offset in entries:
+        block, each = sizes.get(kind, (0, 0))
+        if not block or not 1 <= len(dims) <= 4 or 0 in dims or dims[0] % block:
+            raise FormatError(f"{path}: {short(name)}: has type {kind} and dimensions {short(dims)}")
+        size = math.prod(dims) // block * each
+        if begin + offset != at or at + size > file.size:
+            raise FormatError(f"{path}: {short(name)}: {size} bytes at {offset}; expected at {at - begin}")
+        places[name] = Blocks(tuple(reversed(dims)), kind, at, size)
+        at += -(-size // align) * align
+    for what, found, count in (("value", given, values), ("tensor", places, tensors)):
+        if len(found) < count:
+            raise FormatError(f"{path}: has a {what} twice")
+    return Header(given, places)
+
+
+def opened(path: Path) -> Header:
+    """The header of a GGUF file of a Llama; StorageError, FormatError or UnsupportedError."""
+    size_of(path)
+    found = header(path.absolute(), path.stat().st_mtime_ns)
+    if (kind := found.values.get("general.architecture")) != "llama":
         raise UnsupportedError(f"{path}: general.architecture is {short(kind)}; expected 'llama'")
-    return file
-
-
-def value(file: Any, key: str, default: Any = None) -> Any:
-    """A metadata value, or the default."""
-    found = file.get_field(key)
-    return default if found is None else found.contents()
+    return found
 
 
 def open_gguf(path: Path) -> tuple[Config, Tensors]:
     """Shape and tensors of a Llama, by Hugging Face's names and in its order of rows."""
     file = opened(path)
     places = {}
-    for tensor in file.tensors:
+    for name, blocks in file.tensors.items():
         try:
-            places[hf_name(tensor.name)] = tensor
+            places[hf_name(name)] = blocks
         except UnsupportedError as e:
             raise UnsupportedError(f"{path}: has the {e}") from e
-    if (scaling := value(file, "llama.rope.scaling.type", "none")) != "none":
-        raise UnsupportedError(f"{path}: llama.rope.scaling.type is {short(scaling)}; expected none")
+    for key, only in (("llama.rope.scaling.type", "none"), ("llama.rope.scale_linear", 1.0)):
+        if (found := file.values.get(key, only)) != only:
+            raise UnsupportedError(f"{path}: {key} is {short(found)}; expected {only}")
     try:
-        config = shape(file, places)
-    except (ConfigError, TypeError) as e:  # a missing one is None
+        config = shape(file.values, places)
+    except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from e
-    H, G = config.num_attention_heads, config.num_key_value_heads
+    package = needed("gguf", "gguf")
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
     def fetch(name: str) -> np.ndarray:
-        tensor = places[name]
-        W = np.asarray(needed("gguf", "gguf").dequantize(tensor.data, tensor.tensor_type), np.float32)
-        W = W.reshape(shapes[name])
-        heads = {"q_proj": H, "k_proj": G}.get(name.split(".")[-2])
+        blocks = places[name]
+        kind = package.GGMLQuantizationType(blocks.kind)
+        raw = np.frombuffer(read_at(path, blocks.start, blocks.size), np.uint8)
+        try:
+            with np.errstate(all="ignore"):  # a damaged scale
+                W = package.dequantize(raw.reshape(*blocks.shape[:-1], -1), kind)
+        except NotImplementedError as e:
+            raise UnsupportedError(f"{path}: {name} is {kind.name}, which gguf cannot decode") from e
+        W = np.asarray(W, np.float32).reshape(blocks.shape)
+        heads = rotated.get(name.split(".")[-2])
         return half_split(W, heads) if heads else W
 
-    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in places.items()}
-    kinds = {name: tensor.tensor_type.name for name, tensor in places.items()}
+    shapes = {name: blocks.shape for name, blocks in places.items()}
+    kinds = {name: package.GGMLQuantizationType(blocks.kind).name for name, blocks in places.items()}
     return config, Tensors(str(path), shapes, kinds, fetch)
 
 
-def shape(file: Any, places: dict[str, Any]) -> Config:
-    """The Config of a GGUF file's metadata."""
+def shape(values: Mapping[str, Any], places: Mapping[str, Blocks]) -> Config:
+    """The Config of a GGUF file's metadata; ConfigError, also for what is missing."""
     keys = {
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
@@ -120,34 +219,42 @@ def shape(file: Any, places: dict[str, Any]) -> Config:
         "num_attention_heads": "attention.head_count",
         "max_position_embeddings": "context_length",
         "head_dim": "rope.dimension_count",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     }
-    given = {ours: value(file, f"llama.{theirs}") for ours, theirs in keys.items()}
+    given: dict[str, Any] = {ours: values.get(f"llama.{theirs}") for ours, theirs in keys.items()}
+    if isinstance(eps := given["rms_norm_eps"], float):
+        given["rms_norm_eps"] = float(f"{eps:.6g}")  # 1e-5, which float32 cannot hold
     table = places.get("model.embed_tokens.weight")
     return Config(
         **given,
-        vocab_size=int(table.shape[-1]) if table is not None else 0,
-        num_key_value_heads=value(file, "llama.attention.head_count_kv", given["num_attention_heads"]),
-        rms_norm_eps=float(f"{value(file, 'llama.attention.layer_norm_rms_epsilon', math.nan):.6g}"),
-        rope_theta=float(value(file, "llama.rope.freq_base", 10000.0)),
+        vocab_size=table.shape[0] if table else 0,
+        num_key_value_heads=values.get("llama.attention.head_count_kv", given["num_attention_heads"]),
+        rope_theta=values.get("llama.rope.freq_base", 10000.0),
         tie_word_embeddings="lm_head.weight" not in places,
     )
 
 
 def special(path: Path) -> dict[str, int]:
     """bos_token_id and eos_token_id, as config.json has them."""
-    given = {f"{k}_token_id": value(opened(path), f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
+    values = opened(path).values
+    given = {f"{k}_token_id": values.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
     return {name: number for name, number in given.items() if number is not None}
 
 
 def tokenizer_json(path: Path) -> str:
     """The tokenizer of a GGUF file in the form of the package `tokenizers`, or UnsupportedError."""
-    file = opened(path)
-    kind = value(file, "tokenizer.ggml.model"), value(file, "tokenizer.ggml.pre")
+    values = opened(path).values
+    kind = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
         raise UnsupportedError(
-            f"{path}: its tokenizer is {kind}; expected ('gpt2', 'smollm'): byte-level BPE"
+            f"{path}: its tokenizer is {short(kind)}; expected ('gpt2', 'smollm'): byte-level BPE"
         )
-    tokens, types = value(file, "tokenizer.ggml.tokens"), value(file, "tokenizer.ggml.token_type")
+    tokens, types, merges = (
+        values.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type", "merges")
+    )
+    lists = all(isinstance(given, list) for given in (tokens, types, merges))
+    if not lists or len(tokens) != len(types) or {*map(type, tokens + merges)} != {str}:
+        raise FormatError(f"{path}: tokens, token_type and merges of its tokenizer do not fit together")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": i, "content": tokens[i], **flags} for i, kind in enumerate(types) if kind == CONTROL]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -155,7 +262,7 @@ def tokenizer_json(path: Path) -> str:
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
         "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": [merge.split(" ") for merge in value(file, "tokenizer.ggml.merges")],
+        "merges": [merge.split(" ") for merge in merges],
     }  # fmt: skip
     whole = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,

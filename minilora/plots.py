@@ -9,8 +9,8 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,17 @@ class Picture:
 
     figure: Figure
     says: str
+    made: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)  # by kind: drawn once
 
     def encoded(self, kind: str) -> bytes:
         """The figure as "png" or "svg", without dates."""
-        stream = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        with matplotlib.rc_context(STYLE):
-            self.figure.savefig(stream, format=kind, metadata=metadata)
-        return stream.getvalue()
+        if kind not in self.made:
+            stream = io.BytesIO()
+            metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+            with matplotlib.rc_context(STYLE):
+                self.figure.savefig(stream, format=kind, metadata=metadata)
+            self.made[kind] = stream.getvalue()
+        return self.made[kind]
 
     def save(self, folder: Path | str, name: str) -> None:
         """Write name.png and name.svg."""
@@ -471,3 +474,112 @@ def merge_equivalence(rows: Sequence[Row]) -> Picture:
     ax.legend(fontsize=9)
     worst = max(row["ratio"] for row in rows)
     return Picture(figure, f"Merged and unmerged outputs differ by at most {worst:.3f} of the derived bound.")
+
+
+# ---- an adapter under the microscope
+
+
+def grid_of(modules: Sequence[Any], value: Callable[[Any], float]) -> tuple[np.ndarray, list[str], list[int]]:
+    """(kinds, layers) of a value, NaN where there is no module, and the names of both axes."""
+    inside = [m for m in modules if m.layer is not None] or list(modules)
+    names = [k for k in KINDS if k in {m.kind for m in inside}]
+    names += sorted({m.kind for m in inside} - {*names})
+    layers = sorted({m.layer or 0 for m in inside})
+    grid = np.full((len(names), len(layers)), np.nan)
+    for m in inside:
+        grid[names.index(m.kind), layers.index(m.layer or 0)] = value(m)
+    return grid, names, layers
+
+
+@styled
+def heat_map(modules: Sequence[Any]) -> Picture:
+    """Effective rank as a share of noise's, and |ΔW| (over |W| where that is known), layer by module."""
+    related = all(m.base for m in modules)
+    shares, names, layers = grid_of(modules, lambda m: 100 * m.ranks.effective / max(m.noise.effective, 1e-9))
+    norms, _, _ = grid_of(modules, lambda m: m.base.relative if related else m.norm)
+    tall = max(1.2, 0.3 * len(names) + 0.9)
+    figure, ((top,), (bottom,)) = axes(1, 2, (max(6.4, 0.22 * len(layers) + 3), 2 * tall))
+    says = []
+    for ax, grid, label, what in (
+        (top, shares, "effective rank\n(% of noise's)", "effective rank in % of noise's"),
+        (bottom, norms, "|ΔW| / |W|" if related else "|ΔW|", "|ΔW| / |W|" if related else "|ΔW|"),
+    ):
+        most = 100 if ax is top else None  # a share has its ends, so that noise looks like noise
+        image = ax.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=most)
+        ax.grid(False)
+        ax.set_yticks(range(len(names)), names)
+        step = -(-len(layers) // 16)
+        ax.set_xticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
+        figure.colorbar(image, ax=ax, label=label)
+        means = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, np.nanmean(grid, 1), strict=True))
+        says.append(f"mean {what}: {means}")
+    bottom.set_xlabel("layer")
+    return Picture(figure, f"Every module by layer; {'; '.join(says)}.")
+
+
+@styled
+def adapter_spectra(modules: Sequence[Any]) -> Picture:
+    """The singular values of every ΔW over the largest, by kind of module, layers from dark to light."""
+    _, names, layers = grid_of(modules, lambda m: 0.0)
+    names = [*names, *sorted({m.kind for m in modules} - {*names})]
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, grid = axes(columns, lines, (max(3.0 * columns, 6.4), 2.6 * lines))
+    colours = shades(layers)
+    says = []
+    for ax, name in zip(grid.flat, names, strict=False):
+        some = [m for m in modules if m.kind == name]
+        for m in some:
+            S = np.array(m.singular_values)
+            at = np.arange(1, len(S) + 1)
+            ax.plot(
+                at,
+                S / max(S[0], 1e-300),
+                color=colours.get(m.layer or 0, BLUE),
+                linewidth=1,
+                marker=".",
+                markersize=3,
+            )
+        noise = noise_spectrum(some[0].shape, np.random.default_rng(0), some[0].r, draws=4)
+        ax.plot(np.arange(1, len(noise) + 1), noise / noise[0], color=ORANGE, linestyle="--", linewidth=2)
+        ax.set_yscale("log")
+        ax.set_ylim(1e-3, 1.5)
+        ax.minorticks_off()
+        ax.set_title(name, fontsize=11)
+        says.append(f"{name} {np.mean([m.ranks.effective for m in some]):.1f}")
+    for ax in list(grid.flat)[len(names) :]:
+        ax.set_axis_off()
+    for ax in grid[:, 0]:
+        ax.set_ylabel("$s_i / s_1$")
+    for ax in grid[-1]:
+        ax.set_xlabel("index i")
+    figure.suptitle("Singular values of ΔW, first layer dark, last light; dashed: noise", fontsize=12)
+    return Picture(figure, f"Singular values of ΔW over the largest; mean effective rank: {', '.join(says)}.")
+
+
+@styled
+def subspaces(modules: Sequence[Any]) -> Picture:
+    """phi(i, i) of two adapters' input directions by kind of module, mean over layers, chance dotted."""
+    found = [m for m in modules if m.other]
+    names = list(dict.fromkeys(m.kind for m in found))
+    figure, ((ax,),) = axes()
+    says = []
+    looks = zip(
+        cycle((BLUE, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9")), cycle("osD^vPX"), strict=False
+    )
+    for name, (colour, marker) in zip(names, looks, strict=False):
+        some = [m.other for m in found if m.kind == name]
+        n = min(len(o.inputs) for o in some)
+        at = np.arange(1, n + 1)
+        phi = np.mean([o.inputs[:n] for o in some], 0)
+        ax.plot(at, phi, color=colour, marker=marker, markersize=4, label=name)
+        ax.plot(at, some[0].random_inputs[:n], color=colour, linestyle=":", linewidth=1.5)
+        says.append(f"{name} {phi[0]:.2f} to {phi[-1]:.2f} (chance {some[0].random_inputs[n - 1]:.3f})")
+    ax.set_xlabel("directions i")
+    ax.set_ylabel("φ(i, i) of input directions")
+    ax.set_ylim(0, 1)
+    ax.legend(fontsize=9, ncols=2)
+    ax.set_title("Common subspace of two adapters; dotted: chance")
+    return Picture(
+        figure, f"Subspace similarity of two adapters, first to all directions: {'; '.join(says)}."
+    )

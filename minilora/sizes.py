@@ -17,14 +17,15 @@ import os
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import ConfigError, MismatchError, check_int, nearest, short
-from .files import read_config
-from .lora import LoraConfig, names, resolve
-from .model import Config
+from .files import located, read_config
+from .gguf import open_gguf
+from .lora import LoraConfig, find_targets, names, resolve, sites
+from .model import Config, blank
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -126,6 +127,13 @@ class Counts:
         """The adapter on disk, in float16 or bfloat16."""
         return 2 * self.parameters
 
+    def data(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        more = {"parameters": self.parameters, "share": self.share, "reduction": self.reduction}
+        rows = [row._asdict() for row in self.rows]
+        memory = {how: m._asdict() for how, m in (self.memory or {}).items()}
+        return asdict(self) | more | {"rows": rows, "memory": memory}
+
     def __str__(self) -> str:
         trained = f"{self.parameters:,} parameters are trained; the total is not known"
         if self.total:
@@ -193,6 +201,53 @@ def count(
     memory = None if total is None else training_memory(total, blocks, trained)
     note = remark(name, rank, rows, maps["q_proj"][0], dora)
     return Counts(name, rank, dora, tuple(rows), total, memory, note)
+
+
+class Site(NamedTuple):
+    """One module of a model: its name, what it is, its weight's shape, whether the targets mean it."""
+
+    module: str
+    layer: str  # Linear, Embedding or RMSNorm
+    shape: tuple[int, ...]
+    adapted: bool
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All modules of a model; prints as a table."""
+
+    name: str
+    rows: tuple[Site, ...]
+
+    def data(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        return {"name": self.name, "rows": [row._asdict() for row in self.rows]}
+
+    def __str__(self) -> str:
+        lines = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
+        found = sum(w.adapted for w in self.rows)
+        total = f"{self.name}: {len(self.rows)} modules, {found} of them adapted (*)"
+        return aligned([("module", "layer", "shape", ""), *lines]) + "\n" + total
+
+
+def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linear") -> Tree:
+    """The modules of a base by Hugging Face's names, with what a target spec means; no weight is read.
+
+    The base is a name of LLAMAS, or as in `load`. MismatchError for a target that means nothing.
+    """
+    config = LLAMAS.get(str(base)) or checkpoint_config(base)
+    layers = dict(sites(blank(config)))
+    found = set(find_targets(layers, LoraConfig(targets=targets)))
+    rows = [Site(m, type(x).__name__, tuple(x.weight.dense().shape), m in found) for m, x in layers.items()]
+    return Tree(str(base), tuple(rows))
+
+
+def checkpoint_config(base: Path | str) -> Config:
+    """The shape of a checkpoint, from its config.json or GGUF header alone."""
+    where = located(base)
+    if where.suffix == ".gguf":
+        return open_gguf(where)[0]
+    return read_config(where if where.suffix == ".json" else where / "config.json")
 
 
 def remark(name: str, rank: int, rows: Sequence[Target], queries: int, dora: bool) -> str:

@@ -45,13 +45,14 @@ def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool
     """Make the folder `path` by filling a temporary one beside it and renaming.
 
     StorageError if there is something at `path`; with `overwrite` a folder there goes, once the new one is
-    complete.
+    complete and on disk. Whatever fails before, `path` is as it was.
     """
     path = Path(path)
-    temp, old = (path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp") for _ in range(2))
-    replacing = overwrite and path.is_dir() and not path.is_symlink()
+    replacing = overwrite and path.is_dir() and not path.is_symlink() and path.name != ""
     if not replacing:
         check_free(path)
+    temp, old = (path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp") for _ in range(2))
+    there = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temp.mkdir()
@@ -60,15 +61,21 @@ def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool
         if replacing:
             os.rename(path, old)
         os.rename(temp, path)
+        there = True
         sync_folder(path.parent)
-        remove_tree(old)
     except BaseException as e:
-        if old.exists() and not path.exists():
+        if there:
+            os.rename(path, temp)
+        if old.exists():
             os.rename(old, path)
         remove_tree(temp)
         if isinstance(e, OSError) and not isinstance(e, StorageError):
             raise StorageError(f"{path}: not written: {e.strerror or e}") from e
         raise
+    try:
+        remove_tree(old)
+    except OSError as e:
+        raise StorageError(f"{path}: is written; {old}, what was there, is not removed: {e.strerror}") from e
 
 
 def make_folder(path: Path | str) -> None:

@@ -91,11 +91,10 @@ def open_tensors(path: Path | str) -> Tensors:
     def fetch(name: str) -> np.ndarray:
         dtype, shape, begin, stop = places[name]
         raw = np.frombuffer(read_at(path, 8 + length + begin, stop - begin), FLOATS[dtype]).reshape(shape)
-        return (
-            widened(raw)
-            if dtype == "BF16"
-            else raw.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
-        )
+        if dtype == "BF16":
+            return widened(raw)
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            return raw.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
     shapes = {name: shape for name, (_, shape, _, _) in places.items()}
     return Tensors(str(path), shapes, {name: place[0] for name, place in places.items()}, fetch, metadata)
@@ -157,16 +156,18 @@ def widened(bits: np.ndarray) -> np.ndarray:
 
 def narrowed(a: np.ndarray) -> np.ndarray:
     """The nearest bfloat16 of each float32 as uint16, ties to even; NaN stays NaN."""
-    u = np.ascontiguousarray(a, np.float32).view(np.uint32)
-    rounded = ((u + (0x7FFF + ((u >> 16) & 1))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(a), (u >> 16).astype(np.uint16) | np.uint16(0x40), rounded)
+    with np.errstate(over="ignore", invalid="ignore"):
+        u = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    upper = (u >> 16).astype(np.uint16)
+    rounded = ((u + (0x7FFF + (upper & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(a), upper | np.uint16(0x40), rounded).reshape(np.shape(a))
 
 
 def stored(a: np.ndarray, dtype: str) -> np.ndarray:
     """What an array is after it was written as "float32", "float16", ... and read again."""
     if dtype == "bfloat16":
         return widened(narrowed(a))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return a.astype(dtype).astype(np.float64 if dtype == "float64" else np.float32)
 
 
@@ -177,7 +178,7 @@ def layout(
 
     The order is that of the reference: wider dtypes first, then names; the metadata is sorted.
     """
-    kinds = {name: CALLED[dtype or str(a.dtype)] for name, a in tensors.items()}
+    kinds = {name: CALLED[dtype or a.dtype.name] for name, a in tensors.items()}
     order = sorted(tensors, key=lambda name: (list(FLOATS).index(kinds[name]), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
     begin = 0
@@ -191,4 +192,6 @@ def layout(
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         a = narrowed(tensors[name]) if kinds[name] == "BF16" else tensors[name]
-        yield np.ascontiguousarray(a, FLOATS[kinds[name]]).tobytes()
+        with np.errstate(over="ignore", invalid="ignore"):
+            a = a.astype(FLOATS[kinds[name]], copy=False)
+        yield a.tobytes()

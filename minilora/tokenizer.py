@@ -8,7 +8,8 @@ of special tokens in it (`<|im_start|>`) mean those tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from . import data, gguf
 from .errors import FormatError, InputError, StorageError, needed, short
 from .storage import read
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -29,6 +31,7 @@ class Tokenizer:
     encode: Callable[[str], np.ndarray]
     decode: Callable[[Any], str]
     stops: frozenset[int] = frozenset()
+    fold: bool = False  # whether text must be folded into the alphabet first
 
 
 def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
@@ -40,9 +43,9 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
     if where.suffix == ".gguf":
         text, settings = gguf.tokenizer_json(where), gguf.special(where)
     elif (where / "tokenizer.json").exists():
-        text = read(where / "tokenizer.json").decode(errors="replace")
+        text = data.utf8(where / "tokenizer.json", read(where / "tokenizer.json"))
     elif vocab_size == data.VOCAB:
-        return Tokenizer(data.encode, data.decode)
+        return Tokenizer(data.encode, data.decode, fold=True)
     else:
         raise StorageError(f"{where}: has no tokenizer.json; expected one for a vocabulary of {vocab_size}")
     package = needed("tokenizers", "tokenizers")
@@ -50,18 +53,37 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
         bpe = package.Tokenizer.from_str(text)
     except Exception as e:  # the package raises no narrower class
         raise FormatError(f"{where}: its tokenizer cannot be read: {short(str(e))}") from e
-    if bpe.get_vocab_size() > vocab_size:
-        raise FormatError(
-            f"{where}: its tokenizer has {bpe.get_vocab_size()} ids; the model has {vocab_size}"
-        )
+    if (last := max(bpe.get_vocab().values(), default=0)) >= vocab_size:
+        raise FormatError(f"{where}: its tokenizer has an id {last}; the model's are below {vocab_size}")
+    bpe.no_truncation()  # a file may ask for either
+    bpe.no_padding()
 
     def encode(text: str) -> np.ndarray:
+        if half := SURROGATE.search(text):  # of bytes that were no UTF-8
+            raise InputError(f"character {half.start()} of the text is {half[0]!a}; expected Unicode text")
         return np.array(bpe.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(ids: Any) -> str:
         return str(bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
 
     return Tokenizer(encode, decode, ends(where, settings.get("eos_token_id")))
+
+
+def stream(words: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as it grows, up to one that ends it; what is half a character waits for the rest."""
+    ids: list[int] = []
+    shown = 0
+    for token in tokens:
+        if token in words.stops:
+            break
+        ids.append(token)
+        text = words.decode(np.array(ids))
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    rest = words.decode(np.array(ids))[shown:] if ids else ""
+    if rest:
+        yield rest
 
 
 def ends(where: Path, given: Any) -> frozenset[int]:

@@ -1,0 +1,312 @@
+"""Adapters -> adapter: a smaller one of the same ΔW, or one from the difference of two checkpoints.
+
+The best approximation of rank k of ΔW = U S Vᵀ keeps the first k singular values (Eckart and Young 1936):
+
+    |ΔW - ΔW_k|² = sum of s_i² beyond k (Frobenius)        |ΔW - ΔW_k|_2 = s_{k+1}
+
+An adapter's ΔW is never formed: QR of B and Aᵀ and the SVD of an r x r core give U, S and V (spectra.py).
+What is written is B = U sqrt(S), A = sqrt(S) Vᵀ with scale 1, and read again to state the residual that it
+really has. Stands in for mergekit's extraction and PEFT's rank reduction; combining several adapters is not
+here yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .adapter_config import peft_config, targets
+from .adapters import CONFIG, PREFIX, open_adapter, write_adapter
+from .errors import ConfigError, InputError, MismatchError, NonFiniteError, check_float, check_int, nearest
+from .files import fingerprint, read_json, weights
+from .spectra import rank_at, thin_svd, thin_values
+from .storage import check_free
+
+VOCABULARY = ("embed_tokens", "lm_head", "wte", "shared", "embeddings")
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """One module: its rank before and after, |ΔW|, and what is lost beside the least that must be."""
+
+    module: str
+    shape: tuple[int, int]
+    r: int | None  # None where ΔW is the difference of two checkpoints
+    rank: int
+    norm: float  # |ΔW|, Frobenius
+    residual: float  # |ΔW - ΔW_k| of what was written
+    optimum: float  # Eckart and Young's: the root of the sum of s_i² beyond the rank
+    spectral: float  # the largest singular value left out, their optimum in the spectral norm
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` or `extract` wrote; prints as a table."""
+
+    out: str
+    rows: tuple[Shrunk, ...]
+    parameters: int
+    before: int | None  # parameters of the adapter that was compressed
+    left: Mapping[str, float]  # what no LoRA on linear maps holds: parameter -> |change|
+
+    @property
+    def residual(self) -> float:
+        """What is lost over all modules together, relative to |ΔW|."""
+        return ratio(self.rows, "residual")
+
+    @property
+    def optimum(self) -> float:
+        """The least that must be lost with these ranks, relative to |ΔW|."""
+        return ratio(self.rows, "optimum")
+
+    def data(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        return asdict(self) | {"residual": self.residual, "optimum": self.optimum}
+
+    def __str__(self) -> str:
+        width = max(len(row.module) for row in self.rows)
+        lines = [f"{'module':{width}}  {'rank':>9}  {'|ΔW|':>9}  {'residual':>9}  {'optimum':>9}"]
+        for w in self.rows:
+            rank = f"{w.r} -> {w.rank}" if w.r else str(w.rank)
+            lost = (part / w.norm if w.norm else 0.0 for part in (w.residual, w.optimum))
+            figures = "  ".join(f"{x:9.2e}" for x in (w.norm, *lost))
+            lines.append(f"{w.module:{width}}  {rank:>9}  {figures}")
+        of = f" of {self.before:,}" if self.before else ""
+        lines.append(
+            f"{self.out}: {self.parameters:,}{of} parameters, residual {self.residual:.3e} of |ΔW|, "
+            f"Eckart-Young optimum {self.optimum:.3e}"
+        )
+        if self.left:
+            lines.append("not in it, for a LoRA on linear maps cannot hold it:")
+            lines += [f"  {name}  |change| {norm:.3g}" for name, norm in self.left.items()]
+        return "\n".join(lines)
+
+
+def ratio(rows: Sequence[Shrunk], part: str) -> float:
+    """The root of the sum of squares of a part, relative to that of |ΔW|."""
+    lost, whole = (math.fsum(getattr(row, name) ** 2 for row in rows) for name in (part, "norm"))
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def split(U: np.ndarray, S: np.ndarray, Vt: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """A (k, I) and B (O, k) in float32 with B A the first k terms of U S Vᵀ; zeros beyond its terms."""
+    root = np.sqrt(S[:k])
+    A, B = root[:, None] * Vt[:k], U[:, :k] * root
+    spare = k - len(A)
+    A, B = np.pad(A, ((0, spare), (0, 0))), np.pad(B, ((0, 0), (0, spare)))
+    with np.errstate(over="ignore"):
+        return A.astype(np.float32), B.astype(np.float32)
+
+
+def left_over(B: np.ndarray, A: np.ndarray, s: float, Bk: np.ndarray, Ak: np.ndarray) -> float:
+    """|s B A - Bk Ak|, Frobenius, from the thin factors of the difference: [s B, -Bk] [A; Ak]."""
+    both = np.hstack([s * B.astype(np.float64), -Bk.astype(np.float64)])
+    return float(np.linalg.norm(thin_values(both, np.vstack([A, Ak]))))
+
+
+def tail(S: np.ndarray, k: int) -> float:
+    """The root of the sum of s_i² beyond k."""
+    return float(np.linalg.norm(S[k:]))
+
+
+# ---- which ranks
+
+
+def check_choice(rank: int | None, energy: float | None) -> None:
+    """ConfigError unless one of the two is given, and has a meaning."""
+    if (rank is None) == (energy is None):
+        raise ConfigError("rank and energy are two ways to choose; expected exactly one of them")
+    if rank is not None:
+        check_int("rank", rank, 1)
+    elif not check_float("energy", energy, 0, 1.0000001, open_low=True) <= 1:
+        raise ConfigError(f"energy is {energy}; expected a share in (0, 1]")
+
+
+def choose(
+    spectra: Mapping[str, np.ndarray],
+    costs: Mapping[str, int],
+    rank: int | None,
+    energy: float | None,
+    per_module: bool,
+) -> dict[str, int]:
+    """The rank of every module, at least 1 each.
+
+    A rank: the same for all; per module, the budget of that rank spent where a singular value brings most
+    energy for its O + I parameters. An energy: the least common rank that keeps this share of the whole;
+    per module, the least that keeps this share of each.
+    """
+    check_choice(rank, energy)
+    if energy is not None and per_module:
+        return {m: max(rank_at(S, energy), 1) for m, S in spectra.items()}
+    if energy is not None:
+        squares = [np.pad(S * S, (0, max(map(len, spectra.values())) - len(S))) for S in spectra.values()]
+        total = np.sqrt(np.sum(squares, 0))
+        rank = max(rank_at(total, energy), 1)
+    if not per_module or energy is not None:
+        return {m: min(rank or 1, len(S)) for m, S in spectra.items()}
+    budget = (rank or 1) * sum(costs.values())
+    worth = [(S[i] ** 2 / costs[m], m) for m, S in spectra.items() for i in range(1, len(S)) if S[i] > 0]
+    chosen = dict.fromkeys(spectra, 1)
+    spent = sum(costs.values())
+    for _, module in sorted(worth, key=lambda item: -item[0]):  # falling within each module, so in order
+        if spent + costs[module] <= budget:
+            chosen[module] += 1
+            spent += costs[module]
+    return chosen
+
+
+# ---- one adapter, smaller
+
+
+def compress(
+    adapter: Path | str,
+    out: Path | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    per_module: bool = False,
+    overwrite: bool = False,
+) -> Compression:
+    """Write the best approximation of an adapter of smaller rank; see `choose` for the ranks.
+
+    What is no low-rank pair (biases, saved modules, DoRA's magnitudes) is copied. ConfigError, and what
+    opening and writing raise.
+    """
+    check_choice(rank, energy)
+    given = open_adapter(adapter)
+    refuse_same(given.where, out)
+    if not overwrite:
+        check_free(out)
+    found = {}
+    for module, pair in given.pairs.items():
+        A, B = given.factors(module)
+        if len(given.tensors.shapes[pair.A]) > 2:
+            raise InputError(f"{given.where}: {module} is a convolution; only matrices are compressed")
+        found[module] = (A, B, *thin_svd(B, A, pair.scale))
+    spectra = {m: parts[3] for m, parts in found.items()}
+    costs = {m: sum(given.pairs[m].shape) for m in found}
+    chosen = choose(spectra, costs, rank, energy, per_module)
+    tensors = {
+        name: given.value(name)
+        for name in given.tensors
+        if not any(name in (pair.A, pair.B) for pair in given.pairs.values())
+    }
+    rows = []
+    for module, (A, B, U, S, Vt) in found.items():
+        pair, k = given.pairs[module], chosen[module]
+        tensors[pair.A], tensors[pair.B] = Ak, Bk = split(U, S, Vt, k)
+        lost = left_over(B, A, pair.scale, Bk, Ak)
+        norm, spectral = float(np.linalg.norm(S)), float(S[k]) if k < len(S) else 0.0
+        rows.append(Shrunk(module, pair.shape, pair.r, k, norm, lost, tail(S, k), spectral))
+    sizes = peft_config({m: (k, k) for m, k in chosen.items()}, ())
+    changed = {
+        name: sizes[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    }
+    write_adapter(
+        out, read_json(given.where / CONFIG) | changed, tensors, given.made.get("base"), overwrite=overwrite
+    )
+    before = sum(pair.r * sum(pair.shape) for pair in given.pairs.values())
+    return Compression(str(out), tuple(rows), sum(k * costs[m] for m, k in chosen.items()), before, {})
+
+
+def refuse_same(source: Path, out: Path | str) -> None:
+    """InputError if the output is the input, or inside it."""
+    out, source = Path(out).resolve(), Path(source).resolve()
+    if out == source or source in out.parents:
+        raise InputError(f"{out}: is the input or inside it; expected another folder")
+
+
+# ---- two checkpoints
+
+
+def extract(
+    base: Path | str,
+    tuned: Path | str,
+    out: Path | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    per_module: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Compression:
+    """Write the LoRA nearest to the difference of two checkpoints, one matrix in memory at a time.
+
+    Every 2-D weight that differs is a module, but for embeddings and heads; those, norms and biases are
+    listed with the norm of their change. With an energy each module gets the least rank that keeps it, or
+    all the same where `per_module` is False. MismatchError if the two have other names or shapes.
+    """
+    check_choice(rank, energy)
+    for source in (base, tuned):
+        refuse_same(Path(source), out)
+    if not overwrite:
+        check_free(out)
+    before, after = weights(base), weights(tuned)
+    for name in sorted(before.keys() ^ after.keys()):
+        whose, other = (base, after) if name in before else (tuned, before)
+        raise MismatchError(f"{whose}: has {name}, the other has not; {nearest(name, other)}")
+    names = [name for name, shape in before.shapes.items() if is_map(name, shape)]
+    left, found = {}, {}
+    for i, name in enumerate(before):
+        change = difference(before, after, name)
+        if change is not None and name in names:
+            U, S, Vt = np.linalg.svd(change, full_matrices=False)
+            k = most(S, change.shape, rank, energy, per_module)
+            found[name.removesuffix(".weight")] = (U[:, :k].copy(), S, Vt[:k].copy())
+        elif change is not None:
+            left[name] = float(np.linalg.norm(change))
+        if progress:
+            progress(i + 1, len(before))
+    if not found:
+        raise MismatchError(f"{base} and {tuned}: no linear map differs; there is nothing to extract")
+    spectra = {m: S for m, (_, S, _) in found.items()}
+    costs = {m: sum(before.shapes[f"{m}.weight"]) for m in found}
+    chosen = choose(spectra, costs, rank, energy, per_module and energy is not None)
+    tensors: dict[str, np.ndarray] = {}
+    rows = []
+    for module, (U, S, Vt) in found.items():
+        k = chosen[module]
+        A, B = split(U, S, Vt, k)
+        at = f"{PREFIX}{module}.lora_"
+        tensors |= {f"{at}A.weight": A, f"{at}B.weight": B}
+        rounding = left_over(U[:, :k] * S[:k], Vt[:k], 1.0, B, A)  # orthogonal to the tail, but for rounding
+        lost, (O, I) = math.hypot(tail(S, k), rounding), before.shapes[f"{module}.weight"]  # noqa: E741
+        spectral = float(S[k]) if k < len(S) else 0.0
+        rows.append(Shrunk(module, (O, I), None, k, float(np.linalg.norm(S)), lost, tail(S, k), spectral))
+    modules = [name.removesuffix(".weight") for name in before.shapes]
+    config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(found)))
+    config |= {"base_model_name_or_path": str(base)}
+    write_adapter(out, config, tensors, fingerprint(before), overwrite=overwrite)
+    return Compression(str(out), tuple(rows), sum(k * costs[m] for m, k in chosen.items()), None, left)
+
+
+def most(
+    S: np.ndarray, shape: tuple[int, ...], rank: int | None, energy: float | None, per_module: bool
+) -> int:
+    """How many singular vectors of a module can be needed."""
+    if rank is not None:
+        return min(rank, len(S))
+    return max(rank_at(S, energy or 1.0), 1) if per_module else len(S)
+
+
+def is_map(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is the weight of a linear map between hidden states."""
+    module, _, kind = name.rpartition(".")
+    return kind == "weight" and len(shape) == 2 and module.rpartition(".")[2] not in VOCABULARY
+
+
+def difference(before: Any, after: Any, name: str) -> np.ndarray | None:
+    """tuned - base of one parameter in float64, or None if there is none."""
+    if before.shapes[name] != after.shapes[name]:
+        raise MismatchError(
+            f"{after.where}: {name} has shape {after.shapes[name]}; the base's is {before.shapes[name]}"
+        )
+    change = after[name].astype(np.float64) - before[name]
+    if not np.isfinite(change).all():
+        raise NonFiniteError(f"{after.where}: {name} minus the base's is not finite")
+    return change if change.any() else None

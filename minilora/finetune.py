@@ -1,0 +1,283 @@
+"""The user's text or examples + a base -> an adapter in PEFT's form, or a whole model: `minilora train`.
+
+Text is cut into windows at random places; a JSON-lines file holds examples, {"prompt": ..., "completion":
+...} with the loss on the completion alone, or {"text": ...}. The loss on held-out text is told in nats per
+token and per character, since tokens of two models are not the same thing. A killed run goes on from its
+checkpoint to the same bytes. Stands in for a trainer script; leaves out packing, chat templates and
+preference data.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import data
+from .adapters import save_adapter
+from .errors import ConfigError, FormatError, InputError, check_float, check_int, nearest, short
+from .files import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
+from .layers import freeze, trained, unfreeze
+from .lora import LoraConfig, inject
+from .ops import IGNORE
+from .optim import AdamW, Schedule
+from .storage import check_free, locked, read, remove_tree
+from .tensors import unique
+from .tokenizer import Tokenizer
+from .train import evaluate, train
+
+Batch = tuple[np.ndarray, np.ndarray]
+METHODS = ("lora", "dora", "full")
+RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}  # LoRA's best rate is about ten times that of the whole
+HELD_OUT = 0.05  # of the user's text or examples, from the end
+LOGITS = 1 << 24  # numbers that are held at once when measuring
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, on what, and how."""
+
+    data: str  # a text file, a folder of them, a .jsonl file, or a built-in corpus
+    base: str = "base"  # a name, folder or GGUF file
+    method: str = "lora"  # or "dora", or "full" fine-tuning
+    r: int = 8
+    alpha: float = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    lr: float | None = None  # RATES of the method
+    steps: int = 200
+    batch: int = 8
+    length: int = 128  # tokens of a window, or of an example at most
+    warmup: int = 10
+    seed: int = 0
+    eval_every: int = 50
+    eval_tokens: int = 4096  # of held-out text, evenly over it
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method is {short(self.method)}; {nearest(str(self.method), METHODS)}")
+        for name in ("steps", "batch", "length", "eval_every", "eval_tokens"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("warmup", "seed"):
+            check_int(name, getattr(self, name), 0)
+        if self.lr is not None:
+            check_float("lr", self.lr, 0, 1e3, open_low=True)
+        self.lora()
+
+    def lora(self) -> LoraConfig:
+        """The adapter; DoRA's norm is a constant on the way back, as in PEFT."""
+        dora = self.method == "dora"
+        return LoraConfig(r=self.r, alpha=self.alpha, targets=self.targets, dora=dora, detach=dora)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `finetune` reached; prints as a few lines."""
+
+    out: str
+    before: float  # held-out loss of the base, nats per token
+    after: float
+    characters: float  # per token of the held-out text
+    parameters: int
+    tokens_per_second: float
+    peak: int  # bytes of memory of this process at most
+    evals: tuple[tuple[int, float], ...]
+
+    def data(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        per = [x / self.characters for x in (self.before, self.after)]
+        return (
+            f"{self.out}: held-out loss {self.before:.4f} -> {self.after:.4f} nats per token, "
+            f"{per[0]:.4f} -> {per[1]:.4f} per character\n"
+            f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second, "
+            f"peak memory {self.peak / 1e9:.2f} GB"
+        )
+
+
+def finetune(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, float], None] | None = None,
+    told: Callable[[int, float], None] | None = None,
+) -> Outcome:
+    """Train and write the adapter's folder (or, in full, the model's) at `out`.
+
+    `progress(step, loss)` is called after every step, `told(step, loss)` after every evaluation. While it
+    runs, a folder beside `out` holds its checkpoint. StorageError if `out` exists, unless `overwrite`; all
+    that loading base and data raise.
+    """
+    out = Path(out)
+    if not overwrite:
+        check_free(out)
+    given = checkpoint(recipe.base)
+    words = tokenizer_of(given)
+    length = min(recipe.length, given.config.max_position_embeddings)
+    rng = np.random.default_rng([recipe.seed, 1])
+    rows = max(1, min(8, LOGITS // (length * given.config.vocab_size)))
+    text = prepare(recipe, words, length, rng, rows)
+    model = assemble(given)
+    if recipe.method == "full":
+        unfreeze(model)
+    else:
+        inject(model, recipe.lora(), rng=np.random.default_rng(recipe.seed))
+    count = sum(p.data.size for p in trained(model).values())
+    optimizer = AdamW(recipe.lr or RATES[recipe.method], betas=(0.9, 0.99))
+    start, done = time.monotonic(), 0
+
+    def measure() -> float:
+        loss = evaluate(model, text.held_out)
+        if told:
+            told(optimizer.t, loss)
+        return loss
+
+    def watch(step: int, loss: float) -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(step, loss)
+
+    work = out.with_name(f".{out.name}.train")
+    with locked(work):
+        history = train(
+            model,
+            text.batches,
+            optimizer,
+            steps=recipe.steps,
+            schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
+            evaluate=measure,
+            eval_every=recipe.eval_every,
+            checkpoint=work / "checkpoint.safetensors",
+            checkpoint_every=recipe.eval_every,
+            rngs={"batches": rng},
+            identity={"text": text.digest, "recipe": asdict(recipe) | {"targets": list(recipe.targets)}},
+            progress=watch,
+            threads=threads,
+        )
+        speed = done * recipe.batch * length / (time.monotonic() - start)
+        if recipe.method == "full":
+            freeze(model)
+            card = f"{given.where.name}, trained in full by minilora on {Path(recipe.data).name}.\n"
+            save_model(model, out, card, token_ids(given.where), beside=beside(given.where))
+        else:
+            save_adapter(model, out, base=recipe.base, overwrite=overwrite)
+    remove_tree(work)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    (_, before), (_, after) = history.evals[0], history.evals[-1]
+    return Outcome(str(out), before, after, text.characters, count, speed, peak, tuple(history.evals))
+
+
+# ---- text and examples
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is trained and measured on."""
+
+    batches: Iterator[Batch]
+    held_out: Sequence[Batch]
+    characters: float  # per held-out token
+    digest: str
+
+
+def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Generator, rows: int) -> Text:
+    """The batches of the recipe's data, in the tokens of its base; the held-out ones have so many `rows`."""
+    if recipe.data.endswith(".jsonl"):
+        found = examples(Path(recipe.data), words, length)
+        if len(found) < 2:
+            raise InputError(f"{recipe.data}: has {len(found)} examples; expected 2, one to measure on")
+        n = max(1, int(len(found) * HELD_OUT))
+        held = found[-n:][: max(1, recipe.eval_tokens // length)]
+        batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]
+        digest = data.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
+        return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
+    train_text, held_text = texts(recipe.data, words.fold)
+    ids, held_ids = words.encode(train_text), words.encode(held_text)
+    batches = data.eval_batches(held_ids, rows, length, recipe.eval_tokens)
+    digest = data.sha256(ids.tobytes() + held_ids.tobytes())
+    return Text(data.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
+
+
+def per_token(batches: Sequence[Batch], words: Tokenizer) -> float:
+    """Characters per token among the labels."""
+    labels = np.concatenate([labels[labels >= 0] for _, labels in batches])
+    return len(words.decode(labels)) / len(labels)
+
+
+def texts(spec: str, fold: bool) -> tuple[str, str]:
+    """The text to train on and the one held out: a built-in corpus's, or the user's, cut near its end."""
+    if spec in (*data.MANIFEST, "stdlib"):
+        corpus = data.corpus(spec)
+        return data.decode(corpus.train), data.decode(corpus.test)
+    path = Path(spec)
+    if path.is_dir():
+        text = data.joined(data.utf8(path / name, raw) for name, raw in data.files(path, data.TEXT).items())
+    else:
+        text = data.utf8(path, read(path))
+    text = data.fold(text) if fold else text
+    if len(text) < data.LEAST:
+        raise InputError(f"{spec}: has {len(text)} characters of text; expected at least {data.LEAST}")
+    cut = int(len(text) * (1 - HELD_OUT))
+    return text[:cut], text[cut:]
+
+
+Example = tuple[np.ndarray, int]  # ids, and where the loss begins
+
+
+def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
+    """The examples of a JSON-lines file; FormatError or InputError names the line.
+
+    Of a long prompt its end is kept. The token that ends a text, where there is one, closes each.
+    """
+    rows = []
+    for number, line in enumerate(data.utf8(path, read(path)).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            row = json.loads(line, object_pairs_hook=unique)
+        except (ValueError, RecursionError) as e:
+            raise FormatError(f"{where}: is not JSON: {short(str(e))}") from e
+        keys = ("text",) if isinstance(row, dict) and "text" in row else ("prompt", "completion")
+        for key in keys:
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                raise FormatError(f"{where}: {key} is no string; expected prompt and completion, or text")
+        parts = [words.encode(data.fold(row[key]) if words.fold else row[key]) for key in keys]
+        prompt, answer = parts if len(parts) == 2 else (parts[0][:1], parts[0][1:])
+        answer = np.concatenate([answer, sorted(words.stops)[:1]]).astype(np.int64)
+        if not len(answer) or len(answer) > length:
+            raise InputError(f"{where}: has {len(answer)} tokens to learn; expected 1 to {length}")
+        prompt = prompt[-(length + 1 - len(answer)) :]
+        if not len(prompt):
+            raise InputError(f"{where}: has no prompt; expected at least one token of it")
+        rows.append((np.concatenate([prompt, answer]).astype(np.int64), len(prompt)))
+    return rows
+
+
+def padded(rows: Sequence[Example]) -> Batch:
+    """Inputs and labels (N, T) of examples; what is prompt or beyond the end has no loss."""
+    T = max(len(ids) for ids, _ in rows) - 1
+    inputs = np.zeros((len(rows), T), np.int64)
+    labels = np.full((len(rows), T), IGNORE, np.int64)
+    for i, (ids, start) in enumerate(rows):
+        inputs[i, : len(ids) - 1] = ids[:-1]
+        labels[i, start - 1 : len(ids) - 1] = ids[start:]
+    return inputs, labels
+
+
+def draws(rows: Sequence[Example], rng: np.random.Generator, batch: int) -> Iterator[Batch]:
+    """Endless batches of random examples, one draw of integers each, so that a saved `rng` goes on."""
+    while True:
+        yield padded([rows[i] for i in rng.integers(len(rows), size=batch)])
