@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .compose import compress, extract
     from .data import batches, corpus, decode, encode, eval_batches
     from .files import checkpoint, load, save_model
-    from .finetune import Recipe, finetune
     from .merging import merge_checkpoint
     from .microscope import inspect
     from .sizes import count, modules
@@ -31,9 +30,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Recipe", "Schedule", "batches", "checkpoint", "compress",
+    "AdamW", "Config", "Llama", "LoraConfig", "Schedule", "batches", "checkpoint", "compress",
     "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
-    "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
+    "extract", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
     "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
     "participation_ratio", "remove", "save_adapter", "save_model", "scales", "set_adapter", "set_scale",
     "spectrum", "spectrum_between", "stable_rank", "train", "trained", "unfreeze", "unmerge", "use",
@@ -44,7 +43,7 @@ LATER = {  # imported when first asked for
     "compose": ("compress", "extract"),
     "data": ("batches", "corpus", "decode", "encode", "eval_batches"),
     "files": ("checkpoint", "load", "save_model"),
-    "finetune": ("Recipe", "finetune"),
+    "finetune": (),
     "merging": ("merge_checkpoint",),
     "microscope": ("inspect",),
     "sizes": ("count", "modules"),

@@ -8,8 +8,10 @@ sorts the keys on saving and takes the first that fits on reading.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from typing import Any
 
 from .errors import ConfigError, UnsupportedError, check_float, check_int, short
 from .files import read_json
-from .lora import LAYER, in_layers, matches
+from .lora import LAYER, matches
 
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 REFUSED = (  # what changes the arithmetic in a way that is not done here
@@ -36,7 +38,11 @@ USED = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "fan_in_fan_out", "init_lora_weights", "lora_dropout",
 )  # fmt: skip
+SWITCHES = ("lora_bias", "use_qalora", "ensure_weight_tying")  # of REFUSED, those that are true or false
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
+HIGHEST = 1 << 20  # rank
+MOST = 2000  # keys of a pattern
+WAYS = 1 << 20  # through a regular expression
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,20 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")
 
     kind = given.get("peft_type")
-    if not isinstance(kind, str) or not kind:
+    if not isinstance(kind, str) or not re.fullmatch("[A-Z0-9_]+", kind):  # a method has a name like that
         raise wrong("peft_type", "'LORA'")
     if kind != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {short(kind)}; expected 'LORA'")
+
+    def flag(name: str) -> bool:
+        found = given.get(name, False)
+        if type(found) is not bool:
+            raise wrong(name, "true or false")
+        return found
+
     for name in REFUSED:
+        if name in SWITCHES:
+            flag(name)
         if given.get(name) not in (None, False, {}, []):
             raise UnsupportedError(f"{path}: {name} is {short(given[name])}; this is not done here")
     init = given.get("init_lora_weights", True)
@@ -86,12 +101,6 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
             f"{path}: init_lora_weights is {short(init)}: its base is not the published one; PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
         )
-
-    def flag(name: str) -> bool:
-        found = given.get(name, False)
-        if type(found) is not bool:
-            raise wrong(name, "true or false")
-        return found
 
     def words(name: str, optional: bool = True) -> str | tuple[str, ...]:
         found = given.get(name)
@@ -110,16 +119,18 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         return tuple(dict.fromkeys(found))
 
     def pattern(name: str, check: Any) -> dict[str, Any]:
-        found = given.get(name) or {}
-        if not isinstance(found, dict):
-            raise wrong(name, "an object of numbers by module name")
+        found = {} if given.get(name) is None else given[name]
+        if not isinstance(found, dict) or len(found) > MOST or sum(map(len, found)) > 50 * MOST:
+            raise wrong(name, f"an object of at most {MOST} numbers by module name")
         for key, number in found.items():
             checked_regex(key, f"{path}: {name}")
             check(f"{name}[{short(key)}]", number)
         return found
 
     def rank(name: str, value: Any) -> int:
-        return check_int(f"{path}: {name}", value, 1)
+        if check_int(f"{path}: {name}", value, 1) > HIGHEST:
+            raise ConfigError(f"{path}: {name} is {short(value)}; expected at most {HIGHEST}")
+        return value
 
     def alpha(name: str, value: Any) -> float:
         return check_float(f"{path}: {name}", value, 0, math.inf, open_low=True)
@@ -136,8 +147,8 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     if given.get("bias", "none") not in ("none", "all", "lora_only"):
         raise wrong("bias", "'none', 'lora_only' or 'all'")
     base = given.get("base_model_name_or_path")
-    saved, layers = words("modules_to_save"), given.get("layers_pattern") or []
-    layers = [layers] if isinstance(layers, str) else layers
+    saved, layers = words("modules_to_save"), given.get("layers_pattern")
+    layers = [] if layers is None else [layers] if isinstance(layers, str) else layers
     if isinstance(saved, str) or not isinstance(layers, list) or not all(isinstance(n, str) for n in layers):
         raise wrong("modules_to_save" if isinstance(saved, str) else "layers_pattern", "a list of names")
     settings = Settings(
@@ -159,40 +170,47 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     )
     if settings.layers_to_transform is not None and isinstance(settings.target_modules, str):
         raise wrong("layers_to_transform", "null where target_modules is one string")
-    strange = set(given) - {*USED, *REFUSED, *OF_NO_EFFECT}
-    notes = [f"{name} is not known here and ignored" for name in sorted(strange) if given[name]]
-    return settings, tuple(notes)
+    strange = sorted(k for k, value in given.items() if value and k not in {*USED, *REFUSED, *OF_NO_EFFECT})
+    some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
+    return settings, (f"not known here and ignored: {some}",) if strange else ()
 
 
 def checked_regex(pattern: str, where: str) -> re.Pattern[str]:
-    """The regular expression of a file, if it cannot take long: at most four repeats, none of a group.
+    """The regular expression of a file, if it cannot take long: no repeated group, and few ways through it.
 
-    n characters then take at most n⁴ steps, and a module's name is short. ConfigError if it is none,
-    UnsupportedError if it might hang.
+    A repeat may end at 64 or so characters of a module's name, and each | and ? leaves a choice; their
+    product is bounded. ConfigError if it is none, UnsupportedError if it might hang.
     """
     if len(pattern) > 1000 or "\0" in pattern:
         raise ConfigError(f"{where} is {short(pattern)}; expected a short pattern")
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)  # escapes and classes are one character
-    risky = re.search(r"\)[*+?{]|\(\?[^:]", bare) or re.search(r"\\[1-9]", pattern)
-    if risky or len(re.findall(r"[*+{]", bare)) > 4:
+    one = r"\\.|\[\^?\]?(\\.|[^\]\\])*\]"  # escapes and classes are one character
+    bare = re.sub(one, "x", pattern, flags=re.DOTALL).replace("(?:", "(")
+    ways = 64 ** len(re.findall(r"[*+{]", bare)) << len(re.findall(r"(?<![*+?}])\?", bare))
+    ways *= math.prod(1 + part.count("|") for part in re.split("[()]", bare))
+    if re.search(r"\)[*+?{]|\(\?", bare) or re.search(r"\\[1-9]", pattern) or ways > WAYS:
         raise UnsupportedError(f"{where} is {short(pattern)}: a regular expression that could take for ever")
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what will mean another thing in a later Python
+            return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, Warning) as e:
         raise ConfigError(f"{where} is {short(pattern)}: is no regular expression: {e}") from e
 
 
 def chosen(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first key that means this module: in PEFT a regex for the end of its name."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    return next((value for key, value in pattern.items() if ending(key).match(module)), default)
 
 
 def contested(pattern: Mapping[str, Any], module: str) -> bool:
     """Whether two keys mean this module and disagree: the order, which PEFT loses on saving, would decide."""
-    return len({value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)}) > 1
+    return len({value for key, value in pattern.items() if ending(key).match(module)}) > 1
+
+
+@functools.lru_cache(2 * MOST)
+def ending(key: str) -> re.Pattern[str]:
+    """The names of modules that a pattern's key means."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) -> list[str]:
@@ -209,8 +227,8 @@ def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) ->
     by_suffix = [m for m in found if m not in targets]
     if settings.layers_pattern:
         by_suffix = [m for m in by_suffix if any(f".{p}." in f".{m}." for p in settings.layers_pattern)]
-    numbered = [m for m in by_suffix if LAYER.match(m)]
-    kept = {m for m in numbered if in_layers(m, settings.layers_to_transform, numbered)}
+    numbers = {m: int(layer[1]) for m in by_suffix if (layer := LAYER.match(m))}
+    kept = {m for m, number in numbers.items() if number in settings.layers_to_transform}
     return [m for m in found if m in kept or m in targets]
 
 

@@ -30,12 +30,14 @@ from .adapter_config import (
     chosen,
     contested,
     meant,
+    named,
     peft_config,
     read_settings,
     targets,
 )
 from .backend import to_device, to_host
 from .errors import (
+    ConfigError,
     MismatchError,
     NonFiniteError,
     StateError,
@@ -47,6 +49,7 @@ from .errors import (
 from .files import fingerprint
 from .layers import Dropout, Embedding, Linear, Param, named_params
 from .lora import (
+    LAYER,
     Adapted,
     DoRA,
     LowRank,
@@ -62,7 +65,7 @@ from .lora import (
     unbiased,
 )
 from .model import Llama
-from .storage import write_atomic, write_folder
+from .storage import exists, write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -130,12 +133,12 @@ def open_adapter(folder: Path | str) -> Adapter:
     StorageError, FormatError, ConfigError, UnsupportedError or MismatchError name file and field or tensor.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).exists() and folder.is_dir():
+    if not exists(folder / CONFIG) and folder.is_dir():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"; there is one in {inside[0]}" if inside else ""
+        hint = f"; there is one in {short(inside[0])}" if inside else ""
         raise StorageError(f"{folder / CONFIG}: is missing{hint}")
     settings, notes = read_settings(folder / CONFIG)
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+    if not exists(folder / WEIGHTS) and exists(folder / "adapter_model.bin"):
         raise UnsupportedError(
             f"{folder}: has adapter_model.bin only: a pickle runs code and is never opened"
         )
@@ -172,9 +175,10 @@ def sort_out(
         if found["d1"] or found["d2"] or found["d3"]:
             first.setdefault("names hold that of the adapter", key)
         if found["own"]:
-            if not licensed(settings, module, found["own"]):
+            name = f"{module}.{found['own']}"
+            if name in replaced or not licensed(settings, module, found["own"]):
                 strange.append(key)
-            replaced[f"{module}.{found['own']}"] = key
+            replaced[name] = key
             continue
         half = found["linear"] or found["table"]
         part = (
@@ -191,12 +195,15 @@ def sort_out(
         )
     pairs = {}
     for module, part in parts.items():
-        if set(part) <= {"base.bias"} and settings.bias == "all":
+        if set(part) <= {"base.bias"} and settings.bias == "all" and f"{module}.bias" not in replaced:
             replaced[f"{module}.bias"] = part["base.bias"]
             continue
         pairs[module] = pair_up(path, settings, module, part, tensors)
     if not pairs:
-        raise MismatchError(f"{path}: has no lora_A and lora_B; expected those of {settings.target_modules}")
+        given = short(settings.target_modules)
+        raise MismatchError(f"{path}: has no lora_A and lora_B; expected those of {given}")
+    if twice := [key for name, key in replaced.items() if name.rpartition(".")[0] in pairs]:
+        raise MismatchError(f"{path}: {twice[0]} is for a module that has lora_A and lora_B")
     check_modules(path, settings, pairs, replaced)
     for module, pair in pairs.items():
         if pair.r > min(pair.shape):
@@ -204,6 +211,9 @@ def sort_out(
         for name in ("rank_pattern", "alpha_pattern"):
             if contested(getattr(settings, name), module):
                 first.setdefault(f"keys of {name} disagree and the first one counts", module)
+    numbers = {int(found[1]) for m in pairs if (found := LAYER.match(m))}
+    for idle in sorted({*(settings.layers_to_transform or ())} - numbers):
+        first.setdefault("layers_to_transform has layers that the file has not", short(idle))
     return pairs, replaced, [f"{note}, as in {key}" for note, key in first.items()]
 
 
@@ -255,22 +265,27 @@ def check_modules(
     """Config and file agree on the modules, as far as that can be told without the base."""
     linears = [m for m, pair in pairs.items() if not pair.embedding]
     agreed = set(meant(settings, list(pairs), linears))
+    if all(named(settings.exclude_modules, m) for m in pairs):
+        given = short(settings.exclude_modules)
+        raise ConfigError(f"{path.with_name(CONFIG)}: exclude_modules {given} leaves none of the modules")
     if extra := [m for m in pairs if m not in agreed]:
         given = short(settings.target_modules)
         raise MismatchError(f"{path}: has factors of {extra[0]}, which target_modules {given} does not mean")
     targets = settings.target_modules
-    if not isinstance(targets, str) and not settings.exclude_modules:  # else the base is needed to tell
+    left_out = settings.exclude_modules or settings.layers_to_transform is not None
+    if not isinstance(targets, str) and not left_out:  # else the base is needed to tell
+        saved = [name.rpartition(".")[0] for name in replaced]  # PEFT saves what is in both lists
         for entry in targets:
-            if not any(matches(entry, m) for m in pairs):
+            if not any(matches(entry, m) for m in [*pairs, *saved]):
                 known = {m.rpartition(".")[2] for m in pairs}
                 raise MismatchError(
-                    f"{path}: has no factors for target_modules {entry!r}; {nearest(entry, known)}"
+                    f"{path}: has no factors for target_modules {short(entry)}; {nearest(entry, known)}"
                 )
     for entry in settings.modules_to_save:
         if not any(
             name.rpartition(".")[0].endswith(entry) or f".{entry}." in f".{name}" for name in replaced
         ):
-            raise MismatchError(f"{path}: has no tensor for modules_to_save {entry!r}")
+            raise MismatchError(f"{path}: has no tensor for modules_to_save {short(entry)}")
 
 
 def content(tensors: Mapping[str, np.ndarray]) -> str:
@@ -334,8 +349,8 @@ def load_adapter(
     check_fit(given, {path: base_of(layer) for path, layer in layers.items()}, model.lm_head is None)
     if given.made.get("base") and not force and given.made["base"] != (found := base_print(model)):
         raise MismatchError(
-            f"{given.where}: was trained beside another base: fingerprint {given.made['base'][:12]}, this "
-            f"one has {found[:12]}"
+            f"{given.where}: was trained beside another base: fingerprint {given.made['base'][:12]!a}, this "
+            f"one has {found[:12]!a}"
         )
     dtype = next(iter(named_params(model).values())).dense().dtype
 
@@ -362,10 +377,8 @@ def load_adapter(
         new[module] = adapter
         W = to_host(base_of(layers[module]).weight.dense())
         norms[module] = change_norm(to_host(A.data), to_host(B.data), pair.scale), float(np.linalg.norm(W))
-        if not math.isfinite(norms[module][0]):
-            raise NonFiniteError(
-                f"{given.where}: the ΔW of {module} is not finite: its factors are too large"
-            )
+        if not norms[module][0] <= float(np.finfo(dtype).max):
+            raise NonFiniteError(f"{given.where}: the ΔW of {module} is not finite in {dtype}")
     for parameter, tensor in given.replaced.items():
         module, _, kind = parameter.rpartition(".")
         base = base_of(layers[module])
@@ -400,13 +413,16 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
             raise MismatchError(f"{path}: the base has no module {module}; {nearest(module, layers)}")
         shape = tuple(layer.weight.dense().shape)
         wanted = shape[::-1] if isinstance(layer, Embedding) else shape
-        if pair.shape != wanted or pair.embedding != isinstance(layer, Embedding):
-            kind = "an embedding" if pair.embedding else "a linear map"
+        flat = len(given.tensors.shapes[pair.A]) == 2
+        if pair.shape != wanted or pair.embedding != isinstance(layer, Embedding) or not flat:
+            kind = "an embedding" if pair.embedding else "a linear map" if flat else "a convolution"
             raise MismatchError(
                 f"{path}: {module} has factors for {kind} of {pair.shape}; the base's weight is {shape}"
             )
         if pair.embedding and pair.magnitude:
             raise UnsupportedError(f"{path}: {module}: use_dora on an embedding is not done here")
+        if pair.bias and getattr(layer, "bias", None) is None:
+            raise MismatchError(f"{path}: the base has no parameter {module}.bias")
         if pair.copy:
             check_copy(given, pair.copy, to_host(layer.weight.dense()))
     if given.settings.fan_in_fan_out:
@@ -419,6 +435,12 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
             raise MismatchError(f"{path}: the base has no parameter {parameter}; {nearest(parameter, known)}")
         if (found := given.tensors.shapes[tensor]) != tuple(p.data.shape):
             raise MismatchError(f"{path}: {tensor} has shape {found}; the base's is {tuple(p.data.shape)}")
+    own = {*given.replaced, *(f"{m}.bias" for m, pair in given.pairs.items() if pair.bias)}
+    for name in (f"{m}.{kind}" for m, layer in layers.items() for kind in named_params(layer)):
+        module, _, kind = name.rpartition(".")
+        biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
+        if name not in own and (biased or licensed(given.settings, module, kind)):
+            raise MismatchError(f"{path}: has no tensor for {name}, which the config means to be in it")
     linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
     wanted_modules = meant(given.settings, [*layers, *(["lm_head"] if tied else [])], linears)
     if missing := [m for m in dict.fromkeys(wanted_modules) if m not in given.pairs]:
@@ -428,13 +450,13 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
 
 
 def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:
-    """MismatchError unless the base's weight that PEFT added to the file is that of this base."""
+    """MismatchError unless the base's weight that PEFT added to the file is this base's, in any dtype."""
     if given.tensors.shapes[tensor] != W.shape:
         raise MismatchError(
             f"{given.where}: {tensor} has shape {given.tensors.shapes[tensor]}; the base's is {W.shape}"
         )
-    kind = {F: name for name, F in CALLED.items()}[given.tensors.dtypes[tensor]]
-    if not np.array_equal(given.value(tensor), stored(W, kind)):
+    found = given.value(tensor)  # which may have been narrower before it was compressed
+    if not any(np.array_equal(found, stored(W, kind)) for kind in CALLED):
         raise MismatchError(f"{given.where}: {tensor} is not the base's weight: this is another base")
 
 

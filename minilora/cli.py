@@ -278,7 +278,7 @@ def train(options: Options) -> int:
         print(f"step {step}: held-out loss {loss:.4f} nats per token", file=sys.stderr, flush=True)
 
     with bar("steps") as line:
-        outcome = finetune.finetune(
+        outcome = finetune.run(
             recipe, options.out, overwrite=options.overwrite,
             progress=lambda step, loss: line(step, recipe.steps),
             told=told,

@@ -21,13 +21,25 @@ from typing import Any
 import numpy as np
 
 from .adapter_config import peft_config, targets
-from .adapters import CONFIG, PREFIX, open_adapter, write_adapter
-from .errors import ConfigError, InputError, MismatchError, NonFiniteError, check_float, check_int, nearest
+from .adapters import CONFIG, PREFIX, change_norm, open_adapter, write_adapter
+from .backend import to_device, to_host, xp
+from .errors import (
+    ConfigError,
+    InputError,
+    MismatchError,
+    NonFiniteError,
+    UnsupportedError,
+    check_float,
+    check_int,
+    nearest,
+)
 from .files import fingerprint, read_json, weights
+from .sizes import aligned
 from .spectra import rank_at, thin_svd, thin_values
 from .storage import check_free
 
-VOCABULARY = ("embed_tokens", "lm_head", "wte", "shared", "embeddings")
+TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # beside what is called embed...
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -69,18 +81,17 @@ class Compression:
         return asdict(self) | {"residual": self.residual, "optimum": self.optimum}
 
     def __str__(self) -> str:
-        width = max(len(row.module) for row in self.rows)
-        lines = [f"{'module':{width}}  {'rank':>9}  {'|ΔW|':>9}  {'residual':>9}  {'optimum':>9}"]
+        rows = []
         for w in self.rows:
             rank = f"{w.r} -> {w.rank}" if w.r else str(w.rank)
             lost = (part / w.norm if w.norm else 0.0 for part in (w.residual, w.optimum))
-            figures = "  ".join(f"{x:9.2e}" for x in (w.norm, *lost))
-            lines.append(f"{w.module:{width}}  {rank:>9}  {figures}")
+            rows.append((w.module, rank, *(f"{x:.2e}" for x in (w.norm, *lost))))
         of = f" of {self.before:,}" if self.before else ""
-        lines.append(
+        lines = [
+            aligned([("module", "rank", "|ΔW|", "residual", "optimum"), *rows]),
             f"{self.out}: {self.parameters:,}{of} parameters, residual {self.residual:.3e} of |ΔW|, "
-            f"Eckart-Young optimum {self.optimum:.3e}"
-        )
+            f"Eckart-Young optimum {self.optimum:.3e}",
+        ]
         if self.left:
             lines.append("not in it, for a LoRA on linear maps cannot hold it:")
             lines += [f"  {name}  |change| {norm:.3g}" for name, norm in self.left.items()]
@@ -94,19 +105,15 @@ def ratio(rows: Sequence[Shrunk], part: str) -> float:
 
 
 def split(U: np.ndarray, S: np.ndarray, Vt: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """A (k, I) and B (O, k) in float32 with B A the first k terms of U S Vᵀ; zeros beyond its terms."""
+    """A (k, I) and B (O, k) in float32 with B A the first k terms of U S Vᵀ."""
     root = np.sqrt(S[:k])
-    A, B = root[:, None] * Vt[:k], U[:, :k] * root
-    spare = k - len(A)
-    A, B = np.pad(A, ((0, spare), (0, 0))), np.pad(B, ((0, 0), (0, spare)))
-    with np.errstate(over="ignore"):
-        return A.astype(np.float32), B.astype(np.float32)
+    return (root[:, None] * Vt[:k]).astype(np.float32), (U[:, :k] * root).astype(np.float32)
 
 
 def left_over(B: np.ndarray, A: np.ndarray, s: float, Bk: np.ndarray, Ak: np.ndarray) -> float:
     """|s B A - Bk Ak|, Frobenius, from the thin factors of the difference: [s B, -Bk] [A; Ak]."""
     both = np.hstack([s * B.astype(np.float64), -Bk.astype(np.float64)])
-    return float(np.linalg.norm(thin_values(both, np.vstack([A, Ak]))))
+    return float(np.linalg.norm(thin_values(to_device(both), to_device(np.vstack([A, Ak])))))
 
 
 def tail(S: np.ndarray, k: int) -> float:
@@ -137,8 +144,8 @@ def choose(
     """The rank of every module, at least 1 each.
 
     A rank: the same for all; per module, the budget of that rank spent where a singular value brings most
-    energy for its O + I parameters. An energy: the least common rank that keeps this share of the whole;
-    per module, the least that keeps this share of each.
+    energy for its O + I parameters, unless the same for all keeps more. An energy: the least common rank that
+    keeps this share of the whole; per module, the least that keeps this share of each.
     """
     check_choice(rank, energy)
     if energy is not None and per_module:
@@ -147,8 +154,9 @@ def choose(
         squares = [np.pad(S * S, (0, max(map(len, spectra.values())) - len(S))) for S in spectra.values()]
         total = np.sqrt(np.sum(squares, 0))
         rank = max(rank_at(total, energy), 1)
-    if not per_module or energy is not None:
-        return {m: min(rank or 1, len(S)) for m, S in spectra.items()}
+    common = {m: min(rank or 1, len(S)) for m, S in spectra.items()}
+    if not per_module:
+        return common
     budget = (rank or 1) * sum(costs.values())
     worth = [(S[i] ** 2 / costs[m], m) for m, S in spectra.items() for i in range(1, len(S)) if S[i] > 0]
     chosen = dict.fromkeys(spectra, 1)
@@ -157,7 +165,8 @@ def choose(
         if spent + costs[module] <= budget:
             chosen[module] += 1
             spent += costs[module]
-    return chosen
+    # where a wide module's value did not fit any more, what is left is spent on narrow ones: it may be less
+    return max(chosen, common, key=lambda ks: math.fsum(sum(S[: ks[m]] ** 2) for m, S in spectra.items()))
 
 
 # ---- one adapter, smaller
@@ -174,8 +183,8 @@ def compress(
 ) -> Compression:
     """Write the best approximation of an adapter of smaller rank; see `choose` for the ranks.
 
-    What is no low-rank pair (biases, saved modules, DoRA's magnitudes) is copied. ConfigError, and what
-    opening and writing raise.
+    What is no low-rank pair (biases, saved modules, DoRA's magnitudes) is copied. ConfigError,
+    UnsupportedError for a convolution, and what opening and writing raise.
     """
     check_choice(rank, energy)
     given = open_adapter(adapter)
@@ -184,10 +193,14 @@ def compress(
         check_free(out)
     found = {}
     for module, pair in given.pairs.items():
-        A, B = given.factors(module)
         if len(given.tensors.shapes[pair.A]) > 2:
-            raise InputError(f"{given.where}: {module} is a convolution; only matrices are compressed")
-        found[module] = (A, B, *thin_svd(B, A, pair.scale))
+            raise UnsupportedError(f"{given.where}: {module} is a convolution; only matrices are compressed")
+        A, B = given.factors(module)
+        if change_norm(A, B, pair.scale) > LARGEST:
+            raise NonFiniteError(
+                f"{given.where}: the ΔW of {module} is not finite: its factors are too large"
+            )
+        found[module] = (A, B, *map(to_host, thin_svd(to_device(B), to_device(A), pair.scale)))
     spectra = {m: parts[3] for m, parts in found.items()}
     costs = {m: sum(given.pairs[m].shape) for m in found}
     chosen = choose(spectra, costs, rank, energy, per_module)
@@ -215,10 +228,10 @@ def compress(
 
 
 def refuse_same(source: Path, out: Path | str) -> None:
-    """InputError if the output is the input, or inside it."""
+    """InputError if the output is the input, inside it or around it."""
     out, source = Path(out).resolve(), Path(source).resolve()
-    if out == source or source in out.parents:
-        raise InputError(f"{out}: is the input or inside it; expected another folder")
+    if out == source or source in out.parents or out in source.parents:
+        raise InputError(f"{out}: is the input, inside it or around it; expected another folder")
 
 
 # ---- two checkpoints
@@ -239,7 +252,8 @@ def extract(
 
     Every 2-D weight that differs is a module, but for embeddings and heads; those, norms and biases are
     listed with the norm of their change. With an energy each module gets the least rank that keeps it, or
-    all the same where `per_module` is False. MismatchError if the two have other names or shapes.
+    all the same where `per_module` is False, for which every difference is decomposed twice. MismatchError if
+    the two have other names or shapes.
     """
     check_choice(rank, energy)
     for source in (base, tuned):
@@ -255,8 +269,8 @@ def extract(
     for i, name in enumerate(before):
         change = difference(before, after, name)
         if change is not None and name in names:
-            U, S, Vt = np.linalg.svd(change, full_matrices=False)
-            k = most(S, change.shape, rank, energy, per_module)
+            U, S, Vt = decomposed(change)
+            k = known(S, rank, energy, per_module)
             found[name.removesuffix(".weight")] = (U[:, :k].copy(), S, Vt[:k].copy())
         elif change is not None:
             left[name] = float(np.linalg.norm(change))
@@ -271,6 +285,8 @@ def extract(
     rows = []
     for module, (U, S, Vt) in found.items():
         k = chosen[module]
+        if U.shape[1] < k:
+            U, S, Vt = decomposed(difference(before, after, f"{module}.weight"))
         A, B = split(U, S, Vt, k)
         at = f"{PREFIX}{module}.lora_"
         tensors |= {f"{at}A.weight": A, f"{at}B.weight": B}
@@ -285,19 +301,24 @@ def extract(
     return Compression(str(out), tuple(rows), sum(k * costs[m] for m, k in chosen.items()), None, left)
 
 
-def most(
-    S: np.ndarray, shape: tuple[int, ...], rank: int | None, energy: float | None, per_module: bool
-) -> int:
-    """How many singular vectors of a module can be needed."""
+def decomposed(change: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U, S and Vᵀ of a difference."""
+    U, S, Vt = xp.linalg.svd(to_device(change), full_matrices=False)
+    return to_host(U), to_host(S), to_host(Vt)
+
+
+def known(S: np.ndarray, rank: int | None, energy: float | None, per_module: bool) -> int:
+    """The rank of a module by itself; 0 where it is known only from all of them."""
     if rank is not None:
         return min(rank, len(S))
-    return max(rank_at(S, energy or 1.0), 1) if per_module else len(S)
+    return max(rank_at(S, energy or 1.0), 1) if per_module else 0
 
 
 def is_map(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a parameter is the weight of a linear map between hidden states."""
     module, _, kind = name.rpartition(".")
-    return kind == "weight" and len(shape) == 2 and module.rpartition(".")[2] not in VOCABULARY
+    last = module.rpartition(".")[2]
+    return kind == "weight" and len(shape) == 2 and "embed" not in last and last not in TABLES
 
 
 def difference(before: Any, after: Any, name: str) -> np.ndarray | None:
@@ -306,7 +327,8 @@ def difference(before: Any, after: Any, name: str) -> np.ndarray | None:
         raise MismatchError(
             f"{after.where}: {name} has shape {after.shapes[name]}; the base's is {before.shapes[name]}"
         )
-    change = after[name].astype(np.float64) - before[name]
-    if not np.isfinite(change).all():
-        raise NonFiniteError(f"{after.where}: {name} minus the base's is not finite")
+    with np.errstate(invalid="ignore"):
+        change = after[name].astype(np.float64) - before[name]
+    if not np.linalg.norm(change) <= LARGEST:
+        raise NonFiniteError(f"{after.where}: {name} minus the base's is not finite in float32")
     return change if change.any() else None

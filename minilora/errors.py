@@ -69,8 +69,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     import difflib
 
     known = sorted(set(known))
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.3) or known[:count]
-    return "nearest: " + ", ".join(repr(k) for k in close) if close else "there are none"
+    close = difflib.get_close_matches(name[:200], known, n=count, cutoff=0.3) or known[:count]
+    return "nearest: " + ", ".join(map(short, close)) if close else "there are none"
 
 
 def needed(package: str, extra: str) -> Any:

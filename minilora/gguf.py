@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ NAMES = {
 }
 BLOCK = re.compile(r"(?:blk\.([0-9]{1,6})\.)?([a-z_]+)\.(weight|bias)")
 CONTROL = 3  # the token type of those that no text contains, such as the end of a turn
-SCALARS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")  # by number
+SCALARS = "BbHhIif?--Qqd"  # by number, in the words of struct
 STRING, ARRAY = 8, 9
 LONGEST = 1 << 26  # bytes of header
 
@@ -97,50 +98,58 @@ class Cursor:
             self.seen += read_at(self.path, len(self.seen), more)
         return bytes(self.seen[start : self.at])
 
-    def number(self, kind: str = "<u8") -> Any:
+    def numbers(self, kind: str, count: int = 1) -> list[Any]:
+        """The next numbers of a kind."""
+        return list(struct.unpack(f"<{count}{kind}", self.take(count * struct.calcsize(f"<{kind}"))))
+
+    def number(self, kind: str = "Q") -> Any:
         """The next number."""
-        return np.frombuffer(self.take(np.dtype(kind).itemsize), kind)[0].item()
+        return self.numbers(kind)[0]
 
     def text(self) -> str:
         """The next string."""
         try:
-            return self.take(int.from_bytes(self.take(8), "little")).decode()
+            return self.take(self.number()).decode()
         except UnicodeDecodeError as e:
             raise FormatError(f"{self.path}: the text before byte {self.at} is not UTF-8") from e
 
     def value(self) -> Any:
         """The next metadata value, after its type."""
-        kind = self.number("<u4")
+        kind = self.number("I")
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
             return self.number(self.scalar(kind))
-        kind, count = self.number("<u4"), self.number()
+        kind, count = self.number("I"), self.number()
         if kind == STRING:
             return [self.text() for _ in range(count)]
-        scalar = self.scalar(kind)
-        return np.frombuffer(self.take(count * np.dtype(scalar).itemsize), scalar).tolist()
+        return self.numbers(self.scalar(kind), count)
 
     def scalar(self, kind: int) -> str:
-        """The dtype of a number of a type."""
-        if kind < len(SCALARS) and SCALARS[kind]:
+        """The word for numbers of a type."""
+        if kind < len(SCALARS) and SCALARS[kind] != "-":
             return SCALARS[kind]
         raise FormatError(f"{self.path}: has a value of type {kind} before byte {self.at}; there is none")
+
+
+def package() -> Any:
+    """The package gguf, or UnsupportedError with the line that installs it."""
+    return needed("gguf", "gguf")
 
 
 @functools.lru_cache(maxsize=1)
 def header(path: Path, changed: int) -> Header:
     """The header of a file as of that moment of its last change, checked as llama.cpp does."""
-    sizes = needed("gguf", "gguf").GGML_QUANT_SIZES
+    sizes = package().GGML_QUANT_SIZES
     file = Cursor(path)
     if file.size < 4 or file.take(4) != b"GGUF":
         raise FormatError(f"{path}: is not a GGUF file; expected it to begin with GGUF")
-    if (version := file.number("<u4")) not in (2, 3):
+    if (version := file.number("I")) not in (2, 3):
         raise UnsupportedError(f"{path}: is GGUF of version {version}; expected 2 or 3, little-endian")
     tensors, values = file.number(), file.number()
     pairs = [(file.text(), file.value()) for _ in range(values)]
     entries = [
-        (file.text(), [file.number() for _ in range(file.number("<u4"))], file.number("<u4"), file.number())
+        (file.text(), file.numbers("Q", file.number("I")), file.number("I"), file.number())
         for _ in range(tensors)
     ]
     given = dict(pairs)
@@ -189,16 +198,16 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
         config = shape(file.values, places)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from e
-    package = needed("gguf", "gguf")
+    types = package().GGMLQuantizationType
     rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
     def fetch(name: str) -> np.ndarray:
         blocks = places[name]
-        kind = package.GGMLQuantizationType(blocks.kind)
+        kind = types(blocks.kind)
         raw = np.frombuffer(read_at(path, blocks.start, blocks.size), np.uint8)
         try:
             with np.errstate(all="ignore"):  # a damaged scale
-                W = package.dequantize(raw.reshape(*blocks.shape[:-1], -1), kind)
+                W = package().dequantize(raw.reshape(*blocks.shape[:-1], -1), kind)
         except NotImplementedError as e:
             raise UnsupportedError(f"{path}: {name} is {kind.name}, which gguf cannot decode") from e
         W = np.asarray(W, np.float32).reshape(blocks.shape)
@@ -206,7 +215,7 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
         return half_split(W, heads) if heads else W
 
     shapes = {name: blocks.shape for name, blocks in places.items()}
-    kinds = {name: package.GGMLQuantizationType(blocks.kind).name for name, blocks in places.items()}
+    kinds = {name: types(blocks.kind).name for name, blocks in places.items()}
     return config, Tensors(str(path), shapes, kinds, fetch)
 
 

@@ -490,7 +490,8 @@ def in_layers(path: str, wanted: Sequence[int] | None, among: Sequence[str]) -> 
         return True
     numbers = {int(found[1]) for p in among if (found := LAYER.match(p))}
     if missing := sorted(set(wanted) - numbers):
-        raise ConfigError(f"layers_to_transform has {missing[0]}; expected some of {sorted(numbers)}")
+        given, known = short(missing[0]), short(sorted(numbers))
+        raise ConfigError(f"layers_to_transform has {given}; expected some of {known}")
     found = LAYER.match(path)
     return bool(found) and int(found[1]) in wanted  # type: ignore[index]
 
@@ -541,8 +542,8 @@ def size(tree: Any) -> int:
 
 def open_for(model: Any, name: str) -> dict[str, Any]:
     """Path -> layer of a model that can take an adapter of that name; InputError or StateError if not."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
-        raise InputError(f"adapter name is {short(name)}; expected letters, digits, '-' and '_'")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) or name == "__base__":
+        raise InputError(f"adapter name is {short(name)}; expected letters, digits, -, _; not __base__")
     layers = dict(sites(model))
     if any(isinstance(x, Adapted) and name in x.adapters for x in layers.values()):
         raise InputError(f"adapter {name!r} is there already; expected a new name")

@@ -22,6 +22,8 @@ from .errors import InputError, nearest
 from .files import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
 from .layers import named_params
 from .model import Llama
+from .sizes import aligned
+from .spectra import quotient
 from .storage import check_free
 from .tensors import CALLED, stored
 
@@ -46,7 +48,7 @@ class Merge:
     float32: float  # largest |logits merged - unmerged| on the probe, both in float32
     rounding: float  # largest |logits in float32 - in float64|, unmerged: what rounding alone does
     float64: float  # merged - unmerged, both in float64
-    written: float  # what was written, in float32, against unmerged in float64
+    written: float  # what was written, in float32 (or the float64 that it is), against unmerged in float64
     logits: float  # the largest |logit|, to compare with
 
     def data(self) -> dict[str, Any]:
@@ -54,12 +56,9 @@ class Merge:
         return asdict(self)
 
     def __str__(self) -> str:
-        width = max(len(row.module) for row in self.rows)
-        lines = [f"{'module':{width}}  {'max |ΔW|':>9}  {'|ΔW|/|W|':>9}  {'lost':>8}"]
-        lines += [
-            f"{w.module:{width}}  {w.largest:9.2e}  {w.relative:9.2e}  {w.lost:8.1e}" for w in self.rows
-        ]
-        lines += [
+        rows = [(w.module, f"{w.largest:.2e}", f"{w.relative:.2e}", f"{w.lost:.1e}") for w in self.rows]
+        lines = [
+            aligned([("module", "max |ΔW|", "|ΔW|/|W|", "lost"), *rows]),
             f"{self.out}: written in {self.dtype}",
             f"largest difference of logits (up to {self.logits:.3g}), merged against unmerged:",
             f"  float32            {self.float32:.1e}   (rounding alone: {self.rounding:.1e})",
@@ -80,8 +79,8 @@ def merge_checkpoint(
 ) -> Merge:
     """Write W + ΔW as a new Hugging Face folder, in the base's dtype or the one given; the base is only read.
 
-    `probe` are token ids (random ones unless given). The model is held in float32 and then in float64. All
-    that loading and saving raise; InputError for a dtype that there is not.
+    `probe` are token ids (random ones unless given). The model is held in float32 and then in float64, whose
+    W + ΔW is written. All that loading and saving raise; InputError for a dtype that there is not.
     """
     given = checkpoint(base)
     kind = dtype or given.dtype
@@ -94,21 +93,23 @@ def merge_checkpoint(
     random = np.random.default_rng(0).integers(V, size=T)
     ids = np.asarray(random if probe is None else probe, np.int64)[None, :]
 
+    model = assemble(given, np.float32)
+    load_adapter(model, adapter, force=force)
+    unmerged = logits(model, ids)
+    lora.fuse(model)
+    single = logits(model, ids) - unmerged
     model = assemble(given, np.float64)
     load_adapter(model, adapter, force=force)
     exact = logits(model, ids)
     lora.merge(model)
     double = logits(model, ids) - exact
     rows = tuple(changes(model, kind))
-    model = assemble(given, np.float32)
-    load_adapter(model, adapter, force=force)
-    unmerged = logits(model, ids)
+    lora.unmerge(model)
     lora.fuse(model)
-    single = logits(model, ids) - unmerged
     for p in named_params(model).values():
-        p.data = to_device(stored(to_host(p.data), kind))
-    written = logits(model, ids)
+        p.data = to_device(stored(to_host(p.dense()), kind))
     save_model(model, out, card(given, adapter), token_ids(given.where), kind, beside(given.where))
+    written = logits(model, ids)  # last, for what is too large for the dtype has been refused by then
     return Merge(
         str(out), kind, rows,
         float32=largest(single),
@@ -138,7 +139,7 @@ def changes(model: Llama, kind: str) -> Iterator[Change]:
         W, whole = (to_host(x.weight.dense()) for x in (layer.base, layer.merged or layer.base))
         if W.ndim == 2 and (size := float(np.linalg.norm(change := whole - W))) > 0:
             lost = float(np.linalg.norm(stored(whole, kind) - whole))
-            yield Change(module, largest(change), size / float(np.linalg.norm(W)), lost / size)
+            yield Change(module, largest(change), quotient(size, float(np.linalg.norm(W))), lost / size)
 
 
 def card(given: Checkpoint, adapter: Path | str) -> str:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .adapters import Adapter, open_adapter
-from .backend import cores, one_blas_thread, to_device, to_host
+from .adapters import Adapter, change_norm, open_adapter
+from .backend import Array, cores, one_blas_thread, to_device, to_host, xp
 from .errors import MismatchError, NonFiniteError, nearest
-from .files import weights
+from .files import TIED, weights
 from .lora import LAYER
 from .sizes import aligned
 from .spectra import (
@@ -34,6 +34,7 @@ from .spectra import (
     intruder_threshold,
     intruders,
     noise_spectrum,
+    quotient,
     random_similarity,
     rank_at,
     similarity,
@@ -67,7 +68,7 @@ class BesideBase:
     relative: float  # |ΔW| / |W|
     amplification: float
     random_amplification: float  # along random directions
-    overlap: float  # phi(k, k) of the first k left singular vectors of ΔW and W, k the rank of ΔW
+    overlap: float  # phi(k, k) of the first k left singular vectors of ΔW and W, k the true rank of ΔW
     random_overlap: float
     intruders: int | None  # among the first 10 of W + ΔW; None where W is too large to decompose
     cosines: tuple[float, ...]  # max |cos| of those with W's
@@ -79,7 +80,7 @@ class BesideOther:
     """A ΔW against another adapter's of the same module."""
 
     cosine: float  # <ΔW_1, ΔW_2> / (|ΔW_1| |ΔW_2|)
-    inputs: tuple[float, ...]  # phi(i, i) of right singular vectors
+    inputs: tuple[float, ...]  # phi(i, i) of right singular vectors, up to the lesser true rank
     outputs: tuple[float, ...]  # of left ones
     random_inputs: tuple[float, ...]
     random_outputs: tuple[float, ...]
@@ -156,9 +157,9 @@ def inspect(
 ) -> Inspection:
     """Look at an adapter's folder; with a `base` (any checkpoint that holds its modules) and another adapter.
 
-    Memory: the factors of one module and, with a base, its weight; where the smaller side of that is more
-    than `whole`, its intruders are not computed. StorageError, FormatError, ConfigError, UnsupportedError,
-    MismatchError or NonFiniteError name file and module.
+    Memory: the factors of one module for each core, or, with a base, of one and its weight; where the smaller
+    side of that is more than `whole`, its intruders are not computed. StorageError, FormatError, ConfigError,
+    UnsupportedError, MismatchError or NonFiniteError name file and module.
     """
     given = open_adapter(adapter)
     other = None if against is None else open_adapter(against)
@@ -184,8 +185,8 @@ def inspect(
         notes.append(
             "DoRA: the numbers are those of B A alone; its magnitudes scale the rows of W + ΔW besides"
         )
-    if given.replaced:
-        notes.append(f"{len(given.replaced)} parameters are replaced in full and not in the numbers")
+    if whole_ones := len(given.replaced) + sum(pair.bias is not None for pair in given.pairs.values()):
+        notes.append(f"{whole_ones} parameters are replaced in full and not in the numbers")
     if other is not None and (alone := given.pairs.keys() ^ other.pairs.keys()):
         notes.append(f"{len(alone)} modules are adapted by one of the two only, such as {min(alone)}")
     if any(m.base and m.base.intruders is None for m in modules):
@@ -202,21 +203,33 @@ def look(
 ) -> Module:
     """One module; vectors are computed only if something is compared with them."""
     pair = given.pairs[name]
-    A, B = given.factors(name)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if base is None and other is None:
-            S = thin_values(to_device(B), to_device(A), pair.scale)
-        else:
-            U, S, Vt = map(to_host, thin_svd(to_device(B), to_device(A), pair.scale))
-    if not np.isfinite(S).all():
-        raise NonFiniteError(f"{given.where}: the ΔW of {name} is not finite: its factors are too large")
+    if base is None and other is None:
+        S = thin_values(*thin(given, name))
+    else:
+        parts = thin_svd(*thin(given, name))
+        S = to_host(parts[1])
     number = LAYER.match(name)
     return Module(
         name, name.rpartition(".")[2], int(number[1]) if number else None, pair.shape, pair.r, pair.alpha,
         pair.scale, float(np.linalg.norm(S)), tuple(S.tolist()), ranks(S), noise(pair.shape, pair.r),
-        None if base is None else beside_base(given, name, base, U, S, Vt, whole),
-        None if other is None else beside_other(U, S, Vt, other, name),
+        None if base is None else beside_base(given, name, base, *directions(*parts), whole),
+        None if other is None else beside_other(*directions(*parts), other, name),
     )  # fmt: skip
+
+
+def thin(given: Adapter, name: str) -> tuple[Array, Array, float]:
+    """B, A and s of a module on the device, or NonFiniteError."""
+    (A, B), s = given.factors(name), given.pairs[name].scale
+    if not math.isfinite(change_norm(A, B, s)):
+        raise NonFiniteError(f"{given.where}: the ΔW of {name} is not finite: its factors are too large")
+    return to_device(B), to_device(A), s
+
+
+def directions(U: Array, S: Array, Vt: Array) -> tuple[Array, Array, Array]:
+    """U, S and Vᵀ without the directions of no strength, which have no meaning; of ΔW = 0 a zero one."""
+    k = max(rank_at(to_host(S), 1.0), 1)
+    some = S[:k] > 0
+    return U[:, :k] * some, S[:k], Vt[:k] * some[:, None]
 
 
 def ranks(S: np.ndarray) -> Ranks:
@@ -234,48 +247,48 @@ def beside_base(
     given: Adapter,
     name: str,
     base: Mapping[str, Any],
-    U: np.ndarray,
-    S: np.ndarray,
-    Vt: np.ndarray,
+    U: Array,
+    S: Array,
+    Vt: Array,
     whole: int,
 ) -> BesideBase:
     """ΔW = U S Vᵀ against W."""
-    if f"{name}.weight" not in base:
-        raise MismatchError(
-            f"{given.where}: the base has no {name}.weight; {nearest(f'{name}.weight', base)}"
-        )
-    W = base[f"{name}.weight"].astype(np.float64)
+    key, table = f"{name}.weight", "model.embed_tokens.weight"
+    if key == TIED and key not in base and table in base:
+        key = table
+    if key not in base:
+        raise MismatchError(f"{given.where}: the base has no {key}; {nearest(key, base)}")
+    W = base[key].astype(np.float64)
     W = W.reshape(len(W), -1)
     if given.pairs[name].embedding or given.settings.fan_in_fan_out:
         W = W.T
     if W.shape != given.pairs[name].shape:
         raise MismatchError(f"{given.where}: {name} is {given.pairs[name].shape}; the base's is {W.shape}")
-    k = max(rank_at(S, 1.0), 1)  # of full rank: directions of no strength have no meaning
-    U, S, Vt = U[:, :k], S[:k], Vt[:k]
+    if not math.isfinite(size := float(np.linalg.norm(W))):
+        raise NonFiniteError(f"{given.where}: the base's {key} has values that are not finite")
+    W, k = to_device(W), len(S)
     top, _ = top_vectors(W, k)
     factor, random = amplification(W, U, S, Vt)
     cosines = intruders(W, (U * S) @ Vt, FIRST) if min(W.shape) <= whole else np.zeros(0)
     threshold = intruder_threshold(W.shape[0], min(W.shape))
     return BesideBase(
-        float(np.linalg.norm(S) / np.linalg.norm(W)), factor, random, float(similarity(U, top)[-1, -1]),
+        quotient(float(xp.linalg.norm(S)), size), factor, random, float(similarity(U, top)[-1, -1]),
         random_similarity(k, k, len(W)), int((cosines < threshold).sum()) if cosines.size else None,
         tuple(cosines.tolist()), threshold,
     )  # fmt: skip
 
 
-def beside_other(U: np.ndarray, S: np.ndarray, Vt: np.ndarray, other: Adapter, name: str) -> BesideOther:
+def beside_other(U: Array, S: Array, Vt: Array, other: Adapter, name: str) -> BesideOther:
     """ΔW = U S Vᵀ against another adapter's."""
-    A, B = other.factors(name)
-    if (B.shape[0], A.shape[1]) != (len(U), Vt.shape[1]):
-        raise MismatchError(f"{other.where}: {name} is {B.shape[0], A.shape[1]}; the first adapter's is "
-                            f"{len(U), Vt.shape[1]}")  # fmt: skip
-    U2, S2, Vt2 = map(to_host, thin_svd(B, A, other.pairs[name].scale))
-    inner = float(np.sum((U.T @ U2) * (Vt @ Vt2.T) * np.outer(S, S2)))
-    norms = float(np.linalg.norm(S) * np.linalg.norm(S2))
+    O, I = len(U), Vt.shape[1]  # noqa: E741
+    if (shape := other.pairs[name].shape) != (O, I):
+        raise MismatchError(f"{other.where}: {name} is {shape}; the first adapter's is {O, I}")
+    U2, S2, Vt2 = directions(*thin_svd(*thin(other, name)))
+    inner = float(((U.T @ U2) * (Vt @ Vt2.T) * S[:, None] * S2).sum())
+    norms = float(xp.linalg.norm(S)) * float(xp.linalg.norm(S2))
     n = range(1, min(len(S), len(S2)) + 1)
-    (O, _), (_, I) = U.shape, Vt.shape  # noqa: E741
     return BesideOther(
-        inner / norms if norms else 0.0,
+        quotient(inner, norms),
         tuple(np.diag(similarity(Vt.T, Vt2.T)).tolist()), tuple(np.diag(similarity(U, U2)).tolist()),
         tuple(random_similarity(i, i, I) for i in n), tuple(random_similarity(i, i, O) for i in n),
     )  # fmt: skip

@@ -480,14 +480,20 @@ def merge_equivalence(rows: Sequence[Row]) -> Picture:
 
 
 def grid_of(modules: Sequence[Any], value: Callable[[Any], float]) -> tuple[np.ndarray, list[str], list[int]]:
-    """(kinds, layers) of a value, NaN where there is no module, and the names of both axes."""
+    """(kinds, layers) of a value, NaN where there is no module, and the names of both axes.
+
+    Where several modules have one place, such as experts or the blocks of a U-Net, it is their mean.
+    """
     inside = [m for m in modules if m.layer is not None] or list(modules)
     names = [k for k in KINDS if k in {m.kind for m in inside}]
     names += sorted({m.kind for m in inside} - {*names})
     layers = sorted({m.layer or 0 for m in inside})
     grid = np.full((len(names), len(layers)), np.nan)
+    places: dict[tuple[int, int], list[float]] = {}
     for m in inside:
-        grid[names.index(m.kind), layers.index(m.layer or 0)] = value(m)
+        places.setdefault((names.index(m.kind), layers.index(m.layer or 0)), []).append(value(m))
+    for place, values in places.items():
+        grid[place] = math.fsum(values) / len(values)
     return grid, names, layers
 
 
@@ -514,7 +520,7 @@ def heat_map(modules: Sequence[Any]) -> Picture:
         means = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, np.nanmean(grid, 1), strict=True))
         says.append(f"mean {what}: {means}")
     bottom.set_xlabel("layer")
-    return Picture(figure, f"Every module by layer; {'; '.join(says)}.")
+    return Picture(figure, f"Modules by layer; {'; '.join(says)}.")
 
 
 @styled
@@ -526,6 +532,7 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
     lines = -(-len(names) // columns)
     figure, grid = axes(columns, lines, (max(3.0 * columns, 6.4), 2.6 * lines))
     colours = shades(layers)
+    least = min(m.singular_values[-1] / max(m.singular_values[0], 1e-300) for m in modules)
     says = []
     for ax, name in zip(grid.flat, names, strict=False):
         some = [m for m in modules if m.kind == name]
@@ -543,7 +550,7 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
         noise = noise_spectrum(some[0].shape, np.random.default_rng(0), some[0].r, draws=4)
         ax.plot(np.arange(1, len(noise) + 1), noise / noise[0], color=ORANGE, linestyle="--", linewidth=2)
         ax.set_yscale("log")
-        ax.set_ylim(1e-3, 1.5)
+        ax.set_ylim(max(1e-3, min(0.1, 0.7 * least)), 1.5)
         ax.minorticks_off()
         ax.set_title(name, fontsize=11)
         says.append(f"{name} {np.mean([m.ranks.effective for m in some]):.1f}")
@@ -559,10 +566,10 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
 
 @styled
 def subspaces(modules: Sequence[Any]) -> Picture:
-    """phi(i, i) of two adapters' input directions by kind of module, mean over layers, chance dotted."""
+    """phi(i, i) of two adapters by kind of module, mean over layers: inputs, outputs, chance dotted."""
     found = [m for m in modules if m.other]
     names = list(dict.fromkeys(m.kind for m in found))
-    figure, ((ax,),) = axes()
+    figure, ((left, right),) = axes(2, 1, (10, 4))
     says = []
     looks = zip(
         cycle((BLUE, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9")), cycle("osD^vPX"), strict=False
@@ -571,15 +578,23 @@ def subspaces(modules: Sequence[Any]) -> Picture:
         some = [m.other for m in found if m.kind == name]
         n = min(len(o.inputs) for o in some)
         at = np.arange(1, n + 1)
-        phi = np.mean([o.inputs[:n] for o in some], 0)
-        ax.plot(at, phi, color=colour, marker=marker, markersize=4, label=name)
-        ax.plot(at, some[0].random_inputs[:n], color=colour, linestyle=":", linewidth=1.5)
-        says.append(f"{name} {phi[0]:.2f} to {phi[-1]:.2f} (chance {some[0].random_inputs[n - 1]:.3f})")
-    ax.set_xlabel("directions i")
-    ax.set_ylabel("φ(i, i) of input directions")
-    ax.set_ylim(0, 1)
-    ax.legend(fontsize=9, ncols=2)
-    ax.set_title("Common subspace of two adapters; dotted: chance")
+        ends = []
+        for ax, side in ((left, "inputs"), (right, "outputs")):
+            phi, chance = (
+                np.mean([getattr(o, key)[:n] for o in some], 0) for key in (side, f"random_{side}")
+            )
+            ax.plot(at, phi, color=colour, marker=marker, markersize=4, label=name)
+            ax.plot(at, chance, color=colour, linestyle=":", linewidth=1.5)
+            ends.append(f"{side} {phi[0]:.2f} to {phi[-1]:.2f} (chance {chance[-1]:.3f})")
+        says.append(f"{name} {', '.join(ends)}")
+    high = max(line.get_ydata().max() for ax in (left, right) for line in ax.get_lines())
+    for ax, side in ((left, "input"), (right, "output")):
+        ax.set_xlabel("directions i")
+        ax.set_ylabel(f"φ(i, i) of {side} directions")
+        ax.set_ylim(0, min(1.02, 1.1 * high))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle("Common subspace of two adapters; dotted: chance", fontsize=12)
     return Picture(
         figure, f"Subspace similarity of two adapters, first to all directions: {'; '.join(says)}."
     )

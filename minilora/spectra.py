@@ -75,7 +75,8 @@ def spectrum_between(base: Any, tuned: Any) -> dict[str, np.ndarray]:
 def effective_rank(s: np.ndarray) -> float:
     """exp(-sum p ln p) with p = s / sum s (Roy and Vetterli 2007); 0 for the zero matrix."""
     total = s.sum()
-    p = s[s > 0] / total if total > 0 else s[:0]
+    p = s / total if total > 0 else s[:0]
+    p = p[p > 0]
     return float(np.exp(-(p * np.log(p)).sum())) if p.size else 0.0
 
 
@@ -151,7 +152,12 @@ def amplification(W: Array, U: Array, S: Array, Vt: Array) -> tuple[float, float
     change = float(xp.sqrt((S * S).sum()))
     along = float(xp.linalg.norm(U.T @ W @ Vt.T))
     random = float(xp.linalg.norm(W)) * len(S) / math.sqrt(W.shape[0] * W.shape[1])
-    return (change / along if along else math.inf), (change / random if random else math.inf)
+    return quotient(change, along), quotient(change, random)
+
+
+def quotient(a: float, b: float) -> float:
+    """a / b of two norms: 0 where a is 0, infinite where b alone is."""
+    return a / b if b else math.inf if a else 0.0
 
 
 def intruders(W: Array, delta: Array, k: int = 10) -> np.ndarray:
@@ -173,9 +179,14 @@ def intruder_threshold(D: int, n: int | None = None, share: float = 0.99, draws:
     768, 4096 this is 0.46, 0.25, 0.16, 0.07: a vector below it resembles the base no more than chance does.
     """
     rng = np.random.default_rng(0)
-    x = np.abs(rng.standard_normal((draws, D)))
-    cosines = x[:, :n].max(1) / np.sqrt((x * x).sum(1))
-    return float(np.quantile(cosines, share))
+    n = D if n is None else n
+
+    def one() -> float:  # outside the n only the length counts, and a head has a D of 100,000
+        x = rng.standard_normal(n)
+        rest = rng.chisquare(D - n) if n < D else 0.0
+        return float(abs(x).max() / math.sqrt(x @ x + rest))
+
+    return float(np.quantile([one() for _ in range(draws)], share))
 
 
 def top_vectors(W: Array, k: int, rounds: int = 6) -> tuple[Array, Array]:

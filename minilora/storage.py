@@ -68,7 +68,8 @@ def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool
             os.rename(path, temp)
         if old.exists():
             os.rename(old, path)
-        remove_tree(temp)
+        with contextlib.suppress(OSError):
+            remove_tree(temp)
         if isinstance(e, OSError) and not isinstance(e, StorageError):
             raise StorageError(f"{path}: not written: {e.strerror or e}") from e
         raise
@@ -88,7 +89,7 @@ def make_folder(path: Path | str) -> None:
 
 def check_free(path: Path | str) -> None:
     """StorageError if there is something at `path`."""
-    if Path(path).exists():
+    if exists(path):
         raise StorageError(f"{path}: is there already; expected a name that is free")
 
 
@@ -109,6 +110,16 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def exists(path: Path | str) -> bool:
+    """Whether there is something at `path`; StorageError if that cannot be told."""
+    with reading(path):
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
 
 
 def size_of(path: Path | str) -> int:

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FormatError, UnsupportedError, short
+from .errors import FormatError, MismatchError, UnsupportedError, short
 from .storage import read_at, size_of
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # as they lie in a file, in this order
 OTHERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
-OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]+|F4|F8")
+OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]{1,20}|F4|F8")
 CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LONGEST = 100_000_000  # bytes of header
 MOST = 10_000  # tensors
@@ -61,7 +61,7 @@ class Tensors(Mapping[str, np.ndarray]):
 def open_tensors(path: Path | str) -> Tensors:
     """The tensors of a safetensors file, of which only the header is read now.
 
-    StorageError, FormatError or UnsupportedError name the file and the tensor.
+    StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
     """
     size = size_of(path)
     if size < 8:
@@ -121,13 +121,14 @@ def parse(path: Path | str, raw: bytes) -> dict[str, Any]:
 
 
 def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, begin, end) of one tensor's entry, or FormatError or UnsupportedError."""
+    """(dtype, shape, begin, end) of one tensor's entry, or the error that `open_tensors` promises."""
 
     def wrong(what: str, value: object, expected: str) -> FormatError:
         return FormatError(f"{path}: {short(name)}: {what} is {short(value)}; expected {expected}")
 
     if not PRINTABLE.fullmatch(name):
-        raise FormatError(f"{path}: the tensor name {ascii(name)[:120]} is none; expected printable ASCII")
+        kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # with any module
+        raise kind(f"{path}: the tensor name {ascii(name)[:120]} is none; expected printable ASCII")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("entry", entry, "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -135,8 +136,10 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
         if isinstance(dtype, str) and (dtype in OTHERS or OTHER_FLOATS.fullmatch(dtype)):
             raise UnsupportedError(f"{path}: {name}: dtype is {dtype}; expected one of {', '.join(FLOATS)}")
         raise wrong("dtype", dtype, f"one of {', '.join(FLOATS)}")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
-        raise wrong("shape", shape, "a list of ints, at least 0")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
+        raise wrong("shape", shape, "a list of at most 8 ints, at least 0")
+    if math.prod(max(n, 1) for n in shape) >= 1 << 60:  # which NumPy refuses, be it empty or not
+        raise wrong("shape", shape, "the shape of something that can be")
     if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
         raise wrong("data_offsets", offsets, "two ints")
     begin, end = offsets

@@ -3,7 +3,8 @@
 Byte-level BPE and all else that a tokenizer.json can hold is done by the package `tokenizers` (extra
 `tokenizers`). A folder without that file and with a vocabulary of 128 is one of ours: a character's id
 is its code point. Leaves out chat templates: a prompt is given as the model should see it, and the names
-of special tokens in it (`<|im_start|>`) mean those tokens.
+of special tokens in it (`<|im_start|>`) mean those tokens. A byte for which the vocabulary has no token is
+dropped, as upstream (SmolLM2 has none for six control characters).
 """
 
 from __future__ import annotations

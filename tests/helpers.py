@@ -5,7 +5,9 @@ u is the unit roundoff, gamma(k) = k u / (1 - k u) bounds the relative error of 
 so that no wrong transpose passes.
 """
 
+import contextlib
 import re
+import signal
 import warnings
 
 from hypothesis import strategies as st
@@ -160,3 +162,34 @@ def same_bits(a, b):
     """Two dicts of arrays are equal in every bit."""
     bits = [{k: (x.dtype, x.shape, x.tobytes()) for k, x in arrays.items()} for arrays in (a, b)]
     return bits[0] == bits[1]
+
+
+class TooLong(BaseException):
+    """Not an Exception, so that no reader takes it for its own."""
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """TooLong if it takes more time of the processor, or fifteen times as much of the clock's."""
+
+    def ring(*_):
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, ring), signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_REAL, 15 * seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before[0])
+        signal.signal(signal.SIGPROF, before[1])
+
+
+def says(error, root):
+    """The error is one printable line of a sane length that names the file."""
+    said = str(error)
+    assert said.isprintable(), ascii(said)
+    assert len(said) <= 2000
+    assert str(root) in said

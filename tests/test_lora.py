@@ -60,6 +60,8 @@ KINDS = {
     "lora-and-norms": LoraConfig(r=3, alpha=7, targets=EVERYTHING, init="both", modules_to_save=NORMS),
     "saved-table": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", modules_to_save=["embed_tokens"]),
     "dora": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", dora=True),
+    "biases": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", bias="all", exclude_modules=["o_proj"]),
+    "dora-biases": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", dora=True, bias="lora_only"),
 }
 
 
@@ -85,11 +87,15 @@ def layer_of(seed, o, i, r, dtype=np.float64, alpha=7.0, whole=False, bias=True,
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3), bias=st.booleans())
 def test_the_gradient_of_an_adapted_linear_is_that_of_the_complex_step(dora, seed, o, i, r, bias):
     tree, draw, rng = layer_of(seed, o, i, r, bias=bias, dora=dora)
-    params = trained(tree)
-    at = named_params(tree)  # the base is complex as well, but not moved: it has no gradient
+    assert_adapted_gradient(tree["q_proj"], draw(2, 4, i), rng)
+
+
+def assert_adapted_gradient(layer, x, rng):
+    """The gradient of x and of all that is trained in an adapted Linear is that of the complex step."""
+    params = trained(layer)
+    at = named_params(layer)  # the base is complex as well, but not moved: it has no gradient
     frozen = {k: p for k, p in at.items() if k not in params}
-    x = draw(2, 4, i)
-    y, back = tree["q_proj"](x)
+    y, back = layer(x)
     weights = rng.standard_normal(y.shape)
     dx = back(weights.copy())
     data = {k: p.data for k, p in params.items()} | {"x": x}
@@ -99,9 +105,53 @@ def test_the_gradient_of_an_adapted_linear_is_that_of_the_complex_step(dora, see
             p.data = arrays[k]
         for p in frozen.values():
             p.data = p.data.astype(complex)
-        return (weights * tree["q_proj"](arrays["x"])[0]).sum()
+        return (weights * layer(arrays["x"])[0]).sum()
 
     assert_gradient(value, data, {k: p.grad for k, p in params.items()} | {"x": dx}, rng)
+
+
+def biased(seed, o, i, r, way):
+    """A Linear with a bias of its own beside an adapter or alone, which is not the base's any more."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.standard_normal(shape)  # noqa: E731
+    tree = {"q_proj": Linear(Param(draw(o, i)), Param(draw(o))), "o_proj": Linear(Param(draw(3, 3)))}
+    targets = "o_proj" if way == "alone" else "q_proj"
+    how = {"init": "both", "bias": "all", "dora": way == "dora"}
+    inject(tree, LoraConfig(r=r, alpha=7, targets=targets, **how), rng=rng)
+    tree["q_proj"].adapters["default"].bias.data += draw(o)
+    return tree, draw, rng
+
+
+WAYS = ["beside", "folded", "dora", "alone"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3))
+def test_the_gradient_of_a_bias_in_the_place_of_the_bases_is_that_of_the_complex_step(way, seed, o, i, r):
+    tree, draw, rng = biased(seed, o, i, r, way)
+    layer, M = tree["q_proj"], 1 if way == "beside" else 2 * o
+    adapter = layer.adapters["default"].adapter
+    assert way in ("dora", "alone") or adapter.pays(M) is (way == "folded")
+    assert_adapted_gradient(layer, draw(1, M, i), rng)
+    assert layer.base.bias.grad is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3))
+def test_a_bias_is_merged_as_a_copy(way, seed, o, i, r):
+    tree, draw, _ = biased(seed, o, i, r, way)
+    layer, x = tree["q_proj"], draw(2, 4, i)
+    bias, before = layer.adapters["default"].bias, layer.base.bias.data.copy()
+    y = layer(x, None)[0]
+    merge(tree)
+    merged = layer(x, None)[0]
+    assert np.allclose(merged, y, rtol=0, atol=1e4 * unit(np.float64) * np.abs(y).max())
+    assert np.array_equal(layer.merged.bias.data, bias.data)
+    bias.data += 1  # as a step would do
+    assert np.array_equal(layer(x, None)[0], merged)
+    unmerge(tree)
+    assert np.allclose(layer(x, None)[0], merged + 1)
+    assert np.array_equal(layer.base.bias.data, before)
 
 
 @given(seed=seeds, r=st.integers(1, 4))
@@ -449,6 +499,77 @@ def test_all_linear_is_every_linear_but_the_head_and_what_is_saved(flags):
     assert {row.module for row in report.rows if row.r} == {p for p in expected if not p.endswith("up_proj")}
 
 
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+some = st.lists(st.sampled_from(NAMES), unique=True)
+
+
+@given(targets=some.filter(len), excluded=some, layers=st.none() | some.map(len).map(range).filter(len))
+def test_what_is_excluded_or_in_no_wanted_layer_is_left_out(targets, excluded, layers):
+    model, rng = tiny(num_hidden_layers=7)
+    expected = [
+        path for path, layer in sites(model)
+        if isinstance(layer, Linear) and path != "lm_head" and path.rpartition(".")[2] in targets
+        and path.rpartition(".")[2] not in excluded and (layers is None or int(path.split(".")[2]) in layers)
+    ]  # fmt: skip
+    config = LoraConfig(r=2, targets=targets, exclude_modules=excluded, layers_to_transform=layers)
+    if expected:
+        assert [row.module for row in inject(model, config, rng=rng).rows] == expected
+    else:
+        with pytest.raises(ConfigError, match="none of the targets"):
+            inject(model, config, rng=rng)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"exclude_modules": "mlp"}, None),  # a name means a module with parameters
+        ({"exclude_modules": "layers.0.self_attn.q_proj"}, ["layers.1.self_attn.q_proj", "embed_tokens"]),
+        ({"exclude_modules": ["embed_tokens"]}, ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]),
+        ({"layers_to_transform": [1]}, ["layers.1.self_attn.q_proj"]),  # the table is in no layer
+        ({"layers_to_transform": (1, 0)}, ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]),
+    ],
+)
+def test_what_is_left_out_is_named_as_the_targets_are(how, expected):
+    model, rng = tiny()
+    config = LoraConfig(r=2, targets=["q_proj", "embed_tokens"], **how)
+    if expected is None:
+        with pytest.raises(MismatchError, match="'mlp' matches no module"):
+            inject(model, config, rng=rng)
+    else:
+        found = {row.module for row in inject(model, config, rng=rng).rows}
+        assert found == {f"model.{path}" for path in expected}
+
+
+@settings(max_examples=20)
+@given(flags=flags, targets=some.filter(len), bias=st.sampled_from(["none", "lora_only", "all"]))
+def test_biases_start_at_the_bases_and_are_counted(flags, targets, bias):
+    model, rng = tiny(**flags)
+    own = {path: layer.bias for path, layer in sites(model) if isinstance(layer, Linear) and layer.bias}
+    expected = {
+        path: b for path, b in own.items()
+        if bias == "all" or (bias == "lora_only" and path.rpartition(".")[2] in targets)
+    }  # fmt: skip
+    ids, _ = batch(rng)
+    y = model(ids)[0]
+    report = inject(model, LoraConfig(r=2, targets=targets, bias=bias), rng=rng)
+    assert np.array_equal(model(ids)[0], y)
+    found = {k.partition(".adapters.")[0]: p for k, p in trained(model).items() if k.endswith(".bias")}
+    assert found.keys() == expected.keys()
+    for path, p in found.items():
+        assert np.array_equal(p.data, expected[path].data)
+        assert not np.shares_memory(p.data, expected[path].data)
+        assert not expected[path].trainable
+    for row in report.rows:
+        count = expected[row.module].data.size if row.module in expected else 0
+        alone = row.r is None
+        assert row.module.endswith(".bias") is alone
+        assert row.parameters == (row.shape[0] if alone else 2 * sum(row.shape) + count)
+    alone = {f"{path}.bias" for path in expected if path.rpartition(".")[2] not in targets}
+    assert {row.module for row in report.rows if row.r is None} == alone
+    assert report.parameters == sum(p.data.size for p in trained(model).values())
+    assert len(str(report).splitlines()) == len(report.rows) + 2
+
+
 # ---- what is frozen
 
 
@@ -532,14 +653,18 @@ def test_what_is_held_is_shared_by_twins_and_given_up():
 
 
 @pytest.mark.parametrize("m", [2, 12])  # few rows and many
-@pytest.mark.parametrize("kind", ["plain", "lora", "dora", "saved", "off"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "lora", "dora", "saved", "off", "lora, bias", "dora, bias", "bias alone"]
+)
 def test_the_way_back_alone_is_that_of_the_call(kind, m):
     rng = np.random.default_rng(0)
     layer = Linear(Param(rng.standard_normal((4, 5))), Param(rng.standard_normal(4)))
     tree = {"q_proj": layer, "o": Linear(Param(np.ones((2, 2))))}
-    how = {"targets": ["o"], "modules_to_save": ["q_proj"]} if kind == "saved" else {"targets": ["q_proj"]}
+    how = {"targets": ["o"] if kind in ("saved", "bias alone") else ["q_proj"], "dora": "dora" in kind}
+    how |= {"modules_to_save": ["q_proj"]} if kind == "saved" else {}
+    how |= {"bias": "all"} if "bias" in kind else {}
     if kind != "plain":
-        inject(tree, LoraConfig(r=2, alpha=3, init="both", dora=kind == "dora", **how), rng=rng)
+        inject(tree, LoraConfig(r=2, alpha=3, init="both", **how), rng=rng)
     if kind == "off":
         tree["q_proj"].active = None
     layer, x, dy = tree["q_proj"], rng.standard_normal((1, m, 5)), rng.standard_normal((1, m, 4))
@@ -609,7 +734,9 @@ CONFIGS = [
     *({"alpha": a} for a in (math.nan, math.inf, -math.inf, -1, 0, "8", True, [1], None)),
     *({"dropout": p} for p in (-0.1, 1, 1.5, math.nan, "0.1", True, None)),
     *({"targets": t} for t in ([], "", None, 7, {"q_proj": 1}, [["q_proj"]], [""], [None], ())),
-    *({"modules_to_save": m} for m in (None, 7, [""], [3])),
+    *({what: m} for what in ("modules_to_save", "exclude_modules") for m in (None, 7, [""], [3])),
+    *({"layers_to_transform": n} for n in ([], 1, "1", [-1], [True], [1.0], ["1"], {0}, [None])),
+    *({"bias": b} for b in ("lora", "ALL", "", None, True, 3)),
     *({"rank_pattern": {"q_proj": r}} for r in (0, 2.0, True, "2")),
     *({"alpha_pattern": {"q_proj": a}} for a in (0, math.nan, "1", True)),
     *({flag: v} for flag in ("rslora", "dora", "detach") for v in ("false", 1, None)),
@@ -640,6 +767,11 @@ INJECTIONS = [
     ({"rank_pattern": {"lm_head": 1}}, MismatchError, "lm_head"),
     ({"alpha_pattern": {"x_proj": 1}}, MismatchError, "x_proj"),
     ({"modules_to_save": ["norms"]}, MismatchError, "norms"),
+    ({"exclude_modules": ["x_proj"]}, MismatchError, "x_proj"),
+    ({"targets": "q_proj", "exclude_modules": "self_attn.q_proj"}, ConfigError, "none of the targets"),
+    ({"layers_to_transform": [0, 2]}, ConfigError, "has 2; expected some of [0, 1]"),
+    ({"targets": "embed_tokens", "layers_to_transform": [0]}, ConfigError, "has 0; expected some of []"),
+    ({"targets": "0.mlp.up_proj", "layers_to_transform": [1]}, ConfigError, "has 1; expected some of [0]"),
     ({"targets": "q_proj", "modules_to_save": ["self_attn.q_proj"]}, ConfigError, "q_proj"),
     ({"targets": "embed_tokens", "dora": True}, ConfigError, "embed_tokens"),
 ]

@@ -1,7 +1,9 @@
 """The network is causal, cached decoding is the full forward, sampling keeps to its limits."""
 
 import math
+import tracemalloc
 from collections import Counter
+from dataclasses import asdict
 
 import numpy
 import pytest
@@ -29,8 +31,8 @@ from minilora.backend import to_device, to_host
 from minilora.errors import ConfigError, InputError
 from minilora.layers import Linear, digest, named_params, trained
 from minilora.lora import LoraConfig, disabled, inject, merge
-from minilora.model import Config, generate, llama, sample
-from minilora.ops import saved
+from minilora.model import Config, RopeScaling, blank, generate, llama, sample
+from minilora.ops import rope_frequencies, rope_tables, saved
 from minilora.optim import AdamW
 
 V = SIZES["vocab_size"]
@@ -207,6 +209,102 @@ def test_a_fresh_model_starts_near_the_uniform_guess(seed):
     labels = np.roll(ids, 1, 1)
     # logits of variance 1 cost 1/2 nat above log V; the mean of 32 of them has a deviation below 0.3
     assert abs(model.loss(ids, labels)[0] - math.log(128) - 0.5) <= 6 * 0.3
+
+
+# ---- stretched positions
+
+STRETCHES = st.builds(
+    lambda factor, low, span, L: RopeScaling(factor, low, low * span, L),
+    st.floats(1, 64), st.floats(0.25, 4), st.floats(1.1, 8), st.integers(1, 10_000),
+)  # fmt: skip
+
+
+def stretched(inverse, s):
+    """A frequency after stretching, from the definition by its wavelength w."""
+    L, w = s.original_max_position_embeddings, 2 * math.pi / inverse
+    if w < L / s.high_freq_factor:
+        return inverse
+    if w > L / s.low_freq_factor:
+        return inverse / s.factor
+    t = (L / w - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    return (1 - t) * inverse / s.factor + t * inverse
+
+
+@given(scaling=STRETCHES, half=st.integers(1, 40), theta=st.floats(1.5, 1e6))
+def test_slow_frequencies_are_stretched_as_defined(scaling, half, theta):
+    inverse = rope_frequencies(2 * half, theta)
+    found = to_host(scaling(inverse))
+    want = numpy.array([stretched(f, scaling) for f in to_host(inverse).tolist()])
+    # t has an error of 4 u times numbers of up to 8 low, over a span of at least 0.1 low
+    assert (numpy.abs(found - want) <= 400 * 2.0**-53 * to_host(inverse)).all()
+    assert (found <= to_host(inverse) * (1 + 2.0**-50)).all()
+    assert (found * scaling.factor >= to_host(inverse) * (1 - 2.0**-50)).all()
+
+
+@few
+@given(scaling=STRETCHES, dtype=dtypes, positions=st.integers(1, 16))
+def test_the_model_turns_by_the_stretched_frequencies(scaling, dtype, positions):
+    model, rng = tiny(0, dtype, rope_scaling=scaling)
+    c = model.config
+    inverse = [stretched(f, scaling) for f in to_host(rope_frequencies(c.E, c.rope_theta)).tolist()]
+    want = rope_tables(np.arange(positions), c.num_attention_heads, np.array(inverse), dtype)
+    for table, wanted in zip(model.tables(positions, dtype), want, strict=True):
+        assert table.dtype == np.dtype(dtype)
+        assert np.allclose(table, wanted, rtol=0, atol=1e-12 if dtype == np.float64 else 1e-6)
+    ids, _ = batch(rng)
+    past = model.past(N, T)
+    parts = [model.forward(to_device(ids[:, j : j + 1]), past=past)[0] for j in range(T)]
+    assert np.allclose(np.concatenate(parts, 1), model(ids)[0], rtol=0, atol=1e-3)
+
+
+def test_stretching_changes_what_the_model_says():
+    ids, _ = batch(np.random.default_rng(0))
+    plain, far = (tiny(0, rope_scaling=s)[0](ids)[0] for s in (None, RopeScaling(8.0, 1.0, 4.0, 8)))
+    assert np.array_equal(plain[:, 0], far[:, 0])
+    assert not np.allclose(plain, far)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"factor": 0.5}, {"factor": math.nan}, {"factor": math.inf}, {"factor": "8"}, {"factor": True},
+     {"factor": None}, {"low_freq_factor": 0}, {"low_freq_factor": -1.0}, {"low_freq_factor": "1"},
+     {"high_freq_factor": 1.0}, {"high_freq_factor": 0.5}, {"high_freq_factor": math.inf},
+     {"low_freq_factor": 4.0}, {"original_max_position_embeddings": 0},
+     {"original_max_position_embeddings": 24.0}, {"original_max_position_embeddings": None},
+     {"rope_type": "linear"}, {"rope_type": None}],
+    ids=repr,
+)  # fmt: skip
+def test_a_stretch_without_meaning_is_refused(bad):
+    good = asdict(RopeScaling(8.0, 1.0, 4.0, 24))
+    with pytest.raises(ConfigError) as e:
+        RopeScaling(**good | bad)
+    assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match="rope_scaling is"):
+        Config(**SIZES, rope_scaling=good)
+
+
+# ---- a model to be filled
+
+
+@few
+@given(flags=flags, dtype=dtypes)
+def test_a_blank_model_has_the_shapes_of_a_fresh_one(flags, dtype):
+    config = Config(**SIZES | flags)
+    found = named_params(blank(config, dtype))
+    fresh = named_params(llama(config, np.random.default_rng(0), dtype))
+    assert list(found) == list(fresh)
+    for name, p in fresh.items():
+        assert (found[name].data.shape, found[name].data.dtype) == (p.data.shape, p.data.dtype), name
+
+
+def test_a_blank_model_takes_no_memory():
+    config = Config(10**7, 10**4, 10**5, 4, num_attention_heads=10, num_key_value_heads=2)
+    tracemalloc.start()
+    model = blank(config)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(math.prod(p.data.shape) for p in named_params(model).values()) > 10**11
+    assert most < 10**6  # nine norms of 10,000 float32
 
 
 # ---- sampling, which is done on the host

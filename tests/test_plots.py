@@ -11,6 +11,7 @@ from minilora import plots, report
 from minilora.errors import InputError
 from minilora.experiments import merge_equivalence, rank_sweep
 from minilora.experiments.rank_sweep import Run, pictures, report_page, table, with_gaps
+from minilora.microscope import BesideBase, BesideOther, Module, Ranks
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (12, 8),
@@ -271,6 +272,166 @@ def test_the_merge_figure_has_both_types_below_their_bounds():
     assert "0.100 of the derived bound" in plots.merge_equivalence(MERGED).says
     real = merge_equivalence.run(draws=1)
     assert plots.merge_equivalence(real).encoded("svg")
+
+
+# ---- an adapter under the microscope
+
+
+def looked(name, norm, S, other=None, base=None, shape=(12, 20)):
+    """A module as `inspect` would describe it, but that every number is another one."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    mine, noise = Ranks(len(S) * 0.6, 1.5, 1, 2), Ranks(len(S) * 0.8, 1.9, 2, 3)
+    beside = BesideBase(base, 2.0, 3.0, 0.4, 0.1, 1, (0.9,), 0.5) if base else None
+    if other:
+        phi = tuple(other / (i + 1) for i in range(len(S)))
+        chance = tuple((i + 1) / shape[1] for i in range(len(S)))
+        other = BesideOther(0.3, phi, tuple(x / 2 for x in phi), chance, tuple(x / 2 for x in chance))
+    return Module(name, name.rpartition(".")[2], int(found[1]) if found else None, shape, len(S), 1.0, 1.0,
+                  norm, tuple(S), mine, noise, beside, other or None)  # fmt: skip
+
+
+def some_modules(**how):
+    """Layers 0, 2 and 10, of which the last has no k_proj; kinds that a Llama has and has not; and a head."""
+    found = [looked("lm_head", 9.0, [3.0, 1.0, 0.5], **how)]
+    for layer in (0, 2, 10):
+        for i, kind in enumerate(("up_proj", "k_proj", "q_proj", "adapter_in")):
+            if (layer, kind) != (10, "k_proj"):
+                S = [(layer + 1) * 0.5**j for j in range(4 if kind != "q_proj" else 2)]
+                found.append(looked(f"model.layers.{layer}.x.{kind}", 10 * layer + i + 1.0, S, **how))
+    return found
+
+
+GRID = [[3, 23, 103], [2, 22, math.nan], [1, 21, 101], [4, 24, 104]]  # q, k, up, adapter_in; layers 0, 2, 10
+VIEWS = {
+    "heat_map": lambda: plots.heat_map(some_modules()),
+    "heat_map beside a base": lambda: plots.heat_map(some_modules(base=0.25)),
+    "adapter_spectra": lambda: plots.adapter_spectra(some_modules()),
+    "subspaces": lambda: plots.subspaces(some_modules(other=0.9)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_same_modules_give_the_same_bytes(name):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    one, two = (VIEWS[name]().encoded("svg") for _ in range(2))
+    assert one == two
+    assert one.startswith(b"<?xml")
+    assert b"dc:date" not in one
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_view_has_named_axes_and_a_sentence(name):
+    picture = VIEWS[name]()
+    shown = [ax for ax in picture.figure.axes if ax.axison]
+    assert all(ax.get_ylabel() or ax.get_yticklabels()[0].get_text() or ax.get_title() for ax in shown)
+    assert any(ax.get_xlabel() for ax in shown)
+    assert picture.says.endswith(".")
+    assert re.search(r"\d", picture.says)
+    assert not re.search(r"nan|inf\b|None", picture.says)
+
+
+def test_the_heat_map_has_every_module_of_a_layer_in_its_place():
+    picture = plots.heat_map(some_modules())
+    top, bottom, bar, _ = picture.figure.axes
+    for ax in (top, bottom):
+        assert [t.get_text() for t in ax.get_yticklabels()] == ["q_proj", "k_proj", "up_proj", "adapter_in"]
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "2", "10"]
+    shares, norms = (ax.get_images()[0] for ax in (top, bottom))
+    found = np.ma.filled(norms.get_array().astype(float), np.nan)
+    assert np.array_equal(found, GRID, equal_nan=True)
+    found = np.ma.filled(shares.get_array().astype(float), np.nan)
+    assert np.array_equal(np.isnan(found), np.isnan(GRID))
+    assert np.allclose(found[~np.isnan(GRID)], 75)
+    assert shares.get_clim() == (0, 100)
+    assert norms.get_clim() == (0, 104)
+    assert bar.get_ylabel() == "effective rank\n(% of noise's)"
+    assert "mean effective rank in % of noise's: q_proj 75, k_proj 75" in picture.says
+    assert "mean |ΔW|: q_proj 43, k_proj 12, up_proj 41, adapter_in 44" in picture.says
+
+
+def test_the_heat_map_is_of_the_relative_change_where_all_of_it_is_known():
+    modules = some_modules(base=0.25)
+    image = plots.heat_map(modules).figure.axes[1].get_images()[0].get_array()
+    assert set(np.ma.compressed(image).tolist()) == {0.25}
+    assert "mean |ΔW| / |W|: q_proj 0.25" in plots.heat_map(modules).says
+    mixed = [looked("lm_head", 9.0, [1.0]), *modules[1:]]
+    assert "|ΔW| / |W|" not in plots.heat_map(mixed).says
+
+
+def test_many_layers_have_few_ticks_and_no_layers_have_one():
+    many = plots.heat_map([looked(f"model.layers.{i}.q_proj", 1.0 + i, [1.0]) for i in range(80)])
+    bottom = many.figure.axes[1]
+    assert list(bottom.get_xticks()) == list(range(0, 80, 5))
+    assert [t.get_text() for t in bottom.get_xticklabels()] == [str(i) for i in range(0, 80, 5)]
+    assert bottom.get_images()[0].get_array().shape == (1, 80)
+    none = plots.heat_map([looked("lm_head", 2.0, [1.0]), looked("embed_tokens", 3.0, [1.0])])
+    assert none.figure.axes[1].get_images()[0].get_array().tolist() == [[3.0], [2.0]]
+
+
+def test_the_spectra_are_over_the_largest_value_with_noise_behind_them():
+    picture = plots.adapter_spectra(some_modules())
+    shown = {ax.get_title(): ax for ax in picture.figure.axes if ax.axison}
+    assert list(shown) == ["q_proj", "k_proj", "up_proj", "adapter_in", "lm_head"]
+    for kind, ax in shown.items():
+        *lines, noise = ax.get_lines()
+        assert len(lines) == {"k_proj": 2, "lm_head": 1}.get(kind, 3)
+        for drawn in lines:
+            S = {"lm_head": [3.0, 1.0, 0.5], "q_proj": [1.0, 0.5]}.get(kind, [1.0, 0.5, 0.25, 0.125])
+            assert list(drawn.get_xdata()) == list(range(1, len(S) + 1))
+            assert np.allclose(drawn.get_ydata(), np.array(S) / S[0])
+        assert noise.get_linestyle() == "--"
+        y = np.array(noise.get_ydata())
+        assert len(y) == len(lines[0].get_ydata())
+        assert y[0] == 1
+        assert (np.diff(y) < 0).all()
+        assert ax.get_yscale() == "log"
+    colours = [drawn.get_color() for drawn in shown["q_proj"].get_lines()[:-1]]
+    assert len(set(colours)) == 3
+    assert "q_proj 1.2, k_proj 2.4, up_proj 2.4, adapter_in 2.4, lm_head 1.8" in picture.says
+
+
+def test_common_subspaces_are_means_over_layers_with_chance_dotted():
+    wide = looked("model.layers.3.x.q_proj", 1.0, [1.0] * 5, other=0.5, shape=(12, 40))
+    picture = plots.subspaces([*some_modules(other=0.9), wide, looked("model.layers.4.x.q_proj", 1.0, [1.0])])
+    for ax, part in zip(picture.figure.axes, (1, 0.5), strict=True):  # here outputs are half of inputs
+        assert ax.get_ylabel() == f"φ(i, i) of {'input' if part == 1 else 'output'} directions"
+        x, y = line(ax, "q_proj")
+        assert list(x) == [1, 2]  # as many as all of them have
+        assert np.allclose(y, np.array([(3 * 0.9 + 0.5) / 4, (3 * 0.45 + 0.25) / 4]) * part)
+        dotted = [drawn for drawn in ax.get_lines() if drawn.get_linestyle() == ":"]
+        assert len(dotted) == 5
+        (chance,) = (drawn.get_ydata() for drawn in dotted if len(drawn.get_ydata()) == 2)
+        assert np.allclose(chance, np.array([(3 / 20 + 1 / 40) / 4, (6 / 20 + 2 / 40) / 4]) * part)
+        bottom, top = ax.get_ylim()
+        assert bottom == 0
+        assert 0.9 < top <= 1.02
+    (legend,) = picture.figure.legends
+    names = [t.get_text() for t in legend.get_texts()]
+    assert names == ["lm_head", "up_proj", "k_proj", "q_proj", "adapter_in"]
+    assert "q_proj inputs 0.80 to 0.40 (chance 0.088), outputs 0.40 to 0.20 (chance 0.044)" in picture.says
+
+
+def test_a_picture_is_drawn_once_for_each_kind():
+    picture = plots.subspaces(some_modules(other=0.9))
+    calls = []
+
+    class Counting:
+        def savefig(self, stream, format, metadata):
+            calls.append(format)
+            picture.figure.savefig(stream, format=format, metadata=metadata)
+
+    counted = plots.Picture(Counting(), picture.says)
+    first = {kind: counted.encoded(kind) for kind in ("png", "svg")}
+    assert {kind: counted.encoded(kind) for kind in ("svg", "png")} == first
+    counted._repr_html_()
+    assert calls == ["png", "svg"]
+    assert first["svg"] == picture.encoded("svg")
+    assert "made" not in repr(counted)
+    assert plots.Picture(picture.figure, picture.says) == picture
+    assert plots.Picture(picture.figure, picture.says).made == {}
 
 
 # ---- rows that are not all there

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tracemalloc
 from collections import Counter
 
@@ -9,11 +10,13 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from peft_cases import FIXTURES
 
 from minilora.errors import MiniloraError
-from minilora.lora import LoraConfig, inject, size
+from minilora.files import load
+from minilora.lora import LoraConfig, inject, sites, size
 from minilora.model import Config, llama
-from minilora.sizes import ATTENTION, LLAMAS, MLP, PAPER, PRINTED, QV, count, human
+from minilora.sizes import ATTENTION, LLAMAS, MLP, PAPER, PRINTED, QV, count, human, modules
 
 KINDS = (*ATTENTION, *MLP, "embed_tokens", "lm_head")
 NO_GATE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the targets of DoRA's Table 1
@@ -319,3 +322,75 @@ def test_a_file_that_is_no_config_is_told_as_ever(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": %s}' % ("9" * 4000))
     with pytest.raises(MiniloraError):
         count(tmp_path)
+
+
+# ---- the modules of a base
+
+
+def test_modules_are_those_of_the_loaded_base_and_no_weight_is_read():
+    for base in ("untied", "tied", "biases", "head_dim", "sharded"):
+        found = modules(FIXTURES / "bases" / base, ["q_proj", "layers.1.mlp.up_proj"])
+        layers = dict(sites(load(FIXTURES / "bases" / base)))
+        assert [row.module for row in found.rows] == list(layers)
+        for row in found.rows:
+            layer = layers[row.module]
+            assert row.layer == type(layer).__name__
+            assert row.shape == layer.weight.data.shape
+            assert row.adapted == row.module.endswith(("q_proj", "layers.1.mlp.up_proj"))
+        assert sum(row.adapted for row in found.rows) == 3
+    assert {row.layer for row in found.rows} == {"Linear", "Embedding", "RMSNorm"}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_modules_of_a_known_model_are_those_that_are_counted(name):
+    tracemalloc.start()
+    try:
+        found = modules(name)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000  # of a model of billions
+    finally:
+        tracemalloc.stop()
+    counted = {(row.kind, row.shape): row.number for row in count(name, 1, "all-linear").rows}
+    assert Counter((row.module.split(".")[-1], row.shape) for row in found.rows if row.adapted) == counted
+    heads = [row for row in found.rows if row.module in ("lm_head", "model.embed_tokens")]
+    assert len(heads) == 2 - LLAMAS[name].tie_word_embeddings
+    assert not any(row.adapted for row in heads)
+
+
+def test_modules_of_a_file_of_a_folder_and_of_a_name_are_one(tmp_path):
+    shutil.copy(FIXTURES / "bases/untied/config.json", tmp_path / "config.json")  # and no weights beside it
+    found = [modules(where, "v_proj").rows for where in (tmp_path, tmp_path / "config.json", str(tmp_path))]
+    assert found[0] == found[1] == found[2] == modules(FIXTURES / "bases/untied", ["v_proj"]).rows
+    assert modules().name == "base"
+    assert modules().rows == modules("base", "all-linear").rows
+
+
+def test_modules_print_as_a_table_and_come_back_from_json():
+    found = modules(FIXTURES / "bases/tied", ["k_proj", "embed_tokens"])
+    head, *lines, total = str(found).splitlines()
+    assert head.split() == ["module", "layer", "shape"]
+    assert len(lines) == len(found.rows)
+    for row, line in zip(found.rows, lines, strict=True):
+        shape = " x ".join(map(str, row.shape)).split()
+        assert line.split() == [row.module, row.layer, *shape, *(["*"] if row.adapted else [])]
+    assert total.endswith(f"{len(lines)} modules, 3 of them adapted (*)")
+    again = json.loads(json.dumps(found.data()))
+    assert [row["module"] for row in again["rows"]] == [row.module for row in found.rows]
+    assert [row["adapted"] for row in again["rows"]] == [row.adapted for row in found.rows]
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "says"),
+    [
+        ("llama-3-8b", "q_prj", "MismatchError: targets: 'q_prj' matches no module; nearest: 'q_proj'"),
+        ("llama-3-8b", ["q_proj", "layers.32.self_attn.q_proj"], "MismatchError: targets: 'layers.32"),
+        ("llama-3.2-1b", "lm_head", "MismatchError: targets: 'lm_head' matches no module"),
+        ("llama-3-8b", [], "ConfigError: targets is .*; expected at least one name"),
+        ("llama-3-7b", "q_proj", r"StorageError: llama-3-7b/config\.json: "),
+        ("./gone/config.json", "q_proj", r"StorageError: gone/config\.json: "),
+    ],
+)
+def test_a_slip_in_a_base_or_a_target_is_one_clear_line(base, targets, says):
+    with pytest.raises(MiniloraError) as error:
+        modules(base, targets)
+    assert re.match(says, f"{type(error.value).__name__}: {error.value}")
+    assert "\n" not in str(error.value)

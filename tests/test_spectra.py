@@ -15,16 +15,23 @@ from minilora.errors import InputError, MismatchError
 from minilora.layers import Linear, Param, digest, named_params
 from minilora.lora import LoraConfig, LowRank, LowRankEmbedding, Replacement, adapted, disabled, inject
 from minilora.spectra import (
+    amplification,
     effective_rank,
     energy,
+    intruder_threshold,
+    intruders,
     noise_spectrum,
     participation_ratio,
+    random_similarity,
     rank_at,
+    similarity,
     singular_values,
     spectrum,
     spectrum_between,
     stable_rank,
     thin_svd,
+    thin_values,
+    top_vectors,
 )  # fmt: skip
 
 MEASURES = (effective_rank, stable_rank, participation_ratio)
@@ -32,10 +39,10 @@ spectra_ = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40).map(lambda s:
 
 
 @st.composite
-def factors(draw, largest=40):
-    """B (O, r) and A (r, I) of any shape with r <= min(O, I), and a scale."""
+def factors(draw, largest=40, beyond=0):
+    """B (O, r) and A (r, I) of any shape with r <= min(O, I), or so many beyond that, and a scale."""
     m, n = draw(st.integers(1, largest)), draw(st.integers(1, largest))
-    r = draw(st.integers(1, min(m, n)))
+    r = draw(st.integers(1, min(m, n) + beyond))
     rng, dtype = np.random.default_rng(draw(seeds)), draw(dtypes)
     B, A = rng.standard_normal((m, r)).astype(dtype), rng.standard_normal((r, n)).astype(dtype)
     return B, A, draw(st.sampled_from([0.25, 1.0, 2.0, 16.0]))
@@ -71,6 +78,20 @@ def test_the_thin_spectrum_is_the_dense_one(given_):
     assert (np.diff(thin) <= 0).all()
     assert np.abs(thin - whole[: len(thin)]).max() <= bound
     assert (whole[len(thin) :] <= bound).all()
+
+
+@given(given_=factors(beyond=8))
+def test_the_thin_values_alone_are_those_of_the_decomposition_and_of_the_dense_matrix(given_):
+    B, A, s = given_
+    alone = to_device(thin_values(B, A, s))
+    for s_ in (s, -s):
+        assert np.array_equal(to_device(thin_values(B, A, s_)), alone)
+    _, S, _ = thin_svd(B, A, s)
+    whole = np.linalg.svd(dense(B, A, s), compute_uv=False)
+    assert alone.shape == S.shape == (min(B.shape[1], *dense(B, A, s).shape),)
+    assert (np.diff(alone) <= 0).all()
+    assert np.abs(alone - S).max() <= rounding(B, A, s)
+    assert np.abs(alone - whole[: len(alone)]).max() <= rounding(B, A, s)
 
 
 @given(given_=factors())
@@ -252,6 +273,14 @@ def test_the_zero_matrix_has_rank_zero(n):
     assert not energy(s).any()
 
 
+@pytest.mark.parametrize("least", [5e-324, 1e-320, 1e-200])
+def test_a_value_that_is_nothing_beside_the_first_counts_for_nothing(least):
+    """Its share of the sum is 0 in floating point, and 0 log 0 is 0."""
+    s = numpy.array([10.0, least])
+    assert [measure(s) for measure in MEASURES] == [1.0] * 3
+    assert rank_at(s, 1.0) == 1
+
+
 @given(s=spectra_, share=st.floats(0.01, 1))
 def test_energy_rises_to_one_and_rank_at_is_where_it_passes(s, share):
     e = energy(s)
@@ -322,3 +351,239 @@ def test_energy_is_of_squares():
     s = numpy.array([4.0, 3.0])
     assert energy(s).tolist() == [16 / 25, 1.0]
     assert rank_at(s, 0.6) == 1
+
+
+# ---- two subspaces
+
+
+@st.composite
+def spans(draw, most=24):
+    """Two orthonormal sets, U (D, k) and V (D, l), and the generator that goes on."""
+    D = draw(st.integers(2, most))
+    k, l = draw(st.integers(1, D)), draw(st.integers(1, D))  # noqa: E741
+    rng = np.random.default_rng(draw(seeds))
+    return orthonormal(rng, D, k), orthonormal(rng, D, l), rng
+
+
+def orthonormal(rng, D, k):
+    return np.linalg.qr(rng.standard_normal((D, k)))[0]
+
+
+def near(X, Y):
+    """How far phi may be off: every cosine is a sum of D terms of unit vectors, orthonormal to D k u."""
+    (D, k), l = X.shape, Y.shape[1]  # noqa: E741
+    return 8 * D * (k + l) * U
+
+
+@given(spans())
+def test_phi_is_its_definition_with_whole_projections(given_):
+    """|U_iᵀ V_j|² is the trace of the product of both projections."""
+    U, V, _ = given_
+    phi = similarity(U, V)
+    assert phi.shape == (U.shape[1], V.shape[1])
+    for i in range(1, U.shape[1] + 1):
+        for j in range(1, V.shape[1] + 1):
+            P, Q = U[:, :i] @ U[:, :i].T, V[:, :j] @ V[:, :j].T
+            assert abs(phi[i - 1, j - 1] - float((P * Q).sum()) / min(i, j)) <= near(U, V)
+
+
+@given(spans())
+def test_phi_lies_between_0_and_1_and_is_symmetric(given_):
+    U, V, _ = given_
+    phi, bound = similarity(U, V), near(U, V)
+    assert (phi >= 0).all()
+    assert (phi <= 1 + bound).all()
+    assert numpy.abs(phi - similarity(V, U).T).max() <= bound
+
+
+@given(spans())
+def test_phi_is_1_for_one_span_and_for_a_span_in_the_other(given_):
+    U, _, rng = given_
+    k = U.shape[1]
+    turned = U @ orthonormal(rng, k, k)
+    assert abs(similarity(U, turned)[-1, -1] - 1) <= near(U, U)
+    inside = U @ orthonormal(rng, k, max(k // 2, 1))
+    for phi in (similarity(U, inside)[-1], similarity(inside, U)[:, -1]):
+        assert numpy.abs(phi - 1).max() <= near(U, U)
+    assert numpy.abs(similarity(U, U).diagonal() - 1).max() <= near(U, U)
+
+
+@given(spans(), st.data())
+def test_phi_does_not_see_a_rotation_within_the_span(given_, data):
+    U, V, rng = given_
+    i, j = data.draw(st.integers(1, U.shape[1])), data.draw(st.integers(1, V.shape[1]))
+    turned = [np.concatenate([X[:, :n] @ orthonormal(rng, n, n), X[:, n:]], 1) for X, n in ((U, i), (V, j))]
+    before, after = similarity(U, V), similarity(*turned)
+    assert numpy.abs(after[i - 1 :, j - 1 :] - before[i - 1 :, j - 1 :]).max() <= near(U, V)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), seeds)
+def test_phi_is_0_for_orthogonal_spans(k, l, seed):  # noqa: E741
+    both = orthonormal(np.random.default_rng(seed), k + l + 2, k + l)
+    assert similarity(both[:, :k], both[:, k:]).max() <= near(both, both) ** 2
+
+
+@pytest.mark.parametrize(("i", "j", "D"), [(1, 1, 5), (3, 3, 12), (2, 7, 20), (9, 4, 16), (6, 6, 6)])
+def test_the_mean_over_random_subspaces_is_the_larger_over_the_dimension(i, j, D):
+    rng, draws = np.random.default_rng(0), 2000
+    found = [similarity(orthonormal(rng, D, i), orthonormal(rng, D, j))[-1, -1] for _ in range(draws)]
+    error = numpy.std(found, ddof=1) / math.sqrt(draws)
+    assert abs(numpy.mean(found) - random_similarity(i, j, D)) <= 5 * error + 1e-12
+
+
+# ---- a change against what it changes
+
+
+def with_values(rng, m, n, s):
+    """A matrix (m, n) with these singular values, and its vectors (m, k) and (n, k)."""
+    L, R = orthonormal(rng, m, len(s)), orthonormal(rng, n, len(s))
+    return (L * np.asarray(s)) @ R.T, L, R
+
+
+@given(seeds, st.integers(2, 20), st.integers(2, 20), st.data())
+def test_amplification_along_singular_directions_is_the_quotient_of_the_norms(seed, m, n, data):
+    rng = np.random.default_rng(seed)
+    s = [2.0**-i for i in range(min(m, n))]
+    W, L, R = with_values(rng, m, n, s)
+    start = data.draw(st.integers(0, len(s) - 1))
+    r = data.draw(st.integers(1, len(s) - start))
+    S = np.asarray([3.0 / (i + 1) for i in range(r)])
+    factor, random = amplification(W, L[:, start : start + r], S, R[:, start : start + r].T)
+    strength = math.sqrt(sum(9 / (i + 1) ** 2 for i in range(r)))
+    along = math.sqrt(sum(x * x for x in s[start : start + r]))
+    size = math.sqrt(sum(x * x for x in s))
+    off = 8 * (m + n) * r * U * size / along  # the products err by that much of |W|
+    assert abs(factor - strength / along) <= off * factor + 8 * U * factor
+    assert abs(random - strength * math.sqrt(m * n) / (size * r)) <= (m * n + 8) * U * random
+
+
+def test_the_random_amplification_is_that_of_random_directions():
+    (m, n, r), draws, rng = (11, 7, 3), 3000, np.random.default_rng(0)
+    W, *_ = with_values(rng, m, n, [5.0, 2.0, 1.0, 0.1])
+    S = np.asarray([2.0, 1.0, 0.5])
+    squares = []
+    for _ in range(draws):
+        L, R = orthonormal(rng, m, r), orthonormal(rng, n, r)
+        squares.append(float(((L.T @ W @ R) ** 2).sum()))
+    error = numpy.std(squares, ddof=1) / math.sqrt(draws)
+    wanted = float((S * S).sum()) / amplification(W, L, S, R.T)[1] ** 2
+    assert abs(numpy.mean(squares) - wanted) <= 5 * error
+
+
+def test_amplification_of_nothing_is_0_and_by_nothing_infinite():
+    rng = np.random.default_rng(0)
+    W, L, R = with_values(rng, 5, 4, [2.0, 1.0])
+    zero = np.zeros(2)
+    assert amplification(W, L, zero, R.T) == (0, 0)
+    assert amplification(0 * W, L, zero, R.T) == (0, 0)
+    assert amplification(0 * W, L, zero + 1, R.T) == (math.inf, math.inf)
+
+
+@given(seeds, st.integers(2, 20), st.integers(2, 20), st.integers(1, 12))
+def test_no_change_makes_no_intruder(seed, m, n, k):
+    rng = np.random.default_rng(seed)
+    W, *_ = with_values(rng, m, n, [2.0**-i for i in range(min(m, n))])
+    found = intruders(W, 0 * W, k)
+    assert found.shape == (min(k, m, n),)
+    assert numpy.abs(found - 1).max() <= 4 * m * U
+
+
+@given(seeds, st.integers(4, 16), st.integers(3, 14), st.data())
+def test_a_new_direction_is_one_intruder_at_its_place(seed, m, n, data):
+    """W has rank q < min(O, I), and lambda v wᵀ lies beside it on both sides: the SVD of W + ΔW is known."""
+    rng = np.random.default_rng(seed)
+    q = data.draw(st.integers(1, min(m, n) - 1))
+    at = data.draw(st.integers(0, q))
+    L, R = orthonormal(rng, m, q + 1), orthonormal(rng, n, q + 1)
+    s = [2.0**-i for i in range(q)]
+    W = (L[:, :q] * np.asarray(s)) @ R[:, :q].T
+    strength = [3.0, *(0.75 * x for x in s)][at]  # above the first, or between two
+    delta = strength * L[:, q:] @ R[:, q:].T
+    found = intruders(W, delta, q + 1)
+    assert numpy.abs(numpy.delete(found, at) - 1).max() <= 1e-12 * 2**q
+    before = np.linalg.svd(W, full_matrices=False)[0]  # those without strength are any beside the others
+    assert abs(found[at] - float(abs(before.T @ L[:, q]).max())) <= 1e-12 * 2**q
+    assert float(abs(before[:, :q].T @ L[:, q]).max()) <= 1e-12 * 2**q
+
+
+def test_a_strong_random_direction_is_one_intruder_and_a_weak_one_none():
+    m, n = 96, 64
+    rng = np.random.default_rng(3)
+    W, *_ = with_values(rng, m, n, [0.8**i for i in range(n)])
+    v, w = orthonormal(rng, m, 1), orthonormal(rng, n, 1)
+    threshold = intruder_threshold(m, n)
+    for strength, count in ((3.0, 1), (0.001, 0), (0.0, 0)):
+        found = intruders(W, strength * v @ w.T)
+        assert found.shape == (10,)
+        assert (found < threshold).sum() == count
+    assert (intruders(W, 3.0 * v @ w.T) < threshold).argmax() == 0
+
+
+def test_intruders_are_looked_for_on_the_side_of_the_outputs():
+    rng = np.random.default_rng(0)
+    W, L, _ = with_values(rng, 9, 6, [4.0, 2.0, 1.0])
+    w = orthonormal(rng, 6, 6)[:, :1]
+    same = intruders(W, 100 * L[:, :1] @ w.T, 1)  # a new input direction for an output of W
+    assert abs(same[0] - 1) <= 1e-3
+
+
+@pytest.mark.parametrize(("D", "n"), [(16, None), (24, 5), (64, 64), (96, 40)])
+def test_the_threshold_is_passed_by_one_random_vector_in_a_hundred(D, n):
+    """Whatever the orthonormal vectors are; both quantiles are of samples, so five standard errors."""
+    rng, draws = numpy.random.default_rng(1), 4000
+    basis = numpy.linalg.qr(rng.standard_normal((D, n or D)))[0]
+    x = rng.standard_normal((draws, D))
+    cosines = numpy.abs(x @ basis).max(1) / numpy.linalg.norm(x, axis=1)
+    below = (cosines < intruder_threshold(D, n)).mean()
+    assert abs(below - 0.99) <= 5 * math.sqrt(0.99 * 0.01 * (1 / draws + 1 / 1000))
+
+
+def test_the_threshold_falls_with_the_dimension_and_rises_with_the_number_of_vectors():
+    found = [intruder_threshold(D) for D in (8, 16, 64, 256, 768, 4096)]
+    assert found == sorted(found, reverse=True)
+    assert [round(x, 2) for x in found[2:]] == [0.46, 0.25, 0.16, 0.07]
+    some = [intruder_threshold(64, n) for n in (1, 4, 16, 64)]
+    assert some == sorted(some)
+    assert some[-1] == intruder_threshold(64)
+    half = intruder_threshold(16, share=0.5)
+    assert 0.5 < half < intruder_threshold(16)  # more than half of all pass the bare 0.5
+
+
+def test_the_threshold_of_a_head_takes_no_memory():
+    tracemalloc.start()
+    intruder_threshold(128_256, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000  # its 1000 vectors would be a gigabyte
+
+
+@given(seeds, st.integers(2, 40), st.integers(2, 40), st.data())
+def test_the_top_vectors_are_those_of_the_whole_decomposition(seed, m, n, data):
+    """Each falls by a half, the part beside k + 10 of them by 2^-10 and more, to the power of 13."""
+    rng = np.random.default_rng(seed)
+    W, *_ = with_values(rng, m, n, [2.0**-i for i in range(min(m, n, 12))])
+    k = data.draw(st.integers(1, min(m, n, 12)))
+    found = top_vectors(W, k)
+    whole = np.linalg.svd(W, full_matrices=False)
+    bound = 64 * (m + n) * U * 2.0**k  # a vector is off by rounding over its gap
+    for vectors, exact in zip(found, (whole[0], whole[2].T), strict=True):
+        assert vectors.shape == (len(exact), k)
+        assert np.linalg.norm(vectors.T @ vectors - np.eye(k)) <= bound
+        assert np.abs(np.abs((vectors * exact[:, :k]).sum(0)) - 1).max() <= bound
+        assert abs(similarity(vectors, exact[:, :k])[-1, -1] - 1) <= bound
+    L, R = found
+    along = (L * (W @ R)).sum(0)
+    assert np.abs(along - whole[1][:k]).max() <= bound  # the two sides belong together, with one sign
+
+
+def test_the_top_vectors_of_a_large_matrix_need_a_gap_only_behind_the_spare_ones():
+    rng = np.random.default_rng(0)
+    m, n, k = 300, 120, 6
+    W, L, R = with_values(rng, m, n, [1 - 0.01 * i for i in range(k)] + [0.5] * (n - k))
+    left, right = top_vectors(W, k)
+    # (0.5 / 0.95)^13 = 2e-4 of a vector lies outside, and phi sees its square
+    assert abs(similarity(left, L[:, :k])[-1, -1] - 1) <= 1e-5
+    assert abs(similarity(right, R[:, :k])[-1, -1] - 1) <= 1e-5
+    again = top_vectors(W, k)
+    assert np.array_equal(left, again[0])
+    assert np.array_equal(right, again[1])

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora.errors import LockedError, StorageError
-from minilora.storage import check_free, locked, read, remove_tree, write_atomic, write_folder
+from minilora.storage import (
+    check_free,
+    locked,
+    read,
+    read_at,
+    remove_tree,
+    size_of,
+    write_atomic,
+    write_folder,
+)  # fmt: skip
 
 PACKAGE = Path(minilora.__file__).parent
 
@@ -32,6 +42,51 @@ def test_what_is_written_is_read(tmp_path_factory, data):
     write_atomic(folder / "a", data)
     assert read(folder / "a") == data
     assert os.listdir(folder) == ["a"]
+
+
+@given(pieces=st.lists(st.binary(max_size=300), max_size=20))
+def test_pieces_are_written_in_a_row(tmp_path_factory, pieces):
+    path = tmp_path_factory.mktemp("files") / "a"
+    write_atomic(path, iter(pieces))
+    assert read(path) == b"".join(pieces)
+    assert size_of(path) == len(b"".join(pieces))
+
+
+def test_a_piece_that_cannot_be_made_leaves_the_old_file(tmp_path):
+    def pieces():
+        yield b"half"
+        raise KeyError("half way")
+
+    write_atomic(tmp_path / "a", b"old")
+    with pytest.raises(KeyError):
+        write_atomic(tmp_path / "a", pieces())
+    assert os.listdir(tmp_path) == ["a"]
+    assert read(tmp_path / "a") == b"old"
+
+
+@given(data=st.binary(max_size=300), start=st.integers(0, 300), count=st.integers(0, 300))
+def test_a_part_is_read_or_it_is_said_where_the_file_ends(tmp_path_factory, data, start, count):
+    path = tmp_path_factory.getbasetemp() / "part"
+    path.write_bytes(data)
+    if start + count <= len(data):
+        assert read_at(path, start, count) == data[start : start + count]
+    elif count:
+        with pytest.raises(StorageError, match=f"ends at byte {max(start, len(data))}; it has changed"):
+            read_at(path, start, count)
+
+
+def test_a_part_that_comes_in_pieces_is_read_whole(tmp_path, monkeypatch):
+    """One call of the system may give less than was asked for."""
+
+    class Reluctant(io.FileIO):
+        def read(self, count):
+            return super().read(min(count, 3))
+
+    write_atomic(tmp_path / "a", bytes(range(100)))
+    monkeypatch.setattr("builtins.open", lambda path, mode, buffering: Reluctant(path, "rb"))
+    found = read_at(tmp_path / "a", 10, 50)
+    monkeypatch.undo()
+    assert found == bytes(range(10, 60))
 
 
 def test_a_short_write_is_continued(tmp_path, monkeypatch):
@@ -86,6 +141,96 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(StorageError, match="there already"):
         check_free(tmp_path / "f")
     assert os.listdir(tmp_path) == ["f"]
+
+
+def filled(*names):
+    """What writes files of these names and nothing else."""
+
+    def fill(temp):
+        for name in names:
+            write_atomic(temp / name, name.encode())
+
+    return fill
+
+
+def test_overwriting_replaces_a_folder_by_the_whole_new_one(tmp_path):
+    write_folder(tmp_path / "f", filled("a", "b"))
+    write_folder(tmp_path / "f", filled("b", "c"), overwrite=True)
+    assert {p.name: p.read_text() for p in (tmp_path / "f").iterdir()} == {"b": "b", "c": "c"}
+    write_folder(tmp_path / "g", filled("a"), overwrite=True)  # where there is none
+    assert sorted(os.listdir(tmp_path)) == ["f", "g"]
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace", "rename"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_whatever_fails_the_old_folder_stays_and_nothing_else(call, overwrite, tmp_path, monkeypatch):
+    """Every call of the system in turn fails, until there is none left that could."""
+    real, fill = getattr(os, call), filled("a", "b")
+    if overwrite:
+        write_folder(tmp_path / "f", filled("old"))
+    for nth in range(100):
+        left = nth
+
+        def failing(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            try:
+                write_folder(tmp_path / "f", fill, overwrite)
+                break
+            except StorageError as e:
+                said = str(e)
+        assert "not written: No space left on device" in said
+        assert os.listdir(tmp_path) == ["f"] * overwrite
+        assert not overwrite or os.listdir(tmp_path / "f") == ["old"]
+    assert nth >= {"open": 6, "write": 2, "fsync": 6, "replace": 2, "rename": 1 + overwrite}[call]
+    assert sorted(os.listdir(tmp_path / "f")) == ["a", "b"]
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_half_made_folder_does_not_replace_the_old_one(tmp_path):
+    def bad(temp):
+        write_atomic(temp / "a", b"1")
+        assert os.listdir(tmp_path / "f") == ["old"]
+        raise KeyError("half way")
+
+    write_folder(tmp_path / "f", filled("old"))
+    with pytest.raises(KeyError):
+        write_folder(tmp_path / "f", bad, overwrite=True)
+    assert os.listdir(tmp_path) == ["f"]
+    assert os.listdir(tmp_path / "f") == ["old"]
+
+
+def test_what_cannot_be_removed_is_named_and_the_new_folder_is_there(tmp_path, monkeypatch):
+    write_folder(tmp_path / "f", filled("old"))
+    monkeypatch.setattr(os, "rmdir", fails(errno.EBUSY))
+    with pytest.raises(StorageError, match=r"f: is written; .*\.tmp, what was there, is not removed"):
+        write_folder(tmp_path / "f", filled("new"), overwrite=True)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path / "f") == ["new"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "here"])
+def test_only_a_folder_is_overwritten(kind, tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    if kind == "file":
+        path.write_bytes(b"mine")
+    elif kind == "here":
+        monkeypatch.chdir(tmp_path)
+        path = Path(".")
+    else:
+        path.symlink_to(tmp_path / "g")
+        if kind == "link":
+            (tmp_path / "g").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(StorageError):
+        write_folder(path, filled("a"), overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_removing_a_tree_follows_no_link(tmp_path):

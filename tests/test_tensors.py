@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -227,7 +228,8 @@ def test_stored_keeps_the_shape_and_is_the_nearest(a, dtype):
     found = stored(a, dtype)
     assert found.shape == a.shape
     assert found.dtype == (np.float64 if dtype == "float64" else np.float32)
-    exact = wide(a).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        exact = wide(a).astype(np.float64)
     bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}[dtype]
     low, high = {"float16": (2.0**-14, 65504), "float64": (0, np.inf)}.get(dtype, (2.0**-126, 2.0**127))
     inside = (np.abs(exact) >= low) & (np.abs(exact) <= high)
@@ -255,8 +257,9 @@ def said(error, path):
 
 
 def test_every_prefix_is_refused_with_one_line_that_names_the_file(whole, tmp_path):
-    for cut in [*range(len(whole)), len(whole) + 1]:
-        (tmp_path / "t").write_bytes((whole + b"\0")[:cut])
+    (tmp_path / "t").write_bytes(whole + b"\0")
+    for cut in (len(whole) + 1, *reversed(range(len(whole)))):
+        os.truncate(tmp_path / "t", cut)
         with pytest.raises(FormatError) as e:
             open_tensors(tmp_path / "t")
         said(e.value, tmp_path / "t")

@@ -305,3 +305,5 @@ print("right, for all", len(curves(lora)), "spectra of the sweep")
 # - Try a method first on a task whose answer you know.
 #
 # To make your own sweep: `minilora sweep --data FILE --ranks 1,4,16`, then read its `rows.jsonl` here.
+#
+# Next: [An adapter under the microscope](4_under_the_microscope.ipynb)

@@ -1,0 +1,106 @@
+"""LoRA on a real pretrained model: SmolLM2-135M learns the spelling of the First Folio, on a CPU.
+
+    python benchmarks/smollm2.py            writes benchmarks/results/smollm2.json and keeps runs/folio
+
+The command `minilora train` runs as a user types it, r = 8 on all linear maps. Told are the held-out loss
+(five plays that are held out in every spelling) in nats per character before, during and after, the time, the
+process's peak memory; a continuation of one prompt before and after, greedy and from one seed; and the
+perplexity of a paragraph of an encyclopedia under the base, before and after.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from minilora import adapters, files, model
+
+RESULTS = Path(__file__).parent / "results"
+PARAGRAPH = (
+    "The Moon is the only natural satellite of the Earth. It orbits our planet at an average distance of about "
+    "384,000 kilometres, and takes a little over 27 days to complete one orbit. Because it always shows the "
+    "same face to the Earth, its far side was not seen until a spacecraft photographed it in 1959. The gravity "
+    "of the Moon is the main cause of the tides in the oceans."
+)
+PROMPT = "Enter the King and two Gentlemen.\n\n  King. "
+CHILD = """
+import re, sys
+from minilora.cli import main
+code = main(sys.argv[1:])
+print(re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read().replace("\\t", " "))[1], file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def perplexity(llama, words):
+    """Of PARAGRAPH."""
+    ids = words.encode(PARAGRAPH)[None, :]
+    return float(np.exp(float(llama.loss(ids[:, :-1], ids[:, 1:])[0]))), ids.shape[1]
+
+
+def sample(llama, words, temperature):
+    """The continuation of PROMPT by 60 tokens."""
+    ids = words.encode(PROMPT)[None, :]
+    tokens = model.generate(llama, ids, 60, rng=np.random.default_rng(0), temperature=temperature)
+    return words.decode(np.array([int(t[0]) for t in tokens]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path, default=Path("runs/folio"))
+    options = parser.parse_args()
+    how = ["--steps", options.steps, "--lr", options.lr, "--batch", 8, "--length", 128, "--eval-every", 20]
+    command = [
+        "train",
+        "--base",
+        "smollm2",
+        "--data",
+        "folio",
+        "--out",
+        options.out,
+        "--rank",
+        8,
+        *how,
+        "--overwrite",
+    ]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", CHILD, *map(str, command)], capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    told = re.search(r"([\d.]+) -> ([\d.]+) per character", done.stdout)
+    found = {
+        "command": f"minilora {' '.join(map(str, command))}",
+        "seconds": seconds,
+        "peak_GB": int(done.stderr.split()[-1]) * 1024 / 1e9,
+        "nats_per_character": [float(x) for x in told.groups()],
+        "evals_nats_per_token": [
+            [int(a), float(b)] for a, b in re.findall(r"step (\d+): held-out loss ([\d.]+)", done.stderr)
+        ],
+    }
+    llama = files.load("smollm2")
+    words = files.tokenizer_of(files.checkpoint("smollm2"))
+    for state in ("before", "after"):
+        if state == "after":
+            print(adapters.load_adapter(llama, options.out))
+        value, tokens = perplexity(llama, words)
+        found[state] = {
+            "perplexity": value,
+            "tokens": tokens,
+            "greedy": sample(llama, words, 0),
+            "sampled": sample(llama, words, 0.8),
+        }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "smollm2.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""`minilora train`: the user's text or examples, a checkpoint that goes on to the bit, a PEFT folder."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from helpers import seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cli import minilora_, one_line
+
+from minilora import cli, data, finetune
+from minilora.adapters import load_adapter, open_adapter
+from minilora.errors import (
+    ConfigError,
+    FormatError,
+    InputError,
+    MiniloraError,
+    MismatchError,
+    StorageError,
+)
+from minilora.files import BASE, load, read_json
+from minilora.finetune import Recipe, examples, padded, texts
+from minilora.layers import digest
+from minilora.model import Config, generate, llama
+from minilora.tokenizer import Tokenizer, stream
+from minilora.train import evaluate
+
+TINY = Config(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+              num_key_value_heads=1, max_position_embeddings=32)  # fmt: skip
+LETTERS = Tokenizer(data.encode, data.decode, frozenset({10}), fold=True)
+TEXT = "The quality of mercy is not strained, it droppeth as the gentle rain.\n" * 60
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A small model of letters, saved."""
+    from minilora.files import save_model
+
+    save_model(llama(TINY, np.random.default_rng(0)), tmp_path / "base", "")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def small(text, base, **how):
+    usual = {"steps": 6, "batch": 2, "length": 16, "eval_every": 2, "eval_tokens": 64, "lr": 1e-2, "r": 2}
+    return Recipe(text, base, **usual | how)
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_comes_out_and_the_base_stays(method, text, base, tmp_path):
+    before = digest(load(base))
+    told = []
+    found = finetune.run(small(text, base, method=method), tmp_path / "a", told=lambda *x: told.append(x))
+    assert digest(load(base)) == before
+    assert [step for step, _ in told] == [0, 2, 4, 6]
+    assert tuple(told) == found.evals
+    assert found.after < found.before
+    assert sorted(os.listdir(tmp_path)) == ["a", "base", "own.txt"]
+    assert open_adapter(tmp_path / "a").settings.use_dora is (method == "dora")
+    model = load(base)
+    load_adapter(model, tmp_path / "a")
+    _, held = texts(text, True)
+    batches = data.eval_batches(data.encode(held), 8, 16, 64)
+    # written in float32, as it was trained: the same numbers but for the path (beside W or through W + ΔW)
+    assert abs(evaluate(model, batches) - found.after) < 1e-5
+    labels = np.concatenate([y.ravel() for _, y in batches])
+    assert found.characters == len(data.decode(labels)) / len(labels) == 1
+
+
+def test_full_fine_tuning_makes_a_model(text, base, tmp_path):
+    found = finetune.run(small(text, base, method="full", lr=1e-3), tmp_path / "m")
+    model = load(tmp_path / "m")
+    assert found.parameters == sum(p.size for p in arrays(model))
+    assert digest(model) != digest(load(base))
+    finetune.run(small(text, base, method="full", lr=1e-3, seed=1), tmp_path / "m", overwrite=True)
+    assert digest(load(tmp_path / "m")) != digest(model)
+
+
+def arrays(model):
+    from minilora.layers import named_params
+
+    return [p.data for p in named_params(model).values()]
+
+
+class Stop(Exception):
+    """A kill, as far as the training can tell."""
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5])
+def test_a_killed_run_goes_on_to_the_same_bytes(at, text, base, tmp_path):
+    def stop(step, loss):
+        if step == at:
+            raise Stop
+
+    finetune.run(small(text, base), tmp_path / "whole")
+    with pytest.raises(Stop):
+        finetune.run(small(text, base), tmp_path / "a", progress=stop)
+    assert not (tmp_path / "a").exists()
+    finetune.run(small(text, base), tmp_path / "a")
+    for name in os.listdir(tmp_path / "whole"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_run_does_not_go_on_from_its_checkpoint(text, base, tmp_path):
+    def stop(step, loss):
+        if step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        finetune.run(small(text, base), tmp_path / "a", progress=stop)
+    with pytest.raises(MismatchError, match="recipe"):
+        finetune.run(small(text, base, r=2, seed=1), tmp_path / "a")
+    (tmp_path / "own.txt").write_text(TEXT.upper())
+    with pytest.raises(MismatchError, match="text"):
+        finetune.run(small(text, base), tmp_path / "a")
+
+
+def test_a_folder_that_is_there_is_found_out_before_training(text, base, tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StorageError, match="is there already"):
+        finetune.run(small(text, base), tmp_path / "a", progress=lambda *_: pytest.fail("trained"))
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "match"),
+    [
+        ({"method": "qlora"}, ConfigError, "method is 'qlora'; nearest: .*lora"),
+        ({"steps": 0}, ConfigError, "steps"),
+        ({"batch": True}, ConfigError, "batch"),
+        ({"length": 1.5}, ConfigError, "length"),
+        ({"lr": float("nan")}, ConfigError, "lr"),
+        ({"lr": -1.0}, ConfigError, "lr"),
+        ({"r": 0}, ConfigError, "r is 0"),
+        ({"seed": -1}, ConfigError, "seed"),
+        ({"targets": ("q_porj",)}, MismatchError, "q_porj.*q_proj"),
+        ({"data": "foli"}, InputError, "'foli'; expected a path or a name; nearest: 'folio'"),
+        ({"base": "none"}, StorageError, "none"),
+    ],
+)  # fmt: skip
+def test_what_has_no_meaning_is_refused_before_training(how, error, match, text, base, tmp_path):
+    with pytest.raises(error, match=match) as e:
+        finetune.run(small(how.pop("data", text), how.pop("base", base), **how), tmp_path / "a")
+    assert isinstance(e.value, MiniloraError)
+    assert sorted(os.listdir(tmp_path)) == ["base", "own.txt"]
+
+
+# ---- examples
+
+
+def lines(path, rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_the_prompt_has_no_loss(tmp_path):
+    path = lines(tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "cd"}, "", {"text": "xyz"}])
+    rows = examples(path, LETTERS, 16)
+    inputs, labels = padded(rows)
+    assert data.decode(inputs[0][inputs[0] > 0]) == "abcd"
+    assert labels.tolist() == [[-100, ord("c"), ord("d"), 10], [ord("y"), ord("z"), 10, -100]]
+
+
+@settings(max_examples=30)
+@given(seed=seeds, length=st.integers(4, 12))
+def test_every_label_is_the_next_token_of_its_row(seed, length, tmp_path_factory):
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghij"))
+    rows = [{"prompt": "".join(rng.choice(letters, rng.integers(1, 20))),
+             "completion": "".join(rng.choice(letters, rng.integers(0, length)))} for _ in range(5)]  # fmt: skip
+    found = examples(lines(tmp_path_factory.mktemp("e") / "d.jsonl", rows), LETTERS, length)
+    inputs, labels = padded(found)
+    assert inputs.shape == labels.shape == (5, max(len(ids) for ids, _ in found) - 1)
+    assert inputs.shape[1] <= length
+    for row, x, y in zip(rows, inputs, labels, strict=True):
+        whole = row["prompt"] + row["completion"] + "\n"
+        assert data.decode(y[y >= 0]) == row["completion"] + "\n"
+        n = np.flatnonzero(y >= 0)[-1] + 1
+        assert whole.endswith(data.decode(np.append(x[:n], 10)))  # of a long prompt, its end
+        assert (y[: n - 1][y[: n - 1] >= 0] == x[1:n][y[: n - 1] >= 0]).all()
+
+
+def test_examples_are_trained_on_and_measured(base, tmp_path):
+    rows = [{"prompt": f"{i} times 2 is ", "completion": f"{2 * i}"} for i in range(40)]
+    lines(tmp_path / "d.jsonl", rows)
+    found = finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=12), tmp_path / "a")
+    assert found.after < found.before
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "match"),
+    [
+        ("not JSON", FormatError, "line 2: is not JSON"),
+        ("[" * 100_000, FormatError, "line 2: is not JSON"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', FormatError, "prompt.*given twice"),
+        ([1], FormatError, "line 2: prompt is no string"),
+        ({"prompt": "a"}, FormatError, "line 2: completion is no string"),
+        ({"prompt": "a", "completion": 3}, FormatError, "line 2: completion"),
+        ({"prompt": "", "completion": "b"}, InputError, "line 2: has no prompt"),
+        ({"prompt": "a", "completion": "b" * 99}, InputError, "line 2: has 100 tokens to learn"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_example_is_named(row, error, match, tmp_path):
+    path = lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}, row])
+    with pytest.raises(error, match=match) as e:
+        examples(path, LETTERS, 16)
+    assert str(path) in str(e.value)
+    assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xfe", b'{"text": "a\0b"}'])
+def test_a_file_that_is_no_text_is_refused(raw, tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(raw)
+    with pytest.raises(FormatError):
+        examples(tmp_path / "d.jsonl", LETTERS, 16)
+
+
+def test_one_example_is_too_few(base, tmp_path):
+    lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(InputError, match="has 1 examples"):
+        finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
+
+
+# ---- the streamed text
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=20), st.integers(1, 3))
+def test_a_stream_is_the_text_whole_characters_at_a_time(text, n):
+    """Tokens of n bytes cut characters anywhere."""
+    raw = text.replace("\ufffd", "").encode()
+    pieces = [raw[i : i + n] for i in range(0, len(raw), n)]
+
+    def decode(ids):
+        return b"".join(pieces[i] for i in ids).decode(errors="replace")
+
+    found = list(stream(Tokenizer(None, decode, frozenset({99})), [*range(len(pieces)), 99, 0]))
+    assert "".join(found) == raw.decode()
+    assert not any("\ufffd" in piece for piece in found)
+
+
+def test_what_is_cut_off_at_the_end_is_shown_as_such():
+    decode = lambda ids: bytes(ids.tolist()).decode(errors="replace")  # noqa: E731
+    assert list(stream(Tokenizer(None, decode), [0x61, 0xC3])) == ["a", "\ufffd"]
+
+
+# ---- the commands
+
+
+def test_train_generate_and_the_microscope_work_one_after_the_other(text, base, tmp_path):
+    a, b, m, e = (tmp_path / name for name in ("a", "b", "m", "e"))
+    how = ("--base", base, "--steps", "4", "--batch", "2", "--length", "16", "--lr", "1e-2")
+    done = minilora_("train", "--data", text, "--out", a, *how, "--rank", "2", "--alpha", "4")
+    assert done.returncode == 0, done.stderr
+    assert "held-out loss" in done.stdout
+    assert "step 0: held-out loss" in done.stderr
+    seen = minilora_("inspect", a, "--base", base, "--json", "--out", tmp_path / "seen")
+    assert seen.returncode == 0, seen.stderr
+    assert json.loads(seen.stdout)["parameters"] == sum(
+        2 * sum(w["shape"]) for w in json.loads(seen.stdout)["modules"]
+    )
+    assert {"report.html", "heat_map.png", "spectra.svg"} <= set(os.listdir(tmp_path / "seen"))
+    assert minilora_("compress", a, b, "--rank", "1").returncode == 0
+    merged = minilora_("merge", base, a, m)
+    assert merged.returncode == 0, merged.stderr
+    assert "rounding alone" in merged.stdout
+    assert minilora_("extract", base, m, e, "--rank", "2").returncode == 0
+    ways = (("--base", base, "--adapter", a), ("--base", base, "--adapter", a, "--merged"), ("--base", m))
+    said = [minilora_("generate", "The qual", *how, "--temperature", "0", "--max-tokens", "9") for how in ways]
+    assert len({done.stdout for done in said}) == 1
+    assert said[0].stdout.startswith("The qual")
+    assert len(said[0].stdout) == len("The qual") + 9 + 1
+    assert "7 of 8 modules" in said[0].stderr
+
+
+def test_generate_is_generate(base, capsys):
+    cli.main(["generate", "mercy", "--base", base, "--max-tokens", "7", "--seed", "3", "--top-k", "5"])
+    rng = np.random.default_rng(3)
+    model = load(base)
+    tokens = generate(model, data.encode("mercy")[None], 7, rng=rng, temperature=0.8, top_k=5)
+    assert capsys.readouterr().out == "mercy" + data.decode(np.array([t[0] for t in tokens])) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "match"),
+    [
+        (["generate", "a", "--merged"], 2, "--adapter DIR"),
+        (["generate", "é"], 2, "character 0"),
+        (["generate", ""], 2, "expected"),
+        (["inspect", "none"], 4, "adapter_config.json"),
+        (["compress", "none", "out"], 2, "exactly one of them"),
+        (["compress", "none", "out", "--rank", "1"], 4, "none"),
+        (["extract", "base", "none", "out", "--energy", "2"], 2, "energy"),
+        (["merge", "base", "none", "out", "--dtype", "int8"], 2, "int8.*nearest"),
+        (["params", "llama-3-8"], 2, "llama-3-8b"),
+        (["params", "llama-3-8b", "--targets", "qproj"], 2, "q_proj"),
+        (["modules", "--targets", "qproj"], 2, "q_proj"),
+        (["train", "--data", "none", "--out", "out"], 2, "expected a path or a name"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(arguments, code, match, capsys, tmp_path, monkeypatch):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == code
+    assert re.search(match, one_line(capsys))
+    assert os.listdir(tmp_path) == []
+
+
+def test_params_and_modules_print_tables_and_json(capsys):
+    assert cli.main(["params", "llama-2-7b", "--rank", "16", "--targets", "all-linear"]) == 0
+    assert "39,976,960 of 6,738,415,616" in capsys.readouterr().out
+    assert cli.main(["params", "d=768,layers=12", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 294_912
+    assert cli.main(["modules", "--targets", "q_proj,lm_head", "--json"]) == 2
+    capsys.readouterr()
+    assert cli.main(["modules", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert sum(row["adapted"] for row in rows) == 7 * read_json(BASE / "config.json")["num_hidden_layers"]
