@@ -276,8 +276,7 @@ def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:
 
 
 def alpha_of(scale: float, r: int) -> float:
-    """The alpha whose quotient by r is the scale, to the last bit where there is one."""
+    """The alpha whose quotient by r is the scale, to the last bit where there is one; a whole one first."""
     near = scale * r
-    exact = [a for a in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if a / r == scale]
-    alpha = exact[0] if exact else near
-    return int(alpha) if alpha == int(alpha) else alpha
+    candidates = (round(near), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+    return next((alpha for alpha in candidates if alpha / r == scale), near)

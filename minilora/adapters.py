@@ -11,7 +11,6 @@ refused by name. No pickle is ever opened, and no regular expression of a file i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -66,7 +65,7 @@ from .lora import (
 )
 from .model import Llama
 from .storage import exists, write_atomic, write_folder
-from .tensors import CALLED, Tensors, layout, open_tensors, stored
+from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -150,7 +149,7 @@ def open_adapter(folder: Path | str) -> Adapter:
     except (ValueError, AttributeError, RecursionError) as e:
         raise MismatchError(f"{folder / WEIGHTS}: its metadata is damaged: minilora is {short(said)}") from e
     found = Adapter(folder, settings, pairs, replaced, tensors, (*notes, *more), made)
-    if "sha256" in made and made["sha256"] != content(tensors):
+    if "sha256" in made and made["sha256"] != sealed(tensors):
         raise MismatchError(
             f"{folder / WEIGHTS}: its numbers are not those that were written: sha256 differs"
         )
@@ -286,16 +285,6 @@ def check_modules(
             name.rpartition(".")[0].endswith(entry) or f".{entry}." in f".{name}" for name in replaced
         ):
             raise MismatchError(f"{path}: has no tensor for modules_to_save {short(entry)}")
-
-
-def content(tensors: Mapping[str, np.ndarray]) -> str:
-    """sha256 over names, shapes and values, in order of name."""
-    h = hashlib.sha256()
-    for name in sorted(tensors):
-        a = np.ascontiguousarray(tensors[name])
-        h.update(f"{name} {a.shape} {a.dtype.str}\n".encode())
-        h.update(a.data)
-    return h.hexdigest()
 
 
 # ---- beside a model
@@ -564,7 +553,7 @@ def write_adapter(
         if not np.isfinite(a).all():
             raise NonFiniteError(f"{name} is not finite; nothing was written")
     tensors = {name: stored(a, dtype) for name, a in tensors.items()}
-    made = {"sha256": content(tensors)} | ({"base": base} if base else {})
+    made = {"sha256": sealed(tensors)} | ({"base": base} if base else {})
     metadata = {"format": "pt", "minilora": json.dumps(made, sort_keys=True)}
 
     def fill(temp: Path) -> None:

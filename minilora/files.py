@@ -36,7 +36,7 @@ from .layers import freeze, named_params, walk
 from .lora import Adapted
 from .model import Config, Llama, RopeScaling, blank
 from .storage import exists, read, write_atomic, write_folder
-from .tensors import CALLED, Tensors, layout, open_tensors, stored, unique
+from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored, unique
 from .tokenizer import FILES, Tokenizer, tokenizer
 
 BASE = Path(__file__).parent / "base"  # the model that ships with the package
@@ -335,15 +335,7 @@ def matrix_size(c: Config) -> int:
 
 def fingerprint(tensors: Mapping[str, Any]) -> str:
     """sha256 of a base's tensors as float32, in order of name: the same however they are stored or loaded."""
-    import hashlib
-
-    h = hashlib.sha256()
-    for name in sorted(tensors):
-        with np.errstate(over="ignore", invalid="ignore"):
-            a = np.asarray(to_host(tensors[name]), np.float32, order="C")
-        h.update(f"{name} {a.shape}\n".encode())
-        h.update(a.data)
-    return h.hexdigest()
+    return sealed(tensors, np.float32)
 
 
 # ---- what lies beside the tensors

@@ -10,6 +10,7 @@ booleans and 8-bit floats are refused by name; no pickle is ever opened.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from .backend import to_host
 from .errors import FormatError, MismatchError, UnsupportedError, short
 from .storage import read_at, size_of
 
@@ -198,3 +200,14 @@ def layout(
         with np.errstate(over="ignore", invalid="ignore"):
             a = a.astype(FLOATS[kinds[name]], copy=False)
         yield a.tobytes()
+
+
+def sealed(tensors: Mapping[str, Any], dtype: Any = None) -> str:
+    """sha256 over the names, shapes and values, in order of name: each as it is, or as `dtype`."""
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        with np.errstate(over="ignore", invalid="ignore"):
+            a = np.asarray(to_host(tensors[name]), dtype, order="C")
+        h.update(f"{name} {a.shape} {a.dtype.str}\n".encode())
+        h.update(a.data)
+    return h.hexdigest()

@@ -29,7 +29,7 @@ from peft_cases import FIXED, FIXTURES, slug
 from safetensors.numpy import save_file
 
 from minilora.adapters import load_adapter, open_adapter
-from minilora.backend import to_host
+from minilora.backend import to_device, to_host
 from minilora.compose import choose, compress, extract, is_map
 from minilora.errors import (
     ConfigError,
@@ -457,16 +457,17 @@ def checkpoints(folder, change, seed=0, **how):
 
     All numbers are multiples of 2^-8 below 8, so that W + ΔW is exact in float32 if the change is one, too.
     """
-    model, rng = tiny(seed, np.float32, **how)
-    for p in named_params(model).values():
-        p.data = np.round(to_host(p.data) * 2**8) / np.float32(2**8)
+    model, rng = tiny(seed, np.float32, **how)[0], np.random.default_rng(seed)
+    before = {k: np.round(to_host(p.data) * 2**8) / np.float32(2**8) for k, p in named_params(model).items()}
+    for name, p in named_params(model).items():
+        p.data = to_device(before[name])
     save_model(model, folder / "base", "base\n")
     added = {}
     for name, p in named_params(model).items():
-        if (dW := change(name, p.data, rng)) is not None:
-            after = (p.data + dW).astype(np.float32)
-            added[name] = after.astype(float) - p.data
-            p.data = after
+        if (dW := change(name, before[name], rng)) is not None:
+            after = (before[name] + dW).astype(np.float32)
+            added[name] = after.astype(float) - before[name]
+            p.data = to_device(after)
     save_model(model, folder / "tuned", "tuned\n")
     return folder / "base", folder / "tuned", added
 
@@ -701,10 +702,10 @@ def test_the_same_checkpoints_give_the_same_bytes(tmp_path):
 
 def test_a_difference_is_taken_in_float64_whatever_is_stored(tmp_path):
     """bfloat16 beside float32: the difference is that of the stored numbers."""
-    model, rng = tiny(0, np.float32)
+    model, rng = tiny(0, np.float32)[0], np.random.default_rng(0)
     save_model(model, tmp_path / "base", "b\n", dtype="bfloat16")
     for p in named_params(model).values():
-        p.data = p.data + np.float32(0.01) * rng.standard_normal(p.data.shape).astype(np.float32)
+        p.data = p.data + to_device(0.01 * rng.standard_normal(p.data.shape), np.float32)
     save_model(model, tmp_path / "tuned", "t\n", dtype="float32")
     found = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2)
     before, after = (base_weights(tmp_path / name) for name in ("base", "tuned"))

@@ -415,6 +415,22 @@ def test_a_flipped_bit_is_one_line_or_another_number(data, raw):
     assert len(said.splitlines()) == 1
 
 
+def test_what_stands_twice_or_in_another_place_is_refused(path):
+    whole = path.read_bytes()
+    for old, new, match in (
+        (b"bos_token_id", b"eos_token_id", "has a value twice"),
+        (b"blk.1.attn_q", b"blk.0.attn_q", "has a tensor twice"),
+    ):
+        assert whole.count(old) == 1
+        path.write_bytes(whole.replace(old, new))
+        refused(path, FormatError, match)
+    at = whole.index(b"blk.1.ffn_down.weight") + len(b"blk.1.ffn_down.weight") + 4 + 2 * 8 + 4
+    for step in (-32, 32, 1, 1 << 40):
+        moved = int.from_bytes(whole[at : at + 8], "little") + step
+        path.write_bytes(whole[:at] + moved.to_bytes(8, "little") + whole[at + 8 :])
+        refused(path, FormatError, f"'blk.1.ffn_down.weight': 8192 bytes at {moved}; expected at")
+
+
 def test_a_length_beyond_the_file_is_refused_before_anything_is_read(path):
     """An array that says it has 2^40 entries, which the package walks one by one."""
     whole = path.read_bytes()

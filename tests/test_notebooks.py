@@ -84,8 +84,8 @@ def test_an_exercise_is_stub_solution_and_check(name):
     [
         ("r8: loss 1.675,  43,776 of 8e-06\n", [], False),
         ("r8: loss 1.675,  43,776 of 8e-06\n", ["trained"], True),
-        ("r8: loss 1.676, 43,777 of 7e-06\n", ["trained"], True),
-        ("r8: loss 1.673, 43,776 of 8e-06\n", ["trained"], False),
+        ("r8: loss 1.673, 43,777 of 7e-06\n", ["trained"], True),
+        ("r8: loss 1.672, 43,776 of 8e-06\n", ["trained"], False),
         ("r8: loss 1.674, 43,776 of 8e-05\n", ["trained"], False),
         ("r8: gain 1.674, 43,776 of 8e-06\n", ["trained"], False),
         ("r8: loss 1.674\n", ["trained"], False),

@@ -281,7 +281,7 @@ print(f"rows of A, at the start and at the end of one run: phi(8, 8) {np.mean(ke
 # %% [markdown]
 # The two runs reach the same loss but for some thousandths of a nat, and their $\Delta W$ are nearly
 # orthogonal. So this text does not ask for one subspace that every run would find: quite different changes of
-# rank 8 do as well. The outputs agree more than the inputs do. The last line fits to that: about half of what
+# rank 8 do as well. The outputs agree more than the inputs do. The last line fits that: about half of what
 # $A$ reads is still what it read before training, and that was drawn at random. `down_proj` of the last
 # block, which stood out above, is also where the two runs have most in common.
 #
@@ -315,7 +315,7 @@ for k, small in smaller.items():
 # %% [markdown]
 # The residual is the optimum, to the digits shown. Whether that is *good* is another question, and the loss
 # answers it. Beside it we put adapters that were trained at the smaller rank from the beginning, with the
-# same recipe.
+# same recipe. (Its learning rate is what the sweep of the third lesson chose at each of these ranks.)
 
 # %% tags=["corpus", "trained"]
 trained = {r: train(f"trained-at-{r}", r=r, alpha=16, lr=1e-2).after for r in (1, 2, 4)}
@@ -350,8 +350,8 @@ for k in (1, 2, 4, 8):
 
 # %% [markdown]
 # The last direction of each module can go for some thousandths of a nat; half of them cost a tenth of the
-# gain, and with one left more than half of it is lost. There is no rank after which nothing is lost, as the
-# flat spectra had it.
+# gain, and with one left more than half of it is lost. Nowhere does the loss jump: spectra without a gap have
+# no natural place for a cut.
 #
 # And at the three smaller ranks it was better to train there than to cut down to them. That is a finding for
 # this task, this recipe and 80 steps, and no law. But it says what to try first, if you know the rank that
