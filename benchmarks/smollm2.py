@@ -4,8 +4,8 @@
 
 The command `minilora train` runs as a user types it, r = 8 on all linear maps. Told are the held-out loss
 (five plays that are held out in every spelling) in nats per character before, during and after, the time, the
-process's peak memory; a continuation of one prompt before and after, greedy and from one seed; and the
-perplexity of a paragraph of an encyclopedia under the base, before and after.
+process's peak memory; continuations of one prompt before and after, greedy and sampled from three seeds;
+and the perplexity of a paragraph of an encyclopedia under the base, before and after.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from minilora import adapters, files, model
 
 RESULTS = Path(__file__).parent / "results"
 PARAGRAPH = (
-    "The Moon is the only natural satellite of the Earth. It orbits our planet at an average distance of about "
-    "384,000 kilometres, and takes a little over 27 days to complete one orbit. Because it always shows the "
-    "same face to the Earth, its far side was not seen until a spacecraft photographed it in 1959. The gravity "
-    "of the Moon is the main cause of the tides in the oceans."
+    "The Moon is the only natural satellite of the Earth. It orbits our planet at an average distance of "
+    "about 384,000 kilometres, and takes a little over 27 days to complete one orbit. Because it always "
+    "shows the same face to the Earth, its far side was not seen until a spacecraft photographed it in 1959. "
+    "The gravity of the Moon is the main cause of the tides in the oceans."
 )
-PROMPT = "Enter the King and two Gentlemen.\n\n  King. "
+PROMPT = "KING. Now tell me, my good lord, why you have come. LORD. "
 CHILD = """
 import re, sys
 from minilora.cli import main
@@ -43,16 +43,16 @@ def perplexity(llama, words):
     return float(np.exp(float(llama.loss(ids[:, :-1], ids[:, 1:])[0]))), ids.shape[1]
 
 
-def sample(llama, words, temperature):
-    """The continuation of PROMPT by 60 tokens."""
+def sample(llama, words, temperature, seed):
+    """The continuation of PROMPT by 50 tokens."""
     ids = words.encode(PROMPT)[None, :]
-    tokens = model.generate(llama, ids, 60, rng=np.random.default_rng(0), temperature=temperature)
+    tokens = model.generate(llama, ids, 50, rng=np.random.default_rng(seed), temperature=temperature)
     return words.decode(np.array([int(t[0]) for t in tokens]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("runs/folio"))
     options = parser.parse_args()
@@ -94,8 +94,8 @@ def main():
         found[state] = {
             "perplexity": value,
             "tokens": tokens,
-            "greedy": sample(llama, words, 0),
-            "sampled": sample(llama, words, 0.8),
+            "greedy": sample(llama, words, 0, 0),
+            "sampled": [sample(llama, words, 0.7, seed) for seed in range(3)],
         }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "smollm2.json").write_text(json.dumps(found, indent=1) + "\n")

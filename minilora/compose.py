@@ -189,8 +189,7 @@ def compress(
     check_choice(rank, energy)
     given = open_adapter(adapter)
     refuse_same(given.where, out)
-    if not overwrite:
-        check_free(out)
+    check_free(out, overwrite)
     found = {}
     for module, pair in given.pairs.items():
         if len(given.tensors.shapes[pair.A]) > 2:
@@ -258,8 +257,7 @@ def extract(
     check_choice(rank, energy)
     for source in (base, tuned):
         refuse_same(Path(source), out)
-    if not overwrite:
-        check_free(out)
+    check_free(out, overwrite)
     before, after = weights(base), weights(tuned)
     for name in sorted(before.keys() ^ after.keys()):
         whose, other = (base, after) if name in before else (tuned, before)

@@ -119,8 +119,7 @@ def run(
     that loading base and data raise.
     """
     out = Path(out)
-    if not overwrite:
-        check_free(out)
+    check_free(out, overwrite)
     given = checkpoint(recipe.base)
     words = tokenizer_of(given)
     length = min(recipe.length, given.config.max_position_embeddings)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from .errors import LockedError, StorageError
 
+MARKS = ("config.json", "adapter_config.json")  # of a folder that may be overwritten
+OVERWRITTEN = {".json", ".safetensors", ".md"}  # and what may be in it
 OURS = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # the temporary names below
 
 
@@ -44,13 +46,12 @@ def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
 def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool = False) -> None:
     """Make the folder `path` by filling a temporary one beside it and renaming.
 
-    StorageError if there is something at `path`; with `overwrite` a folder there goes, once the new one is
-    complete and on disk. Whatever fails before, `path` is as it was.
+    StorageError if there is something at `path`; with `overwrite` a model or adapter there goes, once the
+    new one is complete and on disk. Whatever fails before, `path` is as it was.
     """
     path = Path(path)
-    replacing = overwrite and path.is_dir() and not path.is_symlink() and path.name != ""
-    if not replacing:
-        check_free(path)
+    check_free(path, overwrite)
+    replacing = path.exists()
     temp, old = (path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp") for _ in range(2))
     there = False
     try:
@@ -87,10 +88,19 @@ def make_folder(path: Path | str) -> None:
         raise StorageError(f"{path}: cannot be a folder: {e.strerror or e}") from e
 
 
-def check_free(path: Path | str) -> None:
-    """StorageError if there is something at `path`."""
-    if exists(path):
+def check_free(path: Path | str, overwrite: bool = False) -> None:
+    """StorageError if there is something at `path`, or, with `overwrite`, anything but a model or adapter."""
+    path = Path(path)
+    if not exists(path):
+        return
+    if not overwrite:
         raise StorageError(f"{path}: is there already; expected a name that is free")
+    folder = path.is_dir() and not path.is_symlink() and path.name != ""
+    inside = sorted(path.iterdir()) if folder else []
+    strange = [child.name for child in inside if child.suffix not in OVERWRITTEN or child.is_dir()]
+    if not folder or strange or (inside and not any(child.name in MARKS for child in inside)):
+        what = f"holds {strange[0]!a}" if strange else "is not one"
+        raise StorageError(f"{path}: only the folder of a model or adapter is overwritten; this {what}")
 
 
 def remove_tree(path: Path) -> None:

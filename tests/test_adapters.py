@@ -314,9 +314,15 @@ def test_a_name_that_is_taken_and_a_folder_that_is_there(tmp_path):
         load_adapter(model, folder)
     load_adapter(model, folder, "second")
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "mine").write_bytes(b"")
     with pytest.raises(StorageError, match="is there already"):
         save_adapter(model, tmp_path / "a")
+    (tmp_path / "a" / "mine").write_bytes(b"")
+    with pytest.raises(StorageError, match="'mine'"):
+        save_adapter(model, tmp_path / "a", overwrite=True)
+    (tmp_path / "a" / "mine").rename(tmp_path / "a" / "mine.json")
+    with pytest.raises(StorageError, match="this is not one"):
+        save_adapter(model, tmp_path / "a", overwrite=True)
+    (tmp_path / "a" / "mine.json").rename(tmp_path / "a" / CONFIG)
     save_adapter(model, tmp_path / "a", overwrite=True)
     assert sorted(os.listdir(tmp_path / "a")) == [CONFIG, WEIGHTS]
     merge(model)

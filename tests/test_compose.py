@@ -25,7 +25,8 @@ from by_hand import (
 from helpers import SIZES, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_cases import FIXED, FIXTURES, slug
+from peft_cases import FIXED, FIXTURES, IDS, slug
+from peft_cases import logits as peft_logits
 from safetensors.numpy import save_file
 
 from minilora.adapters import load_adapter, open_adapter
@@ -410,9 +411,11 @@ def test_what_is_there_stays_unless_it_may_go(tmp_path):
     source, out = FIXTURES / "adapters/untied--q-and-v", tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("x")
-    with pytest.raises(StorageError, match="is there already"):
-        compress(source, out, rank=1)
+    for overwrite, says in ((False, "is there already"), (True, "only the folder of a model or adapter")):
+        with pytest.raises(StorageError, match=says):
+            compress(source, out, rank=1, overwrite=overwrite)
     assert listed(tmp_path) == {Path("out"): False, Path("out/mine"): b"x"}
+    (out / "mine").rename(out / CONFIG)
     compress(source, out, rank=1, overwrite=True)
     assert sorted(os.listdir(out)) == [CONFIG, WEIGHTS]
     assert os.listdir(tmp_path) == ["out"]
@@ -743,3 +746,34 @@ def test_a_common_rank_by_energy_does_not_hold_the_vectors_of_all_modules(tmp_pa
     assert len({row.rank for row in found.rows}) == 1
     assert 0.5 - found.rows[0].norm * 1e-6 <= 1 - found.optimum**2
     assert peak < 0.5 * count * 8 * I * (O + I)
+
+
+# ---- in PEFT
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("base", "adapter"), FIXED)
+def test_peft_reads_a_compressed_adapter_as_we_do(base, adapter, tmp_path):
+    """Other ranks for other modules, so that it needs the patterns; PEFT's norms are in float32."""
+    pytest.importorskip("peft")
+    source, change = FIXTURES / "bases" / slug(base), FIXTURES / "adapters" / f"{slug(base)}--{slug(adapter)}"
+    compress(change, tmp_path / "out", energy=0.9, per_module=True)
+    model = load(source, np.float64)
+    load_adapter(model, tmp_path / "out")
+    ours, theirs = to_host(model(IDS[:, ::4])[0]), peft_logits(source, tmp_path / "out", ids=IDS[:, ::4])
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_peft_reads_what_was_extracted_as_we_do(tmp_path):
+    pytest.importorskip("peft")
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 1}  # transformers wants a divisor of 10
+    base, tuned, _ = checkpoints(tmp_path, everything, tie_word_embeddings=False, **heads)
+    extract(base, tuned, tmp_path / "out", energy=0.8)
+    model = load(base, np.float64)
+    load_adapter(model, tmp_path / "out")
+    ids = np.arange(20).reshape(2, 10) % SIZES["vocab_size"]
+    ours, theirs = to_host(model(ids)[0]), peft_logits(base, tmp_path / "out", ids=ids)
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()

@@ -177,8 +177,9 @@ def test_the_prompt_has_no_loss(tmp_path):
 def test_every_label_is_the_next_token_of_its_row(seed, length, tmp_path_factory):
     rng = np.random.default_rng(seed)
     letters = np.array(list("abcdefghij"))
-    rows = [{"prompt": "".join(rng.choice(letters, rng.integers(1, 20))),
-             "completion": "".join(rng.choice(letters, rng.integers(0, length)))} for _ in range(5)]  # fmt: skip
+    sizes = zip(rng.integers(1, 20, 5), rng.integers(0, length, 5), strict=True)
+    rows = [{k: "".join(rng.choice(letters, n)) for k, n in zip(("prompt", "completion"), s, strict=True)}
+            for s in sizes]  # fmt: skip
     found = examples(lines(tmp_path_factory.mktemp("e") / "d.jsonl", rows), LETTERS, length)
     inputs, labels = padded(found)
     assert inputs.shape == labels.shape == (5, max(len(ids) for ids, _ in found) - 1)
@@ -276,7 +277,8 @@ def test_train_generate_and_the_microscope_work_one_after_the_other(text, base, 
     assert "rounding alone" in merged.stdout
     assert minilora_("extract", base, m, e, "--rank", "2").returncode == 0
     ways = (("--base", base, "--adapter", a), ("--base", base, "--adapter", a, "--merged"), ("--base", m))
-    said = [minilora_("generate", "The qual", *how, "--temperature", "0", "--max-tokens", "9") for how in ways]
+    greedy = ("--temperature", "0", "--max-tokens", "9")
+    said = [minilora_("generate", "The qual", *how, *greedy) for how in ways]
     assert len({done.stdout for done in said}) == 1
     assert said[0].stdout.startswith("The qual")
     assert len(said[0].stdout) == len("The qual") + 9 + 1

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from minilora.errors import InputError, MismatchError, NonFiniteError, StorageEr
 from minilora.files import load, save_model
 from minilora.layers import Linear, Param, named_params
 from minilora.lora import LoraConfig, inject
-from minilora.merging import logits, merge_checkpoint
+from minilora.merging import Merge, logits, merge_checkpoint
 from minilora.tensors import CALLED, open_tensors, stored
 from minilora.tokenizer import FILES
 
@@ -47,16 +49,30 @@ def same_but_for_float64(found, W, kind):
     return np.array_equal(found, stored(W, kind))
 
 
+class Case(NamedTuple):
+    """A base, an adapter, what merging them wrote, and its report."""
+
+    base: Path
+    adapter: Path
+    out: Path
+    found: Merge
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[1])
+def case(request, tmp_path_factory):
+    base, adapter = FIXTURES / "bases" / request.param[0], FIXTURES / "adapters" / request.param[1]
+    before, out = listed(FIXTURES), tmp_path_factory.mktemp("m") / "out"
+    found = merge_checkpoint(base, adapter, out, probe=IDS[0, ::4].tolist())
+    assert listed(FIXTURES) == before  # both are only read
+    return Case(base, adapter, out, found)
+
+
 # ---- what is written
 
 
-@pytest.mark.parametrize(("base", "adapter"), CASES)
-def test_what_is_written_is_w_plus_delta_in_the_dtype_of_the_base(base, adapter, tmp_path):
-    source, change, out = FIXTURES / "bases" / base, FIXTURES / "adapters" / adapter, tmp_path / "out"
-    before = listed(FIXTURES)
-    found = merge_checkpoint(source, change, out)
-    assert listed(FIXTURES) == before
-    kind = base if base in U else "float32"
+def test_what_is_written_is_w_plus_delta_in_the_dtype_of_the_base(case):
+    source, change, out, found = case
+    kind = source.name if source.name in U else "float32"
     assert found.dtype == kind
     W, written = merged(source, change), open_tensors(out / "model.safetensors")
     assert written.keys() == W.keys()
@@ -131,10 +147,8 @@ def test_the_same_files_give_the_same_bytes(tmp_path):
 # ---- what is said about it
 
 
-@pytest.mark.parametrize(("base", "adapter"), CASES)
-def test_every_number_of_the_report_is_that_of_the_dense_matrices(base, adapter, tmp_path):
-    source, change = FIXTURES / "bases" / base, FIXTURES / "adapters" / adapter
-    found = merge_checkpoint(source, change, tmp_path / "out", probe=IDS[0, ::4].tolist())
+def test_every_number_of_the_report_is_that_of_the_dense_matrices(case):
+    source, change, out, found = case
     W, whole = base_weights(source), merged(source, change)
     W.setdefault("lm_head.weight", W["model.embed_tokens.weight"])
     changed = {n for n in whole if whole[n].ndim == 2 and not np.array_equal(whole[n], W[n])}
@@ -152,7 +166,7 @@ def test_every_number_of_the_report_is_that_of_the_dense_matrices(base, adapter,
     assert found.logits == pytest.approx(np.abs(theirs).max(), rel=1e-5)
     exact = by_hand_logits(source, change, IDS[0, ::4])
     assert found.logits == pytest.approx(np.abs(exact).max(), rel=1e-12)
-    written = load(tmp_path / "out", np.float32)
+    written = load(out, np.float32)
     off = np.abs(logits(written, IDS[:1, ::4]) - exact).max()
     assert found.written == pytest.approx(off, rel=1e-6)
 
@@ -168,16 +182,14 @@ def by_hand_logits(base, adapter, ids):
     return to_host(model(to_device(ids[None]))[0])[0]
 
 
-@pytest.mark.parametrize(("base", "adapter"), CASES)
-def test_merging_changes_nothing_but_rounding(base, adapter, tmp_path):
+def test_merging_changes_nothing_but_rounding(case):
     """In float64 nearly nothing; in float32 no more than some of float32's own roundings.
 
     Both sides are one function in exact arithmetic, so the difference shrinks with the unit roundoff: by
     2^29, for which 64 allows for luck. That of float32 is what rounding does to the unmerged model alone, or
     less, but for luck again.
     """
-    source, change = FIXTURES / "bases" / base, FIXTURES / "adapters" / adapter
-    found = merge_checkpoint(source, change, tmp_path / "out")
+    found = case.found
     assert 0 < found.float64 <= 1e-13 * found.logits
     assert 0 < found.rounding <= 1e-4 * found.logits
     assert 0 < found.float32 <= 16 * found.rounding

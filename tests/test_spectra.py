@@ -485,7 +485,7 @@ def test_no_change_makes_no_intruder(seed, m, n, k):
     W, *_ = with_values(rng, m, n, [2.0**-i for i in range(min(m, n))])
     found = intruders(W, 0 * W, k)
     assert found.shape == (min(k, m, n),)
-    assert numpy.abs(found - 1).max() <= 4 * m * U
+    assert numpy.abs(found - 1).max() <= 8 * (m + n) * U
 
 
 @given(seeds, st.integers(4, 16), st.integers(3, 14), st.data())

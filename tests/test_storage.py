@@ -154,9 +154,9 @@ def filled(*names):
 
 
 def test_overwriting_replaces_a_folder_by_the_whole_new_one(tmp_path):
-    write_folder(tmp_path / "f", filled("a", "b"))
-    write_folder(tmp_path / "f", filled("b", "c"), overwrite=True)
-    assert {p.name: p.read_text() for p in (tmp_path / "f").iterdir()} == {"b": "b", "c": "c"}
+    write_folder(tmp_path / "f", filled("config.json", "a.md"))
+    write_folder(tmp_path / "f", filled("config.json", "b.md"), overwrite=True)
+    assert sorted(os.listdir(tmp_path / "f")) == ["b.md", "config.json"]
     write_folder(tmp_path / "g", filled("a"), overwrite=True)  # where there is none
     assert sorted(os.listdir(tmp_path)) == ["f", "g"]
 
@@ -167,7 +167,7 @@ def test_whatever_fails_the_old_folder_stays_and_nothing_else(call, overwrite, t
     """Every call of the system in turn fails, until there is none left that could."""
     real, fill = getattr(os, call), filled("a", "b")
     if overwrite:
-        write_folder(tmp_path / "f", filled("old"))
+        write_folder(tmp_path / "f", filled("config.json"))
     for nth in range(100):
         left = nth
 
@@ -187,7 +187,7 @@ def test_whatever_fails_the_old_folder_stays_and_nothing_else(call, overwrite, t
                 said = str(e)
         assert "not written: No space left on device" in said
         assert os.listdir(tmp_path) == ["f"] * overwrite
-        assert not overwrite or os.listdir(tmp_path / "f") == ["old"]
+        assert not overwrite or os.listdir(tmp_path / "f") == ["config.json"]
     assert nth >= {"open": 6, "write": 2, "fsync": 6, "replace": 2, "rename": 1 + overwrite}[call]
     assert sorted(os.listdir(tmp_path / "f")) == ["a", "b"]
     assert os.listdir(tmp_path) == ["f"]
@@ -196,18 +196,18 @@ def test_whatever_fails_the_old_folder_stays_and_nothing_else(call, overwrite, t
 def test_a_half_made_folder_does_not_replace_the_old_one(tmp_path):
     def bad(temp):
         write_atomic(temp / "a", b"1")
-        assert os.listdir(tmp_path / "f") == ["old"]
+        assert os.listdir(tmp_path / "f") == ["config.json"]
         raise KeyError("half way")
 
-    write_folder(tmp_path / "f", filled("old"))
+    write_folder(tmp_path / "f", filled("config.json"))
     with pytest.raises(KeyError):
         write_folder(tmp_path / "f", bad, overwrite=True)
     assert os.listdir(tmp_path) == ["f"]
-    assert os.listdir(tmp_path / "f") == ["old"]
+    assert os.listdir(tmp_path / "f") == ["config.json"]
 
 
 def test_what_cannot_be_removed_is_named_and_the_new_folder_is_there(tmp_path, monkeypatch):
-    write_folder(tmp_path / "f", filled("old"))
+    write_folder(tmp_path / "f", filled("config.json"))
     monkeypatch.setattr(os, "rmdir", fails(errno.EBUSY))
     with pytest.raises(StorageError, match=r"f: is written; .*\.tmp, what was there, is not removed"):
         write_folder(tmp_path / "f", filled("new"), overwrite=True)
@@ -231,6 +231,19 @@ def test_only_a_folder_is_overwritten(kind, tmp_path, monkeypatch):
     with pytest.raises(StorageError):
         write_folder(path, filled("a"), overwrite=True)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("others", [["a.txt"], ["a.json"], ["config.json", "sub"], ["config.json", "x.py"]])
+def test_nobody_elses_folder_is_overwritten(others, tmp_path):
+    for name in others:
+        path = tmp_path / "f" / name
+        (path if name == "sub" else path.parent).mkdir(parents=True, exist_ok=True)
+        if name != "sub":
+            path.write_bytes(b"mine")
+    with pytest.raises(StorageError, match="only the folder of a model or adapter is overwritten"):
+        write_folder(tmp_path / "f", filled("config.json"), overwrite=True)
+    assert sorted(os.listdir(tmp_path / "f")) == sorted(others)
+    assert os.listdir(tmp_path) == ["f"]
 
 
 def test_removing_a_tree_follows_no_link(tmp_path):
