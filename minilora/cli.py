@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 some runs diverged; 2 bad input; 3 the folder is in use; 4
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -260,8 +261,16 @@ def target_spec(names: Sequence[str]) -> str | tuple[str, ...]:
 
 
 def show(options: Options, found: Any) -> int:
-    """Print what was found, as a table or as JSON."""
-    print(json.dumps(found.data(), indent=1) if options.json else found)
+    """Print what was found, as a table or as JSON, which has no infinity: null."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strict(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [strict(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    print(json.dumps(strict(found.data()), indent=1) if options.json else found)
     return 0
 
 

@@ -243,16 +243,15 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    per_module: bool = True,
+    per_module: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Compression:
     """Write the LoRA nearest to the difference of two checkpoints, one matrix in memory at a time.
 
     Every 2-D weight that differs is a module, but for embeddings and heads; those, norms and biases are
-    listed with the norm of their change. With an energy each module gets the least rank that keeps it, or
-    all the same where `per_module` is False, for which every difference is decomposed twice. MismatchError if
-    the two have other names or shapes.
+    listed with the norm of their change. See `choose` for the ranks; where a module's follows from those of
+    the others, its difference is decomposed twice. MismatchError if the two have other names or shapes.
     """
     check_choice(rank, energy)
     for source in (base, tuned):
@@ -278,7 +277,7 @@ def extract(
         raise MismatchError(f"{base} and {tuned}: no linear map differs; there is nothing to extract")
     spectra = {m: S for m, (_, S, _) in found.items()}
     costs = {m: sum(before.shapes[f"{m}.weight"]) for m in found}
-    chosen = choose(spectra, costs, rank, energy, per_module and energy is not None)
+    chosen = choose(spectra, costs, rank, energy, per_module)
     tensors: dict[str, np.ndarray] = {}
     rows = []
     for module, (U, S, Vt) in found.items():
@@ -307,9 +306,9 @@ def decomposed(change: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def known(S: np.ndarray, rank: int | None, energy: float | None, per_module: bool) -> int:
     """The rank of a module by itself; 0 where it is known only from all of them."""
-    if rank is not None:
-        return min(rank, len(S))
-    return max(rank_at(S, energy or 1.0), 1) if per_module else 0
+    if energy is None:
+        return 0 if per_module else min(rank or 1, len(S))
+    return max(rank_at(S, energy), 1) if per_module else 0
 
 
 def is_map(name: str, shape: tuple[int, ...]) -> bool:

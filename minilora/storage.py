@@ -15,7 +15,7 @@ from pathlib import Path
 from .errors import LockedError, StorageError
 
 MARKS = ("config.json", "adapter_config.json")  # of a folder that may be overwritten
-OVERWRITTEN = {".json", ".safetensors", ".md"}  # and what may be in it
+BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and what may be in it
 OURS = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # the temporary names below
 
 
@@ -97,7 +97,7 @@ def check_free(path: Path | str, overwrite: bool = False) -> None:
         raise StorageError(f"{path}: is there already; expected a name that is free")
     folder = path.is_dir() and not path.is_symlink() and path.name != ""
     inside = sorted(path.iterdir()) if folder else []
-    strange = [child.name for child in inside if child.suffix not in OVERWRITTEN or child.is_dir()]
+    strange = [child.name for child in inside if not BESIDE.fullmatch(child.name) or child.is_dir()]
     if not folder or strange or (inside and not any(child.name in MARKS for child in inside)):
         what = f"holds {strange[0]!a}" if strange else "is not one"
         raise StorageError(f"{path}: only the folder of a model or adapter is overwritten; this {what}")

@@ -22,7 +22,10 @@ from .errors import FormatError, InputError, StorageError, needed, short
 from .storage import read
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+FILES = (  # what is copied beside a model that is made from another
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

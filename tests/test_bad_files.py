@@ -898,7 +898,7 @@ CALLS = [
         for name in ("", ".", "..", "a\0b", "a" * 256, f"{IS_FILE}/a")]),
     (79, "a target that exists", StorageError, "is there already", nothing, [
         call(name) for call in (saves, saves_model) for name in ("adapter", IS_FILE, "link", "base")]),
-    (80, "a link to overwrite", StorageError, "is there already", nothing, [saves("link", overwrite=True)]),
+    (80, "a link to overwrite", StorageError, "only the folder of a model", nothing, [saves("link", overwrite=True)]),
     (98, "merging twice", StateError, "merged already", merge, [does(merge)]),
     (98, "unmerging what is not merged", StateError, "not merged", nothing, [does(unmerge)]),
     (99, "merging NaN", NonFiniteError, r"layers\.1\.self_attn\.v_proj\.weight is not finite", bad(NAN),

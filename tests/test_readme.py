@@ -66,3 +66,34 @@ def test_every_file_and_picture_that_is_named_is_there_and_every_module_is_named
         assert (ROOT / path).exists(), path
     for module in (ROOT / "minilora").glob("*.py"):
         assert module.name.startswith("__") or f"minilora/{module.name}" in README, module.name
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_figures_of_the_microscope_are_those_of_its_benchmark():
+    found = results("microscope")
+    table, figures, dense = found["table"], found["figures"], found["dense"][0]
+    said = (
+        f"{table['seconds']:.1f} s and {table['peak_MB']:.0f} MB for the table, {figures['seconds']:.1f} s "
+        f"and {figures['peak_MB']:.0f} MB with figures and report; a spectrum from the thin factors is that "
+        f"of the dense ΔW to {dense['relative_difference']:.0e} and {dense['times_faster']:,.0f} times as "
+        f"fast to get on {dense['shape'][0]} x {dense['shape'][1]}"
+    )
+    assert said in README, said
+
+
+def test_the_figures_of_smollm2_are_those_of_its_benchmark():
+    found = results("smollm2")
+    before, after = found["nats_per_character"]
+    said = (
+        f"In {found['seconds'] / 60:.1f} minutes on two cores and {found['peak_GB']:.1f} GB its loss on the "
+        f"held-out plays falls from {before:.2f} to {after:.2f} nats per character; the perplexity of a "
+        f"modern paragraph rises from {found['before']['perplexity']:.1f} to "
+        f"{found['after']['perplexity']:.1f}"
+    )
+    assert said in README, said
+    for state in ("before", "after"):
+        quoted = " ".join(found[state]["sampled"][1].split())
+        assert quoted in " ".join(README.replace("\n>", " ").split()), state
