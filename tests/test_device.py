@@ -24,6 +24,7 @@ from minilora.train import evaluate, load_checkpoint, save_checkpoint, train
 pytestmark = pytest.mark.skipif(LIBRARY != "numpy", reason="compares the stand-in with NumPy")
 
 LAWS = ("ops", "layers", "model", "lora", "optim", "train", "spectra")
+MORE = ("files", "adapters", "compose", "merging", "microscope", "finetune")  # what reads and writes files
 
 KINDS = {
     "lora": LoraConfig(r=3, alpha=7, targets=EVERYTHING, init="both"),
@@ -72,10 +73,11 @@ def test_a_life_on_the_device_is_that_on_the_host_to_the_bit(kind, tie, tmp_path
 
 
 @pytest.mark.parametrize("library", ["standin", "cupy"])
-def test_the_laws_hold_on_the_device(library):
+@pytest.mark.parametrize("names", [LAWS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["core", "files"])
+def test_the_laws_hold_on_the_device(library, names):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run(
-        [*command, *(f"tests/test_{name}.py" for name in LAWS)], cwd=Path(__file__).parent.parent,
+        [*command, *(f"tests/test_{name}.py" for name in names)], cwd=Path(__file__).parent.parent,
         env=os.environ | {"MINILORA_TEST_BACKEND": library, "HYPOTHESIS_PROFILE": "few"},
         capture_output=True, text=True,
     )  # fmt: skip
