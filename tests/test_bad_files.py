@@ -898,7 +898,8 @@ CALLS = [
         for name in ("", ".", "..", "a\0b", "a" * 256, f"{IS_FILE}/a")]),
     (79, "a target that exists", StorageError, "is there already", nothing, [
         call(name) for call in (saves, saves_model) for name in ("adapter", IS_FILE, "link", "base")]),
-    (80, "a link to overwrite", StorageError, "only the folder of a model", nothing, [saves("link", overwrite=True)]),
+    (80, "a link to overwrite", StorageError, "only the folder of a model", nothing, [
+        saves("link", overwrite=True)]),
     (98, "merging twice", StateError, "merged already", merge, [does(merge)]),
     (98, "unmerging what is not merged", StateError, "not merged", nothing, [does(unmerge)]),
     (99, "merging NaN", NonFiniteError, r"layers\.1\.self_attn\.v_proj\.weight is not finite", bad(NAN),
@@ -962,6 +963,26 @@ def test_row_78_a_disk_that_says_no_leaves_what_was_there(name, number, target, 
             assert disk(place.root) == was
     assert nth > 1
     assert len(open_adapter(place.root / target).pairs) == 4
+
+
+def table():
+    """All rows as Markdown: what is tried, in how many ways, and the error; "taken" where it is valid."""
+    lines = [(n, what, len(spoils), error.__name__) for n, what, _, error, _, spoils in REFUSED]
+    lines += [(n, what, len(ways), f"taken{', with a note' * bool(note)}") for n, what, note, ways in TAKEN]
+    lines += [(n, what, len(calls), error.__name__) for n, what, error, _, _, calls in CALLS]
+    lines += [
+        (37, "every prefix of a good file", "all", "FormatError"),
+        (54, "every single bit of the header", "all", "one of these, or the same factors"),
+        (78, "every write that the disk refuses", "all", "StorageError"),
+    ]
+    head = ["| row | what is tried | ways | error |", "| ---: | --- | ---: | --- |"]
+    cells = [" | ".join(map(str, line)) for line in sorted(lines, key=lambda line: line[0])]
+    return "\n".join([*head, *(f"| {line} |" for line in cells)])
+
+
+def test_the_table_of_bad_files_is_that_of_the_tests():
+    """`python tests/test_bad_files.py` prints it."""
+    assert table() in (Path(__file__).parents[1] / "benchmarks/results/bad_files.md").read_text()
 
 
 def test_every_row_has_a_case():
@@ -1075,3 +1096,7 @@ def test_five_seconds_of_fuzzing(engine):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     counts = r"\d+ inputs, \d+ refused, [1-9]\d* accepted, \d+ seconds, (atheris|random)"
     assert re.fullmatch(counts, done.stdout.strip())
+
+
+if __name__ == "__main__":
+    print(table())
