@@ -239,7 +239,9 @@ def named(entries: str | tuple[str, ...], module: str) -> bool:
     return any(matches(entry, module) for entry in entries)
 
 
-def peft_config(sizes: Mapping[str, tuple[int, float]], targets: Sequence[str]) -> dict[str, Any]:
+def peft_config(
+    sizes: Mapping[str, tuple[int, float]], targets: Sequence[str], rslora: bool = False
+) -> dict[str, Any]:
     """A config for modules of these ranks and alphas: what they share, and where they differ."""
     (r, alpha), _ = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))
 
@@ -263,7 +265,7 @@ def peft_config(sizes: Mapping[str, tuple[int, float]], targets: Sequence[str]) 
         "target_modules": sorted(targets),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": rslora,
     }
 
 
@@ -275,8 +277,25 @@ def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:
     )
 
 
-def alpha_of(scale: float, r: int) -> float:
-    """The alpha whose quotient by r is the scale, to the last bit where there is one; a whole one first."""
-    near = scale * r
+def alphas_of(scales: Mapping[str, tuple[float, int]]) -> tuple[dict[str, float], bool]:
+    """The alphas of modules of these scales and ranks, and whether they are rsLoRA's, s = alpha / sqrt(r).
+
+    That way which gives every scale to the last bit, with whole alphas if it can be; else the nearest of
+    alpha / r.
+    """
+    ways = []
+    for rslora in (False, True):
+        over = {m: math.sqrt(r) if rslora else r for m, (_, r) in scales.items()}
+        alphas = {m: alpha_of(s, over[m]) for m, (s, _) in scales.items()}
+        exact = all(alphas[m] / over[m] == s for m, (s, _) in scales.items())
+        whole = all(type(alpha) is int for alpha in alphas.values())
+        ways.append((exact, exact and whole, not rslora, alphas))
+    _, _, plain, alphas = max(ways, key=lambda way: way[:3])
+    return alphas, not plain
+
+
+def alpha_of(scale: float, over: float) -> float:
+    """The alpha whose quotient by `over` is the scale, to the last bit if there is one; a whole one first."""
+    near = scale * over
     candidates = (round(near), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
-    return next((alpha for alpha in candidates if alpha / r == scale), near)
+    return next((alpha for alpha in candidates if alpha / over == scale), near)

@@ -25,7 +25,7 @@ import numpy as np
 from .adapter_config import (
     NAME,
     Settings,
-    alpha_of,
+    alphas_of,
     chosen,
     contested,
     meant,
@@ -526,9 +526,11 @@ def save_adapter(
         raise UnsupportedError("the adapter has no low-rank part; PEFT has no LoRA without one")
     alone = any(isinstance(a, WithBias) and a.adapter is None for a in active.values())
     both = any(isinstance(a, WithBias) for a in active.values())
+    alphas, rslora = alphas_of({m: (f.scale, len(f.A.data)) for m, f in low.items()})
     config = peft_config(
-        {m: (len(f.A.data), alpha_of(f.scale, len(f.A.data))) for m, f in low.items()},
+        {m: (len(f.A.data), alphas[m]) for m, f in low.items()},
         targets([*layers, *(["lm_head"] if "lm_head" in low else [])], set(low)),
+        rslora,
     ) | {
         "base_model_name_or_path": base,
         "bias": "all" if alone else "lora_only" if both else "none",
