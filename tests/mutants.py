@@ -353,7 +353,7 @@ MUTANTS = (
            "if model.lm_head is None and touches_tied(given):", "if False:", "adapters"),
     Mutant("tied-head-left-out-of-the-file", "adapters.py",
            "            if model.lm_head is None:  # ", "            if False:  # ", "adapters"),
-    Mutant("alpha-not-that-of-the-scale", "adapter_config.py", "near = scale * r", "near = scale",
+    Mutant("alpha-not-that-of-the-scale", "adapter_config.py", "near = scale * over", "near = scale",
            "adapters"),
     Mutant("bias-of-the-base-under-the-adapter", "lora.py", "return Linear(base.weight, self.bias)",
            "return Linear(base.weight, base.bias)", "lora adapters"),
