@@ -5,7 +5,8 @@
 The command `minilora train` runs as a user types it, r = 8 on all linear maps. Told are the held-out loss
 (five plays that are held out in every spelling) in nats per character before, during and after, the time, the
 process's peak memory; continuations of one prompt before and after, greedy and sampled from three seeds;
-and the perplexity of a paragraph of an encyclopedia under the base, before and after.
+and the perplexity of a paragraph of an encyclopedia under the base, before and after. At last the adapter
+goes under the microscope, which draws benchmarks/results/smollm2_heat_map.png and smollm2_spectra.png.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import adapters, files, model
+from minilora import adapters, files, microscope, model
 
 RESULTS = Path(__file__).parent / "results"
 PARAGRAPH = (
@@ -48,6 +49,14 @@ def sample(llama, words, temperature, seed):
     ids = words.encode(PROMPT)[None, :]
     tokens = model.generate(llama, ids, 50, rng=np.random.default_rng(seed), temperature=temperature)
     return words.decode(np.array([int(t[0]) for t in tokens]))
+
+
+def draw(adapter):
+    """The adapter under the microscope, beside its base: smollm2_heat_map and smollm2_spectra."""
+    seen = microscope.inspect(adapter, "smollm2")
+    for name, picture in microscope.pictures(seen).items():
+        picture.save(RESULTS, f"smollm2_{name}")
+    return seen.summary()
 
 
 def main():
@@ -98,6 +107,7 @@ def main():
             "sampled": [sample(llama, words, 0.7, seed) for seed in range(3)],
         }
     RESULTS.mkdir(exist_ok=True)
+    found["inspect"] = draw(options.out)
     (RESULTS / "smollm2.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
