@@ -97,8 +97,9 @@ def test_saving_and_loading_are_inverse_to_the_bit(seed, dtype, how, tmp_path_fa
 
 
 @on_the_host
-def test_what_is_loaded_is_frozen_and_cannot_be_written(folder):
-    model = load(folder)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_loaded_is_frozen_and_cannot_be_written(dtype, folder):
+    model = load(folder, dtype)
     assert trained(model) == {}
     for path, p in named_params(model).items():
         with pytest.raises(ValueError, match="read-only"):
