@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import ConfigError, MismatchError, check_int, nearest, short
-from .files import located, read_config
+from .files import located, matrix_size, read_config
 from .gguf import open_gguf
 from .lora import LoraConfig, find_targets, names, resolve, sites
 from .model import Config, blank
@@ -292,7 +292,7 @@ def llama_shape(c: Config) -> Shape:
     blocks = sum(map(math.prod, maps.values()))
     biases = L * sum(maps[kind][0] for kind in ATTENTION * c.attention_bias + MLP * c.mlp_bias)
     outer = ("embed_tokens",) if c.tie_word_embeddings else ("embed_tokens", "lm_head")
-    total = len(outer) * V * D + blocks + biases + (2 * L + 1) * D
+    total = matrix_size(c) + biases + (2 * L + 1) * D
     return Shape(maps | dict.fromkeys(outer, (V, D, 1)), total, blocks)
 
 
