@@ -56,7 +56,11 @@ def draw(adapter):
     seen = microscope.inspect(adapter, "smollm2")
     for name, picture in microscope.pictures(seen).items():
         picture.save(RESULTS, f"smollm2_{name}")
-    return seen.summary()
+    looked_at = sum(len(m.base.cosines) for m in seen.modules)
+    return {
+        "summary": seen.summary(),
+        "intruders": f"{sum(m.base.intruders for m in seen.modules)} of {looked_at}",
+    }
 
 
 def main():

@@ -302,6 +302,8 @@ def generate(options: Options) -> int:
 
     from . import adapters, files, lora, model, tokenizer
 
+    if options.merged and not options.adapter:
+        raise ConfigError("--merged is for an adapter; expected --adapter DIR")
     given = files.checkpoint(options.base)
     words = files.tokenizer_of(given)
     ids = words.encode(options.prompt)[None, :]
@@ -310,8 +312,6 @@ def generate(options: Options) -> int:
         print(adapters.load_adapter(llama, options.adapter), file=sys.stderr)
         if options.merged:
             lora.merge(llama)
-    elif options.merged:
-        raise ConfigError("--merged is for an adapter; expected --adapter DIR")
     room = given.config.max_position_embeddings - ids.shape[1]
     tokens = model.generate(
         llama, ids, min(options.max_tokens, max(room, 1)), rng=np.random.default_rng(options.seed),

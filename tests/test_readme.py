@@ -94,6 +94,10 @@ def test_the_figures_of_smollm2_are_those_of_its_benchmark():
         f"{found['after']['perplexity']:.1f}"
     )
     assert said in README, said
+    none, _, count = found["inspect"]["intruders"].split()
+    assert none == "0"
+    assert f"Of the {int(count):,} leading directions of W + ΔW none is an intruder." in README
+    assert found["inspect"]["summary"].replace("; of", ";\nof") in README
     for state in ("before", "after"):
         quoted = " ".join(found[state]["sampled"][1].split())
         assert quoted in " ".join(README.replace("\n>", " ").split()), state
