@@ -25,11 +25,11 @@ Options = argparse.Namespace
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what goes wrong is one line on stderr, never a traceback."""
     with signals() as stop, streams():
+        asked: SystemExit | None = None
         try:
             code, said = attempt(argv)
-        except SystemExit:  # --help, or what is no command, which argparse has said
-            drain()
-            raise
+        except SystemExit as e:  # --help, or what is no command, which argparse has said
+            asked, code, said = e, int(e.code or 0), ""
         stop()
         lost = drain()
         if isinstance(lost, BrokenPipeError):  # its reader has seen enough; the files are written
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if said:
             line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
             print(f"minilora: {line}", file=sys.stderr)
+        if asked:
+            raise SystemExit(code)
         return code
 
 

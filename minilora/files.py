@@ -351,7 +351,7 @@ def token_ids(where: Path) -> dict[str, Any]:
 
 
 def beside(where: Path) -> dict[str, bytes]:
-    """The tokenizer's files of a base, by name; StorageError for a link, which would be copied for publishing."""
+    """The tokenizer's files of a base, by name; StorageError for a link, for they are copied."""
     if where.suffix == ".gguf":
         return {"tokenizer.json": gguf.tokenizer_json(where).encode()}
     return {name: read(where / name) for name in FILES if exists(where / name)}

@@ -276,11 +276,13 @@ def swap(temp: Path, path: Path) -> None:
         try:
             os.rename(path, old)
             os.rename(temp, path)
+            os.rename(old, temp)
         except BaseException:
-            if not exists(path):
+            if exists(old):
+                if exists(path):
+                    os.rename(path, temp)
                 os.rename(old, path)
             raise
-        os.rename(old, temp)
     finally:
         os.close(fd)
 
@@ -387,8 +389,13 @@ def discard(path: Path, home: Path) -> None:
     """Delete a folder under a temporary name of `home`, so that a crash on the way leaves nothing of it."""
     with writing(path):
         temp = beside(home)
-        os.rename(path, temp)
-        remove_tree(temp)
+        try:
+            os.rename(path, temp)
+            remove_tree(temp)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_tree(temp)
+            raise
 
 
 def sync_folder(path: Path) -> None:

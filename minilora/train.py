@@ -29,7 +29,6 @@ from .errors import (
     MismatchError,
     NonFiniteError,
     StateError,
-    StorageError,
     check_int,
 )
 from .lanes import Batch, lanes
@@ -173,26 +172,27 @@ def workshop(out: Path, kind: str) -> Iterator[Path]:
     at it.
     """
     work = folder_of_work(out, kind)
-    with locked(work):
-        try:
+    try:
+        with locked(work):
             yield work / CHECKPOINT
-        except BaseException:
-            with contextlib.suppress(StorageError):  # the other error is the one to tell
-                if not exists(work / CHECKPOINT):
-                    discard(work, out)
-            raise
-        discard(work, out)
+            discard(work, out)
+    except BaseException:
+        with contextlib.suppress(MiniloraError):  # the other error is the one to tell
+            tidy(out, kind)
+        raise
 
 
 def tidy(out: Path, kind: str) -> None:
-    """Remove what a run left that died after it had written `out`; what can go on stays.
+    """Remove the folder of a run's checkpoint from which no run goes on; what can go on stays.
 
-    The run is over if its checkpoint has all its steps and is older than `out`, or if it had none yet.
+    So it is if there is no checkpoint, or one that has all its steps and is older than `out`: the run died
+    after it had written that.
     """
     work = folder_of_work(out, kind)
-    if exists(out) and exists(work):
+    if exists(work):
         with locked(work):
-            if not exists(work / CHECKPOINT) or finished(work / CHECKPOINT, os.lstat(out).st_mtime_ns):
+            spent = exists(out) and finished(work / CHECKPOINT, os.lstat(out).st_mtime_ns)
+            if spent or not exists(work / CHECKPOINT):
                 discard(work, out)
 
 
