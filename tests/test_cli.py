@@ -174,6 +174,20 @@ def test_a_shell_may_close_what_it_likes(closed, command, tmp_path):
     assert "Exception" not in done.stderr
 
 
+def test_a_message_that_nobody_takes_does_not_end_the_work(main, capsys, monkeypatch):
+    def fetch():
+        print("on the way", file=sys.stderr, flush=True)
+        return "the folder"
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        assert main("data") == 0
+        with contextlib.suppress(OSError):
+            full.close()
+    assert capsys.readouterr().out == "the folder\n"
+
+
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     """Else what a library says on stderr would go into it."""
     code = "import os; from minilora import cli, storage\nwith cli.streams(): fd = os.open('f', os.O_CREAT)\n"

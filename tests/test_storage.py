@@ -481,6 +481,17 @@ def test_two_folders_change_places_in_one_step(tmp_path):
         exchanged(tmp_path / "a", tmp_path / "none")
 
 
+def test_an_overwriting_has_no_moment_without_the_name(tmp_path, monkeypatch):
+    for name in ("f", "g"):
+        write_folder(tmp_path / name, filled("config.json"))
+    if not exchanged(tmp_path / "f", tmp_path / "g"):
+        pytest.skip("this system or file system has no such step")
+    monkeypatch.setattr(os, "rename", None)
+    write_folder(tmp_path / "f", filled("config.json", "new.md"), overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["f", "g"]
+    assert sorted(os.listdir(tmp_path / "f")) == ["config.json", "new.md"]
+
+
 names = st.text("ab.*[+$\\", min_size=1, max_size=6).filter(lambda name: name not in (".", ".."))
 
 
