@@ -457,7 +457,7 @@ def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     if missing := [file for file in files if not (copy / file).exists()]:
         return False, f"there is no {missing[0]}"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *files]
-    command += ["-k", f"not ({UNFIT})", f"--basetemp={copy / 'temp'}"]  # the others clean up theirs
+    command += ["-n0", "-k", f"not ({UNFIT})", f"--basetemp={copy / 'temp'}"]  # the others clean up theirs
     env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT)
