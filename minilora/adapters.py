@@ -57,12 +57,12 @@ from .lora import (
     adapted,
     attach,
     base_of,
-    matches,
     open_for,
     sites,
     unbiased,
 )
 from .model import Llama
+from .patterns import starts
 from .storage import exists, write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored
 
@@ -284,8 +284,9 @@ def check_modules(
     left_out = settings.exclude_modules or settings.layers_to_transform is not None
     if not isinstance(targets, str) and not left_out:  # else the base is needed to tell
         saved = [name.rpartition(".")[0] for name in replaced]  # PEFT saves what is in both lists
+        ends = {m[start:] for m in [*pairs, *saved] for start in starts(m)}
         for entry in targets:
-            if not any(matches(entry, m) for m in [*pairs, *saved]):
+            if entry not in ends:
                 known = {m.rpartition(".")[2] for m in pairs}
                 raise MismatchError(
                     f"{path}: has no factors for target_modules {short(entry)}; {nearest(entry, known)}"
