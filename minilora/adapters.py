@@ -6,7 +6,7 @@ Reading is strict where PEFT is not: a tensor without its module, a module witho
 is not the config's, a value that is not finite and another base are errors, each with the name of module
 and file. An adapter of any architecture can be opened; only its header is read until a matrix is asked
 for. Stands in for PeftModel.from_pretrained and save_pretrained; what they can do and this cannot is
-refused by name. No pickle is ever opened, and no regular expression of a file is run that could hang.
+refused by name. No pickle is ever opened, and no regular expression of a file can take long.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from .adapter_config import (
     Settings,
     alphas_of,
     chosen,
-    contested,
     meant,
     named,
     peft_config,
@@ -58,16 +57,17 @@ from .lora import (
     adapted,
     attach,
     base_of,
-    matches,
     open_for,
     sites,
     unbiased,
 )
 from .model import Llama
+from .patterns import starts
 from .storage import exists, write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PATTERNS = "rank_pattern", "alpha_pattern"
 PREFIX = "base_model.model."
 KEY = re.compile(
     r"(?P<module>.+?)\.(?:"
@@ -193,11 +193,13 @@ def sort_out(
             f"{ascii(strange[0])[:200]}{hint}"
         )
     pairs = {}
+    ranks, alphas = (chosen(settings, name, list(parts)) for name in PATTERNS)
     for module, part in parts.items():
         if set(part) <= {"base.bias"} and settings.bias == "all" and f"{module}.bias" not in replaced:
             replaced[f"{module}.bias"] = part["base.bias"]
             continue
-        pairs[module] = pair_up(path, settings, module, part, tensors)
+        r, alpha = ranks.values.get(module, settings.r), alphas.values.get(module, settings.lora_alpha)
+        pairs[module] = pair_up(path, settings, module, part, tensors, r, alpha)
     if not pairs:
         given = short(settings.target_modules)
         raise MismatchError(f"{path}: has no lora_A and lora_B; expected those of {given}")
@@ -207,9 +209,11 @@ def sort_out(
     for module, pair in pairs.items():
         if pair.r > min(pair.shape):
             first.setdefault(f"r = {pair.r} is larger than the rank that a module can have", module)
-        for name in ("rank_pattern", "alpha_pattern"):
-            if contested(getattr(settings, name), module):
-                first.setdefault(f"keys of {name} disagree and the first one counts", module)
+    for name, said in zip(PATTERNS, (ranks, alphas), strict=True):
+        for module in said.contested:
+            first.setdefault(f"keys of {name} disagree and the first one counts", module)
+        for key in said.idle:
+            first.setdefault(f"{name} has keys that mean no module of the file", short(key))
     numbers = {int(found[1]) for m in pairs if (found := LAYER.match(m))}
     for idle in sorted({*(settings.layers_to_transform or ())} - numbers):
         first.setdefault("layers_to_transform has layers that the file has not", short(idle))
@@ -222,8 +226,16 @@ def licensed(settings: Settings, module: str, kind: str) -> bool:
     return saved or (kind == "bias" and settings.bias == "all")
 
 
-def pair_up(path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors) -> Pair:
-    """One module's pair, whose shapes are those of the config's rank; MismatchError if not."""
+def pair_up(
+    path: Path,
+    settings: Settings,
+    module: str,
+    part: Mapping[str, str],
+    tensors: Tensors,
+    r: int,
+    alpha: float,
+) -> Pair:
+    """One module's pair, whose shapes are those of the config's rank r; MismatchError if not."""
     embedding = "eA" in part or "eB" in part
     a, b = ("eA", "eB") if embedding else ("A", "B")
     for half, other in ((a, b), (b, a)):
@@ -233,7 +245,6 @@ def pair_up(path: Path, settings: Settings, module: str, part: Mapping[str, str]
     if embedding and ("A" in part or "B" in part):
         raise MismatchError(f"{path}: {module} has factors of a linear map and of an embedding")
     A, B = tensors.shapes[part[a]], tensors.shapes[part[b]]
-    r = chosen(settings.rank_pattern, module, settings.r)
     flat = len(A) == len(B) == 2
     convolution = not embedding and len(A) == len(B) and len(A) in (3, 4, 5) and set(B[2:]) == {1}
     if not flat and not convolution:
@@ -253,8 +264,7 @@ def pair_up(path: Path, settings: Settings, module: str, part: Mapping[str, str]
     if bias and (settings.bias == "none" or tensors.shapes[bias] != (B[0],)):
         found = f"{bias} of shape {tensors.shapes[bias]}"
         raise MismatchError(f"{path}: has {found}; expected ({B[0]},), and none with bias 'none'")
-    alpha, scale = settings.scale(module, r)
-    shape = (B[0], math.prod(A[1:]))
+    shape, scale = (B[0], math.prod(A[1:])), settings.scale(alpha, r)
     return Pair(part[a], part[b], shape, r, alpha, scale, embedding, magnitude, bias, part.get("base.weight"))
 
 
@@ -264,7 +274,7 @@ def check_modules(
     """Config and file agree on the modules, as far as that can be told without the base."""
     linears = [m for m, pair in pairs.items() if not pair.embedding]
     agreed = set(meant(settings, list(pairs), linears))
-    if all(named(settings.exclude_modules, m) for m in pairs):
+    if len(named(settings, "exclude_modules", list(pairs))) == len(pairs):
         given = short(settings.exclude_modules)
         raise ConfigError(f"{path.with_name(CONFIG)}: exclude_modules {given} leaves none of the modules")
     if extra := [m for m in pairs if m not in agreed]:
@@ -274,8 +284,9 @@ def check_modules(
     left_out = settings.exclude_modules or settings.layers_to_transform is not None
     if not isinstance(targets, str) and not left_out:  # else the base is needed to tell
         saved = [name.rpartition(".")[0] for name in replaced]  # PEFT saves what is in both lists
+        ends = {m[start:] for m in [*pairs, *saved] for start in starts(m)}
         for entry in targets:
-            if not any(matches(entry, m) for m in [*pairs, *saved]):
+            if entry not in ends:
                 known = {m.rpartition(".")[2] for m in pairs}
                 raise MismatchError(
                     f"{path}: has no factors for target_modules {short(entry)}; {nearest(entry, known)}"
@@ -430,8 +441,13 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
         biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
         if name not in own and (biased or licensed(given.settings, module, kind)):
             raise MismatchError(f"{path}: has no tensor for {name}, which the config means to be in it")
+    modules = [*layers, *(["lm_head"] if tied else [])]
+    for name in PATTERNS:
+        for key in chosen(given.settings, name, modules).idle:
+            what = f"{name} has {short(key)}, which means no module of the base; {nearest(key, modules)}"
+            raise MismatchError(f"{given.settings.where}: {what}")
     linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
-    wanted_modules = meant(given.settings, [*layers, *(["lm_head"] if tied else [])], linears)
+    wanted_modules = meant(given.settings, modules, linears)
     if missing := [m for m in dict.fromkeys(wanted_modules) if m not in given.pairs]:
         raise MismatchError(
             f"{path}: has no factors for {len(missing)} modules that the config means, the first {missing[0]}"
