@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .adapter_config import peft_config, targets
-from .adapters import CONFIG, PREFIX, change_norm, open_adapter, write_adapter
+from .adapters import PREFIX, change_norm, open_adapter, write_adapter
 from .backend import to_device, to_host, xp
 from .errors import (
     ConfigError,
@@ -34,6 +34,7 @@ from .errors import (
     nearest,
 )
 from .files import fingerprint, read_json, weights
+from .recognise import CONFIG
 from .sizes import aligned
 from .spectra import rank_at, thin_svd, thin_values
 from .storage import check_free
