@@ -7,7 +7,8 @@ otherwise a note tells it. Loading beside a base is strict where PEFT is not: a 
 module without its tensors, a rank that is not the config's, a value that is not finite and another base are
 errors, each with the name of module and file. An adapter of any architecture can be opened; only its header
 is read until a matrix is asked for. Stands in for PeftModel.from_pretrained and save_pretrained; what they
-can do and this cannot is refused by name. No pickle is ever opened.
+can do and this cannot is refused by name. No pickle is ever opened, and no
+regular expression of a file can take long.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from .adapter_config import (
     alphas_of,
     check_targets,
     chosen,
-    contested,
     meant,
     named,
     peft_config,
@@ -64,10 +64,12 @@ from .lora import (
     unbiased,
 )
 from .model import Llama
+from .patterns import starts
 from .recognise import CONFIG, WEIGHTS, adapter_folder, of_names
 from .storage import write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored
 
+PATTERNS = "rank_pattern", "alpha_pattern"
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BEFORE = re.compile(r"((_forward_module|module|model)\.)*(base_model\.model\.)+")  # module: DDP, DeepSpeed
@@ -227,20 +229,24 @@ def read_parts(
     """The pairs by module, and the tensors in the place of parameters of the base."""
     pairs: dict[str, Pair] = {}
     replaced: dict[str, str] = {}
+    alphas = chosen(settings, "alpha_pattern", list(parts)).values
     for module, part in parts.items():
         replaced |= {f"{module}.{kind}": name for kind, name in part.items() if kind not in PARTS}
         added = part.keys() & {*PARTS}
         if added == {BIAS} and f"{module}.bias" not in replaced:
             replaced[f"{module}.bias"] = part[BIAS]
         elif added - {*ADDED}:
-            pairs[module] = pair_up(path, settings, module, part, tensors)
+            alpha = alphas.get(module, settings.lora_alpha)
+            pairs[module] = pair_up(path, settings, module, part, tensors, alpha)
     if not pairs:
         other = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
         raise MismatchError(f"{path}: has no lora_A and lora_B; {other}")
     return pairs, replaced
 
 
-def pair_up(path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors) -> Pair:
+def pair_up(
+    path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors, alpha: float
+) -> Pair:
     """One module's pair; MismatchError if there is no product of its factors."""
     embedding = any(half in part for half in OF_TABLE)
     a, b = OF_TABLE if embedding else FACTORS
@@ -265,8 +271,7 @@ def pair_up(path: Path, settings: Settings, module: str, part: Mapping[str, str]
     if (r := rows[0]) != columns[1]:
         what = f"lora_A {rows} and lora_B {columns}"
         raise MismatchError(f"{path}: {module} has {what}; expected (r, I) and (O, r)")
-    alpha, scale = settings.scale(module, r)
-    shape = (columns[0], math.prod(rows[1:]))
+    shape, scale = (columns[0], math.prod(rows[1:])), settings.scale(alpha, r)
     magnitude, bias, copy = (part.get(kind) for kind in (MAGNITUDE, BIAS, COPY))
     return Pair(part[a], part[b], shape, r, alpha, scale, embedding, magnitude, bias, copy)
 
@@ -278,9 +283,12 @@ def peculiar(given: Adapter) -> list[str]:
     for module, pair in given.pairs.items():
         if pair.r > min(pair.shape):
             first.setdefault(f"r = {pair.r} is larger than the rank that a module can have", module)
-        for name in ("rank_pattern", "alpha_pattern"):
-            if contested(getattr(settings, name), module):
-                first.setdefault(f"keys of {name} disagree and the first one counts", module)
+    for name in PATTERNS:
+        said = chosen(settings, name, list(given.pairs))
+        for module in said.contested:
+            first.setdefault(f"keys of {name} disagree and the first one counts", module)
+        for key in said.idle:
+            first.setdefault(f"{name} has keys that mean no module of the file", short(key))
     numbers = {int(match[1]) for m in given.pairs if (match := LAYER.match(m))}
     for idle in sorted({*(settings.layers_to_transform or ())} - numbers):
         first.setdefault("layers_to_transform has layers that the file has not", short(idle))
@@ -303,8 +311,9 @@ def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
     if both := [p for p in given.replaced if p.rpartition(".")[0] in pairs]:
         yield f"{given.replaced[both[0]]} is for a module that has lora_A and lora_B"
     about: dict[str, list[str]] = {}
+    ranks = chosen(settings, "rank_pattern", list(pairs)).values
     for module, pair in pairs.items():
-        for kind, text in about_pair(given, module, pair):
+        for kind, text in about_pair(given, module, pair, ranks.get(module, settings.r)):
             about.setdefault(kind, []).append(text)
     for texts in about.values():
         yield texts[0] + (f"; and {len(texts) - 1} more" if texts[1:] else "")
@@ -318,10 +327,10 @@ def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
     yield from about_targets(given)
 
 
-def about_pair(given: Adapter, module: str, pair: Pair) -> Iterator[tuple[str, str]]:
-    """(kind, what) the config says otherwise of one pair than the file."""
+def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tuple[str, str]]:
+    """(kind, what) the config, by which its rank is r, says otherwise of one pair than the file."""
     settings, shapes = given.settings, given.tensors.shapes
-    if pair.r != (r := chosen(settings.rank_pattern, module, settings.r)):
+    if pair.r != r:
         what = f"lora_A {shapes[pair.A]} and lora_B {shapes[pair.B]}"
         yield "rank", f"{module} has {what}; expected (r, I) and (O, r) with the config's r = {r}"
     if bool(pair.magnitude) != settings.use_dora:
@@ -341,22 +350,17 @@ def about_targets(given: Adapter) -> Iterator[str]:
     wanted, excluded = settings.target_modules, settings.exclude_modules
     if isinstance(wanted, str) or isinstance(excluded, str) or not wanted:
         return
-    meant = {m for m in given.pairs if ends(m) & {*wanted} and not ends(m) & {*excluded}}
-    if extra := [m for m in given.pairs if m not in meant]:
+    modules = list(given.pairs)
+    agreed = {*named(settings, "target_modules", modules)} - {*named(settings, "exclude_modules", modules)}
+    if extra := [m for m in modules if m not in agreed]:
         yield f"has factors of {extra[0]}, which target_modules {short(wanted)} does not mean"
     if not excluded and settings.layers_to_transform is None:  # else the base is needed to tell
         saved = [name.rpartition(".")[0] for name in given.replaced]  # PEFT saves what is in both lists
-        there = set().union(*map(ends, [*given.pairs, *saved]))
+        there = {m[start:] for m in [*modules, *saved] for start in starts(m)}
         if idle := [entry for entry in wanted if entry not in there]:
-            known = {m.rpartition(".")[2] for m in given.pairs}
+            known = {m.rpartition(".")[2] for m in modules}
             more = f" and {len(idle) - 1} more" if idle[1:] else ""
             yield f"has no factors for target_modules {short(idle[0])}{more}; {nearest(idle[0], known)}"
-
-
-def ends(module: str) -> set[str]:
-    """The names that mean a module in a list: its own, and what follows each dot in it."""
-    steps = module.split(".")
-    return {".".join(steps[i:]) for i in range(len(steps))}
 
 
 def saves(entry: str, parameter: str) -> bool:
@@ -388,10 +392,10 @@ def check_agreement(given: Adapter) -> None:
     settings, path = given.settings, given.where / WEIGHTS
     if settings.beside:
         raise UnsupportedError(f"{path.with_name(CONFIG)}: {settings.beside[0]}; this is not done here")
-    check_targets(path.with_name(CONFIG), settings)
+    check_targets(settings)
     linears = [m for m, pair in given.pairs.items() if not pair.embedding]
     agreed = set(meant(settings, list(given.pairs), linears))
-    if all(named(settings.exclude_modules, m) for m in given.pairs):
+    if len(named(settings, "exclude_modules", list(given.pairs))) == len(given.pairs):
         excluded = short(settings.exclude_modules)
         raise ConfigError(f"{path.with_name(CONFIG)}: exclude_modules {excluded} leaves none of the modules")
     if extra := [m for m in given.pairs if m not in agreed]:
@@ -554,8 +558,13 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
         biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
         if name not in own and (biased or licensed(given.settings, name)):
             raise MismatchError(f"{path}: has no tensor for {name}, which the config means to be in it")
+    modules = [*layers, *(["lm_head"] if tied else [])]
+    for name in PATTERNS:
+        for key in chosen(given.settings, name, modules).idle:
+            what = f"{name} has {short(key)}, which means no module of the base; {nearest(key, modules)}"
+            raise MismatchError(f"{given.settings.where}: {what}")
     linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
-    wanted_modules = meant(given.settings, [*layers, *(["lm_head"] if tied else [])], linears)
+    wanted_modules = meant(given.settings, modules, linears)
     if missing := [m for m in dict.fromkeys(wanted_modules) if m not in given.pairs]:
         raise MismatchError(
             f"{path}: has no factors for {len(missing)} modules that the config means, the first {missing[0]}"
