@@ -351,7 +351,7 @@ def about_targets(given: Adapter) -> Iterator[str]:
     if isinstance(wanted, str) or isinstance(excluded, str) or not wanted:
         return
     modules = list(given.pairs)
-    agreed = {*named(settings, "target_modules", modules)} - {*named(settings, "exclude_modules", modules)}
+    agreed = set(meant(settings, modules, modules))
     if extra := [m for m in modules if m not in agreed]:
         yield f"has factors of {extra[0]}, which target_modules {short(wanted)} does not mean"
     if not excluded and settings.layers_to_transform is None:  # else the base is needed to tell
