@@ -169,6 +169,9 @@ def open_adapter(folder: Path | str) -> Adapter:
         {name: tensors.dtypes[key] for name, key in keys.items()}, lambda name: tensors[keys[name]],
     )  # fmt: skip
     pairs, replaced = read_parts(folder / WEIGHTS, settings, known, parts)
+    if not pairs:
+        what = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
+        raise MismatchError(f"{folder / WEIGHTS}: has no lora_A and lora_B; {what}")
     given = Adapter(folder, settings, pairs, replaced, known, made=made)
     return replace(given, notes=(*notes, *odd, *peculiar(given)), doubts=tuple(disagreements(given, strange)))
 
@@ -238,9 +241,6 @@ def read_parts(
         elif added - {*ADDED}:
             alpha = alphas.get(module, settings.lora_alpha)
             pairs[module] = pair_up(path, settings, module, part, tensors, alpha)
-    if not pairs:
-        other = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
-        raise MismatchError(f"{path}: has no lora_A and lora_B; {other}")
     return pairs, replaced
 
 

@@ -37,16 +37,16 @@ def adapter_folder(given: Path | str) -> Path:
     """
     path = Path(given)
     with reading(path):
-        if not path.is_dir():
-            return of_file(path) if exists(path) else missing(path)
-        names = sorted(child.name for child in path.iterdir())
+        names = {child.name for child in path.iterdir()} if path.is_dir() else None
+    if names is None:
+        return of_file(path) if exists(path) else missing(path)
     if CONFIG not in names:
-        raise no_config(path, set(names))
+        raise no_config(path, names)
     check_pointer(path / CONFIG)
     config = read_json(path / CONFIG)
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
         raise UnsupportedError(f"{path}: is an adapter of MLX; {WANTED} of PEFT")
-    if WEIGHTS not in names and (other := told(set(names))):
+    if WEIGHTS not in names and (other := told(names)):
         raise UnsupportedError(f"{path}: {other}")
     if WEIGHTS in names:
         check_pointer(path / WEIGHTS)
