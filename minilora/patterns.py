@@ -23,9 +23,9 @@ from .errors import ConfigError, UnsupportedError, short
 
 LONGEST = 10_000  # characters of one expression
 DEEPEST = 50  # groups in groups
-STEPS = 1_000_000  # about half a second; and 5 more for each position
+STEPS = 300_000  # a fraction of a second; and 5 more for each position
 GRAIN = 4096  # bits of a set: a step counts once for each so many
-READING = 10  # steps for a character of an expression
+READING = 3  # steps for a character of an expression, about as long
 TOKEN = re.compile(
     r"(?P<group>\(\?(?:P<\w+>|<?[=!]|(?P<flags>[is]*):)|\((?!\?))|"
     r"(?P<repeat>(?:[*+?]|\{(?!\})\d*,?\d*\})\??)(?P<possessive>\+?)|(?P<test>[$^]|\\[AZbB])|"
