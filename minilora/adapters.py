@@ -272,6 +272,9 @@ def pair_up(
         what = f"lora_A {rows} and lora_B {columns}"
         raise MismatchError(f"{path}: {module} has {what}; expected (r, I) and (O, r)")
     shape, scale = (columns[0], math.prod(rows[1:])), settings.scale(alpha, r)
+    for name in (part.get(kind) for kind in (MAGNITUDE, BIAS, ADDED[0])):
+        if name and math.prod(tensors.shapes[name]) != columns[0]:
+            raise MismatchError(f"{path}: {name} has shape {tensors.shapes[name]}; expected ({columns[0]},)")
     magnitude, bias, copy = (part.get(kind) for kind in (MAGNITUDE, BIAS, COPY))
     return Pair(part[a], part[b], shape, r, alpha, scale, embedding, magnitude, bias, copy)
 
@@ -317,10 +320,9 @@ def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
             about.setdefault(kind, []).append(text)
     for texts in about.values():
         yield texts[0] + (f"; and {len(texts) - 1} more" if texts[1:] else "")
-    for name in (name for name in given.tensors if name.endswith(ADDED)):
-        flag = "lora_bias" if name.endswith(ADDED[0]) else "trainable_token_indices"
-        if not any(field.startswith(flag) for field in settings.beside):
-            yield f"has {name}, of which the config says nothing: {flag} is off"
+    if surprises := unsaid(given):
+        name, flag = next(iter(surprises.items()))
+        yield f"has {name}, of which the config says nothing: {flag} is off"
     for entry in settings.modules_to_save:
         if not any(saves(entry, name) for name in given.replaced):
             yield f"has no tensor for modules_to_save {short(entry)}"
@@ -336,12 +338,8 @@ def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tupl
     if bool(pair.magnitude) != settings.use_dora:
         state = "has a lora_magnitude_vector" if pair.magnitude else "has no lora_magnitude_vector"
         yield "dora", f"{module} {state}; use_dora is {settings.use_dora}"
-    O = pair.shape[0]  # noqa: E741
-    if pair.magnitude and math.prod(shapes[pair.magnitude]) != O:
-        yield "magnitude", f"{pair.magnitude} has shape {shapes[pair.magnitude]}; expected ({O},)"
-    if pair.bias and (settings.bias == "none" or shapes[pair.bias] != (O,)):
-        what = f"{pair.bias} of shape {shapes[pair.bias]}"
-        yield "bias", f"has {what}; expected ({O},), and none with bias 'none'"
+    if pair.bias and settings.bias == "none":
+        yield "bias", f"has {pair.bias}; expected none with bias 'none'"
 
 
 def about_targets(given: Adapter) -> Iterator[str]:
@@ -377,6 +375,20 @@ def licensed(settings: Settings, parameter: str) -> bool:
 def unlisted(given: Adapter) -> list[str]:
     """The parameters that the file replaces and the config does not mention."""
     return [parameter for parameter in given.replaced if not licensed(given.settings, parameter)]
+
+
+def unsaid(given: Adapter) -> dict[str, str]:
+    """What acts beside B A in the file and not in the config: tensor -> the field that would say so."""
+    flags = {
+        name: "lora_bias" if name.endswith(ADDED[0]) else "trainable_token_indices"
+        for name in given.tensors
+        if name.endswith(ADDED)
+    }
+    return {
+        name: flag
+        for name, flag in flags.items()
+        if not any(field.startswith(flag) for field in given.settings.beside)
+    }
 
 
 def is_table(parameter: str) -> bool:

@@ -30,6 +30,7 @@ from .adapters import (
     open_adapter,
     saves,
     unlisted,
+    unsaid,
     write_adapter,
 )
 from .backend import to_device, to_host, xp
@@ -268,6 +269,7 @@ def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
     if there != list(entries) or more:
         config["modules_to_save"] = [*there, *sorted(more)] or None
     left_aside = {given.replaced[name] for name in others if name.rpartition(".")[0] not in more}
+    left_aside |= set(unsaid(given))
     if settings.bias == "none":
         left_aside |= {pair.bias for pair in given.pairs.values() if pair.bias}
     return config, left_aside
