@@ -86,9 +86,14 @@ class Chosen:
     idle: tuple[str, ...]  # keys that mean none of the modules
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of an adapter_config.json as they are; FormatError if it is no JSON object."""
+    return read_json(path, LARGEST)
+
+
 def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     """The settings in an adapter_config.json, and notes on what is beside; ConfigError names the field."""
-    given = read_json(path, LARGEST)
+    given = read_fields(path)
 
     def wrong(name: str, expected: str) -> ConfigError:
         return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")

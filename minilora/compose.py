@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_config import peft_config, targets
+from .adapter_config import peft_config, read_fields, targets
 from .adapters import (
     PREFIX,
     Adapter,
@@ -43,7 +43,7 @@ from .errors import (
     check_int,
     nearest,
 )
-from .files import fingerprint, read_json, weights
+from .files import fingerprint, weights
 from .recognise import CONFIG
 from .sizes import aligned
 from .spectra import norm, quotient, rank_at, thin_svd, thin_values
@@ -253,7 +253,7 @@ def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
 
     MismatchError where only some of the modules have magnitudes, which PEFT has no form for.
     """
-    config, settings = read_json(given.where / CONFIG), given.settings
+    config, settings = read_fields(given.where / CONFIG), given.settings
     doras = {bool(pair.magnitude) for pair in given.pairs.values()}
     if len(doras) > 1:
         raise MismatchError(f"{given.where}: some modules have a lora_magnitude_vector and others not")

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from .adapter_config import read_fields
 from .errors import FormatError, StorageError, UnsupportedError, short
-from .files import read_json
 from .storage import exists, read_at, reading, size_of
 from .tensors import open_tensors
 
@@ -43,7 +43,7 @@ def adapter_folder(given: Path | str) -> Path:
     if CONFIG not in names:
         raise no_config(path, names)
     check_pointer(path / CONFIG)
-    config = read_json(path / CONFIG)
+    config = read_fields(path / CONFIG)
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
         raise UnsupportedError(f"{path}: is an adapter of MLX; {WANTED} of PEFT")
     if WEIGHTS not in names and (other := told(names)):

@@ -144,7 +144,7 @@ DISAGREE = {  # what -> (change of the good adapter, what is said of it)
         {"tensors": {f"{PREFIX}model.layers.{i}.self_attn.{k}_proj.lora_magnitude_vector": np.ones(n, np.float32)
                      for i in range(2) for k, n in (("q", 12), ("v", 4))}},
         "has a lora_magnitude_vector; use_dora is False; and 3"),
-    "a bias that is not meant": ({"tensors": {BIAS: np.ones(12, np.float32)}}, "and none with bias 'none'"),
+    "a bias that is not meant": ({"tensors": {BIAS: np.ones(12, np.float32)}}, "expected none with bias .none."),
     "a tensor of another kind": (
         {"tensors": {f"{PREFIX}a.lora_C.weight": np.ones(3, np.float32)}}, r"those of a LoRA, the first .*lora_C"),
     "trained tokens of which nothing is said": (
