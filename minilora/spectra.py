@@ -1,10 +1,8 @@
 """Matrices -> numbers: the singular values of a change ΔW, and how many of them matter.
 
-ΔW = s B A is not formed. With the thin QR factorizations B = Q R and Aᵀ = P T,
+ΔW = s B A is never formed. With the thin QR factorizations B = Q R and Aᵀ = P T,
 
     ΔW = Q (s R Tᵀ) Pᵀ        so its singular values are those of the r x r core s R Tᵀ.
-
-Only where r is above the smaller side of ΔW it is, for there it is no larger than its factors.
 
 A spectrum means nothing without that of noise beside it: a Gaussian n x n matrix has a participation
 ratio of n/2 and an effective rank of 0.8 n. The same holds for the overlap of two subspaces, for what
@@ -28,11 +26,8 @@ from .lora import LowRank, LowRankEmbedding, adapted, unbiased
 def thin_svd(B: Array, A: Array, scale: float = 1.0) -> tuple[Array, Array, Array]:
     """U (O, k), S (k,), Vᵀ (k, I) of s B A in float64, from the factors B (O, r) and A (r, I).
 
-    k is the least of O, I and r; the work is O(r k (O + I)), the memory O(r (O + I)).
+    k is the least of O, I and r; the work is O(r k (O + I)), the memory O(r (O + I)), however large r is.
     """
-    if len(A) > min(len(B), A.shape[1]):
-        U, S, Vt = xp.linalg.svd(scale * (B.astype(xp.float64) @ A.astype(xp.float64)), full_matrices=False)
-        return U, S, Vt
     Q, R = xp.linalg.qr(B.astype(xp.float64))
     P, T = xp.linalg.qr(A.T.astype(xp.float64))
     U, S, Vt = xp.linalg.svd(scale * (R @ T.T), full_matrices=False)
@@ -41,8 +36,6 @@ def thin_svd(B: Array, A: Array, scale: float = 1.0) -> tuple[Array, Array, Arra
 
 def thin_values(B: Array, A: Array, scale: float = 1.0) -> np.ndarray:
     """The singular values (k,) alone, for which Q and P need not be formed."""
-    if len(A) > min(len(B), A.shape[1]):
-        return singular_values(scale * (B.astype(xp.float64) @ A.astype(xp.float64)))
     R = xp.linalg.qr(B.astype(xp.float64), mode="r")
     T = xp.linalg.qr(A.T.astype(xp.float64), mode="r")
     return to_host(xp.linalg.svd(scale * (R @ T.T), compute_uv=False))
