@@ -28,7 +28,7 @@ GRAIN = 4096  # bits of a set: a step counts once for each so many
 READING = 3  # steps for a character of an expression, about as long
 TOKEN = re.compile(
     r"(?P<group>\(\?(?:P<\w+>|<?[=!]|(?P<flags>[is]*):)|\((?!\?))|"
-    r"(?P<repeat>(?:[*+?]|\{(?!\})\d*,?\d*\})\??)(?P<possessive>\+?)|(?P<test>[$^]|\\[AZbB])|"
+    r"(?P<repeat>(?:[*+?]|\{(?!\})\d*,?\d*\})\??)(?P<possessive>\+?)|(?P<between>[$^]|\\[AZbB])|"
     r"(?P<atom>\\[dDwWsSafnrtv]|\\[\W_]|\[\^?\]?(?:\\.|[^\\\]])*\]|[^()|\\])|"
     r"(?P<bar>\|)|(?P<end>\))",
     re.DOTALL | re.ASCII,
@@ -107,8 +107,8 @@ def character(atom: str, flags: int) -> Step:
     return step
 
 
-def test(token: str) -> Step:
-    """A place between characters."""
+def between(token: str) -> Step:
+    """A place between two characters."""
     inside: Callable[[Names], int] = {
         "^": lambda names: names.first, r"\A": lambda names: names.first,
         "$": lambda names: names.dollar, r"\Z": lambda names: names.last,
@@ -213,8 +213,8 @@ def parse(pattern: str, where: str) -> Step:
                 branches.append([])
             elif token["repeat"]:
                 steps.append(repeat(steps.pop(), *times(token["repeat"])))
-            elif token["test"]:
-                steps.append(test(token["test"]))
+            elif token["between"]:
+                steps.append(between(token["between"]))
             elif token["atom"]:
                 steps.append(character(token["atom"], flags))
             else:
@@ -267,13 +267,13 @@ def fitting(keys: Iterable[str], names: Sequence[str], where: str) -> list[list[
     for name, fit in zip(names, fits, strict=True):
         for start in starts(name):
             for dots, alike in plain.get(len(name) - start, {}).items():
+                text.spend(10)
                 letters = list(name[start:])
                 for dot in dots:
                     letters[dot] = "\0"
                 tail = "".join(letters)
                 for anchored in (False, True)[: 1 + (start == 0)]:
                     fit += alike.get((anchored, tail), [])
-                text.spend(1)
         fit.sort()
         text.spend(len(fit))
     return fits

@@ -462,10 +462,9 @@ REFUSED = [
     (18, "exploding regular expression", BESIDE, MismatchError, "which target_modules .* does not mean",
         each("target_modules", *EXPLODING)),
     (18, "more steps than are counted", BESIDE, UnsupportedError, r"comparing with \d modules takes more",
-        [config(target_modules=p) for p in
-            ("(?:(?=(?:" + "|" * 9000 + ".)*j).)*", "(?:(?=(?:" + ".|" * 4900 + "x)*j).)*")]),
+        [config(target_modules="(?:(?=(?:" + "|" * 9000 + ".)*j).)*")]),
     (18, "more steps for ranks", ADAPTER, UnsupportedError, r"comparing with \d modules takes more",
-        [config(rank_pattern={f"{i}(x){'y' * 200}": 3 for i in range(1000)})]),
+        [config(rank_pattern={f"{i}(x){'y' * 200}": 3 for i in range(500)})]),
     (19, "paths for names", BESIDE, ConfigError, "target_modules has the entry",
         each("target_modules", *(["q_proj", n] for n in
              ("../x", "/etc/passwd", "a/b", "..", "a\0", "a\n", ".a")))),

@@ -1,8 +1,10 @@
 """What a pattern means is what `re` and PEFT say, and takes a time that no pattern can stretch."""
 
+import dataclasses
 import itertools
 import json
 import re
+import shutil
 import time
 import warnings
 
@@ -12,12 +14,14 @@ from by_hand import of_pattern, write_peft
 from helpers import tiny, within
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from peft_cases import FIXTURES
 
 from minilora import patterns
 from minilora.adapter_config import LARGEST, MOST, Settings, chosen, meant, peft_config, read_settings
-from minilora.adapters import CONFIG, open_adapter
+from minilora.adapters import CONFIG, load_adapter, open_adapter
 from minilora.compose import compress
-from minilora.errors import ConfigError, UnsupportedError
+from minilora.errors import ConfigError, FormatError, MismatchError, UnsupportedError
+from minilora.files import load
 from minilora.lora import LoraConfig, adapted, inject
 
 # ---- the syntax, as `re` has it
@@ -197,8 +201,8 @@ def test_a_pattern_of_7680_names_is_looked_up():
 # ---- which key counts
 
 MODULES = [f"model.layers.{i}.{part}" for i in (0, 1, 10) for part in ("self_attn.q_proj", "mlp.up_proj")]
-KEYS = ["q_proj", "self_attn.q_proj", "layers.1.self_attn.q_proj", "up_proj", r"^model\.layers\.1\.mlp\.up_proj",
-        "layers.1..*", r"layers\.(0|10)\..*", "model.layers.10.mlp.up_proj", ".*", "x_proj"]  # fmt: skip
+KEYS = ["q_proj", "self_attn.q_proj", "layers.1.self_attn.q_proj", "up_proj", "layers.1..*", ".*", "x_proj",
+        r"^model\.layers\.1\.mlp\.up_proj", r"layers\.(0|10)\..*", "model.layers.10.mlp.up_proj"]  # fmt: skip
 
 
 @settings(max_examples=60)
@@ -255,6 +259,47 @@ def test_on_injecting_the_first_key_counts_in_rank_and_in_scale(ranks, alphas):
     }
 
 
+FOLDER = FIXTURES / "adapters" / "untied--q-and-v"
+
+
+def changed(folder, start=b"", **fields):
+    """A copy of an adapter whose config is another."""
+    shutil.copytree(FOLDER, folder)
+    config = json.loads((folder / CONFIG).read_text()) | fields
+    (folder / CONFIG).write_bytes(start + json.dumps(config).encode())
+    return folder
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_key_that_means_nothing_is_told_on_reading_and_refused_beside_a_base(name, tmp_path):
+    """One that means a module of the base without an adapter is told only."""
+    model = load(FIXTURES / "bases" / "untied")
+    idle = changed(tmp_path / "a", **{name: {"kproj": 5}})
+    assert open_adapter(idle).notes == (f"{name} has keys that mean no module of the file, as in 'kproj'",)
+    with pytest.raises(MismatchError, match=f"{name} has 'kproj', which means no module of the base; near"):
+        load_adapter(model, idle)
+    other = changed(tmp_path / "b", **{name: {"k_proj": 5}})
+    assert load_adapter(model, other).notes[0].startswith(f"{name} has keys that mean no module of the file")
+
+
+@pytest.mark.parametrize("flag", ["use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"])
+def test_null_is_false_for_a_flag(flag, tmp_path):
+    read, notes = read_settings(changed(tmp_path / "a", **{flag: None}) / CONFIG)
+    want, _ = read_settings(FOLDER / CONFIG)
+    assert dataclasses.replace(read, where="") == dataclasses.replace(want, where="")
+    assert notes == ()
+    with pytest.raises(ConfigError, match=f"{flag} is 0; expected true or false"):
+        read_settings(changed(tmp_path / "b", **{flag: 0}) / CONFIG)
+
+
+def test_a_byte_order_mark_is_told(tmp_path):
+    read, (note,) = read_settings(changed(tmp_path / "a", b"\xef\xbb\xbf") / CONFIG)
+    assert "byte order mark" in note
+    assert read.r == 3
+    with pytest.raises(FormatError):
+        read_settings(changed(tmp_path / "b", 2 * b"\xef\xbb\xbf") / CONFIG)
+
+
 # ---- sizes
 
 
@@ -263,7 +308,7 @@ def test_what_is_written_for_a_mixture_of_experts_can_be_read(tmp_path):
     rng = np.random.default_rng(0)
     factors = {m: tuple(rng.standard_normal((2, 2), np.float32)) for m in EXPERTS}
     factors = {m: (A[None], B[:, None]) for m, (A, B) in factors.items()}
-    write_peft(tmp_path / "a", factors, target_modules=["gate_proj", "up_proj", "down_proj"])
+    write_peft(tmp_path / "a", factors)  # all of them by their whole names in target_modules
     sizes = {m: (1 if i % 3 else 2 + i, 3.0 + i) for i, m in enumerate(EXPERTS)}
     config = peft_config(sizes, ["gate_proj", "up_proj", "down_proj"])
     text = json.dumps(config, indent=2, sort_keys=True)
