@@ -1,6 +1,6 @@
-"""The adapters that people have, as tiny stand-ins: the names, shapes and configs of real ones, other numbers.
+"""The adapters that people have, as tiny stand-ins: names, shapes and configs of real ones, other numbers.
 
-    python tests/stand_ins.py        print what inspect and compress say of each, as benchmarks/results/adapters.md
+    python tests/stand_ins.py        print what is said of each, as in benchmarks/results/adapters.md
 
 Each is what a trainer or model leaves in public repositories; sizes are cut, and nothing else.
 """
@@ -30,7 +30,7 @@ OFF = {"fan_in_fan_out": None, "use_dora": None, "use_rslora": None, "modules_to
 
 @dataclass(frozen=True)
 class StandIn:
-    """One adapter: module -> (O, I) or a convolution's (O, I, kernel), its config, what else is in the file."""
+    """An adapter: module -> (O, I) or a convolution's (O, I, kernel), its config, what else is there."""
 
     modules: dict
     config: dict
@@ -58,85 +58,175 @@ EXPERTS = [
 LORA = {"lora_alpha": 3}
 STAND_INS = {
     "a classifier, PEFT's default list": StandIn(
-        maps(LLAMA, 12, 10), LORA | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
-        {f"{PREFIX}score.weight": (3, 10)}, ("no tensor for modules_to_save 'classifier'", "1 parameters are")),
+        maps(LLAMA, 12, 10),
+        LORA | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
+        {f"{PREFIX}score.weight": (3, 10)},
+        ("no tensor for modules_to_save 'classifier'", "1 parameters are"),
+    ),
     "a head that the config does not list": StandIn(
-        maps(LLAMA, 12, 10), LORA, {f"{PREFIX}score.weight": (3, 10)},
-        ("1 tensors are not those of a LoRA with this config, the first score.weight", "1 parameters are")),
+        maps(LLAMA, 12, 10),
+        LORA,
+        {f"{PREFIX}score.weight": (3, 10)},
+        ("1 tensors are not those of a LoRA with this config, the first score.weight", "1 parameters are"),
+    ),
     "a resized vocabulary": StandIn(
-        maps(LLAMA, 12, 10), LORA,
+        maps(LLAMA, 12, 10),
+        LORA,
         {f"{PREFIX}{k}.weight": (21, 10) for k in ("model.embed_tokens", "lm_head")},
-        ("whole tables, as PEFT saves them of a resized vocabulary", "2 parameters are")),
+        ("whole tables, as PEFT saves them of a resized vocabulary", "2 parameters are"),
+    ),
     "targets that the base has not": StandIn(
-        maps(LLAMA, 12, 10), LORA | {"target_modules": ["q_proj", "v_proj", "query_key_value", "c_attn"]}, {},
-        ("no factors for target_modules 'query_key_value' and 1 more",)),
+        maps(LLAMA, 12, 10),
+        LORA | {"target_modules": ["q_proj", "v_proj", "query_key_value", "c_attn"]},
+        {},
+        ("no factors for target_modules 'query_key_value' and 1 more",),
+    ),
     "DoRA, rsLoRA": StandIn(
-        maps(LLAMA, 12, 10), LORA | {"use_dora": True, "use_rslora": True},
-        {f"{PREFIX}{m}.lora_magnitude_vector.weight": (12,) for m in LLAMA}, ("DoRA",)),
+        maps(LLAMA, 12, 10),
+        LORA | {"use_dora": True, "use_rslora": True},
+        {f"{PREFIX}{m}.lora_magnitude_vector.weight": (12,) for m in LLAMA},
+        ("DoRA",),
+    ),
     "15,360 tensors of a mixture of experts": StandIn(
-        maps(EXPERTS, 7, 6), LORA | {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
+        maps(EXPERTS, 7, 6), LORA | {"target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    ),
     "unsloth, a vision model": StandIn(
-        maps([f"model.language_model.layers.{i}.self_attn.{k}_proj" for i in range(2) for k in "qv"]
-             + ["model.visual.blocks.0.attn.qkv"], 12, 10),
-        LORA | OFF | {"target_modules": UNSLOTH, "auto_mapping": {"unsloth_fixed": True}}),
+        maps(
+            [f"model.language_model.layers.{i}.self_attn.{k}_proj" for i in range(2) for k in "qv"]
+            + ["model.visual.blocks.0.attn.qkv"],
+            12,
+            10,
+        ),
+        LORA | OFF | {"target_modules": UNSLOTH, "auto_mapping": {"unsloth_fixed": True}},
+    ),
     "ms-swift": StandIn(
         maps([f"model.language_model.layers.{i}.self_attn.{k}_proj" for i in range(2) for k in "qv"], 12, 10),
-        LORA | {"target_modules": SWIFT, "ensure_weight_tying": True}, {},
-        ("ensure_weight_tying is True: acts beside",), agrees=False),
+        LORA | {"target_modules": SWIFT, "ensure_weight_tying": True},
+        {},
+        ("ensure_weight_tying is True: acts beside",),
+        agrees=False,
+    ),
     "ColPali": StandIn(
         maps(["model.language_model.layers.0.mlp.down_proj"], 10, 14)
-        | maps(["model.language_model.layers.0.self_attn.q_proj"], 12, 10) | maps(["custom_text_proj"], 5, 10),
-        LORA | {"target_modules": COLPALI, "task_type": "FEATURE_EXTRACTION"}),
+        | maps(["model.language_model.layers.0.self_attn.q_proj"], 12, 10)
+        | maps(["custom_text_proj"], 5, 10),
+        LORA | {"target_modules": COLPALI, "task_type": "FEATURE_EXTRACTION"},
+    ),
     "Whisper": StandIn(
-        maps([f"model.{side}.layers.0.{kind}.{k}_proj" for side, kind in (
-            ("encoder", "self_attn"), ("decoder", "self_attn"), ("decoder", "encoder_attn")) for k in "qv"], 9, 9),
-        LORA | {"task_type": None, "target_modules": ["q_proj", "v_proj"]}),
+        maps(
+            [
+                f"model.{side}.layers.0.{kind}.{k}_proj"
+                for side, kind in (
+                    ("encoder", "self_attn"),
+                    ("decoder", "self_attn"),
+                    ("decoder", "encoder_attn"),
+                )
+                for k in "qv"
+            ],
+            9,
+            9,
+        ),
+        LORA | {"task_type": None, "target_modules": ["q_proj", "v_proj"]},
+    ),
     "GPT-2": StandIn(
         maps(["transformer.h.0.attn.c_attn"], 30, 10) | maps(["transformer.h.1.mlp.c_proj"], 10, 40),
-        LORA | {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj"]}),
+        LORA | {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj"]},
+    ),
     "T5": StandIn(
-        maps([f"{side}.block.0.layer.{n}.{kind}.{k}" for side, n, kind in (
-            ("encoder", 0, "SelfAttention"), ("decoder", 1, "EncDecAttention")) for k in "qv"], 8, 10),
-        LORA | {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v"]}),
+        maps(
+            [
+                f"{side}.block.0.layer.{n}.{kind}.{k}"
+                for side, n, kind in (("encoder", 0, "SelfAttention"), ("decoder", 1, "EncDecAttention"))
+                for k in "qv"
+            ],
+            8,
+            10,
+        ),
+        LORA | {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v"]},
+    ),
     "convolutions of a U-Net": StandIn(
-        {"down_blocks.0.resnets.0.conv1": (8, 5, 3, 2), "mid_block.attn.to_q": (8, 7),
-         "conv_in": (6, 4, 1, 1), "audio.conv": (6, 5, 3)},
-        LORA | {"target_modules": ["conv1", "to_q", "conv_in", "conv"]}),
+        {
+            "down_blocks.0.resnets.0.conv1": (8, 5, 3, 2),
+            "mid_block.attn.to_q": (8, 7),
+            "conv_in": (6, 4, 1, 1),
+            "audio.conv": (6, 5, 3),
+        },
+        LORA | {"target_modules": ["conv1", "to_q", "conv_in", "conv"]},
+    ),
     "axolotl, embedding and head saved": StandIn(
-        maps(LLAMA, 12, 10), LORA | {"modules_to_save": ["embed_tokens", "lm_head"]},
-        {f"{PREFIX}{k}.weight": (21, 10) for k in ("model.embed_tokens", "lm_head")}, ("2 parameters are",)),
+        maps(LLAMA, 12, 10),
+        LORA | {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {f"{PREFIX}{k}.weight": (21, 10) for k in ("model.embed_tokens", "lm_head")},
+        ("2 parameters are",),
+    ),
     "an embedding": StandIn(
-        maps(LLAMA, 12, 10) | maps(["model.embed_tokens"], 10, 21), LORA,
-        {f"{PREFIX}model.embed_tokens.base_layer.weight": (21, 10)}, table=("model.embed_tokens",)),
+        maps(LLAMA, 12, 10) | maps(["model.embed_tokens"], 10, 21),
+        LORA,
+        {f"{PREFIX}model.embed_tokens.base_layer.weight": (21, 10)},
+        table=("model.embed_tokens",),
+    ),
     "torch.compile": StandIn(
-        maps(LLAMA, 12, 10), LORA, {}, ("names hold those of wrappers, as in _orig_mod.base_model",),
-        called=lambda key: f"_orig_mod.{key}"),
+        maps(LLAMA, 12, 10),
+        LORA,
+        {},
+        ("names hold those of wrappers, as in _orig_mod.base_model",),
+        called=lambda key: f"_orig_mod.{key}",
+    ),
     "DDP or DeepSpeed": StandIn(
-        maps(LLAMA, 12, 10), LORA, {}, ("names hold those of wrappers, as in module.base_model",),
-        called=lambda key: f"module.{key}"),
+        maps(LLAMA, 12, 10),
+        LORA,
+        {},
+        ("names hold those of wrappers, as in module.base_model",),
+        called=lambda key: f"module.{key}",
+    ),
     "FSDP with checkpoints": StandIn(
-        maps(LLAMA, 12, 10), LORA, {}, ("names hold those of wrappers, as in base_model.*_fsdp_wrapped_module",),
-        called=lambda key: re.sub(r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module.",
-                                  key)),
+        maps(LLAMA, 12, 10),
+        LORA,
+        {},
+        ("names hold those of wrappers, as in base_model.*_fsdp_wrapped_module",),
+        called=lambda key: re.sub(
+            r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module.", key
+        ),
+    ),
     "PEFT around PEFT": StandIn(
-        maps(LLAMA, 12, 10), LORA, {}, ("wrappers, as in base_model.model.base_model.model",),
-        called=lambda key: PREFIX + key),
+        maps(LLAMA, 12, 10),
+        LORA,
+        {},
+        ("wrappers, as in base_model.model.base_model.model",),
+        called=lambda key: PREFIX + key,
+    ),
     "no prefix": StandIn(
-        maps(LLAMA, 12, 10), LORA, {}, ("do not begin with base_model.model",),
-        called=lambda key: key.removeprefix(PREFIX)),
+        maps(LLAMA, 12, 10),
+        LORA,
+        {},
+        ("do not begin with base_model.model",),
+        called=lambda key: key.removeprefix(PREFIX),
+    ),
     "an adapter's name in the keys": StandIn(
-        maps(LLAMA, 12, 10), LORA | {"use_dora": True},
+        maps(LLAMA, 12, 10),
+        LORA | {"use_dora": True},
         {f"{PREFIX}{m}.lora_magnitude_vector.weight": (12,) for m in LLAMA},
-        (r"that of the adapter, as in .*\.lora_A\.my-task\.weight", "DoRA"), called=add("my-task")),
+        (r"that of the adapter, as in .*\.lora_A\.my-task\.weight", "DoRA"),
+        called=add("my-task"),
+    ),
     "trained tokens": StandIn(
-        maps(LLAMA, 12, 10), LORA | {"trainable_token_indices": [7, 9]},
+        maps(LLAMA, 12, 10),
+        LORA | {"trainable_token_indices": [7, 9]},
         {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 10)},
-        ("1 tensors act beside B A and are not in the numbers, as .*delta",
-         r"trainable_token_indices is \[7, 9\]: acts beside"), agrees=False),
+        (
+            "1 tensors act beside B A and are not in the numbers, as .*delta",
+            r"trainable_token_indices is \[7, 9\]: acts beside",
+        ),
+        agrees=False,
+    ),
     "a bias on B": StandIn(
-        maps(LLAMA, 12, 10), LORA | {"lora_bias": True}, {f"{PREFIX}{m}.lora_B.bias": (12,) for m in LLAMA},
-        ("4 tensors act beside B A", "lora_bias is True: acts beside"), agrees=False),
-}  # fmt: skip
+        maps(LLAMA, 12, 10),
+        LORA | {"lora_bias": True},
+        {f"{PREFIX}{m}.lora_B.bias": (12,) for m in LLAMA},
+        ("4 tensors act beside B A", "lora_bias is True: acts beside"),
+        agrees=False,
+    ),
+}
 
 
 def write(name, folder):
@@ -148,7 +238,9 @@ def write(name, folder):
     for module, (O, *inner) in this.modules.items():  # noqa: E741
         flat = len(inner) == 1
         A = rng.standard_normal((this.r, *inner)).astype(np.float32)
-        B = rng.standard_normal((O, this.r) if flat else (O, this.r, *[1] * len(inner[1:]))).astype(np.float32)
+        B = rng.standard_normal((O, this.r) if flat else (O, this.r, *[1] * len(inner[1:]))).astype(
+            np.float32
+        )
         a, b = (f"lora_embedding_{x}" if module in this.table else f"lora_{x}.weight" for x in "AB")
         tensors[f"{PREFIX}{module}.{a}"], tensors[f"{PREFIX}{module}.{b}"] = A, B
         dW = rows["lora_alpha"] / over * B.reshape(O, -1).astype(float) @ A.reshape(this.r, -1)

@@ -512,7 +512,8 @@ REFUSED = [
         each("exclude_modules", ["q_proj", "v_proj"], ".*", ["self_attn.q_proj", "v_proj"])),
     (27, "exclusion of another type", ADAPTER, ConfigError, "exclude_modules",
         each("exclude_modules", 1, [1], {})),
-    (27, "exclusion without a name", BESIDE, ConfigError, "exclude_modules has", each("exclude_modules", [""])),
+    (27, "exclusion without a name", BESIDE, ConfigError, "exclude_modules has",
+        each("exclude_modules", [""])),
     (29, "no config", ADAPTER, StorageError, "adapter_config.json: is missing", [become("missing", CONFIG)]),
     (29, "config that is none", ADAPTER, FormatError, "adapter_config.json", [text(b) for b in (
         b"", b'{"r": 3, "lora_', bytes(1000), b"r: 3", b'{"a": "\xff"}', b"[]", b"null", b'"r"', b"3",
@@ -1019,7 +1020,10 @@ def test_row_78_a_disk_that_says_no_leaves_what_was_there(name, number, target, 
 
 def table():
     """All rows as Markdown: what is tried, in how many ways, and the error; "taken" where it is valid."""
-    lines = [(n, what, len(spoils), error.__name__) for n, what, _, error, _, spoils in REFUSED]
+    lines = [
+        (n, what, len(spoils), error.__name__ + ", or a note without a base" * (doors == TOLD))
+        for n, what, doors, error, _, spoils in REFUSED
+    ]
     lines += [(n, what, len(ways), f"taken{', with a note' * bool(note)}") for n, what, note, ways in TAKEN]
     lines += [(n, what, len(calls), error.__name__) for n, what, error, _, _, calls in CALLS]
     lines += [

@@ -37,7 +37,9 @@ from minilora.spectra import (
 )
 
 GOOD, BASE = FIXTURES / "adapters/untied--q-and-v", FIXTURES / "bases/untied"
-STEPS = st.sampled_from(["module", "model", "default", "weight", "layers", "0", "17", "q_proj", "base_model", "x_"])
+STEPS = st.sampled_from(
+    ["module", "model", "default", "weight", "layers", "0", "17", "q_proj", "base_model", "x_"]
+)
 MODULES = st.lists(st.lists(STEPS, min_size=1, max_size=5).map(".".join), min_size=1, max_size=4, unique=True)
 WRAPS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -71,10 +73,14 @@ def changed(folder, tensors=None, gone=(), **config):
 
 @settings(max_examples=60)
 @given(
-    modules=MODULES, seed=seeds, before=st.sampled_from(["", "module.", "_forward_module.module.", "_orig_mod.",
-                                                         PREFIX, "model." + PREFIX]),
-    wrap=st.sampled_from(["", *WRAPS]), name=st.sampled_from(["", "default", "my-task", "weights", "B"]),
-)  # fmt: skip
+    modules=MODULES,
+    seed=seeds,
+    before=st.sampled_from(
+        ["", "module.", "_forward_module.module.", "_orig_mod.", PREFIX, "model." + PREFIX]
+    ),
+    wrap=st.sampled_from(["", *WRAPS]),
+    name=st.sampled_from(["", "default", "my-task", "weights", "B"]),
+)
 def test_what_wraps_a_model_is_taken_out_of_the_keys(modules, seed, before, wrap, name, tmp_path_factory):
     """Every module under its own name, though that may be a wrapper's; with numbers of its own; told once."""
     tmp, rng = tmp_path_factory.mktemp("k"), np.random.default_rng(seed)
@@ -99,10 +105,16 @@ def test_what_wraps_a_model_is_taken_out_of_the_keys(modules, seed, before, wrap
     assert other.doubts == plain.doubts == ()
 
 
-@pytest.mark.parametrize("change", [
-    lambda k: f"module.{k}", lambda k: k.removeprefix(PREFIX), lambda k: k.replace(".weight", ".other.weight"),
-    lambda k: k.replace("layers.0", "layers.0._orig_mod"), lambda k: PREFIX + k,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda k: f"module.{k}",
+        lambda k: k.removeprefix(PREFIX),
+        lambda k: k.replace(".weight", ".other.weight"),
+        lambda k: k.replace("layers.0", "layers.0._orig_mod"),
+        lambda k: PREFIX + k,
+    ],
+)
 def test_two_keys_of_one_tensor_are_an_error_that_names_both(change, tmp_path):
     first = min(load_file(GOOD / WEIGHTS))
     assert "layers.0" in first
@@ -118,7 +130,7 @@ def test_two_adapters_in_one_file_are_an_error_that_names_both(tmp_path):
         return key.replace(".weight", ".one.weight" if "q_proj" in key else ".two.weight")
 
     folder = renamed(changed(tmp_path / "a"), change)
-    with pytest.raises(MismatchError, match="the adapters 'one' and 'two', as in .*q_proj.* and .*v_proj"):
+    with pytest.raises(MismatchError, match=r"the adapters .one. and .two., as in .*q_proj.* and .*v_proj"):
         open_adapter(folder)
 
 
@@ -130,27 +142,58 @@ NORM = {f"{PREFIX}model.norm.weight": np.ones(12, np.float32)}
 BIAS = f"{PREFIX}model.layers.0.self_attn.q_proj.base_layer.bias"
 DISAGREE = {  # what -> (change of the good adapter, what is said of it)
     "a saved module that is not there": (
-        {"modules_to_save": ["classifier"]}, "no tensor for modules_to_save 'classifier'"),
-    "a parameter that is not listed": ({"tensors": NORM}, r"1 tensors .* with this config, the first model\.norm"),
+        {"modules_to_save": ["classifier"]},
+        "no tensor for modules_to_save 'classifier'",
+    ),
+    "a parameter that is not listed": (
+        {"tensors": NORM},
+        r"1 tensors .* with this config, the first model\.norm",
+    ),
     "targets that are not there": (
-        {"target_modules": ["q_proj", "v_proj", "w", "x"]}, "target_modules 'w' and 1 more; nearest"),
-    "factors that are not meant": ({"target_modules": ["q_proj"]}, r"v_proj, which target_modules \('q_proj',\)"),
+        {"target_modules": ["q_proj", "v_proj", "w", "x"]},
+        "target_modules 'w' and 1 more; nearest",
+    ),
+    "factors that are not meant": (
+        {"target_modules": ["q_proj"]},
+        r"v_proj, which target_modules \('q_proj',\)",
+    ),
     "a layer that is not meant": (
-        {"layers_to_transform": [0]}, r"layers\.1.*, which target_modules .* does not mean"),
+        {"layers_to_transform": [0]},
+        r"layers\.1.*, which target_modules .* does not mean",
+    ),
     "another rank": ({"r": 5}, "with the config's r = 5; and 3 more"),
     "another rank in a pattern": ({"rank_pattern": {"v_proj": 2}}, "with the config's r = 2; and 1 more"),
-    "magnitudes that are not there": ({"use_dora": True}, "has no lora_magnitude_vector; use_dora is True; and 3"),
+    "magnitudes that are not there": (
+        {"use_dora": True},
+        "has no lora_magnitude_vector; use_dora is True; and 3",
+    ),
     "magnitudes that are not meant": (
-        {"tensors": {f"{PREFIX}model.layers.{i}.self_attn.{k}_proj.lora_magnitude_vector": np.ones(n, np.float32)
-                     for i in range(2) for k, n in (("q", 12), ("v", 4))}},
-        "has a lora_magnitude_vector; use_dora is False; and 3"),
-    "a bias that is not meant": ({"tensors": {BIAS: np.ones(12, np.float32)}}, "expected none with bias .none."),
+        {
+            "tensors": {
+                f"{PREFIX}model.layers.{i}.self_attn.{k}_proj.lora_magnitude_vector": np.ones(n, np.float32)
+                for i in range(2)
+                for k, n in (("q", 12), ("v", 4))
+            }
+        },
+        "has a lora_magnitude_vector; use_dora is False; and 3",
+    ),
+    "a bias that is not meant": (
+        {"tensors": {BIAS: np.ones(12, np.float32)}},
+        "expected none with bias .none.",
+    ),
     "a tensor of another kind": (
-        {"tensors": {f"{PREFIX}a.lora_C.weight": np.ones(3, np.float32)}}, r"those of a LoRA, the first .*lora_C"),
+        {"tensors": {f"{PREFIX}a.lora_C.weight": np.ones(3, np.float32)}},
+        r"those of a LoRA, the first .*lora_C",
+    ),
     "trained tokens of which nothing is said": (
-        {"tensors": {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 12), "f4")}},
-        "trainable_token_indices is off"),
-}  # fmt: skip
+        {
+            "tensors": {
+                f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 12), "f4")
+            }
+        },
+        "trainable_token_indices is off",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", DISAGREE)
@@ -162,7 +205,9 @@ def test_who_looks_is_told_and_who_loads_is_refused(what, tmp_path):
     assert re.search(says, doubt)
     assert doubt in seen.notes
     assert f"{folder}: {doubt}" in seen.notes  # once more, of the other adapter
-    assert [m.singular_values for m in seen.modules] == [m.singular_values for m in good.modules] or "r" in how
+    assert [m.singular_values for m in seen.modules] == [
+        m.singular_values for m in good.modules
+    ] or "r" in how
     model = load(BASE)
     before = {k: to_host(p.data).tobytes() for k, p in named_params(model).items()}
     with pytest.raises(MismatchError) as e:
@@ -180,8 +225,10 @@ def test_who_looks_is_told_and_who_loads_is_refused(what, tmp_path):
 
 
 def test_a_pattern_of_targets_is_left_to_who_loads(tmp_path):
-    """inspect and compress never run it, be it ever so odd, and what is compressed says the modules' names."""
-    for i, (pattern, error) in enumerate(((r"(.)\1", UnsupportedError), ("(", ConfigError), ("x", MismatchError))):
+    """inspect and compress never run it, be it ever so odd; what is compressed says the modules' names."""
+    for i, (pattern, error) in enumerate(
+        ((r"(.)\1", UnsupportedError), ("(", ConfigError), ("x", MismatchError))
+    ):
         folder = changed(tmp_path / f"a{i}", target_modules=pattern, exclude_modules=pattern)
         assert inspect(folder).notes == ()
         with pytest.raises(error):
@@ -202,10 +249,16 @@ def test_only_some_magnitudes_are_looked_at_and_not_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", [
-    {"lora_bias": True}, {"alora_invocation_tokens": [3]}, {"layer_replication": [[0, 2]]},
-    {"trainable_token_indices": {"embed_tokens": [1]}}, {"ensure_weight_tying": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"lora_bias": True},
+        {"alora_invocation_tokens": [3]},
+        {"layer_replication": [[0, 2]]},
+        {"trainable_token_indices": {"embed_tokens": [1]}},
+        {"ensure_weight_tying": True},
+    ],
+)
 def test_what_acts_beside_the_factors_is_told_and_not_loaded(flag, tmp_path):
     folder, (name,) = changed(tmp_path / "a", **flag), flag
     assert [note for note in inspect(folder).notes if note.startswith(f"{name} is ")]
@@ -221,11 +274,21 @@ def test_what_acts_beside_the_factors_is_told_and_not_loaded(flag, tmp_path):
         assert inspect(folder, BASE).modules == inspect(GOOD, BASE).modules
 
 
-@pytest.mark.parametrize("flag", [
-    {"use_qalora": True}, {"arrow_config": {"a": 1}}, {"use_bdlora": {"a": 1}}, {"velora_config": {"a": 1}},
-    {"monteclora_config": {"a": 1}}, {"kasa_config": {"a": 1}}, {"megatron_config": {"a": 1}},
-    {"target_parameters": ["mlp.experts.down_proj"]}, {"init_lora_weights": "pissa"}, {"peft_type": "LOHA"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"use_qalora": True},
+        {"arrow_config": {"a": 1}},
+        {"use_bdlora": {"a": 1}},
+        {"velora_config": {"a": 1}},
+        {"monteclora_config": {"a": 1}},
+        {"kasa_config": {"a": 1}},
+        {"megatron_config": {"a": 1}},
+        {"target_parameters": ["mlp.experts.down_proj"]},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "LOHA"},
+    ],
+)
 def test_what_changes_the_meaning_of_the_factors_is_not_looked_at(flag, tmp_path):
     folder, (name,) = changed(tmp_path / "a", **flag), flag
     for call in (inspect, lambda path: compress(path, tmp_path / "out", rank=1)):
@@ -237,8 +300,13 @@ def test_a_bias_on_b_is_written_for_the_new_scale(tmp_path):
     """In PEFT it is scaled as B A is, and what is compressed has scale 1."""
     rng = np.random.default_rng(0)
     bias = rng.standard_normal(5).astype(np.float32)
-    folder = write_peft(tmp_path / "a", {"a.b": (rng.standard_normal((2, 7)), rng.standard_normal((5, 2)))},
-                        {f"{PREFIX}a.b.lora_B.bias": bias}, lora_bias=True, lora_alpha=6)  # fmt: skip
+    folder = write_peft(
+        tmp_path / "a",
+        {"a.b": (rng.standard_normal((2, 7)), rng.standard_normal((5, 2)))},
+        {f"{PREFIX}a.b.lora_B.bias": bias},
+        lora_bias=True,
+        lora_alpha=6,
+    )
     compress(folder, tmp_path / "out", rank=1)
     written = read_peft(tmp_path / "out")
     assert written[0]["a.b"][2] == 1
@@ -249,7 +317,9 @@ def test_a_bias_on_b_is_written_for_the_new_scale(tmp_path):
 
 
 def tables(rng, vocab, width, *names):
-    return {f"{PREFIX}{name}.weight": rng.standard_normal((vocab, width)).astype(np.float32) for name in names}
+    return {
+        f"{PREFIX}{name}.weight": rng.standard_normal((vocab, width)).astype(np.float32) for name in names
+    }
 
 
 def resized(tmp_path, tied, more):
@@ -258,9 +328,15 @@ def resized(tmp_path, tied, more):
     save_model(model, tmp_path / "base", "")
     D = SIZES["hidden_size"]
     width = model.config.num_attention_heads * model.config.E
-    factors = {"model.layers.1.self_attn.q_proj": (rng.standard_normal((2, D)).astype("f4"),
-                                                   rng.standard_normal((width, 2)).astype("f4"))}  # fmt: skip
-    return write_peft(tmp_path / "a", factors, more(rng, model.config.vocab_size, D), target_modules=sorted(factors))
+    factors = {
+        "model.layers.1.self_attn.q_proj": (
+            rng.standard_normal((2, D)).astype("f4"),
+            rng.standard_normal((width, 2)).astype("f4"),
+        )
+    }
+    return write_peft(
+        tmp_path / "a", factors, more(rng, model.config.vocab_size, D), target_modules=sorted(factors)
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -289,7 +365,9 @@ def test_where_head_and_embedding_are_one_two_tables_must_be_one(names, tmp_path
     folder = resized(tmp_path, True, lambda rng, V, D: tables(rng, V, D, *names))
     with pytest.raises(MismatchError, match="this base ties head and embedding: expected both"):
         load_adapter(load(tmp_path / "base"), folder)
-    listed = json.loads((folder / CONFIG).read_text()) | {"modules_to_save": [n.split(".")[-1] for n in names]}
+    listed = json.loads((folder / CONFIG).read_text()) | {
+        "modules_to_save": [n.split(".")[-1] for n in names]
+    }
     (folder / CONFIG).write_text(json.dumps(listed))  # then each is a copy of its own
     assert len(load_adapter(load(tmp_path / "base"), folder).replaced) == len(names)
 
@@ -297,15 +375,28 @@ def test_where_head_and_embedding_are_one_two_tables_must_be_one(names, tmp_path
 # ---- shapes at the edge
 
 
-@pytest.mark.parametrize("shapes", [((0, 5), (4, 0)), ((2, 0), (4, 2)), ((2, 5), (0, 2)), ((0,), (0,)),
-                                    ((2, 0, 3, 3), (4, 2, 1, 1)), ((0, 10**12), (10**12, 0))])  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((0, 5), (4, 0)),
+        ((2, 0), (4, 2)),
+        ((2, 5), (0, 2)),
+        ((0,), (0,)),
+        ((2, 0, 3, 3), (4, 2, 1, 1)),
+        ((0, 10**12), (10**12, 0)),
+    ],
+)
 def test_factors_without_numbers_are_called_so(shapes, tmp_path):
     folder = changed(tmp_path / "a")
     key = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_"
     raw = load_file(folder / WEIGHTS)
     raw |= {f"{key}{x}.weight": np.zeros(shape, np.float32) for x, shape in zip("AB", shapes, strict=True)}
     save_file(raw, folder / WEIGHTS, {"format": "pt"})
-    for call in (inspect, lambda f: compress(f, tmp_path / "out", rank=1), lambda f: load_adapter(load(BASE), f)):
+    for call in (
+        inspect,
+        lambda f: compress(f, tmp_path / "out", rank=1),
+        lambda f: load_adapter(load(BASE), f),
+    ):
         with pytest.raises(MismatchError, match=r"q_proj has factors without numbers.*ZeRO-3"):
             call(folder)
     assert not (tmp_path / "out").exists()
@@ -320,9 +411,12 @@ def peak(call, *args, **how):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("O", "I", "r"), [(1, 1, 30000), (3, 2, 10000), (1, 400, 700), (200, 5, 300), (60, 80, 90)])
+@pytest.mark.parametrize(
+    ("O", "I", "r"), [(1, 1, 30000), (3, 2, 10000), (1, 400, 700), (200, 5, 300), (60, 80, 90)]
+)
 def test_no_more_is_held_than_some_copies_of_the_factors(O, I, r, tmp_path):  # noqa: E741
-    """Though r x r is up to 15,000 times as much: c = 20 copies in float64 are what the largest of these may take."""
+    """Though r x r is up to 15,000 times as much. Of float64 copies 20: inspect holds two adapters, and of each
+    the factors as read and as float64, what QR takes and gives, U, V and their products with Q and P."""
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((r, I)), rng.standard_normal((O, r))
     most = 20 * 8 * r * (O + I) + (1 << 20)
@@ -345,7 +439,9 @@ def test_the_norm_of_a_change_is_that_of_the_dense_one(O, I, r, seed, s):  # noq
     A, B = rng.standard_normal((r, I)), rng.standard_normal((O, r))
     dense = np.linalg.norm(s * B @ A)
     whole = bound64(A, B, s)
-    assert abs(change_norm(A, B, s) - dense) <= 4 * whole * max(1, s * np.linalg.norm(A) * np.linalg.norm(B) / dense)
+    assert abs(change_norm(A, B, s) - dense) <= 4 * whole * max(
+        1, s * np.linalg.norm(A) * np.linalg.norm(B) / dense
+    )
     for tiny_ in (1e-200, 1e200):
         assert math.isclose(change_norm(A * tiny_, B / tiny_, s), change_norm(A, B, s), rel_tol=1e-12)
     assert math.isclose(change_norm(A * 1e-160, B, s), 1e-160 * change_norm(A, B, s), rel_tol=1e-12)
@@ -353,8 +449,11 @@ def test_the_norm_of_a_change_is_that_of_the_dense_one(O, I, r, seed, s):  # noq
     assert change_norm(A * 0, B, s) == 0
 
 
-@given(s=st.lists(st.floats(1e-3, 1), min_size=1, max_size=6).map(sorted), down=st.integers(0, 300),
-       share=st.floats(0.01, 1))  # fmt: skip
+@given(
+    s=st.lists(st.floats(1e-3, 1), min_size=1, max_size=6).map(sorted),
+    down=st.integers(0, 300),
+    share=st.floats(0.01, 1),
+)
 def test_how_large_a_spectrum_is_does_not_matter(s, down, share):
     """Not even where its squares are too small or too large for float64: 5 of 4 ranks were the answer."""
     S = np.array(s[::-1])
@@ -373,7 +472,9 @@ def test_an_adapter_of_tiny_numbers_is_seen_as_one_of_usual_ones(tmp_path):
     A, B = rng.standard_normal((4, 9)), rng.standard_normal((7, 4))
     usual = write_peft(tmp_path / "a", {"a.b": (A, B)}, lora_alpha=8)
     small = write_peft(tmp_path / "b", {"a.b": (A * 1e-150, B * 1e-30)}, lora_alpha=8)
-    for one, two in zip(inspect(usual, against=usual).modules, inspect(small, against=small).modules, strict=True):
+    for one, two in zip(
+        inspect(usual, against=usual).modules, inspect(small, against=small).modules, strict=True
+    ):
         assert (one.ranks.at90, one.ranks.at99) == (two.ranks.at90, two.ranks.at99)
         assert two.ranks.effective == pytest.approx(one.ranks.effective, rel=1e-9)
         assert two.norm == pytest.approx(one.norm * 1e-180, rel=1e-9)
@@ -381,7 +482,10 @@ def test_an_adapter_of_tiny_numbers_is_seen_as_one_of_usual_ones(tmp_path):
     assert inspect(small).norm == pytest.approx(inspect(usual).norm * 1e-180, rel=1e-9)
     for energy_ in (0.5, 0.99):
         how = {"energy": energy_}
-        ranks = [[row.rank for row in compress(x, tmp_path / f"{x.name}{energy_}", **how).rows] for x in (usual, small)]
+        ranks = [
+            [row.rank for row in compress(x, tmp_path / f"{x.name}{energy_}", **how).rows]
+            for x in (usual, small)
+        ]
         assert ranks[0] == ranks[1]
 
 
@@ -418,8 +522,8 @@ def three(draw):
 @settings(max_examples=150)
 @given(given_=three())
 def test_a_budget_is_spent_as_brute_force_would_but_for_the_value_that_did_not_fit(given_):
-    """Every choice of three ranks is tried. What the greedy one keeps is less than the best by no more than the
-    energy of the first value that did not fit; and no less than the same rank for all."""
+    """Every choice of three ranks is tried. What is kept is less than the best by no more than the energy
+    of the first value that did not fit; and no less than the same rank for all."""
     spectra, costs, rank = given_
     ranks = choose(spectra, costs, rank, None, True)
     budget = rank * sum(costs.values())
@@ -435,7 +539,12 @@ def test_a_budget_is_spent_as_brute_force_would_but_for_the_value_that_did_not_f
     best = max(kept(ks) for ks in every if spent(ks) <= budget)
     assert spent(ranks) <= budget
     order = sorted(
-        ((S[i] ** 2 / costs[m], m, S[i] ** 2) for m, S in spectra.items() for i in range(1, len(S)) if S[i] > 0),
+        (
+            (S[i] ** 2 / costs[m], m, S[i] ** 2)
+            for m, S in spectra.items()
+            for i in range(1, len(S))
+            if S[i] > 0
+        ),
         key=lambda item: -item[0],
     )
     left, unfit = budget - sum(costs.values()), 0.0
@@ -451,9 +560,16 @@ def test_a_budget_is_spent_as_brute_force_would_but_for_the_value_that_did_not_f
 
 def test_convolutions_are_compressed_in_their_own_shape(tmp_path):
     rng = np.random.default_rng(0)
-    shapes = {"a.conv": ((5, 3, 2, 4), (7, 5, 1, 1)), "b.conv1d": ((4, 6, 3), (9, 4, 1)), "c.linear": ((3, 8), (6, 3)),
-              "d.conv3d": ((2, 3, 2, 2, 2), (4, 2, 1, 1, 1))}  # fmt: skip
-    factors = {m: tuple(rng.standard_normal(shape).astype(np.float32) for shape in both) for m, both in shapes.items()}
+    shapes = {
+        "a.conv": ((5, 3, 2, 4), (7, 5, 1, 1)),
+        "b.conv1d": ((4, 6, 3), (9, 4, 1)),
+        "c.linear": ((3, 8), (6, 3)),
+        "d.conv3d": ((2, 3, 2, 2, 2), (4, 2, 1, 1, 1)),
+    }
+    factors = {
+        m: tuple(rng.standard_normal(shape).astype(np.float32) for shape in both)
+        for m, both in shapes.items()
+    }
     folder = write_peft(tmp_path / "a", factors, lora_alpha=7)
     found = compress(folder, tmp_path / "out", rank=2)
     before, after, opened = changes(folder), changes(tmp_path / "out"), open_adapter(tmp_path / "out")
@@ -470,7 +586,7 @@ def test_convolutions_are_compressed_in_their_own_shape(tmp_path):
 
 
 def test_all_that_is_written_of_an_adapter_is_what_fuse_applies(tmp_path):
-    """A whole function: the head that the config did not list counts after compression, as the file has it."""
+    """The head that the config did not list counts after compression, as the file has it."""
     folder = changed(tmp_path / "a", HEAD)
     folder_config = json.loads((folder / CONFIG).read_text())
     assert folder_config["modules_to_save"] is None

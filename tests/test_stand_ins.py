@@ -1,12 +1,11 @@
 """The adapters that people have are read, told of and compressed; who loads is strict."""
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from by_hand import CONFIG, U32, bound32, bound64, changes
+from by_hand import bound32, changes
 from stand_ins import STAND_INS, table, write
 
 from minilora.adapters import check_agreement, open_adapter
@@ -16,9 +15,17 @@ from minilora.microscope import inspect
 from minilora.tensors import open_tensors
 
 MANY = "15,360 tensors of a mixture of experts"
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name == MANY)) for name in STAND_INS]
 
 
-@pytest.mark.parametrize("name", STAND_INS)
+def test_an_adapter_of_many_experts_is_opened(tmp_path):
+    write(MANY, tmp_path / "in")
+    found = open_adapter(tmp_path / "in")
+    assert found.pairs.keys() == STAND_INS[MANY].modules.keys()
+    assert (len(found.tensors), found.said) == (15360, ())
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_an_adapter_that_people_have_is_read_with_its_notes(name, tmp_path):
     this = STAND_INS[name]
     dense, tensors = write(name, tmp_path / "in")
@@ -34,7 +41,7 @@ def test_an_adapter_that_people_have_is_read_with_its_notes(name, tmp_path):
     assert len(open_adapter(tmp_path / "in").tensors) == len(tensors)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == MANY)) for n in STAND_INS])
+@pytest.mark.parametrize("name", EACH)
 def test_what_is_compressed_says_what_it_is(name, tmp_path):
     """Config and file agree, whatever they did before, and ΔW is the nearest; all else is the same."""
     this = STAND_INS[name]
@@ -64,6 +71,7 @@ def test_what_is_compressed_says_what_it_is(name, tmp_path):
     assert again.said == tuple(note for note in found.notes if "beside" in note or "tables" in note)
 
 
+@pytest.mark.slow
 def test_the_table_of_stand_ins_is_that_of_the_tests():
     """`python tests/stand_ins.py` prints it."""
     assert table() in (Path(__file__).parents[1] / "benchmarks/results/adapters.md").read_text()
