@@ -24,10 +24,13 @@ from .lora import LAYER, matches
 from .storage import read_at
 
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-REFUSED = (  # what changes the arithmetic in a way that is not done here
-    "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config",
-    "monteclora_config", "kasa_config", "megatron_config", "layer_replication", "target_parameters",
-    "trainable_token_indices", "ensure_weight_tying",
+REFUSED = (  # what changes what B A means, in a way that is not done here
+    "use_qalora", "arrow_config", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
+    "megatron_config", "target_parameters",
+)  # fmt: skip
+BESIDE = (  # what acts beside B A, or not on every token: it can be looked at, but not loaded
+    "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
+    "ensure_weight_tying",
 )  # fmt: skip
 OF_NO_EFFECT = (  # on the numbers
     "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode",
@@ -39,7 +42,7 @@ USED = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "fan_in_fan_out", "init_lora_weights", "lora_dropout",
 )  # fmt: skip
-SWITCHES = ("lora_bias", "use_qalora", "ensure_weight_tying")  # of REFUSED, those that are true or false
+SWITCHES = ("lora_bias", "use_qalora", "ensure_weight_tying")  # of both, those that are true or false
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
 HIGHEST = 1 << 20  # rank
 MOST = tensors.MOST // 2  # keys of a pattern: one for each module that a file can hold
@@ -53,7 +56,7 @@ class Settings:
 
     r: int
     lora_alpha: float
-    target_modules: str | tuple[str, ...]
+    target_modules: str | tuple[str, ...] = ()
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -66,6 +69,7 @@ class Settings:
     fan_in_fan_out: bool = False
     lora_dropout: float = 0.0
     base: str | None = None  # base_model_name_or_path, which nothing compares
+    beside: tuple[str, ...] = ()  # what acts beside B A, as "lora_bias is True"
     where: str = "adapter_config.json"  # the file, for messages
 
     def scale(self, alpha: float, r: int) -> float:
@@ -82,9 +86,14 @@ class Chosen:
     idle: tuple[str, ...]  # keys that mean none of the modules
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of an adapter_config.json as they are; FormatError if it is no JSON object."""
+    return read_json(path, LARGEST)
+
+
 def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     """The settings in an adapter_config.json, and notes on what is beside; ConfigError names the field."""
-    given = read_json(path, LARGEST)
+    given = read_fields(path)
 
     def wrong(name: str, expected: str) -> ConfigError:
         return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")
@@ -101,11 +110,14 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
             raise wrong(name, "true or false")
         return bool(found)
 
-    for name in REFUSED:
+    beside = []
+    for name in (*REFUSED, *BESIDE):
         if name in SWITCHES:
             flag(name)
         if given.get(name) not in (None, False, {}, []):
-            raise UnsupportedError(f"{path}: {name} is {short(given[name])}; this is not done here")
+            beside.append(f"{name} is {short(given[name])}")
+            if name in REFUSED:
+                raise UnsupportedError(f"{path}: {beside[-1]}; this is not done here")
     init = given.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(OTHER_BASE):
         raise UnsupportedError(
@@ -113,19 +125,12 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
             "save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
         )
 
-    def words(name: str, optional: bool = True) -> str | tuple[str, ...]:
+    def words(name: str) -> str | tuple[str, ...]:
         found = given.get(name)
-        if found is None and optional:
-            return ()
-        if isinstance(found, str) and found:
-            return found
+        if found is None or (isinstance(found, str) and found):
+            return found or ()
         if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
             raise wrong(name, "a list of module names")
-        if not found and not optional:
-            raise wrong(name, "at least one module name")
-        for word in found:
-            if not NAME.fullmatch(word):
-                raise ConfigError(f"{path}: {name} has the entry {short(word)}; expected a module's name")
         return tuple(dict.fromkeys(found))
 
     def pattern(name: str, check: Any) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     settings = Settings(
         r=rank("r", given["r"]),
         lora_alpha=alpha("lora_alpha", given["lora_alpha"]),
-        target_modules=words("target_modules", optional=False),
+        target_modules=words("target_modules"),
         use_rslora=flag("use_rslora"),
         use_dora=flag("use_dora"),
         rank_pattern=pattern("rank_pattern", rank),
@@ -178,16 +183,32 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         fan_in_fan_out=flag("fan_in_fan_out"),
         lora_dropout=check_float(f"{path}: lora_dropout", given.get("lora_dropout", 0.0), 0, 1),
         base=base if isinstance(base, str) else None,
+        beside=tuple(beside),
         where=str(path),
     )
-    if settings.layers_to_transform is not None and isinstance(settings.target_modules, str):
-        raise wrong("layers_to_transform", "null where target_modules is one string")
-    strange = sorted(k for k, value in given.items() if value and k not in {*USED, *REFUSED, *OF_NO_EFFECT})
+    strange = sorted(
+        k for k, value in given.items() if value and k not in {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT}
+    )
     some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
     notes = [f"not known here and ignored: {some}"] if strange else []
     if read_at(path, 0, 3) == codecs.BOM_UTF8:
         notes.append("the config begins with a byte order mark, with which PEFT does not read it")
     return settings, tuple(notes)
+
+
+def check_targets(settings: Settings) -> None:
+    """ConfigError unless it can be told which modules of a base the config means."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        entries = getattr(settings, name)
+        for word in () if isinstance(entries, str) else entries:
+            if not NAME.fullmatch(word):
+                what = f"{name} has the entry {short(word)}"
+                raise ConfigError(f"{settings.where}: {what}; expected a module's name")
+    if not settings.target_modules:
+        raise ConfigError(f"{settings.where}: target_modules is empty; expected at least one module name")
+    if settings.layers_to_transform is not None and isinstance(settings.target_modules, str):
+        what = f"layers_to_transform is {short(settings.layers_to_transform)}"
+        raise ConfigError(f"{settings.where}: {what}; expected null where target_modules is one string")
 
 
 def chosen(settings: Settings, name: str, modules: Sequence[str]) -> Chosen:
