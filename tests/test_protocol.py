@@ -1,7 +1,7 @@
 """The experiment: what is tested is never trained on, a seed is a seed, and a recipe is what is run.
 
 Every text here says of each of its windows where it lies, so what reaches the model can be found again. In a
-recipe no two numbers are alike and none is its default: a field that is dropped, or read for another, is seen.
+recipe no two numbers are alike and none is its default: a field that is dropped or read for another is seen.
 """
 
 import ast
@@ -12,8 +12,9 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,7 +31,7 @@ from minilora.experiments import merge_equivalence, pretrain, rank_sweep
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.files import load, save_model
 from minilora.layers import named_params, trained, unfreeze
-from minilora.lora import LoraConfig, adapted, inject, scales
+from minilora.lora import LoraConfig, inject, scales
 from minilora.model import Config, Llama, RopeScaling, generate, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.train import evaluate, train
@@ -75,7 +76,7 @@ def here(tmp_path_factory):
             return CORPORA[spec] if spec in CORPORA else real(spec, cache)
 
         stack.enter_context(mock.patch.object(data, "corpus", corpus))
-        stack.enter_context(mock.patch.object(data, "fallback", lambda spec: INSTEAD))
+        stack.enter_context(mock.patch.object(data, "fallback", return_value=INSTEAD))
         yield folder
 
 
@@ -289,7 +290,7 @@ def merged(seed):
 
 
 def said(seed):
-    """What `minilora generate --seed` prints; the model is the base, whose letters are likely and unlikely."""
+    """What `minilora generate --seed` prints."""
     import io
 
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -343,14 +344,15 @@ def injected(rng):
     return model
 
 
+ONE = np.array([[65]])  # a prompt of one letter
 DRAWS = {
     "llama": lambda rng: bits(named_params(llama(TINY, rng))),
     "inject": lambda rng: bits(trained(injected(rng))),
     "batches": lambda rng: {
         i: x.tobytes() for i, (x, _) in enumerate(itertools.islice(data.batches(TEXT, rng, 3, 13), 4))
     },
-    "generate": lambda rng: {"": bytes(int(t[0]) for t in generate(load("one"), np.array([[65]]), 30, rng=rng))},
-}  # fmt: skip
+    "generate": lambda rng: {"": bytes(int(t[0]) for t in generate(load("one"), ONE, 30, rng=rng))},
+}
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -372,13 +374,14 @@ class Case(NamedTuple):
     usual: Any  # no two of its numbers are alike, and none is the default
     run: Any  # settings -> what comes of them, by part
     hand: Any  # the same, spelled out; None where other tests have the formula
-    changes: dict[str, tuple[Any, str]]  # field -> another value, and the parts that it changes, no others
-    along: dict[str, dict[str, Any]] = {}  # field -> what it needs beside it, before and after
+    changes: dict[str, tuple[Any, str]]  # field -> another value, and which parts it changes: no others
+    along: Any = MappingProxyType({})  # field -> what it needs beside it, before and after
 
 
 def tensors(model):
-    """What an adapter or a model says, as bytes, and the scale of every adapted map."""
-    return bits(trained(model)) | scales(model)
+    """What is trained, as bytes, and the scale of every adapted map."""
+    adapted = any(".adapters." in path for path in trained(model))
+    return bits(trained(model)) | (scales(model) if adapted else {})
 
 
 def tuned(recipe):
@@ -424,7 +427,8 @@ def base_made(recipe):
     assert kept["recipe"] == asdict(recipe)
     assert (kept["test"], kept["valid"]) == (found.test, found.valid)
     assert found.characters == recipe.steps * recipe.batch * LENGTH
-    return {"weights": bits(named_params(load(out))), "losses": losses, "test": found.test, "valid": found.valid}
+    weights = bits(named_params(load(out)))
+    return {"weights": weights, "losses": losses, "test": found.test, "valid": found.valid}
 
 
 def base_made_by_hand(recipe):
@@ -482,10 +486,10 @@ def cell_done_by_hand(run):
     if run.kind == "final":
         whole = run.method == "full"
         found = spectra.spectrum_between(base, model) if whole else spectra.spectrum(model)
-        matrices = {path.removesuffix(".weight"): list(p.data.shape) for path, p in named_params(base).items()}
+        params = named_params(base)
         row |= {"test": evaluate(model, test), "curve": history.evals}
         row["spectra"] = {path: [float(f"{x:.6g}") for x in S] for path, S in found.items()}
-        row["shapes"] = {path: matrices[path] for path in found}
+        row["shapes"] = {path: list(params[f"{path}.weight"].data.shape) for path in found}
     return row
 
 
@@ -641,106 +645,293 @@ def stretched(scaling):
     return built(Config(**SIZES, rope_scaling=scaling))
 
 
-def start_moments(a):
+def moments(a):
     return {path: np.full_like(p.data, a) for path, p in trained(tiny_lora(0, np.float32)[0]).items()}
 
 
 DORA = {"dora": True, "dropout": 0.0}
-FULL = "weights losses evals"
+ALL = "everything"
 LEARNT = "valid test curve spectra"
-SHORT = {"steps": 7}
 FOLIO, KJV = CORPORA["folio"].digest, CORPORA["kjv"].digest
 CASES = {
     finetune.Recipe: Case(
-        finetune.Recipe("own.txt", "one", "dora", 3, 5.0, ("q_proj", "down_proj"), 0.02, 7, 4, 13, 2, 11, 6, 70),
-        tuned, tuned_by_hand,
-        {"data": ("other.txt", FULL), "base": ("two", FULL), "method": ("lora", FULL), "r": (1, FULL),
-         "alpha": (9.0, FULL), "targets": ("all-linear", FULL), "lr": (0.05, FULL), "steps": (8, FULL),
-         "batch": (5, FULL), "length": (14, FULL), "warmup": (3, FULL), "seed": (12, FULL),
-         "eval_every": (3, "evals"), "eval_tokens": (120, "evals")},
+        finetune.Recipe(
+            data="own.txt",
+            base="one",
+            method="dora",
+            r=3,
+            alpha=5.0,
+            lr=0.02,
+            targets=("q_proj", "up_proj"),
+            steps=7,
+            batch=4,
+            length=13,
+            warmup=2,
+            seed=11,
+            eval_every=6,
+            eval_tokens=70,
+        ),
+        tuned,
+        tuned_by_hand,
+        {
+            "data": ("other.txt", ALL),
+            "base": ("two", ALL),
+            "method": ("lora", ALL),
+            "r": (1, ALL),
+            "alpha": (9.0, ALL),
+            "targets": ("all-linear", ALL),
+            "lr": (0.05, ALL),
+            "steps": (8, ALL),
+            "batch": (5, ALL),
+            "length": (14, ALL),
+            "warmup": (3, ALL),
+            "seed": (12, ALL),
+            "eval_every": (3, "evals"),
+            "eval_tokens": (120, "evals"),
+        },
     ),
     pretrain.Recipe: Case(
-        pretrain.Recipe("folio", 7, 3, 0.02, 2, 0.3, 0.9, 5, 9), base_made, base_made_by_hand,
-        {"corpus": ("kjv", "weights losses test valid"), "steps": (8, "weights losses test valid"),
-         "batch": (4, "weights losses test valid"), "lr": (0.05, "weights losses test valid"),
-         "warmup": (3, "weights losses test valid"), "weight_decay": (0.5, "weights losses test valid"),
-         "beta2": (0.5, "weights losses test valid"), "seed": (6, "weights losses test valid"),
-         "test_windows": (14, "test valid")},
+        pretrain.Recipe(
+            corpus="folio",
+            steps=7,
+            batch=3,
+            lr=0.02,
+            warmup=2,
+            weight_decay=0.3,
+            beta2=0.9,
+            seed=5,
+            test_windows=9,
+        ),
+        base_made,
+        base_made_by_hand,
+        {
+            "corpus": ("kjv", ALL),
+            "steps": (8, ALL),
+            "batch": (4, ALL),
+            "lr": (0.05, ALL),
+            "warmup": (3, ALL),
+            "weight_decay": (0.5, ALL),
+            "beta2": (0.5, ALL),
+            "seed": (6, ALL),
+            "test_windows": (14, "test valid"),
+        },
     ),
     Run: Case(
-        Run("final", "folio", "lora", 3, ("q_proj", "down_proj"), 5.0, 4, 0.02, 1e-3, 22, 2, "one", FOLIO, False,
-            9, 6),
-        cell_done, cell_done_by_hand,
-        {"kind": ("search", "test curve spectra shapes"), "target": ("kjv", " ".join(PARTS)),
-         "method": ("full", f"{LEARNT} parameters shapes"), "rank": (2, f"{LEARNT} parameters"),
-         "modules": (("v_proj",), f"{LEARNT} parameters shapes"), "alpha": (7.0, LEARNT), "seed": (8, LEARNT),
-         "lr": (0.05, LEARNT), "eps": (1e-2, LEARNT), "steps": (33, LEARNT), "batch": (5, LEARNT),
-         "base": ("two", LEARNT), "text": (KJV, " ".join(PARTS)), "fallback": (True, " ".join(PARTS)),
-         "test_windows": (10, "test"), "valid_windows": (7, "valid curve")},
+        Run(
+            kind="final",
+            target="folio",
+            method="lora",
+            rank=3,
+            modules=("q_proj", "up_proj"),
+            alpha=5.0,
+            seed=4,
+            lr=0.02,
+            eps=1e-3,
+            steps=22,
+            batch=2,
+            base="one",
+            text=FOLIO,
+            test_windows=9,
+            valid_windows=6,
+        ),
+        cell_done,
+        cell_done_by_hand,
+        {
+            "kind": ("search", "test curve spectra shapes"),
+            "target": ("kjv", f"{LEARNT} source"),
+            "method": ("full", f"{LEARNT} parameters shapes"),
+            "rank": (2, f"{LEARNT} parameters"),
+            "modules": (("v_proj",), f"{LEARNT} parameters shapes"),
+            "alpha": (7.0, LEARNT),
+            "seed": (8, LEARNT),
+            "lr": (0.05, LEARNT),
+            "eps": (1e-2, LEARNT),
+            "steps": (33, LEARNT),
+            "batch": (5, LEARNT),
+            "base": ("two", LEARNT),
+            "text": (KJV, ALL),
+            "fallback": (True, f"{LEARNT} source"),
+            "test_windows": (10, "test"),
+            "valid_windows": (7, "valid curve"),
+        },
     ),
     Plan: Case(
-        Plan(("folio",), (2, 3), ("q_proj",), 5.0, 9, 4, 1, "one", 11, 6), planned, planned_by_hand,
-        {"targets": (("folio", "kjv"), "target text runs"), "ranks": ((3, 4), "rank runs"),
-         "modules": (("v_proj", "k_proj"), "modules runs"), "alpha": (7.0, "alpha runs"),
-         "steps": (10, "steps runs"), "search_steps": (5, "steps runs"), "seeds": (2, "seed runs"),
-         "base": ("two", "base runs"), "test_windows": (12, "test_windows runs"),
-         "valid_windows": (7, "valid_windows runs")},
+        Plan(
+            targets=("folio",),
+            ranks=(2, 3),
+            modules=("q_proj",),
+            alpha=5.0,
+            steps=9,
+            search_steps=4,
+            seeds=1,
+            base="one",
+            test_windows=11,
+            valid_windows=6,
+        ),
+        planned,
+        planned_by_hand,
+        {
+            "targets": (("folio", "kjv"), "target text runs"),
+            "ranks": ((3, 4), "rank runs"),
+            "modules": (("v_proj", "k_proj"), "modules runs"),
+            "alpha": (7.0, "alpha runs"),
+            "steps": (10, "steps runs"),
+            "search_steps": (5, "steps runs"),
+            "seeds": (2, "seed runs"),
+            "base": ("two", "base runs"),
+            "test_windows": (12, "test_windows runs"),
+            "valid_windows": (7, "valid_windows runs"),
+        },
     ),
     Setting: Case(
-        Setting(("q_proj",), 5.0, 1e-3, (0.1, 0.3, 0.2), (0.01, 0.03, 0.02), 30, 7, 6), set_up, set_up_by_hand,
-        {"modules": (("v_proj", "k_proj"), "modules runs"), "alpha": (7.0, "alpha runs"),
-         "eps": (1e-2, "eps runs"), "lora_rates": ((0.1, 0.4, 0.2), "lr runs"),
-         "full_rates": ((0.01, 0.04, 0.02), "lr runs"), "steps": (40, "steps runs"),
-         "search_steps": (8, "steps runs"), "batch": (9, "batch runs")},
+        Setting(
+            modules=("q_proj",),
+            alpha=5.0,
+            eps=1e-3,
+            lora_rates=(0.1, 0.3, 0.2),
+            full_rates=(0.01, 0.03, 0.02),
+            steps=30,
+            search_steps=7,
+            batch=6,
+        ),
+        set_up,
+        set_up_by_hand,
+        {
+            "modules": (("v_proj", "k_proj"), "modules runs"),
+            "alpha": (7.0, "alpha runs"),
+            "eps": (1e-2, "eps runs"),
+            "lora_rates": ((0.1, 0.4, 0.2), "lr runs"),
+            "full_rates": ((0.01, 0.04, 0.02), "lr runs"),
+            "steps": (40, "steps runs"),
+            "search_steps": (8, "steps runs"),
+            "batch": (9, "batch runs"),
+        },
     ),
     LoraConfig: Case(
-        LoraConfig(3, 5, ("q_proj", "down_proj"), {"layers.1.self_attn.q_proj": 2}, {"layers.1.mlp.down_proj": 9},
-                   ("layers.0.mlp.down_proj",), (0, 1), "lora_only", ("model.norm",), True, 0.3, "gaussian"),
-        injected_and_trained, None,
-        {"r": (4, "shapes start scales end"), "alpha": (7, "scales end"),
-         "targets": (("k_proj", "q_proj", "down_proj"), "shapes start scales end"),
-         "rank_pattern": ({"layers.1.self_attn.q_proj": 1}, "shapes start scales end"),
-         "alpha_pattern": ({"layers.1.mlp.down_proj": 11}, "scales end"),
-         "exclude_modules": (("layers.0.self_attn.q_proj",), "shapes start scales end"),
-         "layers_to_transform": ((1,), "shapes start scales end"), "bias": ("all", "shapes start end"),
-         "modules_to_save": (("input_layernorm",), "shapes start end"), "rslora": (False, "scales end"),
-         "dropout": (0.4, "end"), "init": ("both", "start end"), "dora": (True, "shapes start end"),
-         "detach": (True, "end")},
+        LoraConfig(
+            r=3,
+            alpha=5,
+            targets=("q_proj", "down_proj"),
+            rank_pattern={"layers.1.self_attn.q_proj": 2},
+            alpha_pattern={"layers.1.mlp.down_proj": 9},
+            exclude_modules=("layers.0.mlp.down_proj",),
+            layers_to_transform=(0, 1),
+            bias="lora_only",
+            modules_to_save=("model.norm",),
+            rslora=True,
+            dropout=0.3,
+            init="gaussian",
+        ),
+        injected_and_trained,
+        None,
+        {
+            "r": (4, ALL),
+            "alpha": (7, "scales end"),
+            "targets": (("k_proj", "q_proj", "down_proj"), ALL),
+            "rank_pattern": ({"layers.1.self_attn.q_proj": 1}, ALL),
+            "alpha_pattern": ({"layers.1.mlp.down_proj": 11}, "scales end"),
+            "exclude_modules": (("layers.0.self_attn.q_proj",), ALL),
+            "layers_to_transform": ((1,), ALL),
+            "bias": ("all", "shapes start end"),
+            "modules_to_save": (("input_layernorm",), "shapes start end"),
+            "rslora": (False, "scales end"),
+            "dropout": (0.4, "end"),
+            "init": ("both", "start end"),
+            "dora": (True, "shapes start end"),
+            "detach": (True, "end"),
+        },
         {"dora": {"dropout": 0.0}, "detach": DORA, "layers_to_transform": {"exclude_modules": ("o_proj",)}},
     ),
     AdamW: Case(
-        AdamW(0.03, (0.7, 0.8), 1e-3, 0.4, 0.05, lambda path, p: path.endswith(".A"), lora_plus(3), 6,
-              start_moments(0.01), start_moments(0.02)),
-        optimized, optimized_by_hand,
-        {"lr": (0.05, "weights"), "betas": ((0.6, 0.8), "weights"), "betas[1]": ((0.7, 0.9), "weights"),
-         "eps": (1e-2, "weights"), "weight_decay": (0.6, "weights"), "clip": (0.07, "weights"),
-         "decays": (lambda path, p: path.endswith(".B"), "weights"), "rate": (lora_plus(4), "weights"),
-         "t": (7, "weights"), "m": (start_moments(0.03), "weights"), "v": (start_moments(0.04), "weights")},
+        AdamW(
+            lr=0.03,
+            betas=(0.7, 0.8),
+            eps=1e-3,
+            weight_decay=0.4,
+            clip=0.05,
+            decays=lambda path, p: path.endswith(".A"),
+            rate=lora_plus(3),
+            t=6,
+            m=moments(0.01),
+            v=moments(0.02),
+        ),
+        optimized,
+        optimized_by_hand,
+        {
+            "lr": (0.05, ALL),
+            "betas": ((0.6, 0.8), ALL),
+            "betas[1]": ((0.7, 0.9), ALL),
+            "eps": (1e-2, ALL),
+            "weight_decay": (0.6, ALL),
+            "clip": (0.07, ALL),
+            "decays": (lambda path, p: path.endswith(".B"), ALL),
+            "rate": (lora_plus(4), ALL),
+            "t": (7, ALL),
+            "m": (moments(0.03), ALL),
+            "v": (moments(0.04), ALL),
+        },
     ),
     Schedule: Case(
-        Schedule(9, 2, "cosine", 0.1), scheduled, scheduled_by_hand,
-        {"steps": (8, "weights"), "warmup": (3, "weights"), "kind": ("constant", "weights"),
-         "final": (0.3, "weights")},
+        Schedule(steps=9, warmup=2, kind="cosine", final=0.1),
+        scheduled,
+        scheduled_by_hand,
+        {"steps": (8, ALL), "warmup": (3, ALL), "kind": ("constant", ALL), "final": (0.3, ALL)},
     ),
     Config: Case(
-        Config(11, 12, 15, 2, 6, 2, 4, 13, 1e-3, 100.0, RopeScaling(3.0, 1.0, 4.0, 8), False, True, True),
-        built, None,
-        {name: (value, "shapes logits") for name, value in {
-            "vocab_size": 14, "hidden_size": 16, "intermediate_size": 17, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 3, "head_dim": 2, "tie_word_embeddings": True,
-            "attention_bias": False, "mlp_bias": False,
-        }.items()} | {name: (value, "logits") for name, value in {
-            "rms_norm_eps": 1e-2, "rope_theta": 50.0, "rope_scaling": None,
-        }.items()} | {"max_position_embeddings": (18, "longest")},
+        Config(
+            vocab_size=11,
+            hidden_size=12,
+            intermediate_size=15,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=4,
+            max_position_embeddings=13,
+            rms_norm_eps=1e-3,
+            rope_theta=100.0,
+            rope_scaling=RopeScaling(3.0, 1.0, 4.0, 8),
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+        built,
+        None,
+        {
+            name: (value, "shapes logits")
+            for name, value in {
+                "vocab_size": 14,
+                "hidden_size": 16,
+                "intermediate_size": 17,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 2,
+                "head_dim": 6,
+                "tie_word_embeddings": True,
+                "attention_bias": False,
+                "mlp_bias": False,
+            }.items()
+        }
+        | {
+            "rms_norm_eps": (1e-2, "logits"),
+            "rope_theta": (50.0, "logits"),
+            "rope_scaling": (None, "logits"),
+            "max_position_embeddings": (18, "longest"),
+        },
     ),
     RopeScaling: Case(
-        RopeScaling(3.0, 1.0, 4.0, 8), stretched, None,
-        {name: (value, "logits") for name, value in {
-            "factor": 5.0, "low_freq_factor": 0.5, "high_freq_factor": 6.0,
-            "original_max_position_embeddings": 9,
-        }.items()},
+        RopeScaling(
+            factor=3.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8
+        ),
+        stretched,
+        None,
+        {
+            "factor": (5.0, "logits"),
+            "low_freq_factor": (0.5, "logits"),
+            "high_freq_factor": (6.0, "logits"),
+            "original_max_position_embeddings": (9, "logits"),
+        },
     ),
-}  # fmt: skip
+}
 ONLY_ONE_VALUE = {RopeScaling: {"rope_type"}}
 NEEDS = {  # a field that names a text goes with that text's digest
     (Run, "target"): {"text": KJV},
@@ -754,7 +945,7 @@ def test_every_class_of_settings_is_tried():
     found = {Run, Setting}
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ClassDef) and "__post_init__" in {getattr(x, "name", "") for x in node.body}:
+            if isinstance(node, ast.ClassDef) and "def __post_init__" in ast.unparse(node):
                 parts = file.relative_to(PACKAGE).with_suffix("").parts
                 module = __import__(".".join(("minilora", *parts)), fromlist=["it"])
                 found.add(getattr(module, node.name))
@@ -796,4 +987,25 @@ def test_a_field_changes_what_it_names_and_a_run_is_what_its_recipe_says(cls, na
     if case.hand:
         assert after == case.hand(changed)
     assert after.keys() == before[key].keys()
-    assert {part for part in after if after[part] != before[key][part]} == set(parts.split())
+    differ = {part for part in after if after[part] != before[key][part]}
+    assert differ == set(after if parts == ALL else parts.split())
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_the_rate_that_is_not_given_is_that_of_the_method(method):
+    recipe = replace(CASES[finetune.Recipe].usual, method=method, lr=None)
+    assert tuned(recipe) == tuned_by_hand(recipe)
+
+
+@pytest.mark.parametrize("change", [{"length": 9000}, {"warmup": 9000}], ids=str)
+def test_what_is_too_long_is_cut_to_what_there_is(change):
+    usual = replace(CASES[finetune.Recipe].usual, length=100)
+    most = {"length": TINY.max_position_embeddings, "warmup": usual.steps}
+    assert tuned(replace(usual, **change)) == tuned_by_hand(replace(usual, **{k: most[k] for k in change}))
+
+
+def test_a_permutation_is_trained_by_the_settings_of_a_table():
+    assert Plan().setting("folio") == rank_sweep.TEXT
+    assert Plan().setting("permuted:3") == rank_sweep.TABLE
+    assert Plan().ranks_for("folio") == (1, 2, 4, 8, 16, 32, 64)
+    assert Plan().ranks_for("permuted:3") == (1, 2, 3, 4, 8, 16, 32, 64)  # and the elbow
