@@ -18,9 +18,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
+import numpy
 import pytest
 from helpers import SIZES, batch, gradients, tiny, tiny_lora
+from library import np
 
 import minilora
 from minilora import cli, data, finetune, spectra
@@ -95,7 +96,7 @@ class Seen:
 
         def loss(model, ids, labels, train=False):
             for x, y in zip(to_host(ids), to_host(labels), strict=True):
-                n = 1 + np.flatnonzero(y >= 0)[-1]  # what is beyond the end of an example has no label
+                n = 1 + numpy.flatnonzero(y >= 0)[-1]  # what is beyond the end of an example has no label
                 (self.trained if train else self.measured).append(data.decode([*x[:n], y[n - 1]]))
             return real(model, ids, labels, train)
 

@@ -184,6 +184,26 @@ def test_a_run_that_dies_anywhere_goes_on_to_the_same_bits(stop, every, whole, t
     assert again.state() == whole
 
 
+few = st.integers(1, 3)
+
+
+@settings(max_examples=6)
+@given(accumulate=few, stop=few, every=few, longer=st.integers(0, 2))
+def test_a_run_over_a_list_of_batches_goes_on_where_it_was(accumulate, stop, every, longer, tmp_path_factory):
+    """No generator knows how far the list was read: the steps that are done do, `accumulate` batches each."""
+    path = tmp_path_factory.mktemp("list") / "c"
+    pairs = [batch(np.random.default_rng(i)) for i in range(4 * accumulate + longer)]
+
+    def run(**how):
+        model, _ = tiny_lora(0, np.float32)
+        history = train(model, pairs, AdamW(lr=0.02), steps=4, accumulate=accumulate, **how)
+        return digest(model), history
+
+    with pytest.raises(Stopped):
+        run(checkpoint=path, checkpoint_every=every, progress=stop_at(stop))
+    assert run(checkpoint=path, checkpoint_every=every) == run()
+
+
 def test_a_checkpoint_does_not_change_the_run(whole, tmp_path):
     assert Run().train(checkpoint=tmp_path / "c", checkpoint_every=1).state() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
@@ -210,8 +230,11 @@ OTHERS = {
     "alpha": {"config": {"alpha": 8}},
     "lr": {"lr": 0.01},
     "betas": {"betas": (0.8, 0.999)},
+    "the second beta": {"betas": (0.9, 0.99)},
+    "eps": {"eps": 1e-6},
     "decay": {"weight_decay": 0.0},
     "clip": {"clip": None},
+    "dropout": {"config": {"dropout": 0.2}},
 }
 
 
