@@ -30,7 +30,8 @@ from minilora.train import evaluate
 TINY = Config(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
               num_key_value_heads=1, max_position_embeddings=32)  # fmt: skip
 LETTERS = Tokenizer(data.encode, data.decode, frozenset({10}), fold=True)
-TEXT = "".join(f"{i}: the quality of mercy is not strained, it droppeth as the gentle rain.\n" for i in range(60))
+LINE = "the quality of mercy is not strained, it droppeth as the gentle rain.\n"
+TEXT = "".join(f"{i}: {LINE}" for i in range(60))
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_every_label_is_the_next_token_of_its_row(seed, length, tmp_path_factory
 def test_examples_are_trained_on_and_measured(base, tmp_path):
     rows = [{"prompt": f"{i} times 2 is ", "completion": f"{2 * i}"} for i in range(40)]
     lines(tmp_path / "d.jsonl", rows)
-    found = finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=40, batch=9), tmp_path / "a")
+    found = finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=15, alpha=24.0), tmp_path / "a")
     assert found.after < found.before
 
 
