@@ -196,9 +196,9 @@ def test_every_label_is_the_next_token_of_its_row(seed, length, tmp_path_factory
 
 
 def test_examples_are_trained_on_and_measured(base, tmp_path):
-    rows = [{"prompt": f"{i} times 2 is ", "completion": f"{2 * i}"} for i in range(40)]
+    rows = [{"prompt": f"{i} is ", "completion": "odd" if i % 2 else "even"} for i in range(40)]
     lines(tmp_path / "d.jsonl", rows)
-    found = finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=15, alpha=24.0), tmp_path / "a")
+    found = finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
     assert found.after < found.before
 
 
