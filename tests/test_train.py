@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import fields, replace
 
 import pytest
 from helpers import (
@@ -37,7 +38,7 @@ from minilora.errors import (
 )  # fmt: skip
 from minilora.layers import digest, freeze, named_params, trained
 from minilora.lora import LoraConfig, inject, merge, unmerge
-from minilora.optim import AdamW, Schedule
+from minilora.optim import AdamW, Schedule, lora_plus
 from minilora.storage import read, write_atomic
 from minilora.train import History, about, evaluate, load_checkpoint, save_checkpoint, train
 
@@ -235,6 +236,8 @@ OTHERS = {
     "decay": {"weight_decay": 0.0},
     "clip": {"clip": None},
     "dropout": {"config": {"dropout": 0.2}},
+    "the rate of a group": {"rate": lora_plus(4)},
+    "what decays": {"decays": lambda path, p: True},
 }
 
 
@@ -252,6 +255,24 @@ def attempt(run, path, error):
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_checkpoint_of_another_run_is_refused(other, saved):
     attempt(Run(**OTHERS[other]), saved, MismatchError)
+
+
+def test_every_setting_of_the_optimizer_belongs_to_the_run():
+    tried = {name for how in OTHERS.values() for name in how}
+    assert tried >= {f.name for f in fields(AdamW)} - {"t", "m", "v"}  # which the checkpoint holds itself
+
+
+@pytest.mark.parametrize("other", [
+    {"steps": STEPS + 1}, {"warmup": 2}, {"kind": "constant"}, {"final": 0.2}, {}, {"accumulate": 3},
+], ids=str)  # fmt: skip
+def test_a_checkpoint_of_another_schedule_or_accumulation_is_refused(other, saved):
+    run, how = Run(), {"accumulate": 2} | other
+    accumulate = how.pop("accumulate")
+    schedule = replace(SCHEDULE, **how) if other else None
+    with pytest.raises(MismatchError, match="accumulate" if accumulate == 3 else "schedule"):
+        load_checkpoint(saved, run.model, run.optimizer, run.rngs,
+                        about(run.model, run.optimizer, schedule, accumulate))  # fmt: skip
+    assert {f.name for f in fields(Schedule)} == {"steps", "warmup", "kind", "final"}
 
 
 def test_a_checkpoint_with_other_generators_is_refused(saved):
