@@ -326,6 +326,13 @@ def test_what_is_more_than_there_is_is_cut_to_it():
     assert long["generate.max_new_tokens"] == TINY.max_position_embeddings - len("To be")
 
 
+def test_json_is_all_that_is_printed():
+    both = {option: OPTIONS["inspect"][1][option][0] for option in ("json", "out")}
+    given, _ = received("inspect", OPTIONS["inspect"][0] | both)
+    assert given["printed"] == JSON
+    assert given["o/report.html"] == "written"
+
+
 @pytest.mark.parametrize("command", ["train", "params", "modules"])
 def test_all_linear_is_a_word_of_its_own(command):
     given, _ = received(command, OPTIONS[command][0] | {"targets": ["--targets", "all-linear"]})

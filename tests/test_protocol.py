@@ -27,10 +27,10 @@ import minilora
 from minilora import cli, data, finetune, spectra
 from minilora.adapters import load_adapter
 from minilora.backend import to_host
-from minilora.errors import MiniloraError, MismatchError
+from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import merge_equivalence, pretrain, rank_sweep
 from minilora.experiments.rank_sweep import Plan, Run, Setting
-from minilora.files import load, save_model
+from minilora.files import load, read_json, save_model
 from minilora.layers import named_params, trained, unfreeze
 from minilora.lora import LoraConfig, inject, scales
 from minilora.model import Config, Llama, RopeScaling, generate, llama
@@ -52,12 +52,12 @@ def numbered(words, first):
 def marked(name, first):
     """A corpus of numbered text; the parts have 1, 12 and 15 windows and more."""
     parts = [numbered(n, first + skip) for n, skip in ((900, 0), (400, 900), (500, 1300))]
-    return data.make(name, f"marked: {name}", *map(data.encode, parts))
+    return data.make(name, name, *map(data.encode, parts))
 
 
 CORPORA = {name: marked(name, 1800 * i) for i, name in enumerate(("shakespeare", "folio", "kjv"))}
 TEXT = CORPORA["folio"].train
-INSTEAD = marked("fallback", 9000)
+INSTEAD = marked("fallback: none", 9000)
 OWN, OTHER = numbered(1000, 0), numbered(1100, 5000)
 
 
@@ -286,7 +286,21 @@ def pretrained(seed):
 
 
 def merged(seed):
-    rows = merge_equivalence.run(seed, rank=3, draws=1)
+    """Of maps up to 64 wide; the wider ones take their time and draw from the same generator."""
+    real = merge_equivalence.one
+
+    def one(rng, n, *given):
+        return real(rng, n, *given) if n <= 64 else (rng.random(),) * 3
+
+    with mock.patch.object(merge_equivalence, "one", one):
+        rows = merge_equivalence.run(seed, rank=3, draws=2)
+    for row in rows[:3]:  # each the largest of two draws
+        assert (row["rank"], row["draws"]) == (3, 2)
+        rng = np.random.default_rng([seed, row["inputs"]])
+        draws = [real(rng, row["inputs"], 3, np.float32) for _ in range(2)]
+        assert [row[key] for key in ("difference", "bound", "ratio")] == [
+            max(x) for x in zip(*draws, strict=True)
+        ]
     return {(row["dtype"], row["inputs"]): row["bound"] for row in rows}
 
 
@@ -393,7 +407,16 @@ def tuned(recipe):
         unfreeze(model)
     else:
         load_adapter(model, out)
+        config = read_json(out / "adapter_config.json")
+        names = ("base_model_name_or_path", "r", "lora_alpha", "use_dora")
+        assert [config[name] for name in names] == [
+            recipe.base,
+            recipe.r,
+            recipe.alpha,
+            recipe.method == "dora",
+        ]
     assert (outcome.before, outcome.after) == (evals[0][1], evals[-1][1])
+    assert outcome.parameters == sum(p.data.size for p in trained(model).values())
     return {"weights": tensors(model), "losses": losses, "evals": evals}
 
 
@@ -424,7 +447,9 @@ def tuned_by_hand(recipe):
 def base_made(recipe):
     losses, out = [], next(outs)
     found = pretrain.run(recipe, out, config=TINY, progress=lambda *x: losses.append(x))
-    kept = json.loads((out / "config.json").read_text())["minilora"]
+    kept, card = read_json(out / "config.json")["minilora"], (out / "README.md").read_text()
+    assert f"**{found.test:.4f} nats per character**, {recipe.test_windows:,} windows" in card
+    assert f"validation split | {found.valid:.4f} nats" in card
     assert kept["recipe"] == asdict(recipe)
     assert (kept["test"], kept["valid"]) == (found.test, found.valid)
     assert found.characters == recipe.steps * recipe.batch * LENGTH
@@ -1010,3 +1035,23 @@ def test_a_permutation_is_trained_by_the_settings_of_a_table():
     assert Plan().setting("permuted:3") == rank_sweep.TABLE
     assert Plan().ranks_for("folio") == (1, 2, 4, 8, 16, 32, 64)
     assert Plan().ranks_for("permuted:3") == (1, 2, 3, 4, 8, 16, 32, 64)  # and the elbow
+
+
+def test_the_text_in_the_place_of_one_that_cannot_be_had_is_that_of_every_run():
+    plan = CASES[Plan].usual
+    with mock.patch.object(data, "corpus", side_effect=StorageError("no network")):
+        found = planned(plan)
+    assert found["fallback"] == {True}
+    assert found["text"] == {INSTEAD.digest}
+
+
+def test_the_threads_that_are_given_compute():
+    given = []
+
+    def train(*_, threads, **__):
+        given.append(threads)
+        raise StopIteration
+
+    with mock.patch.object(finetune, "train", train), pytest.raises(StopIteration):
+        finetune.run(CASES[finetune.Recipe].usual, next(outs), threads=3)
+    assert given == [3]
