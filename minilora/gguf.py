@@ -273,11 +273,27 @@ def tokenizer_json(path: Path) -> str:
         "vocab": {token: i for i, token in enumerate(tokens)},
         "merges": [merge.split(" ") for merge in merges],
     }  # fmt: skip
+    post = None
+    if values.get("tokenizer.ggml.add_bos_token") is True:
+        bos = special(path).get("bos_token_id")
+        if type(bos) is not int or not 0 <= bos < len(tokens):
+            raise FormatError(f"{path}: bos_token_id is {short(bos)}; expected one of {len(tokens)} tokens")
+        begin, text = (
+            {"SpecialToken": {"id": tokens[bos], "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        )
+        known = {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}
+        post = {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text],
+            "special_tokens": known,
+        }
     whole = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level],
         },
-        "post_processor": None, "decoder": level, "model": model,
+        "post_processor": post, "decoder": level, "model": model,
     }  # fmt: skip
     return json.dumps(whole, ensure_ascii=False)

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from .errors import LockedError, StorageError
@@ -148,6 +148,13 @@ def read(path: Path | str, limit: int = 1 << 30) -> bytes:
         raise StorageError(f"{path}: has {size} bytes; at most {limit} are read")
     with reading(path):
         return Path(path).read_bytes()
+
+
+def listed(folder: Path, endings: Collection[str]) -> list[str]:
+    """The regular files below a folder by relative path, in code-point order; no hidden ones."""
+    paths = (p for p in folder.rglob("*") if p.suffix.lower() in endings and os.path.isfile(p))
+    names = sorted(p.relative_to(folder).as_posix() for p in paths)
+    return [name for name in names if "/." not in f"/{name}"]
 
 
 def read_at(path: Path | str, start: int, count: int) -> bytes:
