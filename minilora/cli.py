@@ -63,7 +63,7 @@ def told_apart(options: Options) -> None:
         "model": (*sizes.LLAMAS, *sizes.PAPER),
     }
     shadowed = [given[key] for key in here if given[key] in known[key]] + [
-        t for t in targets if data.named(t)
+        t for t in targets if data.built_in(t)
     ]
     for name in sorted(shadowed):
         print(f"minilora: {name} is built in; what is called so in this folder is ./{name}", file=sys.stderr)

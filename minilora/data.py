@@ -227,7 +227,7 @@ def corpus(spec: str, cache: Path | None = None) -> Corpus:
     raise InputError(f"corpus is {spec!r}; expected a name or a path; {nearest(spec, names)}")
 
 
-def named(spec: str) -> bool:
+def built_in(spec: str) -> bool:
     """Whether a spec is the name of a built-in corpus, before any path."""
     return parse(spec)[0] in (*MANIFEST, STDLIB)
 

@@ -151,9 +151,10 @@ def read(path: Path | str, limit: int = 1 << 30) -> bytes:
 
 
 def listed(folder: Path, endings: Collection[str]) -> list[str]:
-    """The regular files below a folder by relative path, in code-point order; no hidden ones."""
-    paths = (p for p in folder.rglob("*") if p.suffix.lower() in endings and os.path.isfile(p))
-    names = sorted(p.relative_to(folder).as_posix() for p in paths)
+    """The regular files below a folder by relative path, in code-point order; no hidden ones, no links."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    plain = (path for path in paths if os.path.isfile(path) and not os.path.islink(path))
+    names = sorted(path.relative_to(folder).as_posix() for path in plain)
     return [name for name in names if "/." not in f"/{name}"]
 
 
