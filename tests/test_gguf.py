@@ -96,6 +96,7 @@ def write(path, tensors, values=VALUES | WORDS, arch="llama", kinds=None, **how)
     writer = gguf.GGUFWriter(path, arch, **how)
     for key, value in values.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[bool] = writer.add_bool
         add.get(type(value), writer.add_array)(key, value)
     blocks = {}
     for name, a in tensors.items():
@@ -480,6 +481,24 @@ def test_tokens_are_those_of_the_merges_and_digits_stand_alone(bpe):
     assert pieces("<|im_start|>the<|im_end|>") == ["<|im_start|>", "the", "<|im_end|>"]
     assert pieces("<|im_star") == list("<|im_star")
     assert found.stops == {2}
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_a_text_begins_with_bos_where_the_file_says_so(says, path):
+    pytest.importorskip("tokenizers")
+    values = also(tokenizer__ggml__add_bos_token=says)
+    write(path, weights(), {k: v for k, v in values.items() if v is not None})
+    found = tokenizer(path, {}, V)
+    assert found.start == ((1,) if says else ())
+    assert found.begun(found.encode("the")).tolist() == [*found.start, *found.encode("the").tolist()]
+    assert found.encode("<|im_start|>").tolist() == [1]
+
+
+@pytest.mark.parametrize("bos", [V, 2**31, None, "1", 1.0, True])
+def test_a_beginning_that_is_no_token_is_refused(bos, path):
+    values = also(tokenizer__ggml__add_bos_token=True, tokenizer__ggml__bos_token_id=bos)
+    write(path, weights(), {k: v for k, v in values.items() if v is not None})
+    refused(path, FormatError, "bos_token_id is", call=tokenizer_json)
 
 
 def test_special_numbers_are_those_of_the_file(path):
