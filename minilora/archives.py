@@ -57,7 +57,11 @@ def fetched(requirements: Path, what: str, size: str) -> Iterator[Path]:
         yield Path(by_hand)
         return
     print(f"minilora: fetching {what} ({size}) once ...", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(prefix="minilora-") as tree:
+    try:
+        temp = tempfile.TemporaryDirectory(prefix="minilora-")
+    except OSError as e:
+        raise StorageError(f"{what} not fetched: no place for it: {e.strerror or e}") from e
+    with temp as tree:
         yield download(requirements, what, Path(tree))
 
 

@@ -481,9 +481,11 @@ MUTANTS = (
            "words.encode(options.prompt)", "examples"),
     Mutant("bos-of-a-gguf-forgotten", "gguf.py", '"post_processor": template(path, tokens)',
            '"post_processor": None', "gguf"),
-    Mutant("hidden-path-is-not-said", "cli.py", "        told_apart(options)\n", "", "cli"),
+    Mutant("hidden-path-is-not-said", "cli.py", "        told_apart(options)\n", "", "names"),
     Mutant("any-path-is-said-to-be-hidden", "cli.py", "for key in here if given[key] in known[key]]",
-           "for key in here]", "cli"),
+           "for key in here]", "names"),
+    Mutant("a-path-before-a-name", "files.py", '"smollm2": smollm2}.get(str(spec), lambda: Path(spec))()',
+           '"smollm2": smollm2}.get(str(spec) * (not exists(spec)), lambda: Path(spec))()', "names"),
     # ---- refusals
     Mutant("true-is-an-int", "errors.py", "type(value) is not int", "not isinstance(value, int)", "lora"),
 )
