@@ -11,6 +11,7 @@ even be imported proves nothing). test_mutants.py keeps the list in step with th
 """
 
 import argparse
+import contextlib
 import os
 import queue
 import re
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +49,7 @@ class Mutant(NamedTuple):
 
 
 SWEEP = "experiments/rank_sweep.py"
+PRETRAIN = "experiments/pretrain.py"
 
 # fmt: off
 MUTANTS = (
@@ -261,7 +264,7 @@ MUTANTS = (
            "spectra"),
     Mutant("effective-rank-of-squares", "spectra.py", "    total = s.sum()\n",
            "    s = s * s\n    total = s.sum()\n", "spectra"),
-    Mutant("energy-of-plain-values", "spectra.py", "np.cumsum(s * s)", "np.cumsum(s)", "spectra"),
+    Mutant("energy-of-plain-values", "spectra.py", "np.cumsum(relative(s) ** 2)", "np.cumsum(s)", "spectra"),
     Mutant("rank-at-one-too-few", "spectra.py", ".sum()) + 1 if s.any()", ".sum()) if s.any()", "spectra"),
     Mutant("spectrum-of-the-weight-not-its-change", "spectra.py",
            "singular_values(after[path].dense() - p.dense())", "singular_values(after[path].dense())",
@@ -323,19 +326,17 @@ MUTANTS = (
            '"k_proj": config.num_attention_heads}', "gguf"),
     Mutant("llama3-stretches-the-fast-pairs", "model.py", "(1 - t) * inverse / self.factor + t * inverse",
            "t * inverse / self.factor + (1 - t) * inverse", "model"),
-    Mutant("scale-of-the-default-alpha", "adapter_config.py",
-           "alpha = chosen(self.alpha_pattern, module, self.lora_alpha)", "alpha = self.lora_alpha",
-           "adapters"),
+    Mutant("scale-of-the-default-alpha", "adapters.py",
+           "alphas.get(module, settings.lora_alpha)", "settings.lora_alpha", "adapters"),
     Mutant("rslora-forgotten-on-reading", "adapter_config.py",
            "(math.sqrt(r) if self.use_rslora else r)", "r",
            "adapters"),
     Mutant("excluded-modules-are-meant", "adapter_config.py",
-           "free = [m for m in modules if not named(settings.exclude_modules, m)]", "free = list(modules)",
+           "free = [m for m in modules if m not in excluded]", "free = list(modules)",
            "adapters"),
     Mutant("text-counts-as-true", "adapter_config.py",
-           "        if type(found) is not bool:\n            raise",
-           "        if False:\n            raise", "bad_files"),
-    Mutant("a-slow-regex-is-run", "adapter_config.py", "or ways > WAYS:", "or False:", "bad_files"),
+           "        if found is not None and type(found) is not bool:\n            raise",
+           "        if False:\n            raise", "patterns"),
     Mutant("a-second-half-is-not-missed", "adapters.py", "for half, other in ((a, b), (b, a)):",
            "for half, other in ((a, b),):", "bad_files"),
     Mutant("modules-missing-from-the-file", "adapters.py",
@@ -392,7 +393,7 @@ MUTANTS = (
            "noise((pair.shape[1],) * 2, pair.r),", "microscope"),
     Mutant("directions-of-no-strength", "microscope.py", "k = max(rank_at(to_host(S), 1.0), 1)",
            "k = len(S)", "microscope"),
-    Mutant("cosine-without-the-values", "microscope.py", "* S[:, None] * S2).sum()", ").sum()",
+    Mutant("cosine-without-the-values", "microscope.py", "* s[:, None] * s2).sum()", ").sum()",
            "microscope"),
     Mutant("biases-not-noted", "microscope.py",
            " + sum(pair.bias is not None for pair in given.pairs.values())", "", "microscope"),
@@ -486,8 +487,227 @@ MUTANTS = (
            "for key in here]", "names"),
     Mutant("a-path-before-a-name", "files.py", '"smollm2": smollm2}.get(str(spec), lambda: Path(spec))()',
            '"smollm2": smollm2}.get(str(spec) * (not exists(spec)), lambda: Path(spec))()', "names"),
+    # ---- patterns of adapters' configs
+    Mutant("steps-are-not-counted", "patterns.py", "        self.left -= steps\n", "", "patterns"),
+    Mutant("old-positions-are-new", "patterns.py", "inner(names, new, back) & ~at",
+           "inner(names, new, back)", "patterns"),
+    Mutant("a-repeat-has-no-end", "patterns.py", "while new and count < most:", "while new:", "patterns"),
+    Mutant("a-repeat-need-not-begin", "patterns.py", "while count < least:", "while False:", "patterns"),
+    Mutant("look-ahead-looks-behind", "patterns.py", "inner(names, names.every, not behind)",
+           "inner(names, names.every, behind)", "patterns"),
+    Mutant("what-must-not-follow-must", "patterns.py", "at & ~there if absent", "at & there if absent",
+           "patterns"),
+    Mutant("a-match-runs-into-the-next-name", "patterns.py",
+           "        self.codes[self.ends] = len(letters)  # no character\n", "", "patterns"),
+    Mutant("a-pattern-means-what-begins-so", "patterns.py", "(text, text.first, False) & text.last)]",
+           "(text, text.first, False))]", "patterns"),
+    Mutant("dots-of-a-name-are-dots", "patterns.py", 'dot[1] or "\\0"', 'dot[1] or "."', "patterns"),
+    Mutant("an-escaped-dot-is-any-character", "patterns.py", 'dot[1] or "\\0"',
+           'dot[1] if dot[1] == "-" else "\\0"', "patterns"),
+    Mutant("an-anchored-key-means-any-end", "patterns.py", "(False, True)[: 1 + (start == 0)]",
+           "(False, True)", "patterns"),
+    Mutant("names-before-regular-expressions", "patterns.py", "        fit.sort()\n", "", "patterns"),
+    Mutant("keys-by-one-letter-only-at-a-dot", "patterns.py",
+           "return [0, *(place for place", "return [*(place for place", "patterns"),
+    Mutant("the-last-key-counts", "adapter_config.py", "numbers[fit[0]] for", "numbers[fit[-1]] for",
+           "patterns"),
+    Mutant("keys-that-agree-are-contested", "adapter_config.py", "len({numbers[place] for place in fit}) > 1",
+           "len(fit) > 1", "patterns"),
+    Mutant("an-idle-key-passes-in-silence", "adapters.py", "        for key in said.idle:\n",
+           "        for key in ():\n", "patterns"),
+    Mutant("an-idle-key-is-loaded", "adapters.py", "for key in chosen(given.settings, name, modules).idle:",
+           "for key in ():", "patterns"),
+    Mutant("the-last-name-counts-on-injecting", "lora.py",
+           "for entry, value in pattern.items() if matches(entry, path)), default)",
+           "for entry, value in reversed(pattern.items()) if matches(entry, path)), default)", "patterns"),
+    Mutant("a-byte-order-mark-is-no-news", "adapter_config.py", "if read_at(path, 0, 3) == codecs.BOM_UTF8:",
+           "if False:", "patterns"),
+    Mutant("null-is-no-flag", "adapter_config.py", "if found is not None and type(found) is not bool:",
+           "if type(found) is not bool:", "patterns"),
+    Mutant("ten-thousand-tensors", "tensors.py", "MOST = 100_000  #", "MOST = 10_000  #", "patterns"),
+    # ---- the experiment: what is tested is not trained on, a seed is a seed, a recipe is what is run
+    Mutant("train-on-the-held-out-text", "finetune.py", "return Text(data.batches(ids, rng",
+           "return Text(data.batches(np.concatenate([ids, held_ids]), rng", "protocol"),
+    Mutant("train-on-the-held-out-examples", "finetune.py", "draws(found[:-n], rng", "draws(found, rng",
+           "protocol"),
+    Mutant("held-out-text-overlaps", "finetune.py", "return text[:cut], text[cut:]",
+           "return text[:cut], text[cut - 200 :]", "protocol"),
+    Mutant("built-in-text-measured-where-trained", "finetune.py",
+           "return data.decode(corpus.train), data.decode(corpus.test)",
+           "return data.decode(corpus.train), data.decode(corpus.train)", "protocol"),
+    Mutant("train-seed-of-A-dropped", "finetune.py", "rng=np.random.default_rng(recipe.seed)",
+           "rng=np.random.default_rng(0)", "protocol"),
+    Mutant("train-seed-of-batches-dropped", "finetune.py", "np.random.default_rng([recipe.seed, 1])",
+           "np.random.default_rng([0, 1])", "protocol"),
+    Mutant("train-schedule-dropped", "finetune.py",
+           "            schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),\n", "",
+           "protocol"),
+    Mutant("train-warm-up-dropped", "finetune.py", "warmup=min(recipe.warmup, recipe.steps)", "warmup=0",
+           "protocol"),
+    Mutant("train-betas-dropped", "finetune.py", "RATES[recipe.method], betas=(0.9, 0.99))",
+           "RATES[recipe.method])", "protocol"),
+    Mutant("train-rate-dropped", "finetune.py", "recipe.lr or RATES", "RATES", "protocol"),
+    Mutant("train-alpha-dropped", "finetune.py", "r=self.r, alpha=self.alpha,", "r=self.r, alpha=16,",
+           "protocol"),
+    Mutant("train-targets-dropped", "finetune.py", "targets=self.targets, dora", "dora", "protocol"),
+    Mutant("train-eval-tokens-ignored", "finetune.py", "rows, length, recipe.eval_tokens)", "rows, length)",
+           "protocol"),
+    Mutant("train-eval-tokens-ignored-for-examples", "finetune.py",
+           "found[-n:][: max(1, recipe.eval_tokens // length)]", "found[-n:]", "protocol"),
+    Mutant("train-measures-at-a-fixed-pace", "finetune.py", "            eval_every=recipe.eval_every,\n",
+           "            eval_every=50,\n", "protocol"),
+    Mutant("sweep-trains-on-the-test-split", SWEEP, "text = corpus_of(run).train",
+           "text = corpus_of(run).test", "protocol"),
+    Mutant("sweep-follows-the-test-loss", SWEEP, 'valid = windows(run, "valid")',
+           'valid = windows(run, "test")', "protocol"),
+    Mutant("sweep-rate-chosen-by-the-test-loss", SWEEP, '.get("valid", math.inf)', '.get("test", math.inf)',
+           "protocol"),
+    Mutant("sweep-one-count-of-windows", SWEEP, 'run.test_windows if split == "test" else run.valid_windows',
+           "run.test_windows", "protocol"),
+    Mutant("sweep-seed-of-A-dropped", SWEEP, "default_rng([run.seed, run.rank])",
+           "default_rng([0, run.rank])", "protocol"),
+    Mutant("sweep-seed-of-batches-dropped", SWEEP, "default_rng([run.seed, 0])", "default_rng([0, 0])",
+           "protocol"),
+    Mutant("sweep-eps-dropped", SWEEP, "betas=(0.9, 0.99), eps=run.eps)", "betas=(0.9, 0.99))", "protocol"),
+    Mutant("sweep-betas-dropped", SWEEP, "AdamW(run.lr, betas=(0.9, 0.99), ", "AdamW(run.lr, ", "protocol"),
+    Mutant("sweep-schedule-dropped", SWEEP,
+           "        schedule=Schedule(run.steps, warmup=run.steps // 20),\n", "", "protocol"),
+    Mutant("sweep-warm-up-dropped", SWEEP, "warmup=run.steps // 20", "warmup=0", "protocol"),
+    Mutant("sweep-eps-of-the-setting-dropped", SWEEP, "alpha=how.alpha, eps=how.eps)", "alpha=how.alpha)",
+           "protocol"),
+    Mutant("sweep-alpha-of-the-plan-dropped", SWEEP, "alpha=self.alpha or usual.alpha", "alpha=usual.alpha",
+           "protocol"),
+    Mutant("sweep-search-steps-of-the-plan-dropped", SWEEP, "search_steps=self.search_steps or min(",
+           "search_steps=min(", "protocol"),
+    Mutant("sweep-always-three-seeds", SWEEP, "range(plan.seeds)", "range(3)", "protocol"),
+    Mutant("sweep-valid-windows-of-the-plan-dropped", SWEEP,
+           "test_windows=plan.test_windows, valid_windows=plan.valid_windows,",
+           "test_windows=plan.test_windows,", "protocol"),
+    Mutant("pretraining-sees-the-held-out-plays", PRETRAIN, "data.batches(text.train, rng",
+           "data.batches(text.test, rng", "protocol"),
+    Mutant("pretraining-seed-of-weights-dropped", PRETRAIN, "Config(), np.random.default_rng(recipe.seed)",
+           "Config(), np.random.default_rng(0)", "protocol"),
+    Mutant("pretraining-seed-of-batches-dropped", PRETRAIN, "default_rng([recipe.seed, 1])",
+           "default_rng([0, 1])", "protocol"),
+    Mutant("pretraining-decay-dropped", PRETRAIN, ", weight_decay=recipe.weight_decay)", ")", "protocol"),
+    Mutant("pretraining-beta-dropped", PRETRAIN, "betas=(0.9, recipe.beta2)", "betas=(0.9, 0.99)",
+           "protocol"),
+    Mutant("pretraining-windows-swapped", PRETRAIN,
+           '("test", recipe.test_windows), ("valid", recipe.test_windows // 4)',
+           '("test", recipe.test_windows // 4), ("valid", recipe.test_windows)', "protocol"),
+    Mutant("merge-experiment-seed-dropped", "experiments/merge_equivalence.py", "default_rng([seed, n])",
+           "default_rng([0, n])", "protocol"),
+    Mutant("adam-eps-dropped", "optim.py", "rate / correct1, correct2, self.eps)",
+           "rate / correct1, correct2, 1e-8)", "protocol"),
+    Mutant("adam-decays-everything", "optim.py", "if self.weight_decay and self.decays(path, p) else",
+           "if self.weight_decay else", "protocol"),
+    Mutant("schedule-final-dropped", "optim.py",
+           "return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))",
+           "return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))", "protocol"),
+    Mutant("resumed-list-starts-too-early", "train.py", "islice(source, done * accumulate, None)",
+           "islice(source, done, None)", "train"),
+    Mutant("rope-theta-dropped", "model.py", "rope_frequencies(c.E, c.rope_theta)",
+           "rope_frequencies(c.E, 10000.0)", "protocol"),
+    Mutant("outputs-drawn-too-wide", "model.py", "out = 1 / math.sqrt(2 * c.num_hidden_layers)",
+           "out = 1 / math.sqrt(c.num_hidden_layers)", "model"),
+    Mutant("fresh-weights-by-their-outputs", "model.py", "normal(rng, shape, 1 / math.sqrt(shape[1]), dtype)",
+           "normal(rng, shape, 1 / math.sqrt(shape[0]), dtype)", "model"),
+    Mutant("table-factor-drawn-too-narrow", "lora.py", 'draw((O, r), "unit"), scale)',
+           'draw((O, r), "gaussian"), scale)', "lora"),
+    # ---- flags
+    Mutant("flag-seed-of-train-dropped", "cli.py", '"length", "seed", "eval_every")',
+           '"length", "eval_every")', "flags"),
+    Mutant("flag-targets-of-train-dropped", "cli.py",
+           'given["targets"] = target_spec(options.targets) if options.targets else None\n', "pass\n",
+           "flags"),
+    Mutant("flag-overwrite-of-train-dropped", "cli.py", "recipe, options.out, overwrite=options.overwrite,",
+           "recipe, options.out,", "flags"),
+    Mutant("flag-modules-of-sweep-dropped", "cli.py", '("ranks", "modules", "seeds", "steps")',
+           '("ranks", "seeds", "steps")', "flags"),
+    Mutant("flag-base-of-sweep-dropped", "cli.py", "rank_sweep.Plan(base=options.base, **chosen)",
+           "rank_sweep.Plan(**chosen)", "flags"),
+    Mutant("flag-dask-dropped", "cli.py", "jobs=jobs, dask=options.dask, progress", "jobs=jobs, progress",
+           "flags"),
+    Mutant("quick-wins-over-what-is-typed", "cli.py",
+           "chosen |= {name: value for name, value in given.items() if value is not None}",
+           "chosen = {name: value for name, value in given.items() if value is not None} | chosen", "flags"),
+    Mutant("flag-seed-of-pretrain-dropped", "cli.py",
+           'given = {"steps": options.steps, "seed": options.seed}', 'given = {"steps": options.steps}',
+           "flags"),
+    Mutant("flag-seed-of-generate-dropped", "cli.py", "rng=np.random.default_rng(options.seed)",
+           "rng=np.random.default_rng(0)", "flags"),
+    Mutant("flag-top-p-dropped", "cli.py", ", top_p=options.top_p,", ",", "flags"),
+    Mutant("flag-against-dropped", "cli.py", "options.base, options.against, progress",
+           "options.base, progress", "flags"),
+    Mutant("flag-per-module-of-compress-dropped", "cli.py",
+           '"energy", "per_module", "overwrite")}\n    return show',
+           '"energy", "overwrite")}\n    return show',
+           "flags"),
+    Mutant("flag-force-of-merge-dropped", "cli.py", 'how = {"dtype": options.dtype, "force": options.force}',
+           'how = {"dtype": options.dtype}', "flags"),
+    Mutant("flag-dora-of-params-dropped", "cli.py", "target_spec(options.targets), options.dora)",
+           "target_spec(options.targets))", "flags"),
+    # ---- names and numbers in figures
+    Mutant("base-named-at-the-other-level", "plots.py", 'level(ax, base[0]["test"], "frozen base"',
+           'level(ax, f[0, 0], "frozen base"', "plots"),
+    Mutant("rank-named-at-the-other-end", "plots.py", 'ax.annotate(f"r = {ranks[i]}", (p[i, 0], 100',
+           'ax.annotate(f"r = {ranks[-1 - i]}", (p[i, 0], 100', "plots"),
+    Mutant("curve-of-the-first-seed", "plots.py",
+           'return np.array([row["curve"] for row in some]).mean(0)',
+           'return np.array([row["curve"] for row in some])[0]', "plots"),
+    Mutant("spectrum-of-the-first-layer", "plots.py", "return np.array(found).mean(0) if found",
+           "return np.array(found)[0] if found", "plots"),
+    Mutant("ranks-labelled-by-their-place", "plots.py", "ax.set_xticks(list(ranks), [str(r) for r in ranks])",
+           "ax.set_xticks(list(ranks), [str(i + 1) for i in range(len(ranks))])", "plots"),
     # ---- refusals
     Mutant("true-is-an-int", "errors.py", "type(value) is not int", "not isinstance(value, int)", "lora"),
+    # ---- reading is generous and tells, loading is strict: the adapters that people have
+    Mutant("who-loads-is-generous-too", "adapters.py", "    check_agreement(given)\n    layers", "    layers",
+           "reading"),
+    Mutant("who-looks-is-not-told", "microscope.py", "notes = list(given.said)", "notes = list(given.notes)",
+           "reading stand_ins"),
+    Mutant("what-acts-beside-is-loaded", "adapters.py", "    if settings.beside:\n", "    if not settings:\n",
+           "reading"),
+    Mutant("replicated-layers-beside-the-base", "microscope.py", 'field.startswith("layer_replication")]',
+           'field.startswith("layers")]', "reading"),
+    Mutant("wrappers-stay-in-the-keys", "adapters.py", 'plain = WRAPPERS.sub("", key)', "plain = key",
+           "reading"),
+    Mutant("a-module-called-module-is-lost", "adapters.py", r'r"((_forward_module|module|model)\.)*(base_',
+           r'r"((_forward_module|module|model|base_model\.model)\.)*(base_', "reading"),
+    Mutant("two-keys-are-one-tensor", "adapters.py", "        if name in keys:\n", "        if not name:\n",
+           "reading"),
+    Mutant("two-adapters-are-one", "adapters.py", "if len(names) > 1:", "if len(names) > 2:", "reading"),
+    Mutant("factors-without-numbers", "adapters.py", "if 0 in (*rows, *columns):", "if rows == 0:",
+           "reading"),
+    Mutant("one-of-two-tied-tables", "adapters.py", "if len(tables) < 2 or not np.array_equal(a, b):",
+           "if not np.array_equal(a, b):", "reading"),
+    Mutant("r-times-r-of-a-large-r", "adapters.py", "if len(a) > min(len(b), a.shape[1]):",
+           "if len(a) > 1 << 30:", "reading"),
+    Mutant("squares-of-small-values-are-lost", "spectra.py", "return s / s.max() if s.any() else s",
+           "return s", "reading"),
+    Mutant("norm-of-small-values-is-lost", "spectra.py", "return math.hypot(*s.tolist())",
+           "return float((s * s).sum() ** 0.5)", "reading"),
+    Mutant("a-pattern-is-left-in-the-config", "compose.py",
+           "if isinstance(settings.target_modules, str) or list(about", "if list(about", "reading stand_ins"),
+    Mutant("a-module-is-promised-that-is-not-there", "compose.py",
+           "if there != list(entries) or more:", "if more:", "reading stand_ins"),
+    Mutant("an-unlisted-head-is-left-unlisted", "compose.py", "[*there, *sorted(more)]", "[*there]",
+           "reading stand_ins"),
+    Mutant("magnitudes-and-the-flag-differ", "compose.py", 'config["use_dora"] = not settings.use_dora',
+           'config["use_dora"] = settings.use_dora', "reading"),
+    Mutant("bias-of-b-keeps-the-old-scale", "compose.py", "tensors[bias] * pair.scale", "tensors[bias] * 1",
+           "reading"),
+    Mutant("convolution-written-flat", "compose.py", "Ak.reshape(k, *inner[1:])", "Ak", "reading stand_ins"),
+    Mutant("fingerprint-lost-in-compression", "compose.py", 'tensors, given.made.get("base"), overwrite',
+           "tensors, None, overwrite", "reading"),
+    Mutant("budget-spent-on-the-strongest-not-the-best", "compose.py", "worth = [(S[i] ** 2 / costs[m], m)",
+           "worth = [(S[i] ** 2, m)", "reading"),
+    Mutant("pointer-of-lfs-unseen", "recognise.py", "== POINTER:", '== b"":', "recognise"),
+    Mutant("a-model-taken-for-nothing", "recognise.py", 'if "config.json" in names and any(',
+           'if "config" in names and any(', "recognise"),
+    Mutant("checkpoints-in-order-of-letters", "recognise.py", "int(match[2][:18] or 0)", "0", "recognise"),
+    Mutant("the-file-is-not-its-folder", "recognise.py", "if path.name in (CONFIG, WEIGHTS) and",
+           "if path.name in (CONFIG,) and", "recognise"),
 )
 # fmt: on
 
@@ -507,7 +727,7 @@ def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     if missing := [file for file in files if not (copy / file).exists()]:
         return False, f"there is no {missing[0]}"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *files]
-    command += ["-k", f"not ({UNFIT})", f"--basetemp={copy / 'temp'}"]  # the others clean up theirs
+    command += ["-n0", "-k", f"not ({UNFIT})", f"--basetemp={copy / 'temp'}"]  # the others clean up theirs
     env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT)
@@ -516,6 +736,49 @@ def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     red = re.search(r"^(?:FAILED|ERROR) tests/(\S+::.+?)(?: - |$)", done.stdout, re.M)
     said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
     return (True, red[1]) if done.returncode == 1 and red else (False, said[-1] if done.returncode else "")
+
+
+@contextlib.contextmanager
+def copies(jobs: int) -> Iterator[queue.SimpleQueue[Path]]:
+    """Copies of package and tests, one for each job, in a folder that goes."""
+    with tempfile.TemporaryDirectory() as temp:
+        free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for i in range(jobs):
+            copy = Path(temp, str(i))
+            for part in ("minilora", "tests"):
+                shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy(ROOT / "pyproject.toml", copy)
+            with open(copy / "tests/conftest.py", "a", encoding="utf-8") as conftest:
+                conftest.write(NO_SHRINKING)
+            free.put(copy)
+        yield free
+
+
+def attempt(
+    free: queue.SimpleQueue[Path], tests: str, mutated: tuple[str, str] | None = None
+) -> tuple[bool, str]:
+    """`run_tests` in a copy that is free, where a file below minilora/ holds another text meanwhile."""
+    copy = free.get()
+    try:
+        if mutated is None:
+            return run_tests(copy, tests)
+        path = copy / "minilora" / mutated[0]
+        text = path.read_text(encoding="utf-8")
+        path.write_text(mutated[1], encoding="utf-8")
+        try:
+            return run_tests(copy, tests)
+        finally:
+            path.write_text(text, encoding="utf-8")
+    finally:
+        free.put(copy)
+
+
+def not_green(free: queue.SimpleQueue[Path], pool: ThreadPoolExecutor, tests: Iterable[str]) -> list[str]:
+    """What is red in these test files without any change."""
+    names = sorted({name for some in tests for name in some.split()})
+    names = [name for name in names if (ROOT / f"tests/test_{name}.py").exists()]
+    said = dict(zip(names, pool.map(lambda name: attempt(free, name)[1], names), strict=True))
+    return [f"test_{name}.py is not green without any mutant: {why}" for name, why in said.items() if why]
 
 
 def main() -> int:
@@ -528,45 +791,23 @@ def main() -> int:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTANTS if not given.names or m.name in given.names]
 
-    with tempfile.TemporaryDirectory() as temp, ThreadPoolExecutor(given.jobs) as pool:
-        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for i in range(given.jobs):
-            copy = Path(temp, str(i))
-            for part in ("minilora", "tests"):
-                shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", copy)
-            with open(copy / "tests/conftest.py", "a", encoding="utf-8") as conftest:
-                conftest.write(NO_SHRINKING)
-            copies.put(copy)
+    with copies(given.jobs) as free, ThreadPoolExecutor(given.jobs) as pool:
 
-        def attempt(tests: str, mutant: Mutant | None = None) -> tuple[bool, str]:
-            copy = copies.get()
+        def tried(mutant: Mutant) -> tuple[bool, str]:
             try:
-                if mutant is None:
-                    return run_tests(copy, tests)
-                path, text, mutated = apply(mutant, copy)
-                path.write_text(mutated, encoding="utf-8")
-                try:
-                    return run_tests(copy, tests)
-                finally:
-                    path.write_text(text, encoding="utf-8")
+                return attempt(free, mutant.tests, (mutant.file, apply(mutant, ROOT)[2]))
             except ValueError as e:
                 return False, str(e)
-            finally:
-                copies.put(copy)
 
         start = time.monotonic()
-        names = sorted({name for m in chosen for name in m.tests.split()})
-        names = [name for name in names if (ROOT / f"tests/test_{name}.py").exists()]
-        green = dict(zip(names, pool.map(attempt, names), strict=True))
-        if red := {name: said for name, (_, said) in green.items() if said}:
-            print(*(f"test_{name}.py is not green without any mutant: {red[name]}" for name in red), sep="\n")
+        if red := not_green(free, pool, (m.tests for m in chosen)):
+            print(*red, sep="\n")
             return 1
-        print(f"{len(names)} test files are green without any mutant, {time.monotonic() - start:.0f} s")
+        print(f"the test files are green without any mutant, {time.monotonic() - start:.0f} s")
         caught = 0
-        for mutant, (red, said) in zip(chosen, pool.map(lambda m: attempt(m.tests, m), chosen), strict=True):
-            caught += red
-            how = f"caught by {said}" if red else f"SURVIVED{f' ({said})' if said else ''}"
+        for mutant, (seen, said) in zip(chosen, pool.map(tried, chosen), strict=True):
+            caught += seen
+            how = f"caught by {said}" if seen else f"SURVIVED{f' ({said})' if said else ''}"
             print(f"{mutant.name:42} {how}", flush=True)
     print(f"{caught} of {len(chosen)} mutants caught, {time.monotonic() - start:.0f} s")
     return 0 if caught == len(chosen) else 1
