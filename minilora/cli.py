@@ -48,6 +48,7 @@ def attempt(argv: Sequence[str] | None) -> tuple[int, str]:
     """Run one command: its exit code, and in words what went wrong, if anything did."""
     try:
         options = parser().parse_args(argv)
+        told_apart(options)
         return options.run(options), ""
     except MiniloraError as e:
         return e.exit_code, str(e)
@@ -143,6 +144,28 @@ def drain() -> OSError | None:
     return None
 
 
+def told_apart(options: Options) -> None:
+    """Say that a name means what is built in, where something in the working folder has that name, too."""
+    given = vars(options)
+    here = {name for name in ("base", "tuned", "data", "model") if os.path.exists(str(given.get(name)))}
+    targets = [target for target in given.get("target") or () if os.path.exists(target)]
+    if not here and not targets:
+        return
+    from . import data, files, finetune, sizes
+
+    known = {
+        "base": files.NAMES,
+        "tuned": files.NAMES,
+        "data": finetune.CORPORA,
+        "model": (*sizes.LLAMAS, *sizes.PAPER),
+    }
+    shadowed = [given[key] for key in here if given[key] in known[key]] + [
+        t for t in targets if data.built_in(t)
+    ]
+    for name in sorted(shadowed):
+        print(f"minilora: {name} is built in; what is called so in this folder is ./{name}", file=sys.stderr)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = argparse.ArgumentParser(prog="minilora", description="LoRA from scratch in NumPy.")
@@ -182,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="PATH",
-        help="text, a folder, .jsonl with prompt and completion, folio",
+        help="text, or .jsonl or .json with prompt and completion, a file or a folder; or folio, kjv, ...",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="the adapter's folder (in full: the model's)")
     add("--base", metavar="BASE", help=bases)
@@ -398,7 +421,7 @@ def generate(options: Options) -> int:
         raise ConfigError("--merged is for an adapter; expected --adapter DIR")
     given = files.checkpoint(options.base)
     words = files.tokenizer_of(given)
-    ids = words.encode(options.prompt)[None, :]
+    ids = words.begun(words.encode(options.prompt))[None, :]
     llama = files.assemble(given)
     if options.adapter:
         print(adapters.load_adapter(llama, options.adapter), file=sys.stderr)

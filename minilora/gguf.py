@@ -278,6 +278,19 @@ def tokenizer_json(path: Path) -> str:
         "pre_tokenizer": {
             "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level],
         },
-        "post_processor": None, "decoder": level, "model": model,
+        "post_processor": template(path, tokens), "decoder": level, "model": model,
     }  # fmt: skip
     return json.dumps(whole, ensure_ascii=False)
+
+
+def template(path: Path, tokens: list[str]) -> dict[str, Any] | None:
+    """What puts bos before a text, if the file says that it stands there."""
+    if opened(path).values.get("tokenizer.ggml.add_bos_token") is not True:
+        return None
+    bos = special(path).get("bos_token_id")
+    if type(bos) is not int or not 0 <= bos < len(tokens):
+        raise FormatError(f"{path}: bos_token_id is {short(bos)}; expected one of {len(tokens)} tokens")
+    name = tokens[bos]
+    text = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    known = {name: {"id": name, "ids": [bos], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": known}

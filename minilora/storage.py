@@ -21,7 +21,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from .errors import LockedError, StorageError
@@ -123,6 +123,14 @@ def read(path: Path | str, limit: int = 1 << 30) -> bytes:
         if (size := os.fstat(fd).st_size) > limit:
             raise StorageError(f"{path}: has {size} bytes; at most {limit} are read")
         return part(path, fd, 0, size)
+
+
+def listed(folder: Path, endings: Collection[str]) -> list[str]:
+    """The regular files below a folder by relative path, in code-point order; no hidden ones, no links."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    plain = (path for path in paths if os.path.isfile(path) and not os.path.islink(path))
+    names = sorted(path.relative_to(folder).as_posix() for path in plain)
+    return [name for name in names if "/." not in f"/{name}"]
 
 
 def read_at(path: Path | str, start: int, count: int) -> bytes:
