@@ -2,23 +2,32 @@
 
     python notebooks/build.py                build all of them
     python notebooks/build.py --check        execute again, compare with what is stored; exit 1 if it differs
-    python notebooks/build.py --student DIR  write copies without solutions and outputs
+    python notebooks/build.py --student DIR  write copies without solutions and outputs, which run from anywhere
 
 A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments, and tags
-may follow: tags=["exercise"]; solution (hidden at first, left out for students); check; corpus (the outputs
-need the fetched texts); smollm2 (they need its weights); widget (the outputs are not kept, for they hold
-random names); rounding (rounding errors are shown); trained (what is printed was computed from trained
-weights). What is compared: text must be equal, but each number that was trained may be off by one in its last
-digit, since processors add in different orders. A figure is compared if the same matplotlib drew it, but for
-a few pixels. Where rounding errors are what is shown, only the words count.
+may follow: tags=["exercise"] is a stub to be filled in; check (sees the student's answer and no other);
+solution (text that is folded at first, left out for students); first (src/first.py is put below it); claims
+(see below); corpus (the outputs need the fetched texts); smollm2 (they need its weights); unkept (the outputs
+are not kept: they hold random names, or depend on what is installed); rounding (rounding errors are shown);
+trained (what is printed was computed from trained weights).
+
+Claims are code that is executed with the lesson and not shown in it: `says("a residual of {:.3f}", x)` and
+`holds("most of them", 2 * x > y)`. The words, with the numbers that came out, must stand in the lesson's text;
+tests/test_notebooks.py lets no number stand there that no claim has said.
+
+What is compared: text must be equal, but each number that was trained may be off by one in its last digit,
+since processors add in different orders. A figure is compared if the same matplotlib drew it, but for a few
+pixels. Where rounding errors are what is shown, only the words count.
 """
 
 import argparse
 import base64
 import html
+import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +46,17 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.(?P<decimals>\d+))?(?:e(?P<power>[-+]\d+))?")
 FIGURE = re.compile(r'<img alt="(?P<says>[^"]*)" [^>]*src="data:image/png;base64,(?P<png>[^"]*)"')
 PIXELS = 0.02  # the share of pixels that may differ
+CLAIMS = """
+import json
+
+
+def says(words, *values):
+    print(json.dumps([words, words.format(*values), True]))
+
+
+def holds(words, condition):
+    print(json.dumps([words, words, bool(condition)]))
+"""
 
 
 def cells(text):
@@ -50,16 +70,23 @@ def cells(text):
         yield markdown, tags, body.strip()
 
 
-def notebook(name):
-    """The lesson without outputs."""
+def notebook(name, claims=False):
+    """The lesson without outputs; with its claims, if they are to be executed."""
     nb = v4.new_notebook(metadata={"kernelspec": KERNEL, "minilora": {"matplotlib": matplotlib.__version__}})
-    text = (HERE / "src" / f"{name}.py").read_text(encoding="utf-8")
-    for i, (markdown, tags, source) in enumerate(cells(text), 1):
-        cell = (v4.new_markdown_cell if markdown else v4.new_code_cell)(source, id=f"cell-{i:02}")
+    if claims:
+        nb.cells.append(v4.new_code_cell(CLAIMS, id="claims-00", metadata={"tags": ["claims"]}))
+    shown = 0
+    for markdown, tags, source in cells((HERE / "src" / f"{name}.py").read_text(encoding="utf-8")):
+        if "claims" in tags:
+            if claims:
+                nb.cells.append(v4.new_code_cell(source, id=f"claims-{len(nb.cells)}", metadata={"tags": tags}))
+            continue
+        if "first" in tags:
+            source += "\n\n" + (HERE / "src" / "first.py").read_text(encoding="utf-8").strip()
+        shown += 1
+        cell = (v4.new_markdown_cell if markdown else v4.new_code_cell)(source, id=f"cell-{shown:02}")
         if tags:
             cell.metadata["tags"] = tags
-        if "solution" in tags:
-            cell.metadata["jupyter"] = {"source_hidden": True}
         nb.cells.append(cell)
     return nb
 
@@ -80,7 +107,10 @@ def tags_of(cell):
 
 
 def execute(nb):
-    """Run all cells in a fresh kernel, from this folder, and drop what differs from run to run."""
+    """Run all cells in a fresh kernel, from this folder, and drop what differs from run to run.
+
+    The claims go from the cells into the metadata: what each says, and with which numbers.
+    """
     from nbclient import NotebookClient
 
     with tempfile.TemporaryDirectory() as folder:
@@ -93,10 +123,17 @@ def execute(nb):
         ).execute()  # fmt: skip
     nb.metadata.pop("language_info", None)  # holds the patch version of Python
     nb.metadata.pop("widgets", None)
+    claimed, count = [], 0
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = [] if "widget" in tags_of(cell) else tidy(cell.outputs)
+        if "claims" in tags_of(cell):
+            lines = "".join(output["text"] for output in cell.outputs).splitlines()
+            claimed += [{"tags": tags_of(cell)[1:], "claim": json.loads(line)} for line in lines]
+        elif cell.cell_type == "code":
+            cell.execution_count = count = count + 1
+            cell.outputs = [] if "unkept" in tags_of(cell) else tidy(cell.outputs)
+    nb.cells = [cell for cell in nb.cells if "claims" not in tags_of(cell)]
+    nb.metadata["minilora"]["claims"] = claimed
     return nb
 
 
@@ -112,6 +149,26 @@ def tidy(outputs):
             data["text/plain"] = html.unescape(found["says"])
         whole.append(output)
     return whole
+
+
+def prose(nb):
+    """The text of a lesson and the sentences of its figures, in one line."""
+    text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    text = re.sub(r"```.*?```", " ", text, flags=re.S)  # a solution
+    text = re.sub(r"(?m)^#+ |</?\w+>|\]\([^)]*\)", " ", text)  # headings, tags, where links lead
+    outputs = (output for cell in nb.cells for output in cell.get("outputs", []))
+    pictures = (o["data"]["text/plain"] for o in outputs if FIGURE.search(o.get("data", {}).get("text/html", "")))
+    return " ".join(" ".join([text, *pictures]).split())
+
+
+def unsaid(nb):
+    """The claims that do not hold, or whose words with the numbers that came out are not in the text."""
+    text = prose(nb)
+    for words, said, holds in (row["claim"] for row in nb.metadata["minilora"]["claims"]):
+        if not holds:
+            yield f"it does not hold: {words}"
+        elif " ".join(said.split()) not in text:
+            yield f"the text does not say: {said}"
 
 
 def written(nb):
@@ -140,7 +197,18 @@ def differences(old, new, missing):
     if [cell.source for cell in old.cells] != [cell.source for cell in new.cells]:
         yield "its cells are not those of src/; build it again"
         return
-    drawn = old.metadata.get("minilora") == new.metadata["minilora"]
+    drawn, now = new.metadata["minilora"]["matplotlib"], new.metadata["minilora"]["claims"]
+    drawn = old.metadata["minilora"]["matplotlib"] == drawn
+    for a, b in itertools.zip_longest(old.metadata["minilora"]["claims"], now):
+        if not a or not b or a["claim"][0] != b["claim"][0]:
+            yield "its claims are not those of src/; build it again"
+            return
+        x, y = a["claim"], b["claim"]
+        if missing & {*a["tags"]} or (x == y and x[2]):
+            continue
+        one, other = (list(NUMBER.finditer(said)) for _, said, _ in (x, y))
+        if not y[2] or "trained" not in a["tags"] or not all(map(neighbours, one, other)):
+            yield f"the text says: {x[1]}\nand now it is: {y[1]}, which {'holds' if y[2] else 'does not hold'}"
     for a, b in zip(old.cells, new.cells, strict=True):
         tags = tags_of(a)
         if a.cell_type == "code" and not missing & {*tags}:
@@ -217,16 +285,18 @@ def main(argv=None):
     names = [Path(name).stem for name in args.names] or list(LESSONS)
     if unknown := set(names) - set(LESSONS):
         parser.error(f"there is no lesson {min(unknown)!r}; there are {', '.join(LESSONS)}")
+    if LESSONS[2] in names and not ROWS.exists():
+        print("figures/rows.jsonl is missing; `minilora sweep` makes it", file=sys.stderr)
+        return 1
     if args.student:
         args.student.mkdir(parents=True, exist_ok=True)
         for name in names:
             (args.student / f"{name}.ipynb").write_text(written(student(notebook(name))), encoding="utf-8")
+        if LESSONS[2] in names:
+            shutil.copyfile(ROWS, args.student / ROWS.name)
         return 0
-    nbs = {name: notebook(name) for name in names}
+    nbs = {name: notebook(name, claims=True) for name in names}
     missing = set(lacking(nbs.values()))
-    if LESSONS[2] in names and not ROWS.exists():
-        print("figures/rows.jsonl is missing; `minilora sweep` makes it", file=sys.stderr)
-        return 1
     if missing and not args.check:
         return 1
     wrong = 0
@@ -235,7 +305,7 @@ def main(argv=None):
         found = [] if missing else list(faults(nb))
         if args.check:
             found += differences(nbformat.read(path, 4), nb, missing)
-        elif not found:
+        elif not (found := found + list(unsaid(nb))):
             path.write_text(written(nb), encoding="utf-8")
         for what in found:
             print(f"{name}: {what}", file=sys.stderr)
