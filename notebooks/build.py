@@ -2,7 +2,7 @@
 
     python notebooks/build.py                build all of them
     python notebooks/build.py --check        execute again, compare with what is stored; exit 1 if it differs
-    python notebooks/build.py --student DIR  write copies without solutions and outputs, which run from anywhere
+    python notebooks/build.py --student DIR  write copies without solutions and outputs, to run from anywhere
 
 A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments, and tags
 may follow: tags=["exercise"] is a stub to be filled in; check (sees the student's answer and no other);
@@ -12,8 +12,8 @@ are not kept: they hold random names, or depend on what is installed); rounding 
 trained (what is printed was computed from trained weights).
 
 Claims are code that is executed with the lesson and not shown in it: `says("a residual of {:.3f}", x)` and
-`holds("most of them", 2 * x > y)`. The words, with the numbers that came out, must stand in the lesson's text;
-tests/test_notebooks.py lets no number stand there that no claim has said.
+`holds("most of them", 2 * x > y)`. The words, with the numbers that came out, must stand in the lesson's
+text; tests/test_notebooks.py lets no number stand there that no claim has said.
 
 What is compared: text must be equal, but each number that was trained may be off by one in its last digit,
 since processors add in different orders. A figure is compared if the same matplotlib drew it, but for a few
@@ -30,6 +30,7 @@ import re
 import shutil
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 import matplotlib
@@ -48,6 +49,9 @@ FIGURE = re.compile(r'<img alt="(?P<says>[^"]*)" [^>]*src="data:image/png;base64
 PIXELS = 0.02  # the share of pixels that may differ
 CLAIMS = """
 import json
+from pathlib import Path
+
+LESSONS = Path.cwd()
 
 
 def says(words, *values):
@@ -72,17 +76,22 @@ def cells(text):
 
 def notebook(name, claims=False):
     """The lesson without outputs; with its claims, if they are to be executed."""
-    nb = v4.new_notebook(metadata={"kernelspec": KERNEL, "minilora": {"matplotlib": matplotlib.__version__}})
+    text, first = (
+        (HERE / "src" / f"{file}.py").read_text(encoding="utf-8") for file in (name, "first")
+    )
+    about = {"matplotlib": matplotlib.__version__, "source": sha256((text + first).encode()).hexdigest()}
+    nb = v4.new_notebook(metadata={"kernelspec": KERNEL, "minilora": about})
     if claims:
         nb.cells.append(v4.new_code_cell(CLAIMS, id="claims-00", metadata={"tags": ["claims"]}))
     shown = 0
-    for markdown, tags, source in cells((HERE / "src" / f"{name}.py").read_text(encoding="utf-8")):
+    for markdown, tags, source in cells(text):
         if "claims" in tags:
             if claims:
-                nb.cells.append(v4.new_code_cell(source, id=f"claims-{len(nb.cells)}", metadata={"tags": tags}))
+                hidden = v4.new_code_cell(source, id=f"claims-{len(nb.cells):02}", metadata={"tags": tags})
+                nb.cells.append(hidden)
             continue
         if "first" in tags:
-            source += "\n\n" + (HERE / "src" / "first.py").read_text(encoding="utf-8").strip()
+            source += "\n\n" + first.strip()
         shown += 1
         cell = (v4.new_markdown_cell if markdown else v4.new_code_cell)(source, id=f"cell-{shown:02}")
         if tags:
@@ -95,6 +104,7 @@ def student(nb):
     """A copy without solutions and outputs."""
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
     nb.cells = [cell for cell in nb.cells if "solution" not in tags_of(cell)]
+    del nb.metadata["minilora"]  # how it was built
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -106,20 +116,20 @@ def tags_of(cell):
     return cell.metadata.get("tags", [])
 
 
-def execute(nb):
-    """Run all cells in a fresh kernel, from this folder, and drop what differs from run to run.
+def execute(nb, folder=HERE):
+    """Run all cells in a fresh kernel, begun in a folder, and drop what differs from run to run.
 
     The claims go from the cells into the metadata: what each says, and with which numbers.
     """
     from nbclient import NotebookClient
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as profile:
         os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
-        os.environ["IPYTHONDIR"] = folder  # one order of summation, and nobody's startup files
+        os.environ["IPYTHONDIR"] = profile  # one order of summation, and nobody's startup files
         NotebookClient(
             nb, timeout=300, kernel_name="python3", record_timing=False, store_widget_state=False,
             extra_arguments=["--log-level=ERROR"],
-            resources={"metadata": {"path": str(HERE)}},
+            resources={"metadata": {"path": str(folder)}},
         ).execute()  # fmt: skip
     nb.metadata.pop("language_info", None)  # holds the patch version of Python
     nb.metadata.pop("widgets", None)
@@ -156,9 +166,15 @@ def prose(nb):
     text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
     text = re.sub(r"```.*?```", " ", text, flags=re.S)  # a solution
     text = re.sub(r"(?m)^#+ |</?\w+>|\]\([^)]*\)", " ", text)  # headings, tags, where links lead
-    outputs = (output for cell in nb.cells for output in cell.get("outputs", []))
-    pictures = (o["data"]["text/plain"] for o in outputs if FIGURE.search(o.get("data", {}).get("text/html", "")))
-    return " ".join(" ".join([text, *pictures]).split())
+    return " ".join(" ".join([text, *pictured(nb)]).split())
+
+
+def pictured(nb):
+    """The sentences of a lesson's figures."""
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            if FIGURE.search(output.get("data", {}).get("text/html", "")):
+                yield output["data"]["text/plain"]
 
 
 def unsaid(nb):
@@ -197,18 +213,18 @@ def differences(old, new, missing):
     if [cell.source for cell in old.cells] != [cell.source for cell in new.cells]:
         yield "its cells are not those of src/; build it again"
         return
-    drawn, now = new.metadata["minilora"]["matplotlib"], new.metadata["minilora"]["claims"]
-    drawn = old.metadata["minilora"]["matplotlib"] == drawn
-    for a, b in itertools.zip_longest(old.metadata["minilora"]["claims"], now):
-        if not a or not b or a["claim"][0] != b["claim"][0]:
+    stored, now = old.metadata["minilora"], new.metadata["minilora"]
+    drawn = stored["matplotlib"] == now["matplotlib"]
+    for a, b in itertools.zip_longest(stored["claims"], now["claims"], fillvalue={"claim": [""]}):
+        x, y = a["claim"], b["claim"]
+        if x[0] != y[0]:
             yield "its claims are not those of src/; build it again"
             return
-        x, y = a["claim"], b["claim"]
         if missing & {*a["tags"]} or (x == y and x[2]):
             continue
         one, other = (list(NUMBER.finditer(said)) for _, said, _ in (x, y))
         if not y[2] or "trained" not in a["tags"] or not all(map(neighbours, one, other)):
-            yield f"the text says: {x[1]}\nand now it is: {y[1]}, which {'holds' if y[2] else 'does not hold'}"
+            yield f"the text says: {x[1]}\nand now: {y[1]}, which {'holds' if y[2] else 'does not hold'}"
     for a, b in zip(old.cells, new.cells, strict=True):
         tags = tags_of(a)
         if a.cell_type == "code" and not missing & {*tags}:

@@ -69,7 +69,10 @@ for row in rows:
 by_dtype = [[row["ratio"] for row in rows if row["dtype"] == dtype] for dtype in ("float32", "float64")]
 holds("The differences lie far below the bound", max(map(max, by_dtype)) < 0.1)
 holds("and the more so the wider the map", all(r == sorted(r, reverse=True) for r in by_dtype))
-for words, dtype, power in (("$2^{-24}$ for float32", "float32", -24), ("$2^{-53}$ for float64", "float64", -53)):
+for words, dtype, power in (
+    ("$2^{-24}$ for float32", "float32", -24),
+    ("$2^{-53}$ for float64", "float64", -53),
+):
     holds(words, np.finfo(dtype).eps / 2 == 2.0**power)
 
 # %% [markdown]
@@ -109,8 +112,8 @@ holds("Then the two sides must agree with `==`", (apart == together).all())
 #
 # Here both factors are drawn at random, so that $\Delta W$ is not zero. `merge` computes $W + \Delta W$ for
 # every adapted layer and puts it **beside** the base, as a second array. `unmerge` drops that array. The base
-# is never written, so it cannot change. The digest is taken over every byte of the weights that have an adapter
-# beside them.
+# is never written, so it cannot change. The digest is taken over every byte of the weights that have an
+# adapter beside them.
 #
 # We ask for the logits of two inputs: one short text of 32 characters, and four texts of 128 at once.
 
@@ -162,17 +165,22 @@ compare("base, adapter disabled", [ml.load()(inputs)[0] for inputs in (few, ids)
 pairs = [apart_by(a, b) for a, b in zip(unmerged, merged, strict=True)]
 holds("With 32 rows merged and unmerged differ by rounding", pairs[0] == "below 1e-4")
 holds("With 512 they are equal to the bit", pairs[1] == "equal to the bit" and ids.size == 512)
-holds("so that $\\Delta W$ is not zero", all(apart_by(a, b) == "above 1e-1" for a, b in zip(plain, unmerged)))
-holds("one short text of 32 characters, and four texts of 128 at once", few.size == 32 and ids.shape == (4, 128))
+holds(
+    "so that $\\Delta W$ is not zero",
+    all(apart_by(a, b) == "above 1e-1" for a, b in zip(plain, unmerged, strict=True)),
+)
+holds(
+    "one short text of 32 characters, and four texts of 128 at once", few.size == 32 and ids.shape == (4, 128)
+)
 sizes = {layer.base.weight.data.shape: layer.adapters[layer.active] for layer in adapted(model).values()}
 least = {shape: next(M for M in range(1, 1000) if pair.pays(M)) for shape, pair in sizes.items()}
 holds("from about 100 rows on, or 140, by the shape of the map", {*least.values()} == {97, 140})
 
 # %% [markdown]
-# With 32 rows merged and unmerged differ by rounding, as the bound allows. With 512 they are equal to the bit,
-# and that is no contradiction: where rows are many (here from about 100 rows on, or 140, by the shape of the
-# map) two thin products beside $W$ cost more than forming $W + \Delta W$, so the package forms it for the call.
-# Then unmerged and merged are one computation.
+# With 32 rows merged and unmerged differ by rounding, as the bound allows. With 512 they are equal to the
+# bit, and that is no contradiction: where rows are many (here from about 100 rows on, or 140, by the shape of
+# the map) two thin products beside $W$ cost more than forming $W + \Delta W$, so the package forms it for the
+# call. Then unmerged and merged are one computation.
 #
 # Keeping both arrays takes memory, one more copy of each adapted weight while merged. `ml.fuse` is for those
 # who will not go back: it makes the model a plain one and drops base and adapter.
@@ -322,10 +330,10 @@ with ml.disabled(model):
 holds("check the count with what the model is made of", products["base"] == maps + 2 * blocks + 1)
 
 # %% [markdown]
-# The base makes 28 products. The model has 21 adapted maps. Unmerged, each takes two more products, thin ones:
-# few multiplications, but 42 more calls, 70 in all, and on a small batch calls are what one waits for. Merged,
-# the work is that of the base, call for call. (With 512 rows it is one more for each map, that which forms $B
-# A$.)
+# The base makes 28 products. The model has 21 adapted maps. Unmerged, each takes two more products, thin
+# ones: few multiplications, but 42 more calls, 70 in all, and on a small batch calls are what one waits for.
+# Merged, the work is that of the base, call for call. (With 512 rows it is one more for each map, that which
+# forms $B A$.)
 #
 # The function below measures on your machine. It takes the best of several interleaved tries, because
 # anything else that runs there can only make a try slower. Call `seconds()` for the numbers; here we ask for
@@ -382,10 +390,10 @@ def check():
         answer = together_as_one(A1, B1, s1, A2, B2, s2)
         assert answer is not None, "together_as_one returns None: write the lines, and return the pair A, B"
         A, B = answer
-        assert np.shape(A) == (8, 12), f"A has shape {np.shape(A)}; expected (r1 + r2, I) = (8, 12): stack rows"
+        assert np.shape(A) == (8, 12), f"A has shape {np.shape(A)}; expected (r1 + r2, I) = (8, 12): rows"
         assert np.shape(B) == (10, 8), f"B has shape {np.shape(B)}; expected (O, r1 + r2) = (10, 8): columns"
         assert not np.array_equal(B @ A, unscaled), "almost: the scales are missing, and the new one is 1"
-        assert np.array_equal(B @ A, wanted), "B A is another matrix: put each scale on one factor, not on both"
+        assert np.array_equal(B @ A, wanted), "B A is another matrix: put each scale on one factor, not both"
     return "with integers, equal by =="
 
 
