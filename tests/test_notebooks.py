@@ -222,7 +222,7 @@ def test_a_stub_that_is_not_filled_in_is_what_is_committed():
 # ---- numbers in the text
 
 NUMBER = re.compile(
-    r"(?<![A-Za-z\d.])\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
+    r"(?<![A-Za-z\d.])\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
     r"|\b(?:three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|fifty|hundreds?|thousands?"
     r"|hundredths?|thousandths?|half|halves|quarters?|fifths?|sixths?|sevenths?|eighths?|tenths?|twice)\b",
     re.I,
@@ -324,7 +324,7 @@ def test_a_wrong_number_in_the_text_is_seen(name, was, now):
     assert list(alone(nb, HARMLESS[name]))
 
 
-@pytest.mark.parametrize("more", ["This takes 17 steps.", "A half of it.", "It is 0.3 % more.", "Nine of it."])
+@pytest.mark.parametrize("more", ["It takes 17 steps.", "A half of it.", "It is 0.3 % more.", "Nine of it."])
 def test_a_number_more_in_the_text_is_seen(more):
     nb = stored(build.LESSONS[0])
     assert not list(alone(nb, HARMLESS[build.LESSONS[0]]))
@@ -411,7 +411,8 @@ def test_what_is_not_installed_is_said_before_any_work(name, module):
 def test_without_minilora_nothing_is_begun(name):
     done = first_cell(name, "minilora")
     assert done.returncode == 1
-    assert 'minilora; in the folder of minilora, run  pip install -e ".[notebooks]"' in done.stdout
+    assert done.stdout.startswith("not installed: minilora")
+    assert 'pip install -e ".[notebooks]"' in done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -507,6 +507,11 @@ for k, small in by_module.items():
 holds(
     "no more parameters are spent", all(s.parameters <= smaller[k].parameters for k, s in by_module.items())
 )
+one, first = by_module[1], smaller[1]
+holds(
+    "At rank 1 there is nothing to choose",
+    (one.parameters, one.residual) == (first.parameters, first.residual),
+)
 several = {k: (s, loss(f"r8-by-module-{k}")) for k, s in by_module.items() if k > 1}
 holds(
     "The residual becomes smaller",
