@@ -356,6 +356,10 @@ def test_claims_are_compared_as_their_tags_let_one_expect(tags, now, told):
     found = [what.partition(":")[0] for what in build.differences(old, lesson(now), set())]
     assert found == told
     assert len(list(build.differences(old, lesson(now, False), set()))) == 1
+    none = lesson(now)
+    none.metadata["minilora"]["claims"] = []
+    assert len(list(build.differences(old, none, set()))) == 1
+    assert not list(build.differences(old, none, {*tags})) or not tags  # what they need is not there
 
 
 # ---- a student's copy, and what a lesson needs
