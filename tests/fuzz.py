@@ -2,9 +2,9 @@
 
     python tests/fuzz.py --seconds 300        coverage-guided where atheris is installed, else blind
 
-An input is a config and a file of tensors. It must be loaded beside its tiny base and merged, or be refused
-with one printable line; anything else, or more than two seconds, ends the program with the input in hex. The
-last line counts.
+An input is a config and a file of tensors. It must be looked at, compressed to something without a doubt,
+loaded beside its tiny base and merged, or be refused with one printable line; anything else, or more than
+two seconds, ends the program with the input in hex. The last line counts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from helpers import TooLong, says, within
 from peft_cases import FIXED, FIXTURES, slug
 
-from minilora import adapter_config, adapters, errors, files, storage, tensors
+from minilora import adapter_config, adapters, compose, errors, files, microscope, storage, tensors
 from minilora.adapters import CONFIG, WEIGHTS
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.lora import Adapted, merge, remove, sites, unmerge
@@ -65,7 +65,8 @@ class Readers:
     """Calls every reader with an input, and counts."""
 
     def __init__(self, folder):
-        self.folder, self.inputs, self.accepted, self.start = Path(folder), 0, 0, time.monotonic()
+        self.folder, self.out = Path(folder), Path(folder).with_name("out")
+        self.inputs, self.accepted, self.start = 0, 0, time.monotonic()
         self.models = [files.load(FIXTURES / "bases" / base) for base in BASES]
         self.prints = [adapters.base_print(model) for model in self.models]
 
@@ -79,6 +80,8 @@ class Readers:
                 self.done(self.tensors)
                 self.done(adapter_config.read_settings, self.folder / CONFIG)
                 if self.done(adapters.open_adapter, self.folder):
+                    if self.inputs % 10 == 0:  # it takes longer than all the rest
+                        self.done(self.looked_at)
                     self.accepted += self.done(self.beside, base)
         except (Exception, TooLong):
             print(f"input: {data.hex()}", flush=True)
@@ -92,6 +95,13 @@ class Readers:
             says(e, self.folder)
             return False
         return True
+
+    def looked_at(self):
+        """What is said is printable, and what is compressed has nothing left to be doubted."""
+        said = str(microscope.inspect(self.folder))
+        assert all(line.isprintable() for line in said.splitlines()), ascii(said)
+        compose.compress(self.folder, self.out, rank=1, overwrite=True)
+        assert not adapters.open_adapter(self.out).doubts
 
     def tensors(self):
         """Every tensor of the file is what its header says."""
