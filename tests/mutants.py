@@ -465,7 +465,7 @@ MUTANTS = (
            "            if not exists", "finetune"),
     Mutant("work-that-can-go-on-goes", "train.py", 
            "return over and os.lstat(checkpoint).st_mtime_ns <= written", "return over", "finetune"),
-    Mutant("link-in-a-folder-of-texts", "data.py", "and not os.path.islink(path)", "", "data"),
+    Mutant("link-in-a-folder-of-texts", "storage.py", "and not os.path.islink(path)", "", "data"),
     Mutant("stderr-ends-the-work", "cli.py",
            "        with contextlib.suppress(OSError, ValueError):\n            self.stream.write(text)",
            "        if True:\n            self.stream.write(text)", "cli"),
