@@ -27,7 +27,7 @@ from . import archives
 from .archives import sha256 as sha256
 from .backend import Array, to_host
 from .errors import ConfigError, FormatError, InputError, StorageError, check_int, nearest
-from .storage import exists, listed, read, remove_tree, write_atomic, write_folder
+from .storage import exists, listed, named, read, remove_tree, write_atomic, write_folder
 
 Ids = np.ndarray  # of one split: (T,) uint8
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, both (N, T) int64
@@ -334,7 +334,7 @@ def source(path: Path) -> tuple[bool, list[Path]]:
 
 def text_of(path: Path) -> str:
     """The text of a file; errors as `read` and `utf8`."""
-    return utf8(path, read(path))
+    return utf8(path, read(named(path)))
 
 
 def utf8(path: Path, data: bytes) -> str:
@@ -375,7 +375,7 @@ def stdlib_text() -> str:
 
         texts += topics.values()
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        for node in ast.walk(ast.parse(read(path))):
+        for node in ast.walk(ast.parse(read(named(path)))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 doc = ast.get_docstring(node) or ""
                 texts += [doc] if len(doc) > 80 else []
@@ -384,7 +384,7 @@ def stdlib_text() -> str:
 
 # Fetching -----------------------------------------------------------------------------------------
 
-REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
+REQUIREMENTS = Path(__file__).resolve().with_name("requirements-data.txt")
 HELD_OUT = {"hamlet", "macbeth", "tempest", "twelfth_night", "twelfe-night", "romeo_and_juliet"}
 
 

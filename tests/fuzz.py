@@ -3,9 +3,10 @@
     python tests/fuzz.py --seconds 300                  coverage-guided where atheris is installed, else blind
     python tests/fuzz.py --target jsonl --seconds 300   JSON lines and arrays of examples
 
-An input is a config and a file of tensors, which must be loaded beside its tiny base and merged; or a file of
-examples, which must give the ids of its texts; or it must be refused with one printable line. Anything else,
-or more than two seconds, ends the program with the input in hex. The last line counts.
+An input is a config and a file of tensors, which must be looked at, compressed to something without a
+doubt, loaded beside its tiny base and merged; or a file of examples, which must give the ids of its texts; or
+it must be refused with one printable line. Anything else, or more than two seconds, ends the program with the
+input in hex. The last line counts.
 """
 
 import argparse
@@ -26,7 +27,19 @@ from pathlib import Path
 from helpers import TooLong, says, within
 from peft_cases import FIXED, FIXTURES, slug
 
-from minilora import adapter_config, adapters, data, errors, files, finetune, storage, tensors, tokenizer
+from minilora import (
+    adapter_config,
+    adapters,
+    compose,
+    data,
+    errors,
+    files,
+    finetune,
+    microscope,
+    storage,
+    tensors,
+    tokenizer,
+)
 from minilora.adapters import CONFIG, WEIGHTS
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.lora import Adapted, merge, remove, sites, unmerge
@@ -68,7 +81,8 @@ class Readers:
     limit = 2  # seconds
 
     def __init__(self, folder):
-        self.folder, self.inputs, self.accepted, self.start = Path(folder), 0, 0, time.monotonic()
+        self.folder, self.out = Path(folder), Path(folder).with_name("out")
+        self.inputs, self.accepted, self.start = 0, 0, time.monotonic()
 
     def __call__(self, data):
         self.inputs += 1
@@ -111,7 +125,18 @@ class Adapters(Readers):
         (self.folder / WEIGHTS).write_bytes(weights)
         self.done(self.tensors)
         self.done(adapter_config.read_settings, self.folder / CONFIG)
-        return self.done(adapters.open_adapter, self.folder) and self.done(self.beside, base)
+        if not self.done(adapters.open_adapter, self.folder):
+            return False
+        if self.inputs % 10 == 0:  # it takes longer than all the rest
+            self.done(self.looked_at)
+        return self.done(self.beside, base)
+
+    def looked_at(self):
+        """What is said is printable, and what is compressed has nothing left to be doubted."""
+        said = str(microscope.inspect(self.folder))
+        assert all(line.isprintable() for line in said.splitlines()), ascii(said)
+        compose.compress(self.folder, self.out, rank=1, overwrite=True)
+        assert not adapters.open_adapter(self.out).doubts
 
     def tensors(self):
         """Every tensor of the file is what its header says."""

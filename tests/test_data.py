@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from minilora import data
+from minilora import data, storage
 from minilora.errors import ConfigError, FormatError, InputError, MiniloraError, StorageError
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -653,3 +653,17 @@ def test_derived_from_the_real_text(folder: Path) -> None:
     np.testing.assert_array_equal(back.test[::-1], plain.test)
     swapped = data.corpus("permuted:13", folder.parent)
     np.testing.assert_array_equal(data.permutation(13)[swapped.test], plain.test)
+
+
+def test_links_in_a_users_folder_are_not_read_and_his_own_are(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("secret")
+    folder = tmp_path / "f"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.txt").write_text("text\n" * 300)
+    (folder / "b.txt").symlink_to("../elsewhere/b.txt")
+    (folder / "c").symlink_to("../elsewhere")
+    assert storage.listed(folder, {".txt"}) == ["sub/a.txt"]
+    (tmp_path / "mine").symlink_to(folder)
+    (tmp_path / "mine.txt").symlink_to(folder / "sub" / "a.txt")
+    assert data.own(tmp_path / "mine").digest == data.own(tmp_path / "mine.txt").digest

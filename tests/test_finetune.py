@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +115,64 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at, text, base, tmp_path):
     for name in os.listdir(tmp_path / "whole"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_finished_run_left_is_cleared(again, text, base, tmp_path, monkeypatch):
+    """It died after `out` was written and before it had tidied up: the next run is not its continuation."""
+
+    def dies(path, home):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["minilora.train"], "discard", dies)
+        with pytest.raises(Stop):
+            finetune.run(small(text, base), tmp_path / "a")
+    assert sorted(os.listdir(tmp_path / ".a.train")) == [".lock", "checkpoint.safetensors"]
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    if again:
+        finetune.run(small(text, base, seed=1), tmp_path / "a", overwrite=True)
+    else:
+        with pytest.raises(StorageError, match="there already"):
+            finetune.run(small(text, base), tmp_path / "a")
+    assert ((tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before) is not again
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_can_go_on_stays_beside_an_older_output(text, base, tmp_path, monkeypatch):
+    """All steps are done, but the folder at `out` is not theirs: it would be lost."""
+
+    def dies(*args, **how):
+        raise Stop
+
+    finetune.run(small(text, base, seed=1), tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_adapter", dies)
+        with pytest.raises(Stop):
+            finetune.run(small(text, base), tmp_path / "a", overwrite=True)
+    with pytest.raises(StorageError, match="there already"):
+        finetune.run(small(text, base), tmp_path / "a")
+    steps = []
+    finetune.run(small(text, base), tmp_path / "a", overwrite=True, progress=lambda *x: steps.append(x))
+    assert steps == []  # it went on from the last one
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", [".lock", "checkpoint.safetensors", None])
+def test_a_link_beside_the_output_is_not_followed(kind, text, base, tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "own").write_text("mine")
+    work = tmp_path / ".a.train"
+    if kind:
+        work.mkdir()
+        (work / kind).symlink_to("../v/own")
+    else:
+        work.symlink_to("v")
+    with pytest.raises(StorageError):
+        finetune.run(small(text, base), tmp_path / "a")
+    assert (tmp_path / "v" / "own").read_text() == "mine"
+    assert os.listdir(tmp_path / "v") == ["own"]
+    assert not (tmp_path / "a").exists()
 
 
 def test_another_run_does_not_go_on_from_its_checkpoint(text, base, tmp_path):
