@@ -341,7 +341,7 @@ def utf8(path: Path, data: bytes) -> str:
     """The text of a file's bytes, without a byte order mark; FormatError says what it is if it is no text."""
     for kind, endings, start in NO_TEXT:
         if data.startswith(start) or path.suffix.lower() in endings.split():
-            raise FormatError(f"{path}: is {kind}, not text; expected a file of UTF-8 text")
+            raise FormatError(f"{path}: is {kind}; expected a file of UTF-8 text")
     try:
         text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as e:
