@@ -64,6 +64,7 @@ from .lora import (
     unbiased,
 )
 from .model import Llama
+from .shown import told
 from .storage import exists, write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored
 
@@ -310,7 +311,7 @@ class Attached:
         lines = [f"{self.where}: {len(self.norms)} of {self.modules} modules, |ΔW| / |W| = {self.share:.3g}"]
         if self.replaced:
             lines.append(f"replaced: {', '.join(self.replaced)}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return told(*lines, *(f"note: {note}" for note in self.notes))
 
 
 def load_adapter(

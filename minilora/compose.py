@@ -34,7 +34,7 @@ from .errors import (
     nearest,
 )
 from .files import fingerprint, read_json, weights
-from .sizes import aligned
+from .shown import aligned, told
 from .spectra import rank_at, thin_svd, thin_values
 from .storage import check_free
 
@@ -88,14 +88,14 @@ class Compression:
             rows.append((w.module, rank, *(f"{x:.2e}" for x in (w.norm, *lost))))
         of = f" of {self.before:,}" if self.before else ""
         lines = [
-            aligned([("module", "rank", "|ΔW|", "residual", "optimum"), *rows]),
+            *aligned([("module", "rank", "|ΔW|", "residual", "optimum"), *rows]),
             f"{self.out}: {self.parameters:,}{of} parameters, residual {self.residual:.3e} of |ΔW|, "
             f"Eckart-Young optimum {self.optimum:.3e}",
         ]
         if self.left:
             lines.append("not in it, for a LoRA on linear maps cannot hold it:")
             lines += [f"  {name}  |change| {norm:.3g}" for name, norm in self.left.items()]
-        return "\n".join(lines)
+        return told(*lines)
 
 
 def ratio(rows: Sequence[Shrunk], part: str) -> float:

@@ -24,6 +24,7 @@ import numpy as np
 
 from .backend import Array, to_host
 from .errors import ConfigError, FormatError, InputError, StorageError, check_int, nearest
+from .shown import plain
 from .storage import read, write_atomic
 
 Ids = np.ndarray  # of one split: (T,) uint8
@@ -372,7 +373,7 @@ def fetch(cache: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory() as tree:
         install(tree)
         keep(unpack(Path(tree)), folder)
-    print(f"minilora: texts kept in {folder}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    print(plain(f"minilora: texts kept in {folder}, {time.monotonic() - start:.0f} s"), file=sys.stderr)
     return folder
 
 

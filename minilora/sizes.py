@@ -26,6 +26,7 @@ from .files import located, matrix_size, read_config
 from .gguf import open_gguf
 from .lora import LoraConfig, find_targets, names, resolve, sites
 from .model import Config, blank
+from .shown import aligned, told
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -140,25 +141,18 @@ class Counts:
             of = f"{self.parameters:,} of {self.total:,} parameters are trained"
             trained = f"{of}: {self.share:.3%}, 1 in {self.reduction:,.1f}"
         rows = [(w.kind, "{} x {}".format(*w.shape), str(w.number), f"{w.parameters:,}") for w in self.rows]
-        parts = [
-            f"{self.name}, {'DoRA' if self.dora else 'LoRA'} of rank {self.rank}\n{trained}",
-            aligned([("target", "shape", "number", "parameters"), *rows]),
+        lines = [
+            f"{self.name}, {'DoRA' if self.dora else 'LoRA'} of rank {self.rank}", trained, "",
+            *aligned([("target", "shape", "number", "parameters"), *rows]), "",
             f"adapter on disk: {human(self.float32_bytes)} in float32, {human(self.half_bytes)} in 16 bits",
-        ]
+        ]  # fmt: skip
         if self.memory:
             head = ("training, without activations", "weights", "gradients", "optimizer", "total")
-            lines = [(kind, *map(human, m), human(sum(m))) for kind, m in self.memory.items()]
-            parts.append(aligned([head, *lines]))
+            memory = [(kind, *map(human, m), human(sum(m))) for kind, m in self.memory.items()]
+            lines += ["", *aligned([head, *memory])]
         if self.note:
-            parts.append(textwrap.fill("note: " + self.note, 88))
-        return "\n\n".join(parts)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("  ".join(line) for line in cells)
+            lines += ["", *textwrap.wrap("note: " + self.note, 88)]
+        return told(*lines)
 
 
 def human(size: int) -> str:
@@ -227,7 +221,7 @@ class Tree:
         lines = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
         found = sum(w.adapted for w in self.rows)
         total = f"{self.name}: {len(self.rows)} modules, {found} of them adapted (*)"
-        return aligned([("module", "layer", "shape", ""), *lines]) + "\n" + total
+        return told(*aligned([("module", "layer", "shape", ""), *lines]), total)
 
 
 def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linear") -> Tree:
