@@ -306,7 +306,7 @@ def opened(data):
 
 
 def held(data):
-    """The content of a checkpoint, to be compared: neither the order of names nor the seal, which tells it."""
+    """The content of a checkpoint, to be compared: without the order of names, and the seal that tells it."""
     meta, arrays = opened(data)
     meta.pop("sha256")
     return json.dumps(meta, sort_keys=True), {k: (a.shape, a.dtype, a.tobytes()) for k, a in arrays.items()}

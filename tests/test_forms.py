@@ -369,7 +369,7 @@ CHECKPOINTS = {  # what is changed, and what is told
     **{f"NaN in {k}": (arrays(turned(k, filled(math.nan))), k) for k in ("p.", "m.", "v.")},
     **{f"infinite in {k}": (arrays(turned(k, filled(-math.inf))), k) for k in ("p.", "m.", "v.")},
     **{f"float64 in {k}": (arrays(turned(k, np.float64)), k) for k in ("p.", "m.", "v.")},
-    **{f"another shape in {k}": (arrays(turned(k, lambda a: a[..., :-1].copy())), k) for k in ("p.", "m.", "v.")},
+    **{f"one less in {k}": (arrays(turned(k, lambda a: a[..., :-1].copy())), k) for k in ("p.", "m.", "v.")},
     "a square below zero": (arrays(turned("v.", filled(-1e-9))), "v."),
     "one moment less": (arrays(lambda t: t.pop(max(t))), "v."),
     "two moments less": (arrays(both_gone), "m."),
