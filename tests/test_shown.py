@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_plots import MERGED, make_rows, some_modules
 
 import minilora
-from minilora import cli, errors, files, plots, report, tokenizer
+from minilora import cli, errors, files, merging, plots, report, tokenizer
 from minilora.errors import MiniloraError
 from minilora.experiments import merge_equivalence
 from minilora.experiments.rank_sweep import figure_names, pictures, report_page, sealed, table
@@ -266,6 +266,12 @@ def test_markup_is_one_text_in_an_attribute_too(text):
 def test_a_picture_in_a_notebook_is_plain_too():
     rows = make_rows(("./\x1b<b>",), ranks=(1,), seeds=1)
     assert calm(plots.loss_against_rank(rows, "./\x1b<b>")._repr_html_())
+
+
+def test_the_card_of_a_model_is_plain():
+    card = merging.card(types.SimpleNamespace(where=Path(NASTY[1])), NASTY[1])
+    assert card.encode().count(b"\n") == 1
+    assert calm(card)
 
 
 # ---- the command line

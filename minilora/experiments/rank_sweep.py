@@ -310,7 +310,8 @@ def sweep(
     workers have minilora and the same files at the same paths; or to the workers of the dask scheduler at
     "tcp://HOST:PORT", which are sent what they need. `progress(done, known, row)` is called after every run.
     LockedError if another sweep works in the folder, MismatchError if the folder holds another plan or a
-    worker has other versions or another base; StateError if workers keep dying or cannot be reached.
+    worker has other versions or another base, FormatError if it holds what no run writes (`read_rows`);
+    StateError if workers keep dying or cannot be reached.
     """
     if sum(given is not None for given in (jobs, executor, dask)) > 1:
         raise ConfigError("jobs, an executor and dask are three ways to do the runs; expected one of them")
