@@ -272,7 +272,7 @@ def plain_file(index: Path, name: str) -> Path:
 def read_json(path: Path | str, limit: int = 1 << 20) -> dict[str, Any]:
     """A JSON object of at most `limit` bytes without repeated keys, or FormatError."""
     try:
-        value = json.loads(read(path, limit).decode(), object_pairs_hook=unique)
+        value = json.loads(read(path, limit).decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         if isinstance(e, StorageError):
             raise

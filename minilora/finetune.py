@@ -28,7 +28,7 @@ from .layers import freeze, trained, unfreeze
 from .lora import LoraConfig, inject
 from .ops import IGNORE
 from .optim import AdamW, Schedule
-from .shown import plain, told
+from .shown import plain, printed
 from .storage import check_free, locked, read, remove_tree
 from .tensors import unique
 from .tokenizer import Tokenizer
@@ -96,7 +96,7 @@ class Outcome:
 
     def __str__(self) -> str:
         per = [x / self.characters for x in (self.before, self.after)]
-        return told(
+        return printed(
             f"{self.out}: held-out loss {self.before:.4f} -> {self.after:.4f} nats per token, "
             f"{per[0]:.4f} -> {per[1]:.4f} per character",
             f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second, "

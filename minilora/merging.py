@@ -22,7 +22,8 @@ from .errors import InputError, nearest
 from .files import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
 from .layers import named_params
 from .model import Llama
-from .shown import aligned, plain, told
+from .recognise import adapter_folder
+from .shown import aligned, plain, printed
 from .spectra import quotient
 from .storage import check_free
 from .tensors import CALLED, stored
@@ -65,7 +66,7 @@ class Merge:
             f"  float64            {self.float64:.1e}",
             f"  as written         {self.written:.1e}",
         ]
-        return told(*lines)
+        return printed(*lines)
 
 
 def merge_checkpoint(
@@ -86,8 +87,9 @@ def merge_checkpoint(
     kind = dtype or given.dtype
     if kind not in CALLED:
         raise InputError(f"dtype is {kind!r}; {nearest(kind, CALLED)}")
+    adapter = adapter_folder(adapter)
     refuse_same(given.where, out)
-    refuse_same(Path(adapter), out)
+    refuse_same(adapter, out)
     check_free(out)
     V, T = given.config.vocab_size, min(32, given.config.max_position_embeddings)
     random = np.random.default_rng(0).integers(V, size=T)
@@ -142,7 +144,7 @@ def changes(model: Llama, kind: str) -> Iterator[Change]:
             yield Change(module, largest(change), quotient(size, float(np.linalg.norm(W))), lost / size)
 
 
-def card(given: Checkpoint, adapter: Path | str) -> str:
+def card(given: Checkpoint, adapter: Path) -> str:
     """The README.md of a merged model."""
-    adapted = Path(adapter).resolve().name
+    adapted = adapter.resolve().name
     return plain(f"{given.where.name} with the adapter {adapted} merged into it by minilora.") + "\n"

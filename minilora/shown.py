@@ -32,7 +32,7 @@ def markup(text: str) -> str:
     return html.escape(plain(text), quote=True)
 
 
-def told(*lines: str) -> str:
+def printed(*lines: str) -> str:
     """The lines of a report, each plain, so that no foreign text in one can end it or begin another."""
     return "\n".join(map(plain, lines))
 

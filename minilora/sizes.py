@@ -26,7 +26,7 @@ from .files import located, matrix_size, read_config
 from .gguf import open_gguf
 from .lora import LoraConfig, find_targets, names, resolve, sites
 from .model import Config, blank
-from .shown import aligned, told
+from .shown import aligned, printed
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -152,7 +152,7 @@ class Counts:
             lines += ["", *aligned([head, *memory])]
         if self.note:
             lines += ["", *textwrap.wrap("note: " + self.note, 88)]
-        return told(*lines)
+        return printed(*lines)
 
 
 def human(size: int) -> str:
@@ -221,7 +221,7 @@ class Tree:
         lines = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
         found = sum(w.adapted for w in self.rows)
         total = f"{self.name}: {len(self.rows)} modules, {found} of them adapted (*)"
-        return told(*aligned([("module", "layer", "shape", ""), *lines]), total)
+        return printed(*aligned([("module", "layer", "shape", ""), *lines]), total)
 
 
 def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linear") -> Tree:
@@ -247,9 +247,9 @@ def checkpoint_config(base: Path | str) -> Config:
 def remark(name: str, rank: int, rows: Sequence[Target], queries: int, dora: bool) -> str:
     """What is printed elsewhere for these counts, or would be with k and v as wide as the queries."""
     trained = sum(row.parameters for row in rows)
-    printed = PRINTED.get((name, rank, tuple(row.kind for row in rows)))
-    if printed and not dora:
-        number, where, what = printed
+    theirs = PRINTED.get((name, rank, tuple(row.kind for row in rows)))
+    if theirs and not dora:
+        number, where, what = theirs
         return f"Hu et al. 2021 prints {number} ({where}); right is {trained:,}: {what}"
     narrow = [row for row in rows if row.kind in ("k_proj", "v_proj") and row.shape[0] < queries]
     if not narrow:

@@ -46,7 +46,7 @@ from ..layers import digest, get, trained, unfreeze
 from ..lora import LoraConfig, inject
 from ..model import Llama
 from ..optim import AdamW, Schedule
-from ..shown import aligned, plain, told
+from ..shown import aligned, plain, printed
 from ..storage import locked, read, write_atomic
 from ..tensors import unique
 from ..train import evaluate, train
@@ -749,7 +749,7 @@ def table(rows: list[Row]) -> str:
             *aligned([HEAD, *lines(rows, target)]),
             "",
         ]
-    return told(*out)
+    return printed(*out)
 
 
 def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
