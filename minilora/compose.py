@@ -45,7 +45,7 @@ from .errors import (
 )
 from .files import fingerprint, weights
 from .recognise import CONFIG
-from .sizes import aligned
+from .shown import aligned, printed
 from .spectra import norm, quotient, rank_at, thin_svd, thin_values
 from .storage import check_free
 
@@ -100,14 +100,14 @@ class Compression:
             rows.append((w.module, rank, *(f"{x:.2e}" for x in (w.norm, *lost))))
         of = f" of {self.before:,}" if self.before else ""
         lines = [
-            aligned([("module", "rank", "|ΔW|", "residual", "optimum"), *rows]),
+            *aligned([("module", "rank", "|ΔW|", "residual", "optimum"), *rows]),
             f"{self.out}: {self.parameters:,}{of} parameters, residual {self.residual:.3e} of |ΔW|, "
             f"Eckart-Young optimum {self.optimum:.3e}",
         ]
         if self.left:
             lines.append("not in it, for a LoRA on linear maps cannot hold it:")
             lines += [f"  {name}  |change| {norm:.3g}" for name, norm in self.left.items()]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return printed(*lines, *(f"note: {note}" for note in self.notes))
 
 
 def ratio(rows: Sequence[Shrunk], part: str) -> float:

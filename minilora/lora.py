@@ -38,6 +38,7 @@ from .errors import (
 )
 from .layers import Dropout, Embedding, Linear, Param, Wanted, children, freeze, named_params, replace
 from .ops import Back, rows
+from .shown import printed
 
 
 @dataclass(eq=False)
@@ -430,7 +431,7 @@ class Report:
             how = f"{w.r:4}  {w.alpha:6g}  {w.scale:8.4g}" if w.r else f"{'in full':>22}"
             lines.append(f"{w.module:{width}}  {shape:>12}  {how}  {w.parameters:10,}")
         total = f"{self.parameters:,} of {self.base_parameters:,} parameters are trained ({self.share:.2%})"
-        return "\n".join([*lines, total])
+        return printed(*lines, total)
 
 
 def sites(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,7 +28,7 @@ from .backend import Array, cores, one_blas_thread, to_device, to_host
 from .errors import MismatchError, NonFiniteError, UnsupportedError, nearest
 from .files import TIED, weights
 from .lora import LAYER
-from .sizes import aligned
+from .shown import aligned, printed
 from .spectra import (
     amplification,
     effective_rank,
@@ -135,8 +135,8 @@ class Inspection:
         return asdict(self) | {"norm": self.norm, "parameters_at_99": self.needed}
 
     def __str__(self) -> str:
-        parts = [aligned([head, *rows]) for _, head, rows in tables(self)]
-        return "\n\n".join([*parts, "\n".join([self.summary(), *(f"note: {note}" for note in self.notes)])])
+        lines = [line for _, head, rows in tables(self) for line in (*aligned([head, *rows]), "")]
+        return printed(*lines, self.summary(), *(f"note: {note}" for note in self.notes))
 
     def summary(self) -> str:
         """The whole adapter in one line."""

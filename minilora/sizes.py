@@ -26,6 +26,7 @@ from .files import located, matrix_size, read_config
 from .gguf import open_gguf
 from .lora import LoraConfig, find_targets, names, resolve, sites
 from .model import Config, blank
+from .shown import aligned, printed
 from .storage import named
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -141,25 +142,18 @@ class Counts:
             of = f"{self.parameters:,} of {self.total:,} parameters are trained"
             trained = f"{of}: {self.share:.3%}, 1 in {self.reduction:,.1f}"
         rows = [(w.kind, "{} x {}".format(*w.shape), str(w.number), f"{w.parameters:,}") for w in self.rows]
-        parts = [
-            f"{self.name}, {'DoRA' if self.dora else 'LoRA'} of rank {self.rank}\n{trained}",
-            aligned([("target", "shape", "number", "parameters"), *rows]),
+        lines = [
+            f"{self.name}, {'DoRA' if self.dora else 'LoRA'} of rank {self.rank}", trained, "",
+            *aligned([("target", "shape", "number", "parameters"), *rows]), "",
             f"adapter on disk: {human(self.float32_bytes)} in float32, {human(self.half_bytes)} in 16 bits",
-        ]
+        ]  # fmt: skip
         if self.memory:
             head = ("training, without activations", "weights", "gradients", "optimizer", "total")
-            lines = [(kind, *map(human, m), human(sum(m))) for kind, m in self.memory.items()]
-            parts.append(aligned([head, *lines]))
+            memory = [(kind, *map(human, m), human(sum(m))) for kind, m in self.memory.items()]
+            lines += ["", *aligned([head, *memory])]
         if self.note:
-            parts.append(textwrap.fill("note: " + self.note, 88))
-        return "\n\n".join(parts)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("  ".join(line) for line in cells)
+            lines += ["", *textwrap.wrap("note: " + self.note, 88)]
+        return printed(*lines)
 
 
 def human(size: int) -> str:
@@ -228,7 +222,7 @@ class Tree:
         lines = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
         found = sum(w.adapted for w in self.rows)
         total = f"{self.name}: {len(self.rows)} modules, {found} of them adapted (*)"
-        return aligned([("module", "layer", "shape", ""), *lines]) + "\n" + total
+        return printed(*aligned([("module", "layer", "shape", ""), *lines]), total)
 
 
 def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linear") -> Tree:
@@ -254,9 +248,9 @@ def checkpoint_config(base: Path | str) -> Config:
 def remark(name: str, rank: int, rows: Sequence[Target], queries: int, dora: bool) -> str:
     """What is printed elsewhere for these counts, or would be with k and v as wide as the queries."""
     trained = sum(row.parameters for row in rows)
-    printed = PRINTED.get((name, rank, tuple(row.kind for row in rows)))
-    if printed and not dora:
-        number, where, what = printed
+    theirs = PRINTED.get((name, rank, tuple(row.kind for row in rows)))
+    if theirs and not dora:
+        number, where, what = theirs
         return f"Hu et al. 2021 prints {number} ({where}); right is {trained:,}: {what}"
     narrow = [row for row in rows if row.kind in ("k_proj", "v_proj") and row.shape[0] < queries]
     if not narrow:
