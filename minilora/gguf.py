@@ -191,9 +191,6 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
             places[hf_name(name)] = blocks
         except UnsupportedError as e:
             raise UnsupportedError(f"{path}: has the {e}") from e
-    for key, only in (("llama.rope.scaling.type", "none"), ("llama.rope.scale_linear", 1.0)):
-        if (found := file.values.get(key, only)) != only:
-            raise UnsupportedError(f"{path}: {key} is {short(found)}; expected {only}")
     try:
         config = shape(file.values, places)
     except ConfigError as e:
@@ -217,6 +214,14 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
     shapes = {name: blocks.shape for name, blocks in places.items()}
     kinds = {name: types(blocks.kind).name for name, blocks in places.items()}
     return config, Tensors(str(path), shapes, kinds, fetch)
+
+
+def beyond(path: Path) -> str:
+    """Why a GGUF file's forward pass cannot be run, though its tensors can be read; "" if it can."""
+    for key, only in (("llama.rope.scaling.type", "none"), ("llama.rope.scale_linear", 1.0)):
+        if (found := opened(path).values.get(key, only)) != only:
+            return f"{path}: {key} is {short(found)}; expected {only}"
+    return ""
 
 
 def shape(values: Mapping[str, Any], places: Mapping[str, Blocks]) -> Config:

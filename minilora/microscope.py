@@ -25,7 +25,7 @@ import numpy as np
 from .adapters import Adapter, change_norm, open_adapter
 from .backend import Array, cores, one_blas_thread, to_device, to_host, xp
 from .errors import MismatchError, NonFiniteError, nearest
-from .files import TIED, weights
+from .files import transposed, weight_of, weights
 from .lora import LAYER
 from .sizes import aligned
 from .spectra import (
@@ -43,6 +43,8 @@ from .spectra import (
     thin_values,
     top_vectors,
 )
+
+from .tensors import Tensors
 
 if TYPE_CHECKING:
     from .plots import Picture
@@ -180,7 +182,7 @@ def inspect(
             modules.append(module)
             if progress:
                 progress(len(modules), len(given.pairs))
-    notes = list(given.notes)
+    notes = [*given.notes, *(tensors.notes if tensors else ())]
     if given.settings.use_dora:
         notes.append(
             "DoRA: the numbers are those of B A alone; its magnitudes scale the rows of W + ΔW besides"
@@ -199,7 +201,7 @@ def inspect(
 
 
 def look(
-    given: Adapter, name: str, base: Mapping[str, Any] | None, other: Adapter | None, whole: int
+    given: Adapter, name: str, base: Tensors | None, other: Adapter | None, whole: int
 ) -> Module:
     """One module; vectors are computed only if something is compared with them."""
     pair = given.pairs[name]
@@ -246,21 +248,20 @@ def noise(shape: tuple[int, int], r: int) -> Ranks:
 def beside_base(
     given: Adapter,
     name: str,
-    base: Mapping[str, Any],
+    base: Tensors,
     U: Array,
     S: Array,
     Vt: Array,
     whole: int,
 ) -> BesideBase:
     """ΔW = U S Vᵀ against W."""
-    key, table = f"{name}.weight", "model.embed_tokens.weight"
-    if key == TIED and key not in base and table in base:
-        key = table
+    key = weight_of(base, name)
     if key not in base:
         raise MismatchError(f"{given.where}: the base has no {key}; {nearest(key, base)}")
     W = base[key].astype(np.float64)
     W = W.reshape(len(W), -1)
-    if given.pairs[name].embedding or given.settings.fan_in_fan_out:
+    turned = transposed(base.shapes, key.removesuffix(".weight"))  # of a Linear PEFT ignores the flag, too
+    if given.pairs[name].embedding or (given.settings.fan_in_fan_out if turned is None else turned):
         W = W.T
     if W.shape != given.pairs[name].shape:
         raise MismatchError(f"{given.where}: {name} is {given.pairs[name].shape}; the base's is {W.shape}")

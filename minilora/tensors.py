@@ -44,6 +44,14 @@ class Tensors(Mapping[str, np.ndarray]):
     dtypes: Mapping[str, str]  # F64, F32, F16, BF16, or what a GGUF file calls its own
     fetch: Callable[[str], np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what is otherwise here than in the file
+
+    def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
+        """Some of the tensors under other names, name here -> name there, and what is to be said of that."""
+        shapes, dtypes = ({new: by[old] for new, old in names.items()} for by in (self.shapes, self.dtypes))
+        return Tensors(
+            self.where, shapes, dtypes, lambda name: self.fetch(names[name]), self.metadata, notes
+        )
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.shapes:
