@@ -268,15 +268,17 @@ def extract(
     names, notes = comparable(before, after)
     notes = [*dict.fromkeys((*before.notes, *after.notes)), *notes]
     maps = {name.removesuffix(".weight"): name for name in names if is_map(name, before.shapes[name])}
-    turned = {m for m in maps if transposed(before.shapes, m)}
-    left, found, rounded = {}, {}, Counter[str]()
+    turned = {module: bool(transposed(before.shapes, module)) for module in maps}
+    left: dict[str, float] = {}
+    found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    rounded = Counter[str]()
     for i, name in enumerate(names):
         change, kind = difference(before, after, name)
         module = name.removesuffix(".weight")
         if kind:
             rounded[kind] += 1
-        elif change is not None and module in maps and bool(turned) == (module in turned):
-            U, S, Vt = decomposed(change.T if turned else change)
+        elif change is not None and module in maps:
+            U, S, Vt = decomposed(change.T if turned[module] else change)
             k = known(S, rank, energy, per_module)
             found[module] = (U[:, :k].copy(), S, Vt[:k].copy())
         elif change is not None:
@@ -290,8 +292,10 @@ def extract(
         raise MismatchError(f"{base} and {tuned}: no linear map differs; there is nothing to extract")
     if fewer:
         notes.append(f"{fewer} and are left out")
-    if turned and any(m in maps and m not in turned for m in (n.removesuffix(".weight") for n in left)):
-        notes.append("maps that are no Conv1D are left out: fan_in_fan_out is for all modules or none")
+    flag = any(turned[module] for module in found)
+    if others := [module for module in found if turned[module] != flag]:
+        left |= {maps[module]: float(np.linalg.norm(found.pop(module)[1])) for module in others}
+        notes.append(f"{others[0]} is no Conv1D and left out: fan_in_fan_out is for all modules or none")
     spectra = {m: S for m, (_, S, _) in found.items()}
     costs = {m: sum(before.shapes[f"{m}.weight"]) for m in found}
     chosen = choose(spectra, costs, rank, energy, per_module)
@@ -300,13 +304,13 @@ def extract(
         k = chosen[module]
         if U.shape[1] < k:
             change, _ = difference(before, after, f"{module}.weight")
-            U, S, Vt = decomposed(change.T if turned else change)
+            U, S, Vt = decomposed(change.T if flag else change)
         A, B = split(U, S, Vt, k)
         at = f"{PREFIX}{module}.lora_"
         tensors |= {f"{at}A.weight": A, f"{at}B.weight": B}
     modules = [name.removesuffix(".weight") for name in before.shapes]
     config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(found)))
-    config |= {"base_model_name_or_path": str(base), "fan_in_fan_out": bool(turned)}
+    config |= {"base_model_name_or_path": str(base), "fan_in_fan_out": flag}
     write_adapter(out, config, tensors, fingerprint(before), overwrite=overwrite)
     written, rows = open_adapter(out), []
     for module, S in spectra.items():

@@ -26,6 +26,7 @@ from .backend import to_device, to_host
 from .errors import (
     ConfigError,
     FormatError,
+    MiniloraError,
     MismatchError,
     NonFiniteError,
     StateError,
@@ -38,7 +39,7 @@ from .layers import freeze, named_params, walk
 from .lora import Adapted
 from .model import Config, Llama, RopeScaling, blank
 from .storage import exists, read, write_atomic, write_folder
-from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored, unique
+from .tensors import CALLED, Tensors, layout, open_tensors, refuse_pointer, sealed, stored, unique
 from .tokenizer import FILES, Tokenizer, tokenizer
 
 BASE = Path(__file__).parent / "base"  # the model that ships with the package
@@ -79,6 +80,10 @@ FORWARD = {  # what the forward pass here can do, where it is more than names an
 }
 ROOTS = ("transformer.", "model.")  # what names begin with in a model with a head and not in one without
 BARE = re.compile(r"h\.[0-9]+\.")  # how public files of GPT-2 and BLOOM begin, which PEFT's names do not
+STEMS = ("model", "diffusion_pytorch_model")  # of the files of tensors
+OWN = re.compile(rf"({'|'.join(STEMS)})(-[0-9]+-of-[0-9]+)?\.safetensors(\.index\.json)?")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")  # the name of a model there
 CONV1D = ("c_attn", "c_fc", "q_attn", "c_proj")  # GPT-2's maps; those of others of these names lie (O, I)
 
 
@@ -113,6 +118,8 @@ def checkpoint(spec: Path | str = "base") -> Checkpoint:
     "./base" is a folder here. The names and shapes of all tensors are those of the config: errors as `load`.
     """
     where = located(spec)
+    if where.suffix == ".safetensors":
+        raise StorageError(f"{where}: is a file of tensors alone; expected a folder that has config.json, too")
     if where.suffix == ".gguf":
         config, tensors = gguf.open_gguf(where)
         if reason := gguf.beyond(where):
@@ -131,7 +138,7 @@ def weights(spec: Path | str) -> Tensors:
     where = located(spec)
     if where.suffix == ".gguf":
         return gguf.open_gguf(where)[1]
-    tensors = open_folder(where)
+    tensors = open_tensors(where) if where.suffix == ".safetensors" else open_folder(where)
     config = read_json(where / "config.json") if exists(where / "config.json") else {}
     root = root_of(config, tensors)
     names = {root + name: name for name in tensors if not is_buffer(name, tensors.shapes[name])}
@@ -146,7 +153,7 @@ def root_of(config: Mapping[str, Any], names: Iterable[str]) -> str:
     return ROOTS[0] if ("Head" in kind or "For" in kind) and any(map(BARE.match, names)) else ""
 
 
-def weight_of(base: Mapping[str, Any], module: str) -> str:
+def name_in(base: Mapping[str, Any], module: str) -> str:
     """The name of a module's weight in a base, whose names may have a root more or less than PEFT's."""
     key = f"{module}.weight"
     names = [key, *(root + key for root in ROOTS), *(key.removeprefix(root) for root in ROOTS)]
@@ -190,8 +197,35 @@ def transposed(shapes: Mapping[str, tuple[int, ...]], module: str) -> bool | Non
 
 
 def located(spec: Path | str) -> Path:
-    """The folder or GGUF file that a name or path means."""
-    return {"base": lambda: BASE, "smollm2": smollm2}.get(str(spec), lambda: Path(spec))()
+    """The folder or file that a name or path means, of a model's own tensors their folder.
+
+    UnsupportedError, MismatchError or StorageError for what is often taken for a base and is none.
+    """
+    where = {"base": lambda: BASE, "smollm2": smollm2}.get(str(spec), lambda: Path(spec))()
+    if OWN.fullmatch(where.name):
+        where = where.parent
+    if where.suffix not in (".gguf", ".json", ".safetensors") and not exists(where / "config.json"):
+        refuse_other(where)
+    elif where.name == "adapter_model.safetensors":
+        refuse_other(where.parent)
+    return where
+
+
+def refuse_other(where: Path) -> None:
+    """The error for what is taken for a base and is none, in words that say what it is."""
+    if exists(where / "adapter_config.json"):
+        raise MismatchError(f"{where}: is the folder of an adapter; expected that of a base")
+    if exists(where / "model_index.json"):
+        raise UnsupportedError(f"{where}: is a pipeline of diffusers; expected one of its parts, as {where / 'unet'}")
+    if where.suffix in PICKLES and where.is_file():
+        raise UnsupportedError(f"{where}: is a pickle, which runs code and is never opened; expected safetensors")
+    if HUB.fullmatch(str(where)) and not exists(where):
+        line = f"hf download {where} --local-dir DIR"
+        raise StorageError(f"{where}: there is no such folder; a model of the hub is not fetched here: {line}")
+    if where.is_dir() and not exists(where / "model.safetensors"):
+        others = sorted(p.name for p in where.glob("*") if p.suffix == ".gguf" or exists(p / "config.json"))
+        if others:
+            raise StorageError(f"{where / 'config.json'}: is missing; there is {short(others[0])}")
 
 
 def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
@@ -305,12 +339,12 @@ def smollm2(cache: Path | None = None) -> Path:
 
 def open_folder(folder: Path) -> Tensors:
     """All tensors of a checkpoint's folder, in one file or in those that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():  # if both are there, transformers takes the one
-        if not single.exists() and (folder / "pytorch_model.bin").exists():
-            raise UnsupportedError(
-                f"{folder}: has pytorch_model.bin only: pickles run code and are never opened"
-            )
+    name = next((name for name in STEMS if any(map(exists, both(folder / name)))), STEMS[0])
+    single, index = both(folder / name)
+    if exists(single) or not exists(index):  # if both are there, transformers takes the one
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+        if pickles and not exists(single):
+            raise UnsupportedError(f"{folder}: has {pickles[-1]} only: pickles run code and are never opened")
         return open_tensors(single)
     weight_map = read_json(index, limit=1 << 24).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -325,6 +359,11 @@ def open_folder(folder: Path) -> Tensors:
     shapes = {tensor: shard.shapes[tensor] for tensor, shard in where.items()}
     dtypes = {tensor: shard.dtypes[tensor] for tensor, shard in where.items()}
     return Tensors(str(folder), shapes, dtypes, lambda tensor: where[tensor][tensor])
+
+
+def both(stem: Path) -> tuple[Path, Path]:
+    """The file of a model's tensors, and the index of many files."""
+    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.safetensors.index.json")
 
 
 def plain_file(index: Path, name: str) -> Path:
@@ -348,9 +387,10 @@ def plain_file(index: Path, name: str) -> Path:
 def read_json(path: Path | str, limit: int = 1 << 20) -> dict[str, Any]:
     """A JSON object of at most `limit` bytes without repeated keys, or FormatError."""
     try:
-        value = json.loads(read(path, limit).decode(), object_pairs_hook=unique)
+        refuse_pointer(path, raw := read(path, limit))
+        value = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
-        if isinstance(e, StorageError):
+        if isinstance(e, MiniloraError):
             raise
         raise FormatError(f"{path}: is not a JSON object: {str(e)[:120]}") from e
     if not isinstance(value, dict):

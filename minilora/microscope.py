@@ -25,7 +25,7 @@ import numpy as np
 from .adapters import Adapter, change_norm, open_adapter
 from .backend import Array, cores, one_blas_thread, to_device, to_host, xp
 from .errors import MismatchError, NonFiniteError, nearest
-from .files import transposed, weight_of, weights
+from .files import transposed, name_in, weights
 from .lora import LAYER
 from .sizes import aligned
 from .spectra import (
@@ -255,7 +255,7 @@ def beside_base(
     whole: int,
 ) -> BesideBase:
     """ΔW = U S Vᵀ against W."""
-    key = weight_of(base, name)
+    key = name_in(base, name)
     if key not in base:
         raise MismatchError(f"{given.where}: the base has no {key}; {nearest(key, base)}")
     W = base[key].astype(np.float64)

@@ -5,18 +5,35 @@ leaves the old file or the new one. A lock held by the kernel keeps two processe
 and is free again the moment its holder dies. No other file of the package opens one for writing.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import LockedError, StorageError
 
 MARKS = ("config.json", "adapter_config.json")  # of a folder that may be overwritten
 BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and what may be in it
 OURS = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # the temporary names below
+
+
+class Stamp(NamedTuple):
+    """What tells a file from another one that is put in its place, and from itself when it is changed."""
+
+    device: int
+    inode: int
+    size: int  # in bytes
+    changed: int  # nanoseconds
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Stamp:
+        """The stamp of what the system says of a file."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
@@ -150,8 +167,15 @@ def read(path: Path | str, limit: int = 1 << 30) -> bytes:
         return Path(path).read_bytes()
 
 
-def read_at(path: Path | str, start: int, count: int) -> bytes:
-    """`count` bytes of a file from `start` on; StorageError if it has become shorter."""
+def stamp_of(path: Path | str) -> Stamp:
+    """Which regular file it is, and in what state; StorageError names what else it is."""
+    size_of(path)
+    with reading(path):
+        return Stamp.of(os.stat(path))
+
+
+def read_at(path: Path | str, start: int, count: int, stamp: Stamp | None = None) -> bytes:
+    """`count` bytes of a file from `start` on; StorageError if it is not as it was by the `stamp`."""
     with reading(path), open(path, "rb", buffering=0) as file:
         file.seek(start)
         data = file.read(count)
@@ -160,6 +184,8 @@ def read_at(path: Path | str, start: int, count: int) -> bytes:
             if not more:
                 raise StorageError(f"{path}: ends at byte {start + len(data)}; it has changed meanwhile")
             data += more
+        if stamp and stamp != Stamp.of(os.fstat(file.fileno())):  # after reading: it may have changed on the way
+            raise StorageError(f"{path}: has been changed or replaced since it was opened; open it again")
         return data
 
 

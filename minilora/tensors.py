@@ -24,7 +24,7 @@ import numpy as np
 
 from .backend import to_host
 from .errors import FormatError, MismatchError, UnsupportedError, short
-from .storage import read_at, size_of
+from .storage import read_at, stamp_of
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # as they lie in a file, in this order
 OTHERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
@@ -32,6 +32,7 @@ OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]{1,20}|F4|F8")
 CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LONGEST = 100_000_000  # bytes of header
 MOST = 10_000  # tensors
+POINTER = b"version https://git-lfs.github.com/spec/v1"
 PRINTABLE = re.compile(r"[!-~]{1,500}")
 
 
@@ -73,14 +74,16 @@ def open_tensors(path: Path | str) -> Tensors:
 
     StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
     """
-    size = size_of(path)
+    stamp = stamp_of(path)
+    size = stamp.size
     if size < 8:
         raise FormatError(f"{path}: has {size} bytes; a safetensors file has at least 8")
-    length = int.from_bytes(read_at(path, 0, 8), "little")
+    length = int.from_bytes(read_at(path, 0, 8, stamp), "little")
     if length > LONGEST or length > size - 8:
+        refuse_pointer(path, read_at(path, 0, min(size, len(POINTER)), stamp))
         most = min(LONGEST, size - 8)
         raise FormatError(f"{path}: header length {length}; expected at most {most} in {size} bytes")
-    header = parse(path, read_at(path, 8, length))
+    header = parse(path, read_at(path, 8, length, stamp))
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise FormatError(f"{path}: __metadata__ is {short(metadata)}; expected strings by name")
@@ -100,14 +103,21 @@ def open_tensors(path: Path | str) -> Tensors:
 
     def fetch(name: str) -> np.ndarray:
         dtype, shape, begin, stop = places[name]
-        raw = np.frombuffer(read_at(path, 8 + length + begin, stop - begin), FLOATS[dtype]).reshape(shape)
+        raw = read_at(path, 8 + length + begin, stop - begin, stamp)
+        a = np.frombuffer(raw, FLOATS[dtype]).reshape(shape)
         if dtype == "BF16":
-            return widened(raw)
+            return widened(a)
         with np.errstate(invalid="ignore"):  # a signalling NaN
-            return raw.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
+            return a.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
     shapes = {name: shape for name, (_, shape, _, _) in places.items()}
     return Tensors(str(path), shapes, {name: place[0] for name, place in places.items()}, fetch, metadata)
+
+
+def refuse_pointer(path: Path | str, start: bytes) -> None:
+    """FormatError if a file that begins like this is but the pointer that Git LFS leaves in its place."""
+    if start.startswith(POINTER):
+        raise FormatError(f"{path}: is a pointer of Git LFS and not the file itself; `git lfs pull` fetches that")
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

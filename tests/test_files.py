@@ -203,10 +203,10 @@ def test_a_head_of_its_own_is_saved_and_a_shared_table_is_not(seed, tmp_path_fac
 def test_a_checkpoint_is_looked_at_without_reading_its_numbers(folder, monkeypatch):
     read = 0
 
-    def counting(path, start, count):
+    def counting(path, start, count, stamp):
         nonlocal read
         read += count
-        return storage.read_at(path, start, count)
+        return storage.read_at(path, start, count, stamp)
 
     monkeypatch.setattr(tensors, "read_at", counting)
     found = checkpoint(folder)
