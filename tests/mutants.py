@@ -11,6 +11,7 @@ even be imported proves nothing). test_mutants.py keeps the list in step with th
 """
 
 import argparse
+import contextlib
 import os
 import queue
 import re
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -466,6 +468,49 @@ def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     return (True, red[1]) if done.returncode == 1 and red else (False, said[-1] if done.returncode else "")
 
 
+@contextlib.contextmanager
+def copies(jobs: int) -> Iterator[queue.SimpleQueue[Path]]:
+    """Copies of package and tests, one for each job, in a folder that goes."""
+    with tempfile.TemporaryDirectory() as temp:
+        free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for i in range(jobs):
+            copy = Path(temp, str(i))
+            for part in ("minilora", "tests"):
+                shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy(ROOT / "pyproject.toml", copy)
+            with open(copy / "tests/conftest.py", "a", encoding="utf-8") as conftest:
+                conftest.write(NO_SHRINKING)
+            free.put(copy)
+        yield free
+
+
+def attempt(
+    free: queue.SimpleQueue[Path], tests: str, mutated: tuple[str, str] | None = None
+) -> tuple[bool, str]:
+    """`run_tests` in a copy that is free, where a file below minilora/ holds another text meanwhile."""
+    copy = free.get()
+    try:
+        if mutated is None:
+            return run_tests(copy, tests)
+        path = copy / "minilora" / mutated[0]
+        text = path.read_text(encoding="utf-8")
+        path.write_text(mutated[1], encoding="utf-8")
+        try:
+            return run_tests(copy, tests)
+        finally:
+            path.write_text(text, encoding="utf-8")
+    finally:
+        free.put(copy)
+
+
+def not_green(free: queue.SimpleQueue[Path], pool: ThreadPoolExecutor, tests: Iterable[str]) -> list[str]:
+    """What is red in these test files without any change."""
+    names = sorted({name for some in tests for name in some.split()})
+    names = [name for name in names if (ROOT / f"tests/test_{name}.py").exists()]
+    said = dict(zip(names, pool.map(lambda name: attempt(free, name)[1], names), strict=True))
+    return [f"test_{name}.py is not green without any mutant: {why}" for name, why in said.items() if why]
+
+
 def main() -> int:
     """Try the mutants named on the command line, or all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -476,45 +521,23 @@ def main() -> int:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTANTS if not given.names or m.name in given.names]
 
-    with tempfile.TemporaryDirectory() as temp, ThreadPoolExecutor(given.jobs) as pool:
-        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for i in range(given.jobs):
-            copy = Path(temp, str(i))
-            for part in ("minilora", "tests"):
-                shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", copy)
-            with open(copy / "tests/conftest.py", "a", encoding="utf-8") as conftest:
-                conftest.write(NO_SHRINKING)
-            copies.put(copy)
+    with copies(given.jobs) as free, ThreadPoolExecutor(given.jobs) as pool:
 
-        def attempt(tests: str, mutant: Mutant | None = None) -> tuple[bool, str]:
-            copy = copies.get()
+        def tried(mutant: Mutant) -> tuple[bool, str]:
             try:
-                if mutant is None:
-                    return run_tests(copy, tests)
-                path, text, mutated = apply(mutant, copy)
-                path.write_text(mutated, encoding="utf-8")
-                try:
-                    return run_tests(copy, tests)
-                finally:
-                    path.write_text(text, encoding="utf-8")
+                return attempt(free, mutant.tests, (mutant.file, apply(mutant, ROOT)[2]))
             except ValueError as e:
                 return False, str(e)
-            finally:
-                copies.put(copy)
 
         start = time.monotonic()
-        names = sorted({name for m in chosen for name in m.tests.split()})
-        names = [name for name in names if (ROOT / f"tests/test_{name}.py").exists()]
-        green = dict(zip(names, pool.map(attempt, names), strict=True))
-        if red := {name: said for name, (_, said) in green.items() if said}:
-            print(*(f"test_{name}.py is not green without any mutant: {red[name]}" for name in red), sep="\n")
+        if red := not_green(free, pool, (m.tests for m in chosen)):
+            print(*red, sep="\n")
             return 1
-        print(f"{len(names)} test files are green without any mutant, {time.monotonic() - start:.0f} s")
+        print(f"the test files are green without any mutant, {time.monotonic() - start:.0f} s")
         caught = 0
-        for mutant, (red, said) in zip(chosen, pool.map(lambda m: attempt(m.tests, m), chosen), strict=True):
-            caught += red
-            how = f"caught by {said}" if red else f"SURVIVED{f' ({said})' if said else ''}"
+        for mutant, (seen, said) in zip(chosen, pool.map(tried, chosen), strict=True):
+            caught += seen
+            how = f"caught by {said}" if seen else f"SURVIVED{f' ({said})' if said else ''}"
             print(f"{mutant.name:42} {how}", flush=True)
     print(f"{caught} of {len(chosen)} mutants caught, {time.monotonic() - start:.0f} s")
     return 0 if caught == len(chosen) else 1
