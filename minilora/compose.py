@@ -277,11 +277,11 @@ def extract(
         module = name.removesuffix(".weight")
         if kind:
             rounded[kind] += 1
-        elif change is not None and module in maps:
+        elif change.any() and module in maps:
             U, S, Vt = decomposed(change.T if turned[module] else change)
             k = known(S, rank, energy, per_module)
             found[module] = (U[:, :k].copy(), S, Vt[:k].copy())
-        elif change is not None:
+        elif change.any():
             left[name] = float(np.linalg.norm(change))
         if progress:
             progress(i + 1, len(names))
@@ -334,8 +334,8 @@ def comparable(before: Tensors, after: Tensors) -> tuple[list[str], list[str]]:
     """The tensors that both checkpoints have, and notes on those that one has, or has of another shape."""
     names = [name for name in before if name in after]
     if not names:
-        one = next(iter(before), "")
-        raise MismatchError(f"{after.where}: has no tensor of {before.where}; {nearest(one, after)}")
+        first = next(iter(before), "")
+        raise MismatchError(f"{after.where}: has no tensor of {before.where}; {nearest(first, after)}")
     notes = []
     for own, other in ((before, after), (after, before)):
         alone = [name for name in own if name not in other]
@@ -347,11 +347,11 @@ def comparable(before: Tensors, after: Tensors) -> tuple[list[str], list[str]]:
             more = f" and {len(alone) - 3} more" if alone[3:] else ""
             notes.append(f"only {own.where} has {some}{more}")
     for name in names:
-        one, two = before.shapes[name], after.shapes[name]
-        if one != two and is_map(name, one):
-            raise MismatchError(f"{after.where}: {name} has shape {two}; the base's is {one}")
-        if one != two:
-            notes.append(f"{name} is {one} in the base and {two} in the other; compared is what both have")
+        old, new = before.shapes[name], after.shapes[name]
+        if old != new and is_map(name, old):
+            raise MismatchError(f"{after.where}: {name} has shape {new}; the base's is {old}")
+        if old != new:
+            notes.append(f"{name} is {old} in the base and {new} in the other; compared is what both have")
     return names, notes
 
 
@@ -375,29 +375,29 @@ def is_map(name: str, shape: tuple[int, ...]) -> bool:
     return kind == "weight" and len(shape) == 2 and "embed" not in last and last not in TABLES
 
 
-def difference(before: Tensors, after: Tensors, name: str) -> tuple[np.ndarray | None, str]:
-    """tuned - base of one parameter in float64, None if there is none; and the dtype if it is but rounding.
+def difference(before: Tensors, after: Tensors, name: str) -> tuple[np.ndarray, str]:
+    """tuned - base of one parameter in float64, and the dtype if it is but rounding to that, else "".
 
     Where a table has grown, of the rows that both have.
     """
     one, two = before[name], after[name]
-    if one.ndim != two.ndim:
-        return None, ""
+    if one.ndim != two.ndim:  # nothing can be compared
+        return np.zeros(0), ""
     both = tuple(slice(min(sizes)) for sizes in zip(one.shape, two.shape, strict=True))
     one, two = one[both], two[both]
     with np.errstate(invalid="ignore"):
         change = two.astype(np.float64) - one
     if not np.linalg.norm(change) <= LARGEST:
         raise NonFiniteError(f"{after.where}: {name} minus the base's is not finite in float32")
-    return (change, rounding(one, two)) if change.any() else (None, "")
+    return change, rounding(one, two) if change.any() else ""
 
 
 def rounding(one: np.ndarray, two: np.ndarray) -> str:
-    """The dtype in which one of two unequal arrays is but the other, written and read again; "" if in none."""
+    """The dtype in which one of two arrays is but the other, written and read again; "" if in none."""
     for kind in ("float32", "bfloat16", "float16"):
         for wide, narrow in ((one, two), (two, one)):
-            some = slice(1000)  # which tell in nearly every case
-            if np.array_equal(stored(wide.flat[some], kind), narrow.flat[some]):
-                if np.array_equal(stored(wide, kind), narrow):
-                    return kind
+            first = slice(1000)  # which tell in nearly every case
+            same = np.array_equal(stored(wide.flat[first], kind), narrow.flat[first])
+            if same and np.array_equal(stored(wide, kind), narrow):
+                return kind
     return ""

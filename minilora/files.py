@@ -119,7 +119,9 @@ def checkpoint(spec: Path | str = "base") -> Checkpoint:
     """
     where = located(spec)
     if where.suffix == ".safetensors":
-        raise StorageError(f"{where}: is a file of tensors alone; expected a folder that has config.json, too")
+        raise StorageError(
+            f"{where}: is a file of tensors alone; expected a folder that has config.json, too"
+        )
     if where.suffix == ".gguf":
         config, tensors = gguf.open_gguf(where)
         if reason := gguf.beyond(where):
@@ -130,7 +132,7 @@ def checkpoint(spec: Path | str = "base") -> Checkpoint:
 
 
 def weights(spec: Path | str) -> Tensors:
-    """The tensors of a checkpoint of any architecture, by the names that PEFT's adapters have for its modules.
+    """The tensors of a checkpoint of any architecture, by the names that its modules have in PEFT.
 
     They are not compared with the config, for no forward pass is run; buffers and a tied head that only
     repeats the table are left out.
@@ -144,7 +146,9 @@ def weights(spec: Path | str) -> Tensors:
     names = {root + name: name for name in tensors if not is_buffer(name, tensors.shapes[name])}
     if config.get("tie_word_embeddings") is True and repeats(tensors):
         names.pop(TIED)
-    return tensors.renamed(names, (f"names begin with {root} here, which the file leaves out",) if root else ())
+    return tensors.renamed(
+        names, (f"names begin with {root} here, which the file leaves out",) if root else ()
+    )
 
 
 def root_of(config: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -216,12 +220,18 @@ def refuse_other(where: Path) -> None:
     if exists(where / "adapter_config.json"):
         raise MismatchError(f"{where}: is the folder of an adapter; expected that of a base")
     if exists(where / "model_index.json"):
-        raise UnsupportedError(f"{where}: is a pipeline of diffusers; expected one of its parts, as {where / 'unet'}")
+        raise UnsupportedError(
+            f"{where}: is a pipeline of diffusers; expected one of its parts, as {where / 'unet'}"
+        )
     if where.suffix in PICKLES and where.is_file():
-        raise UnsupportedError(f"{where}: is a pickle, which runs code and is never opened; expected safetensors")
+        raise UnsupportedError(
+            f"{where}: is a pickle, which runs code and is never opened; expected safetensors"
+        )
     if HUB.fullmatch(str(where)) and not exists(where):
         line = f"hf download {where} --local-dir DIR"
-        raise StorageError(f"{where}: there is no such folder; a model of the hub is not fetched here: {line}")
+        raise StorageError(
+            f"{where}: there is no such folder; a model of the hub is not fetched here: {line}"
+        )
     if where.is_dir() and not exists(where / "model.safetensors"):
         others = sorted(p.name for p in where.glob("*") if p.suffix == ".gguf" or exists(p / "config.json"))
         if others:

@@ -25,7 +25,7 @@ import numpy as np
 from .adapters import Adapter, change_norm, open_adapter
 from .backend import Array, cores, one_blas_thread, to_device, to_host, xp
 from .errors import MismatchError, NonFiniteError, nearest
-from .files import transposed, name_in, weights
+from .files import name_in, transposed, weights
 from .lora import LAYER
 from .sizes import aligned
 from .spectra import (
@@ -43,7 +43,6 @@ from .spectra import (
     thin_values,
     top_vectors,
 )
-
 from .tensors import Tensors
 
 if TYPE_CHECKING:
@@ -200,9 +199,7 @@ def inspect(
     )  # fmt: skip
 
 
-def look(
-    given: Adapter, name: str, base: Tensors | None, other: Adapter | None, whole: int
-) -> Module:
+def look(given: Adapter, name: str, base: Tensors | None, other: Adapter | None, whole: int) -> Module:
     """One module; vectors are computed only if something is compared with them."""
     pair = given.pairs[name]
     if base is None and other is None:

@@ -6,9 +6,9 @@ untied head of the same size, and L blocks of seven maps and two norms between:
     trained = sum of r (O + I)        total = 2 V D + L (2 D H E + 2 D G E + 3 D F + 2 D) + D
 
 A tied head holds nothing of its own and is adapted as a map of its own, as in PEFT. Qwen 2 has biases
-beside it, Qwen 3 norms of queries and keys. (Hu et al. 2021, section 5.1; Liu et al. 2024, section 4.) Stands in for PEFT's
-print_trainable_parameters, which needs the loaded model; leaves out activations, which depend on the
-batch, and what an allocator wastes.
+besides, Qwen 3 norms of queries and keys. (Hu et al. 2021, section 5.1; Liu et al. 2024, section 4.)
+Stands in for PEFT's print_trainable_parameters, which needs the loaded model; leaves out activations,
+which depend on the batch, and what an allocator wastes.
 """
 
 from __future__ import annotations
@@ -248,7 +248,9 @@ def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linea
     before, block, after = parts(outline)
     layers = {f"model.layers.{i}.{name}": part for i in range(L) for name, part in block.items()}
     layers = before | layers | after
-    found = set(find_targets({m: BLANK[part.layer] for m, part in layers.items()}, LoraConfig(targets=targets)))
+    found = set(
+        find_targets({m: BLANK[part.layer] for m, part in layers.items()}, LoraConfig(targets=targets))
+    )
     rows = [Site(m, part.layer, part.shape, m in found) for m, part in layers.items()]
     return Tree(str(base), tuple(rows), outline.config.tie_word_embeddings)
 
@@ -338,13 +340,17 @@ def llama_shape(outline: Outline) -> Shape:
     c = outline.config
     before, block, after = parts(outline)
     L = c.num_hidden_layers
-    outer, inner = before | after, block.items()
-    maps = {name.rpartition(".")[2]: (*part.shape, L) for name, part in inner if part.layer == "Linear"}
-    maps |= {name.rpartition(".")[2]: (*part.shape, 1) for name, part in outer.items() if part.layer != "RMSNorm"}
-    of_blocks = L * sum(math.prod(part.shape) for part in block.values() if part.layer == "Linear")
+    outer = before | after
+    maps = {
+        name.rpartition(".")[2]: (part.shape[0], part.shape[1], number)
+        for where, number in ((block, L), (outer, 1))
+        for name, part in where.items()
+        if part.layer != "RMSNorm"
+    }
+    inner = L * sum(math.prod(part.shape) for part in block.values() if part.layer == "Linear")
     total = L * sum(map(size, block.values())) + sum(map(size, outer.values()))
     total -= size(outer["lm_head"]) * c.tie_word_embeddings
-    return Shape(maps, total, of_blocks)
+    return Shape(maps, total, inner)
 
 
 def size(part: Part) -> int:

@@ -184,7 +184,9 @@ def read_at(path: Path | str, start: int, count: int, stamp: Stamp | None = None
             if not more:
                 raise StorageError(f"{path}: ends at byte {start + len(data)}; it has changed meanwhile")
             data += more
-        if stamp and stamp != Stamp.of(os.fstat(file.fileno())):  # after reading: it may have changed on the way
+        if stamp and stamp != Stamp.of(
+            os.fstat(file.fileno())
+        ):  # after reading: it may have changed on the way
             raise StorageError(f"{path}: has been changed or replaced since it was opened; open it again")
         return data
 

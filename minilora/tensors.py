@@ -49,10 +49,9 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
         """Some of the tensors under other names, name here -> name there, and what is to be said of that."""
-        shapes, dtypes = ({new: by[old] for new, old in names.items()} for by in (self.shapes, self.dtypes))
-        return Tensors(
-            self.where, shapes, dtypes, lambda name: self.fetch(names[name]), self.metadata, notes
-        )
+        shapes = {new: self.shapes[old] for new, old in names.items()}
+        dtypes = {new: self.dtypes[old] for new, old in names.items()}
+        return Tensors(self.where, shapes, dtypes, lambda new: self.fetch(names[new]), self.metadata, notes)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.shapes:
@@ -117,7 +116,9 @@ def open_tensors(path: Path | str) -> Tensors:
 def refuse_pointer(path: Path | str, start: bytes) -> None:
     """FormatError if a file that begins like this is but the pointer that Git LFS leaves in its place."""
     if start.startswith(POINTER):
-        raise FormatError(f"{path}: is a pointer of Git LFS and not the file itself; `git lfs pull` fetches that")
+        raise FormatError(
+            f"{path}: is a pointer of Git LFS and not the file itself; `git lfs pull` fetches that"
+        )
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def test_the_share_of_the_change_is_that_of_the_dense_matrices():
 
 HOW = {
     "plain": {}, "rslora": {"rslora": True}, "q and v": {"targets": ["q_proj", "v_proj"]},
-    "everything": {"targets": EVERYTHING}, "table": {"targets": TIED}, "dora": {"targets": LINEARS, "dora": True},
+    "everything": {"targets": EVERYTHING}, "table": {"targets": TIED},
+    "dora": {"targets": LINEARS, "dora": True},
     "patterns": {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"layers.0.self_attn.v_proj": 0.3}},
     "saved": {"targets": ["q_proj"], "modules_to_save": ["norm", "model.norm", "embed_tokens"]},
     "lora_only": {"bias": "lora_only"}, "all": {"bias": "all", "targets": ["v_proj"]},

@@ -716,7 +716,8 @@ REFUSED = [
     (122, "a forward pass that is another", BASES, UnsupportedError, r"config\.json: [a-z_]+ is", [
         *(shape(model_type=kind) for kind in ("qwen2", "qwen3", "gpt2", "", 3, ["llama"])),
         *(shape(rope_scaling=ropes) for ropes in (
-            {"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}, {"type": "dynamic"}, [2.0])),
+            {"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}, {"type": "dynamic"},
+            [2.0])),
         shape(model_type="mistral", sliding_window=4096), shape(hidden_act="gelu"),
         shape(quantization_config={"bits": 4}), shape(partial_rotary_factor=0.5)]),
 ]  # fmt: skip

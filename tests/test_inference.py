@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers import EVERYTHING, LINEARS, N, TIED, T, batch, tiny
+from helpers import EVERYTHING, LINEARS, TIED, N, T, batch, tiny
 
 from minilora.layers import named_params
 from minilora.lora import Adapted, LoraConfig, inject, merge, sites

@@ -237,8 +237,10 @@ def test_of_gpt2_the_base_says_how_a_weight_lies(flag, ours, theirs, tmp_path):
     W = {f"h.1.{name}": rng.standard_normal(shape) for name, shape in shapes.items()}
     base = {f"{theirs}{name}.weight": w for name, w in W.items()}
     base |= {f"{theirs}{name}.bias": np.zeros(w.shape[1]) for name, w in W.items()}
-    factors = {f"{ours}{name}": (rng.standard_normal((2, I)), rng.standard_normal((O, 2)))
-               for name, (I, O) in shapes.items() for name in [f"h.1.{name}"]}  # fmt: skip
+    factors = {
+        ours + name: (rng.standard_normal((2, len(w))), rng.standard_normal((w.shape[1], 2)))
+        for name, w in W.items()
+    }
     folder = write_peft(tmp_path / "a", factors, fan_in_fan_out=flag)
     seen = inspect(folder, checkpoint(tmp_path / "base", base))
     assert len(seen.modules) == 4

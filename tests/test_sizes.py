@@ -85,13 +85,13 @@ def test_the_modules_of_a_file_are_those_of_its_model(config, data, tmp_path_fac
     assert [(row.module, row.layer, row.shape) for row in found.rows] == [
         (m, type(layer).__name__, layer.weight.data.shape) for m, layer in layers.items()
     ]
-    adapted = [row.module for row in inject(model, LoraConfig(r=1, targets=kind), rng=numpy.random.default_rng(0)).rows]
-    assert [row.module for row in found.rows if row.adapted] == adapted
+    report = inject(model, LoraConfig(r=1, targets=kind), rng=numpy.random.default_rng(0))
+    assert [row.module for row in found.rows if row.adapted] == [row.module for row in report.rows]
     assert found.tied == config.tie_word_embeddings
 
 
 # fmt: off
-MODELS = {  # config.json of public models, what of it matters: total parameters as their cards and files have it
+MODELS = {  # what matters of the config.json of public models, and the parameters in their files
     "Qwen/Qwen2.5-0.5B": ({
         "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
@@ -145,18 +145,20 @@ def test_what_only_the_forward_pass_needs_is_not_needed_to_count(name, tmp_path)
     assert len(norms) == 2 * L * (config["model_type"] == "qwen3")
     assert all(row.shape == (128,) for row in listed.rows if row.module in norms)
     assert listed.tied == config["tie_word_embeddings"]
-    with pytest.raises(UnsupportedError, match=r"config\.json: (model_type|sliding_window|rope_scaling|quant)"):
+    with pytest.raises(UnsupportedError, match=r"config\.json: (model_type|sliding_w|rope_scaling|quant)"):
         load(tmp_path)
 
 
 def test_another_architecture_is_refused_with_those_that_are_known(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gemma2", "hidden_size": 8}')
     for call in (count, modules):
-        with pytest.raises(UnsupportedError, match=r"'gemma2'; expected 'llama', 'mistral' \(to count, .*'qwen3'"):
+        with pytest.raises(UnsupportedError, match=r"'gemma2'; expected 'llama', 'mistral' \(to count"):
             call(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "head_dim"])
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "head_dim"]
+)
 @pytest.mark.parametrize("size", [10**6 + 1, 10**9, 10**15, 10**30])
 def test_a_config_of_any_size_takes_neither_time_nor_memory(key, size, tmp_path):
     given = asdict(Config(11, 6, 5, 2, 3, 1, 4)) | {key: size}
