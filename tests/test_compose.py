@@ -813,6 +813,22 @@ def test_what_is_extracted_from_conv1d_is_what_a_reader_applies(
     }
 
 
+def test_what_is_no_parameter_is_not_read(tmp_path):
+    """Masks and positions, which some savers keep as integers and some do not."""
+    before = gpt2_tensors(rng := np.random.default_rng(0), 4, 6)
+    after = {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
+    extra = {f"h.{i}.attn.bias": np.ones((1, 1, 5, 5), np.uint8) for i in range(2)}
+    extra |= {"h.0.attn.masked_bias": np.array(-1e4, np.float32), "embeddings.position_ids": np.arange(5)[None]}
+    base = gpt2(tmp_path / "base", before | extra, "")
+    found = extract(base, gpt2(tmp_path / "tuned", after, ""), tmp_path / "out", rank=2)
+    assert not any("only" in note for note in found.notes)
+    assert len(found.rows) == 8
+    steps = {"h.0.steps.weight": np.arange(6).reshape(2, 3)}
+    both = (gpt2(tmp_path / name, t | steps, "") for name, t in (("one", before), ("two", after)))
+    with pytest.raises(UnsupportedError, match=r"steps\.weight: dtype is I64"):
+        extract(*both, tmp_path / "no", rank=2)
+
+
 def test_a_linear_called_like_a_conv1d_is_no_conv1d(tmp_path):
     """Other models have a c_attn and a c_proj too, as (out, in)."""
     rng = np.random.default_rng(0)
