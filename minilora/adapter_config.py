@@ -1,32 +1,36 @@
 """PEFT's adapter_config.json: what it says, which modules it means, and how ours is written.
 
 Every field that changes the numbers is honoured or refused by name, and has its exact type: PEFT takes
-"false" for true and NaN for an alpha. Its patterns are regular expressions; those that could hang are
-refused, and none is needed to write one: each module that differs gets a key of its own, since PEFT
-sorts the keys on saving and takes the first that fits on reading.
+"false" for true and NaN for an alpha. Its patterns are regular expressions (patterns.py), and none is
+needed to write one: each module that differs gets a key of its own, since PEFT sorts the keys on saving
+and takes the first that fits on reading. They are gone through when it is asked what they mean.
 """
 
 from __future__ import annotations
 
-import functools
+import codecs
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import patterns, tensors
 from .errors import ConfigError, UnsupportedError, check_float, check_int, short
 from .files import read_json
 from .lora import LAYER, matches
+from .storage import read_at
 
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-REFUSED = (  # what changes the arithmetic in a way that is not done here
-    "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config",
-    "monteclora_config", "kasa_config", "megatron_config", "layer_replication", "target_parameters",
-    "trainable_token_indices", "ensure_weight_tying",
+REFUSED = (  # what changes what B A means, in a way that is not done here
+    "use_qalora", "arrow_config", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
+    "megatron_config", "target_parameters",
+)  # fmt: skip
+BESIDE = (  # what acts beside B A, or not on every token: it can be looked at, but not loaded
+    "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
+    "ensure_weight_tying",
 )  # fmt: skip
 OF_NO_EFFECT = (  # on the numbers
     "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode",
@@ -38,11 +42,12 @@ USED = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "fan_in_fan_out", "init_lora_weights", "lora_dropout",
 )  # fmt: skip
-SWITCHES = ("lora_bias", "use_qalora", "ensure_weight_tying")  # of REFUSED, those that are true or false
+SWITCHES = ("lora_bias", "use_qalora", "ensure_weight_tying")  # of both, those that are true or false
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
 HIGHEST = 1 << 20  # rank
-MOST = 2000  # keys of a pattern
-WAYS = 1 << 20  # through a regular expression
+MOST = tensors.MOST // 2  # keys of a pattern: one for each module that a file can hold
+LARGEST = 1 << 23  # bytes: such a key in two patterns, 80 bytes each
+FEW = 1000  # names in a list that is compared with every module
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Settings:
 
     r: int
     lora_alpha: float
-    target_modules: str | tuple[str, ...]
+    target_modules: str | tuple[str, ...] = ()
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -64,16 +69,31 @@ class Settings:
     fan_in_fan_out: bool = False
     lora_dropout: float = 0.0
     base: str | None = None  # base_model_name_or_path, which nothing compares
+    beside: tuple[str, ...] = ()  # what acts beside B A, as "lora_bias is True"
+    where: str = "adapter_config.json"  # the file, for messages
 
-    def scale(self, module: str, r: int) -> tuple[float, float]:
-        """alpha and s of a module of rank r."""
-        alpha = chosen(self.alpha_pattern, module, self.lora_alpha)
-        return alpha, alpha / (math.sqrt(r) if self.use_rslora else r)
+    def scale(self, alpha: float, r: int) -> float:
+        """s of a module of this alpha and rank."""
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What rank_pattern or alpha_pattern says about some modules: of each the value of the first key."""
+
+    values: Mapping[str, Any]  # by module; one that no key means has the usual value
+    contested: tuple[str, ...]  # modules for which a later key has another value: the order decides
+    idle: tuple[str, ...]  # keys that mean none of the modules
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of an adapter_config.json as they are; FormatError if it is no JSON object."""
+    return read_json(path, LARGEST)
 
 
 def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     """The settings in an adapter_config.json, and notes on what is beside; ConfigError names the field."""
-    given = read_json(path)
+    given = read_fields(path)
 
     def wrong(name: str, expected: str) -> ConfigError:
         return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")
@@ -85,16 +105,19 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         raise UnsupportedError(f"{path}: peft_type is {short(kind)}; expected 'LORA'")
 
     def flag(name: str) -> bool:
-        found = given.get(name, False)
-        if type(found) is not bool:
+        found = given.get(name)
+        if found is not None and type(found) is not bool:
             raise wrong(name, "true or false")
-        return found
+        return bool(found)
 
-    for name in REFUSED:
+    beside = []
+    for name in (*REFUSED, *BESIDE):
         if name in SWITCHES:
             flag(name)
         if given.get(name) not in (None, False, {}, []):
-            raise UnsupportedError(f"{path}: {name} is {short(given[name])}; this is not done here")
+            beside.append(f"{name} is {short(given[name])}")
+            if name in REFUSED:
+                raise UnsupportedError(f"{path}: {beside[-1]}; this is not done here")
     init = given.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(OTHER_BASE):
         raise UnsupportedError(
@@ -102,28 +125,19 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
             "save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
         )
 
-    def words(name: str, optional: bool = True) -> str | tuple[str, ...]:
+    def words(name: str) -> str | tuple[str, ...]:
         found = given.get(name)
-        if found is None and optional:
-            return ()
-        if isinstance(found, str) and found:
-            checked_regex(found if found.lower() != "all-linear" else "x", f"{path}: {name}")
-            return found
+        if found is None or (isinstance(found, str) and found):
+            return found or ()
         if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
             raise wrong(name, "a list of module names")
-        if not found and not optional:
-            raise wrong(name, "at least one module name")
-        for word in found:
-            if not NAME.fullmatch(word):
-                raise ConfigError(f"{path}: {name} has the entry {short(word)}; expected a module's name")
         return tuple(dict.fromkeys(found))
 
     def pattern(name: str, check: Any) -> dict[str, Any]:
         found = {} if given.get(name) is None else given[name]
-        if not isinstance(found, dict) or len(found) > MOST or sum(map(len, found)) > 50 * MOST:
+        if not isinstance(found, dict) or len(found) > MOST:
             raise wrong(name, f"an object of at most {MOST} numbers by module name")
         for key, number in found.items():
-            checked_regex(key, f"{path}: {name}")
             check(f"{name}[{short(key)}]", number)
         return found
 
@@ -149,12 +163,14 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     base = given.get("base_model_name_or_path")
     saved, layers = words("modules_to_save"), given.get("layers_pattern")
     layers = [] if layers is None else [layers] if isinstance(layers, str) else layers
-    if isinstance(saved, str) or not isinstance(layers, list) or not all(isinstance(n, str) for n in layers):
-        raise wrong("modules_to_save" if isinstance(saved, str) else "layers_pattern", "a list of names")
+    if isinstance(saved, str) or len(saved) > FEW:
+        raise wrong("modules_to_save", f"a list of at most {FEW} names")
+    if not isinstance(layers, list) or len(layers) > FEW or not all(isinstance(n, str) for n in layers):
+        raise wrong("layers_pattern", f"a list of at most {FEW} names")
     settings = Settings(
         r=rank("r", given["r"]),
         lora_alpha=alpha("lora_alpha", given["lora_alpha"]),
-        target_modules=words("target_modules", optional=False),
+        target_modules=words("target_modules"),
         use_rslora=flag("use_rslora"),
         use_dora=flag("use_dora"),
         rank_pattern=pattern("rank_pattern", rank),
@@ -167,76 +183,74 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         fan_in_fan_out=flag("fan_in_fan_out"),
         lora_dropout=check_float(f"{path}: lora_dropout", given.get("lora_dropout", 0.0), 0, 1),
         base=base if isinstance(base, str) else None,
+        beside=tuple(beside),
+        where=str(path),
     )
-    if settings.layers_to_transform is not None and isinstance(settings.target_modules, str):
-        raise wrong("layers_to_transform", "null where target_modules is one string")
-    strange = sorted(k for k, value in given.items() if value and k not in {*USED, *REFUSED, *OF_NO_EFFECT})
+    strange = sorted(
+        k for k, value in given.items() if value and k not in {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT}
+    )
     some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
-    return settings, (f"not known here and ignored: {some}",) if strange else ()
+    notes = [f"not known here and ignored: {some}"] if strange else []
+    if read_at(path, 0, 3) == codecs.BOM_UTF8:
+        notes.append("the config begins with a byte order mark, with which PEFT does not read it")
+    return settings, tuple(notes)
 
 
-def checked_regex(pattern: str, where: str) -> re.Pattern[str]:
-    """The regular expression of a file, if it cannot take long: no repeated group, and few ways through it.
-
-    A repeat may end at 64 or so characters of a module's name, and each | and ? leaves a choice; their
-    product is bounded. ConfigError if it is none, UnsupportedError if it might hang.
-    """
-    if len(pattern) > 1000 or "\0" in pattern:
-        raise ConfigError(f"{where} is {short(pattern)}; expected a short pattern")
-    one = r"\\.|\[\^?\]?(\\.|[^\]\\])*\]"  # escapes and classes are one character
-    bare = re.sub(one, "x", pattern, flags=re.DOTALL).replace("(?:", "(")
-    ways = 64 ** len(re.findall(r"[*+{]", bare)) << len(re.findall(r"(?<![*+?}])\?", bare))
-    ways *= math.prod(1 + part.count("|") for part in re.split("[()]", bare))
-    if re.search(r"\)[*+?{]|\(\?", bare) or re.search(r"\\[1-9]", pattern) or ways > WAYS:
-        raise UnsupportedError(f"{where} is {short(pattern)}: a regular expression that could take for ever")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what will mean another thing in a later Python
-            return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, Warning) as e:
-        raise ConfigError(f"{where} is {short(pattern)}: is no regular expression: {e}") from e
+def check_targets(settings: Settings) -> None:
+    """ConfigError unless it can be told which modules of a base the config means."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        entries = getattr(settings, name)
+        for word in () if isinstance(entries, str) else entries:
+            if not NAME.fullmatch(word):
+                what = f"{name} has the entry {short(word)}"
+                raise ConfigError(f"{settings.where}: {what}; expected a module's name")
+    if not settings.target_modules:
+        raise ConfigError(f"{settings.where}: target_modules is empty; expected at least one module name")
+    if settings.layers_to_transform is not None and isinstance(settings.target_modules, str):
+        what = f"layers_to_transform is {short(settings.layers_to_transform)}"
+        raise ConfigError(f"{settings.where}: {what}; expected null where target_modules is one string")
 
 
-def chosen(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key that means this module: in PEFT a regex for the end of its name."""
-    return next((value for key, value in pattern.items() if ending(key).match(module)), default)
-
-
-def contested(pattern: Mapping[str, Any], module: str) -> bool:
-    """Whether two keys mean this module and disagree: the order, which PEFT loses on saving, would decide."""
-    return len({value for key, value in pattern.items() if ending(key).match(module)}) > 1
-
-
-@functools.lru_cache(2 * MOST)
-def ending(key: str) -> re.Pattern[str]:
-    """The names of modules that a pattern's key means."""
-    return re.compile(rf"(.*\.)?({key})$")
+def chosen(settings: Settings, name: str, modules: Sequence[str]) -> Chosen:
+    """What rank_pattern or alpha_pattern says: in PEFT the first key counts that means the name's end."""
+    pattern = getattr(settings, name)
+    fits = patterns.fitting(pattern, modules, f"{settings.where}: {name}")
+    keys, numbers = list(pattern), list(pattern.values())
+    used = {place for fit in fits for place in fit}
+    return Chosen(
+        {module: numbers[fit[0]] for module, fit in zip(modules, fits, strict=True) if fit},
+        tuple(m for m, fit in zip(modules, fits, strict=True) if len({numbers[place] for place in fit}) > 1),
+        tuple(key for place, key in enumerate(keys) if place not in used),
+    )
 
 
 def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) -> list[str]:
     """Which of a base's modules the config means to adapt, by PEFT's rules."""
-    saved = settings.modules_to_save
-    free = [m for m in modules if not named(settings.exclude_modules, m)]
-    free = [m for m in free if not any(f".{entry}." in f".{m}." for entry in saved)]
+    excluded = set(named(settings, "exclude_modules", modules))
+    free = [m for m in modules if m not in excluded]
+    free = [m for m in free if not any(f".{entry}." in f".{m}." for entry in settings.modules_to_save)]
     targets = settings.target_modules
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        return [m for m in free if m in linears and not matches("lm_head", m)]
-    found = [m for m in free if named(targets, m)]
+        adaptable = set(linears)
+        return [m for m in free if m in adaptable and not matches("lm_head", m)]
+    found = named(settings, "target_modules", free)
     if settings.layers_to_transform is None:
         return found
-    by_suffix = [m for m in found if m not in targets]
+    exact, layers = set(targets), set(settings.layers_to_transform)
+    by_suffix = [m for m in found if m not in exact]
     if settings.layers_pattern:
         by_suffix = [m for m in by_suffix if any(f".{p}." in f".{m}." for p in settings.layers_pattern)]
-    numbers = {m: int(layer[1]) for m in by_suffix if (layer := LAYER.match(m))}
-    kept = {m for m, number in numbers.items() if number in settings.layers_to_transform}
-    return [m for m in found if m in kept or m in targets]
+    kept = {m for m in by_suffix if (layer := LAYER.match(m)) and int(layer[1]) in layers}
+    return [m for m in found if m in kept or m in exact]
 
 
-def named(entries: str | tuple[str, ...], module: str) -> bool:
-    """Whether entries (names), or one regular expression for the whole name, mean a module."""
+def named(settings: Settings, name: str, modules: Sequence[str]) -> list[str]:
+    """The modules that target_modules or exclude_modules names: by names, or by one regular expression."""
+    entries = getattr(settings, name)
     if isinstance(entries, str):
-        return re.fullmatch(entries, module) is not None
-    return any(matches(entry, module) for entry in entries)
+        return patterns.whole(entries, modules, f"{settings.where}: {name}")
+    names = set(entries)
+    return [m for m in modules if any(m[start:] in names for start in patterns.starts(m))]
 
 
 def peft_config(

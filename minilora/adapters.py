@@ -2,11 +2,13 @@
 
     base_model.model.MODULE.lora_A.weight (r, I)   .lora_B.weight (O, r)   s = alpha / r of the config
 
-Reading is strict where PEFT is not: a tensor without its module, a module without its tensors, a rank that
-is not the config's, a value that is not finite and another base are errors, each with the name of module
-and file. An adapter of any architecture can be opened; only its header is read until a matrix is asked
-for. Stands in for PeftModel.from_pretrained and save_pretrained; what they can do and this cannot is
-refused by name. No pickle is ever opened, and no regular expression of a file is run that could hang.
+Reading is generous: what is in the file counts, its ranks are those of the shapes, and where the config says
+otherwise a note tells it. Loading beside a base is strict where PEFT is not: a tensor without its module, a
+module without its tensors, a rank that is not the config's, a value that is not finite and another base are
+errors, each with the name of module and file. An adapter of any architecture can be opened; only its header
+is read until a matrix is asked for. Stands in for PeftModel.from_pretrained and save_pretrained; what they
+can do and this cannot is refused by name. No pickle is ever opened, and no
+regular expression of a file can take long.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from .adapter_config import (
     NAME,
     Settings,
     alphas_of,
+    check_targets,
     chosen,
-    contested,
     meant,
     named,
     peft_config,
@@ -40,7 +42,6 @@ from .errors import (
     MismatchError,
     NonFiniteError,
     StateError,
-    StorageError,
     UnsupportedError,
     nearest,
     short,
@@ -58,23 +59,32 @@ from .lora import (
     adapted,
     attach,
     base_of,
-    matches,
     open_for,
     sites,
     unbiased,
 )
 from .model import Llama
-from .storage import exists, write_atomic, write_folder
+from .patterns import starts
+from .recognise import CONFIG, WEIGHTS, adapter_folder, of_names
+from .storage import write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PATTERNS = "rank_pattern", "alpha_pattern"
 PREFIX = "base_model.model."
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BEFORE = re.compile(r"((_forward_module|module|model)\.)*(base_model\.model\.)+")  # module: DDP, DeepSpeed
 KEY = re.compile(
     r"(?P<module>.+?)\.(?:"
-    r"lora_(?P<linear>[AB])(?P<d1>\.default)?\.weight|lora_embedding_(?P<table>[AB])(?P<d2>\.default)?|"
-    r"(?P<magnitude>lora_magnitude_vector)(?P<d3>\.default\.weight)?|"
-    r"base_layer\.(?P<copy>weight|bias)|(?P<own>weight|bias))"
+    r"(?P<linear>lora_[AB])(?:\.(?P<name>[^.]+))?(?P<end>\.weight|\.bias)|"
+    r"(?P<bare>lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)"
+    r"(?:\.(?P<its>(?!weight$)[^.]+))?(?:\.weight)?|"
+    r"(?P<copy>base_layer\.(?:weight|bias)))"
 )
+FACTORS, OF_TABLE = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE, COPY, BIAS = "lora_magnitude_vector", "base_layer.weight", "base_layer.bias"
+ADDED = ("lora_B.bias", "token_adapter.trainable_tokens_delta")  # what acts beside B A
+PARTS = (*FACTORS, *OF_TABLE, MAGNITUDE, COPY, BIAS, *ADDED)  # of an adapted module
+TABLES = ("embed_tokens", "lm_head")  # whose weights PEFT adds unasked, where the vocabulary was resized
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,10 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter's folder: its config, and where the factors of each module lie."""
+    """An adapter's folder: its config, and where the factors of each module lie.
+
+    Tensors are called as PEFT calls them, whatever the file does.
+    """
 
     where: Path
     settings: Settings
@@ -103,7 +116,14 @@ class Adapter:
     replaced: Mapping[str, str]  # parameter of the base -> the tensor in its place
     tensors: Tensors
     notes: tuple[str, ...] = ()  # what is unusual and was accepted
+    doubts: tuple[str, ...] = ()  # where config and file disagree, told by who reads, refused by who loads
     made: Mapping[str, str] = field(default_factory=dict)  # minilora's own: base (its fingerprint), sha256
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """All that is to be told to who only looks at it."""
+        beside = (f"{field}: acts beside B A and is not in the numbers" for field in self.settings.beside)
+        return (*self.notes, *beside, *self.doubts)
 
     def value(self, tensor: str) -> np.ndarray:
         """A tensor of the file, or NonFiniteError."""
@@ -126,165 +146,275 @@ class Adapter:
 
 
 def open_adapter(folder: Path | str) -> Adapter:
-    """The adapter in a folder: config, names and shapes of the tensors, checked against each other.
+    """The adapter in a folder (or of a file in it): what the file holds, and where the config disagrees.
 
     Numbers are read now only to compare the digest that minilora's own files carry.
     StorageError, FormatError, ConfigError, UnsupportedError or MismatchError name file and field or tensor.
     """
-    folder = Path(folder)
-    if not exists(folder / CONFIG) and folder.is_dir():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"; there is one in {short(inside[0])}" if inside else ""
-        raise StorageError(f"{folder / CONFIG}: is missing{hint}")
+    folder = adapter_folder(folder)
     settings, notes = read_settings(folder / CONFIG)
-    if not exists(folder / WEIGHTS) and exists(folder / "adapter_model.bin"):
-        raise UnsupportedError(
-            f"{folder}: has adapter_model.bin only: a pickle runs code and is never opened"
-        )
     tensors = open_tensors(folder / WEIGHTS)
-    pairs, replaced, more = sort_out(folder / WEIGHTS, settings, tensors)
     said = tensors.metadata.get("minilora", "{}")
     try:
         made = {k: v for k, v in json.loads(said).items() if isinstance(v, str)}
     except (ValueError, AttributeError, RecursionError) as e:
         raise MismatchError(f"{folder / WEIGHTS}: its metadata is damaged: minilora is {short(said)}") from e
-    found = Adapter(folder, settings, pairs, replaced, tensors, (*notes, *more), made)
     if "sha256" in made and made["sha256"] != sealed(tensors):
         raise MismatchError(
             f"{folder / WEIGHTS}: its numbers are not those that were written: sha256 differs"
         )
-    return found
+    keys, parts, strange, odd = sort_out(folder / WEIGHTS, tensors)
+    known = Tensors(
+        tensors.where, {name: tensors.shapes[key] for name, key in keys.items()},
+        {name: tensors.dtypes[key] for name, key in keys.items()}, lambda name: tensors[keys[name]],
+    )  # fmt: skip
+    pairs, replaced = read_parts(folder / WEIGHTS, settings, known, parts)
+    if not pairs:
+        what = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
+        raise MismatchError(f"{folder / WEIGHTS}: has no lora_A and lora_B; {what}")
+    given = Adapter(folder, settings, pairs, replaced, known, made=made)
+    return replace(given, notes=(*notes, *odd, *peculiar(given)), doubts=tuple(disagreements(given, strange)))
 
 
 def sort_out(
-    path: Path, settings: Settings, tensors: Tensors
-) -> tuple[dict[str, Pair], dict[str, str], list[str]]:
-    """The pairs by module, the replaced parameters, and notes, from the names and shapes of all tensors."""
+    path: Path, tensors: Tensors
+) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str], list[str]]:
+    """PEFT's name -> key in the file; module -> part -> that name; keys that are none; notes on the others.
+
+    What wraps a model in training leaves its name in the keys (torch.compile, DDP, FSDP, DeepSpeed), and so
+    does the adapter's own name. Two keys that mean one tensor are a MismatchError, and so are two adapters.
+    """
+    keys: dict[str, str] = {}
     parts: dict[str, dict[str, str]] = {}
-    replaced: dict[str, str] = {}
+    strange: list[str] = []
     first: dict[str, str] = {}  # note -> the first key that it is about
-    strange = []
+    names: dict[str, str] = {}  # of adapters
     for key in sorted(tensors):
-        found = KEY.fullmatch(key.removeprefix(PREFIX))
-        if not found or not NAME.fullmatch(module := found["module"]):
+        plain = WRAPPERS.sub("", key)
+        bare = BEFORE.sub("", plain, count=1) if (before := BEFORE.match(plain)) else plain
+        match = KEY.fullmatch(bare)
+        part = (match["bare"] or match["copy"] or match["linear"] + match["end"]) if match else ""
+        module = match["module"] if match else bare.rpartition(".")[0]
+        if not NAME.fullmatch(bare) or not module or (part not in PARTS if match else lora_like(bare)):
             strange.append(key)
             continue
-        if not key.startswith(PREFIX):
+        name = f"{PREFIX}{module}.{part}" if match else PREFIX + bare
+        if name in keys:
+            raise MismatchError(f"{path}: {keys[name]} and {key} are one and the same, {name}")
+        keys[name] = key
+        parts.setdefault(module, {})[part or bare.rpartition(".")[2]] = name
+        if not before:
             first.setdefault(f"names do not begin with {PREFIX}", key)
-        if found["d1"] or found["d2"] or found["d3"]:
+        elif before[0] != PREFIX or plain != key:
+            first.setdefault("names hold those of wrappers", key)
+        if called := match and (match["name"] or match["its"]):
+            names.setdefault(called, key)
             first.setdefault("names hold that of the adapter", key)
-        if found["own"]:
-            name = f"{module}.{found['own']}"
-            if name in replaced or not licensed(settings, module, found["own"]):
-                strange.append(key)
-            replaced[name] = key
-            continue
-        half = found["linear"] or found["table"]
-        part = (
-            ("e" if found["table"] else "") + half if half else found["magnitude"] or f"base.{found['copy']}"
-        )
-        if part in parts.setdefault(module, {}):
-            strange.append(key)  # the same twice, with and without prefix
-        parts[module][part] = key
-    if strange:
-        hint = "; train text adapters on the language model alone" if "language_model" in strange[0] else ""
+    if len(names) > 1:
+        (one, key), (other, second), *_ = names.items()
         raise MismatchError(
-            f"{path}: {len(strange)} tensors are not those of a LoRA with this config, the first "
-            f"{ascii(strange[0])[:200]}{hint}"
+            f"{path}: holds the adapters {short(one)} and {short(other)}, as in {key} and {second}; "
+            "expected one"
         )
-    pairs = {}
+    return keys, parts, strange, [f"{note}, as in {key}" for note, key in first.items()]
+
+
+def lora_like(bare: str) -> bool:
+    """Whether a key is that of something LoRA adds, and so none of a parameter of the base."""
+    return any(
+        step.startswith("lora_") or step in ("base_layer", "token_adapter") for step in bare.split(".")
+    )
+
+
+def read_parts(
+    path: Path, settings: Settings, tensors: Tensors, parts: Mapping[str, Mapping[str, str]]
+) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The pairs by module, and the tensors in the place of parameters of the base."""
+    pairs: dict[str, Pair] = {}
+    replaced: dict[str, str] = {}
+    alphas = chosen(settings, "alpha_pattern", list(parts)).values
     for module, part in parts.items():
-        if set(part) <= {"base.bias"} and settings.bias == "all" and f"{module}.bias" not in replaced:
-            replaced[f"{module}.bias"] = part["base.bias"]
-            continue
-        pairs[module] = pair_up(path, settings, module, part, tensors)
-    if not pairs:
-        given = short(settings.target_modules)
-        raise MismatchError(f"{path}: has no lora_A and lora_B; expected those of {given}")
-    if twice := [key for name, key in replaced.items() if name.rpartition(".")[0] in pairs]:
-        raise MismatchError(f"{path}: {twice[0]} is for a module that has lora_A and lora_B")
-    check_modules(path, settings, pairs, replaced)
-    for module, pair in pairs.items():
-        if pair.r > min(pair.shape):
-            first.setdefault(f"r = {pair.r} is larger than the rank that a module can have", module)
-        for name in ("rank_pattern", "alpha_pattern"):
-            if contested(getattr(settings, name), module):
-                first.setdefault(f"keys of {name} disagree and the first one counts", module)
-    numbers = {int(found[1]) for m in pairs if (found := LAYER.match(m))}
-    for idle in sorted({*(settings.layers_to_transform or ())} - numbers):
-        first.setdefault("layers_to_transform has layers that the file has not", short(idle))
-    return pairs, replaced, [f"{note}, as in {key}" for note, key in first.items()]
+        replaced |= {f"{module}.{kind}": name for kind, name in part.items() if kind not in PARTS}
+        added = part.keys() & {*PARTS}
+        if added == {BIAS} and f"{module}.bias" not in replaced:
+            replaced[f"{module}.bias"] = part[BIAS]
+        elif added - {*ADDED}:
+            alpha = alphas.get(module, settings.lora_alpha)
+            pairs[module] = pair_up(path, settings, module, part, tensors, alpha)
+    return pairs, replaced
 
 
-def licensed(settings: Settings, module: str, kind: str) -> bool:
-    """Whether the config lets the file replace a parameter of the base."""
-    saved = any(module.endswith(entry) or f".{entry}." in f".{module}." for entry in settings.modules_to_save)
-    return saved or (kind == "bias" and settings.bias == "all")
-
-
-def pair_up(path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors) -> Pair:
-    """One module's pair, whose shapes are those of the config's rank; MismatchError if not."""
-    embedding = "eA" in part or "eB" in part
-    a, b = ("eA", "eB") if embedding else ("A", "B")
+def pair_up(
+    path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors, alpha: float
+) -> Pair:
+    """One module's pair; MismatchError if there is no product of its factors."""
+    embedding = any(half in part for half in OF_TABLE)
+    a, b = OF_TABLE if embedding else FACTORS
     for half, other in ((a, b), (b, a)):
         if half not in part:
             given = part.get(other) or next(iter(part.values()))
-            raise MismatchError(f"{path}: {module} has no lora_{half[-1]}; there is {given}")
-    if embedding and ("A" in part or "B" in part):
+            raise MismatchError(f"{path}: {module} has no {half.removesuffix('.weight')}; there is {given}")
+    if embedding and any(half in part for half in FACTORS):
         raise MismatchError(f"{path}: {module} has factors of a linear map and of an embedding")
-    A, B = tensors.shapes[part[a]], tensors.shapes[part[b]]
-    r = chosen(settings.rank_pattern, module, settings.r)
-    flat = len(A) == len(B) == 2
-    convolution = not embedding and len(A) == len(B) and len(A) in (3, 4, 5) and set(B[2:]) == {1}
-    if not flat and not convolution:
-        raise MismatchError(f"{path}: {module} has factors of shapes {A} and {B}; expected (r, I) and (O, r)")
-    if A[0] != r or B[1] != r:
-        what = f"lora_A {A} and lora_B {B}"
+    rows, columns = tensors.shapes[part[a]], tensors.shapes[part[b]]
+    if 0 in (*rows, *columns):
         raise MismatchError(
-            f"{path}: {module} has {what}; expected (r, I) and (O, r) with the config's r = {r}"
+            f"{path}: {module} has factors without numbers, lora_A {rows} and lora_B {columns}; DeepSpeed "
+            "(ZeRO-3) leaves such where weights were not gathered before they were saved"
         )
-    magnitude = part.get("lora_magnitude_vector")
-    if bool(magnitude) != settings.use_dora:
-        state = "has a lora_magnitude_vector" if magnitude else "has no lora_magnitude_vector"
-        raise MismatchError(f"{path}: {module} {state}; use_dora is {settings.use_dora}")
-    if magnitude and math.prod(tensors.shapes[magnitude]) != B[0]:
-        raise MismatchError(f"{path}: {magnitude} has shape {tensors.shapes[magnitude]}; expected ({B[0]},)")
-    bias = part.get("base.bias")
-    if bias and (settings.bias == "none" or tensors.shapes[bias] != (B[0],)):
-        found = f"{bias} of shape {tensors.shapes[bias]}"
-        raise MismatchError(f"{path}: has {found}; expected ({B[0]},), and none with bias 'none'")
-    alpha, scale = settings.scale(module, r)
-    shape = (B[0], math.prod(A[1:]))
-    return Pair(part[a], part[b], shape, r, alpha, scale, embedding, magnitude, bias, part.get("base.weight"))
+    flat = len(rows) == len(columns) == 2
+    convolution = not embedding and len(rows) == len(columns) and len(rows) in (3, 4, 5)
+    if not flat and not (convolution and set(columns[2:]) == {1}):
+        raise MismatchError(
+            f"{path}: {module} has factors of shapes {rows} and {columns}; expected (r, I) and (O, r)"
+        )
+    if (r := rows[0]) != columns[1]:
+        what = f"lora_A {rows} and lora_B {columns}"
+        raise MismatchError(f"{path}: {module} has {what}; expected (r, I) and (O, r)")
+    shape, scale = (columns[0], math.prod(rows[1:])), settings.scale(alpha, r)
+    for name in (part.get(kind) for kind in (MAGNITUDE, BIAS, ADDED[0])):
+        if name and math.prod(tensors.shapes[name]) != columns[0]:
+            raise MismatchError(f"{path}: {name} has shape {tensors.shapes[name]}; expected ({columns[0]},)")
+    magnitude, bias, copy = (part.get(kind) for kind in (MAGNITUDE, BIAS, COPY))
+    return Pair(part[a], part[b], shape, r, alpha, scale, embedding, magnitude, bias, copy)
 
 
-def check_modules(
-    path: Path, settings: Settings, pairs: Mapping[str, Pair], replaced: Mapping[str, str]
-) -> None:
-    """Config and file agree on the modules, as far as that can be told without the base."""
-    linears = [m for m, pair in pairs.items() if not pair.embedding]
-    agreed = set(meant(settings, list(pairs), linears))
-    if all(named(settings.exclude_modules, m) for m in pairs):
-        given = short(settings.exclude_modules)
-        raise ConfigError(f"{path.with_name(CONFIG)}: exclude_modules {given} leaves none of the modules")
-    if extra := [m for m in pairs if m not in agreed]:
-        given = short(settings.target_modules)
-        raise MismatchError(f"{path}: has factors of {extra[0]}, which target_modules {given} does not mean")
-    targets = settings.target_modules
-    left_out = settings.exclude_modules or settings.layers_to_transform is not None
-    if not isinstance(targets, str) and not left_out:  # else the base is needed to tell
-        saved = [name.rpartition(".")[0] for name in replaced]  # PEFT saves what is in both lists
-        for entry in targets:
-            if not any(matches(entry, m) for m in [*pairs, *saved]):
-                known = {m.rpartition(".")[2] for m in pairs}
-                raise MismatchError(
-                    f"{path}: has no factors for target_modules {short(entry)}; {nearest(entry, known)}"
-                )
+def peculiar(given: Adapter) -> list[str]:
+    """What is unusual and taken, each once with an example."""
+    settings = given.settings
+    first: dict[str, str] = {}
+    for module, pair in given.pairs.items():
+        if pair.r > min(pair.shape):
+            first.setdefault(f"r = {pair.r} is larger than the rank that a module can have", module)
+    for name in PATTERNS:
+        said = chosen(settings, name, list(given.pairs))
+        for module in said.contested:
+            first.setdefault(f"keys of {name} disagree and the first one counts", module)
+        for key in said.idle:
+            first.setdefault(f"{name} has keys that mean no module of the file", short(key))
+    numbers = {int(match[1]) for m in given.pairs if (match := LAYER.match(m))}
+    for idle in sorted({*(settings.layers_to_transform or ())} - numbers):
+        first.setdefault("layers_to_transform has layers that the file has not", short(idle))
+    for parameter in unlisted(given):
+        if is_table(parameter):
+            first.setdefault("has whole tables, as PEFT saves them of a resized vocabulary", parameter)
+    notes = [f"{note}, as in {example}" for note, example in first.items()]
+    if beside := [name for name in given.tensors if name.endswith(ADDED)]:
+        notes.append(f"{len(beside)} tensors act beside B A and are not in the numbers, as {beside[0]}")
+    return notes
+
+
+def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
+    """Where config and file say different things, as far as that can be told without a base or a pattern."""
+    settings, pairs = given.settings, given.pairs
+    if strange:
+        yield f"{len(strange)} tensors are not those of a LoRA, the first {ascii(strange[0])[:200]}"
+    if others := [p for p in unlisted(given) if not is_table(p)]:
+        yield f"{len(others)} tensors are not those of a LoRA with this config, the first {others[0]}"
+    if both := [p for p in given.replaced if p.rpartition(".")[0] in pairs]:
+        yield f"{given.replaced[both[0]]} is for a module that has lora_A and lora_B"
+    about: dict[str, list[str]] = {}
+    ranks = chosen(settings, "rank_pattern", list(pairs)).values
+    for module, pair in pairs.items():
+        for kind, text in about_pair(given, module, pair, ranks.get(module, settings.r)):
+            about.setdefault(kind, []).append(text)
+    for texts in about.values():
+        yield texts[0] + (f"; and {len(texts) - 1} more" if texts[1:] else "")
+    if surprises := unsaid(given):
+        name, flag = next(iter(surprises.items()))
+        yield f"has {name}, of which the config says nothing: {flag} is off"
     for entry in settings.modules_to_save:
-        if not any(
-            name.rpartition(".")[0].endswith(entry) or f".{entry}." in f".{name}" for name in replaced
-        ):
-            raise MismatchError(f"{path}: has no tensor for modules_to_save {short(entry)}")
+        if not any(saves(entry, name) for name in given.replaced):
+            yield f"has no tensor for modules_to_save {short(entry)}"
+    yield from about_targets(given)
+
+
+def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tuple[str, str]]:
+    """(kind, what) the config, by which its rank is r, says otherwise of one pair than the file."""
+    settings, shapes = given.settings, given.tensors.shapes
+    if pair.r != r:
+        what = f"lora_A {shapes[pair.A]} and lora_B {shapes[pair.B]}"
+        yield "rank", f"{module} has {what}; expected (r, I) and (O, r) with the config's r = {r}"
+    if bool(pair.magnitude) != settings.use_dora:
+        state = "has a lora_magnitude_vector" if pair.magnitude else "has no lora_magnitude_vector"
+        yield "dora", f"{module} {state}; use_dora is {settings.use_dora}"
+    if pair.bias and settings.bias == "none":
+        yield "bias", f"has {pair.bias}; expected none with bias 'none'"
+
+
+def about_targets(given: Adapter) -> Iterator[str]:
+    """What a list of target_modules means and the file has not, or the other way round; no pattern is run."""
+    settings = given.settings
+    wanted, excluded = settings.target_modules, settings.exclude_modules
+    if isinstance(wanted, str) or isinstance(excluded, str) or not wanted:
+        return
+    modules = list(given.pairs)
+    agreed = set(meant(settings, modules, modules))
+    if extra := [m for m in modules if m not in agreed]:
+        yield f"has factors of {extra[0]}, which target_modules {short(wanted)} does not mean"
+    if not excluded and settings.layers_to_transform is None:  # else the base is needed to tell
+        saved = [name.rpartition(".")[0] for name in given.replaced]  # PEFT saves what is in both lists
+        there = {m[start:] for m in [*modules, *saved] for start in starts(m)}
+        if idle := [entry for entry in wanted if entry not in there]:
+            known = {m.rpartition(".")[2] for m in modules}
+            more = f" and {len(idle) - 1} more" if idle[1:] else ""
+            yield f"has no factors for target_modules {short(idle[0])}{more}; {nearest(idle[0], known)}"
+
+
+def saves(entry: str, parameter: str) -> bool:
+    """Whether an entry of modules_to_save means this parameter of the base."""
+    return parameter.rpartition(".")[0].endswith(entry) or f".{entry}." in f".{parameter}"
+
+
+def licensed(settings: Settings, parameter: str) -> bool:
+    """Whether the config lets the file replace a parameter of the base."""
+    bias = settings.bias == "all" and parameter.endswith(".bias")
+    return bias or any(saves(entry, parameter) for entry in settings.modules_to_save)
+
+
+def unlisted(given: Adapter) -> list[str]:
+    """The parameters that the file replaces and the config does not mention."""
+    return [parameter for parameter in given.replaced if not licensed(given.settings, parameter)]
+
+
+def unsaid(given: Adapter) -> dict[str, str]:
+    """What acts beside B A in the file and not in the config: tensor -> the field that would say so."""
+    flags = {
+        name: "lora_bias" if name.endswith(ADDED[0]) else "trainable_token_indices"
+        for name in given.tensors
+        if name.endswith(ADDED)
+    }
+    return {
+        name: flag
+        for name, flag in flags.items()
+        if not any(field.startswith(flag) for field in given.settings.beside)
+    }
+
+
+def is_table(parameter: str) -> bool:
+    """Whether a parameter is the table of the embedding or the head."""
+    return parameter.endswith(tuple(f"{table}.weight" for table in TABLES))
+
+
+def check_agreement(given: Adapter) -> None:
+    """The strict reading, beside a base: whatever config and file do not agree on is an error.
+
+    UnsupportedError for what acts beside B A, ConfigError or MismatchError that names the first.
+    """
+    settings, path = given.settings, given.where / WEIGHTS
+    if settings.beside:
+        raise UnsupportedError(f"{path.with_name(CONFIG)}: {settings.beside[0]}; this is not done here")
+    check_targets(settings)
+    linears = [m for m, pair in given.pairs.items() if not pair.embedding]
+    agreed = set(meant(settings, list(given.pairs), linears))
+    if len(named(settings, "exclude_modules", list(given.pairs))) == len(given.pairs):
+        excluded = short(settings.exclude_modules)
+        raise ConfigError(f"{path.with_name(CONFIG)}: exclude_modules {excluded} leaves none of the modules")
+    if extra := [m for m in given.pairs if m not in agreed]:
+        wanted = short(settings.target_modules)
+        raise MismatchError(f"{path}: has factors of {extra[0]}, which target_modules {wanted} does not mean")
+    if given.doubts:
+        raise MismatchError(f"{path}: {given.doubts[0]}")
 
 
 # ---- beside a model
@@ -329,6 +459,7 @@ def load_adapter(
     adapted, the head becomes a layer of its own on the same table, as in PEFT.
     """
     given = open_adapter(folder)
+    check_agreement(given)
     layers = open_for(model, name)
     head = None
     if model.lm_head is None and touches_tied(given):
@@ -399,7 +530,8 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
     for module, pair in given.pairs.items():
         layer = layers.get(module)
         if not isinstance(layer, Linear | Embedding):
-            raise MismatchError(f"{path}: the base has no module {module}; {nearest(module, layers)}")
+            hint = "; train text adapters on the language model alone" if "language_model" in module else ""
+            raise MismatchError(f"{path}: the base has no module {module}; {nearest(module, layers)}{hint}")
         shape = tuple(layer.weight.dense().shape)
         wanted = shape[::-1] if isinstance(layer, Embedding) else shape
         flat = len(given.tensors.shapes[pair.A]) == 2
@@ -423,15 +555,28 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
             known = [f"{m}.{k}" for m, layer in layers.items() for k in named_params(layer)]
             raise MismatchError(f"{path}: the base has no parameter {parameter}; {nearest(parameter, known)}")
         if (found := given.tensors.shapes[tensor]) != tuple(p.data.shape):
-            raise MismatchError(f"{path}: {tensor} has shape {found}; the base's is {tuple(p.data.shape)}")
+            hint = "; resize the base's vocabulary first" if is_table(parameter) else ""
+            raise MismatchError(
+                f"{path}: {tensor} has shape {found}; the base's is {tuple(p.data.shape)}{hint}"
+            )
+    tables = [parameter for parameter in unlisted(given) if is_table(parameter)]
+    if tied and tables:  # PEFT puts such a table into the base itself, where the two are one
+        a, b = (given.value(given.replaced[name]) for name in (tables[0], tables[-1]))
+        if len(tables) < 2 or not np.array_equal(a, b):
+            raise MismatchError(f"{path}: has {tables[0]}; this base ties head and embedding: expected both")
     own = {*given.replaced, *(f"{m}.bias" for m, pair in given.pairs.items() if pair.bias)}
     for name in (f"{m}.{kind}" for m, layer in layers.items() for kind in named_params(layer)):
         module, _, kind = name.rpartition(".")
         biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
-        if name not in own and (biased or licensed(given.settings, module, kind)):
+        if name not in own and (biased or licensed(given.settings, name)):
             raise MismatchError(f"{path}: has no tensor for {name}, which the config means to be in it")
+    modules = [*layers, *(["lm_head"] if tied else [])]
+    for name in PATTERNS:
+        for key in chosen(given.settings, name, modules).idle:
+            what = f"{name} has {short(key)}, which means no module of the base; {nearest(key, modules)}"
+            raise MismatchError(f"{given.settings.where}: {what}")
     linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
-    wanted_modules = meant(given.settings, [*layers, *(["lm_head"] if tied else [])], linears)
+    wanted_modules = meant(given.settings, modules, linears)
     if missing := [m for m in dict.fromkeys(wanted_modules) if m not in given.pairs]:
         raise MismatchError(
             f"{path}: has no factors for {len(missing)} modules that the config means, the first {missing[0]}"
@@ -450,11 +595,20 @@ def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:
 
 
 def change_norm(A: np.ndarray, B: np.ndarray, scale: float) -> float:
-    """|s B A|, Frobenius, from the r x r products: |ΔW|² = s² tr(BᵀB AAᵀ)."""
-    A, B = A.astype(np.float64), B.astype(np.float64)
+    """|s B A|, Frobenius; inf if it, or B A, is too large for float64. No r x r product of a large r.
+
+    |B A|² = tr(BᵀB AAᵀ), of factors whose largest entry is 1, so that no square underflows.
+    """
+    largest = [float(abs(factor).max()) for factor in (A, B)]
+    if not all(largest):
+        return 0.0
+    a, b = A / np.float64(largest[0]), B / np.float64(largest[1])
     with np.errstate(over="ignore", invalid="ignore"):
-        square = float(np.sum((B.T @ B) * (A @ A.T)))
-        return abs(scale) * math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.inf
+        if len(a) > min(len(b), a.shape[1]):  # then B A is no larger than the two
+            size = float(np.linalg.norm(b @ a))
+        else:
+            size = math.sqrt(max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0))
+        return abs(scale) * (largest[0] * largest[1] * size)
 
 
 def base_tensors(model: Any) -> dict[str, np.ndarray]:

@@ -21,23 +21,34 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_config import peft_config, targets
-from .adapters import CONFIG, PREFIX, Adapter, change_norm, open_adapter, write_adapter
+from .adapter_config import peft_config, read_fields, targets
+from .adapters import (
+    PREFIX,
+    Adapter,
+    about_targets,
+    change_norm,
+    is_table,
+    open_adapter,
+    saves,
+    unlisted,
+    unsaid,
+    write_adapter,
+)
 from .backend import to_device, to_host, xp
 from .errors import (
     ConfigError,
     InputError,
     MismatchError,
     NonFiniteError,
-    UnsupportedError,
     check_float,
     check_int,
     nearest,
 )
-from .files import fingerprint, located, read_json, transposed, weights
+from .files import fingerprint, located, transposed, weights
 from .lora import LAYER
+from .recognise import CONFIG
 from .sizes import aligned
-from .spectra import rank_at, thin_svd, thin_values
+from .spectra import norm, quotient, rank_at, thin_svd, thin_values
 from .storage import check_free
 from .tensors import Tensors, stored
 
@@ -99,14 +110,13 @@ class Compression:
         if self.left:
             lines.append("not in it, for a LoRA on linear maps cannot hold it:")
             lines += [f"  {name}  |change| {norm:.3g}" for name, norm in self.left.items()]
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def ratio(rows: Sequence[Shrunk], part: str) -> float:
     """The root of the sum of squares of a part, relative to that of |ΔW|."""
-    lost, whole = (math.fsum(getattr(row, name) ** 2 for row in rows) for name in (part, "norm"))
-    return math.sqrt(lost / whole) if whole else 0.0
+    lost, whole = (math.hypot(*(getattr(row, name) for row in rows)) for name in (part, "norm"))
+    return quotient(lost, whole)
 
 
 def split(U: np.ndarray, S: np.ndarray, Vt: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,12 +128,12 @@ def split(U: np.ndarray, S: np.ndarray, Vt: np.ndarray, k: int) -> tuple[np.ndar
 def left_over(B: np.ndarray, A: np.ndarray, s: float, Bk: np.ndarray, Ak: np.ndarray) -> float:
     """|s B A - Bk Ak|, Frobenius, from the thin factors of the difference: [s B, -Bk] [A; Ak]."""
     both = np.hstack([s * B.astype(np.float64), -Bk.astype(np.float64)])
-    return float(np.linalg.norm(thin_values(to_device(both), to_device(np.vstack([A, Ak])))))
+    return norm(thin_values(to_device(both), to_device(np.vstack([A, Ak]))))
 
 
 def tail(S: np.ndarray, k: int) -> float:
     """The root of the sum of s_i² beyond k."""
-    return float(np.linalg.norm(S[k:]))
+    return norm(S[k:])
 
 
 # ---- which ranks
@@ -151,8 +161,14 @@ def choose(
     A rank: the same for all; per module, the budget of that rank spent where a singular value brings most
     energy for its O + I parameters, unless the same for all keeps more. An energy: the least common rank that
     keeps this share of the whole; per module, the least that keeps this share of each.
+
+    What the budget keeps is never less than with the same rank for all, and less than the most that it could
+    keep by no more than the energy of the first value that did not fit: to fill a budget to the last
+    parameter is a knapsack problem. Where all modules cost the same it is the most.
     """
     check_choice(rank, energy)
+    largest = max((float(S.max()) for S in spectra.values()), default=0.0) or 1.0
+    spectra = {m: S / largest for m, S in spectra.items()}  # whose squares are no less than they should be
     if energy is not None and per_module:
         return {m: max(rank_at(S, energy), 1) for m, S in spectra.items()}
     if energy is not None:
@@ -188,17 +204,16 @@ def compress(
 ) -> Compression:
     """Write the best approximation of an adapter of smaller rank; see `choose` for the ranks.
 
-    What is no low-rank pair (biases, saved modules, DoRA's magnitudes) is copied. ConfigError,
-    UnsupportedError for a convolution, and what opening and writing raise.
+    What is no low-rank pair (biases, saved modules, DoRA's magnitudes) is copied, under PEFT's names; what
+    is none of a LoRA's is left aside and told. ConfigError, and what opening and writing raise.
     """
     check_choice(rank, energy)
     given = open_adapter(adapter)
     refuse_same(given.where, out)
     check_free(out, overwrite)
+    config, left_aside = told(given)
     found = {}
     for module, pair in given.pairs.items():
-        if len(given.tensors.shapes[pair.A]) > 2:
-            raise UnsupportedError(f"{given.where}: {module} is a convolution; only matrices are compressed")
         A, B = given.factors(module)
         if change_norm(A, B, pair.scale) > LARGEST:
             raise NonFiniteError(
@@ -208,27 +223,59 @@ def compress(
     spectra = {m: parts[3] for m, parts in found.items()}
     costs = {m: sum(given.pairs[m].shape) for m in found}
     chosen = choose(spectra, costs, rank, energy, per_module)
+    factors = {name for pair in given.pairs.values() for name in (pair.A, pair.B)}
     tensors = {
-        name: given.value(name)
-        for name in given.tensors
-        if not any(name in (pair.A, pair.B) for pair in given.pairs.values())
+        name: given.value(name) for name in given.tensors if name not in factors and name not in left_aside
     }
     rows = []
     for module, (A, B, U, S, Vt) in found.items():
         pair, k = given.pairs[module], chosen[module]
-        tensors[pair.A], tensors[pair.B] = Ak, Bk = split(U, S, Vt, k)
+        Ak, Bk = split(U, S, Vt, k)
         lost = left_over(B, A, pair.scale, Bk, Ak)
-        norm, spectral = float(np.linalg.norm(S)), float(S[k]) if k < len(S) else 0.0
-        rows.append(Shrunk(module, pair.shape, pair.r, k, norm, lost, tail(S, k), spectral))
+        inner, outer = (
+            given.tensors.shapes[name] for name in (pair.A, pair.B)
+        )  # of a convolution, with more
+        tensors[pair.A], tensors[pair.B] = Ak.reshape(k, *inner[1:]), Bk.reshape(-1, k, *outer[2:])
+        spectral = float(S[k]) if k < len(S) else 0.0
+        rows.append(Shrunk(module, pair.shape, pair.r, k, norm(S), lost, tail(S, k), spectral))
+        if (
+            bias := f"{PREFIX}{module}.lora_B.bias"
+        ) in tensors:  # which the scale multiplies, and that is 1 now
+            tensors[bias] = tensors[bias] * pair.scale
     sizes = peft_config({m: (k, k) for m, k in chosen.items()}, ())
-    changed = {
-        name: sizes[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-    }
-    write_adapter(
-        out, read_json(given.where / CONFIG) | changed, tensors, given.made.get("base"), overwrite=overwrite
-    )
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
+        config[name] = sizes[name]
+    write_adapter(out, config, tensors, given.made.get("base"), overwrite=overwrite)
     before = sum(pair.r * sum(pair.shape) for pair in given.pairs.values())
-    return Compression(str(out), tuple(rows), sum(k * costs[m] for m, k in chosen.items()), before, {})
+    smaller = sum(k * costs[m] for m, k in chosen.items())
+    return Compression(str(out), tuple(rows), smaller, before, {}, given.said)
+
+
+def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
+    """The config of an adapter, true of its file, and the tensors that no config can mean.
+
+    MismatchError where only some of the modules have magnitudes, which PEFT has no form for.
+    """
+    config, settings = read_fields(given.where / CONFIG), given.settings
+    doras = {bool(pair.magnitude) for pair in given.pairs.values()}
+    if len(doras) > 1:
+        raise MismatchError(f"{given.where}: some modules have a lora_magnitude_vector and others not")
+    if settings.use_dora not in doras:
+        config["use_dora"] = not settings.use_dora
+    if isinstance(settings.target_modules, str) or list(about_targets(given)):
+        config |= {"target_modules": sorted(given.pairs), "exclude_modules": None}
+        config |= {"layers_to_transform": None, "layers_pattern": None}
+    entries = settings.modules_to_save
+    there = [entry for entry in entries if any(saves(entry, name) for name in given.replaced)]
+    others = [name for name in unlisted(given) if not is_table(name)]
+    more = {name.removesuffix(".weight") for name in others if name.endswith(".weight")} - given.pairs.keys()
+    if there != list(entries) or more:
+        config["modules_to_save"] = [*there, *sorted(more)] or None
+    left_aside = {given.replaced[name] for name in others if name.rpartition(".")[0] not in more}
+    left_aside |= set(unsaid(given))
+    if settings.bias == "none":
+        left_aside |= {pair.bias for pair in given.pairs.values() if pair.bias}
+    return config, left_aside
 
 
 def refuse_same(source: Path, out: Path | str) -> None:

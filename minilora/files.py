@@ -398,7 +398,7 @@ def read_json(path: Path | str, limit: int = 1 << 20) -> dict[str, Any]:
     """A JSON object of at most `limit` bytes without repeated keys, or FormatError."""
     try:
         refuse_pointer(path, raw := read(path, limit))
-        value = json.loads(raw.decode(), object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         if isinstance(e, MiniloraError):
             raise

@@ -26,7 +26,7 @@ import numpy as np
 from .errors import ConfigError, FormatError, UnsupportedError, needed, short
 from .model import Config
 from .storage import Stamp, read_at, stamp_of
-from .tensors import POINTER, Tensors, refuse_pointer
+from .tensors import BRIEF, Tensors, refuse_pointer
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -144,7 +144,7 @@ def header(path: Path, stamp: Stamp) -> Header:
     sizes = package().GGML_QUANT_SIZES
     file = Cursor(path, stamp)
     if file.size < 4 or file.take(4) != b"GGUF":
-        refuse_pointer(path, read_at(path, 0, min(file.size, len(POINTER)), stamp))
+        refuse_pointer(path, read_at(path, 0, min(file.size, BRIEF), stamp))
         raise FormatError(f"{path}: is not a GGUF file; expected it to begin with GGUF")
     if (version := file.number("I")) not in (2, 3):
         raise UnsupportedError(f"{path}: is GGUF of version {version}; expected 2 or 3, little-endian")

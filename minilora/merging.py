@@ -22,6 +22,7 @@ from .errors import InputError, nearest
 from .files import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
 from .layers import named_params
 from .model import Llama
+from .recognise import adapter_folder
 from .sizes import aligned
 from .spectra import quotient
 from .storage import check_free
@@ -86,8 +87,9 @@ def merge_checkpoint(
     kind = dtype or given.dtype
     if kind not in CALLED:
         raise InputError(f"dtype is {kind!r}; {nearest(kind, CALLED)}")
+    adapter = adapter_folder(adapter)
     refuse_same(given.where, out)
-    refuse_same(Path(adapter), out)
+    refuse_same(adapter, out)
     check_free(out)
     V, T = given.config.vocab_size, min(32, given.config.max_position_embeddings)
     random = np.random.default_rng(0).integers(V, size=T)
@@ -142,6 +144,6 @@ def changes(model: Llama, kind: str) -> Iterator[Change]:
             yield Change(module, largest(change), quotient(size, float(np.linalg.norm(W))), lost / size)
 
 
-def card(given: Checkpoint, adapter: Path | str) -> str:
+def card(given: Checkpoint, adapter: Path) -> str:
     """The README.md of a merged model."""
-    return f"{given.where.name} with the adapter {Path(adapter).resolve().name} merged into it by minilora.\n"
+    return f"{given.where.name} with the adapter {adapter.resolve().name} merged into it by minilora.\n"

@@ -6,7 +6,8 @@ With the base beside it: |ΔW| / |W|, how much ΔW amplifies its directions (Hu 
 intruder dimensions (Shuttleworth et al. 2024) and the overlap with W's own top directions; with a second
 adapter: their common subspace, phi. Every number that chance can produce has chance's value beside it.
 Only factors are read, one module at a time, so any PEFT LoRA of any architecture will do; what DoRA's
-magnitudes, biases and saved modules do is not in these numbers, and is said.
+magnitudes, biases and saved modules do is not in these numbers, and is said. So is all that config and
+file, or adapter and base, do not agree on: to look at an adapter, that need not be settled.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .adapters import Adapter, change_norm, open_adapter
-from .backend import Array, cores, one_blas_thread, to_device, to_host, xp
-from .errors import MismatchError, NonFiniteError, nearest
+from .backend import Array, cores, one_blas_thread, to_device, to_host
+from .errors import MismatchError, NonFiniteError, UnsupportedError, nearest
 from .files import name_in, transposed, weights
 from .lora import LAYER
 from .sizes import aligned
@@ -34,9 +35,11 @@ from .spectra import (
     intruder_threshold,
     intruders,
     noise_spectrum,
+    norm,
     quotient,
     random_similarity,
     rank_at,
+    relative,
     similarity,
     stable_rank,
     thin_svd,
@@ -120,7 +123,7 @@ class Inspection:
     @property
     def norm(self) -> float:
         """|ΔW| over all modules together."""
-        return math.sqrt(math.fsum(m.norm**2 for m in self.modules))
+        return math.hypot(*(m.norm for m in self.modules))
 
     @property
     def needed(self) -> int:
@@ -158,6 +161,7 @@ def inspect(
 ) -> Inspection:
     """Look at an adapter's folder; with a `base` (any checkpoint that holds its modules) and another adapter.
 
+    Modules that the base has not, or in another shape, are told and not compared; one must be there.
     Memory: the factors of one module for each core, or, with a base, of one and its weight; where the smaller
     side of that is more than `whole`, its intruders are not computed. StorageError, FormatError, ConfigError,
     UnsupportedError, MismatchError or NonFiniteError name file and module.
@@ -165,6 +169,7 @@ def inspect(
     given = open_adapter(adapter)
     other = None if against is None else open_adapter(against)
     tensors = None if base is None else weights(base)
+    places = {} if tensors is None else placed(given, tensors)
     if other is not None and not (common := given.pairs.keys() & other.pairs.keys()):
         raise MismatchError(
             f"{against}: adapts no module of {adapter}; {nearest(next(iter(given.pairs)), other.pairs)}"
@@ -172,7 +177,8 @@ def inspect(
     modules = []
 
     def one(name: str) -> Module:
-        return look(given, name, tensors, other if other and name in common else None, whole)
+        W = weight_of(tensors, *places[name]) if tensors is not None and name in places else None
+        return look(given, name, W, other if other and name in common else None, whole)
 
     with contextlib.ExitStack() as stack:  # a thin QR is too short for BLAS's own threads
         several = base is None and stack.enter_context(one_blas_thread())
@@ -181,7 +187,7 @@ def inspect(
             modules.append(module)
             if progress:
                 progress(len(modules), len(given.pairs))
-    notes = [*given.notes, *(tensors.notes if tensors else ())]
+    notes = [*given.said, *(tensors.notes if tensors else ())]
     if given.settings.use_dora:
         notes.append(
             "DoRA: the numbers are those of B A alone; its magnitudes scale the rows of W + ΔW besides"
@@ -190,6 +196,10 @@ def inspect(
         notes.append(f"{whole_ones} parameters are replaced in full and not in the numbers")
     if other is not None and (alone := given.pairs.keys() ^ other.pairs.keys()):
         notes.append(f"{len(alone)} modules are adapted by one of the two only, such as {min(alone)}")
+    if other is not None:
+        notes += [f"{against}: {said}" for said in other.said]
+    if tensors is not None and (apart := [name for name in given.pairs if name not in places]):
+        notes.append(f"{len(apart)} modules are not in the base, or in another shape, such as {apart[0]}")
     if any(m.base and m.base.intruders is None for m in modules):
         notes.append(f"intruders were not computed where both sides are larger than {whole}")
     parameters = sum(pair.r * sum(pair.shape) for pair in given.pairs.values())
@@ -199,10 +209,10 @@ def inspect(
     )  # fmt: skip
 
 
-def look(given: Adapter, name: str, base: Tensors | None, other: Adapter | None, whole: int) -> Module:
+def look(given: Adapter, name: str, W: np.ndarray | None, other: Adapter | None, whole: int) -> Module:
     """One module; vectors are computed only if something is compared with them."""
     pair = given.pairs[name]
-    if base is None and other is None:
+    if W is None and other is None:
         S = thin_values(*thin(given, name))
     else:
         parts = thin_svd(*thin(given, name))
@@ -210,8 +220,8 @@ def look(given: Adapter, name: str, base: Tensors | None, other: Adapter | None,
     number = LAYER.match(name)
     return Module(
         name, name.rpartition(".")[2], int(number[1]) if number else None, pair.shape, pair.r, pair.alpha,
-        pair.scale, float(np.linalg.norm(S)), tuple(S.tolist()), ranks(S), noise(pair.shape, pair.r),
-        None if base is None else beside_base(given, name, base, *directions(*parts), whole),
+        pair.scale, norm(S), tuple(S.tolist()), ranks(S), noise(pair.shape, pair.r),
+        None if W is None else beside_base(given, name, W, *directions(*parts), whole),
         None if other is None else beside_other(*directions(*parts), other, name),
     )  # fmt: skip
 
@@ -242,35 +252,50 @@ def noise(shape: tuple[int, int], r: int) -> Ranks:
     return ranks(noise_spectrum(shape, np.random.default_rng(0), r, draws=4))
 
 
-def beside_base(
-    given: Adapter,
-    name: str,
-    base: Tensors,
-    U: Array,
-    S: Array,
-    Vt: Array,
-    whole: int,
-) -> BesideBase:
-    """ΔW = U S Vᵀ against W."""
-    key = name_in(base, name)
-    if key not in base:
-        raise MismatchError(f"{given.where}: the base has no {key}; {nearest(key, base)}")
+def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
+    """Module -> its weight in the base, and whether that lies (I, O), for those whose shapes agree.
+
+    MismatchError if none does, UnsupportedError where the base's layers are counted otherwise.
+    """
+    if beside := [field for field in given.settings.beside if field.startswith("layer_replication")]:
+        raise UnsupportedError(f"{given.where}: {beside[0]}; its layers are not numbered as the base's")
+    found = {}
+    for name, pair in given.pairs.items():
+        key = name_in(base, name)
+        O, *rest = base.shapes.get(key) or (0,)  # noqa: E741
+        shape = O, math.prod(rest)
+        turned = pair.embedding or transposed(base.shapes, key.removesuffix(".weight"))
+        if turned is None:  # nothing in the base tells
+            turned = given.settings.fan_in_fan_out and pair.shape == shape[::-1]
+        if pair.shape == (shape[::-1] if turned else shape):
+            found[name] = key, turned
+    if not found:
+        name, pair = next(iter(given.pairs.items()))
+        if (key := f"{name}.weight") not in base:
+            raise MismatchError(f"{given.where}: the base has no {key}; {nearest(key, base)}")
+        raise MismatchError(f"{given.where}: {name} is {pair.shape}; the base's is {base.shapes[key]}")
+    return found
+
+
+def weight_of(base: Tensors, key: str, turned: bool) -> np.ndarray:
+    """W (O, I) of a module in float64, that of a convolution as a matrix."""
     W = base[key].astype(np.float64)
     W = W.reshape(len(W), -1)
-    turned = transposed(base.shapes, key.removesuffix(".weight"))  # of a Linear PEFT ignores the flag, too
-    if given.pairs[name].embedding or (given.settings.fan_in_fan_out if turned is None else turned):
-        W = W.T
-    if W.shape != given.pairs[name].shape:
-        raise MismatchError(f"{given.where}: {name} is {given.pairs[name].shape}; the base's is {W.shape}")
-    if not math.isfinite(size := float(np.linalg.norm(W))):
-        raise NonFiniteError(f"{given.where}: the base's {key} has values that are not finite")
+    return W.T if turned else W
+
+
+def beside_base(given: Adapter, name: str, W: Array, U: Array, S: Array, Vt: Array, whole: int) -> BesideBase:
+    """ΔW = U S Vᵀ against W (O, I)."""
+    size = float(np.linalg.norm(W))
+    if not math.isfinite(size):
+        raise NonFiniteError(f"{given.where}: the base's {name}.weight has values that are not finite")
     W, k = to_device(W), len(S)
     top, _ = top_vectors(W, k)
     factor, random = amplification(W, U, S, Vt)
     cosines = intruders(W, (U * S) @ Vt, FIRST) if min(W.shape) <= whole else np.zeros(0)
     threshold = intruder_threshold(W.shape[0], min(W.shape))
     return BesideBase(
-        quotient(float(xp.linalg.norm(S)), size), factor, random, float(similarity(U, top)[-1, -1]),
+        quotient(norm(to_host(S)), size), factor, random, float(similarity(U, top)[-1, -1]),
         random_similarity(k, k, len(W)), int((cosines < threshold).sum()) if cosines.size else None,
         tuple(cosines.tolist()), threshold,
     )  # fmt: skip
@@ -282,11 +307,11 @@ def beside_other(U: Array, S: Array, Vt: Array, other: Adapter, name: str) -> Be
     if (shape := other.pairs[name].shape) != (O, I):
         raise MismatchError(f"{other.where}: {name} is {shape}; the first adapter's is {O, I}")
     U2, S2, Vt2 = directions(*thin_svd(*thin(other, name)))
-    inner = float(((U.T @ U2) * (Vt @ Vt2.T) * S[:, None] * S2).sum())
-    norms = float(xp.linalg.norm(S)) * float(xp.linalg.norm(S2))
+    s, s2 = (relative(to_host(x)) for x in (S, S2))
+    inner = float((to_host((U.T @ U2) * (Vt @ Vt2.T)) * s[:, None] * s2).sum())
     n = range(1, min(len(S), len(S2)) + 1)
     return BesideOther(
-        quotient(inner, norms),
+        quotient(inner, norm(s) * norm(s2)),
         tuple(np.diag(similarity(Vt.T, Vt2.T)).tolist()), tuple(np.diag(similarity(U, U2)).tolist()),
         tuple(random_similarity(i, i, I) for i in n), tuple(random_similarity(i, i, O) for i in n),
     )  # fmt: skip

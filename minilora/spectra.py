@@ -26,7 +26,7 @@ from .lora import LowRank, LowRankEmbedding, adapted, unbiased
 def thin_svd(B: Array, A: Array, scale: float = 1.0) -> tuple[Array, Array, Array]:
     """U (O, k), S (k,), Vᵀ (k, I) of s B A in float64, from the factors B (O, r) and A (r, I).
 
-    k is the least of O, I and r; the work is O(r² (O + I)).
+    k is the least of O, I and r; the work is O(r k (O + I)), the memory O(r (O + I)), however large r is.
     """
     Q, R = xp.linalg.qr(B.astype(xp.float64))
     P, T = xp.linalg.qr(A.T.astype(xp.float64))
@@ -72,6 +72,16 @@ def spectrum_between(base: Any, tuned: Any) -> dict[str, np.ndarray]:
     }
 
 
+def norm(s: np.ndarray) -> float:
+    """|ΔW|, Frobenius, from its singular values, whose squares may be too small for float64."""
+    return math.hypot(*s.tolist())
+
+
+def relative(s: np.ndarray) -> np.ndarray:
+    """Singular values over the largest, whose squares are no less than they should be; zeros stay."""
+    return s / s.max() if s.any() else s
+
+
 def effective_rank(s: np.ndarray) -> float:
     """exp(-sum p ln p) with p = s / sum s (Roy and Vetterli 2007); 0 for the zero matrix."""
     total = s.sum()
@@ -82,19 +92,19 @@ def effective_rank(s: np.ndarray) -> float:
 
 def stable_rank(s: np.ndarray) -> float:
     """sum s² / max s²; 0 for the zero matrix."""
-    return float((s * s).sum() / (s * s).max()) if s.any() else 0.0
+    return float((relative(s) ** 2).sum())
 
 
 def participation_ratio(s: np.ndarray) -> float:
     """(sum s²)² / sum s⁴; 0 for the zero matrix."""
-    e = s * s
+    e = relative(s) ** 2
     return float(e.sum() ** 2 / (e * e).sum()) if s.any() else 0.0
 
 
 def energy(s: np.ndarray) -> np.ndarray:
     """The share of sum s² in the first 1, 2, ... singular values."""
-    e = np.cumsum(s * s)
-    return e / e[-1] if e.size and e[-1] > 0 else np.zeros_like(s)
+    e = np.cumsum(relative(s) ** 2)
+    return e / e[-1] if s.any() else np.zeros_like(s)
 
 
 def rank_at(s: np.ndarray, share: float) -> int:
@@ -149,7 +159,7 @@ def amplification(W: Array, U: Array, S: Array, Vt: Array) -> tuple[float, float
     U (O, r), S (r,), Vᵀ (r, I) are those of ΔW (Hu et al. 2021, section 7.3 and definition H.4). Along
     random directions |Uᵀ W V| is |W| r / sqrt(O I).
     """
-    change = float(xp.sqrt((S * S).sum()))
+    change = norm(to_host(S))
     along = float(xp.linalg.norm(U.T @ W @ Vt.T))
     random = float(xp.linalg.norm(W)) * len(S) / math.sqrt(W.shape[0] * W.shape[1])
     return quotient(change, along), quotient(change, random)

@@ -31,8 +31,9 @@ OTHERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
 OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]{1,20}|F4|F8")
 CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LONGEST = 100_000_000  # bytes of header
-MOST = 10_000  # tensors
-POINTER = b"version https://git-lfs.github.com/spec/v1"
+MOST = 100_000  # tensors; factors of every expert of DeepSeek-V3 (58 layers, 256 experts) are 89,088
+POINTER = b"version https://git-lfs."  # how what Git LFS leaves in the place of a file begins
+BRIEF = 200  # bytes of that, and more than it has
 PRINTABLE = re.compile(r"[!-~]{1,500}")
 
 
@@ -80,15 +81,16 @@ def open_tensors(path: Path | str) -> Tensors:
         raise FormatError(f"{path}: has {size} bytes; a safetensors file has at least 8")
     length = int.from_bytes(read_at(path, 0, 8, stamp), "little")
     if length > LONGEST or length > size - 8:
-        refuse_pointer(path, read_at(path, 0, min(size, len(POINTER)), stamp))
+        refuse_pointer(path, read_at(path, 0, min(size, BRIEF), stamp))
         most = min(LONGEST, size - 8)
         raise FormatError(f"{path}: header length {length}; expected at most {most} in {size} bytes")
-    header = parse(path, read_at(path, 8, length, stamp))
+    raw = read_at(path, 8, length, stamp)
+    if (count := raw.count(b'"data_offsets"')) > MOST:  # before an object is made of each
+        raise FormatError(f"{path}: header has {count} tensors; expected at most {MOST}")
+    header = parse(path, raw)
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise FormatError(f"{path}: __metadata__ is {short(metadata)}; expected strings by name")
-    if len(header) > MOST:
-        raise FormatError(f"{path}: header has {len(header)} tensors; expected at most {MOST}")
     places = {name: check_entry(path, name, entry) for name, entry in header.items()}
     end = 0
     for name, (_, _, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
@@ -117,10 +119,13 @@ def open_tensors(path: Path | str) -> Tensors:
 
 
 def refuse_pointer(path: Path | str, start: bytes) -> None:
-    """FormatError if a file that begins like this is but the pointer that Git LFS leaves in its place."""
+    """FormatError if a file that begins like this is what Git LFS leaves in its place until it is fetched."""
     if start.startswith(POINTER):
+        size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
+        number = f" of {int(size[1]):,} bytes" if size else ""
         raise FormatError(
-            f"{path}: is a pointer of Git LFS and not the file itself; `git lfs pull` fetches that"
+            f"{path}: is a pointer of Git LFS, and not the file{number} itself; fetch it: git lfs pull, or "
+            "download it from the hub"
         )
 
 

@@ -127,15 +127,20 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
 def about(
     model: Any, optimizer: AdamW, schedule: Callable[[int], float] | None, accumulate: int
 ) -> dict[str, Any]:
-    """What a resumed run must share with the one that it goes on from, beside its trained parameters."""
+    """What a resumed run must share with the one that it goes on from, beside its trained parameters.
+
+    A schedule that is no Schedule is not compared: a function does not say what it does.
+    """
     import hashlib
 
     o = optimizer
     frozen = {path.replace(".", "/"): p for path, p in named_params(model).items() if not p.trainable}
+    groups = {path: [o.rate(path), bool(o.decays(path, p))] for path, p in trained(model).items()}
     return {
         "base": digest(frozen),
         "model": hashlib.sha256(json.dumps(settings(model)).encode()).hexdigest(),
         "optimizer": [o.lr, *o.betas, o.eps, o.weight_decay, o.clip],
+        "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
         "schedule": repr(schedule) if isinstance(schedule, Schedule) else None,
         "accumulate": accumulate,
     }

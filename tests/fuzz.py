@@ -34,6 +34,7 @@ BASES = [slug(base) for base in dict.fromkeys(base for base, _ in FIXED)]
 NUMBERS = (0, 1, -1, 2, 3, 7, 8, 12, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, math.nan, math.inf)
 WORDS = (
     "", "q_proj", "lm_head", "embed_tokens", "norm", "all-linear", "all", "lora_only", ".*", "(a+)+", "(",
+    r"(.)\1", "(?:(?=(a|b)*c).)*", r"model.layers\.\d.*",
     "x" * 999, "model.layers.1.self_attn.q_proj", "F32", "BF16", "F8_E4M3", "\0", "\x1b[2J", "\ud800", "é",
 )  # fmt: skip
 VALUES = (None, True, False, *NUMBERS, *WORDS, [], {}, [0], [3, 12], ["q_proj"], {"q_proj": 2}, [[]])

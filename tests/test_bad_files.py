@@ -390,6 +390,7 @@ def zipped(**files):
 
 ADAPTER = ("adapter",)  # open_adapter and load_adapter
 BESIDE = ("beside",)  # load_adapter alone: it is the base that tells, or the numbers
+TOLD = ("told",)  # load_adapter; who only looks at it reads the same as a note
 BASES = ("base",)
 FILE = ADAPTER + BASES  # any safetensors file
 NAN, INF = float("nan"), float("inf")
@@ -403,12 +404,22 @@ SWITCHES = {
     "target_parameters": ["x"], "trainable_token_indices": [1], "megatron_config": {"a": 1},
     "arrow_config": {"a": 1}, "ensure_weight_tying": True, "init_lora_weights": "pissa_niter_4",
 }  # fmt: skip
-EXPLODING = (
-    "(a+)+$", "(.*)*x", "(a|a)*", r"(.)\1", "(?!x).*", "(?:aa|a)" * 40 + "x", "a?" * 40 + "a" * 40,
-    ".*.*.*.*.*.*x", ".*" * 400, "(a{1,60}){1,60}", "((((a|b)|c)|d)|e)?" * 9,
+ESC = "\x1b[31mred\x1b[2J"
+EXPLODING = (  # for who tries one way after the other
+    "(a+)+$", "(.*)*x", "(a|a)*", "(?!x).*x", "(?:aa|a)" * 40 + "x", "a?" * 40 + "a" * 40,
+    ".*.*.*.*.*.*x", ".*" * 400 + "x", "(a{1,60}){1,60}", "((((a|b)|c)|d)|e)?" * 9,
+)
+NOT_DONE = (
+    r"(.)\1", "(?>a)", "a*+", "a?+", "a{2}+", r"(a)?(?(1)b|c)", "(?P<x>.)(?P=x)", "(?i)Q_PROJ", "(?x) q_proj",
+    "(?#why)q_proj", "(?-i:q_proj)", r"\x71_proj", r"\u0071_proj", r"\N{DIGIT ONE}", "\xe9", ESC, "q\0",
+    "x?" * 5001, "(" * 60 + ")" * 60, r"\p{L}",
+)
+ASIDE = (
+    "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
+    "ensure_weight_tying",
 )  # fmt: skip
 OTHER_DTYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "C64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
-ZERO, ESC = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "\x1b[31mred\x1b[2J"
+ZERO = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 
 # number, what it is, where it must be refused, the error, what its message says, how to get there
 REFUSED = [
@@ -422,7 +433,7 @@ REFUSED = [
         [edit(b'"r": 3', b'"r": ' + DIGITS)]),
     (7, "no rank", ADAPTER, ConfigError, "r is missing", [config("r")]),
     (7, "no alpha", ADAPTER, ConfigError, "lora_alpha is missing", [config("lora_alpha")]),
-    (8, "rank of another file", ADAPTER, MismatchError, r"lora_A \(3, 12\).*config's r = 4", [config(r=4)]),
+    (8, "rank of another file", TOLD, MismatchError, r"lora_A \(3, 12\).*config's r = 4", [config(r=4)]),
     (9, "alpha not finite", ADAPTER, ConfigError, r"lora_alpha is .*expected a number in \(0, inf\)",
         [*each("lora_alpha", NAN, INF, -INF), edit(b'"lora_alpha": 7', b'"lora_alpha": 1e999')]),
     (10, "negative alpha", ADAPTER, ConfigError, "lora_alpha is -8", [config(lora_alpha=-8)]),
@@ -431,25 +442,32 @@ REFUSED = [
         each("lora_alpha", "8", True, [8], None, 10**400)),
     (13, "dropout", ADAPTER, ConfigError, r"lora_dropout is .*\[0, 1\)",
         each("lora_dropout", -0.1, 1, 1.5, NAN, "0.1", True, None)),
-    (14, "no targets", ADAPTER, ConfigError, "target_modules", each("target_modules", [], "", None)),
-    (15, "an unknown target", ADAPTER, MismatchError, "target_modules 'nope_proj'; nearest: .*'q_proj'",
+    (14, "no targets", ADAPTER, ConfigError, "target_modules is ''", each("target_modules", "")),
+    (14, "no targets", BESIDE, ConfigError, "target_modules is empty", each("target_modules", [], None)),
+    (15, "an unknown target", TOLD, MismatchError, "target_modules 'nope_proj'; nearest: .*'q_proj'",
         [config(target_modules=["q_proj", "v_proj", "nope_proj"])]),
-    (15, "unknown targets", ADAPTER, MismatchError, r"q_proj, which target_modules \('nope',\) does not mean",
+    (15, "unknown targets", TOLD, MismatchError, r"q_proj, which target_modules \('nope',\) does not mean",
         [config(target_modules=["nope"]), config(target_modules=["nope"] * 20_000)]),
-    (15, "endless targets", ADAPTER, MismatchError, "target_modules",
+    (15, "endless targets", TOLD, MismatchError, "target_modules",
         [config(target_modules=["q_proj", "v_proj", "x" * 500_000]),
          config(target_modules=["q_proj", "v_proj", *(f"x{i}" for i in range(50_000))])]),
     (16, "targets of another type", ADAPTER, ConfigError, "target_modules (is|has the entry)",
-        each("target_modules", 7, {"q_proj": 1}, [["q_proj"]], [""], ["q_proj", None], True)),
-    (17, "no regular expression", ADAPTER, ConfigError, "target_modules is .*no regular expression",
+        each("target_modules", 7, {"q_proj": 1}, [["q_proj"]], ["q_proj", None], True)),
+    (16, "a target without a name", BESIDE, ConfigError, "target_modules has the entry ''",
+        each("target_modules", [""])),
+    (17, "no regular expression", BESIDE, ConfigError, "target_modules is .*no regular expression",
         each("target_modules", "(", "[a", "*a", "a{3,2}", "a**", ")", "[[a]", "[a--b]")),
-    (18, "exploding regular expression", ADAPTER, UnsupportedError, "target_modules is .*take for ever",
+    (17, "regular expression not done", BESIDE, UnsupportedError, "target_modules is .*not done here",
+        each("target_modules", *NOT_DONE)),
+    (17, "pattern not done", ADAPTER, UnsupportedError, "alpha_pattern is .*not done here",
+        [config(alpha_pattern={key: 3}) for key in NOT_DONE]),
+    (18, "exploding regular expression", BESIDE, MismatchError, "which target_modules .* does not mean",
         each("target_modules", *EXPLODING)),
-    (18, "exploding pattern", ADAPTER, UnsupportedError, "_pattern is .*take for ever",
-        [config(rank_pattern={"(a+)+": 3}), config(alpha_pattern={"(?:aa|a)" * 40: 3})]),
-    (18, "exploding exclusion", ADAPTER, UnsupportedError, "exclude_modules is .*take for ever",
-        each("exclude_modules", *EXPLODING[:3])),
-    (19, "paths for names", ADAPTER, ConfigError, "target_modules has the entry",
+    (18, "more steps than are counted", BESIDE, UnsupportedError, r"comparing with \d modules takes more",
+        [config(target_modules="(?:(?=(?:" + "|" * 9000 + ".)*j).)*")]),
+    (18, "more steps for ranks", ADAPTER, UnsupportedError, r"comparing with \d modules takes more",
+        [config(rank_pattern={f"{i}(x){'y' * 200}": 3 for i in range(500)})]),
+    (19, "paths for names", BESIDE, ConfigError, "target_modules has the entry",
         each("target_modules", *(["q_proj", n] for n in
              ("../x", "/etc/passwd", "a/b", "..", "a\0", "a\n", ".a")))),
     (21, "no peft_type", ADAPTER, ConfigError, "peft_type is .*'LORA'",
@@ -457,13 +475,15 @@ REFUSED = [
     (22, "another method", ADAPTER, UnsupportedError, "peft_type is '[A-Z_0-9]+'; expected 'LORA'",
         each("peft_type", *OTHER_METHODS)),
     (23, "switched on", ADAPTER, UnsupportedError, "|".join(SWITCHES),
-        [config(**{k: v}) for k, v in SWITCHES.items()]),
-    (23, "DoRA without magnitudes", ADAPTER, MismatchError, "no lora_magnitude", [config(use_dora=True)]),
-    (23, "saved modules without tensors", ADAPTER, MismatchError, "modules_to_save 'lm_head'",
+        [config(**{k: v}) for k, v in SWITCHES.items() if k not in ASIDE]),
+    (23, "switched on beside the factors", TOLD, UnsupportedError, "|".join(ASIDE),
+        [config(**{k: v}) for k, v in SWITCHES.items() if k in ASIDE]),
+    (23, "DoRA without magnitudes", TOLD, MismatchError, "no lora_magnitude", [config(use_dora=True)]),
+    (23, "saved modules without tensors", TOLD, MismatchError, "modules_to_save 'lm_head'",
         [config(modules_to_save=["lm_head"])]),
     (23, "transposed weights", BESIDE, UnsupportedError, "fan_in_fan_out", [config(fan_in_fan_out=True)]),
     (24, "flag not a bool", ADAPTER, ConfigError, "expected true or false", [
-        config(**{flag: value}) for value in ("false", 0, None, [])
+        config(**{flag: value}) for value in ("false", 0, 1, [])
         for flag in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora")]),
     (25, "unknown bias", ADAPTER, ConfigError, "bias is .*'none', 'lora_only' or 'all'",
         each("bias", "some", None, True, ["all"])),
@@ -474,31 +494,40 @@ REFUSED = [
     (26, "pattern of bad numbers", ADAPTER, ConfigError, r"(rank|alpha)_pattern\['q_proj'\] is",
         [*each("rank_pattern", *({"q_proj": v} for v in (0, -1, 3.0, "3", True, None, 10**9))),
          *each("alpha_pattern", *({"q_proj": v} for v in (0, NAN, INF, "3", True, None, 10**400)))]),
-    (26, "pattern of another file", ADAPTER, MismatchError, r"q_proj has lora_A \(3, 12\).*r = 2",
+    (26, "pattern of another file", TOLD, MismatchError, r"q_proj has lora_A \(3, 12\).*r = 2",
         [config(rank_pattern={"q_proj": 2})]),
-    (26, "endless pattern", ADAPTER, ConfigError, "rank_pattern",
-        [config(rank_pattern={f"{'x' * i}": 3 for i in range(1000)}), config(rank_pattern={"x" * 2000: 3}),
-         config(rank_pattern={f"x{i}": 3 for i in range(50_000)})]),
+    (26, "endless pattern", ADAPTER, ConfigError, "rank_pattern is .*at most 50000 numbers",
+        [config(rank_pattern={f"x{i}": 3 for i in range(50_001)})]),
+    (26, "endless lists", ADAPTER, ConfigError, "(modules_to_save|layers_pattern) is .*at most 1000 names",
+        [config(**{field: ["norm"] + [f"x{i}" for i in range(1000)]})
+         for field in ("modules_to_save", "layers_pattern")]),
+    (26, "a key that means no module of the base", BESIDE, MismatchError,
+        "(rank|alpha)_pattern has '.*k_projs', which means no module of the base; nearest: .*k_proj",
+        [config(**{f"{p}_pattern": {key: 3}})
+         for p in ("rank", "alpha") for key in ("k_projs", ".*k_projs")]),
     (27, "layers that are none", ADAPTER, ConfigError, "layers_to_transform",
         each("layers_to_transform", -1, [-1], [0.0], ["0"], True, [True], [], {}, "0")),
-    (27, "layers of a regular expression", ADAPTER, ConfigError, "layers_to_transform",
+    (27, "layers of a regular expression", BESIDE, ConfigError, "layers_to_transform",
         [config(target_modules=".*(q|v)_proj", layers_to_transform=[0])]),
     (27, "layers_pattern", ADAPTER, ConfigError, "layers_pattern", each("layers_pattern", 1, [1], {}, False)),
-    (27, "everything excluded", ADAPTER, ConfigError, "exclude_modules",
+    (27, "everything excluded", BESIDE, ConfigError, "exclude_modules",
         each("exclude_modules", ["q_proj", "v_proj"], ".*", ["self_attn.q_proj", "v_proj"])),
     (27, "exclusion of another type", ADAPTER, ConfigError, "exclude_modules",
-        each("exclude_modules", 1, [1], {}, [""])),
+        each("exclude_modules", 1, [1], {})),
+    (27, "exclusion without a name", BESIDE, ConfigError, "exclude_modules has",
+        each("exclude_modules", [""])),
     (29, "no config", ADAPTER, StorageError, "adapter_config.json: is missing", [become("missing", CONFIG)]),
     (29, "config that is none", ADAPTER, FormatError, "adapter_config.json", [text(b) for b in (
         b"", b'{"r": 3, "lora_', bytes(1000), b"r: 3", b'{"a": "\xff"}', b"[]", b"null", b'"r"', b"3",
-        b"{'r': 3}", b"\xef\xbb\xbf{}", '{"r": 3}'.encode("utf-16"), b'{"r": 3}\0', b'{"a": "\n"}')]),
+        b"{'r': 3}", 2 * b"\xef\xbb\xbf" + b"{}", '{"r": 3}'.encode("utf-16"), b'{"r": 3}\0',
+        b'{"a": "\n"}')]),
     (30, "deep config", ADAPTER, FormatError, "adapter_config.json",
         [text(DEEP), text(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), text(b'{"r":3,"a":' + DEEP + b"}")]),
     (31, "a key twice", ADAPTER, FormatError, "the key '(r|a|lora_alpha)' is given twice", [
         edit(b'"r": 3', b'"r": 3, "r": 3'), edit(b'"rank_pattern": {}', b'"rank_pattern": {"a": 1, "a": 2}'),
         edit(b'"lora_alpha": 7', b'"lora_alpha": 7, "lora_alpha": 12345')]),
-    (32, "endless config", ADAPTER, StorageError, "adapter_config.json.*at most 1048576",
-        [text(b"{}" + b" " * (1 << 20)), lambda place: os.truncate(place.adapter / CONFIG, 1 << 40)]),
+    (32, "endless config", ADAPTER, StorageError, "adapter_config.json.*at most 8388608",
+        [text(b"{}" + b" " * (1 << 23)), lambda place: os.truncate(place.adapter / CONFIG, 1 << 40)]),
     (32, "config that is no file", ADAPTER, StorageError, "adapter_config.json",
         [become(k, CONFIG) for k in KINDS]),
 
@@ -558,7 +587,7 @@ REFUSED = [
          for new in (None, [], "x", 3, {"a": 1}, {"a": None}, {"a": {}}, {"format": "pt", ESC: 1})]),
     (53, "bombs", FILE, FormatError, "header|overlap", [
         header(lambda head: b'{"a":' * 100_000), header(lambda head: b'{"a":' + DEEP + b"}"),
-        bombs(50_000, ZERO), bombs(20_000, {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}),
+        bombs(100_001, ZERO), bombs(120_000, {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}),
         header(lambda head: {f"a{i}": head[first(head)] for i in range(5000)})]),
     (53, "endless name", FILE, MismatchError, "the tensor name", named("x" * 1_000_000)),
     (55, "8 GiB in one tensor", BESIDE + BASES, MismatchError, "8 GiB|shape|factors", [huge]),
@@ -574,41 +603,53 @@ REFUSED = [
               without("base_model.model.model.layers.1.input_layernorm.weight"))]),
     (56, "a pair without its bias", BESIDE, MismatchError, r"no tensor for .*q_proj\.bias",
         [both(based("biases"), fixture("biases--bias-lora_only"), without(Q + "base_layer.bias"))]),
-    (57, "keys too many", ADAPTER, MismatchError, "1 tensors are not those of a LoRA .*, the first", [
+    (57, "keys too many", TOLD, MismatchError, "1 tensors are not those of a LoRA.*, the first", [
         zeros(name, 3, 12) for name in (
-            Q + "lora_C.weight", Q + "lora_A.bias", Q + "weight", Q + "lora_A.other.weight", "anything",
-            "../../../../evil", "model.embed_tokens.weight", Q + "lora_A.default.weight",
+            Q + "lora_C.weight", Q + "lora_A.bias", Q + "weight", "anything", "../../../../evil", "a.b.c",
+            "base_model.model.model.norm.weight")]),
+    (57, "two keys of one tensor", ADAPTER, MismatchError, "q_proj.* and .*q_proj.* are one and the same", [
+        zeros(name, 3, 12) for name in (
+            Q + "lora_A.other.weight", Q + "lora_A.default.weight", f"_orig_mod.{Q}lora_A.weight",
             Q.removeprefix("base_model.model.") + "lora_A.weight")]),
+    (57, "two adapters", ADAPTER, MismatchError, "holds the adapters 'a' and 'b', as in", [
+        called(lambda k: k.replace(".weight", ".a.weight" if "_A" in k else ".b.weight"))]),
+    (57, "a table of another size", BESIDE, MismatchError, "resize the base's vocabulary first",
+        [zeros("base_model.model.model.embed_tokens.weight", 25, 12)]),
+    (57, "one of two tables", BESIDE, MismatchError, "ties head and embedding: expected both", [
+        both(based("tied"), zeros(f"base_model.model.{k}.weight", 23, 12))
+        for k in ("lm_head", "model.embed_tokens")]),
     (57, "a layer too many", BESIDE, MismatchError,
         r"no module model\.layers\.99\.self_attn\.q_proj; nearest",
         [tensors(lambda t: t | {k.replace("layers.0", "layers.99"): a.copy() for k, a in t.items()})]),
-    (57, "a parameter twice", ADAPTER, MismatchError, "1 tensors are not",
+    (57, "a parameter twice", ADAPTER, MismatchError, "are one and the same",
         [both(fixture("tied--saved-embedding"), zeros("model.embed_tokens.weight", 23, 12))]),
-    (57, "trained and replaced", ADAPTER, MismatchError, r"q_proj\.(bias|weight)", [
+    (57, "trained and replaced", TOLD, MismatchError, r"q_proj\.(bias|weight)", [
         both(config(modules_to_save=["proj"]), zeros(Q + "weight", 12, 12)),
         both(config(bias="all"), zeros(Q + "bias", 12))]),
     (57, "biases of a base without", BESIDE, MismatchError, r"no parameter .*q_proj\.bias",
         [both(config(bias="lora_only"), zeros(Q + "base_layer.bias", 12))]),
     (58, "another prefix", BESIDE, MismatchError, "no module base_model.modle",
         [called(lambda k: k.replace("base_model.model", "base_model.modle"))]),
-    (58, "a language model's part", ADAPTER, MismatchError, "language model alone", [
-        called(lambda k: k.replace("model.layers", "model.language_model.layers").replace("_A", "_x"))]),
-    (58, "other letters", ADAPTER, MismatchError, "not those of a LoRA|printable",
+    (58, "a language model's part", BESIDE, MismatchError, "language model alone", [
+        called(lambda k: k.replace("model.layers", "model.language_model.layers"))]),
+    (58, "other letters", ADAPTER, MismatchError, "no lora_A|printable",
         [called(str.upper), called(lambda k: k.replace("lora_A", "lora_a")),
          called(lambda k: k.replace("lora_A", "l\u043era_A")),
          *named("", "\0", "a\0b", "é", "a b", "\u202ex")]),
     (59, "terminal escapes", ADAPTER, MismatchError, r"\\x1b\[31m", named(ESC, Q + ESC)),
-    (60, "attributes for names", ADAPTER, MismatchError, "__class__|__init__",
+    (60, "attributes for names", TOLD, MismatchError, "__class__|__init__",
         [more(m) for m in ("__class__", "model.__class__.__init__", "model.layers.0.__class__")]),
     (60, "attributes for names", BESIDE, MismatchError, "no module model.__class__",
         [both(config(target_modules=["q_proj", "v_proj", "__class__"]), more("model.__class__"))]),
     (61, "A and B swapped", ADAPTER, MismatchError, r"_proj has .*lora_A \((12|4), 3\) and lora_B \(3, 12\)",
-        [called(lambda k: k.replace("lora_A", "x").replace("lora_B", "lora_A").replace("x", "lora_B")),
-         tensors(lambda t: {k: np.ascontiguousarray(a.T) for k, a in t.items()})]),
+        [called(lambda k: k.replace("lora_A", "x").replace("lora_B", "lora_A").replace("x", "lora_B"))]),
+    (61, "both transposed", ADAPTER, MismatchError, r"v_proj has lora_A \(12, 3\) and lora_B \(3, 4\)",
+        [tensors(lambda t: {k: np.ascontiguousarray(a.T) for k, a in t.items()})]),
     (61, "one of them transposed", ADAPTER, MismatchError, "q_proj has lora_A",
         [array(Q + "lora_A.weight", np.transpose), array(Q + "lora_B.weight", np.transpose)]),
-    (62, "two ranks", ADAPTER, MismatchError, "q_proj has lora_A .*r = 3", [
-        array(Q + "lora_A.weight", lambda a: a[:2]), array(Q + "lora_B.weight", lambda b: b[:, :2]),
+    (62, "two ranks", ADAPTER, MismatchError, r"q_proj has lora_A .*expected \(r, I\) and \(O, r\)", [
+        array(Q + "lora_A.weight", lambda a: a[:2]), array(Q + "lora_B.weight", lambda b: b[:, :2])]),
+    (62, "another rank", TOLD, MismatchError, "q_proj has lora_A .*r = 3", [
         tensors(lambda t: t | {Q + "lora_A.weight": t[Q + "lora_A.weight"][:2].copy(),
                                Q + "lora_B.weight": t[Q + "lora_B.weight"][:, :2].copy()})]),
     (63, "rank 0", ADAPTER, MismatchError, r"\(0, 12\)", [tensors(
@@ -733,11 +774,20 @@ TAKEN = [
         r".*\.(q|v)_proj", r"model\.layers\.\d+\.self_attn\.(q_proj|v_proj)", r".*self_attn.*(q|v)_proj$",
         r"^model\.layers\.([0-9]|1[0-9])\.(self_attn|mlp)\.(q|v)_proj", r".*decoder.*|.*(q|v)_proj",
         r"(model|lm_head)\.layers\.[0-9]+\.self_attn\.[qv]_proj")]),
+    (18, "exploding patterns", "has keys that mean no module of the file", [
+        config(alpha_pattern={rf"{p}|q_projection|embed_tokens": 9}) for p in EXPLODING]),
+    (18, "exploding exclusions", "", each("exclude_modules", *EXPLODING)),
     (20, "a module by two names", "", [
         config(target_modules=["q_proj", "v_proj", "q_proj"]),
         config(target_modules=["q_proj", "self_attn.q_proj", "v_proj"])]),
     (26, "keys that disagree", "keys of alpha_pattern disagree",
         [config(alpha_pattern={".*_proj": 7, "v_proj": 3})]),
+    (26, "a key that means another module", "alpha_pattern has keys that mean no module of the file, as in",
+        [config(alpha_pattern={"k_proj": 5}), config(alpha_pattern={"k_proj": 5, "v_proj": 7, "o_proj": 3})]),
+    (24, "null for false", "", [config(**{flag: None}) for flag in
+        ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "ensure_weight_tying")]),
+    (29, "a byte order mark", "begins with a byte order mark", [
+        lambda place: (place.adapter / CONFIG).write_bytes(b"\xef\xbb\xbf" + (GOOD / CONFIG).read_bytes())]),
     (27, "layers that the file has not", "layers_to_transform has layers that the file has not, as in",
         [config(layers_to_transform=[0, 1, 99]), config(layers_to_transform=[1, 0, 10**400])]),
     (28, "unknown fields that are off", "", [config(a=None, b=False, c={}, d=[])]),
@@ -834,10 +884,13 @@ def test_it_is_refused_with_one_line_and_nothing_has_changed(door, error, match,
     calls = {
         "base": [lambda: load(place.base)],
         "beside": [lambda: load_adapter(model, place.adapter)],
+        "told": [lambda: load_adapter(model, place.adapter)],
         "adapter": [lambda: open_adapter(place.adapter), lambda: load_adapter(model, place.adapter)],
     }[door]
     if door == "beside":
         open_adapter(place.adapter)
+    if door == "told":
+        assert any(re.search(match, said) for said in open_adapter(place.adapter).said)
     for call in calls:
         refused(call, place.root, model, error, match)
     with at_most(64), contextlib.suppress(error):
@@ -993,7 +1046,10 @@ def test_row_78_a_disk_that_says_no_leaves_what_was_there(name, number, target, 
 
 def table():
     """All rows as Markdown: what is tried, in how many ways, and the error; "taken" where it is valid."""
-    lines = [(n, what, len(spoils), error.__name__) for n, what, _, error, _, spoils in REFUSED]
+    lines = [
+        (n, what, len(spoils), error.__name__ + ", or a note without a base" * (doors == TOLD))
+        for n, what, doors, error, _, spoils in REFUSED
+    ]
     lines += [(n, what, len(ways), f"taken{', with a note' * bool(note)}") for n, what, note, ways in TAKEN]
     lines += [(n, what, len(calls), error.__name__) for n, what, error, _, _, calls in CALLS]
     lines += [

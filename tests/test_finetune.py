@@ -30,7 +30,8 @@ from minilora.train import evaluate
 TINY = Config(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
               num_key_value_heads=1, max_position_embeddings=32)  # fmt: skip
 LETTERS = Tokenizer(data.encode, data.decode, frozenset({10}), fold=True)
-TEXT = "The quality of mercy is not strained, it droppeth as the gentle rain.\n" * 60
+LINE = "the quality of mercy is not strained, it droppeth as the gentle rain.\n"
+TEXT = "".join(f"{i}: {LINE}" for i in range(60))
 
 
 @pytest.fixture
@@ -50,7 +51,9 @@ def text(tmp_path):
 
 
 def small(text, base, **how):
-    usual = {"steps": 6, "batch": 2, "length": 16, "eval_every": 2, "eval_tokens": 64, "lr": 1e-2, "r": 2}
+    """A recipe in which no two numbers are alike, and none is its default."""
+    usual = {"steps": 7, "batch": 3, "length": 16, "eval_every": 4, "eval_tokens": 90, "lr": 1e-2, "r": 2,
+             "alpha": 5.0, "warmup": 1, "seed": 6}  # fmt: skip
     return Recipe(text, base, **usual | how)
 
 
@@ -63,7 +66,7 @@ def test_an_adapter_comes_out_and_the_base_stays(method, text, base, tmp_path):
     told = []
     found = finetune.run(small(text, base, method=method), tmp_path / "a", told=lambda *x: told.append(x))
     assert digest(load(base)) == before
-    assert [step for step, _ in told] == [0, 2, 4, 6]
+    assert [step for step, _ in told] == [0, 4, 7]
     assert tuple(told) == found.evals
     assert found.after < found.before
     assert sorted(os.listdir(tmp_path)) == ["a", "base", "own.txt"]
@@ -71,7 +74,7 @@ def test_an_adapter_comes_out_and_the_base_stays(method, text, base, tmp_path):
     model = load(base)
     load_adapter(model, tmp_path / "a")
     _, held = texts(text, True)
-    batches = data.eval_batches(data.encode(held), 8, 16, 64)
+    batches = data.eval_batches(data.encode(held), 8, 16, 90)
     # written in float32, as it was trained: the same numbers but for the path (beside W or through W + ΔW)
     assert abs(evaluate(model, batches) - found.after) < 1e-5
     labels = np.concatenate([y.ravel() for _, y in batches])
@@ -97,7 +100,7 @@ class Stop(Exception):
     """A kill, as far as the training can tell."""
 
 
-@pytest.mark.parametrize("at", [1, 3, 4, 5])
+@pytest.mark.parametrize("at", [1, 4, 5, 6])
 def test_a_killed_run_goes_on_to_the_same_bytes(at, text, base, tmp_path):
     def stop(step, loss):
         if step == at:
@@ -115,7 +118,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at, text, base, tmp_path):
 
 def test_another_run_does_not_go_on_from_its_checkpoint(text, base, tmp_path):
     def stop(step, loss):
-        if step == 3:
+        if step == 5:
             raise Stop
 
     with pytest.raises(Stop):
@@ -193,9 +196,9 @@ def test_every_label_is_the_next_token_of_its_row(seed, length, tmp_path_factory
 
 
 def test_examples_are_trained_on_and_measured(base, tmp_path):
-    rows = [{"prompt": f"{i} times 2 is ", "completion": f"{2 * i}"} for i in range(40)]
+    rows = [{"prompt": f"{i} is ", "completion": "odd" if i % 2 else "even"} for i in range(40)]
     lines(tmp_path / "d.jsonl", rows)
-    found = finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=12), tmp_path / "a")
+    found = finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
     assert found.after < found.before
 
 

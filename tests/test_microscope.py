@@ -567,7 +567,7 @@ def test_what_is_not_in_the_numbers_is_said(adapter):
         assert note.startswith(start)
 
 
-def test_a_base_that_lacks_a_module_or_has_another_shape_is_refused_by_name(tmp_path):
+def test_a_base_that_lacks_a_module_or_has_another_shape_is_told_and_one_that_has_none_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     factors = {f"a.{i}.b": (rng.standard_normal((2, 5)), rng.standard_normal((4, 2))) for i in range(2)}
     folder = write_peft(tmp_path / "a", factors)
@@ -576,9 +576,17 @@ def test_a_base_that_lacks_a_module_or_has_another_shape_is_refused_by_name(tmp_
         "less": ({"a.0.b.weight": W["a.0.b.weight"]}, r"has no a\.1\.b\.weight; nearest: 'a\.0\.b\.weight'"),
         "turned": (W | {"a.1.b.weight": W["a.1.b.weight"].T}, r"a\.1\.b is \(4, 5\); the base's is \(5, 4\)"),
     }
+    whole = inspect(folder, checkpoint(tmp_path / "whole", W))
     for name, (tensors, says) in cases.items():
-        with pytest.raises(MismatchError, match=says):
-            inspect(folder, checkpoint(tmp_path / name, tensors))
+        seen = inspect(folder, checkpoint(tmp_path / name, tensors))
+        assert seen.modules[0] == whole.modules[0]
+        assert (seen.modules[1].base, seen.modules[1].norm) == (None, whole.modules[1].norm)
+        assert "1 modules are not in the base, or in another shape, such as a.1.b" in seen.notes
+        assert str(seen).count("a.1.b ") == 1
+        none = {k.replace("a.0", "a.2"): a for k, a in tensors.items()}
+        one = write_peft(tmp_path / f"{name} one", {"a.1.b": factors["a.1.b"]})
+        with pytest.raises(MismatchError, match=says.replace(r"nearest: 'a\.0", r"nearest: 'a\.2")):
+            inspect(one, checkpoint(tmp_path / f"{name} none", none))
     for i, bad in enumerate((np.nan, np.inf)):
         tensors = {k: a.copy() for k, a in W.items()}
         tensors["a.1.b.weight"][1, 2] = bad

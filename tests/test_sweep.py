@@ -53,8 +53,9 @@ def place(tmp_path_factory):
 
 def plan_of(place, **how):
     usual = {
-        "targets": (str(place / "mine.txt"),), "ranks": (1, 2), "modules": ("q_proj",), "steps": 4,
-        "search_steps": 1, "seeds": 2, "base": str(place / "base"), "test_windows": 2, "valid_windows": 2,
+        "targets": (str(place / "mine.txt"),), "ranks": (1, 2), "modules": ("q_proj",), "alpha": 5.0,
+        "steps": 4, "search_steps": 1, "seeds": 2, "base": str(place / "base"), "test_windows": 2,
+        "valid_windows": 1,
     }  # fmt: skip
     return Plan(**usual | how)
 
