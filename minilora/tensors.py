@@ -33,7 +33,7 @@ CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 LONGEST = 100_000_000  # bytes of header
 MOST = 100_000  # tensors; factors of every expert of DeepSeek-V3 (58 layers, 256 experts) are 89,088
 POINTER = b"version https://git-lfs."  # how what Git LFS leaves in the place of a file begins
-BRIEF = 200  # bytes of that, and more than it has
+BRIEF = 1024  # bytes, of which it has fewer
 PRINTABLE = re.compile(r"[!-~]{1,500}")
 
 
@@ -119,8 +119,8 @@ def open_tensors(path: Path | str) -> Tensors:
 
 
 def refuse_pointer(path: Path | str, start: bytes) -> None:
-    """FormatError if a file that begins like this is what Git LFS leaves in its place until it is fetched."""
-    if start.startswith(POINTER):
+    """FormatError if the first BRIEF bytes of a file are what Git LFS leaves until it is fetched."""
+    if len(start) < BRIEF and start.startswith(POINTER):
         size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
         number = f" of {int(size[1]):,} bytes" if size else ""
         raise FormatError(

@@ -435,8 +435,6 @@ MUTANTS = (
     Mutant("asked-dtype-ignored", "merging.py", "kind = dtype or given.dtype", "kind = given.dtype",
            "merging"),
     Mutant("every-module-adapted", "sizes.py", "m in found) for m, part", "True) for m, part", "sizes"),
-    # ---- refusals
-    Mutant("true-is-an-int", "errors.py", "type(value) is not int", "not isinstance(value, int)", "lora"),
     # ---- bases and checkpoints (issue 9, section 3)
     Mutant("extract-forgets-conv1d", "compose.py",
            'turned = {module: bool(transposed(before.shapes, module)) for',
@@ -501,8 +499,8 @@ MUTANTS = (
            "return cls(found.st_dev, 0, found.st_size, 0)", "files"),
     Mutant("gguf-read-on", "gguf.py", "blocks.size, file.stamp), np.uint8)", "blocks.size), np.uint8)",
            "gguf"),
-    Mutant("pointer-is-a-damaged-file", "tensors.py", "    if start.startswith(POINTER):\n",
-           "    if False:\n", "files"),
+    Mutant("pointer-is-a-damaged-file", "tensors.py",
+           "if len(start) < BRIEF and start.startswith(POINTER):", "if False:", "files"),
     Mutant("fingerprint-of-weights-alone", "adapters.py",
            'found.setdefault(id(p), (f"{path}.{kind}", p.dense()))',
            'kind == "bias" or found.setdefault(id(p), (f"{path}.{kind}", p.dense()))', "files"),

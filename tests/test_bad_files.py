@@ -564,7 +564,8 @@ REFUSED = [
           (["F32", [3], [0, 12]], None, "x", 3))]),
     (45, "dtype that is none", FILE, FormatError, "dtype is",
         [entry(dtype=d) for d in ("F31", "f32", "", 32, None, {}, ["F32"], "F8_" + "A" * 9999, ESC)]),
-    (46, "another dtype", BESIDE + BASES, UnsupportedError, "dtype is", [entry(dtype=d) for d in OTHER_DTYPES]),
+    (46, "another dtype", BESIDE + BASES, UnsupportedError, "dtype is",
+        [entry(dtype=d) for d in OTHER_DTYPES]),
     (47, "shape that is none", FILE, FormatError, "shape is",
         shapes([-3, 12], [-3, -12], [3.0, 12], "3", None, [True, 36], [[3], 12], {}, 36, [None])),
     (48, "shape beyond all bounds", FILE, FormatError, "shape|bytes|header", [

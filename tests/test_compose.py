@@ -818,7 +818,7 @@ def test_what_is_no_parameter_is_not_read(tmp_path):
     before = gpt2_tensors(rng := np.random.default_rng(0), 4, 6)
     after = {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
     extra = {f"h.{i}.attn.bias": np.ones((1, 1, 5, 5), np.uint8) for i in range(2)}
-    extra |= {"h.0.attn.masked_bias": np.array(-1e4, np.float32), "embeddings.position_ids": np.arange(5)[None]}
+    extra |= {"h.0.attn.masked_bias": np.array(-1e4, np.float32), "emb.position_ids": np.arange(5)[None]}
     base = gpt2(tmp_path / "base", before | extra, "")
     found = extract(base, gpt2(tmp_path / "tuned", after, ""), tmp_path / "out", rank=2)
     assert not any("only" in note for note in found.notes)
