@@ -6,8 +6,8 @@
 An input is a config and a file of tensors, which must be looked at, compressed to something without a
 doubt, loaded beside its tiny base and merged; or a file of examples, which must give the ids of its texts;
 or a file of rows, tabled and drawn; or a checkpoint, loaded and saved again, the same; or it must be refused
-with one printable line, and nothing has changed. Anything else, or too much time, ends the program with the input
-in hex. The last line counts.
+with one printable line, and nothing has changed. Anything else, or too much time, ends the program with the
+input in hex. The last line counts.
 """
 
 import argparse
