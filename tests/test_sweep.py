@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import backend, cli, data, plots
+from minilora import archives, backend, cli, data, plots
 from minilora.errors import ConfigError, MismatchError, NonFiniteError, StateError, StorageError
 from minilora.experiments import rank_sweep
 from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sealed, sweep, with_gaps
@@ -788,12 +788,12 @@ def test_a_plan_without_meaning_is_a_config_error(bad):
 
 @pytest.mark.slow
 def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_path, monkeypatch, capsys):
-    def offline(target):
+    def offline(*_):
         raise StorageError("texts not fetched: no network")
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MINILORA_TEXTS", raising=False)
-    monkeypatch.setattr(data, "install", offline)
+    monkeypatch.setattr(archives, "download", offline)
     rows, _ = run(plan_of(place, targets=("folio",), ranks=(1,), seeds=1), tmp_path / "out")
     assert "going on with the text of the standard library" in capsys.readouterr().err
     for row in rows:
