@@ -7,15 +7,33 @@ ml.merge(model); ml.unmerge(model)
 ml.spectrum(model)                                       # singular values of every ΔW
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backend import use
-from .layers import digest, freeze, named_params, trained, unfreeze
-from .lora import LoraConfig, disabled, fuse, inject, merge, remove, scales, set_adapter, set_scale, unmerge
-from .model import Config, Llama, generate, llama
-from .optim import AdamW, Schedule, lora_plus
-from .train import evaluate, train
+try:
+    from .backend import use
+    from .layers import digest, freeze, named_params, trained, unfreeze
+    from .lora import (
+        LoraConfig,
+        disabled,
+        fuse,
+        inject,
+        merge,
+        remove,
+        scales,
+        set_adapter,
+        set_scale,
+        unmerge,
+    )
+    from .model import Config, Llama, generate, llama
+    from .optim import AdamW, Schedule, lora_plus
+    from .train import evaluate, train
+except KeyboardInterrupt:  # Ctrl-C while the command line starts: no traceback
+    if Path(sys.argv[0]).stem in ("minilora", "-m"):
+        sys.exit(130)
+    raise
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, open_adapter, save_adapter

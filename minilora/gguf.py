@@ -25,7 +25,7 @@ import numpy as np
 
 from .errors import ConfigError, FormatError, UnsupportedError, needed, short
 from .model import Config
-from .storage import read_at, size_of
+from .storage import named, read_at, size_of
 from .tensors import Tensors
 
 NAMES = {
@@ -86,7 +86,7 @@ class Cursor:
     """The bytes of a file one after the other, and none beyond its end: FormatError."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.size, self.at, self.seen = path, size_of(path), 0, bytearray()
+        self.path, self.size, self.at, self.seen = path, size_of(named(path)), 0, bytearray()
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
@@ -95,7 +95,7 @@ class Cursor:
             raise FormatError(f"{self.path}: its header goes on at byte {end}; the file has {self.size}")
         if self.at > len(self.seen):
             more = min(max(self.at - len(self.seen), 1 << 20), self.size - len(self.seen))
-            self.seen += read_at(self.path, len(self.seen), more)
+            self.seen += read_at(named(self.path), len(self.seen), more)
         return bytes(self.seen[start : self.at])
 
     def numbers(self, kind: str, count: int = 1) -> list[Any]:
@@ -175,7 +175,7 @@ def header(path: Path, changed: int) -> Header:
 
 def opened(path: Path) -> Header:
     """The header of a GGUF file of a Llama; StorageError, FormatError or UnsupportedError."""
-    size_of(path)
+    size_of(named(path))
     found = header(path.absolute(), path.stat().st_mtime_ns)
     if (kind := found.values.get("general.architecture")) != "llama":
         raise UnsupportedError(f"{path}: general.architecture is {short(kind)}; expected 'llama'")
@@ -204,7 +204,7 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
     def fetch(name: str) -> np.ndarray:
         blocks = places[name]
         kind = types(blocks.kind)
-        raw = np.frombuffer(read_at(path, blocks.start, blocks.size), np.uint8)
+        raw = np.frombuffer(read_at(named(path), blocks.start, blocks.size), np.uint8)
         try:
             with np.errstate(all="ignore"):  # a damaged scale
                 W = package().dequantize(raw.reshape(*blocks.shape[:-1], -1), kind)
@@ -278,6 +278,19 @@ def tokenizer_json(path: Path) -> str:
         "pre_tokenizer": {
             "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level],
         },
-        "post_processor": None, "decoder": level, "model": model,
+        "post_processor": template(path, tokens), "decoder": level, "model": model,
     }  # fmt: skip
     return json.dumps(whole, ensure_ascii=False)
+
+
+def template(path: Path, tokens: list[str]) -> dict[str, Any] | None:
+    """What puts bos before a text, if the file says that it stands there."""
+    if opened(path).values.get("tokenizer.ggml.add_bos_token") is not True:
+        return None
+    bos = special(path).get("bos_token_id")
+    if type(bos) is not int or not 0 <= bos < len(tokens):
+        raise FormatError(f"{path}: bos_token_id is {short(bos)}; expected one of {len(tokens)} tokens")
+    name = tokens[bos]
+    text = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    known = {name: {"id": name, "ids": [bos], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": known}

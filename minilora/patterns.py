@@ -68,6 +68,7 @@ class Names:
     def before(self, atom: str, flags: int = 0) -> int:
         """The positions in front of a character that an expression for one character means."""
         if (atom, flags) not in self.known:
+            self.spend(30 * self.price)
             meant = set(re.findall(atom, self.letters, flags))
             table = np.array([letter in meant for letter in self.letters] + [False])
             self.known[atom, flags] = self.bits(table[self.codes])

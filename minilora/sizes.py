@@ -26,6 +26,7 @@ from .files import located, matrix_size, read_config
 from .gguf import open_gguf
 from .lora import LoraConfig, find_targets, names, resolve, sites
 from .model import Config, blank
+from .storage import named
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -316,7 +317,7 @@ def find_shape(model: str) -> Shape:
     if model in PAPER:
         return square_shape(*PAPER[model])
     if os.sep in model or os.path.exists(model):
-        return llama_shape(read_config(Path(model, "config.json") if os.path.isdir(model) else Path(model)))
+        return llama_shape(read_config(Path(model, "config.json") if os.path.isdir(model) else named(model)))
     if "=" in model:
         return dimensions(model)
     known = nearest(model, [*LLAMAS, *PAPER])

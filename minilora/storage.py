@@ -1,132 +1,111 @@
-"""The one way in which minilora writes a file: complete by rename, or not at all.
+"""The one way in which minilora reads and writes files. Three rules, each in one place.
 
-Write to a temporary name in the same folder, fsync, rename, fsync the folder. A crash at any moment
-leaves the old file or the new one. A lock held by the kernel keeps two processes out of one folder,
-and is free again the moment its holder dies. No other file of the package opens one for writing.
+**Whole or not at all.** A file is written to a temporary name in the same folder, synced and renamed; a
+folder is filled beside its place and exchanged with what was there in one step of the system. Where there
+is no such step, what a crash between two renames leaves is found and put back by the next start.
+
+**No link is followed.** A file in a folder is a regular file, and its name is no symbolic link (`opened`).
+What is written or locked has no second name, either. Only the path that the user gave may be a link:
+whoever takes a path from him calls `named`.
+
+**What is held is locked** by the kernel, folders that are in use and temporary names alike, and a lock is
+free the moment its holder dies. So what a dead process left can be told from what is being made, whatever
+became of its process id, and the next write to the same name clears it (`clear`). A file system that has
+no locks keeps it.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import stat
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from .errors import LockedError, StorageError
 
 MARKS = ("config.json", "adapter_config.json")  # of a folder that may be overwritten
 BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and what may be in it
-OURS = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # the temporary names below
+OURS = re.compile(r"\.(?P<name>.+)\.\d+\.[0-9a-f]{8}\.(?P<kind>tmp|old)")  # the names that `temporary` makes
+BLOB = re.compile(r"(?P<up>(?:\.\./){2,9})blobs/(?P<hash>[0-9A-Za-z_-]{1,255})")
+EXCHANGE, AT_FDCWD = 2, -100  # Linux's renameat2
 
 
-def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
-    """Make `path` hold exactly `data`, durably, or leave what was there and raise StorageError."""
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-    try:
-        fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-        try:
-            for piece in [data] if isinstance(data, bytes) else data:
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(fd, view) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temp, path)
-        sync_folder(path.parent)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            temp.unlink()
-        if isinstance(e, OSError) and not isinstance(e, StorageError):
-            raise StorageError(f"{path}: not written: {e.strerror or e}") from e
-        raise
+def flags(*names: str) -> int:
+    """Flags of `os.open` together, as far as the system has them."""
+    return sum(getattr(os, name, 0) for name in names)
 
 
-def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool = False) -> None:
-    """Make the folder `path` by filling a temporary one beside it and renaming.
+NOFOLLOW = flags("O_NOFOLLOW")
+SAFE = NOFOLLOW | flags("O_CLOEXEC", "O_NONBLOCK")  # a FIFO must not hold us up, either
+FOLDER = flags("O_RDONLY", "O_DIRECTORY", "O_CLOEXEC")
 
-    StorageError if there is something at `path`; with `overwrite` a model or adapter there goes, once the
-    new one is complete and on disk. Whatever fails before, `path` is as it was.
+
+def named(path: Path | str) -> Path:
+    """A path that the user gave: if it is a link, the file or folder that it means, or StorageError."""
+    with reading(path):
+        if not os.path.islink(path):
+            return Path(path)
+        kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        raise StorageError(f"{path}: is a link to what is not a regular file")
+    return Path(os.path.realpath(path))
+
+
+# ---- reading
+
+
+@contextlib.contextmanager
+def opened(path: Path | str) -> Iterator[int]:
+    """A descriptor of the regular file at `path`; StorageError says what else is there.
+
+    The last step of the path is no link, but for those of the hub's cache (`blob`). Other names of the same
+    file are allowed where one only reads: pip and uv put files into place so.
     """
-    path = Path(path)
-    check_free(path, overwrite)
-    replacing = path.exists()
-    temp, old = (path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp") for _ in range(2))
-    there = False
+    with reading(path):
+        try:
+            fd = os.open(path, os.O_RDONLY | SAFE)
+        except OSError:
+            if not os.path.islink(path):
+                raise
+            fd = blob(Path(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp.mkdir()
-        fill(temp)
-        sync_folder(temp)
-        if replacing:
-            os.rename(path, old)
-        os.rename(temp, path)
-        there = True
-        sync_folder(path.parent)
-    except BaseException as e:
-        if there:
-            os.rename(path, temp)
-        if old.exists():
-            os.rename(old, path)
-        with contextlib.suppress(OSError):
-            remove_tree(temp)
-        if isinstance(e, OSError) and not isinstance(e, StorageError):
-            raise StorageError(f"{path}: not written: {e.strerror or e}") from e
-        raise
-    try:
-        remove_tree(old)
-    except OSError as e:
-        raise StorageError(f"{path}: is written; {old}, what was there, is not removed: {e.strerror}") from e
-
-
-def make_folder(path: Path | str) -> None:
-    """See to it that `path` is a folder, or StorageError."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise StorageError(f"{path}: cannot be a folder: {e.strerror or e}") from e
-
-
-def check_free(path: Path | str, overwrite: bool = False) -> None:
-    """StorageError if there is something at `path`, or, with `overwrite`, anything but a model or adapter."""
-    path = Path(path)
-    if not exists(path):
-        return
-    if not overwrite:
-        raise StorageError(f"{path}: is there already; expected a name that is free")
-    folder = path.is_dir() and not path.is_symlink() and path.name != ""
-    inside = sorted(path.iterdir()) if folder else []
-    strange = [child.name for child in inside if not BESIDE.fullmatch(child.name) or child.is_dir()]
-    if not folder or strange or (inside and not any(child.name in MARKS for child in inside)):
-        what = f"holds {strange[0]!a}" if strange else "is not one"
-        raise StorageError(f"{path}: only the folder of a model or adapter is overwritten; this {what}")
-
-
-def remove_tree(path: Path) -> None:
-    """Delete a folder of ours and all in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        for child in path.iterdir():
-            remove_tree(child)
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside the folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise StorageError(f"{path}: is not a regular file")
+        yield fd
     finally:
         os.close(fd)
 
 
+def blob(path: Path) -> int:
+    """Open what a link of the hub's own cache means, the only kind that is followed.
+
+    `snapshots/COMMIT/FILE` is there a link to `../../blobs/HASH` (one `../` more for each folder between):
+    so `snapshots` and `blobs` lie side by side, and neither they nor the blob are links.
+    """
+    with contextlib.ExitStack() as stack:
+        here = os.open(path.parent, FOLDER)
+        stack.callback(os.close, here)
+        link = BLOB.fullmatch(os.readlink(path.name, dir_fd=here))
+        try:
+            above = [os.stat(up, dir_fd=here, follow_symlinks=False)
+                     for up in (link["up"][3:], f"{link['up']}snapshots")] if link else []  # fmt: skip
+        except OSError:
+            above = []
+        if not link or not above or not os.path.samestat(*above):
+            raise StorageError(f"{path}: is a link, and none is followed out of a folder; expected a file")
+        store = os.open(f"{link['up']}blobs", FOLDER | NOFOLLOW, dir_fd=here)
+        stack.callback(os.close, store)
+        return os.open(link["hash"], os.O_RDONLY | SAFE, dir_fd=store)
+
+
 def exists(path: Path | str) -> bool:
-    """Whether there is something at `path`; StorageError if that cannot be told."""
+    """Whether there is something at `path`, be it a link to nowhere; StorageError if that cannot be told."""
     with reading(path):
         try:
-            os.stat(path)
+            os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
     return True
@@ -134,29 +113,39 @@ def exists(path: Path | str) -> bool:
 
 def size_of(path: Path | str) -> int:
     """The size of a regular file in bytes; StorageError names what else it is."""
-    path = Path(path)
-    with reading(path):
-        if path.exists() and not path.is_file():
-            raise StorageError(f"{path}: is not a regular file")
-        return path.stat().st_size
+    with opened(path) as fd:
+        return os.fstat(fd).st_size
 
 
 def read(path: Path | str, limit: int = 1 << 30) -> bytes:
     """The bytes of a regular file of at most `limit` bytes, or StorageError."""
-    size = size_of(path)
-    if size > limit:
-        raise StorageError(f"{path}: has {size} bytes; at most {limit} are read")
-    with reading(path):
-        return Path(path).read_bytes()
+    with opened(path) as fd:
+        if (size := os.fstat(fd).st_size) > limit:
+            raise StorageError(f"{path}: has {size} bytes; at most {limit} are read")
+        return part(path, fd, 0, size)
+
+
+def listed(folder: Path, endings: Collection[str]) -> list[str]:
+    """The regular files below a folder by relative path, in code-point order; no hidden ones, no links."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    plain = (path for path in paths if os.path.isfile(path) and not os.path.islink(path))
+    names = sorted(path.relative_to(folder).as_posix() for path in plain)
+    return [name for name in names if "/." not in f"/{name}"]
 
 
 def read_at(path: Path | str, start: int, count: int) -> bytes:
     """`count` bytes of a file from `start` on; StorageError if it has become shorter."""
-    with reading(path), open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        data = file.read(count)
-        while len(data) < count:  # one read gives at most 2 GiB
-            more = file.read(count - len(data))
+    with opened(path) as fd:
+        return part(path, fd, start, count)
+
+
+def part(path: Path | str, fd: int, start: int, count: int) -> bytes:
+    """`count` bytes of an open file from `start` on; one call of the system gives at most 2 GiB."""
+    with reading(path):
+        os.lseek(fd, start, os.SEEK_SET)
+        data = os.read(fd, count)
+        while len(data) < count:
+            more = os.read(fd, count - len(data))
             if not more:
                 raise StorageError(f"{path}: ends at byte {start + len(data)}; it has changed meanwhile")
             data += more
@@ -164,40 +153,300 @@ def read_at(path: Path | str, start: int, count: int) -> bytes:
 
 
 @contextlib.contextmanager
-def reading(path: Path | str) -> Iterator[None]:
+def reading(path: Path | str, what: str = "cannot be read") -> Iterator[None]:
     """An error of the system, inside, is a StorageError that names the file."""
     try:
         yield
     except OSError as e:
         if isinstance(e, StorageError):
             raise
-        raise StorageError(f"{path}: cannot be read: {e.strerror or e}") from e
+        raise StorageError(f"{path}: {what}: {e.strerror or e}") from e
     except ValueError as e:  # a NUL in the name
-        raise StorageError(f"{str(path)!a}: cannot be read: {e}") from e
+        raise StorageError(f"{str(path)!a}: {what}: {e}") from e
+
+
+# ---- writing
+
+
+def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
+    """Make `path` hold exactly `data`, durably, or leave what was there and raise StorageError."""
+    path = Path(path)
+
+    def create(temp: Path) -> int:
+        return os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | SAFE, 0o644)
+
+    with writing(path):
+        if exists(path) and not plain(os.lstat(path)):
+            raise StorageError(f"{path}: is no regular file with one name; it is not replaced")
+        clear(path)
+        with temporary(path, create) as (temp, fd):
+            for piece in [data] if isinstance(data, bytes) else data:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(fd, view) :]
+            os.fsync(fd)
+            os.replace(temp, path)
+            sync_folder(path.parent)
+
+
+def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool = False) -> None:
+    """Make the folder `path` by filling a temporary one beside it and putting that in its place.
+
+    StorageError if there is something at `path`; with `overwrite` a model or adapter there goes, once the
+    new one is complete and on disk. Whatever fails before, `path` is as it was.
+    """
+    path = Path(path)
+    check_free(path, overwrite)
+
+    def create(temp: Path) -> int:
+        temp.mkdir()
+        return os.open(temp, FOLDER | NOFOLLOW)
+
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path, create) as (temp, fd):
+            fill(temp)
+            os.fsync(fd)
+            replacing = overwrite and exists(path)
+            swap(temp, path) if replacing else os.rename(temp, path)
+            try:
+                sync_folder(path.parent)
+            except BaseException:
+                swap(temp, path) if replacing else os.rename(path, temp)
+                raise
+            try:
+                remove_tree(temp)
+            except OSError as e:
+                said = f"{path}: is written; {temp}, what was there, is not removed: {e.strerror}"
+                raise StorageError(said) from e
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the system, inside, is a StorageError that says what was not written."""
+    try:
+        yield
+    except OSError as e:
+        if isinstance(e, StorageError):
+            raise
+        raise StorageError(f"{path}: not written: {e.strerror or e}") from e
+
+
+@contextlib.contextmanager
+def temporary(path: Path, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """A new name beside `path` and its descriptor, locked while that is open; what is left there goes."""
+    temp, fd = path, -1
+    try:
+        while fd < 0:
+            temp = beside(path)
+            fd = create(temp)
+            if not claimed(fd, temp):  # another process took it for left behind, and clears it
+                os.close(fd)
+                fd = -1
+        yield temp, fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        if temp != path:
+            with contextlib.suppress(OSError):
+                remove_tree(temp)
+
+
+def beside(path: Path) -> Path:
+    """A temporary name beside `path` that nobody else uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+
+
+def claimed(fd: int, temp: Path) -> bool:
+    """Lock what was just made; False if it is another process's or gone. Without locks it is ours."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(fd), os.lstat(temp))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:
+        return True
+
+
+def swap(temp: Path, path: Path) -> None:
+    """Put `temp` in the place of `path`, and what was there at `temp`: at no moment is there nothing.
+
+    Where the system cannot do it in one step, what was there has the name `.old` for a moment, under a
+    lock; if the process dies then, `clear` puts it back.
+    """
+    if exchanged(temp, path):
+        return
+    old = temp.with_suffix(".old")
+    fd = os.open(path, FOLDER | NOFOLLOW)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            os.rename(path, old)
+            os.rename(temp, path)
+            os.rename(old, temp)
+        except BaseException:
+            if exists(old):
+                if exists(path):
+                    os.rename(path, temp)
+                os.rename(old, path)
+            raise
+    finally:
+        os.close(fd)
+
+
+def exchanged(a: Path, b: Path) -> bool:
+    """Exchange two names in one step; False where system or file system has none."""
+    try:
+        import ctypes
+
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (ImportError, OSError, AttributeError, TypeError):
+        return False
+    if call(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):  # the last: old containers
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+def make_folder(path: Path | str) -> None:
+    """See to it that `path` is a folder, or StorageError."""
+    with reading(path, "cannot be a folder"):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def check_free(path: Path | str, overwrite: bool = False) -> None:
+    """StorageError if there is something at `path`, or, with `overwrite`, anything but a model or adapter.
+
+    Before that, what dead processes left beside it is cleared.
+    """
+    path = Path(path)
+    clear(path)
+    if not exists(path):
+        return
+    if not overwrite:
+        raise StorageError(f"{path}: is there already; expected a name that is free")
+    folder = path.is_dir() and not path.is_symlink() and path.name != ""
+    with reading(path):
+        inside = sorted(path.iterdir()) if folder else []
+    strange = [child.name for child in inside if not BESIDE.fullmatch(child.name) or child.is_dir()]
+    if not folder or strange or (inside and not any(child.name in MARKS for child in inside)):
+        what = f"holds {strange[0]!a}" if strange else "is not one"
+        raise StorageError(f"{path}: only the folder of a model or adapter is overwritten; this {what}")
+
+
+def plain(found: os.stat_result) -> bool:
+    """Whether it is a regular file with one name."""
+    return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
+
+
+# ---- what dead processes left
+
+
+def clear(path: Path) -> None:
+    """Remove what dead processes left in the making of `path`, and put back what one had moved away."""
+    if path.name:
+        for left in leftovers(path.parent):
+            match = OURS.fullmatch(left.name)
+            if match and match["name"] == path.name:
+                clear_one(left, path if match["kind"] == "old" else None)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """The temporary names in a folder; of one overwriting `.old` before `.tmp`."""
+    with reading(folder):
+        try:
+            return sorted(folder / name for name in os.listdir(folder) if OURS.fullmatch(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def clear_one(left: Path, home: Path | None = None) -> None:
+    """Remove a temporary name if nobody holds it; if its `home` is empty, put it there instead."""
+    try:
+        fd = os.open(left, os.O_RDONLY | SAFE)
+    except OSError:  # it is gone, a link, or somebody else's
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if home and not exists(home):
+            os.rename(left, home)
+            print(f"minilora: {home}: is put back; a process died while replacing it", file=sys.stderr)
+        else:
+            remove_tree(left)
+    except OSError:  # it is held, or there are no locks
+        return
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder of ours and all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(FileNotFoundError):  # another process does it, too
+            for child in path.iterdir():
+                remove_tree(child)
+            path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(path: Path, home: Path) -> None:
+    """Delete a folder under a temporary name of `home`, so that a crash on the way leaves nothing of it."""
+    with writing(path):
+        temp = beside(home)
+        try:
+            os.rename(path, temp)
+            remove_tree(temp)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_tree(temp)
+            raise
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside the folder durable."""
+    fd = os.open(path, FOLDER)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---- one process at a time
 
 
 @contextlib.contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process; LockedError if another one holds it."""
+    """Hold `folder` (made if missing, no link) for this process; LockedError if another one holds it."""
     folder = Path(folder)
-    try:
+    with reading(folder, "cannot be used"):
         folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    except OSError as e:
-        raise StorageError(f"{folder}: cannot be used: {e.strerror or e}") from e
-    try:
+        here = os.open(folder, FOLDER | NOFOLLOW)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(fd, 200).decode("ascii", "replace").strip() or "another process"
-            raise LockedError(
-                f"{folder}: is in use by {holder}; wait for it, or use --out with another folder"
-            ) from None
-        os.ftruncate(fd, 0)
-        os.write(fd, f"process {os.getpid()} on {os.uname().nodename}".encode())
-        for leftover in folder.glob(".*.tmp"):  # of a process of ours that died
-            if OURS.fullmatch(leftover.name):
-                remove_tree(leftover)
+            fd = os.open(".lock", os.O_CREAT | os.O_RDWR | SAFE, 0o644, dir_fd=here)
+        finally:
+            os.close(here)
+    try:
+        if not plain(os.fstat(fd)):
+            raise StorageError(f"{folder / '.lock'}: is no regular file with one name; it is not used")
+        with reading(folder, "cannot be used"):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(fd), os.lstat(folder / ".lock")):
+                    raise FileNotFoundError  # its last holder removed it
+            except (BlockingIOError, FileNotFoundError):
+                holder = re.sub(r"[^ -~]", "?", os.read(fd, 200).decode("latin-1")) or "another process"
+                raise LockedError(
+                    f"{folder}: is in use by {holder}; wait for it, or use --out with another folder"
+                ) from None
+        with contextlib.suppress(OSError):  # a full disk: the lock is held, whatever it says
+            os.ftruncate(fd, 0)
+            os.write(fd, f"process {os.getpid()} on {os.uname().nodename}".encode())
+        for left in leftovers(folder):
+            clear_one(left)
         yield
     finally:
         os.close(fd)

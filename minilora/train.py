@@ -9,9 +9,11 @@ go on as if nothing had happened, to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,11 +22,22 @@ from typing import Any
 import numpy as np
 
 from .backend import floats, keep_memory, quiet_overflow, to_device, to_host
-from .errors import FormatError, InputError, MismatchError, NonFiniteError, StateError, check_int
+from .errors import (
+    FormatError,
+    InputError,
+    MiniloraError,
+    MismatchError,
+    NonFiniteError,
+    StateError,
+    check_int,
+)
 from .lanes import Batch, lanes
 from .layers import digest, named_params, settings, trained
 from .optim import AdamW, Schedule, squared_norm
-from .storage import read, write_atomic
+from .storage import discard, exists, locked, read, write_atomic
+from .tensors import open_tensors
+
+CHECKPOINT = "checkpoint.safetensors"  # its name in a folder of work
 
 
 @dataclass
@@ -76,7 +89,7 @@ def train(
     keep_memory()
     history, rngs = History(), rngs or {}
     run = about(model, optimizer, schedule, accumulate) | dict(identity or {})
-    if checkpoint and Path(checkpoint).exists():
+    if checkpoint and exists(checkpoint):
         history = load_checkpoint(checkpoint, model, optimizer, rngs, run)
     done = len(history.loss)
     source = iter(batches)
@@ -127,15 +140,20 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
 def about(
     model: Any, optimizer: AdamW, schedule: Callable[[int], float] | None, accumulate: int
 ) -> dict[str, Any]:
-    """What a resumed run must share with the one that it goes on from, beside its trained parameters."""
+    """What a resumed run must share with the one that it goes on from, beside its trained parameters.
+
+    A schedule that is no Schedule is not compared: a function does not say what it does.
+    """
     import hashlib
 
     o = optimizer
     frozen = {path.replace(".", "/"): p for path, p in named_params(model).items() if not p.trainable}
+    groups = {path: [o.rate(path), bool(o.decays(path, p))] for path, p in trained(model).items()}
     return {
         "base": digest(frozen),
         "model": hashlib.sha256(json.dumps(settings(model)).encode()).hexdigest(),
         "optimizer": [o.lr, *o.betas, o.eps, o.weight_decay, o.clip],
+        "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
         "schedule": repr(schedule) if isinstance(schedule, Schedule) else None,
         "accumulate": accumulate,
     }
@@ -149,6 +167,53 @@ def sealed(meta: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     for name, a in sorted(tensors.items()):
         h.update(f"{name} {a.shape} {a.dtype.str}\n".encode() + a.tobytes())
     return h.hexdigest()
+
+
+@contextlib.contextmanager
+def workshop(out: Path, kind: str) -> Iterator[Path]:
+    """The path of a checkpoint, in a locked folder beside `out` that goes when the body has written `out`.
+
+    After an error it stays for the next run, if a checkpoint is in it. LockedError if another process is
+    at it.
+    """
+    work = folder_of_work(out, kind)
+    try:
+        with locked(work):
+            yield work / CHECKPOINT
+            discard(work, out)
+    except BaseException:
+        with contextlib.suppress(MiniloraError):  # the other error is the one to tell
+            tidy(out, kind)
+        raise
+
+
+def tidy(out: Path, kind: str) -> None:
+    """Remove the folder of a run's checkpoint from which no run goes on; what can go on stays.
+
+    So it is if there is no checkpoint, or one that has all its steps and is older than `out`: the run died
+    after it had written that.
+    """
+    work = folder_of_work(out, kind)
+    if exists(work):
+        with locked(work):
+            spent = exists(out) and finished(work / CHECKPOINT, os.lstat(out).st_mtime_ns)
+            if spent or not exists(work / CHECKPOINT):
+                discard(work, out)
+
+
+def finished(checkpoint: Path, written: int) -> bool:
+    """Whether a run had made all its steps when something was written, at a time in nanoseconds."""
+    try:
+        meta = json.loads(open_tensors(checkpoint).metadata["minilora"])
+        over = len(meta["history"]["loss"]) == meta["run"]["recipe"]["steps"]
+    except (MiniloraError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return over and os.lstat(checkpoint).st_mtime_ns <= written
+
+
+def folder_of_work(out: Path, kind: str) -> Path:
+    """Where a run that makes `out` keeps its checkpoint."""
+    return out.with_name(f".{out.name}.{kind}")
 
 
 def save_checkpoint(

@@ -17,6 +17,15 @@ settings.register_profile("few", settings.get_profile("ci"), max_examples=5)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+CORE = {f"test_{name}.py" for name in ("ops", "layers", "model", "lora", "optim", "merging")}
+
+
+def pytest_collection_modifyitems(items):
+    """`-m quick` means the core's laws, but for those that take long."""
+    for item in items:
+        if item.path.name in CORE and not any(item.get_closest_marker(name) for name in ("slow", "parity")):
+            item.add_marker("quick")
+
 
 @pytest.fixture
 def device():

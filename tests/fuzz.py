@@ -1,10 +1,12 @@
-"""Fuzz the readers of adapters, starting from those that PEFT wrote.
+"""Fuzz the readers: of adapters, starting from those that PEFT wrote, and of examples to train on.
 
-    python tests/fuzz.py --seconds 300        coverage-guided where atheris is installed, else blind
+    python tests/fuzz.py --seconds 300                  coverage-guided where atheris is installed, else blind
+    python tests/fuzz.py --target jsonl --seconds 300   JSON lines and arrays of examples
 
-An input is a config and a file of tensors. It must be looked at, compressed to something without a doubt,
-loaded beside its tiny base and merged, or be refused with one printable line; anything else, or more than
-two seconds, ends the program with the input in hex. The last line counts.
+An input is a config and a file of tensors, which must be looked at, compressed to something without a
+doubt, loaded beside its tiny base and merged; or a file of examples, which must give the ids of its texts; or
+it must be refused with one printable line. Anything else, or more than two seconds, ends the program with the
+input in hex. The last line counts.
 """
 
 import argparse
@@ -25,7 +27,19 @@ from pathlib import Path
 from helpers import TooLong, says, within
 from peft_cases import FIXED, FIXTURES, slug
 
-from minilora import adapter_config, adapters, compose, errors, files, microscope, storage, tensors
+from minilora import (
+    adapter_config,
+    adapters,
+    compose,
+    data,
+    errors,
+    files,
+    finetune,
+    microscope,
+    storage,
+    tensors,
+    tokenizer,
+)
 from minilora.adapters import CONFIG, WEIGHTS
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.lora import Adapted, merge, remove, sites, unmerge
@@ -36,6 +50,10 @@ WORDS = (
     "", "q_proj", "lm_head", "embed_tokens", "norm", "all-linear", "all", "lora_only", ".*", "(a+)+", "(",
     r"(.)\1", "(?:(?=(a|b)*c).)*", r"model.layers\.\d.*",
     "x" * 999, "model.layers.1.self_attn.q_proj", "F32", "BF16", "F8_E4M3", "\0", "\x1b[2J", "\ud800", "é",
+)  # fmt: skip
+LENGTH = 24  # tokens of an example
+SPLICES = (
+    "\ufeff", "\u2028", "\x85", "\r", "\r\n", "\n", "\x0c", "\\ud800", "\\u0000", "?", "[", "}", "漢", "NaN",
 )  # fmt: skip
 VALUES = (None, True, False, *NUMBERS, *WORDS, [], {}, [0], [3, 12], ["q_proj"], {"q_proj": 2}, [[]])
 
@@ -50,39 +68,27 @@ def split(data):
     return data[0] % len(BASES) if data else 0, data[5 : 5 + size], data[5 + size :]
 
 
-def corpus():
-    """The fixtures as inputs."""
-    for base, adapter in FIXED:
-        folder = FIXTURES / "adapters" / f"{slug(base)}--{slug(adapter)}"
-        parts = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
-        yield join(BASES.index(slug(base)), *parts)
-
-
 # ---- the readers
 
 
 class Readers:
-    """Calls every reader with an input, and counts."""
+    """Calls the readers of one kind of file with an input, and counts.
+
+    A subclass has `read(data)`, whether the input was accepted; `corpus()`, what to start from;
+    `mutated(rng, data, others)`, an input near one; and `modules`, whose coverage guides.
+    """
+
+    limit = 2  # seconds
 
     def __init__(self, folder):
         self.folder, self.out = Path(folder), Path(folder).with_name("out")
         self.inputs, self.accepted, self.start = 0, 0, time.monotonic()
-        self.models = [files.load(FIXTURES / "bases" / base) for base in BASES]
-        self.prints = [adapters.base_print(model) for model in self.models]
 
     def __call__(self, data):
         self.inputs += 1
-        base, config, weights = split(data)
-        (self.folder / CONFIG).write_bytes(config)
-        (self.folder / WEIGHTS).write_bytes(weights)
         try:
-            with within(2):
-                self.done(self.tensors)
-                self.done(adapter_config.read_settings, self.folder / CONFIG)
-                if self.done(adapters.open_adapter, self.folder):
-                    if self.inputs % 10 == 0:  # it takes longer than all the rest
-                        self.done(self.looked_at)
-                    self.accepted += self.done(self.beside, base)
+            with within(self.limit):
+                self.accepted += self.read(data)
         except (Exception, TooLong):
             print(f"input: {data.hex()}", flush=True)
             raise
@@ -95,6 +101,35 @@ class Readers:
             says(e, self.folder)
             return False
         return True
+
+    def line(self, engine):
+        """The counts."""
+        refused, seconds = self.inputs - self.accepted, time.monotonic() - self.start
+        counts = f"{self.inputs} inputs, {refused} refused, {self.accepted} accepted"
+        return f"{counts}, {seconds:.0f} seconds, {engine}"
+
+
+class Adapters(Readers):
+    """A config and a file of tensors beside a base."""
+
+    modules = (adapter_config, adapters, errors, files, storage, tensors)
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.models = [files.load(FIXTURES / "bases" / base) for base in BASES]
+        self.prints = [adapters.base_print(model) for model in self.models]
+
+    def read(self, data):
+        base, config, weights = split(data)
+        (self.folder / CONFIG).write_bytes(config)
+        (self.folder / WEIGHTS).write_bytes(weights)
+        self.done(self.tensors)
+        self.done(adapter_config.read_settings, self.folder / CONFIG)
+        if not self.done(adapters.open_adapter, self.folder):
+            return False
+        if self.inputs % 10 == 0:  # it takes longer than all the rest
+            self.done(self.looked_at)
+        return self.done(self.beside, base)
 
     def looked_at(self):
         """What is said is printable, and what is compressed has nothing left to be doubted."""
@@ -123,11 +158,69 @@ class Readers:
             assert not any(isinstance(layer, Adapted) for _, layer in sites(model))
             assert adapters.base_print(model) == self.prints[base]
 
-    def line(self, engine):
-        """The counts."""
-        refused, seconds = self.inputs - self.accepted, time.monotonic() - self.start
-        counts = f"{self.inputs} inputs, {refused} refused, {self.accepted} accepted"
-        return f"{counts}, {seconds:.0f} seconds, {engine}"
+    def corpus(self):
+        """The fixtures as inputs."""
+        for base, adapter in FIXED:
+            folder = FIXTURES / "adapters" / f"{slug(base)}--{slug(adapter)}"
+            parts = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
+            yield join(BASES.index(slug(base)), *parts)
+
+    def mutated(self, rng, data, others):
+        return mutated(rng, data, others)
+
+
+class Examples(Readers):
+    """A file of JSON lines or a JSON array: every example that is accepted is one of those that lie in it."""
+
+    modules = (data, errors, finetune)
+
+    def read(self, raw):
+        kind, raw = raw[:1], raw[1:]
+        path = self.folder / ("d.json" if kind == b"[" else "d.jsonl")
+        path.write_bytes(raw)
+        return self.done(self.whole, path, raw)
+
+    def whole(self, path, raw):
+        words = tokenizer.Tokenizer(data.encode, data.decode, frozenset({10}), fold=True)
+        found = finetune.examples(path, words, LENGTH)
+        text = raw.decode().removeprefix("\ufeff")
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+        assert len(found) == len(rows)
+        for (ids, start), row in zip(found, rows, strict=True):
+            assert 1 <= start < len(ids) <= LENGTH + 1
+            whole = row["text"] if "text" in row else row["prompt"] + row["completion"]
+            assert (data.fold(whole) + "\n").endswith(data.decode(ids)[-len(whole) - 1 :])
+        if found:
+            labels = finetune.padded(found)[1]
+            assert (labels >= 0).sum() == sum(len(ids) - start for ids, start in found)
+
+    def corpus(self):
+        """Pairs and texts, in lines and in an array."""
+        rows = [{"prompt": f"{i} times 2 is", "completion": f" {2 * i}.\u2028"} for i in range(3)]
+        rows += [{"text": "Wherefore art? caf\u00e9"}, {"prompt": "p" * 30, "completion": "c", "more": [1]}]
+        for plain in (True, False):
+            lines = [json.dumps(row, ensure_ascii=plain).encode() for row in rows]
+            yield b"l" + b"\r\n".join(lines)
+            yield b"[" + b"[" + b", ".join(lines) + b"]"
+
+    def mutated(self, rng, raw, others):
+        kind, raw = raw[:1], raw[1:]
+        for _ in range(rng.choice([1, 1, 2])):
+            how = rng.randrange(5)
+            if how < 2 and kind == b"[":
+                raw = swapped(rng, raw)
+            elif how < 2:
+                lines = raw.split(b"\n")
+                at = rng.randrange(len(lines))
+                lines[at] = swapped(rng, lines[at])
+                raw = b"\n".join(lines)
+            else:
+                raw = rng.choice([flipped, cut, spliced])(rng, raw)
+        return rng.choice([kind, kind, kind, b"l", b"["]) + raw
+
+
+TARGETS = {"adapters": Adapters, "jsonl": Examples}
 
 
 # ---- mutations that know the format
@@ -182,6 +275,12 @@ def cut(rng, data):
     """A piece less, or twice."""
     a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     return rng.choice([data[:a], data[:a] + data[b:], data[:b] + data[a:]])
+
+
+def spliced(rng, data):
+    """With a piece that some reader of lines or of JSON stumbles over."""
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.choice(SPLICES).encode() + data[at:]
 
 
 def stated(rng, weights):
@@ -241,10 +340,10 @@ def guided(atheris, readers, seeds, seconds):
 
     def mutator(data, most, seed):
         rng = random.Random(seed)
-        new = mutated(rng, data, seeds) if rng.random() < 0.5 else atheris.Mutate(data, most)
+        new = readers.mutated(rng, data, seeds) if rng.random() < 0.5 else atheris.Mutate(data, most)
         return new[:most]
 
-    for module in (adapter_config, adapters, errors, files, storage, tensors):
+    for module in readers.modules:
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not hasattr(function, "__wrapped__"):
                 atheris.instrument_func(function)
@@ -252,7 +351,7 @@ def guided(atheris, readers, seeds, seconds):
     start.mkdir()
     for i, seed in enumerate(seeds):
         (start / str(i)).write_bytes(seed)
-    how = ["-max_len=30000", "-timeout=0", "-rss_limit_mb=1024", "-verbosity=0"]
+    how = ["-max_len=100000", "-timeout=0", "-rss_limit_mb=1024", "-verbosity=0"]
     atheris.Setup([sys.argv[0], *how, str(start)], one, custom_mutator=mutator)
     atheris.Fuzz()
 
@@ -261,7 +360,7 @@ def blind(readers, seeds, seconds, seed):
     """Mutations of the seeds and of what was accepted."""
     rng, pool = random.Random(seed), list(seeds)
     while time.monotonic() - readers.start < seconds:
-        data, before = mutated(rng, rng.choice(pool), seeds), readers.accepted
+        data, before = readers.mutated(rng, rng.choice(pool), seeds), readers.accepted
         readers(data)
         if readers.accepted > before and len(pool) < 1000:
             pool.append(data)
@@ -270,15 +369,16 @@ def blind(readers, seeds, seconds, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, default="adapters", help="which readers (adapters)")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the random engine")
     parser.add_argument("--engine", choices=["atheris", "random"])
     args = parser.parse_args()
-    seeds = list(corpus())
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        (Path(folder) / "adapter").mkdir()
-        readers = Readers(Path(folder) / "adapter")
+        (Path(folder) / "read").mkdir()
+        readers = TARGETS[args.target](Path(folder) / "read")
+        seeds = list(readers.corpus())
         try:
             import atheris
         except ImportError:

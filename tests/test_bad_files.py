@@ -1143,9 +1143,10 @@ def test_any_value_of_any_field_is_refused_or_means_something(changes, good):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["best", "random"])
-def test_five_seconds_of_fuzzing(engine):
+@pytest.mark.parametrize("target", ["adapters", "jsonl"])
+def test_five_seconds_of_fuzzing(target, engine):
     program = Path(__file__).with_name("fuzz.py")
-    how = ["--engine", "random"] if engine == "random" else []
+    how = ["--target", target, *(["--engine", "random"] if engine == "random" else [])]
     done = subprocess.run(
         [sys.executable, program, "--seconds", "5", *how], capture_output=True, text=True, timeout=100
     )

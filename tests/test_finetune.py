@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ from minilora.train import evaluate
 TINY = Config(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
               num_key_value_heads=1, max_position_embeddings=32)  # fmt: skip
 LETTERS = Tokenizer(data.encode, data.decode, frozenset({10}), fold=True)
-TEXT = "The quality of mercy is not strained, it droppeth as the gentle rain.\n" * 60
+LINE = "the quality of mercy is not strained, it droppeth as the gentle rain.\n"
+TEXT = "".join(f"{i}: {LINE}" for i in range(60))
 
 
 @pytest.fixture
@@ -50,7 +52,9 @@ def text(tmp_path):
 
 
 def small(text, base, **how):
-    usual = {"steps": 6, "batch": 2, "length": 16, "eval_every": 2, "eval_tokens": 64, "lr": 1e-2, "r": 2}
+    """A recipe in which no two numbers are alike, and none is its default."""
+    usual = {"steps": 7, "batch": 3, "length": 16, "eval_every": 4, "eval_tokens": 90, "lr": 1e-2, "r": 2,
+             "alpha": 5.0, "warmup": 1, "seed": 6}  # fmt: skip
     return Recipe(text, base, **usual | how)
 
 
@@ -63,15 +67,15 @@ def test_an_adapter_comes_out_and_the_base_stays(method, text, base, tmp_path):
     told = []
     found = finetune.run(small(text, base, method=method), tmp_path / "a", told=lambda *x: told.append(x))
     assert digest(load(base)) == before
-    assert [step for step, _ in told] == [0, 2, 4, 6]
+    assert [step for step, _ in told] == [0, 4, 7]
     assert tuple(told) == found.evals
     assert found.after < found.before
     assert sorted(os.listdir(tmp_path)) == ["a", "base", "own.txt"]
     assert open_adapter(tmp_path / "a").settings.use_dora is (method == "dora")
     model = load(base)
     load_adapter(model, tmp_path / "a")
-    _, held = texts(text, True)
-    batches = data.eval_batches(data.encode(held), 8, 16, 64)
+    _, held = texts(text)
+    batches = data.eval_batches(data.encode(held), 8, 16, 90)
     # written in float32, as it was trained: the same numbers but for the path (beside W or through W + ΔW)
     assert abs(evaluate(model, batches) - found.after) < 1e-5
     labels = np.concatenate([y.ravel() for _, y in batches])
@@ -97,7 +101,7 @@ class Stop(Exception):
     """A kill, as far as the training can tell."""
 
 
-@pytest.mark.parametrize("at", [1, 3, 4, 5])
+@pytest.mark.parametrize("at", [1, 4, 5, 6])
 def test_a_killed_run_goes_on_to_the_same_bytes(at, text, base, tmp_path):
     def stop(step, loss):
         if step == at:
@@ -113,9 +117,67 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at, text, base, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_finished_run_left_is_cleared(again, text, base, tmp_path, monkeypatch):
+    """It died after `out` was written and before it had tidied up: the next run is not its continuation."""
+
+    def dies(path, home):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["minilora.train"], "discard", dies)
+        with pytest.raises(Stop):
+            finetune.run(small(text, base), tmp_path / "a")
+    assert sorted(os.listdir(tmp_path / ".a.train")) == [".lock", "checkpoint.safetensors"]
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    if again:
+        finetune.run(small(text, base, seed=1), tmp_path / "a", overwrite=True)
+    else:
+        with pytest.raises(StorageError, match="there already"):
+            finetune.run(small(text, base), tmp_path / "a")
+    assert ((tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before) is not again
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_can_go_on_stays_beside_an_older_output(text, base, tmp_path, monkeypatch):
+    """All steps are done, but the folder at `out` is not theirs: it would be lost."""
+
+    def dies(*args, **how):
+        raise Stop
+
+    finetune.run(small(text, base, seed=1), tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_adapter", dies)
+        with pytest.raises(Stop):
+            finetune.run(small(text, base), tmp_path / "a", overwrite=True)
+    with pytest.raises(StorageError, match="there already"):
+        finetune.run(small(text, base), tmp_path / "a")
+    steps = []
+    finetune.run(small(text, base), tmp_path / "a", overwrite=True, progress=lambda *x: steps.append(x))
+    assert steps == []  # it went on from the last one
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", [".lock", "checkpoint.safetensors", None])
+def test_a_link_beside_the_output_is_not_followed(kind, text, base, tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "own").write_text("mine")
+    work = tmp_path / ".a.train"
+    if kind:
+        work.mkdir()
+        (work / kind).symlink_to("../v/own")
+    else:
+        work.symlink_to("v")
+    with pytest.raises(StorageError):
+        finetune.run(small(text, base), tmp_path / "a")
+    assert (tmp_path / "v" / "own").read_text() == "mine"
+    assert os.listdir(tmp_path / "v") == ["own"]
+    assert not (tmp_path / "a").exists()
+
+
 def test_another_run_does_not_go_on_from_its_checkpoint(text, base, tmp_path):
     def stop(step, loss):
-        if step == 3:
+        if step == 5:
             raise Stop
 
     with pytest.raises(Stop):
@@ -193,9 +255,9 @@ def test_every_label_is_the_next_token_of_its_row(seed, length, tmp_path_factory
 
 
 def test_examples_are_trained_on_and_measured(base, tmp_path):
-    rows = [{"prompt": f"{i} times 2 is ", "completion": f"{2 * i}"} for i in range(40)]
+    rows = [{"prompt": f"{i} is ", "completion": "odd" if i % 2 else "even"} for i in range(40)]
     lines(tmp_path / "d.jsonl", rows)
-    found = finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=12), tmp_path / "a")
+    found = finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
     assert found.after < found.before
 
 
@@ -209,7 +271,7 @@ def test_examples_are_trained_on_and_measured(base, tmp_path):
         ({"prompt": "a"}, FormatError, "line 2: completion is no string"),
         ({"prompt": "a", "completion": 3}, FormatError, "line 2: completion"),
         ({"prompt": "", "completion": "b"}, InputError, "line 2: has no prompt"),
-        ({"prompt": "a", "completion": "b" * 99}, InputError, "line 2: has 100 tokens to learn"),
+        ({"prompt": "a", "completion": "b" * 99}, InputError, "line 2: has too many .*: 100; .* at most 16"),
     ],
 )  # fmt: skip
 def test_a_line_that_is_no_example_is_named(row, error, match, tmp_path):

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from library import np
 
+from minilora.backend import to_host
 from minilora.errors import ConfigError, InputError, MiniloraError, MismatchError, NonFiniteError, StateError
 from minilora.layers import Dropout, Embedding, Linear, Param, digest, get, named_params, trained
 from minilora.lora import (
@@ -289,17 +290,26 @@ def test_a_fresh_dora_is_the_base_up_to_rounding(dtype):
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "both"])
-def test_A_is_drawn_as_promised(init):
-    std = 1 / math.sqrt(3 * 400) if init == "kaiming" else 1 / 8
-    tree = {"q_proj": Linear(Param(np.zeros((300, 400), np.float32)))}
-    inject(tree, LoraConfig(r=8, targets="q_proj", init=init), rng=np.random.default_rng(0))
-    A, B = (getattr(tree["q_proj"].adapters["default"], k).data for k in "AB")
-    # of n draws the mean is within 6 std / sqrt(n), the deviation within 6 std / sqrt(n) (2 n in theory)
-    assert abs(A.mean()) <= 6 * std / math.sqrt(A.size)
-    assert abs(A.std() - std) <= 6 * std / math.sqrt(A.size)
-    assert B.any() == (init == "both")
-    if init == "kaiming":
-        assert np.abs(A).max() <= 1 / math.sqrt(400)
+def test_every_fresh_factor_has_the_stated_deviation(init):
+    """Of tall and wide maps and of a table, whose two factors change places."""
+    r = 8
+    tree = {"wide": Linear(Param(np.zeros((300, 400), np.float32))),
+            "tall": Linear(Param(np.zeros((700, 200), np.float32))),
+            "table": Embedding(Param(np.zeros((500, 600), np.float32)))}  # fmt: skip
+    inject(tree, LoraConfig(r=r, alpha=5, targets=list(tree), init=init), rng=np.random.default_rng(0))
+    both = 1 / r if init == "both" else 0
+    for name, (O, I) in {"wide": (300, 400), "tall": (700, 200), "table": (600, 500)}.items():  # noqa: E741
+        A, B = (to_host(getattr(tree[name].adapters["default"], k).data) for k in "AB")
+        assert (A.shape, B.shape) == ((r, I), (O, r))
+        drawn = 1 / math.sqrt(3 * I) if init == "kaiming" else 1 / r
+        for X, std in ((A, both), (B, 1.0)) if name == "table" else ((A, drawn), (B, both)):
+            # of n draws the mean is within 6 std / sqrt(n), the deviation within 6 std / sqrt(2 n) or less
+            assert abs(X.mean()) <= 6 * std / math.sqrt(X.size)
+            assert abs(X.std() - std) <= 6 * std / math.sqrt(2 * X.size)
+            if X is A and init == "kaiming" and std:  # uniform, and to both ends
+                assert 0.99 <= abs(A).max() * math.sqrt(I) <= 1
+            elif std:
+                assert abs(X).max() > 2.5 * std
 
 
 # ---- merging

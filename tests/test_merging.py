@@ -42,6 +42,18 @@ def refused(error, match, base, adapter, out, **how):
     assert listed(out.parent) == before
 
 
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["absolute", "relative", "to nowhere"])
+def test_nothing_that_a_link_means_is_copied(kind, name, tmp_path):
+    """A merged model is published: not with what lies elsewhere on this disk."""
+    shutil.copytree(BASE, tmp_path / "base")
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "base" / name).unlink(missing_ok=True)
+    target = {"absolute": tmp_path / "secret", "relative": "../secret", "to nowhere": "none"}[kind]
+    (tmp_path / "base" / name).symlink_to(target)
+    refused(StorageError, f"{name}: is a link", tmp_path / "base", ADAPTER, tmp_path / "out")
+
+
 def same_but_for_float64(found, W, kind):
     """Equal to the bit; in float64 up to the order of s, B and A."""
     if kind == "float64":

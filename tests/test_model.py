@@ -202,6 +202,26 @@ def test_what_was_kept_is_gone_after_the_way_back():
     assert after <= sum(a.size for a in saved(back).values()) < before  # what head and loss hold, at most
 
 
+@pytest.mark.parametrize("L", [1, 3])
+def test_every_kind_of_fresh_matrix_has_the_stated_deviation(L):
+    """No two of V, D, F, H·E and G·E are alike, so that no other axis gives the same number."""
+    V, D, F = 70, 48, 85
+    config = Config(V, D, F, L, num_attention_heads=6, num_key_value_heads=2, head_dim=10,
+                    tie_word_embeddings=False)  # fmt: skip
+    params = named_params(llama(config, np.random.default_rng(L)))
+    matrices = {path: to_host(p.data) for path, p in params.items() if p.data.ndim == 2}
+    assert len(matrices) == 2 + 7 * L
+    inputs = {"o_proj": 60, "down_proj": F}  # of all others D
+    for path, W in matrices.items():
+        kind = path.split(".")[-2]
+        std = 1 / math.sqrt(inputs.get(kind, D) * (2 * L if kind in inputs else 1))
+        # of n normal draws the deviation is within 6 std / sqrt(2 n), the mean within 6 std / sqrt(n)
+        assert abs(W.std() - std) <= 6 * std / math.sqrt(2 * W.size), path
+        assert abs(W.mean()) <= 6 * std / math.sqrt(W.size), path
+        assert abs(W).max() > 2.5 * std, path  # and they are normal: of 960 draws 12 lie beyond
+    assert len({W[0, 0].item() for W in matrices.values()}) == len(matrices)  # no two are one draw
+
+
 @given(seed=seeds)
 def test_a_fresh_model_starts_near_the_uniform_guess(seed):
     model = llama(Config(), np.random.default_rng(seed))

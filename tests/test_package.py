@@ -102,7 +102,7 @@ def test_the_command_is_the_module():
     import tomllib
 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"minilora": "minilora.cli:main"}
+    assert scripts == {"minilora": "minilora.__main__:main"}
     done = subprocess.run([sys.executable, "-m", "minilora", "--version"], capture_output=True, text=True,
                           check=True, cwd=ROOT)  # fmt: skip
     assert done.stdout == f"minilora {minilora.__version__}\n"

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft_cases import FIXTURES
 
-from minilora.errors import MiniloraError
-from minilora.files import load
+from minilora.errors import MiniloraError, StorageError
+from minilora.files import BASE, load
 from minilora.lora import LoraConfig, inject, sites, size
 from minilora.model import Config, llama
 from minilora.sizes import ATTENTION, LLAMAS, MLP, PAPER, PRINTED, QV, count, human, modules
@@ -394,3 +394,12 @@ def test_a_slip_in_a_base_or_a_target_is_one_clear_line(base, targets, says):
         modules(base, targets)
     assert re.match(says, f"{type(error.value).__name__}: {error.value}")
     assert "\n" not in str(error.value)
+
+
+def test_a_link_that_the_user_names_is_followed_and_one_in_his_folder_is_not(tmp_path):
+    (tmp_path / "link.json").symlink_to(BASE / "config.json")
+    assert count(str(tmp_path / "link.json")).rows == count(str(BASE)).rows
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "config.json").symlink_to(BASE / "config.json")
+    with pytest.raises(StorageError, match="is a link"):
+        count(str(tmp_path / "f"))

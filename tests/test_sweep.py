@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import backend, cli, data, plots
+from minilora import archives, backend, cli, data, plots
 from minilora.errors import ConfigError, MismatchError, NonFiniteError, StateError, StorageError
 from minilora.experiments import rank_sweep
 from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sealed, sweep, with_gaps
@@ -53,8 +53,9 @@ def place(tmp_path_factory):
 
 def plan_of(place, **how):
     usual = {
-        "targets": (str(place / "mine.txt"),), "ranks": (1, 2), "modules": ("q_proj",), "steps": 4,
-        "search_steps": 1, "seeds": 2, "base": str(place / "base"), "test_windows": 2, "valid_windows": 2,
+        "targets": (str(place / "mine.txt"),), "ranks": (1, 2), "modules": ("q_proj",), "alpha": 5.0,
+        "steps": 4, "search_steps": 1, "seeds": 2, "base": str(place / "base"), "test_windows": 2,
+        "valid_windows": 1,
     }  # fmt: skip
     return Plan(**usual | how)
 
@@ -787,12 +788,12 @@ def test_a_plan_without_meaning_is_a_config_error(bad):
 
 @pytest.mark.slow
 def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_path, monkeypatch, capsys):
-    def offline(target):
+    def offline(*_):
         raise StorageError("texts not fetched: no network")
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MINILORA_TEXTS", raising=False)
-    monkeypatch.setattr(data, "install", offline)
+    monkeypatch.setattr(archives, "download", offline)
     rows, _ = run(plan_of(place, targets=("folio",), ranks=(1,), seeds=1), tmp_path / "out")
     assert "going on with the text of the standard library" in capsys.readouterr().err
     for row in rows:

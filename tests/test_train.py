@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import fields, replace
 
 import pytest
 from helpers import (
@@ -37,18 +38,19 @@ from minilora.errors import (
 )  # fmt: skip
 from minilora.layers import digest, freeze, named_params, trained
 from minilora.lora import LoraConfig, inject, merge, unmerge
-from minilora.optim import AdamW, Schedule
+from minilora.optim import AdamW, Schedule, lora_plus
 from minilora.storage import read, write_atomic
 from minilora.train import History, about, evaluate, load_checkpoint, save_checkpoint, train
 
 STEPS = 6
+SCHEDULE = Schedule(STEPS, warmup=1, final=0.1)
 SHAPE = {"r": 3, "alpha": 7, "targets": LINEARS, "init": "both", "dropout": 0.3, "modules_to_save": ["norm"]}
 
 
 class Run:
     """One training run from its seeds: model, generators, batches, optimizer."""
 
-    def __init__(self, config=None, seed=0, base=0, dtype=np.float32, **optimizer):
+    def __init__(self, config=None, seed=4, base=0, dtype=np.float32, **optimizer):
         self.model, _ = tiny(base, dtype)
         self.rngs = {"batches": np.random.default_rng(seed), "dropout": np.random.default_rng(seed + 1)}
         inject(self.model, LoraConfig(**SHAPE | (config or {})), rng=self.rngs["dropout"])
@@ -59,16 +61,15 @@ class Run:
             yield batch(self.rngs["batches"])
 
     def train(self, steps=STEPS, **how):
-        schedule = Schedule(STEPS, warmup=2)
         self.history = train(
-            self.model, self.batches(), self.optimizer, steps=steps, schedule=schedule, accumulate=2,
-            evaluate=lambda: evaluate(self.model, [batch(np.random.default_rng(9))]), eval_every=2,
+            self.model, self.batches(), self.optimizer, steps=steps, schedule=SCHEDULE, accumulate=2,
+            evaluate=lambda: evaluate(self.model, [batch(np.random.default_rng(9))]), eval_every=5,
             rngs=self.rngs, **how,
         )  # fmt: skip
         return self
 
     def about(self):
-        return about(self.model, self.optimizer, Schedule(STEPS, warmup=2), 2)
+        return about(self.model, self.optimizer, SCHEDULE, 2)
 
     def load(self, path):
         return load_checkpoint(path, self.model, self.optimizer, self.rngs, self.about())
@@ -184,6 +185,26 @@ def test_a_run_that_dies_anywhere_goes_on_to_the_same_bits(stop, every, whole, t
     assert again.state() == whole
 
 
+few = st.integers(1, 3)
+
+
+@settings(max_examples=6)
+@given(accumulate=few, stop=few, every=few, longer=st.integers(0, 2))
+def test_a_run_over_a_list_of_batches_goes_on_where_it_was(accumulate, stop, every, longer, tmp_path_factory):
+    """No generator knows how far the list was read: the steps that are done do, `accumulate` batches each."""
+    path = tmp_path_factory.mktemp("list") / "c"
+    pairs = [batch(np.random.default_rng(i)) for i in range(4 * accumulate + longer)]
+
+    def run(**how):
+        model, _ = tiny_lora(0, np.float32)
+        history = train(model, pairs, AdamW(lr=0.02), steps=4, accumulate=accumulate, **how)
+        return digest(model), history
+
+    with pytest.raises(Stopped):
+        run(checkpoint=path, checkpoint_every=every, progress=stop_at(stop))
+    assert run(checkpoint=path, checkpoint_every=every) == run()
+
+
 def test_a_checkpoint_does_not_change_the_run(whole, tmp_path):
     assert Run().train(checkpoint=tmp_path / "c", checkpoint_every=1).state() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
@@ -210,8 +231,13 @@ OTHERS = {
     "alpha": {"config": {"alpha": 8}},
     "lr": {"lr": 0.01},
     "betas": {"betas": (0.8, 0.999)},
+    "the second beta": {"betas": (0.9, 0.99)},
+    "eps": {"eps": 1e-6},
     "decay": {"weight_decay": 0.0},
     "clip": {"clip": None},
+    "dropout": {"config": {"dropout": 0.2}},
+    "the rate of a group": {"rate": lora_plus(4)},
+    "what decays": {"decays": lambda path, p: True},
 }
 
 
@@ -229,6 +255,24 @@ def attempt(run, path, error):
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_checkpoint_of_another_run_is_refused(other, saved):
     attempt(Run(**OTHERS[other]), saved, MismatchError)
+
+
+def test_every_setting_of_the_optimizer_belongs_to_the_run():
+    tried = {name for how in OTHERS.values() for name in how}
+    assert tried >= {f.name for f in fields(AdamW)} - {"t", "m", "v"}  # which the checkpoint holds itself
+
+
+@pytest.mark.parametrize("other", [
+    {"steps": STEPS + 1}, {"warmup": 2}, {"kind": "constant"}, {"final": 0.2}, {}, {"accumulate": 3},
+], ids=str)  # fmt: skip
+def test_a_checkpoint_of_another_schedule_or_accumulation_is_refused(other, saved):
+    run, how = Run(), {"accumulate": 2} | other
+    accumulate = how.pop("accumulate")
+    schedule = replace(SCHEDULE, **how) if other else None
+    with pytest.raises(MismatchError, match="accumulate" if accumulate == 3 else "schedule"):
+        load_checkpoint(saved, run.model, run.optimizer, run.rngs,
+                        about(run.model, run.optimizer, schedule, accumulate))  # fmt: skip
+    assert {f.name for f in fields(Schedule)} == {"steps", "warmup", "kind", "final"}
 
 
 def test_a_checkpoint_with_other_generators_is_refused(saved):
@@ -345,7 +389,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(bad, tmp_path):
 
     with np.errstate(invalid="ignore"), pytest.raises(NonFiniteError, match=r"step 3: the loss"):
         train(
-            run.model, poisoned(), run.optimizer, steps=STEPS, schedule=Schedule(STEPS, warmup=2),
+            run.model, poisoned(), run.optimizer, steps=STEPS, schedule=SCHEDULE,
             accumulate=2, checkpoint=tmp_path / "c", checkpoint_every=1, rngs=run.rngs,
         )  # fmt: skip
     ours, theirs = ({k: p.data for k, p in trained(r.model).items()} for r in (run, good))

@@ -18,8 +18,8 @@ from ..layers import freeze
 from ..lora import size
 from ..model import Config, llama
 from ..optim import AdamW, Schedule
-from ..storage import check_free, locked, remove_tree
-from ..train import evaluate, train
+from ..storage import check_free
+from ..train import evaluate, tidy, train, workshop
 
 LENGTH = 128  # characters in a window
 
@@ -84,6 +84,7 @@ def run(
     the end. StorageError if `out` exists.
     """
     out = Path(out)
+    tidy(out, "pretrain")
     check_free(out)
     text = data.corpus_or_fallback(recipe.corpus)
     model = llama(config or Config(), np.random.default_rng(recipe.seed))
@@ -97,15 +98,14 @@ def run(
         if progress:
             progress(step, loss)
 
-    work = out.with_name(f".{out.name}.pretrain")
-    with locked(work):
+    with workshop(out, "pretrain") as saved:
         train(
             model,
             data.batches(text.train, rng, recipe.batch, LENGTH),
             AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay),
             steps=recipe.steps,
             schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
-            checkpoint=work / "checkpoint.safetensors",
+            checkpoint=saved,
             checkpoint_every=250,
             rngs={"batches": rng},
             identity={"text": text.digest, "recipe": asdict(recipe)},
@@ -125,5 +125,4 @@ def run(
         )  # fmt: skip
         facts = {"corpus": text.source, "corpus_sha256": text.digest, "recipe": asdict(recipe), **losses}
         files.save_model(model, out, card, {"minilora": facts, "bos_token_id": None, "eos_token_id": None})
-    remove_tree(work)
     return Outcome(losses["test"], losses["valid"], characters, speed)

@@ -46,7 +46,7 @@ from ..layers import digest, get, trained, unfreeze
 from ..lora import LoraConfig, inject
 from ..model import Llama
 from ..optim import AdamW, Schedule
-from ..storage import locked, read, write_atomic
+from ..storage import locked, named, read, write_atomic
 from ..train import evaluate, train
 
 Row = dict[str, Any]
@@ -56,7 +56,7 @@ SCHEMA = 1
 SEARCH_SEED = 1000
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 LENGTH = 128  # characters in a window
 STEP = math.sqrt(10)  # by which the search for a learning rate goes on beyond an edge
 EDGES = 2  # how often it may
@@ -356,8 +356,8 @@ def sweep(
     place: contextlib.AbstractContextManager[Executor | None] = contextlib.nullcontext(executor)
     if dask is not None:
         place = cluster.connect(dask, surroundings, expected(), Stock(files.load(plan.base), texts))
-    with place as given, locked(out), Workers(jobs, given) as workers:
-        store = Store(Path(out), fingerprint(plan, texts), workers, progress)
+    with place as given, locked(out := named(out)), Workers(jobs, given) as workers:
+        store = Store(out, fingerprint(plan, texts), workers, progress)
         store.finish(references(cells))
         rates = chosen_rates(plan, cells, store)
         store.finish(replace(cell, lr=rates[cell], seed=seed) for cell in cells for seed in range(plan.seeds))

@@ -1,0 +1,341 @@
+"""A flag arrives: every option of every command reaches the function that the command calls.
+
+The parser is walked, so an option that is added without a line in the table below turns this red; so does one
+that is parsed and dropped, one that changes something else, and a default that is not the function's own.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import itertools
+import math
+import os
+import re
+from contextlib import ExitStack
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from minilora import (
+    adapters,
+    cli,
+    compose,
+    data,
+    files,
+    finetune,
+    lora,
+    merging,
+    microscope,
+    model,
+    plots,
+    sizes,
+)
+from minilora.experiments import merge_equivalence, pretrain, rank_sweep
+from minilora.files import save_model
+from minilora.model import Config, llama
+
+CORES = 3
+PARSER = cli.parser()
+COMMANDS = next(action.choices for action in PARSER._actions if action.dest != "version" and action.choices)
+TINY = Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+              num_key_value_heads=1, max_position_embeddings=300)  # fmt: skip
+
+
+class Found:
+    """In the place of any result."""
+
+    test = speed = characters = 0
+
+    def data(self):
+        return {"found": math.inf}
+
+    def __str__(self):
+        return "a table"
+
+    def save(self, folder, name):
+        (folder / name).write_text("a picture")
+
+
+def flat(name, value):
+    """The plain values in an argument: a recipe's fields, a generator's first number, a text's letters."""
+    if is_dataclass(value) and value.__dataclass_params__.frozen:
+        for f in fields(value):
+            yield from flat(f"{name}.{f.name}", getattr(value, f.name))
+    elif isinstance(value, np.random.Generator):
+        yield name, int(np.random.default_rng(value).integers(1 << 60))
+    elif isinstance(value, np.ndarray):
+        yield name, data.decode(value.ravel())
+    elif isinstance(value, bool | int | float | str | Path | tuple | None):
+        yield name, value
+
+
+class Spies(ExitStack):
+    """Functions that note what they are given and do nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.given, self.defaults = {}, {}
+
+    def put(self, where, name, result=None):
+        """Note the arguments of where.name, which returns `result`, or what it returns if that is ..."""
+        real = getattr(where, name)
+        signature = inspect.signature(real)
+
+        def spy(*given, **how):
+            bound = signature.bind(*given, **how)
+            bound.apply_defaults()
+            self.given[name] = True
+            for argument, value in bound.arguments.items():
+                self.given |= dict(flat(f"{name}.{argument}", value))
+                if (default := signature.parameters[argument].default) is not inspect.Parameter.empty:
+                    self.defaults |= dict(flat(f"{name}.{argument}", default))
+                elif is_dataclass(value):
+                    self.defaults |= {f"{name}.{argument}.{f.name}": f.default for f in fields(value)}
+            return real(*given, **how) if result is ... else result
+
+        self.enter_context(mock.patch.object(where, name, spy))
+
+
+CALLED = {  # by command: the functions that it calls, and what they return here
+    "sweep": [(rank_sweep, "sweep", []), (cli, "draw"), (rank_sweep, "table", "a table")],
+    "pretrain": [(pretrain, "run", Found())],
+    "data": [(data, "fetch", "texts"), (files, "smollm2", "a model")],
+    "train": [(finetune, "run", Found())],
+    "generate": [(files, "checkpoint", ...), (adapters, "load_adapter", "loaded"), (lora, "merge"),
+                 (model, "generate", [np.array([33])])],
+    "inspect": [(microscope, "inspect", Found()), (microscope, "pictures", {"drawn": Found()}),
+                (microscope, "report_page", "a page")],
+    "compress": [(compose, "compress", Found())],
+    "extract": [(compose, "extract", Found())],
+    "merge": [(merging, "merge_checkpoint", Found())],
+    "params": [(sizes, "count", Found())],
+    "modules": [(sizes, "modules", Found())],
+    "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
+                (plots, "merge_equivalence", Found())],
+}  # fmt: skip
+JSON = '{\n "found": null\n}\n'  # which has no infinity
+FIGURES = ("MANIFEST.json", "merge_equivalence", "merge_equivalence.json", "rows.jsonl")
+
+
+def smaller(function):
+    """The options of compress and extract."""
+    return {
+        "rank": (["--rank", "3"], {f"{function}.rank": 3}),
+        "energy": (["--energy", "0.7"], {f"{function}.energy": 0.7}),
+        "per_module": (["--per-module"], {f"{function}.per_module": True}),
+        "overwrite": (["--overwrite"], {f"{function}.overwrite": True}),
+        "json": (["--json"], {"printed": JSON}),
+    }
+
+
+# command -> what must be given, and for each option: what is typed, and all that is then another
+OPTIONS = {
+    "sweep": ({}, {
+        "target": (["--target", "kjv", "--target", "code"], {"sweep.plan.targets": ("kjv", "code")}),
+        "data": (["--data", "x.txt", "--data", "y/z"], {"sweep.plan.targets": ("./x.txt", "y/z")}),
+        "base": (["--base", "b"], {"sweep.plan.base": "b"}),
+        "ranks": (["--ranks", "3,5"], {"sweep.plan.ranks": (3, 5)}),
+        "modules": (["--modules", "q_proj, v_proj"], {"sweep.plan.modules": ("q_proj", "v_proj")}),
+        "seeds": (["--seeds", "7"], {"sweep.plan.seeds": 7}),
+        "steps": (["--steps", "11"], {"sweep.plan.steps": 11}),
+        "jobs": (["--jobs", "2"], {"sweep.jobs": 2}),
+        "dask": (["--dask", "tcp://h:1"], {"sweep.dask": "tcp://h:1"}),
+        "out": (["--out", "o"], {"sweep.out": Path("o"), "draw.out": Path("o"),
+                                 "printed": "a table\nfigures and report: o/report.html\n"}),
+        "quick": (["--quick"], {
+            "sweep.plan.ranks": (1, 4, 16), "sweep.plan.seeds": 1, "sweep.plan.steps": 40,
+            "sweep.plan.search_steps": 10, "sweep.plan.test_windows": 64, "sweep.plan.valid_windows": 16,
+            "sweep.out": Path("runs/quick"), "draw.out": Path("runs/quick"),
+            "printed": "a table\nfigures and report: runs/quick/report.html\n",
+        }),
+    }),
+    "pretrain": ({}, {
+        "out": (["--out", "o"], {"run.out": Path("o"),
+                                 "printed": "o: 0.0000 nats per character on the held-out plays, "
+                                            "0 characters at 0 per second\n"}),
+        "steps": (["--steps", "11"], {"run.recipe.steps": 11}),
+        "seed": (["--seed", "7"], {"run.recipe.seed": 7}),
+    }),
+    "data": ({}, {"what": (["smollm2"], {"fetch": None, "smollm2": True, "printed": "a model\n"})}),
+    "train": ({"data": ["--data", "d"], "out": ["--out", "o"]}, {
+        "data": (["--data", "d2"], {"run.recipe.data": "d2"}),
+        "out": (["--out", "o2"], {"run.out": Path("o2")}),
+        "base": (["--base", "b"], {"run.recipe.base": "b"}),
+        "method": (["--method", "dora"], {"run.recipe.method": "dora"}),
+        "r": (["--rank", "3"], {"run.recipe.r": 3}),
+        "alpha": (["--alpha", "2.5"], {"run.recipe.alpha": 2.5}),
+        "targets": (["--targets", "q_proj, v_proj"], {"run.recipe.targets": ("q_proj", "v_proj")}),
+        "lr": (["--lr", "0.07"], {"run.recipe.lr": 0.07}),
+        "steps": (["--steps", "11"], {"run.recipe.steps": 11}),
+        "batch": (["--batch", "9"], {"run.recipe.batch": 9}),
+        "length": (["--length", "13"], {"run.recipe.length": 13}),
+        "seed": (["--seed", "7"], {"run.recipe.seed": 7}),
+        "eval_every": (["--eval-every", "17"], {"run.recipe.eval_every": 17}),
+        "overwrite": (["--overwrite"], {"run.overwrite": True}),
+    }),
+    "generate": ({"prompt": ["To be"], "base": ["--base", "../one"], "adapter": ["--adapter", "a"]}, {
+        "prompt": (["Not"], {"generate.ids": "Not", "printed": "Not!\n"}),
+        "base": (["--base", "../two"], {"checkpoint.spec": "../two"}),
+        "adapter": (["--adapter", "a2"], {"load_adapter.folder": "a2"}),
+        "merged": (["--merged"], {"merge": True}),
+        "max_tokens": (["--max-tokens", "11"], {"generate.max_new_tokens": 11}),
+        "temperature": (["--temperature", "0.3"], {"generate.temperature": 0.3}),
+        "top_k": (["--top-k", "4"], {"generate.top_k": 4}),
+        "top_p": (["--top-p", "0.6"], {"generate.top_p": 0.6}),
+        "seed": (["--seed", "7"], {"generate.rng": int(np.random.default_rng(7).integers(1 << 60))}),
+    }),
+    "inspect": ({"adapter": ["a"]}, {
+        "adapter": (["a2"], {"inspect.adapter": "a2"}),
+        "base": (["--base", "b"], {"inspect.base": "b"}),
+        "against": (["--against", "c"], {"inspect.against": "c"}),
+        "json": (["--json"], {"printed": JSON}),
+        "out": (["--out", "o"], {
+            "pictures": True, "report_page": True, "o/drawn": "written", "o/report.html": "written",
+            "printed": "a table\nfigures and report: o/report.html\n",
+        }),
+    }),
+    "compress": ({"adapter": ["a"], "out": ["o"]}, {
+        "adapter": (["a2"], {"compress.adapter": "a2"}), "out": (["o2"], {"compress.out": "o2"}),
+        **smaller("compress"),
+    }),
+    "extract": ({"base": ["b"], "tuned": ["t"], "out": ["o"]}, {
+        "base": (["b2"], {"extract.base": "b2"}), "tuned": (["t2"], {"extract.tuned": "t2"}),
+        "out": (["o2"], {"extract.out": "o2"}), **smaller("extract"),
+    }),
+    "merge": ({"base": ["b"], "adapter": ["a"], "out": ["o"]}, {
+        "base": (["b2"], {"merge_checkpoint.base": "b2"}),
+        "adapter": (["a2"], {"merge_checkpoint.adapter": "a2"}),
+        "out": (["o2"], {"merge_checkpoint.out": "o2"}),
+        "dtype": (["--dtype", "float16"], {"merge_checkpoint.dtype": "float16"}),
+        "force": (["--force"], {"merge_checkpoint.force": True}),
+        "json": (["--json"], {"printed": JSON}),
+    }),
+    "params": ({"model": ["m"]}, {
+        "model": (["m2"], {"count.model": "m2"}),
+        "rank": (["--rank", "3"], {"count.rank": 3}),
+        "targets": (["--targets", "k_proj,o_proj"], {"count.targets": ("k_proj", "o_proj")}),
+        "dora": (["--dora"], {"count.dora": True}),
+        "json": (["--json"], {"printed": JSON}),
+    }),
+    "modules": ({}, {
+        "base": (["b2"], {"modules.base": "b2"}),
+        "targets": (["--targets", "k_proj,o_proj"], {"modules.targets": ("k_proj", "o_proj")}),
+        "json": (["--json"], {"printed": JSON}),
+    }),
+    "figures": ({}, {
+        "rows": (["--rows", "r"], {"read_rows.path": Path("r")}),
+        "out": (["--out", "o"], {
+            "draw.out": Path("o"), "printed": "figures: o\n",
+            **{f"figures/{name}": None for name in FIGURES}, **{f"o/{name}": "written" for name in FIGURES},
+        }),
+    }),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory):
+    """A folder to work in, with two bases that `generate` reads."""
+    folder = tmp_path_factory.mktemp("flags")
+    for i, name in enumerate(("one", "two")):
+        save_model(llama(TINY, np.random.default_rng(i)), folder / name, "")
+    quick = mock.patch.object(os, "fsync")  # no law here is about a power cut
+    with contextlib.chdir(folder), quick, mock.patch.object(cli, "cores", return_value=CORES):
+        yield folder
+
+
+places = (Path(f"place{i}") for i in itertools.count())
+
+
+def received(command, typed):
+    """What reaches a function, a file or the terminal when this is typed; and the functions' defaults."""
+    place = next(places)
+    place.mkdir()
+    out = io.StringIO()
+    quiet = mock.patch.object(cli.signal, "signal")
+    with contextlib.chdir(place), quiet, Spies() as spies, contextlib.redirect_stdout(out):
+        for call in CALLED[command]:
+            spies.put(*call)
+        assert cli.main([command, *(word for words in typed.values() for word in words)]) == 0
+        written = {str(path): "written" for path in Path().rglob("*") if path.is_file()}
+    return spies.given | written | {"printed": out.getvalue()}, spies.defaults
+
+
+@functools.cache
+def usual(command):
+    """The same when nothing is typed but what must be."""
+    return received(command, OPTIONS[command][0])
+
+
+OF_ALL = [(command, option) for command, (_, options) in OPTIONS.items() for option in options]
+
+
+def test_every_option_of_every_command_is_tried():
+    actions = {name: [a.dest for a in command._actions] for name, command in COMMANDS.items()}
+    assert actions == {name: ["help", *options] for name, (_, options) in OPTIONS.items()}
+    assert {a.dest for a in PARSER._actions if a.choices is not COMMANDS} == {"help", "version"}
+
+
+@pytest.mark.parametrize(("command", "option"), OF_ALL)
+def test_an_option_arrives_and_changes_nothing_else(command, option):
+    needed, options = OPTIONS[command]
+    typed, expected = options[option]
+    (before, _), (after, _) = usual(command), received(command, needed | {option: typed})
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert {name: after.get(name) for name in changed} == expected
+
+
+OWN = {"generate.temperature": 0.8}  # where the command has a default of its own
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_what_is_not_typed_is_the_functions_own_default_and_what_the_help_says(command):
+    needed, options = OPTIONS[command]
+    given, defaults = usual(command)
+    compared = 0
+    for action in COMMANDS[command]._actions[1:]:
+        for name in [n for n in options[action.dest][1] if n in defaults and action.dest not in needed]:
+            assert given[name] == OWN.get(name, defaults[name]), name
+            said = re.search(r"default: ([0-9.e-]+)(?![0-9,])", action.help or "")
+            if said and given[name] is not None:
+                assert float(said[1]) == given[name], name
+                compared += 1
+    assert compared == {"sweep": 1, "train": 6, "generate": 1}.get(command, 0)
+
+
+def test_an_option_beside_quick_wins():
+    options = OPTIONS["sweep"][1]
+    both = [option for option in options if options[option][1].keys() & options["quick"][1].keys()]
+    assert both == ["ranks", "seeds", "steps", "out", "quick"]
+    given, _ = received("sweep", {option: options[option][0] for option in both})
+    expected = dict(options["quick"][1])
+    for option in both[:-1]:
+        expected |= options[option][1]
+    assert expected.items() <= given.items()
+
+
+def test_both_kinds_of_target_are_swept():
+    both = {option: OPTIONS["sweep"][1][option][0] for option in ("data", "target")}
+    assert received("sweep", both)[0]["sweep.plan.targets"] == ("kjv", "code", "./x.txt", "y/z")
+
+
+def test_what_is_more_than_there_is_is_cut_to_it():
+    assert received("sweep", {"jobs": ["--jobs", "99"]})[0]["sweep.jobs"] == CORES
+    long = received("generate", OPTIONS["generate"][0] | {"max_tokens": ["--max-tokens", "999"]})[0]
+    assert long["generate.max_new_tokens"] == TINY.max_position_embeddings - len("To be")
+
+
+def test_json_is_all_that_is_printed():
+    both = {option: OPTIONS["inspect"][1][option][0] for option in ("json", "out")}
+    given, _ = received("inspect", OPTIONS["inspect"][0] | both)
+    assert given["printed"] == JSON
+    assert given["o/report.html"] == "written"
+
+
+@pytest.mark.parametrize("command", ["train", "params", "modules"])
+def test_all_linear_is_a_word_of_its_own(command):
+    given, _ = received(command, OPTIONS[command][0] | {"targets": ["--targets", "all-linear"]})
+    assert given[next(iter(OPTIONS[command][1]["targets"][1]))] == "all-linear"
