@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .adapter_config import read_fields
 from .errors import StorageError, UnsupportedError, short
-from .storage import exists, read_at, reading, size_of
+from .storage import exists, named, read_at, reading, size_of
 from .tensors import BRIEF, open_tensors, refuse_pointer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -34,7 +34,7 @@ def adapter_folder(given: Path | str) -> Path:
     StorageError if there is nothing, FormatError for what Git LFS left, UnsupportedError for what is no
     adapter of PEFT: each says what it is.
     """
-    path = Path(given)
+    path = named(given)
     with reading(path):
         names = {child.name for child in path.iterdir()} if path.is_dir() else None
     if names is None:

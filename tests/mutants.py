@@ -435,7 +435,6 @@ MUTANTS = (
     Mutant("token-ids-forgotten", "merging.py", "token_ids(given.where), kind", "{}, kind", "merging"),
     Mutant("asked-dtype-ignored", "merging.py", "kind = dtype or given.dtype", "kind = given.dtype",
            "merging"),
-    Mutant("every-module-adapted", "sizes.py", "m in found) for m, x", "True) for m, x", "sizes"),
     # ---- files, injuries and ends
     Mutant("links-followed", "storage.py", 'NOFOLLOW = flags("O_NOFOLLOW")', "NOFOLLOW = 0", "storage"),
     Mutant("any-relative-link-is-the-hubs", "storage.py", "or not os.path.samestat(*above):", "or False:",
@@ -833,8 +832,6 @@ MUTANTS = (
     # ---- reading is generous and tells, loading is strict: the adapters that people have
     Mutant("who-loads-is-generous-too", "adapters.py", "    check_agreement(given)\n    layers", "    layers",
            "reading"),
-    Mutant("who-looks-is-not-told", "microscope.py", "notes = list(given.said)", "notes = list(given.notes)",
-           "reading"),
     Mutant("who-looks-is-not-told", "microscope.py", "notes = [*given.said,", "notes = [*given.notes,",
            "reading stand_ins"),
     Mutant("what-acts-beside-is-loaded", "adapters.py", "    if settings.beside:\n", "    if not settings:\n",
@@ -843,8 +840,8 @@ MUTANTS = (
            'field.startswith("layers")]', "reading"),
     Mutant("wrappers-stay-in-the-keys", "adapters.py", 'plain = WRAPPERS.sub("", key)', "plain = key",
            "reading"),
-    Mutant("a-module-called-module-is-lost", "adapters.py", r'r"((_forward_module|module|model)\.)*(base_',
-           r'r"((_forward_module|module|model|base_model\.model)\.)*(base_', "reading"),
+    Mutant("a-module-called-module-is-lost", "adapters.py", r'(base_model\.model\.)+")  # module: DDP',
+           r'(base_model\.model\.)+((module|model)\.)*")  # module: DDP', "reading"),
     Mutant("two-keys-are-one-tensor", "adapters.py", "        if name in keys:\n", "        if not name:\n",
            "reading"),
     Mutant("two-adapters-are-one", "adapters.py", "if len(names) > 1:", "if len(names) > 2:", "reading"),
