@@ -773,7 +773,7 @@ def test_a_base_that_changes_after_it_was_opened_is_no_mixture(later, sharded, f
         found.tensors[name]
     LATER[later](path)
     for name in names:
-        with pytest.raises(StorageError, match=rf"{path.name}: (has been changed or|ends at|cannot be read)"):
+        with pytest.raises(StorageError, match=rf"{path.name}: (has been changed or|ends at|cannot|is a link)"):
             found.tensors[name]
     with pytest.raises(StorageError, match=path.name):
         assemble(found)
@@ -801,7 +801,7 @@ def test_a_pointer_of_git_lfs_is_called_one(folder, tmp_path):
         load(tmp_path / "m.gguf")
     for size in range(len(POINTER)):  # not every small file is one
         (folder / "model.safetensors").write_bytes(POINTER[:size])
-        refused(folder, FormatError, "Git LFS" if size >= 42 else "header|bytes")
+        refused(folder, FormatError, "Git LFS" if size >= 24 else "header|bytes")
 
 
 def mistakes(tmp_path, model):

@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_schedule_or_accumulation_is_refused(other, save
     schedule = replace(SCHEDULE, **how) if other else None
     with pytest.raises(MismatchError, match="accumulate" if accumulate == 3 else "schedule"):
         load_checkpoint(saved, run.model, run.optimizer, run.rngs,
-                        about(run.model, run.optimizer, schedule, accumulate))  # fmt: skip
+                        about(run.model, run.optimizer, schedule, accumulate), STEPS)  # fmt: skip
     assert {f.name for f in fields(Schedule)} == {"steps", "warmup", "kind", "final"}
 
 
@@ -414,7 +414,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
 
     run.model.loss = loss
     before = digest(run.model)
-    with pytest.raises(NonFiniteError, match=r"step 1: the gradient of .*norm"):
+    with pytest.raises(NonFiniteError, match=r"step 1: the gradient of .* is not finite"):
         run.train(steps=1)
     assert digest(run.model) == before
     assert all(p.grad is None for p in named_params(run.model).values())

@@ -1,7 +1,8 @@
 """Every command that writes, injured at every call of the system that changes a file.
 
-    python tests/walks.py          walks everything and writes benchmarks/results/walks.md
-    python tests/walks.py --serve  the other side of it: reads jobs, one JSON object a line, and does each
+    python tests/walks.py            walks everything and writes benchmarks/results/walks.md
+    python tests/walks.py --every 5  the like at every fifth call
+    python tests/walks.py --serve    the other side of it: reads jobs, one JSON object a line, and does each
 
 A job is one command in a child that is forked from a process which has imported everything, so it costs
 no more than its work. The child counts the calls by wrapping them in `os`, and is hurt at the one asked for.
@@ -508,14 +509,16 @@ def walker():
 
 def main():
     """Walk everything and write the table."""
-    start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only at every N-th call")
+    every, start = parser.parse_args().every, time.monotonic()
     lines, points = [], 0
     with walker() as open_walk:
         for place in PLACES:
             walk = open_walk(place)
             cells = []
             for injury in INJURIES:
-                found = collections.Counter(walk.hurt(injury, at) for at in walk.points(injury))
+                found = collections.Counter(walk.hurt(injury, at) for at in walk.points(injury)[::-every])
                 cells.append(", ".join(f"{count} {state}" for state, count in sorted(found.items())))
                 points += sum(found.values())
             found = [walk_streams(walk, kind) for kind in STREAMS]
@@ -527,7 +530,7 @@ def main():
             print(lines[-1], flush=True)
     head = (
         "# Every command, injured at every call that changes a file\n\n"
-        "`python tests/walks.py`: each cell says how often `OUT` was the old one, the new one, absent, or "
+        f"`python tests/walks.py{f' --every {every}' if every > 1 else ''}`: each cell says how often `OUT` was the old one, the new one, absent, or "
         "(where a command writes several files, each of them old, new or absent) a part of it, when the "
         "injury was over. After each, the same command was given again: it finished with the same bytes as "
         "without injury (or said that `OUT`, complete, is there already), left nothing hidden behind, and "
