@@ -772,12 +772,13 @@ def test_a_base_that_changes_after_it_was_opened_is_no_mixture(later, sharded, f
     for name in names:
         found.tensors[name]
     LATER[later](path)
+    said = rf"{path.name}: (has been changed or|ends at|cannot|is a link)"
     for name in names:
-        with pytest.raises(StorageError, match=rf"{path.name}: (has been changed or|ends at|cannot|is a link)"):
+        with pytest.raises(StorageError, match=said):
             found.tensors[name]
     with pytest.raises(StorageError, match=path.name):
         assemble(found)
-    if later in ("another in its place", "a link in its place"):
+    if later == "another in its place":
         assert set(checkpoint(folder).tensors) == set(found.tensors)  # opened again it is one base
 
 
