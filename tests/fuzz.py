@@ -1,15 +1,19 @@
-"""Fuzz the readers of adapters, starting from those that PEFT wrote.
+"""Fuzz the readers: of adapters, starting from PEFT's, of examples, and of our own rows and checkpoints.
 
-    python tests/fuzz.py --seconds 300        coverage-guided where atheris is installed, else blind
+    python tests/fuzz.py --seconds 300                  coverage-guided where atheris is installed, else blind
+    python tests/fuzz.py --target jsonl --seconds 300   or rows, or checkpoints: with right seals
 
-An input is a config and a file of tensors. It must be loaded beside its tiny base and merged, or be refused
-with one printable line; anything else, or more than two seconds, ends the program with the input in hex. The
-last line counts.
+An input is a config and a file of tensors, which must be looked at, compressed to something without a
+doubt, loaded beside its tiny base and merged; or a file of examples, which must give the ids of its texts;
+or a file of rows, tabled and drawn; or a checkpoint, loaded and saved again, the same; or it must be refused
+with one printable line, and nothing has changed. Anything else, or too much time, ends the program with the
+input in hex. The last line counts.
 """
 
 import argparse
 import contextlib
 import inspect
+import io
 import json
 import math
 import os
@@ -22,13 +26,33 @@ import traceback
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 from helpers import TooLong, says, within
 from peft_cases import FIXED, FIXTURES, slug
+from safetensors.numpy import load, save
 
-from minilora import adapter_config, adapters, errors, files, storage, tensors
+from minilora import (
+    adapter_config,
+    adapters,
+    compose,
+    data,
+    errors,
+    files,
+    finetune,
+    forms,
+    microscope,
+    optim,
+    storage,
+    tensors,
+    tokenizer,
+)
 from minilora.adapters import CONFIG, WEIGHTS
 from minilora.errors import MiniloraError, NonFiniteError
+from minilora.experiments import rank_sweep, rows
+from minilora.layers import digest
 from minilora.lora import Adapted, merge, remove, sites, unmerge
+from minilora.train import save_checkpoint
+from minilora.train import sealed as seal_of_checkpoint
 
 BASES = [slug(base) for base in dict.fromkeys(base for base, _ in FIXED)]
 NUMBERS = (0, 1, -1, 2, 3, 7, 8, 12, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, math.nan, math.inf)
@@ -36,6 +60,10 @@ WORDS = (
     "", "q_proj", "lm_head", "embed_tokens", "norm", "all-linear", "all", "lora_only", ".*", "(a+)+", "(",
     r"(.)\1", "(?:(?=(a|b)*c).)*", r"model.layers\.\d.*",
     "x" * 999, "model.layers.1.self_attn.q_proj", "F32", "BF16", "F8_E4M3", "\0", "\x1b[2J", "\ud800", "é",
+)  # fmt: skip
+LENGTH = 24  # tokens of an example
+SPLICES = (
+    "\ufeff", "\u2028", "\x85", "\r", "\r\n", "\n", "\x0c", "\\ud800", "\\u0000", "?", "[", "}", "漢", "NaN",
 )  # fmt: skip
 VALUES = (None, True, False, *NUMBERS, *WORDS, [], {}, [0], [3, 12], ["q_proj"], {"q_proj": 2}, [[]])
 
@@ -50,36 +78,27 @@ def split(data):
     return data[0] % len(BASES) if data else 0, data[5 : 5 + size], data[5 + size :]
 
 
-def corpus():
-    """The fixtures as inputs."""
-    for base, adapter in FIXED:
-        folder = FIXTURES / "adapters" / f"{slug(base)}--{slug(adapter)}"
-        parts = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
-        yield join(BASES.index(slug(base)), *parts)
-
-
 # ---- the readers
 
 
 class Readers:
-    """Calls every reader with an input, and counts."""
+    """Calls the readers of one kind of file with an input, and counts.
+
+    A subclass has `read(data)`, whether the input was accepted; `corpus()`, what to start from;
+    `mutated(rng, data, others)`, an input near one; and `modules`, whose coverage guides.
+    """
+
+    limit = 2  # seconds
 
     def __init__(self, folder):
-        self.folder, self.inputs, self.accepted, self.start = Path(folder), 0, 0, time.monotonic()
-        self.models = [files.load(FIXTURES / "bases" / base) for base in BASES]
-        self.prints = [adapters.base_print(model) for model in self.models]
+        self.folder, self.out = Path(folder), Path(folder).with_name("out")
+        self.inputs, self.accepted, self.start = 0, 0, time.monotonic()
 
     def __call__(self, data):
         self.inputs += 1
-        base, config, weights = split(data)
-        (self.folder / CONFIG).write_bytes(config)
-        (self.folder / WEIGHTS).write_bytes(weights)
         try:
-            with within(2):
-                self.done(self.tensors)
-                self.done(adapter_config.read_settings, self.folder / CONFIG)
-                if self.done(adapters.open_adapter, self.folder):
-                    self.accepted += self.done(self.beside, base)
+            with within(self.limit):
+                self.accepted += self.read(data)
         except (Exception, TooLong):
             print(f"input: {data.hex()}", flush=True)
             raise
@@ -92,6 +111,42 @@ class Readers:
             says(e, self.folder)
             return False
         return True
+
+    def line(self, engine):
+        """The counts."""
+        refused, seconds = self.inputs - self.accepted, time.monotonic() - self.start
+        counts = f"{self.inputs} inputs, {refused} refused, {self.accepted} accepted"
+        return f"{counts}, {seconds:.0f} seconds, {engine}"
+
+
+class Adapters(Readers):
+    """A config and a file of tensors beside a base."""
+
+    modules = (adapter_config, adapters, errors, files, storage, tensors)
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.models = [files.load(FIXTURES / "bases" / base) for base in BASES]
+        self.prints = [adapters.base_print(model) for model in self.models]
+
+    def read(self, data):
+        base, config, weights = split(data)
+        (self.folder / CONFIG).write_bytes(config)
+        (self.folder / WEIGHTS).write_bytes(weights)
+        self.done(self.tensors)
+        self.done(adapter_config.read_settings, self.folder / CONFIG)
+        if not self.done(adapters.open_adapter, self.folder):
+            return False
+        if self.inputs % 10 == 0:  # it takes longer than all the rest
+            self.done(self.looked_at)
+        return self.done(self.beside, base)
+
+    def looked_at(self):
+        """What is said is printable, and what is compressed has nothing left to be doubted."""
+        said = str(microscope.inspect(self.folder))
+        assert all(line.isprintable() for line in said.splitlines()), ascii(said)
+        compose.compress(self.folder, self.out, rank=1, overwrite=True)
+        assert not adapters.open_adapter(self.out).doubts
 
     def tensors(self):
         """Every tensor of the file is what its header says."""
@@ -113,11 +168,262 @@ class Readers:
             assert not any(isinstance(layer, Adapted) for _, layer in sites(model))
             assert adapters.base_print(model) == self.prints[base]
 
-    def line(self, engine):
-        """The counts."""
-        refused, seconds = self.inputs - self.accepted, time.monotonic() - self.start
-        counts = f"{self.inputs} inputs, {refused} refused, {self.accepted} accepted"
-        return f"{counts}, {seconds:.0f} seconds, {engine}"
+    def corpus(self):
+        """The fixtures as inputs."""
+        for base, adapter in FIXED:
+            folder = FIXTURES / "adapters" / f"{slug(base)}--{slug(adapter)}"
+            parts = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
+            yield join(BASES.index(slug(base)), *parts)
+
+    def mutated(self, rng, data, others):
+        return mutated(rng, data, others)
+
+
+class Examples(Readers):
+    """A file of JSON lines or a JSON array: every example that is accepted is one of those that lie in it."""
+
+    modules = (data, errors, finetune)
+
+    def read(self, raw):
+        kind, raw = raw[:1], raw[1:]
+        path = self.folder / ("d.json" if kind == b"[" else "d.jsonl")
+        path.write_bytes(raw)
+        return self.done(self.whole, path, raw)
+
+    def whole(self, path, raw):
+        words = tokenizer.Tokenizer(data.encode, data.decode, frozenset({10}), fold=True)
+        found = finetune.examples(path, words, LENGTH)
+        text = raw.decode().removeprefix("\ufeff")
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+        assert len(found) == len(rows)
+        for (ids, start), row in zip(found, rows, strict=True):
+            assert 1 <= start < len(ids) <= LENGTH + 1
+            whole = row["text"] if "text" in row else row["prompt"] + row["completion"]
+            assert (data.fold(whole) + "\n").endswith(data.decode(ids)[-len(whole) - 1 :])
+        if found:
+            labels = finetune.padded(found)[1]
+            assert (labels >= 0).sum() == sum(len(ids) - start for ids, start in found)
+
+    def corpus(self):
+        """Pairs and texts, in lines and in an array."""
+        rows = [{"prompt": f"{i} times 2 is", "completion": f" {2 * i}.\u2028"} for i in range(3)]
+        rows += [{"text": "Wherefore art? caf\u00e9"}, {"prompt": "p" * 30, "completion": "c", "more": [1]}]
+        for plain in (True, False):
+            lines = [json.dumps(row, ensure_ascii=plain).encode() for row in rows]
+            yield b"l" + b"\r\n".join(lines)
+            yield b"[" + b"[" + b", ".join(lines) + b"]"
+
+    def mutated(self, rng, raw, others):
+        kind, raw = raw[:1], raw[1:]
+        for _ in range(rng.choice([1, 1, 2])):
+            how = rng.randrange(5)
+            if how < 2 and kind == b"[":
+                raw = swapped(rng, raw)
+            elif how < 2:
+                lines = raw.split(b"\n")
+                at = rng.randrange(len(lines))
+                lines[at] = swapped(rng, lines[at])
+                raw = b"\n".join(lines)
+            else:
+                raw = rng.choice([flipped, cut, spliced])(rng, raw)
+        return rng.choice([kind, kind, kind, b"l", b"["]) + raw
+
+
+class Rows(Readers):
+    """A file of rows: what is accepted is what stands there, and can be tabled; one in ten is drawn."""
+
+    modules = (errors, forms, rows, rank_sweep)
+    limit = 30
+
+    def read(self, data):
+        path = self.folder / "rows.jsonl"
+        path.write_bytes(data)
+        with contextlib.redirect_stderr(io.StringIO()):  # damaged lines
+            return self.done(self.whole, path)
+
+    def whole(self, path):
+        found = rank_sweep.read_rows(path)
+        lines = {bare(json.loads(rank_sweep.sealed(row))) for row in found}
+        assert lines <= {bare(row) for row in map(parsed, path.read_bytes().splitlines()) if row}
+        said = rank_sweep.table(found)
+        assert all(line.isprintable() for line in said.splitlines()), ascii(said)
+        if found:
+            rank_sweep.report_page(found, rank_sweep.pictures(found) if self.inputs % 10 == 0 else {})
+
+    def corpus(self):
+        """Small sweeps of two kinds."""
+        from test_plots import make_rows
+
+        for targets in (("folio", "permuted:2"), ("mine.txt",)):
+            yield b"".join(map(rank_sweep.sealed, make_rows(targets, ranks=(1, 3), seeds=2)))
+
+    def mutated(self, rng, data, others):
+        for _ in range(rng.choice([1, 1, 2])):
+            data = flipped(rng, data) if rng.random() < 0.05 else forged_rows(rng, data)
+        return data
+
+
+class Checkpoints(Readers):
+    """A checkpoint of a tiny run: what is accepted is saved again as it was; else nothing has changed."""
+
+    modules = (errors, forms, optim, sys.modules[save_checkpoint.__module__])
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        from test_train import Run
+
+        self.fresh = Run
+
+    def read(self, data):
+        path = self.folder / "c.safetensors"
+        path.write_bytes(data)
+        return self.done(self.again, path, data)
+
+    def again(self, path, data):
+        run = self.fresh(seed=7)
+        before = self.state(run)
+        try:
+            history = run.load(path)
+        except MiniloraError:
+            assert self.state(run) == before
+            raise
+        save_checkpoint(path, run.model, run.optimizer, run.rngs, history, run.about())
+        assert held(path.read_bytes()) == held(data)
+
+    def state(self, run):
+        moments = {k: a.tobytes() for k, a in run.optimizer.state().items()}
+        return digest(run.model), moments, run.optimizer.t, [r.bit_generator.state for r in run.rngs.values()]
+
+    def corpus(self):
+        """One after two steps."""
+        path = self.folder / "c.safetensors"
+        self.fresh().train(steps=2, checkpoint=path)
+        yield path.read_bytes()
+
+    def mutated(self, rng, data, others):
+        for _ in range(rng.choice([1, 1, 2])):
+            how = rng.choice([flipped, cut]) if rng.random() < 0.05 else forged_checkpoint
+            data = how(rng, data)
+        return data
+
+
+TARGETS = {"adapters": Adapters, "jsonl": Examples, "rows": Rows, "checkpoints": Checkpoints}
+
+
+# ---- our own files, forged: another structure under a right seal
+
+
+def parsed(line):
+    """The object in a line, or nothing."""
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        return row if isinstance(row, dict) else None
+
+
+def bare(row):
+    """A row as text, so that types count, without its seal and without what follows from the others."""
+    return json.dumps({k: v for k, v in row.items() if k not in ("sha256", "gap_closed")})
+
+
+def reshaped(rng, tree):
+    """A JSON value with a part dropped, renamed, doubled, swapped, nested or retyped, at any depth."""
+    inside = isinstance(tree, dict | list) and len(tree) > 0
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree))) if inside else []
+    new = tree.copy() if inside else tree
+    if inside and rng.random() < 0.75:
+        key = rng.choice(keys)
+        new[key] = reshaped(rng, tree[key])
+        return new
+    how = rng.randrange(6)
+    if inside and how < 4:
+        a, b = rng.choice(keys), rng.choice(keys)
+        if how == 0:
+            del new[a]
+        elif how == 1:
+            new[a], new[b] = new[b], new[a]
+        elif isinstance(tree, dict):
+            new[rng.choice([*WORDS, *keys, a[:-1], a.upper()])] = new.pop(a) if how == 2 else new[a]
+        else:
+            new.insert(b, new[a])
+        return new
+    return [tree] if how == 4 else {rng.choice(WORDS): tree} if how == 5 else near(rng, tree)
+
+
+def resealed(value, arrays=None):
+    """A row, or what a checkpoint says with its arrays, with its right seal, as bytes."""
+    if not isinstance(value, dict):
+        sealed = value
+    elif arrays is None:
+        value = {k: v for k, v in value.items() if k != "sha256"}
+        sealed = value | {"sha256": rank_sweep.seal(value)}
+    else:
+        sealed = value | {"sha256": seal_of_checkpoint(value, arrays)}
+    text = json.dumps(sealed)
+    return text.encode() if arrays is None else save(arrays, metadata={"minilora": text})
+
+
+def forged_rows(rng, data):
+    """Rows of which one has another structure, and mostly the id that follows from its config."""
+    lines = data.splitlines()
+    at = rng.randrange(len(lines) or 1)
+    row = parsed(lines[at]) if lines else None
+    if row is None:
+        return data
+    row.pop("sha256", None)
+    part = rng.choice(["whole", "config", rng.choice([*row, "whole"])])
+    row = reshaped(rng, row) if part not in row else row | {part: reshaped(rng, row[part])}
+    if isinstance(row, dict) and isinstance(row.get("config"), dict) and rng.random() < 0.8:
+        row["id"] = rows.id_of(row["config"])
+    if rng.random() < 0.9:
+        lines[at] = resealed(row)
+    else:
+        lines.append(resealed(row))
+    return b"\n".join(lines) + b"\n"
+
+
+def opened(data):
+    """What a checkpoint says, and its arrays."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header["__metadata__"]["minilora"]), load(data)
+
+
+def held(data):
+    """The content of a checkpoint, to be compared: without the order of names, and the seal that tells it."""
+    meta, arrays = opened(data)
+    meta.pop("sha256")
+    return json.dumps(meta, sort_keys=True), {k: (a.shape, a.dtype, a.tobytes()) for k, a in arrays.items()}
+
+
+def forged_checkpoint(rng, data):
+    """A checkpoint that says something else, or has other arrays."""
+    try:
+        meta, arrays = opened(data)
+    except Exception:  # damaged already
+        return data
+    if rng.random() < 0.5 or not arrays or not isinstance(meta, dict):
+        part = rng.choice([*meta, "whole"]) if isinstance(meta, dict) else "whole"
+        meta = reshaped(rng, meta) if part == "whole" else meta | {part: reshaped(rng, meta[part])}
+    else:
+        names = sorted(arrays)
+        name, other = rng.choice(names), rng.choice(names)
+        a = arrays[name].copy()
+        how = rng.randrange(6)
+        if how == 0:
+            del arrays[name]
+        elif how == 1:
+            arrays[rng.choice(["x", name[1:], f"m{name[1:]}", f"{name}.x", "v.x"])] = a
+        elif how == 2:
+            arrays[name], arrays[other] = arrays[other], a
+        elif how == 3 and a.size:
+            a.flat[rng.randrange(a.size)] = rng.choice([math.nan, math.inf, -1.0, 0.5, 1e30])
+            arrays[name] = a
+        elif how == 4:
+            arrays[name] = a.astype(rng.choice(["f2", "f4", "f8", "i4", "?"]))
+        else:
+            arrays[name] = rng.choice([a[None], a.T, a[..., :-1], a.ravel(), np.zeros((), a.dtype)])
+    arrays = {k: np.ascontiguousarray(a) if a.ndim else a for k, a in arrays.items()}
+    return resealed(meta, arrays)
 
 
 # ---- mutations that know the format
@@ -172,6 +478,12 @@ def cut(rng, data):
     """A piece less, or twice."""
     a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     return rng.choice([data[:a], data[:a] + data[b:], data[:b] + data[a:]])
+
+
+def spliced(rng, data):
+    """With a piece that some reader of lines or of JSON stumbles over."""
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.choice(SPLICES).encode() + data[at:]
 
 
 def stated(rng, weights):
@@ -231,10 +543,10 @@ def guided(atheris, readers, seeds, seconds):
 
     def mutator(data, most, seed):
         rng = random.Random(seed)
-        new = mutated(rng, data, seeds) if rng.random() < 0.5 else atheris.Mutate(data, most)
+        new = readers.mutated(rng, data, seeds) if rng.random() < 0.5 else atheris.Mutate(data, most)
         return new[:most]
 
-    for module in (adapter_config, adapters, errors, files, storage, tensors):
+    for module in readers.modules:
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not hasattr(function, "__wrapped__"):
                 atheris.instrument_func(function)
@@ -242,7 +554,7 @@ def guided(atheris, readers, seeds, seconds):
     start.mkdir()
     for i, seed in enumerate(seeds):
         (start / str(i)).write_bytes(seed)
-    how = ["-max_len=30000", "-timeout=0", "-rss_limit_mb=1024", "-verbosity=0"]
+    how = ["-max_len=100000", "-timeout=0", "-rss_limit_mb=1024", "-verbosity=0"]
     atheris.Setup([sys.argv[0], *how, str(start)], one, custom_mutator=mutator)
     atheris.Fuzz()
 
@@ -251,7 +563,7 @@ def blind(readers, seeds, seconds, seed):
     """Mutations of the seeds and of what was accepted."""
     rng, pool = random.Random(seed), list(seeds)
     while time.monotonic() - readers.start < seconds:
-        data, before = mutated(rng, rng.choice(pool), seeds), readers.accepted
+        data, before = readers.mutated(rng, rng.choice(pool), seeds), readers.accepted
         readers(data)
         if readers.accepted > before and len(pool) < 1000:
             pool.append(data)
@@ -260,15 +572,16 @@ def blind(readers, seeds, seconds, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, default="adapters", help="which readers (adapters)")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the random engine")
     parser.add_argument("--engine", choices=["atheris", "random"])
     args = parser.parse_args()
-    seeds = list(corpus())
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        (Path(folder) / "adapter").mkdir()
-        readers = Readers(Path(folder) / "adapter")
+        (Path(folder) / "read").mkdir()
+        readers = TARGETS[args.target](Path(folder) / "read")
+        seeds = list(readers.corpus())
         try:
             import atheris
         except ImportError:

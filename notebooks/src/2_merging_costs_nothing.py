@@ -10,7 +10,10 @@
 # **Contents.** The same function twice · How far apart can they be? · Where nothing rounds · Merging a model
 # · Adding and subtracting · Counting the work · Exercise · To take along
 
-# %%
+# %% tags=["first", "unkept"]
+NEEDS = ["minilora"]
+
+# %% tags=["imports"]
 import time
 
 import numpy as np
@@ -18,7 +21,7 @@ import numpy as np
 import minilora as ml
 from minilora import plots
 from minilora.experiments import merge_equivalence
-from minilora.layers import Linear, Param
+from minilora.layers import Linear, Param, named_params
 from minilora.lora import Adapted, LowRank, adapted
 
 # %% [markdown]
@@ -62,14 +65,24 @@ for row in rows:
     where = "below a tenth of it" if row["ratio"] < 0.1 else "within it" if row["ratio"] <= 1 else "ABOVE IT"
     print(f"{row['dtype']:>8}  {row['inputs']:6}  {row['bound']:.1e}   {where}")
 
+# %% tags=["claims", "rounding"]
+by_dtype = [[row["ratio"] for row in rows if row["dtype"] == dtype] for dtype in ("float32", "float64")]
+holds("The differences lie far below the bound", max(map(max, by_dtype)) < 0.1)
+holds("and the more so the wider the map", all(r == sorted(r, reverse=True) for r in by_dtype))
+for words, dtype, power in (
+    ("$2^{-24}$ for float32", "float32", -24),
+    ("$2^{-53}$ for float64", "float64", -53),
+):
+    holds(words, np.finfo(dtype).eps / 2 == 2.0**power)
+
 # %% [markdown]
 # The differences lie far below the bound, and the more so the wider the map: the bound adds up as if all
 # roundings pointed the same way, while real ones partly cancel.
 #
 # ## Where nothing rounds
 #
-# If all numbers are small integers and $s$ is a power of two, every intermediate result is an integer below
-# $2^{24}$, and float32 holds it exactly. Then the two sides must agree with `==`. A wrong formula has nowhere
+# If all numbers are small integers, $s$ too, every intermediate result is an integer below $2^{24}$, and
+# float32 holds it exactly. Then the two sides must agree with `==`. A wrong formula has nowhere
 # to hide.
 
 # %%
@@ -88,17 +101,26 @@ together, _ = layer(X, None)
 print("largest value:", int(np.abs(apart).max()), "of", 2**24)
 print("equal with ==:", bool((apart == together).all()))
 
+# %% tags=["claims"]
+most = np.abs(X) @ (np.abs(W) + 2 * np.abs(B) @ np.abs(A)).T  # no partial sum is larger than this
+holds("every intermediate result is an integer below $2^{24}$", most.max() < 2**24)
+holds("float32 holds it exactly", int(np.float32(2**24 - 1)) == 2**24 - 1)
+holds("Then the two sides must agree with `==`", (apart == together).all())
+
 # %% [markdown]
 # ## Merging a model
 #
 # Here both factors are drawn at random, so that $\Delta W$ is not zero. `merge` computes $W + \Delta W$ for
 # every adapted layer and puts it **beside** the base, as a second array. `unmerge` drops that array. The base
-# is never written, so it cannot change. The digest is taken over every byte of the base's weights.
+# is never written, so it cannot change. The digest is taken over every byte of the weights that have an
+# adapter beside them.
+#
+# We ask for the logits of two inputs: one short text of 32 characters, and four texts of 128 at once.
 
 # %%
 model = ml.load()
 ids = np.random.default_rng(1).integers(32, 127, (4, 128))
-plain, _ = model(ids)
+few = ids[:1, :32]
 
 ml.inject(model, ml.LoraConfig(r=8, alpha=16, init="both"), rng=np.random.default_rng(2))
 
@@ -108,7 +130,7 @@ def base_digest():
 
 
 def logits():
-    return model(ids)[0]
+    return [model(inputs)[0] for inputs in (few, ids)]
 
 
 def apart_by(a, b):
@@ -118,22 +140,48 @@ def apart_by(a, b):
     return "below 1e-4" if d < 1e-4 else "above 1e-1" if d > 0.1 else "between the two"
 
 
+def compare(what, one, other):
+    print(f"  {what:28}" + "".join(f"{apart_by(a, b):>18}" for a, b in zip(one, other, strict=True)))
+
+
 print("base, at first:       ", base_digest())
 unmerged = logits()
+with ml.disabled(model):
+    plain = logits()
 ml.merge(model)
 merged = logits()
 print("base, while merged:   ", base_digest())
 ml.unmerge(model)
 print("base, after unmerging:", base_digest())
+cycled = logits()
 print()
-print("largest relative difference of the logits")
-print("  base and adapted:           ", apart_by(plain, unmerged))
-print("  unmerged and merged:        ", apart_by(unmerged, merged))
-print("  before and after the cycle: ", apart_by(unmerged, logits()))
-with ml.disabled(model):
-    print("  base and adapter disabled:  ", apart_by(plain, logits()))
+print("largest relative difference of the logits, for 32 rows and for 512")
+compare("base and adapted", plain, unmerged)
+compare("unmerged and merged", unmerged, merged)
+compare("before and after the cycle", unmerged, cycled)
+compare("base, adapter disabled", [ml.load()(inputs)[0] for inputs in (few, ids)], plain)
+
+# %% tags=["claims"]
+pairs = [apart_by(a, b) for a, b in zip(unmerged, merged, strict=True)]
+holds("With 32 rows merged and unmerged differ by rounding", pairs[0] == "below 1e-4")
+holds("With 512 they are equal to the bit", pairs[1] == "equal to the bit" and ids.size == 512)
+holds(
+    "so that $\\Delta W$ is not zero",
+    all(apart_by(a, b) == "above 1e-1" for a, b in zip(plain, unmerged, strict=True)),
+)
+holds(
+    "one short text of 32 characters, and four texts of 128 at once", few.size == 32 and ids.shape == (4, 128)
+)
+sizes = {layer.base.weight.data.shape: layer.adapters[layer.active] for layer in adapted(model).values()}
+least = {shape: next(M for M in range(1, 1000) if pair.pays(M)) for shape, pair in sizes.items()}
+holds("from about 100 rows on, or 140, by the shape of the map", {*least.values()} == {97, 140})
 
 # %% [markdown]
+# With 32 rows merged and unmerged differ by rounding, as the bound allows. With 512 they are equal to the
+# bit, and that is no contradiction: where rows are many (here from about 100 rows on, or 140, by the shape of
+# the map) two thin products beside $W$ cost more than forming $W + \Delta W$, so the package forms it for the
+# call. Then unmerged and merged are one computation.
+#
 # Keeping both arrays takes memory, one more copy of each adapted weight while merged. `ml.fuse` is for those
 # who will not go back: it makes the model a plain one and drops base and adapter.
 #
@@ -186,7 +234,7 @@ def draw():
     return plots.Picture(
         figure,
         "Largest change of a weight after cycles of adding and subtracting. With one adapter it stays where "
-        "the first cycle put it; with two it grows from cycle to cycle, in whatever order they come and go.",
+        "the first cycle put it; with two it grows on and on, in whatever order they come and go.",
     )
 
 
@@ -198,6 +246,17 @@ print(f"{'cycles':24}" + "".join(f"{c:>18}" for c in cycles))
 for name in orders:
     print(f"{name:24}" + "".join(f"{n:>9,} {d:8.1e}" for n, d in (found[name, c] for c in cycles)))
 
+# %% tags=["claims"]
+names = list(orders)
+drift = {name: [found[name, cycle] for cycle in range(1, 101)] for name in names}
+holds("With one adapter it stays where the first cycle put it", len(set(drift[names[0]])) == 1)
+holds("the damage is done in the first cycle and never grows", len(set(drift[names[0]])) == 1)
+holds(
+    "with two it grows on and on, in whatever order they come and go",
+    all(drift[name][0][1] < drift[name][9][1] / 4 < drift[name][99][1] / 16 for name in names[1:]),
+)
+holds("The changes are small", max(d for _, d in found.values()) < 1e-4 * np.abs(W0).max())
+
 # %% [markdown]
 # With one adapter the damage is done in the first cycle and never grows: $(((x \oplus y) \ominus y) \oplus y)
 # \ominus y$ equals $(x \oplus y) \ominus y$ when rounding goes to the nearest even number (Reiser and Knuth
@@ -207,8 +266,8 @@ for name in orders:
 # ## Counting the work
 #
 # Time depends on the machine; the number of products does not. This array counts the products of matrices
-# that it takes part in, and passes the property on to its results. Put in as the embedding table, it reaches
-# the whole model.
+# that it takes part in, and passes the property on to its results. We put it in the place of every parameter,
+# so that no product with a weight is missed, and check the count with what the model is made of.
 
 
 # %%
@@ -228,13 +287,15 @@ class Counting(np.ndarray):
         return result.view(Counting) if isinstance(result, np.ndarray) else result
 
 
-def count():
-    """(products, multiplications) of one forward pass of 32 characters."""
-    table = model.model.embed_tokens.weight
-    before, Counting.products, Counting.multiplications = table.data, 0, 0
-    table.data = before.view(Counting)
-    model(ids[:1, :32])
-    table.data = before
+def count(ids=few):
+    """(products, multiplications) of one forward pass."""
+    params = list(named_params(model).values())
+    before, Counting.products, Counting.multiplications = [p.data for p in params], 0, 0
+    for p in params:
+        p.data = p.data.view(Counting)
+    model(ids)
+    for p, data in zip(params, before, strict=True):
+        p.data = data
     return Counting.products, Counting.multiplications
 
 
@@ -244,15 +305,35 @@ work["unmerged"] = count()
 ml.merge(model)
 work["merged"] = count()
 ml.unmerge(model)
-print("            products   multiplications")
+print("32 characters    products   multiplications")
 for name, (products, multiplications) in work.items():
-    print(f"{name:10}  {products:8}  {multiplications:16,}  {multiplications / work['base'][1]:6.1%}")
+    print(f"{name:13}  {products:10}  {multiplications:16,}  {multiplications / work['base'][1]:6.1%}")
+
+blocks, maps = len(model.model.layers), len(adapted(model))
+print()
+print(f"by hand: {maps} maps, two products of attention in each of {blocks} blocks, and the head:", end=" ")
+print(maps + 2 * blocks + 1)
+print(f"two more for each of {maps} adapters:", maps + 2 * blocks + 1 + 2 * maps)
+
+# %% tags=["claims"]
+products = {name: n for name, (n, _) in work.items()}
+says("The base makes {} products", products["base"])
+says("The model has {} adapted maps.", maps)
+says("but {} more calls, {} in all", products["unmerged"] - products["base"], products["unmerged"])
+holds("each takes two more products", products["unmerged"] - products["base"] == 2 * maps)
+holds("thin ones: few multiplications", work["unmerged"][1] < 1.2 * work["base"][1])
+holds("Merged, the work is that of the base, call for call.", work["merged"] == work["base"])
+holds("Merged, the adapted model does the products of the base and no other.", work["merged"] == work["base"])
+many = count(ids)[0]
+with ml.disabled(model):
+    holds("With 512 rows it is one more for each map, that which forms", many - count(ids)[0] == maps)
+holds("check the count with what the model is made of", products["base"] == maps + 2 * blocks + 1)
 
 # %% [markdown]
-# The model has 21 adapted maps. Unmerged, each takes two more products, thin ones: few multiplications, but
-# 42 more calls, and on a small batch calls are what one waits for. Merged, the work is that of the base, call
-# for call. (With many more rows than these 32 the package forms $W + \Delta W$ for the call, since that is
-# cheaper then than two products beside.)
+# The base makes 28 products. The model has 21 adapted maps. Unmerged, each takes two more products, thin
+# ones: few multiplications, but 42 more calls, 70 in all, and on a small batch calls are what one waits for.
+# Merged, the work is that of the base, call for call. (With 512 rows it is one more for each map, that which
+# forms $B A$.)
 #
 # The function below measures on your machine. It takes the best of several interleaved tries, because
 # anything else that runs there can only make a try slower. Call `seconds()` for the numbers; here we ask for
@@ -260,7 +341,7 @@ for name, (products, multiplications) in work.items():
 
 
 # %%
-def seconds(ids=ids[:1, :32], tries=40):
+def seconds(ids=few, tries=40):
     """The best time of a forward pass for base, unmerged and merged."""
 
     def one():
@@ -296,32 +377,40 @@ print("merged takes less than 1.5 times as long as the base:", best["merged"] < 
 # %% tags=["exercise"]
 def together_as_one(A1, B1, s1, A2, B2, s2):
     """A (r1 + r2, I) and B (O, r1 + r2) with B A = s1 B1 A1 + s2 B2 A2."""
-    return None  # your lines
+    return None  # your lines in place of this one
 
-
-together_as_one(A, B, 2.0, A, B, 0.5)
-
-
-# %% tags=["solution"]
-def solution(A1, B1, s1, A2, B2, s2):
-    # A product of blocks is the sum of the products of the blocks.
-    return np.concatenate([A1, A2]), np.concatenate([s1 * B1, s2 * B2], axis=1)
-
-
-together_as_one = solution
 
 # %% tags=["check"]
-rng = np.random.default_rng(4)
-A1, B1, A2, B2 = whole(3, 12), whole(10, 3), whole(5, 12), whole(10, 5)
-made = together_as_one(A1, B1, 2.0, A2, B2, 0.5)
-assert made is not None, "together_as_one returns None: return the pair A, B"
-A, B = made
-assert A.shape == (8, 12), f"A has shape {A.shape}; expected (r1 + r2, I) = (8, 12): stack the rows"
-assert B.shape == (10, 8), f"B has shape {B.shape}; expected (O, r1 + r2) = (10, 8): stack the columns"
-wanted, unscaled = 2.0 * B1 @ A1 + 0.5 * B2 @ A2, B1 @ A1 + B2 @ A2
-assert not np.array_equal(B @ A, unscaled), "almost: the scales are missing, and the new one has scale 1"
-assert np.array_equal(B @ A, wanted), "B A is another matrix: put each scale on one factor, not on both"
-print("right: with integers, equal by ==")
+def check():
+    """Your answer on integers, where nothing is rounded, for two pairs of scales."""
+    rng = np.random.default_rng(4)
+    for s1, s2 in ((2.0, 0.5), (3.0, -4.0)):
+        A1, B1, A2, B2 = (rng.integers(-4, 5, n).astype(float) for n in ((3, 12), (10, 3), (5, 12), (10, 5)))
+        unscaled, wanted = B1 @ A1 + B2 @ A2, s1 * B1 @ A1 + s2 * B2 @ A2
+        answer = together_as_one(A1, B1, s1, A2, B2, s2)
+        assert answer is not None, "together_as_one returns None: write the lines, and return the pair A, B"
+        A, B = answer
+        assert np.shape(A) == (8, 12), f"A has shape {np.shape(A)}; expected (r1 + r2, I) = (8, 12): rows"
+        assert np.shape(B) == (10, 8), f"B has shape {np.shape(B)}; expected (O, r1 + r2) = (10, 8): columns"
+        assert not np.array_equal(B @ A, unscaled), "almost: the scales are missing, and the new one is 1"
+        assert np.array_equal(B @ A, wanted), "B A is another matrix: put each scale on one factor, not both"
+    return "with integers, equal by =="
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# A product of blocks is the sum of the products of the blocks:
+#
+# ```python
+# def together_as_one(A1, B1, s1, A2, B2, s2):
+#     return np.concatenate([A1, A2]), np.concatenate([s1 * B1, s2 * B2], axis=1)
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## To take along

@@ -11,8 +11,12 @@
 # **Contents.** The sweep · Loss against rank · The spectra · How many directions? · One rank at a time · A
 # task whose rank is known · What not to claim · Exercise · To take along
 
-# %%
+# %% tags=["first", "unkept"]
+NEEDS = ["minilora", "ipywidgets"]
+
+# %% tags=["imports"]
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +24,12 @@ import minilora as ml
 from minilora import plots, spectra
 from minilora.experiments import rank_sweep
 
-rows = rank_sweep.read_rows("../figures/rows.jsonl")
+# %% [markdown]
+# The rows lie beside this notebook, or in the folder `figures` of the repository that it belongs to.
+
+# %%
+places = [Path("rows.jsonl"), Path("../figures/rows.jsonl")]
+rows = rank_sweep.read_rows(next((place for place in places if place.exists()), places[0]))
 targets = plots.targets(rows)
 text = next(t for t in targets if not t.startswith("permuted"))
 known = next(t for t in targets if t.startswith("permuted"))
@@ -29,8 +38,8 @@ print(len(rows), "runs; targets:", ", ".join(targets))
 # %% [markdown]
 # ## The sweep
 #
-# One frozen base, and for each target LoRA at several ranks and full fine-tuning, everything else being
-# equal. Three rules make the comparison fair.
+# One frozen base, and for each target LoRA at several ranks and full fine-tuning, on the same batches for the
+# same number of steps. Three rules make the comparison fair.
 #
 # 1. **Each method and each rank has a learning rate of its own**, chosen by short runs. At one shared rate
 #    the winner would be the method that the rate happens to suit.
@@ -46,6 +55,68 @@ print(len(rows), "runs; targets:", ", ".join(targets))
 
 # %%
 print(rank_sweep.table(rows))
+
+# %% tags=["claims"]
+configs = [row["config"] for row in rows]
+trained = [c for c in configs if c["method"] in ("lora", "full")]
+cells = {(c["target"], c["method"], c["rank"]) for c in trained}
+final = {
+    cell: [c for c in trained if c["kind"] == "final" and cell == (c["target"], c["method"], c["rank"])]
+    for cell in cells
+}
+tried = {
+    cell: {
+        c["lr"] for c in trained if c["kind"] == "search" and cell == (c["target"], c["method"], c["rank"])
+    }
+    for cell in cells
+}
+holds(
+    "on the same batches for the same number of steps",
+    all(
+        len(
+            {
+                (c["text"], c["steps"], c["batch"])
+                for c in trained
+                if c["kind"] == "final" and c["target"] == target
+            }
+        )
+        == 1
+        for target in targets
+    ),
+)
+holds(
+    "has a learning rate of its own",
+    all(
+        len(tried[cell]) > 1
+        and len({c["lr"] for c in final[cell]}) == 1
+        and {c["lr"] for c in final[cell]} <= tried[cell]
+        for cell in cells
+    ),
+)
+search = max(c["steps"] for c in trained if c["kind"] == "search")
+holds("chosen by short runs", search < min(c["steps"] for c in trained if c["kind"] == "final"))
+best = {}
+for row in rows:
+    c = row["config"]
+    if c["kind"] == "search":
+        cell = c["target"], c["method"], c["rank"]
+        best[cell] = min(best.get(cell, (math.inf, 0)), (row["valid"], c["lr"]))
+holds(
+    "The choice looks at the validation split only",
+    all(best[cell][1] == final[cell][0]["lr"] for cell in cells)
+    and not any("test" in row for row in rows if row["config"]["kind"] == "search"),
+)
+holds("3. Several seeds", all(len({c["seed"] for c in some}) > 1 for some in final.values()))
+gaps = [
+    row["gap_closed"]
+    for row in rank_sweep.with_gaps(rows)
+    if row["config"]["target"] == known and row["config"]["method"] == "lora" and "gap_closed" in row
+]
+holds("A gap closed by more than 100 % there", max(gaps) > 1)
+holds(
+    "On the permutation LoRA adapts the embedding table only",
+    all(c["modules"] == ["embed_tokens"] for c in trained if c["target"] == known and c["method"] == "lora"),
+)
 
 # %% [markdown]
 # ## Loss against rank
@@ -64,6 +135,12 @@ for r, (mean, low, high) in zip(ranks, losses, strict=True):
 print(f"{'full fine-tuning':16} {level[0, 0]:.3f}   {level[0, 1]:.3f}   {level[0, 2]:.3f}")
 print()
 print("validation loss of full fine-tuning:", plots.flattening(full))
+
+# %% tags=["claims"]
+holds(
+    "The last line says whether full fine-tuning had come to rest",
+    "the last quarter" in plots.flattening(full),
+)
 
 # %% [markdown]
 # How to read it. Where the curve falls, rank is what was missing. Where it is flat, it was not: compare the
@@ -136,6 +213,19 @@ some = [s for kind in plots.kinds(lora) for s in curves(full, kind)]
 at90 = mean([spectra.rank_at(s, 0.9) for s in some])
 print(f"full  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance():20.1f} (noise)   {at90:33.1f}")
 
+# %% tags=["claims"]
+effective = {r: [ml.effective_rank(s) for s in curves(plots.select(lora, rank=r))] for r in ranks}
+holds(
+    "The effective rank of LoRA can never exceed $r$",
+    all(max(some) <= r + 1e-9 for r, some in effective.items()),
+)
+holds(
+    "it is $k$ if $k$ singular values are equal",
+    all(abs(ml.effective_rank(np.array([2.0] * k + [0.0] * 3)) - k) < 1e-9 for k in (1, 4, 7)),
+)
+product = [mean(effective[r]) < 0.9 * by_chance(r) for r in ranks]
+holds("the further it lies below the product of two noise factors", product[-1])
+
 # %% [markdown]
 # The effective rank of LoRA can never exceed $r$, so a small one proves nothing by itself. Compare it with
 # noise: the further it lies below the product of two noise factors, the more the training has concentrated.
@@ -183,7 +273,7 @@ def picture(shown, columns):
     return plots.Picture(figure, f"Singular values of ΔW of the value projections: {'; '.join(words)}.")
 
 
-# %% tags=["widget"]
+# %% tags=["unkept"]
 try:
     import ipywidgets
 except ImportError:
@@ -243,6 +333,18 @@ print(f"singular values of the true ΔE:     {' '.join(f'{x:5.2f}' for x in trut
 print(f"learned at r = {shown}, the first {swaps}:      {' '.join(f'{x:5.2f}' for x in found[:swaps])}")
 print(f"and the next:                       {' '.join(f'{x:5.2f}' for x in found[swaps : 2 * swaps])}")
 
+# %% tags=["claims"]
+holds("its rank is the number of swaps", f"; {swaps} letter swaps:" in base_k["source"])
+zero = {r: round(oracle[r] - base_k["floor"], 3) == 0 for r in oracle}
+holds("at the number of swaps they reach zero", all(zero[r] == (r >= swaps) for r in oracle))
+drops = found[:-1] / found[1:]
+holds(
+    "if the learned singular values drop after that number", drops.argmax() == swaps - 1 and drops.max() > 1.5
+)
+holds("so LoRA may lie below them", any(v[0] < oracle[r] for r, v in zip(ranks_k, losses_k, strict=True)))
+holds("They need not equal the true ones", (np.abs(found[:swaps] / truth[:swaps] - 1) > 0.01).all())
+holds("The base knows this text", base_k["floor"] < 0.5 * base_k["test"])
+
 # %% [markdown]
 # How to read it. Left: the squares show what the true answer still gives away when it is cut to rank $r$.
 # That is the best cut of the matrix and not of the loss, so LoRA may lie below them; at the number of swaps
@@ -271,30 +373,45 @@ print(f"and the next:                       {' '.join(f'{x:5.2f}' for x in found
 # %% tags=["exercise"]
 def directions(s, share):
     """The least k such that the first k of the falling values s hold that share of the sum of squares."""
-    return None  # your lines
+    return None  # your lines in place of this one
 
-
-directions(np.array([3.0, 2.0, 1.0, 1.0]), 0.7)
-
-
-# %% tags=["solution"]
-def solution(s, share):
-    energy = np.cumsum(s**2) / (s**2).sum()
-    return int((energy < share * (1 - 1e-12)).sum()) + 1  # a hair's breadth for rounding
-
-
-directions = solution
 
 # %% tags=["check"]
-easy = np.array([3.0, 2.0, 1.0, 1.0])  # squares 9, 4, 1, 1 of 15
-assert directions(easy, 0.5) is not None, "directions returns None: write it"
-assert directions(easy, 0.5) != 0, "the first singular value already counts as one: begin at 1"
-assert directions(easy, 0.5) == 1, "9 of 15 is more than half, so one direction is enough"
-assert directions(easy, 0.7) == 2, "9 of 15 is 60 %: two are needed for 70 %; did you square?"
-assert directions(easy, 1.0) == 4, "all of the energy needs all four"
-for s in curves(lora):
-    assert directions(s, 0.9) == spectra.rank_at(s, 0.9), f"for {s} it should be {spectra.rank_at(s, 0.9)}"
-print("right, for all", len(curves(lora)), "spectra of the sweep")
+def check():
+    """Your answer on four values that can be done by hand, and beside the package's on random ones."""
+    easy = np.array([3.0, 2.0, 1.0, 1.0])  # squares 9, 4, 1, 1 of 15
+    mine = directions(easy, 0.5)
+    assert mine is not None, "directions returns None: write the lines that count"
+    assert mine != 0, "the first singular value already counts as one: begin at 1"
+    assert mine == 1, "9 of 15 is more than half, so one direction is enough"
+    assert directions(easy, 0.7) == 2, "9 of 15 is 60 %: two are needed for 70 %; did you square?"
+    assert directions(easy, 0.9) == 3, "13 of 15 is 87 %: three are needed for 90 %"
+    assert directions(easy, 1.0) == 4, "all of the energy needs all four"
+    rng = np.random.default_rng(8)
+    for n in range(1, 40):
+        s = np.sort(rng.exponential(size=n))[::-1]
+        for share in (0.3, 0.9, 0.99):
+            k = spectra.rank_at(s, share)
+            assert directions(s, share) == k, f"for a share of {share} of {s} it should be {k}"
+    return "the same as minilora.spectra.rank_at, for 39 spectra"
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# The share grows from one direction to the next; those that do not hold enough are counted, and one more is
+# needed. A hair's breadth is left for rounding.
+#
+# ```python
+# def directions(s, share):
+#     energy = np.cumsum(s**2) / (s**2).sum()
+#     return int((energy < share * (1 - 1e-12)).sum()) + 1
+# ```
+#
+# </details>
 
 # %% [markdown]
 # ## To take along
@@ -304,6 +421,7 @@ print("right, for all", len(curves(lora)), "spectra of the sweep")
 # - Put noise beside every spectrum.
 # - Try a method first on a task whose answer you know.
 #
-# To make your own sweep: `minilora sweep --data FILE --ranks 1,4,16`, then read its `rows.jsonl` here.
+# To make your own sweep: `minilora sweep --data FILE --target permuted:4 --out mine`, then copy
+# `mine/rows.jsonl` beside this notebook and run it again.
 #
 # Next: [An adapter under the microscope](4_under_the_microscope.ipynb)

@@ -13,7 +13,10 @@
 # · Two seeds · Smaller · One budget, many ranks · From two checkpoints · Merged and rounded · The same on a
 # pretrained model of 135 million parameters · Exercises · To take along
 
-# %%
+# %% tags=["first", "unkept"]
+NEEDS = ["minilora", "gguf", "tokenizers"]
+
+# %% tags=["imports"]
 import json
 import os
 import tempfile
@@ -43,8 +46,10 @@ name = "stdlib" if text.source.startswith("fallback") else "folio"
 held_out = ml.eval_batches(text.test, batch_size=16, length=128, limit=64 * 128)
 
 
+common = dict(data=name, steps=80, batch=8, length=128, eval_every=80, eval_tokens=64 * 128)
+
+
 def train(out, **how):
-    common = dict(data=name, steps=80, batch=8, length=128, eval_every=80, eval_tokens=64 * 128)
     return finetune.run(finetune.Recipe(**common, **how), out)
 
 
@@ -88,6 +93,14 @@ seen = ml.inspect("r8", base="base")
 show(seen, 0)
 print()
 print(seen.summary())
+
+# %% tags=["claims", "corpus", "trained"]
+holds("We look at the last of the three blocks", len(ml.load().model.layers) == 3)
+holds("never above the rank", all(m.ranks.stable <= m.r for m in seen.modules))
+holds(
+    "Most of these effective ranks are above 7 of 8.",
+    np.mean([m.ranks.effective > 7 for m in seen.modules]) > 0.5,
+)
 
 # %% [markdown]
 # | column | meaning |
@@ -166,6 +179,31 @@ for kind in plots.KINDS:
 print(f"s_8 / s_1, mean {np.mean([m.singular_values[-1] / m.singular_values[0] for m in seen.modules]):9.2f} "
       f"{np.mean([m.singular_values[-1] / m.singular_values[0] for m in twin.modules]):7.2f}")  # fmt: skip
 
+# %% tags=["claims", "corpus", "trained"]
+def ratio(m):
+    return m.ranks.effective / m.noise.effective
+
+
+holds(
+    "Noise fills its rank better than our training did.",
+    all(m.ranks.effective < n.ranks.effective for m, n in zip(seen.modules, twin.modules, strict=True)),
+)
+holds(
+    'and "99 % of the energy takes all eight" is what a random matrix says, too',
+    all(spectra.rank_at(np.array(m.singular_values), 0.99) == 8 for m in twin.modules),
+)
+holds(
+    "most of all `down_proj` of the last block and `q_proj` of the first",
+    {m.module for m in sorted(seen.modules, key=ratio)[:2]}
+    == {"model.layers.2.mlp.down_proj", "model.layers.0.self_attn.q_proj"},
+)
+lost_by_noise = ml.evaluate(model, held_out)
+holds(
+    "$|\\Delta W|$ in every module, and it is worse than no adapter",
+    lost_by_noise > done.before
+    and all(np.isclose(m.norm, n.norm) for m, n in zip(seen.modules, twin.modules, strict=True)),
+)
+
 # %% [markdown]
 # Noise fills its rank better than our training did. So a high effective rank is no sign that the rank was
 # needed, and "99 % of the energy takes all eight" is what a random matrix says, too. What training has done
@@ -193,7 +231,7 @@ print("the twin")
 show(twin, 1)
 
 # %% tags=["corpus", "trained"]
-print("the value over that of chance, 21 modules      least    mean   greatest")
+print(f"the value over that of chance, {len(seen.modules)} modules      least    mean   greatest")
 for what, value in (
     ("amplification", lambda b: b.amplification / b.random_amplification),
     ("overlap", lambda b: b.overlap / b.random_overlap),
@@ -201,6 +239,32 @@ for what, value in (
     for who, some in (("adapter", seen), ("twin", twin)):
         ratios = [value(m.base) for m in some.modules]
         print(f"{what:14} {who:27} {min(ratios):8.2f} {np.mean(ratios):7.2f} {max(ratios):10.2f}")
+
+# %% tags=["claims", "corpus", "trained"]
+near_four = [m.base for m in seen.modules if abs(m.base.amplification - 4) < 0.5]
+holds(
+    "An amplification of 4 sounds like much. Random directions would give about the same",
+    near_four and all(0.8 < b.amplification / b.random_amplification < 1.25 for b in near_four),
+)
+holds("random directions give some 350 there (6.91 / 0.02 in its Table 7)", round(6.91 / 0.02, -1) == 350)
+of_chance = [
+    x
+    for m in twin.modules
+    for x in (m.base.amplification / m.base.random_amplification, m.base.overlap / m.base.random_overlap)
+]
+says("The twin scatters between {:.1f} and {:.1f} times chance", min(of_chance), max(of_chance))
+holds("So one module at 1.2 is no finding.", max(of_chance) > 1.2)
+last = next(m.base for m in seen.modules if m.module == module)
+holds(
+    "an overlap of more than twice chance, and half of chance's amplification",
+    last.overlap > 2 * last.random_overlap and 0.4 < last.amplification / last.random_amplification < 0.6,
+)
+holds(
+    "What stands out is `down_proj` of the last block",
+    last.overlap / last.random_overlap == max(m.base.overlap / m.base.random_overlap for m in seen.modules),
+)
+holds("an overlap of 0.1 are what noise shows, too", max(m.base.overlap for m in twin.modules) > 0.1)
+holds("A flat spectrum, an amplification of 4", max(m.base.amplification for m in twin.modules) > 4)
 
 # %% [markdown]
 # An amplification of 4 sounds like much. Random directions would give about the same, for the base is not
@@ -227,12 +291,34 @@ for D in (16, 32, 96, 576, 4096):
     print(f"{D:5}   {spectra.intruder_threshold(D):33.2f}   {(cosines > 0.5).mean():24.0%}")
 
 # %% tags=["corpus", "trained"]
-print("the first 10 vectors of W + ΔW in 21 modules: how many look like intruders")
+print(f"the first 10 vectors of W + ΔW in {len(seen.modules)} modules: how many look like intruders")
 for who, some in (("adapter", seen), ("twin", twin)):
     cosines = [c for m in some.modules for c in m.base.cosines]
     found = sum(m.base.intruders for m in some.modules)
     print(f"{who:8}  below 0.5: {sum(c < 0.5 for c in cosines):3}    below the threshold: {found:3}"
           f"    of {len(cosines)}")  # fmt: skip
+
+# %% tags=["claims", "corpus", "trained"]
+x = np.abs(np.random.default_rng(1).standard_normal((1000, 16)))
+holds(
+    "A fixed 0.5 has no meaning of its own. With 16 dimensions most random vectors pass it",
+    (x.max(1) / np.linalg.norm(x, axis=1) > 0.5).mean() > 0.5,
+)
+holds(
+    "With 4096 a cosine of 0.3 is already four times what chance reaches",
+    4 < 0.3 / spectra.intruder_threshold(4096) < 5,
+)
+x = np.abs(np.random.default_rng(2).standard_normal((4000, 96)))
+holds(
+    "the value that 99 % of random vectors stay below",
+    abs((x.max(1) / np.linalg.norm(x, axis=1) < spectra.intruder_threshold(96)).mean() - 0.99) < 0.01,
+)
+under = [sum(m.base.intruders for m in some.modules) for some in (seen, twin)]
+half = [sum(c < 0.5 for m in some.modules for c in m.base.cosines) for some in (seen, twin)]
+holds(
+    "By that measure this adapter has a few intruders and the twin none.", 0 < under[0] < 10 and under[1] == 0
+)
+holds("By 0.5 both would have some.", min(half) > 0)
 
 # %% [markdown]
 # A fixed 0.5 has no meaning of its own. With 16 dimensions most random vectors pass it, so hardly anything
@@ -261,7 +347,7 @@ plots.subspaces(pair.modules)
 # %% tags=["corpus", "trained"]
 mean = {key: np.mean([getattr(m.other, key) for m in pair.modules], axis=0)
         for key in ("cosine", "inputs", "random_inputs", "outputs", "random_outputs")}  # fmt: skip
-print("mean over 21 modules")
+print(f"mean over {len(pair.modules)} modules")
 print(f"cosine of the two ΔW:             {mean['cosine']:.2f}")
 for i in (1, 8):
     print(f"phi({i}, {i}) of inputs, outputs:    {mean['inputs'][i - 1]:.2f}, {mean['outputs'][i - 1]:.2f}"
@@ -277,6 +363,23 @@ for path, layer in adapted(start).items():
     chance.append(8 / len(began))
 print(f"rows of A, at the start and at the end of one run: phi(8, 8) {np.mean(kept):.2f}"
       f"   (chance {np.mean(chance):.2f})")  # fmt: skip
+
+# %% tags=["claims", "corpus", "trained"]
+widths = {n for m in seen.modules for n in m.shape}
+holds("the lower one is for 256 dimensions and the upper for 96", widths == {96, 256} and 8 / 256 < 8 / 96)
+holds(
+    "The two runs reach the same loss but for some thousandths of a nat", abs(done.after - other.after) < 0.01
+)
+holds("nearly orthogonal", abs(mean["cosine"]) < 0.2)
+holds("quite different changes of rank 8 do as well", {m.r for m in seen.modules} == {8})
+holds(
+    "The outputs agree more than the inputs do.", all(mean["outputs"][i] > mean["inputs"][i] for i in (0, 7))
+)
+holds("about half of what $A$ reads is still what it read before training", 0.4 < np.mean(kept) < 0.65)
+holds(
+    "is also where the two runs have most in common",
+    max(pair.modules, key=lambda m: m.other.cosine).module == module,
+)
 
 # %% [markdown]
 # The two runs reach the same loss but for some thousandths of a nat, and their $\Delta W$ are nearly
@@ -348,6 +451,33 @@ for k in (1, 2, 4, 8):
     shares = 1 - smaller[k].optimum ** 2, (done.before - cut[k]) / gain, (done.before - trained[k]) / gain
     print(f"{k:4} {shares[0]:13.0%} {shares[1]:18.0%} {shares[2]:22.0%}")
 
+# %% tags=["claims", "corpus", "trained"]
+holds(
+    "The residual is the optimum, to the digits shown.",
+    all(abs(small.residual - small.optimum) < 1e-6 for small in smaller.values()),
+)
+swept = (LESSONS.parent / "figures" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+swept = [json.loads(line)["config"] for line in swept]
+holds(
+    "Its learning rate is what the sweep of the third lesson chose at each of these ranks.",
+    {
+        c["lr"]
+        for c in swept
+        if c["kind"] == "final" and c["target"] == "folio" and c["method"] == "lora" and c["rank"] in trained
+    }
+    == {1e-2},
+)
+holds("can go for some thousandths of a nat", 0.0005 < cut[7] - cut[8] < 0.01)
+holds("half of them cost a tenth of the gain", 0.05 < (cut[4] - done.after) / gain < 0.15)
+holds("with one left more than half of it is lost", (cut[1] - done.after) / gain > 0.5)
+jumps = -np.diff([done.before, *cut.values()])
+holds("Nowhere does the loss jump", (np.diff(jumps) < 0).all())
+better = [cut[k] - trained[k] for k in (1, 2, 4)]
+holds("at the three smaller ranks it was better to train there", min(better) > 0)
+holds("Adapters trained at ranks 1, 2 and 4 lie below the adapter of rank 8", min(better) > 0)
+holds("the distance shrinks as the rank grows", better == sorted(better, reverse=True))
+says("this recipe and {} steps", common["steps"])
+
 # %% [markdown]
 # The last direction of each module can go for some thousandths of a nat; half of them cost a tenth of the
 # gain, and with one left more than half of it is lost. Nowhere does the loss jump: spectra without a gap have
@@ -359,23 +489,45 @@ for k in (1, 2, 4, 8):
 #
 # ## One budget, many ranks
 #
-# A rank for all modules is simple. With `per_module=True` the same number of parameters is spent where a
-# singular value brings most: after one direction for each, by $s_i^2 / (O + I)$, the largest first.
+# A rank for all modules is simple. With `per_module=True` no more parameters are spent, but where a singular
+# value brings most: after one direction for each, by $s_i^2 / (O + I)$, the largest first.
 
 # %% tags=["corpus", "trained"]
 print("          parameters           residual            loss")
 print("rank    common  by module   common  by module   common  by module   ranks")
-for k in (1, 2, 4, 6):
-    small = ml.compress("r8", f"r8-by-module-{k}", rank=k, per_module=True)
+by_module = {k: ml.compress("r8", f"r8-by-module-{k}", rank=k, per_module=True) for k in (1, 2, 4, 6)}
+for k, small in by_module.items():
     ranks = sorted(row.rank for row in small.rows)
     print(
         f"{k:4}  {smaller[k].parameters:8,} {small.parameters:9,} {smaller[k].residual:9.3f} "
         f"{small.residual:9.3f} {cut[k]:9.3f} {loss(f'r8-by-module-{k}'):9.3f}    {ranks[0]} to {ranks[-1]}"
     )
 
+# %% tags=["claims", "corpus", "trained"]
+holds(
+    "no more parameters are spent", all(s.parameters <= smaller[k].parameters for k, s in by_module.items())
+)
+one, first = by_module[1], smaller[1]
+holds(
+    "At rank 1 there is nothing to choose",
+    (one.parameters, one.residual) == (first.parameters, first.residual),
+)
+several = {k: (s, loss(f"r8-by-module-{k}")) for k, s in by_module.items() if k > 1}
+holds(
+    "The residual becomes smaller",
+    all(s.residual < smaller[k].residual - 0.01 for k, (s, _) in several.items()),
+)
+better = {k: cut[k] - after for k, (_, after) in several.items()}
+holds("The loss follows, but by some thousandths of a nat", all(0 < x < 0.01 for x in better.values()))
+holds(
+    "far less than the distance to an adapter trained at that rank",
+    all(better[k] < (cut[k] - trained[k]) / 4 for k in (2, 4)),
+)
+
 # %% [markdown]
 # The residual becomes smaller: it is what the ranks are chosen for. The loss follows, but by some thousandths
-# of a nat, far less than the distance to an adapter trained at that rank. The Frobenius norm is not the loss.
+# of a nat, far less than the distance to an adapter trained at that rank. (At rank 1 there is nothing to
+# choose: one direction for each is all.) The Frobenius norm is not the loss.
 #
 # ## From two checkpoints
 #
@@ -435,6 +587,19 @@ for kind in plots.KINDS:
         f"{np.mean([spectra.energy(S)[7] for S in some]):14.0%}"
     )
 
+# %% tags=["claims", "corpus", "trained"]
+lies_above = [
+    np.mean([S[0] for path, S in maps.items() if path.endswith(kind)])
+    > np.mean([np.linalg.norm(S) for path, S in maps.items() if path.endswith(kind)])
+    * spectra.noise_spectrum(shapes[kind], np.random.default_rng(0))[0]
+    for kind in plots.KINDS
+]
+holds("The first directions stand out from noise", all(lies_above))
+holds("The first ones lie above those of Gaussian noise of the same norm", all(lies_above))
+nine = [mean_of(kind)[8:].sum() / mean_of(kind).sum() for kind in ("q_proj", "down_proj")]
+holds("most of them come after index 8", len(mean_of("q_proj")) > 16 and min(nine) > 0.5)
+holds("this change is not of low rank", min(spectra.effective_rank(S) for S in maps.values()) > 40)
+
 # %% [markdown]
 # The first directions stand out from noise, and a long tail comes after them: this change is not of low rank.
 # What does a LoRA of rank $r$ keep of it?
@@ -453,6 +618,25 @@ table = "model.embed_tokens.weight"
 print(f"  the embedding                   {extracted[8].left[table]:.2f}")
 print(f"  {len(extracted[8].left) - 1} norms together                "
       f"{np.sqrt(sum(x**2 for key, x in extracted[8].left.items() if key != table)):.2f}")  # fmt: skip
+
+# %% tags=["claims", "corpus", "trained"]
+def of_gain(after):
+    return (full.before - after) / (full.before - full.after)
+
+
+says("At $r = 8$ the residual is {:.3f} of", extracted[8].residual)
+holds("so less than half of the energy is kept", 1 - extracted[8].residual ** 2 < 0.5)
+after = {r: loss(f"extracted-{r}") for r in (8, 32, 96)}
+holds("of the gain in loss it is four fifths", 0.75 < of_gain(after[8]) < 0.85)
+holds("The adapter *trained* at $r = 8$ is better", done.after < after[8])
+holds("with four times its rank the extracted one comes close", 0 < after[32] - done.after < 0.01)
+holds(
+    "At $r = 96$, the full rank of these maps, nothing is lost of them",
+    extracted[96].residual < 1e-5 and {len(S) for S in maps.values()} == {96},
+)
+holds("the adapter is larger than the model", extracted[96].parameters > full.parameters)
+holds("The loss still is not that of the tuned one", after[96] - full.after > 0.005)
+holds("is *enough* for most of this gain", of_gain(done.after) > 0.8)
 
 # %% [markdown]
 # Three things to see.
@@ -486,6 +670,12 @@ print(f"as a share of |tuned - base|:    {tail / distance(tuned, base):.3f}")
 print(f"loss of the merged model:        {ml.evaluate(ml.load('merged-8'), held_out):.3f}")
 print(f"loss of the tuned model:         {ml.evaluate(ml.load('tuned'), held_out):.3f}")
 
+# %% tags=["claims", "corpus", "trained"]
+holds(
+    "must miss the tuned weights by exactly what was cut off",
+    np.isclose(distance(tuned, merged), tail, rtol=1e-4),
+)
+
 # %% [markdown]
 # ## Merged and rounded
 #
@@ -505,13 +695,14 @@ print("float64: below 1e-12 of the largest logit:", report.float64 < 1e-12 * rep
 # %% [markdown]
 # Models are often stored in bfloat16, which has 8 significant bits: neighbours are $2^{-7}$ to $2^{-8}$
 # apart, relative to their size. Where a change is smaller than half of that distance, the rounded sum is the
-# old weight, and the change is gone. We take the base as bfloat16 holds it, add our $\Delta W$ in full and in
-# tenths, and round.
+# old weight, and the change is gone. We take the base as bfloat16 holds it, add our $\Delta W$ in full and
+# then ten times smaller each time, and round.
 
 # %% tags=["corpus", "trained"]
 weights = {path: stored(files.weights("base")[f"{path}.weight"], "bfloat16").astype(float) for path in maps}
 changes = {path: 2.0 * B.astype(float) @ A for path in maps for A, B in [r8.factors(path)]}
 print("   ΔW times   |ΔW|/|W|    lost of ΔW   weights that stay the same")
+rounded = {}
 for factor in (1, 0.1, 0.01, 0.001):
     size = missed = same = count = 0
     for path, W in weights.items():
@@ -520,6 +711,7 @@ for factor in (1, 0.1, 0.01, 0.001):
         size, missed = size + np.sum(change**2), missed + np.sum((moved - change) ** 2)
         same, count = same + np.sum(moved == 0), count + W.size
     relative = np.sqrt(size / sum(np.sum(W**2) for W in weights.values()))
+    rounded[factor] = relative, np.sqrt(missed / size), same / count
     print(f"{factor:11} {relative:10.5f} {np.sqrt(missed / size):13.1%} {same / count:28.0%}")
 half = ml.merge_checkpoint("base", "r8", "half", dtype="bfloat16")
 print()
@@ -527,6 +719,25 @@ print(f"whole adapter, written in bfloat16: lost {min(row.lost for row in half.r
       f"to {max(row.lost for row in half.rows):.2%} of |ΔW|, by module")  # fmt: skip
 print(f"loss: {ml.evaluate(ml.load('merged'), held_out):.3f} in float32, "
       f"{ml.evaluate(ml.load('half'), held_out):.3f} in bfloat16")  # fmt: skip
+
+# %% tags=["claims", "corpus", "trained"]
+one = np.arange(256, 512) / 256  # what eight significant bits can tell apart between 1 and 2
+holds(
+    "bfloat16, which has 8 significant bits: neighbours are $2^{-7}$ to $2^{-8}$ apart",
+    np.array_equal(stored(one[::2].astype(np.float32), "bfloat16").astype(float), one[::2])
+    and not np.array_equal(stored(one.astype(np.float32), "bfloat16").astype(float), one),
+)
+holds("add our $\\Delta W$ in full and then ten times smaller each time", [*rounded] == [1, 0.1, 0.01, 0.001])
+holds(
+    "smaller than half of that distance, the rounded sum is the old weight",
+    float(stored(np.float32([1 + 0.49 * 2**-7]), "bfloat16").astype(float)[0]) == 1,
+)
+holds("is a fifth of $W$", 0.18 < rounded[1][0] < 0.22)
+holds("so about a hundredth of it is lost", 0.005 < rounded[1][1] < 0.015)
+holds("and the loss does not notice", abs(ml.evaluate(ml.load("half"), held_out) - done.after) < 0.0015)
+holds("Of a change a hundred times smaller more than half is lost", rounded[0.01][1] > 0.5)
+holds("and of one a thousand times smaller nearly all", rounded[0.001][1] > 0.9)
+holds("most weights do not move", rounded[0.001][2] > 0.9)
 
 # %% [markdown]
 # Our $\Delta W$ is a fifth of $W$, so about a hundredth of it is lost, and the loss does not notice. Of a
@@ -537,16 +748,19 @@ print(f"loss: {ml.evaluate(ml.load('merged'), held_out):.3f} in float32, "
 #
 # SmolLM2-135M is a Llama, too, and everything above works on it by its name. It is fetched once, 93 MB. Ten
 # steps on a little of the Folio show that it works, and no more than that. Its tokens are pieces of words;
-# the loss is in nats per character again, on 5,000 characters of a play that the adapter was not trained on.
+# the loss is in nats per character again, on 1,024 tokens of a play that the adapter was not trained on.
 # (SmolLM2 itself may have read it before, in one spelling or another.)
 
 # %% tags=["corpus", "smollm2", "trained"]
-try:
-    files.smollm2()
-    large = True
-except MiniloraError as e:
-    large = False
-    print("skipped: SmolLM2-135M is not there and cannot be fetched:", e)
+large = not missing
+if missing:
+    print("left out, for it needs", *missing)
+else:
+    try:
+        files.smollm2()
+    except MiniloraError as e:
+        large = False
+        print("left out: SmolLM2-135M is not there and cannot be fetched:", e)
 if large:
     with open("little.txt", "w", encoding="utf-8") as f:
         f.write(ml.decode(text.train[:95_000]) + ml.decode(text.test[:5_000]))  # the last 5 % are held out
@@ -566,13 +780,36 @@ plots.heat_map(deep.modules) if large else None
 # %% tags=["corpus", "smollm2", "trained"]
 if large:
     print("mean over all modules         |ΔW|/|W|   amplification / chance   overlap  (chance)")
-    for who, some in (("tiny base, r = 8, 80 steps", seen), ("SmolLM2, r = 4, 10 steps", deep)):
+    tiny, big = (f"{what} {how} steps" for what, how in
+                   (("tiny base, r = 8,", common["steps"]), ("SmolLM2, r = 4,", recipe.steps)))  # fmt: skip
+    for who, some in ((tiny, seen), (big, deep)):
         b = [m.base for m in some.modules]
         print(
             f"{who:27} {np.mean([x.relative for x in b]):10.3f} "
             f"{np.mean([x.amplification / x.random_amplification for x in b]):24.2f} "
             f"{np.mean([x.overlap for x in b]):9.3f}   ({np.mean([x.random_overlap for x in b]):.3f})"
         )
+
+# %% tags=["claims", "corpus", "smollm2", "trained"]
+if large:
+    says("on {:,} tokens of a play that the adapter was not trained on", recipe.eval_tokens)
+    holds("Ten steps on a little of the Folio", recipe.steps == 10)
+    says(
+        "pretrained model of {:.0f} million parameters",
+        sum(np.prod(s) for s in files.weights("smollm2").shapes.values()) / 1e6,
+    )
+    wide = {m.shape[0] for m in deep.modules if m.kind == "q_proj"}
+    holds("this one is wider, 576 and not 96", wide == {576} and ml.load().config.hidden_size == 96)
+    chance = [np.mean([m.base.random_overlap for m in some.modules]) for some in (deep, seen)]
+    holds(
+        "chance alone gives an overlap of one hundredth and not of seven",
+        [round(100 * x) for x in chance] == [1, 7],
+    )
+    holds(
+        "After ten steps $\\Delta W$ is less than a hundredth of $W$",
+        np.mean([m.base.relative for m in deep.modules]) < 0.01,
+    )
+    holds("and the loss has fallen all the same", ten.after < ten.before)
 
 # %% [markdown]
 # What is different from our tiny base: this one is wider, 576 and not 96, and the rank is smaller, so chance
@@ -588,86 +825,110 @@ if large:
 # %% tags=["exercise"]
 def lost(A, B, s, k):
     """|ΔW - ΔW_k| for ΔW = s B A, with A (r, I) and B (O, r)."""
-    return None  # your lines
+    return None  # your lines in place of this one
 
-
-lost(A, B, 2.0, 3)
-
-
-# %% tags=["solution"]
-def solution(A, B, s, k):
-    S = np.linalg.svd(s * B @ A, compute_uv=False)
-    return np.sqrt((S[k:] ** 2).sum())
-
-
-lost = solution
 
 # %% tags=["check"]
-rng = np.random.default_rng(5)
-U, V = (np.linalg.qr(rng.standard_normal((n, 3)))[0] for n in (9, 12))
-B, A = U * [4.0, 3.0, 2.0], V.T  # singular values 4, 3, 2
-mine = lost(A, B, 1.0, 1)
-assert mine is not None, "lost returns None: write it"
-assert not np.isclose(mine, 13), "almost: this is the square; the norm is its root"
-assert not np.isclose(mine, 5.0), "3 + 2 is the sum of what is left out; the norm adds squares"
-assert not np.isclose(mine, 3.0), "3 is the largest that is left out: the optimum in the spectral norm"
-assert not np.isclose(mine, 4.0), "this is what is kept, not what is lost"
-assert np.isclose(mine, np.sqrt(13)), "values 4, 3, 2 cut to rank 1: the root of 9 + 4 is lost"
-assert np.isclose(lost(A, B, 2.0, 1), 2 * mine), "with scale 2 twice as much is lost"
-for row in smaller[3].rows:
-    A, B = (x.astype(float) for x in r8.factors(row.module))
-    assert np.isclose(lost(A, B, 2.0, 3), row.optimum), f"not the optimum of {row.module}"
-print("right, and equal to the report of ml.compress for all", len(smaller[3].rows), "modules")
+def check():
+    """Your answer on singular values that are known, and beside the report of the package."""
+    rng = np.random.default_rng(5)
+    U, V = (np.linalg.qr(rng.standard_normal((n, 3)))[0] for n in (9, 12))
+    B, A = U * [4.0, 3.0, 2.0], V.T  # singular values 4, 3, 2
+    mine = lost(A, B, 1.0, 1)
+    assert mine is not None, "lost returns None: write the lines that compute it"
+    assert not np.isclose(mine, 13), "almost: this is the square; the norm is its root"
+    assert not np.isclose(mine, 5.0), "3 + 2 is the sum of what is left out; the norm adds squares"
+    assert not np.isclose(mine, 3.0), "3 is the largest that is left out: the optimum in the spectral norm"
+    assert not np.isclose(mine, 4.0), "this is what is kept, not what is lost"
+    assert np.isclose(mine, np.sqrt(13)), "values 4, 3, 2 cut to rank 1: the root of 9 + 4 is lost"
+    assert np.isclose(lost(A, B, 2.0, 1), 2 * np.sqrt(13)), "with scale 2 twice as much is lost"
+    model = ml.load()
+    ml.inject(model, ml.LoraConfig(r=4, alpha=3, init="both"), rng=rng)
+    with tempfile.TemporaryDirectory() as folder:
+        ml.save_adapter(model, f"{folder}/drawn")
+        report = ml.compress(f"{folder}/drawn", f"{folder}/cut", rank=2)
+        for row in report.rows:
+            A, B = (x.astype(float) for x in ml.open_adapter(f"{folder}/drawn").factors(row.module))
+            assert np.isclose(lost(A, B, 0.75, 2), row.optimum), f"not what is lost of {row.module}"
+    return f"and equal to the report of ml.compress for all {len(report.rows)} modules"
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# What is left out are the singular values after the first $k$, and the Frobenius norm adds their squares:
+#
+# ```python
+# def lost(A, B, s, k):
+#     S = np.linalg.svd(s * B @ A, compute_uv=False)
+#     return np.sqrt((S[k:] ** 2).sum())
+# ```
+#
+# </details>
 
 # %% [markdown]
 # **Two.** For any invertible $R$ of size $r$, the factors $R^{-1} A$ and $B R$ make the same $\Delta W$.
-# Write that change of factors. Then the check puts it into every module, writes the adapter, and inspects it:
-# do norms and entries of $A$ and $B$ say anything?
+# Write that change of factors. Then the check puts it into every module of an adapter, writes that, and
+# inspects it: do norms and entries of $A$ and $B$ say anything?
 
 
 # %% tags=["exercise"]
 def other_factors(A, B, R):
     """The pair of R⁻¹ A (r, I) and B R (O, r)."""
-    return None  # your line
+    return None  # your line in place of this one
 
 
-other_factors(A, B, np.eye(8))
+# %% tags=["check"]
+def check():
+    """Your answer on one pair of factors, then on a whole adapter."""
+    rng = np.random.default_rng(6)
+    R = rng.standard_normal((8, 8)) + 4 * np.eye(8)
+    A, B = rng.standard_normal((8, 12)), rng.standard_normal((9, 8))
+    answer = other_factors(A, B, R)
+    assert answer is not None, "other_factors returns None: write the line, and return the pair"
+    shapes = [np.shape(x) for x in answer]
+    assert shapes == [A.shape, B.shape], f"shapes {shapes}; expected those of A and B, in this order"
+    assert not np.allclose(answer[0], A), "A is still the same"
+    assert not np.allclose(answer[0], R @ A), "A is multiplied with R, not with its inverse"
+    assert np.allclose(R @ answer[0], A), "the first is not R⁻¹ A: R times it should give A again"
+    assert np.allclose(answer[1], B @ R), "the second is not B R"
+    model = ml.load()
+    ml.inject(model, ml.LoraConfig(r=8, alpha=16, init="both"), rng=rng)
+    with tempfile.TemporaryDirectory() as folder:
+        ml.save_adapter(model, f"{folder}/before")
+        ratios = []
+        for layer in adapted(model).values():
+            pair = layer.adapters[layer.active]
+            A, B = other_factors(pair.A.data.astype(float), pair.B.data.astype(float), R)
+            ratios.append(np.linalg.norm(A) / np.linalg.norm(pair.A.data))
+            pair.A.data, pair.B.data = A.astype(np.float32), B.astype(np.float32)
+        ml.save_adapter(model, f"{folder}/after")
+        seen, again = (ml.inspect(f"{folder}/{name}") for name in ("before", "after"))
+    for m, n in zip(seen.modules, again.modules, strict=True):
+        assert np.allclose(m.singular_values, n.singular_values, rtol=1e-3), f"another spectrum in {m.module}"
+    return (
+        f"|A| is {min(ratios):.2f} to {max(ratios):.2f} times what it was,\n"
+        f"and all {sum(m.r for m in seen.modules)} singular values are the same"
+    )
 
 
-# %% tags=["solution"]
-def solution(A, B, R):
-    return np.linalg.solve(R, A), B @ R
+verdict(check)
 
-
-other_factors = solution
-
-# %% tags=["check", "corpus", "trained"]
-rng = np.random.default_rng(6)
-R = rng.standard_normal((8, 8)) + 4 * np.eye(8)
-A, B = (x.astype(float) for x in r8.factors(module))
-made = other_factors(A, B, R)
-assert made is not None, "other_factors returns None: return the pair"
-assert [x.shape for x in made] == [A.shape, B.shape], "the shapes should be those of A and B, in this order"
-assert not np.allclose(made[0], A), "A is still the same"
-assert not np.allclose(made[0], R @ A), "A is multiplied with R, not with its inverse"
-assert np.allclose(made[1] @ made[0], B @ A), "B A is another matrix: R and its inverse must meet"
-
-model = ml.load()
-ml.load_adapter(model, "r8")
-before, after = [], []
-for layer in adapted(model).values():
-    pair = layer.adapters[layer.active]
-    before.append(np.linalg.norm(pair.A.data))
-    factors = other_factors(pair.A.data.astype(float), pair.B.data.astype(float), R)
-    pair.A.data, pair.B.data = (x.astype(np.float32) for x in factors)
-    after.append(np.linalg.norm(pair.A.data))
-ml.save_adapter(model, "other-factors", base="base", overwrite=True)
-again = ml.inspect("other-factors")
-for m, n in zip(seen.modules, again.modules, strict=True):
-    assert np.allclose(m.singular_values, n.singular_values, rtol=1e-3), f"another spectrum in {m.module}"
-ratios = np.divide(after, before)
-print(f"right: |A| is {min(ratios):.2f} to {max(ratios):.2f} times what it was,")
-print("and all", sum(m.r for m in seen.modules), "singular values are the same")
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# ```python
+# def other_factors(A, B, R):
+#     return np.linalg.solve(R, A), B @ R
+# ```
+#
+# Norms and entries of the factors say nothing: they are another pair of the same $\Delta W$.
+#
+# </details>
 
 # %% [markdown]
 # ## To take along
