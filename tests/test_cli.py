@@ -244,10 +244,14 @@ def test_an_error_is_one_line_of_text_whatever_is_in_it(main, capsys, monkeypatc
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_each_signal_that_ends_a_process_ends_it_in_order(name, main, capsys, monkeypatch):
     monkeypatch.setattr(data, "fetch", lambda: os.kill(os.getpid(), getattr(signal, name)))
-    before = signal.getsignal(getattr(signal, name))
-    assert main("data") == 130
-    assert "interrupted" in one_line(capsys)
-    assert signal.getsignal(getattr(signal, name)) == before
+    number, mine = getattr(signal, name), lambda *_: pytest.fail("it was not heard")
+    before = signal.signal(number, mine)
+    try:
+        assert main("data") == 130
+        assert "interrupted" in one_line(capsys)
+        assert signal.getsignal(number) is mine
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_signal_that_is_ignored_stays_so(main, capsys, monkeypatch):
