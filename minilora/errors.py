@@ -8,11 +8,16 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from .shown import plain
+
 
 class MiniloraError(Exception):
-    """Base of all errors that minilora raises on purpose."""
+    """Base of all errors that minilora raises on purpose; its text is one plain line, whatever is in it."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class ConfigError(MiniloraError, ValueError):

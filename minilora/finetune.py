@@ -41,6 +41,7 @@ from .layers import freeze, trained, unfreeze
 from .lora import LoraConfig, inject
 from .ops import IGNORE
 from .optim import AdamW, Schedule
+from .shown import plain, printed
 from .storage import check_free, exists
 from .tensors import unique
 from .tokenizer import Tokenizer
@@ -109,11 +110,11 @@ class Outcome:
 
     def __str__(self) -> str:
         per = [x / self.characters for x in (self.before, self.after)]
-        return (
+        return printed(
             f"{self.out}: held-out loss {self.before:.4f} -> {self.after:.4f} nats per token, "
-            f"{per[0]:.4f} -> {per[1]:.4f} per character\n"
+            f"{per[0]:.4f} -> {per[1]:.4f} per character",
             f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second, "
-            f"peak memory {self.peak / 1e9:.2f} GB"
+            f"peak memory {self.peak / 1e9:.2f} GB",
         )
 
 
@@ -184,7 +185,8 @@ def run(
         speed = done * recipe.batch * length / (time.monotonic() - start)
         if recipe.method == "full":
             freeze(model)
-            card = f"{given.where.name}, trained in full by minilora on {Path(recipe.data).name}.\n"
+            name, text_name = given.where.name, Path(recipe.data).name
+            card = plain(f"{name}, trained in full by minilora on {text_name}.") + "\n"
             save_model(model, out, card, token_ids(given.where), None, beside(given.where), overwrite)
         else:
             save_adapter(model, out, base=recipe.base, overwrite=overwrite)

@@ -25,8 +25,8 @@ import numpy as np
 
 from .errors import ConfigError, FormatError, UnsupportedError, needed, short
 from .model import Config
-from .storage import named, read_at, size_of
-from .tensors import Tensors
+from .storage import Stamp, named, read_at, stamp_of
+from .tensors import BRIEF, Tensors, refuse_pointer
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -80,13 +80,14 @@ class Header:
 
     values: Mapping[str, Any]
     tensors: Mapping[str, Blocks]
+    stamp: Stamp
 
 
 class Cursor:
     """The bytes of a file one after the other, and none beyond its end: FormatError."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.size, self.at, self.seen = path, size_of(named(path)), 0, bytearray()
+    def __init__(self, path: Path, stamp: Stamp) -> None:
+        self.path, self.stamp, self.size, self.at, self.seen = path, stamp, stamp.size, 0, bytearray()
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
@@ -95,7 +96,7 @@ class Cursor:
             raise FormatError(f"{self.path}: its header goes on at byte {end}; the file has {self.size}")
         if self.at > len(self.seen):
             more = min(max(self.at - len(self.seen), 1 << 20), self.size - len(self.seen))
-            self.seen += read_at(named(self.path), len(self.seen), more)
+            self.seen += read_at(self.path, len(self.seen), more, self.stamp)
         return bytes(self.seen[start : self.at])
 
     def numbers(self, kind: str, count: int = 1) -> list[Any]:
@@ -138,11 +139,12 @@ def package() -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def header(path: Path, changed: int) -> Header:
-    """The header of a file as of that moment of its last change, checked as llama.cpp does."""
+def header(path: Path, stamp: Stamp) -> Header:
+    """The header of a file in that state, checked as llama.cpp does."""
     sizes = package().GGML_QUANT_SIZES
-    file = Cursor(path)
+    file = Cursor(path, stamp)
     if file.size < 4 or file.take(4) != b"GGUF":
+        refuse_pointer(path, read_at(path, 0, min(file.size, BRIEF), stamp))
         raise FormatError(f"{path}: is not a GGUF file; expected it to begin with GGUF")
     if (version := file.number("I")) not in (2, 3):
         raise UnsupportedError(f"{path}: is GGUF of version {version}; expected 2 or 3, little-endian")
@@ -170,13 +172,13 @@ def header(path: Path, changed: int) -> Header:
     for what, found, count in (("value", given, values), ("tensor", places, tensors)):
         if len(found) < count:
             raise FormatError(f"{path}: has a {what} twice")
-    return Header(given, places)
+    return Header(given, places, stamp)
 
 
 def opened(path: Path) -> Header:
     """The header of a GGUF file of a Llama; StorageError, FormatError or UnsupportedError."""
-    size_of(named(path))
-    found = header(path.absolute(), path.stat().st_mtime_ns)
+    path = named(path)
+    found = header(path.absolute(), stamp_of(path))
     if (kind := found.values.get("general.architecture")) != "llama":
         raise UnsupportedError(f"{path}: general.architecture is {short(kind)}; expected 'llama'")
     return found
@@ -191,9 +193,6 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
             places[hf_name(name)] = blocks
         except UnsupportedError as e:
             raise UnsupportedError(f"{path}: has the {e}") from e
-    for key, only in (("llama.rope.scaling.type", "none"), ("llama.rope.scale_linear", 1.0)):
-        if (found := file.values.get(key, only)) != only:
-            raise UnsupportedError(f"{path}: {key} is {short(found)}; expected {only}")
     try:
         config = shape(file.values, places)
     except ConfigError as e:
@@ -204,7 +203,7 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
     def fetch(name: str) -> np.ndarray:
         blocks = places[name]
         kind = types(blocks.kind)
-        raw = np.frombuffer(read_at(named(path), blocks.start, blocks.size), np.uint8)
+        raw = np.frombuffer(read_at(named(path), blocks.start, blocks.size, file.stamp), np.uint8)
         try:
             with np.errstate(all="ignore"):  # a damaged scale
                 W = package().dequantize(raw.reshape(*blocks.shape[:-1], -1), kind)
@@ -217,6 +216,14 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
     shapes = {name: blocks.shape for name, blocks in places.items()}
     kinds = {name: types(blocks.kind).name for name, blocks in places.items()}
     return config, Tensors(str(path), shapes, kinds, fetch)
+
+
+def beyond(path: Path) -> str:
+    """Why a GGUF file's forward pass cannot be run, though its tensors can be read; "" if it can."""
+    for key, only in (("llama.rope.scaling.type", "none"), ("llama.rope.scale_linear", 1.0)):
+        if (found := opened(path).values.get(key, only)) != only:
+            return f"{path}: {key} is {short(found)}; expected {only}"
+    return ""
 
 
 def shape(values: Mapping[str, Any], places: Mapping[str, Blocks]) -> Config:

@@ -38,6 +38,7 @@ from .errors import (
 )
 from .layers import Dropout, Embedding, Linear, Param, Wanted, children, freeze, named_params, replace
 from .ops import Back, rows
+from .shown import printed
 
 
 @dataclass(eq=False)
@@ -430,7 +431,7 @@ class Report:
             how = f"{w.r:4}  {w.alpha:6g}  {w.scale:8.4g}" if w.r else f"{'in full':>22}"
             lines.append(f"{w.module:{width}}  {shape:>12}  {how}  {w.parameters:10,}")
         total = f"{self.parameters:,} of {self.base_parameters:,} parameters are trained ({self.share:.2%})"
-        return "\n".join([*lines, total])
+        return printed(*lines, total)
 
 
 def sites(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -441,6 +442,13 @@ def sites(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield at, part
         else:
             yield from sites(part, at)
+
+
+def with_head(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers, and for a tied head the one that it becomes when it is adapted: a Linear on the table."""
+    if getattr(model, "lm_head", model) is not None:  # it has its own, or is no language model
+        return dict(layers)
+    return {**layers, "lm_head": Linear(base_of(layers["model.embed_tokens"]).weight)}
 
 
 def base_of(layer: Any) -> Any:
@@ -555,11 +563,12 @@ def open_for(model: Any, name: str) -> dict[str, Any]:
 def inject(model: Any, config: LoraConfig, *, rng: np.random.Generator, name: str = "default") -> Report:
     """Freeze the model and put a fresh, active adapter beside every target.
 
-    The base is only ever read. `rng` draws A and, later, the dropout masks. ConfigError, MismatchError
-    or InputError, with the model as it was, for a rank that does not fit, a name that matches nothing
-    or an adapter name in use.
+    The base is only ever read. `rng` draws A and, later, the dropout masks. A tied head that is adapted
+    becomes a layer of its own on the same table, as in PEFT. ConfigError, MismatchError, InputError or
+    StateError, with the model as it was, for a rank that does not fit, a name that matches nothing, an
+    adapter name in use, or a tied head whose embedding is adapted already.
     """
-    layers = open_for(model, name)
+    layers = with_head(model, open_for(model, name))
     targets = find_targets(layers, config)
     saved = resolve("modules_to_save", names("modules_to_save", config.modules_to_save), list(layers))
     if both := sorted(set(targets) & set(saved)):
@@ -586,7 +595,11 @@ def inject(model: Any, config: LoraConfig, *, rng: np.random.Generator, name: st
             new[path] = WithBias(None, Param(base.bias.data.copy()))
             table.append(Row(f"{path}.bias", tuple(base.bias.data.shape), None, None, None, size(new[path])))
 
-    base_parameters = sum(size(base_of(layer)) for layer in layers.values())
+    base_parameters = size({path: base_of(layer) for path, layer in layers.items()})  # a shared one once
+    if "lm_head" in new and model.lm_head is None:
+        if isinstance(layers["model.embed_tokens"], Adapted):
+            raise StateError("the head is tied to an embedding that has adapters; inject into a fresh model")
+        replace(model, "lm_head", layers["lm_head"])
     attach(model, new, name)
     return Report(tuple(table), base_parameters)
 

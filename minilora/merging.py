@@ -23,7 +23,7 @@ from .files import Checkpoint, assemble, beside, checkpoint, save_model, token_i
 from .layers import named_params
 from .model import Llama
 from .recognise import adapter_folder
-from .sizes import aligned
+from .shown import aligned, plain, printed
 from .spectra import quotient
 from .storage import check_free
 from .tensors import CALLED, stored
@@ -59,14 +59,14 @@ class Merge:
     def __str__(self) -> str:
         rows = [(w.module, f"{w.largest:.2e}", f"{w.relative:.2e}", f"{w.lost:.1e}") for w in self.rows]
         lines = [
-            aligned([("module", "max |ΔW|", "|ΔW|/|W|", "lost"), *rows]),
+            *aligned([("module", "max |ΔW|", "|ΔW|/|W|", "lost"), *rows]),
             f"{self.out}: written in {self.dtype}",
             f"largest difference of logits (up to {self.logits:.3g}), merged against unmerged:",
             f"  float32            {self.float32:.1e}   (rounding alone: {self.rounding:.1e})",
             f"  float64            {self.float64:.1e}",
             f"  as written         {self.written:.1e}",
         ]
-        return "\n".join(lines)
+        return printed(*lines)
 
 
 def merge_checkpoint(
@@ -146,4 +146,5 @@ def changes(model: Llama, kind: str) -> Iterator[Change]:
 
 def card(given: Checkpoint, adapter: Path) -> str:
     """The README.md of a merged model."""
-    return f"{given.where.name} with the adapter {adapter.resolve().name} merged into it by minilora.\n"
+    adapted = adapter.resolve().name
+    return plain(f"{given.where.name} with the adapter {adapted} merged into it by minilora.") + "\n"

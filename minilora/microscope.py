@@ -26,9 +26,9 @@ import numpy as np
 from .adapters import Adapter, change_norm, open_adapter
 from .backend import Array, cores, one_blas_thread, to_device, to_host
 from .errors import MismatchError, NonFiniteError, UnsupportedError, nearest
-from .files import TIED, weights
+from .files import name_in, transposed, weights
 from .lora import LAYER
-from .sizes import aligned
+from .shown import aligned, printed
 from .spectra import (
     amplification,
     effective_rank,
@@ -135,8 +135,8 @@ class Inspection:
         return asdict(self) | {"norm": self.norm, "parameters_at_99": self.needed}
 
     def __str__(self) -> str:
-        parts = [aligned([head, *rows]) for _, head, rows in tables(self)]
-        return "\n\n".join([*parts, "\n".join([self.summary(), *(f"note: {note}" for note in self.notes)])])
+        lines = [line for _, head, rows in tables(self) for line in (*aligned([head, *rows]), "")]
+        return printed(*lines, self.summary(), *(f"note: {note}" for note in self.notes))
 
     def summary(self) -> str:
         """The whole adapter in one line."""
@@ -187,7 +187,7 @@ def inspect(
             modules.append(module)
             if progress:
                 progress(len(modules), len(given.pairs))
-    notes = list(given.said)
+    notes = [*given.said, *(tensors.notes if tensors else ())]
     if given.settings.use_dora:
         notes.append(
             "DoRA: the numbers are those of B A alone; its magnitudes scale the rows of W + ΔW besides"
@@ -261,15 +261,14 @@ def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
         raise UnsupportedError(f"{given.where}: {beside[0]}; its layers are not numbered as the base's")
     found = {}
     for name, pair in given.pairs.items():
-        key, table = f"{name}.weight", "model.embed_tokens.weight"
-        if key == TIED and key not in base and table in base:
-            key = table
+        key = name_in(base, name)
         O, *rest = base.shapes.get(key) or (0,)  # noqa: E741
         shape = O, math.prod(rest)
-        if (pair.embedding or given.settings.fan_in_fan_out) and pair.shape == shape[::-1]:
-            found[name] = key, True
-        elif not pair.embedding and pair.shape == shape:  # beside Conv1D there may be Linear
-            found[name] = key, False
+        turned = pair.embedding or transposed(base.shapes, key.removesuffix(".weight"))
+        if turned is None:  # nothing in the base tells
+            turned = given.settings.fan_in_fan_out and pair.shape == shape[::-1]
+        if pair.shape == (shape[::-1] if turned else shape):
+            found[name] = key, turned
     if not found:
         name, pair = next(iter(given.pairs.items()))
         if (key := f"{name}.weight") not in base:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .backend import Array, floats, fused, to_device, to_host, xp
-from .errors import ConfigError, MismatchError, NonFiniteError, check_float
+from .errors import ConfigError, MismatchError, NonFiniteError, check_float, check_int, short
 from .layers import Param
 
 
@@ -96,13 +96,15 @@ class AdamW:
         return {f"{k}.{path}": to_host(a) for k, d in moments.items() for path, a in d.items()}
 
     def load(self, state: Mapping[str, Array], t: int) -> None:
-        """Continue from what `state` returned after `t` steps."""
-        for name in state:
+        """Continue from what `state` returned after `t` steps; MismatchError if a moment lacks its other."""
+        for name, a in state.items():
             if name[:2] not in ("m.", "v."):
-                raise MismatchError(f"optimizer state has {name!r}; expected names in 'm.' or 'v.'")
-        self.t = t
-        self.m = {name[2:]: to_device(a.copy()) for name, a in state.items() if name[0] == "m"}
-        self.v = {name[2:]: to_device(a.copy()) for name, a in state.items() if name[0] == "v"}
+                raise MismatchError(f"optimizer state has {short(name)}; expected names in 'm.' or 'v.'")
+            other = {"m": "v", "v": "m"}[name[0]] + name[1:]
+            if other not in state or (state[other].shape, state[other].dtype) != (a.shape, a.dtype):
+                raise MismatchError(f"optimizer state has {short(name)}; expected {short(other)} like it")
+        m, v = ({n[2:]: to_device(a.copy()) for n, a in state.items() if n[0] == k} for k in "mv")
+        self.t, self.m, self.v = check_int("t", t, 0), m, v
 
 
 @fused

@@ -6,9 +6,9 @@ style beside them. The same rows give the same bytes.
 """
 
 import base64
-import html
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -20,7 +20,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .data import swaps_of
 from .errors import InputError
+from .shown import drawn, markup
 from .spectra import effective_rank, energy, noise_spectrum, rank_at
 from .storage import write_atomic
 
@@ -60,7 +62,8 @@ class Picture:
         if kind not in self.made:
             stream = io.BytesIO()
             metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-            with matplotlib.rc_context(STYLE):
+            with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph ")  # the font lacks it: a box in PNG, itself in SVG
                 self.figure.savefig(stream, format=kind, metadata=metadata)
             self.made[kind] = stream.getvalue()
         return self.made[kind]
@@ -73,7 +76,7 @@ class Picture:
     def _repr_html_(self) -> str:
         """The figure in a notebook or page, with its sentence as alternative text and caption."""
         image = base64.b64encode(self.encoded("png")).decode()
-        says = html.escape(self.says, quote=True)
+        says = markup(self.says)
         return (
             f'<figure><img alt="{says}" style="max-width:100%" src="data:image/png;base64,{image}">'
             f"<figcaption>{says}</figcaption></figure>"
@@ -114,7 +117,7 @@ def by_rank(rows: Sequence[Row], key: str) -> tuple[list[int], np.ndarray]:
     """The ranks, and for each (mean, least, greatest) of a value over the seeds: (ranks, 3)."""
     ranks = sorted({row["config"]["rank"] for row in rows})
     values = [[row[key] for row in rows if row["config"]["rank"] == r] for r in ranks]
-    return ranks, np.array([(math.fsum(v) / len(v), min(v), max(v)) for v in values])
+    return ranks, np.array([(math.fsum(v) / len(v), min(v), max(v)) for v in values]).reshape(-1, 3)
 
 
 def band(
@@ -151,9 +154,9 @@ def title(target: str) -> str:
         "code": "Python code",
         "reversed": "reversed text",
     }
-    if target.startswith("permuted"):
-        return f"letter permutation, {target.partition(':')[2] or 4} swaps"
-    return names.get(target, Path(target).name)
+    if swaps := swaps_of(target):
+        return f"letter permutation, {swaps} swaps"
+    return names.get(target, Path(target).name or target)
 
 
 def seeds(rows: Sequence[Row]) -> str:
@@ -178,7 +181,7 @@ def loss_against_rank(rows: Sequence[Row], target: str) -> Picture:
     band(ax, ranks, y, f"LoRA, mean and range of {seeds(lora)}", BLUE, "o")
     rank_axis(ax, ranks)
     ax.set_ylabel(f"test loss ({NATS})")
-    ax.set_title(title(target))
+    ax.set_title(drawn(title(target)))
     ax.legend(loc="center right")
     says = (
         f"Test loss on {title(target)}: {base[0]['test']:.3f} nats for the frozen base, "
@@ -201,7 +204,7 @@ def gap_against_parameters(rows: Sequence[Row]) -> Picture:
             continue
         ranks, y = by_rank(lora, "gap_closed")
         _, p = by_rank(lora, "parameters")
-        band(ax, p[:, 0].tolist(), 100 * y, title(target), colour, marker)
+        band(ax, p[:, 0].tolist(), 100 * y, drawn(title(target)), colour, marker)
         for i, at in ((0, (6, -14)), (-1, (-10, -16))):
             ax.annotate(f"r = {ranks[i]}", (p[i, 0], 100 * y[i, 0]), xytext=at, textcoords="offset points")
         says.append(
@@ -220,14 +223,15 @@ def gap_against_parameters(rows: Sequence[Row]) -> Picture:
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    """The targets that have finished LoRA and full runs, in order."""
+    """The targets that have finished runs of the base, of LoRA and in full, in order."""
     names = dict.fromkeys(row["config"]["target"] for row in select(rows, kind="final", method="full"))
-    return [name for name in names if select(rows, kind="final", method="lora", target=name)]
+    others = ({"kind": "base"}, {"kind": "final", "method": "lora"})
+    return [name for name in names if all(select(rows, target=name, **other) for other in others)]
 
 
-def mean_spectrum(rows: Sequence[Row], ending: str) -> np.ndarray:
+def mean_spectrum(rows: Sequence[Row], kind: str) -> np.ndarray:
     """The mean over rows and layers of the spectra of one kind of module."""
-    found = [s for row in rows for path, s in row["spectra"].items() if path.endswith(ending)]
+    found = [s for row in rows for path, s in row["spectra"].items() if path.rpartition(".")[2] == kind]
     return np.array(found).mean(0) if found else np.zeros(0)
 
 
@@ -241,7 +245,8 @@ def shades(ranks: Sequence[int]) -> dict[int, Any]:
 def kinds(rows: Sequence[Row]) -> list[str]:
     """The kinds of adapted modules in the rows."""
     ends = {path.rpartition(".")[2] for row in rows for path in row["spectra"]}
-    return [kind for kind in (*KINDS, "embed_tokens") if kind in ends]
+    usual = [kind for kind in (*KINDS, "embed_tokens") if kind in ends]
+    return usual + sorted(ends - {*usual})
 
 
 @styled
@@ -276,7 +281,7 @@ def spectra(rows: Sequence[Row], target: str) -> Picture:
         ticks = [t for t in (1, 4, 16, 64) if t <= len(s)]
         ax.set_xticks(ticks, [str(t) for t in ticks])
         ax.minorticks_off()
-        ax.set_title(kind, fontsize=11)
+        ax.set_title(drawn(kind), fontsize=11)
         ax.set_xlabel("index")
     low = min(ax.get_ylim()[0] for ax in flat[: len(panels)])
     high = max(ax.get_ylim()[1] for ax in flat[: len(panels)])
@@ -289,7 +294,9 @@ def spectra(rows: Sequence[Row], target: str) -> Picture:
             ax.set_ylabel("singular value of ΔW")
     handles, labels = flat[0].get_legend_handles_labels()
     flat[len(panels)].legend(handles, labels, loc="center", fontsize=9, ncols=2 if len(labels) > 7 else 1)
-    figure.suptitle(f"{title(target)}: spectra of ΔW (mean over layers and {seeds(lora)})", fontsize=12)
+    figure.suptitle(
+        f"{drawn(title(target))}: spectra of ΔW (mean over layers and {seeds(lora)})", fontsize=12
+    )
     tops = ", ".join(f"{k} {mean_spectrum(select(lora, rank=ranks[-1]), k)[0]:.2g}" for k in panels)
     return Picture(
         figure, f"Singular values of ΔW on {title(target)}; the largest at rank {ranks[-1]}: {tops}."
@@ -298,7 +305,8 @@ def spectra(rows: Sequence[Row], target: str) -> Picture:
 
 def shape_of(kind: str, rows: Sequence[Row]) -> tuple[int, int]:
     """The shape (O, I) of one kind of module."""
-    m, n = next(shape for row in rows for path, shape in row["shapes"].items() if path.endswith(kind))
+    shapes = (item for row in rows for item in row["shapes"].items())
+    m, n = next(shape for path, shape in shapes if path.rpartition(".")[2] == kind)
     return m, n
 
 
@@ -353,7 +361,7 @@ def energy_and_effective_rank(rows: Sequence[Row], target: str) -> Picture:
     right.set_ylim(0.9, 1.4 * max(f, *ranks))
     right.set_ylabel("effective rank of ΔW")
     right.legend(fontsize=9, loc="lower right")
-    figure.suptitle(f"{title(target)}: how many directions does ΔW use?", fontsize=12)
+    figure.suptitle(f"{drawn(title(target))}: how many directions does ΔW use?", fontsize=12)
     most = np.mean([rank_at(s, 0.9) for s in curves(select(lora, rank=ranks[-1]))])
     says = (
         f"Effective rank of ΔW on {title(target)}: "
@@ -395,7 +403,7 @@ def known_rank(rows: Sequence[Row], target: str) -> Picture:
     s = np.array([row["spectra"]["model.embed_tokens"] for row in select(lora, rank=shown)])
     index = np.arange(1, s.shape[1] + 1)
     right.plot(
-        index[:k], truth[:k], color=ORANGE, marker="_", markersize=22, markeredgewidth=2.5,
+        np.arange(1, k + 1), truth[:k], color=ORANGE, marker="_", markersize=22, markeredgewidth=2.5,
         linestyle="none", label="true singular values",
     )  # fmt: skip
     band(
@@ -407,12 +415,12 @@ def known_rank(rows: Sequence[Row], target: str) -> Picture:
         "o",
     )
     right.axvline(k + 0.5, color=GREY, linestyle=":")
-    right.set_xticks(index)
+    right.set_xticks(np.arange(1, max(k, len(index)) + 1))
     right.set_ylim(bottom=0)
     right.set_xlabel("index")
     right.set_ylabel("singular value of ΔE")
     right.legend()
-    figure.suptitle(f"A task whose rank is known: {title(target)}", fontsize=12)
+    figure.suptitle(f"A task whose rank is known: {drawn(title(target))}", fontsize=12)
     m = s.mean(0)
     gap = f"; at r = {shown} the singular values are {', '.join(f'{x:.2f}' for x in m)}"
     excess = ", ".join(f"{v[0] - floor:.3f} at rank {r}" for r, v in zip(ranks, y, strict=True))
@@ -438,7 +446,7 @@ def learning_curves(rows: Sequence[Row], target: str) -> Picture:
     ax.set_ylim(low - 0.02, c[0, 1] + 0.02)
     ax.set_xlabel("step")
     ax.set_ylabel(f"validation loss ({NATS})")
-    ax.set_title(title(target))
+    ax.set_title(drawn(title(target)))
     ax.legend(fontsize=9, ncols=2)
     return Picture(figure, f"Validation loss of full fine-tuning on {title(target)}: {flattening(full)}.")
 
@@ -513,7 +521,7 @@ def heat_map(modules: Sequence[Any]) -> Picture:
         most = 100 if ax is top else None  # a share has its ends, so that noise looks like noise
         image = ax.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=most)
         ax.grid(False)
-        ax.set_yticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), list(map(drawn, names)))
         step = -(-len(layers) // 16)
         ax.set_xticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
         figure.colorbar(image, ax=ax, label=label)
@@ -552,7 +560,7 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
         ax.set_yscale("log")
         ax.set_ylim(max(1e-3, min(0.1, 0.7 * least)), 1.5)
         ax.minorticks_off()
-        ax.set_title(name, fontsize=11)
+        ax.set_title(drawn(name), fontsize=11)
         says.append(f"{name} {np.mean([m.ranks.effective for m in some]):.1f}")
     for ax in list(grid.flat)[len(names) :]:
         ax.set_axis_off()
@@ -583,7 +591,7 @@ def subspaces(modules: Sequence[Any]) -> Picture:
             phi, chance = (
                 np.mean([getattr(o, key)[:n] for o in some], 0) for key in (side, f"random_{side}")
             )
-            ax.plot(at, phi, color=colour, marker=marker, markersize=4, label=name)
+            ax.plot(at, phi, color=colour, marker=marker, markersize=4, label=drawn(name))
             ax.plot(at, chance, color=colour, linestyle=":", linewidth=1.5)
             ends.append(f"{side} {phi[0]:.2f} to {phi[-1]:.2f} (chance {chance[-1]:.3f})")
         says.append(f"{name} {', '.join(ends)}")

@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .adapter_config import read_fields
-from .errors import FormatError, StorageError, UnsupportedError, short
+from .errors import StorageError, UnsupportedError, short
 from .storage import exists, named, read_at, reading, size_of
-from .tensors import open_tensors
+from .tensors import BRIEF, open_tensors, refuse_pointer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-POINTER = b"version https://git-lfs."  # how what Git LFS leaves in the place of a file begins
 HUB = re.compile(r"(?:https?:/+(?:huggingface|hf)\.co/)?([A-Za-z0-9][\w.-]*/[\w.-]+)/?")
 STEP = re.compile(r"(.*?)(\d*)")  # checkpoint-500 after checkpoint-60
 WANTED = f"expected a folder with {CONFIG} and {WEIGHTS}"
@@ -131,11 +130,5 @@ def of_names(names: Iterable[str]) -> str | None:
 def check_pointer(path: Path) -> None:
     """FormatError if a file is what Git LFS leaves in its place until it is fetched."""
     with reading(path):
-        small = path.is_file() and len(POINTER) <= size_of(path) < 1024
-    if small and read_at(path, 0, len(POINTER)) == POINTER:
-        size = re.search(rb"^size (\d{1,18})$", read_at(path, 0, size_of(path)), re.MULTILINE)
-        bytes_ = f" of {int(size[1]):,} bytes" if size else ""
-        raise FormatError(
-            f"{path}: is a pointer of Git LFS, and not the file{bytes_} itself; fetch it: git lfs pull, or "
-            "download it from the hub"
-        )
+        start = read_at(path, 0, min(size_of(path), BRIEF)) if path.is_file() else b""
+    refuse_pointer(path, start)

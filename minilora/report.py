@@ -1,10 +1,11 @@
 """Rows -> one HTML page that needs nothing else: a table, the figures, and how it was made."""
 
-import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .plots import Picture
+from .shown import markup
 
 Row = dict[str, Any]
 
@@ -39,20 +40,20 @@ pre {{ background: #f4f4f4; padding: 1rem; overflow-x: auto }}
 
 def page(title: str, parts: Sequence[str]) -> str:
     """The page of these parts, each a piece of HTML."""
-    return PAGE.format(title=html.escape(title), body="\n".join(parts))
+    return PAGE.format(title=markup(title), body="\n".join(parts))
 
 
 def table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table with a header line; the first cell of each line names it."""
-    top = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+    top = "".join(f'<th scope="col">{markup(cell)}</th>' for cell in head)
     body = "\n".join(
         "<tr>"
-        + f'<th scope="row">{html.escape(line[0])}</th>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in line[1:])
+        + f'<th scope="row">{markup(line[0])}</th>'
+        + "".join(f"<td>{markup(cell)}</td>" for cell in line[1:])
         + "</tr>"
         for line in lines
     )
-    caption = html.escape(caption)
+    caption = markup(caption)
     return (
         f"<table><caption>{caption}</caption><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table>"
     )
@@ -62,10 +63,9 @@ def drawing(name: str, picture: Picture) -> str:
     """The figure as inline SVG that names and describes itself."""
     svg = picture.encoded("svg").decode()
     svg = svg[svg.index("<svg") :]
-    says = html.escape(picture.says)
-    # every figure numbers its parts alike; on one page the names must differ
-    for mark in ('id="', 'href="#', "url(#"):
-        svg = svg.replace(mark, mark + name + "-")
+    says = markup(picture.says)
+    # every figure numbers its parts alike; on one page the names must differ, and no text may change
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{name}-", tag[0]), svg)
     opened = f'<svg role="img" aria-labelledby="{name}-title" '
     svg = svg.replace("<svg ", opened, 1)
     at = svg.index(">") + 1
@@ -75,10 +75,15 @@ def drawing(name: str, picture: Picture) -> str:
 
 def facts(values: Mapping[str, Any]) -> str:
     """How this was made: one line for each fact."""
-    lines = "\n".join(f"{name}: {value}" for name, value in values.items())
-    return f"<h2>How this was made</h2><pre>{html.escape(lines)}</pre>"
+    lines = "\n".join(markup(f"{name}: {value}") for name, value in values.items())
+    return f"{heading('How this was made')}<pre>{lines}</pre>"
+
+
+def heading(text: str) -> str:
+    """The heading of a part."""
+    return f"<h2>{markup(text)}</h2>"
 
 
 def paragraph(text: str) -> str:
     """A paragraph of text."""
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{markup(text)}</p>"

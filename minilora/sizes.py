@@ -5,9 +5,10 @@ untied head of the same size, and L blocks of seven maps and two norms between:
 
     trained = sum of r (O + I)        total = 2 V D + L (2 D H E + 2 D G E + 3 D F + 2 D) + D
 
-(Hu et al. 2021, section 5.1; Liu et al. 2024, section 4.) Stands in for PEFT's
-print_trainable_parameters, which needs the loaded model; leaves out activations, which depend on the
-batch, and what an allocator wastes.
+A tied head holds nothing of its own and is adapted as a map of its own, as in PEFT. Qwen 2 has biases
+besides, Qwen 3 norms of queries and keys. (Hu et al. 2021, section 5.1; Liu et al. 2024, section 4.)
+Stands in for PEFT's print_trainable_parameters, which needs the loaded model; leaves out activations,
+which depend on the batch, and what an allocator wastes.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .errors import ConfigError, MismatchError, check_int, nearest, short
-from .files import located, matrix_size, read_config
+from .files import Outline, located, read_outline
 from .gguf import open_gguf
-from .lora import LoraConfig, find_targets, names, resolve, sites
-from .model import Config, blank
+from .layers import Embedding, Linear, Param, RMSNorm
+from .lora import LoraConfig, find_targets, names, resolve
+from .model import Config
+from .shown import aligned, printed
 from .storage import named
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 QV = ("q_proj", "v_proj")
 MOST = 10**18  # parameters; beyond that it is a slip
+DEEPEST = 10_000  # blocks that are listed one by one
 
 # fmt: off
 LLAMAS = {  # the released config.json: V, D, F, L, H, G
@@ -141,25 +147,18 @@ class Counts:
             of = f"{self.parameters:,} of {self.total:,} parameters are trained"
             trained = f"{of}: {self.share:.3%}, 1 in {self.reduction:,.1f}"
         rows = [(w.kind, "{} x {}".format(*w.shape), str(w.number), f"{w.parameters:,}") for w in self.rows]
-        parts = [
-            f"{self.name}, {'DoRA' if self.dora else 'LoRA'} of rank {self.rank}\n{trained}",
-            aligned([("target", "shape", "number", "parameters"), *rows]),
+        lines = [
+            f"{self.name}, {'DoRA' if self.dora else 'LoRA'} of rank {self.rank}", trained, "",
+            *aligned([("target", "shape", "number", "parameters"), *rows]), "",
             f"adapter on disk: {human(self.float32_bytes)} in float32, {human(self.half_bytes)} in 16 bits",
-        ]
+        ]  # fmt: skip
         if self.memory:
             head = ("training, without activations", "weights", "gradients", "optimizer", "total")
-            lines = [(kind, *map(human, m), human(sum(m))) for kind, m in self.memory.items()]
-            parts.append(aligned([head, *lines]))
+            memory = [(kind, *map(human, m), human(sum(m))) for kind, m in self.memory.items()]
+            lines += ["", *aligned([head, *memory])]
         if self.note:
-            parts.append(textwrap.fill("note: " + self.note, 88))
-        return "\n\n".join(parts)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("  ".join(line) for line in cells)
+            lines += ["", *textwrap.wrap("note: " + self.note, 88)]
+        return printed(*lines)
 
 
 def human(size: int) -> str:
@@ -179,7 +178,7 @@ def count(
     """
     LoraConfig(r=rank, targets=targets, dora=dora)  # says what has no meaning
     name = "Config" if isinstance(model, Config) else str(model)
-    maps, total, blocks = llama_shape(model) if isinstance(model, Config) else find_shape(name)
+    maps, total, blocks = llama_shape(Outline(model)) if isinstance(model, Config) else find_shape(name)
     if sum(map(math.prod, maps.values())) > MOST:
         raise ConfigError(f"{short(name)} has more than {MOST:.0e} parameters; expected less")
     entries = names("targets", targets)
@@ -219,16 +218,18 @@ class Tree:
 
     name: str
     rows: tuple[Site, ...]
+    tied: bool  # whether the head is the embedding's table, adapted by itself though
 
     def data(self) -> dict[str, Any]:
         """The same as JSON holds it."""
-        return {"name": self.name, "rows": [row._asdict() for row in self.rows]}
+        return {"name": self.name, "tied": self.tied, "rows": [row._asdict() for row in self.rows]}
 
     def __str__(self) -> str:
         lines = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
         found = sum(w.adapted for w in self.rows)
         total = f"{self.name}: {len(self.rows)} modules, {found} of them adapted (*)"
-        return aligned([("module", "layer", "shape", ""), *lines]) + "\n" + total
+        total += "; lm_head is the table of embed_tokens" if self.tied else ""
+        return printed(*aligned([("module", "layer", "shape", ""), *lines]), total)
 
 
 def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linear") -> Tree:
@@ -236,27 +237,33 @@ def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linea
 
     The base is a name of LLAMAS, or as in `load`. MismatchError for a target that means nothing.
     """
-    config = LLAMAS.get(str(base)) or checkpoint_config(base)
-    layers = dict(sites(blank(config)))
-    found = set(find_targets(layers, LoraConfig(targets=targets)))
-    rows = [Site(m, type(x).__name__, tuple(x.weight.dense().shape), m in found) for m, x in layers.items()]
-    return Tree(str(base), tuple(rows))
+    outline = Outline(LLAMAS[str(base)]) if str(base) in LLAMAS else outline_of(base)
+    if (L := outline.config.num_hidden_layers) > DEEPEST:
+        raise ConfigError(f"{short(str(base))} has {short(L)} layers; at most {DEEPEST} are listed")
+    before, block, after = parts(outline)
+    layers = {f"model.layers.{i}.{name}": part for i in range(L) for name, part in block.items()}
+    layers = before | layers | after
+    found = set(
+        find_targets({m: BLANK[part.layer] for m, part in layers.items()}, LoraConfig(targets=targets))
+    )
+    rows = [Site(m, part.layer, part.shape, m in found) for m, part in layers.items()]
+    return Tree(str(base), tuple(rows), outline.config.tie_word_embeddings)
 
 
-def checkpoint_config(base: Path | str) -> Config:
-    """The shape of a checkpoint, from its config.json or GGUF header alone."""
+def outline_of(base: Path | str) -> Outline:
+    """Names and shapes of a checkpoint, from its config.json or GGUF header alone."""
     where = located(base)
     if where.suffix == ".gguf":
-        return open_gguf(where)[0]
-    return read_config(where if where.suffix == ".json" else where / "config.json")
+        return Outline(open_gguf(where)[0])
+    return read_outline(named(where) if where.is_file() or where.suffix == ".json" else where / "config.json")
 
 
 def remark(name: str, rank: int, rows: Sequence[Target], queries: int, dora: bool) -> str:
     """What is printed elsewhere for these counts, or would be with k and v as wide as the queries."""
     trained = sum(row.parameters for row in rows)
-    printed = PRINTED.get((name, rank, tuple(row.kind for row in rows)))
-    if printed and not dora:
-        number, where, what = printed
+    theirs = PRINTED.get((name, rank, tuple(row.kind for row in rows)))
+    if theirs and not dora:
+        number, where, what = theirs
         return f"Hu et al. 2021 prints {number} ({where}); right is {trained:,}: {what}"
     narrow = [row for row in rows if row.kind in ("k_proj", "v_proj") and row.shape[0] < queries]
     if not narrow:
@@ -284,17 +291,66 @@ def training_memory(total: int, blocks: int, trained: int) -> dict[str, Memory]:
     return {how: Memory(frozen + 2 * n, 2 * n, 12 * n) for how, (frozen, n) in cases.items()}
 
 
-def llama_shape(c: Config) -> Shape:
+class Part(NamedTuple):
+    """One module: what it is, its weight's shape, whether it has a bias."""
+
+    layer: str  # Linear, Embedding or RMSNorm
+    shape: tuple[int, ...]
+    bias: bool = False
+
+
+BLANK: dict[str, Any] = {  # one of each, to ask which can be adapted
+    "Linear": Linear(Param(np.zeros((1, 1)))),
+    "Embedding": Embedding(Param(np.zeros((1, 1)))),
+    "RMSNorm": RMSNorm(Param(np.zeros(1))),
+}
+
+
+def parts(outline: Outline) -> tuple[dict[str, Part], dict[str, Part], dict[str, Part]]:
+    """The modules of a model by name, in order: before the blocks, of each block, after them."""
+    c, kind = outline.config, outline.kind
+    V, D, F, E = c.vocab_size, c.hidden_size, c.intermediate_size, c.E
+    Q, K = c.num_attention_heads * E, c.num_key_value_heads * E
+    biased = ATTENTION * c.attention_bias + MLP * c.mlp_bias
+    if kind == "qwen2":
+        biased = ATTENTION[:3]
+
+    def maps(above: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
+        return {f"{above}.{name}": Part("Linear", shape, name in biased) for name, shape in shapes.items()}
+
+    norm, of_head = Part("RMSNorm", (D,)), Part("RMSNorm", (E,))
+    block = {
+        "input_layernorm": norm,
+        **maps("self_attn", dict(zip(ATTENTION, ((Q, D), (K, D), (K, D), (D, Q)), strict=True))),
+        **({"self_attn.q_norm": of_head, "self_attn.k_norm": of_head} if kind == "qwen3" else {}),
+        "post_attention_layernorm": norm,
+        **maps("mlp", dict(zip(MLP, ((F, D), (F, D), (D, F)), strict=True))),
+    }
+    table = Part("Embedding", (V, D))
+    return {"model.embed_tokens": table}, block, {"model.norm": norm, "lm_head": Part("Linear", (V, D))}
+
+
+def llama_shape(outline: Outline) -> Shape:
     """A Llama's maps and its total, biases and norms included."""
-    V, D, F, L = c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers
-    Q, K = c.num_attention_heads * c.E, c.num_key_value_heads * c.E
-    outputs_inputs = ((Q, D), (K, D), (K, D), (D, Q), (F, D), (F, D), (D, F))
-    maps = {kind: (*shape, L) for kind, shape in zip(ATTENTION + MLP, outputs_inputs, strict=True)}
-    blocks = sum(map(math.prod, maps.values()))
-    biases = L * sum(maps[kind][0] for kind in ATTENTION * c.attention_bias + MLP * c.mlp_bias)
-    outer = ("embed_tokens",) if c.tie_word_embeddings else ("embed_tokens", "lm_head")
-    total = matrix_size(c) + biases + (2 * L + 1) * D
-    return Shape(maps | dict.fromkeys(outer, (V, D, 1)), total, blocks)
+    c = outline.config
+    before, block, after = parts(outline)
+    L = c.num_hidden_layers
+    outer = before | after
+    maps = {
+        name.rpartition(".")[2]: (part.shape[0], part.shape[1], number)
+        for where, number in ((block, L), (outer, 1))
+        for name, part in where.items()
+        if part.layer != "RMSNorm"
+    }
+    inner = L * sum(math.prod(part.shape) for part in block.values() if part.layer == "Linear")
+    total = L * sum(map(size, block.values())) + sum(map(size, outer.values()))
+    total -= size(outer["lm_head"]) * c.tie_word_embeddings
+    return Shape(maps, total, inner)
+
+
+def size(part: Part) -> int:
+    """The parameters of a module."""
+    return math.prod(part.shape) + part.bias * part.shape[0]
 
 
 def square_shape(D: int, L: int, positions: int | None = None) -> Shape:
@@ -313,11 +369,11 @@ def square_shape(D: int, L: int, positions: int | None = None) -> Shape:
 def find_shape(model: str) -> Shape:
     """The shape of what `model` names: a known model, a file or folder, or dimensions."""
     if model in LLAMAS:
-        return llama_shape(LLAMAS[model])
+        return llama_shape(Outline(LLAMAS[model]))
     if model in PAPER:
         return square_shape(*PAPER[model])
     if os.sep in model or os.path.exists(model):
-        return llama_shape(read_config(Path(model, "config.json") if os.path.isdir(model) else named(model)))
+        return llama_shape(outline_of(model))
     if "=" in model:
         return dimensions(model)
     known = nearest(model, [*LLAMAS, *PAPER])
@@ -348,4 +404,4 @@ def dimensions(text: str) -> Shape:
     if square:
         return square_shape(check_int("d", given["d"], 1), check_int("layers", given["layers"], 1))
     given = {"kv": given["heads"], "tied": False} | given
-    return llama_shape(Config(**{KEYS[key]: value for key, value in given.items()}))
+    return llama_shape(Outline(Config(**{KEYS[key]: value for key, value in given.items()})))

@@ -14,6 +14,8 @@ became of its process id, and the next write to the same name clears it (`clear`
 no locks keeps it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -23,6 +25,7 @@ import stat
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import LockedError, StorageError
 
@@ -31,6 +34,20 @@ BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and
 OURS = re.compile(r"\.(?P<name>.+)\.\d+\.[0-9a-f]{8}\.(?P<kind>tmp|old)")  # the names that `temporary` makes
 BLOB = re.compile(r"(?P<up>(?:\.\./){2,9})blobs/(?P<hash>[0-9A-Za-z_-]{1,255})")
 EXCHANGE, AT_FDCWD = 2, -100  # Linux's renameat2
+
+
+class Stamp(NamedTuple):
+    """What tells a file from another one that is put in its place, and from itself when it is changed."""
+
+    device: int
+    inode: int
+    size: int  # in bytes
+    changed: int  # nanoseconds
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Stamp:
+        """The stamp of what the system says of a file."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def flags(*names: str) -> int:
@@ -133,10 +150,19 @@ def listed(folder: Path, endings: Collection[str]) -> list[str]:
     return [name for name in names if "/." not in f"/{name}"]
 
 
-def read_at(path: Path | str, start: int, count: int) -> bytes:
-    """`count` bytes of a file from `start` on; StorageError if it has become shorter."""
+def stamp_of(path: Path | str) -> Stamp:
+    """Which regular file it is, and in what state; StorageError names what else it is."""
     with opened(path) as fd:
-        return part(path, fd, start, count)
+        return Stamp.of(os.fstat(fd))
+
+
+def read_at(path: Path | str, start: int, count: int, stamp: Stamp | None = None) -> bytes:
+    """`count` bytes of a file from `start` on; StorageError if it is not as it was by the `stamp`."""
+    with opened(path) as fd:
+        data = part(path, fd, start, count)
+        if stamp and stamp != Stamp.of(os.fstat(fd)):  # after reading: it may have changed on the way
+            raise StorageError(f"{path}: has been changed or replaced since it was opened; open it again")
+        return data
 
 
 def part(path: Path | str, fd: int, start: int, count: int) -> bytes:

@@ -5,7 +5,7 @@
 The package `safetensors` cannot give bfloat16 to NumPy, takes a name that is given twice, and orders
 two entries of metadata by chance, so the container is read and written here: strictly, and with the
 same bytes for the same tensors. Its own writer and reader are the oracle in the tests. Integers,
-booleans and 8-bit floats are refused by name; no pickle is ever opened.
+booleans and 8-bit floats are not read: who asks for one is told its name. No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from .backend import to_host
 from .errors import FormatError, MismatchError, UnsupportedError, short
-from .storage import read_at, size_of
+from .storage import read_at, stamp_of
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # as they lie in a file, in this order
 OTHERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
@@ -32,6 +32,8 @@ OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]{1,20}|F4|F8")
 CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LONGEST = 100_000_000  # bytes of header
 MOST = 100_000  # tensors; factors of every expert of DeepSeek-V3 (58 layers, 256 experts) are 89,088
+POINTER = b"version https://git-lfs."  # how what Git LFS leaves in the place of a file begins
+BRIEF = 1024  # bytes, of which it has fewer
 PRINTABLE = re.compile(r"[!-~]{1,500}")
 
 
@@ -44,6 +46,13 @@ class Tensors(Mapping[str, np.ndarray]):
     dtypes: Mapping[str, str]  # F64, F32, F16, BF16, or what a GGUF file calls its own
     fetch: Callable[[str], np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what is otherwise here than in the file
+
+    def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
+        """Some of the tensors under other names, name here -> name there, and what is to be said of that."""
+        shapes = {new: self.shapes[old] for new, old in names.items()}
+        dtypes = {new: self.dtypes[old] for new, old in names.items()}
+        return Tensors(self.where, shapes, dtypes, lambda new: self.fetch(names[new]), self.metadata, notes)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.shapes:
@@ -63,16 +72,19 @@ class Tensors(Mapping[str, np.ndarray]):
 def open_tensors(path: Path | str) -> Tensors:
     """The tensors of a safetensors file, of which only the header is read now.
 
-    StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
+    Tensors of other numbers (a base's positions or masks) may be in it and are refused when they are asked
+    for. StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
     """
-    size = size_of(path)
+    stamp = stamp_of(path)
+    size = stamp.size
     if size < 8:
         raise FormatError(f"{path}: has {size} bytes; a safetensors file has at least 8")
-    length = int.from_bytes(read_at(path, 0, 8), "little")
+    length = int.from_bytes(read_at(path, 0, 8, stamp), "little")
     if length > LONGEST or length > size - 8:
+        refuse_pointer(path, read_at(path, 0, min(size, BRIEF), stamp))
         most = min(LONGEST, size - 8)
         raise FormatError(f"{path}: header length {length}; expected at most {most} in {size} bytes")
-    raw = read_at(path, 8, length)
+    raw = read_at(path, 8, length, stamp)
     if (count := raw.count(b'"data_offsets"')) > MOST:  # before an object is made of each
         raise FormatError(f"{path}: header has {count} tensors; expected at most {MOST}")
     header = parse(path, raw)
@@ -93,14 +105,28 @@ def open_tensors(path: Path | str) -> Tensors:
 
     def fetch(name: str) -> np.ndarray:
         dtype, shape, begin, stop = places[name]
-        raw = np.frombuffer(read_at(path, 8 + length + begin, stop - begin), FLOATS[dtype]).reshape(shape)
+        if dtype not in FLOATS:
+            raise UnsupportedError(f"{path}: {name}: dtype is {dtype}; expected one of {', '.join(FLOATS)}")
+        raw = read_at(path, 8 + length + begin, stop - begin, stamp)
+        a = np.frombuffer(raw, FLOATS[dtype]).reshape(shape)
         if dtype == "BF16":
-            return widened(raw)
+            return widened(a)
         with np.errstate(invalid="ignore"):  # a signalling NaN
-            return raw.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
+            return a.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
     shapes = {name: shape for name, (_, shape, _, _) in places.items()}
     return Tensors(str(path), shapes, {name: place[0] for name, place in places.items()}, fetch, metadata)
+
+
+def refuse_pointer(path: Path | str, start: bytes) -> None:
+    """FormatError if the first BRIEF bytes of a file are what Git LFS leaves until it is fetched."""
+    if len(start) < BRIEF and start.startswith(POINTER):
+        size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
+        number = f" of {int(size[1]):,} bytes" if size else ""
+        raise FormatError(
+            f"{path}: is a pointer of Git LFS, and not the file{number} itself; fetch it: git lfs pull, or "
+            "download it from the hub"
+        )
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,9 +161,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("entry", entry, "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in FLOATS:
-        if isinstance(dtype, str) and (dtype in OTHERS or OTHER_FLOATS.fullmatch(dtype)):
-            raise UnsupportedError(f"{path}: {name}: dtype is {dtype}; expected one of {', '.join(FLOATS)}")
+    if not isinstance(dtype, str) or not (dtype in {*FLOATS, *OTHERS} or OTHER_FLOATS.fullmatch(dtype)):
         raise wrong("dtype", dtype, f"one of {', '.join(FLOATS)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
         raise wrong("shape", shape, "a list of at most 8 ints, at least 0")
@@ -148,7 +172,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
     begin, end = offsets
     if not 0 <= begin <= end:
         raise wrong("data_offsets", offsets, "0 <= begin <= end")
-    if end - begin != (need := math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize):
+    if dtype in FLOATS and end - begin != (need := math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize):
         raise wrong("data_offsets", offsets, f"{short(need)} bytes for {dtype} {short(shape)}")
     return dtype, tuple(shape), begin, end
 

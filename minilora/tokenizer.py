@@ -22,6 +22,7 @@ import numpy as np
 from . import data, gguf
 from .errors import FormatError, InputError, StorageError, needed, short
 from .storage import exists, read
+from .tensors import refuse_pointer
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 FILES = (  # what is copied beside a model that is made from another
@@ -63,7 +64,8 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
     if where.suffix == ".gguf":
         text, settings = gguf.tokenizer_json(where), gguf.special(where)
     elif exists(where / "tokenizer.json"):
-        text = data.utf8(where / "tokenizer.json", read(where / "tokenizer.json"))
+        refuse_pointer(where / "tokenizer.json", raw := read(where / "tokenizer.json"))
+        text = data.utf8(where / "tokenizer.json", raw)
     elif vocab_size == data.VOCAB:
         return Tokenizer(data.encode, data.decode, fold=True)
     else:

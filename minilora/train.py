@@ -29,15 +29,34 @@ from .errors import (
     MismatchError,
     NonFiniteError,
     StateError,
+    UnsupportedError,
     check_int,
+    short,
 )
+from .forms import anything, named, number, one, real, record, several, text, tuple_of, whole, wrong
 from .lanes import Batch, lanes
 from .layers import digest, named_params, settings, trained
 from .optim import AdamW, Schedule, squared_norm
 from .storage import discard, exists, locked, read, write_atomic
-from .tensors import open_tensors
+from .tensors import open_tensors, unique
 
 CHECKPOINT = "checkpoint.safetensors"  # its name in a folder of work
+GENERATORS = ("PCG64", "PCG64DXSM")  # whose states are numbers; default_rng's is the first
+STATE = {"state": whole(high=2**128 - 1), "inc": whole(high=2**128 - 1)}
+META = record({  # what a checkpoint says beside its arrays
+    "history": record({
+        "loss": several(number(), least=1),
+        "evals": several(tuple_of(whole(), real)),  # a user's measure may be infinite
+    }),
+    "rngs": named(record({
+        "bit_generator": one(*GENERATORS),
+        "state": record(STATE),
+        "has_uint32": whole(high=1),
+        "uinteger": whole(high=2**32 - 1),
+    })),
+    "run": named(anything),  # compared with that of the run, whole
+    "sha256": text,
+})  # fmt: skip
 
 
 @dataclass
@@ -89,8 +108,11 @@ def train(
     keep_memory()
     history, rngs = History(), rngs or {}
     run = about(model, optimizer, schedule, accumulate) | dict(identity or {})
+    for name, rng in rngs.items() if checkpoint else ():
+        if (kind := type(rng.bit_generator).__name__) not in GENERATORS:
+            raise UnsupportedError(f"the generator {name} is a {kind}; a checkpoint holds {GENERATORS[0]}")
     if checkpoint and exists(checkpoint):
-        history = load_checkpoint(checkpoint, model, optimizer, rngs, run)
+        history = load_checkpoint(checkpoint, model, optimizer, rngs, run, steps)
     done = len(history.loss)
     source = iter(batches)
     if not rngs:  # batches that no generator draws, a list say, are passed over as far as they were used
@@ -227,10 +249,13 @@ def save_checkpoint(
     """All that a run needs to go on, in one safetensors file with its digest, complete or not there."""
     from safetensors.numpy import save
 
-    tensors = {f"p.{k}": np.ascontiguousarray(to_host(p.data)) for k, p in trained(model).items()}
-    tensors |= {k: np.ascontiguousarray(a) for k, a in optimizer.state().items()}
+    params, state = trained(model), optimizer.state()
+    tensors = {f"p.{k}": to_host(p.data) for k, p in params.items()}
+    for name in [f"{part}.{k}" for k in params for part in "mv"]:  # what had no gradient yet has moments of 0
+        tensors[name] = state.get(name, np.zeros_like(tensors[f"p{name[1:]}"]))
+    tensors = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
     meta = {
-        "history": {"loss": history.loss, "evals": history.evals},
+        "history": {"loss": history.loss, "evals": [(step, float(value)) for step, value in history.evals]},
         "rngs": {name: rng.bit_generator.state for name, rng in rngs.items()},
         "run": dict(run),
     }
@@ -244,44 +269,72 @@ def load_checkpoint(
     optimizer: AdamW,
     rngs: Mapping[str, np.random.Generator],
     run: Mapping[str, Any],
+    steps: int,
 ) -> History:
-    """Put model, optimizer and generators where the file's run was.
+    """Put model, optimizer and generators where the file's run was, after at most `steps`.
 
-    FormatError if one bit of the file has changed, MismatchError if it was another run; nothing is
-    changed then.
+    FormatError if one bit of the file has changed, or if it says what no run can; MismatchError if it was
+    another run. All of it is checked before anything is changed.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    data = read(path)
+    params = trained(model)
+    data = read(path, 3 * sum(p.data.nbytes for p in params.values()) + (1 << 26))
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        meta = json.loads(header["__metadata__"]["minilora"])
+        meta = json.loads(header["__metadata__"]["minilora"], object_pairs_hook=unique)
         if meta["sha256"] != sealed(meta, tensors):
             raise ValueError("its digest is another")
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise FormatError(f"{path}: is no intact checkpoint of minilora: {str(e)[:120]}") from e
-    params = trained(model)
-    shapes = {f"p.{k}": (p.data.shape, p.data.dtype) for k, p in params.items()}
-    found = {k: (a.shape, a.dtype) for k, a in tensors.items() if k.startswith("p.")}
-    for k in sorted(shapes.keys() | found.keys()):
-        if shapes.get(k) != found.get(k):
-            raise MismatchError(f"{path}: {k[2:]} is {found.get(k)}; the model's is {shapes.get(k)}")
-    now = json.loads(json.dumps(dict(run)))
-    for k in now | meta["run"]:
-        if now.get(k) != meta["run"].get(k):
-            raise MismatchError(f"{path}: its run had {k} {meta['run'].get(k)}; this one has {now.get(k)}")
-    if set(meta["rngs"]) != set(rngs):
-        raise MismatchError(f"{path}: holds the generators {sorted(meta['rngs'])}; given are {sorted(rngs)}")
+    META(f"{path}: meta", meta)
+    check_run(path, meta, run, rngs, steps)
+    expected = {f"{part}.{k}": (p.data.shape, p.data.dtype) for k, p in params.items() for part in "pmv"}
+    held = {k: (a.shape, a.dtype) for k, a in tensors.items()}
+    for k in sorted(expected.keys() | held.keys()):
+        if expected.get(k) != held.get(k):
+            raise MismatchError(f"{path}: {short(k)} is {held.get(k)}; the model's is {expected.get(k)}")
+        if not np.isfinite(tensors[k]).all() or (k[0] == "v" and (tensors[k] < 0).any()):
+            raise FormatError(f"{path}: {k} has values that no run has: not finite, or a square below 0")
+
+    history = History(meta["history"]["loss"], [(step, value) for step, value in meta["history"]["evals"]])
+    moments = {k: a for k, a in tensors.items() if not k.startswith("p.")}
+    optimizer.load(moments, len(history.loss))
+    for k, p in params.items():
+        p.data[...] = to_device(tensors[f"p.{k}"])
+    for name, rng in rngs.items():
+        rng.bit_generator.state = meta["rngs"][name]
+    return history
+
+
+def check_run(
+    path: Path | str,
+    meta: Mapping[str, Any],
+    run: Mapping[str, Any],
+    rngs: Mapping[str, np.random.Generator],
+    steps: int,
+) -> None:
+    """MismatchError unless a checkpoint's run is this one, and has not gone beyond it."""
+
+    def same(a: Any, b: Any) -> bool:
+        return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)  # true is not 1 there
+
+    for k in dict(run) | meta["run"]:
+        was, now = meta["run"].get(k), run.get(k)
+        if (k in run) != (k in meta["run"]) or not same(was, now):
+            raise MismatchError(f"{path}: its run had {short(k)} {short(was)}; this one has {short(now)}")
+    if meta["rngs"].keys() != rngs.keys():
+        held, given = (short(sorted(names)) for names in (meta["rngs"], rngs))
+        raise MismatchError(f"{path}: holds the generators {held}; given are {given}")
     for k, rng in rngs.items():
         kinds = [state["bit_generator"] for state in (meta["rngs"][k], rng.bit_generator.state)]
         if kinds[0] != kinds[1]:
             raise MismatchError(f"{path}: the generator {k} is a {kinds[0]}; given is a {kinds[1]}")
-    for k, p in params.items():
-        p.data[...] = to_device(tensors[f"p.{k}"])
-    losses = meta["history"]["loss"]
-    optimizer.load({k: a for k, a in tensors.items() if not k.startswith("p.")}, len(losses))
-    for name, rng in rngs.items():
-        rng.bit_generator.state = meta["rngs"][name]
-    return History(losses, [(int(step), float(value)) for step, value in meta["history"]["evals"]])
+    done = len(meta["history"]["loss"])
+    if done > steps:
+        raise MismatchError(f"{path}: is after step {done}; the run has {steps}")
+    measured = [step for step, _ in meta["history"]["evals"]]
+    if measured != sorted(set(measured)) or (measured and measured[-1] > done):
+        raise wrong(f"{path}: meta.history.evals", measured, f"rising steps, up to {done}")

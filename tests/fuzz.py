@@ -1,17 +1,19 @@
-"""Fuzz the readers: of adapters, starting from those that PEFT wrote, and of examples to train on.
+"""Fuzz the readers: of adapters, starting from PEFT's, of examples, and of our own rows and checkpoints.
 
     python tests/fuzz.py --seconds 300                  coverage-guided where atheris is installed, else blind
-    python tests/fuzz.py --target jsonl --seconds 300   JSON lines and arrays of examples
+    python tests/fuzz.py --target jsonl --seconds 300   or rows, or checkpoints: with right seals
 
 An input is a config and a file of tensors, which must be looked at, compressed to something without a
-doubt, loaded beside its tiny base and merged; or a file of examples, which must give the ids of its texts; or
-it must be refused with one printable line. Anything else, or more than two seconds, ends the program with the
+doubt, loaded beside its tiny base and merged; or a file of examples, which must give the ids of its texts;
+or a file of rows, tabled and drawn; or a checkpoint, loaded and saved again, the same; or it must be refused
+with one printable line, and nothing has changed. Anything else, or too much time, ends the program with the
 input in hex. The last line counts.
 """
 
 import argparse
 import contextlib
 import inspect
+import io
 import json
 import math
 import os
@@ -24,8 +26,10 @@ import traceback
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 from helpers import TooLong, says, within
 from peft_cases import FIXED, FIXTURES, slug
+from safetensors.numpy import load, save
 
 from minilora import (
     adapter_config,
@@ -35,14 +39,20 @@ from minilora import (
     errors,
     files,
     finetune,
+    forms,
     microscope,
+    optim,
     storage,
     tensors,
     tokenizer,
 )
 from minilora.adapters import CONFIG, WEIGHTS
 from minilora.errors import MiniloraError, NonFiniteError
+from minilora.experiments import rank_sweep, rows
+from minilora.layers import digest
 from minilora.lora import Adapted, merge, remove, sites, unmerge
+from minilora.train import save_checkpoint
+from minilora.train import sealed as seal_of_checkpoint
 
 BASES = [slug(base) for base in dict.fromkeys(base for base, _ in FIXED)]
 NUMBERS = (0, 1, -1, 2, 3, 7, 8, 12, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, math.nan, math.inf)
@@ -220,7 +230,200 @@ class Examples(Readers):
         return rng.choice([kind, kind, kind, b"l", b"["]) + raw
 
 
-TARGETS = {"adapters": Adapters, "jsonl": Examples}
+class Rows(Readers):
+    """A file of rows: what is accepted is what stands there, and can be tabled; one in ten is drawn."""
+
+    modules = (errors, forms, rows, rank_sweep)
+    limit = 30
+
+    def read(self, data):
+        path = self.folder / "rows.jsonl"
+        path.write_bytes(data)
+        with contextlib.redirect_stderr(io.StringIO()):  # damaged lines
+            return self.done(self.whole, path)
+
+    def whole(self, path):
+        found = rank_sweep.read_rows(path)
+        lines = {bare(json.loads(rank_sweep.sealed(row))) for row in found}
+        assert lines <= {bare(row) for row in map(parsed, path.read_bytes().splitlines()) if row}
+        said = rank_sweep.table(found)
+        assert all(line.isprintable() for line in said.splitlines()), ascii(said)
+        if found:
+            rank_sweep.report_page(found, rank_sweep.pictures(found) if self.inputs % 10 == 0 else {})
+
+    def corpus(self):
+        """Small sweeps of two kinds."""
+        from test_plots import make_rows
+
+        for targets in (("folio", "permuted:2"), ("mine.txt",)):
+            yield b"".join(map(rank_sweep.sealed, make_rows(targets, ranks=(1, 3), seeds=2)))
+
+    def mutated(self, rng, data, others):
+        for _ in range(rng.choice([1, 1, 2])):
+            data = flipped(rng, data) if rng.random() < 0.05 else forged_rows(rng, data)
+        return data
+
+
+class Checkpoints(Readers):
+    """A checkpoint of a tiny run: what is accepted is saved again as it was; else nothing has changed."""
+
+    modules = (errors, forms, optim, sys.modules[save_checkpoint.__module__])
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        from test_train import Run
+
+        self.fresh = Run
+
+    def read(self, data):
+        path = self.folder / "c.safetensors"
+        path.write_bytes(data)
+        return self.done(self.again, path, data)
+
+    def again(self, path, data):
+        run = self.fresh(seed=7)
+        before = self.state(run)
+        try:
+            history = run.load(path)
+        except MiniloraError:
+            assert self.state(run) == before
+            raise
+        save_checkpoint(path, run.model, run.optimizer, run.rngs, history, run.about())
+        assert held(path.read_bytes()) == held(data)
+
+    def state(self, run):
+        moments = {k: a.tobytes() for k, a in run.optimizer.state().items()}
+        return digest(run.model), moments, run.optimizer.t, [r.bit_generator.state for r in run.rngs.values()]
+
+    def corpus(self):
+        """One after two steps."""
+        path = self.folder / "c.safetensors"
+        self.fresh().train(steps=2, checkpoint=path)
+        yield path.read_bytes()
+
+    def mutated(self, rng, data, others):
+        for _ in range(rng.choice([1, 1, 2])):
+            how = rng.choice([flipped, cut]) if rng.random() < 0.05 else forged_checkpoint
+            data = how(rng, data)
+        return data
+
+
+TARGETS = {"adapters": Adapters, "jsonl": Examples, "rows": Rows, "checkpoints": Checkpoints}
+
+
+# ---- our own files, forged: another structure under a right seal
+
+
+def parsed(line):
+    """The object in a line, or nothing."""
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        return row if isinstance(row, dict) else None
+
+
+def bare(row):
+    """A row as text, so that types count, without its seal and without what follows from the others."""
+    return json.dumps({k: v for k, v in row.items() if k not in ("sha256", "gap_closed")})
+
+
+def reshaped(rng, tree):
+    """A JSON value with a part dropped, renamed, doubled, swapped, nested or retyped, at any depth."""
+    inside = isinstance(tree, dict | list) and len(tree) > 0
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree))) if inside else []
+    new = tree.copy() if inside else tree
+    if inside and rng.random() < 0.75:
+        key = rng.choice(keys)
+        new[key] = reshaped(rng, tree[key])
+        return new
+    how = rng.randrange(6)
+    if inside and how < 4:
+        a, b = rng.choice(keys), rng.choice(keys)
+        if how == 0:
+            del new[a]
+        elif how == 1:
+            new[a], new[b] = new[b], new[a]
+        elif isinstance(tree, dict):
+            new[rng.choice([*WORDS, *keys, a[:-1], a.upper()])] = new.pop(a) if how == 2 else new[a]
+        else:
+            new.insert(b, new[a])
+        return new
+    return [tree] if how == 4 else {rng.choice(WORDS): tree} if how == 5 else near(rng, tree)
+
+
+def resealed(value, arrays=None):
+    """A row, or what a checkpoint says with its arrays, with its right seal, as bytes."""
+    if not isinstance(value, dict):
+        sealed = value
+    elif arrays is None:
+        value = {k: v for k, v in value.items() if k != "sha256"}
+        sealed = value | {"sha256": rank_sweep.seal(value)}
+    else:
+        sealed = value | {"sha256": seal_of_checkpoint(value, arrays)}
+    text = json.dumps(sealed)
+    return text.encode() if arrays is None else save(arrays, metadata={"minilora": text})
+
+
+def forged_rows(rng, data):
+    """Rows of which one has another structure, and mostly the id that follows from its config."""
+    lines = data.splitlines()
+    at = rng.randrange(len(lines) or 1)
+    row = parsed(lines[at]) if lines else None
+    if row is None:
+        return data
+    row.pop("sha256", None)
+    part = rng.choice(["whole", "config", rng.choice([*row, "whole"])])
+    row = reshaped(rng, row) if part not in row else row | {part: reshaped(rng, row[part])}
+    if isinstance(row, dict) and isinstance(row.get("config"), dict) and rng.random() < 0.8:
+        row["id"] = rows.id_of(row["config"])
+    if rng.random() < 0.9:
+        lines[at] = resealed(row)
+    else:
+        lines.append(resealed(row))
+    return b"\n".join(lines) + b"\n"
+
+
+def opened(data):
+    """What a checkpoint says, and its arrays."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header["__metadata__"]["minilora"]), load(data)
+
+
+def held(data):
+    """The content of a checkpoint, to be compared: without the order of names, and the seal that tells it."""
+    meta, arrays = opened(data)
+    meta.pop("sha256")
+    return json.dumps(meta, sort_keys=True), {k: (a.shape, a.dtype, a.tobytes()) for k, a in arrays.items()}
+
+
+def forged_checkpoint(rng, data):
+    """A checkpoint that says something else, or has other arrays."""
+    try:
+        meta, arrays = opened(data)
+    except Exception:  # damaged already
+        return data
+    if rng.random() < 0.5 or not arrays or not isinstance(meta, dict):
+        part = rng.choice([*meta, "whole"]) if isinstance(meta, dict) else "whole"
+        meta = reshaped(rng, meta) if part == "whole" else meta | {part: reshaped(rng, meta[part])}
+    else:
+        names = sorted(arrays)
+        name, other = rng.choice(names), rng.choice(names)
+        a = arrays[name].copy()
+        how = rng.randrange(6)
+        if how == 0:
+            del arrays[name]
+        elif how == 1:
+            arrays[rng.choice(["x", name[1:], f"m{name[1:]}", f"{name}.x", "v.x"])] = a
+        elif how == 2:
+            arrays[name], arrays[other] = arrays[other], a
+        elif how == 3 and a.size:
+            a.flat[rng.randrange(a.size)] = rng.choice([math.nan, math.inf, -1.0, 0.5, 1e30])
+            arrays[name] = a
+        elif how == 4:
+            arrays[name] = a.astype(rng.choice(["f2", "f4", "f8", "i4", "?"]))
+        else:
+            arrays[name] = rng.choice([a[None], a.T, a[..., :-1], a.ravel(), np.zeros((), a.dtype)])
+    arrays = {k: np.ascontiguousarray(a) if a.ndim else a for k, a in arrays.items()}
+    return resealed(meta, arrays)
 
 
 # ---- mutations that know the format

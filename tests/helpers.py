@@ -27,6 +27,7 @@ SIZES = {
 }  # fmt: skip
 LINEARS = re.compile(r".*(_proj|lm_head)")
 EVERYTHING = re.compile(r".*(_proj|lm_head|embed_tokens)")
+TIED = re.compile(r".*(_proj|embed_tokens)")  # the head stays tied, and sees what changes the embedding
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 seeds = st.integers(0, 2**32 - 1)
@@ -135,7 +136,8 @@ def tiny(seed=0, dtype=np.float64, **how):
 def tiny_lora(seed=0, dtype=np.float64, r=3, config=None, **how):
     """The like with a LoRA of both factors on every linear map and the embedding."""
     model, rng = tiny(seed, dtype, **how)
-    inject(model, config or LoraConfig(r=r, alpha=7, targets=EVERYTHING, init="both"), rng=rng)
+    targets = TIED if model.lm_head is None else EVERYTHING
+    inject(model, config or LoraConfig(r=r, alpha=7, targets=targets, init="both"), rng=rng)
     return model, rng
 
 

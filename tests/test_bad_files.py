@@ -5,6 +5,7 @@ must be refused. Refused means: one error of ours of exactly the named class, wi
 with one printable line that names the file; model, adapters and every byte on disk are as they were.
 
     1-32 config   33-55 container   56-69 keys, shapes, values   70-81 files, bases, saving   98-103 merging
+    120-122 what is taken for a base, and bases whose forward pass is another
 
 Rows 101, 102 and 104 to 109 (mixed batches, composition, 4-bit bases) are left out: they are later work.
 """
@@ -394,6 +395,7 @@ BASES = ("base",)
 FILE = ADAPTER + BASES  # any safetensors file
 NAN, INF = float("nan"), float("inf")
 DEEP = b"[" * 100_000 + b"]" * 100_000
+LFS = b"version https://git-lfs.github.com/spec/v%s\noid sha256:0123abcd\nsize 12\n"
 KINDS = ("missing", "folder", "dangling", "loop", "fifo", "endless")
 DIGITS = b"9" * 5000
 OTHER_METHODS = ("IA3", "ADALORA", "PREFIX_TUNING", "A_METHOD_OF_TOMORROW")
@@ -562,7 +564,8 @@ REFUSED = [
           (["F32", [3], [0, 12]], None, "x", 3))]),
     (45, "dtype that is none", FILE, FormatError, "dtype is",
         [entry(dtype=d) for d in ("F31", "f32", "", 32, None, {}, ["F32"], "F8_" + "A" * 9999, ESC)]),
-    (46, "another dtype", FILE, UnsupportedError, "dtype is", [entry(dtype=d) for d in OTHER_DTYPES]),
+    (46, "another dtype", BESIDE + BASES, UnsupportedError, "dtype is",
+        [entry(dtype=d) for d in OTHER_DTYPES]),
     (47, "shape that is none", FILE, FormatError, "shape is",
         shapes([-3, 12], [-3, -12], [3.0, 12], "3", None, [True, 36], [[3], 12], {}, 36, [None])),
     (48, "shape beyond all bounds", FILE, FormatError, "shape|bytes|header", [
@@ -735,6 +738,30 @@ REFUSED = [
         for v in (NAN, INF)]),
     (76, "config that is none", BASES, FormatError, "config.json", [
         lambda place, b=b: (place.base / "config.json").write_bytes(b) for b in (b"", DEEP, b"[]", b"\xff")]),
+
+    (120, "a pointer of Git LFS", FILE, FormatError, "is a pointer of Git LFS", [
+        raw(lambda b, version=version: LFS % version) for version in (b"1", b"1.0.0")]),
+    (120, "a pointer of Git LFS", BASES, FormatError, "config.json: is a pointer of Git LFS",
+        [lambda place: (place.base / "config.json").write_bytes(LFS % b"1")]),
+    (121, "an adapter for a base", BASES, MismatchError, "is the folder of an adapter", [
+        lambda place: setattr(place, "base", place.adapter),
+        lambda place: setattr(place, "base", place.adapter / WEIGHTS)]),
+    (121, "a file for a base", BASES, StorageError, "a file of tensors alone", [
+        lambda place: setattr(place, "base", (place.base / TENSORS).rename(place.root / "m.safetensors"))]),
+    (121, "a pickle for a base", BASES, UnsupportedError, "is a pickle", [
+        lambda place, end=end: setattr(place, "base", (place.base / TENSORS).rename(place.root / f"m{end}"))
+        for end in (".bin", ".pt", ".pth", ".ckpt")]),
+    (121, "the folder above", BASES, StorageError, r"config\.json: is missing; there is 'base'",
+        [lambda place: setattr(place, "base", place.root)]),
+    (121, "a pipeline of diffusers", BASES, UnsupportedError, "expected one of its parts",
+        [lambda place: os.rename(place.base / "config.json", place.base / "model_index.json")]),
+    (122, "a forward pass that is another", BASES, UnsupportedError, r"config\.json: [a-z_]+ is", [
+        *(shape(model_type=kind) for kind in ("qwen2", "qwen3", "gpt2", "", 3, ["llama"])),
+        *(shape(rope_scaling=ropes) for ropes in (
+            {"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}, {"type": "dynamic"},
+            [2.0])),
+        shape(model_type="mistral", sliding_window=4096), shape(hidden_act="gelu"),
+        shape(quantization_config={"bits": 4}), shape(partial_rotary_factor=0.5)]),
 ]  # fmt: skip
 
 # ---- the rows that are taken, and what is said about them
@@ -1043,7 +1070,7 @@ def test_the_table_of_bad_files_is_that_of_the_tests():
 
 def test_every_row_has_a_case():
     tables = {row[0] for table in (REFUSED, TAKEN, CALLS) for row in table}
-    assert tables | {54, 78} == {*range(1, 82), 98, 99, 100, 103}
+    assert tables | {54, 78} == {*range(1, 82), 98, 99, 100, 103, *range(120, 123)}
 
 
 def test_row_65_another_base_is_taken_by_force(place):

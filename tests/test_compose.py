@@ -38,6 +38,7 @@ from minilora.errors import (
     MismatchError,
     NonFiniteError,
     StorageError,
+    UnsupportedError,
 )  # fmt: skip
 from minilora.files import load, save_model
 from minilora.layers import named_params
@@ -653,8 +654,8 @@ def test_other_names_and_shapes_are_refused_by_name(tmp_path):
     one = {"a.weight": rng.standard_normal((3, 4)), "b.weight": rng.standard_normal((5, 4))}
     base = arbitrary(tmp_path / "base", one)
     cases = {
-        "more": (one | {"c.weight": one["a.weight"]}, "more: has c.weight, the other has not; nearest: "),
-        "less": ({"a.weight": one["a.weight"] + 1}, "base: has b.weight, the other has not"),
+        "none": ({"c.weight": one["a.weight"]}, "none.*: has no tensor of .*base.*; nearest: 'c.weight'"),
+        "deeper": (one | {"a.1.c.weight": one["a.weight"]}, "deeper.*: has a.1.c.weight, the other has not"),
         "shape": (one | {"b.weight": one["b.weight"].T.copy()}, r"b.weight has shape \(4, 5\); .* \(5, 4\)"),
     }
     for name, (tensors, says) in cases.items():
@@ -671,6 +672,201 @@ def test_other_names_and_shapes_are_refused_by_name(tmp_path):
     with pytest.raises(NonFiniteError, match=r"a\.weight"):
         extract(tmp_path / "i", tmp_path / "j", tmp_path / "out", rank=1)
     assert not (tmp_path / "out").exists()
+
+
+# ---- checkpoints that differ in more than their maps
+
+
+@settings(max_examples=12)
+@given(seed=seeds, more=st.integers(-3, 5), head=st.booleans())
+def test_a_table_that_has_grown_is_listed_and_the_maps_are_extracted(seed, more, head, tmp_path_factory):
+    tmp, rng = tmp_path_factory.mktemp("t"), np.random.default_rng(seed)
+    V, D = 11, 6
+    shapes = {"model.embed_tokens.weight": (V, D), "layers.0.q.weight": (7, D), "norm.weight": (D,)}
+    before = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    after = {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
+    table, grown = after["model.embed_tokens.weight"], rng.standard_normal((V + more, D)).astype(np.float32)
+    both = min(V, V + more)
+    grown[:both] = table[:both]
+    after["model.embed_tokens.weight"] = grown
+    if head:  # a classifier's, which the base has not, and a bias that only the base has
+        after["score.weight"] = rng.standard_normal((3, D)).astype(np.float32)
+        before["lm_head.bias"] = np.ones(V, np.float32)
+    base, tuned = arbitrary(tmp / "base", before), arbitrary(tmp / "tuned", after)
+    found = extract(base, tuned, tmp / "out", rank=2)
+    assert [row.module for row in found.rows] == ["layers.0.q"]
+    first = before["model.embed_tokens.weight"].astype(float)[:both]
+    assert found.left.keys() == {"model.embed_tokens.weight", "norm.weight"}
+    assert found.left["model.embed_tokens.weight"] == pytest.approx(
+        np.linalg.norm(grown[:both] - first), rel=1e-12
+    )
+    notes = " ".join(found.notes)
+    assert (f"is {(V, D)} in the base and {(V + more, D)} in the other" in notes) == (more != 0)
+    assert (f"only {tuned}" in notes and "score.weight (3, 6)" in notes) == head
+    assert (f"only {base}" in notes and "lm_head.bias (11,)" in notes) == head
+    assert all(f"note: {note}" in str(found) for note in found.notes)
+    assert json.loads(json.dumps(found.data()))["notes"] == list(found.notes)
+
+
+HALVES = st.sampled_from(["bfloat16", "float16"])
+
+
+@settings(max_examples=12)
+@given(seed=seeds, kind=HALVES, backwards=st.booleans(), way=st.sampled_from(["all", "some", "none"]))
+def test_rounding_to_fewer_bits_is_no_change_and_is_said(seed, kind, backwards, way, tmp_path_factory):
+    """A model and its copy in 16 bits, in either order; and one of which some maps were trained besides."""
+    tmp, rng = tmp_path_factory.mktemp("r"), np.random.default_rng(seed)
+    names = [f"layers.{i}.{name}.weight" for i in range(2) for name in ("q", "v")]
+    wide = {name: rng.standard_normal((9, 7)).astype(np.float32) for name in names}
+    wide["norm.weight"] = rng.standard_normal(7).astype(np.float32)
+    narrow = {name: stored(a, kind) for name, a in wide.items()}
+    trained = {"all": [], "some": names[1:2], "none": names}[way]
+    for name in trained:
+        B, A = rng.standard_normal((9, 2)), rng.standard_normal((2, 7))
+        narrow[name] = stored((wide[name] + 0.1 * B @ A).astype(np.float32), kind)
+    if way == "none":
+        narrow["norm.weight"] = wide["norm.weight"]
+    for folder, tensors, dtype in (("wide", wide, None), ("narrow", narrow, kind)):
+        (tmp / folder).mkdir()
+        exact = {name: a for name, a in tensors.items() if name != "norm.weight" or way != "none"}
+        (tmp / folder / "model.safetensors").write_bytes(b"".join(layout(exact, dtype)))
+    base, tuned = (tmp / "narrow", tmp / "wide") if backwards else (tmp / "wide", tmp / "narrow")
+    if way == "all":
+        with pytest.raises(InputError, match=f"5 tensors differ by nothing but rounding to {kind}; there is"):
+            extract(base, tuned, tmp / "out", rank=1)
+        assert not (tmp / "out").exists()
+        return
+    found = extract(base, tuned, tmp / "out", rank=2)
+    assert [f"{row.module}.weight" for row in found.rows] == sorted(trained)
+    assert found.left == {}
+    said = [note for note in found.notes if "rounding" in note]
+    assert said == [f"4 tensors differ by nothing but rounding to {kind} and are left out"] * (way == "some")
+
+
+# ---- GPT-2, whose weights lie (in, out)
+
+
+def gpt2(folder, tensors, prefix, kind="gpt2", heads=("GPT2LMHeadModel",)):
+    folder.mkdir()
+    if kind:
+        config = {"model_type": kind, "architectures": list(heads)}
+        (folder / "config.json").write_text(json.dumps(config))
+    save_file({prefix + name: a for name, a in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def gpt2_tensors(rng, D, F, V=11, L=2, biases=True):
+    """A GPT-2 as transformers holds it: c_attn (D, 3D), c_proj (D, D), c_fc (D, F), c_proj (F, D)."""
+    shapes = {"wte.weight": (V, D), "wpe.weight": (5, D), "ln_f.weight": (D,)}
+    for i in range(L):
+        shapes[f"h.{i}.ln_1.weight"] = (D,)
+        maps = {"attn.c_attn": (D, 3 * D), "attn.c_proj": (D, D), "mlp.c_fc": (D, F), "mlp.c_proj": (F, D)}
+        for name, shape in maps.items():
+            shapes[f"h.{i}.{name}.weight"] = shape
+            if biases:
+                shapes[f"h.{i}.{name}.bias"] = shape[1:]
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@settings(max_examples=15)
+@given(seed=seeds, D=st.integers(2, 7), F=st.integers(1, 9), r=st.integers(1, 7), bare=st.tuples(
+    st.booleans(), st.booleans()), config=st.booleans(), biases=st.booleans())  # fmt: skip
+def test_what_is_extracted_from_conv1d_is_what_a_reader_applies(
+    seed, D, F, r, bare, config, biases, tmp_path_factory
+):
+    """By PEFT's rule, B A turned where fan_in_fan_out is true: the nearest of rank r, and its residual."""
+    tmp, rng = tmp_path_factory.mktemp("g"), np.random.default_rng(seed)
+    F = F if biases else D + F  # without biases a c_fc that makes its input narrower would look like a Linear
+    before = gpt2_tensors(rng, D, F, biases=biases)
+    after = {name: a + 0.5 * rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
+    after["h.0.attn.bias"] = np.ones((1, 1, 5, 5), np.float32)  # the mask that some savers keep
+    roots = ["" if b else "transformer." for b in bare]
+    base = gpt2(tmp / "base", before, roots[0], "gpt2" if config else None)
+    tuned = gpt2(tmp / "tuned", after, roots[1], "gpt2" if config else None)
+    found = extract(base, tuned, tmp / "out", rank=r)
+    pairs, _, said = read_peft(tmp / "out")
+    assert said["fan_in_fan_out"] is True
+    assert {f"{m}.weight" for m in pairs} == {
+        f"transformer.{name}" for name in before if "c_" in name and name.endswith("weight")
+    }
+    assert said["target_modules"] == ["c_attn", "c_fc", "c_proj"]
+    for row in found.rows:
+        A, B, s = pairs[row.module]
+        name = row.module.removeprefix("transformer.") + ".weight"
+        change = after[name].astype(float) - before[name]  # (in, out)
+        assert A.shape[1] == change.shape[0]
+        assert B.shape[0] == change.shape[1]
+        S = np.linalg.svd(change, compute_uv=False)
+        lost = np.linalg.norm(change - s * (B @ A).T)
+        assert row.residual == pytest.approx(lost, rel=1e-9, abs=1e-13)
+        assert lost <= np.linalg.norm(S[r:]) + bound32(S[:r]) + 1e-13
+        assert row.shape == change.shape[::-1]
+    assert any("names begin with transformer." in note for note in found.notes) == any(bare)
+    assert {name.removeprefix("transformer.") for name in found.left} == {
+        name for name in before if "c_" not in name or name.endswith("bias")
+    }
+
+
+def test_what_is_no_parameter_is_not_read(tmp_path):
+    """Masks and positions, which some savers keep as integers and some do not."""
+    before = gpt2_tensors(rng := np.random.default_rng(0), 4, 6)
+    after = {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
+    extra = {f"h.{i}.attn.bias": np.ones((1, 1, 5, 5), np.uint8) for i in range(2)}
+    extra |= {"h.0.attn.masked_bias": np.array(-1e4, np.float32), "emb.position_ids": np.arange(5)[None]}
+    base = gpt2(tmp_path / "base", before | extra, "")
+    found = extract(base, gpt2(tmp_path / "tuned", after, ""), tmp_path / "out", rank=2)
+    assert not any("only" in note for note in found.notes)
+    assert len(found.rows) == 8
+    steps = {"h.0.steps.weight": np.arange(6).reshape(2, 3)}
+    both = (gpt2(tmp_path / name, t | steps, "") for name, t in (("one", before), ("two", after)))
+    with pytest.raises(UnsupportedError, match=r"steps\.weight: dtype is I64"):
+        extract(*both, tmp_path / "no", rank=2)
+
+
+def test_a_linear_called_like_a_conv1d_is_no_conv1d(tmp_path):
+    """Other models have a c_attn and a c_proj too, as (out, in)."""
+    rng = np.random.default_rng(0)
+    shapes = {"attn.c_attn": (15, 5), "attn.c_proj": (5, 5), "mlp.c_fc": (9, 5), "mlp.c_proj": (5, 9)}
+    before = {f"h.0.{name}.weight": rng.standard_normal(shape) for name, shape in shapes.items()}
+    before |= {f"h.0.{name}.bias": rng.standard_normal(shape[0]) for name, shape in shapes.items()}
+    after = {name: a + rng.standard_normal(a.shape) for name, a in before.items()}
+    base, tuned = (gpt2(tmp_path / name, t, "transformer.", "gpt_bigcode", ["GPTBigCodeForCausalLM"])
+                   for name, t in (("base", before), ("tuned", after)))  # fmt: skip
+    found = extract(base, tuned, tmp_path / "out", rank=9)
+    pairs, _, said = read_peft(tmp_path / "out")
+    assert said["fan_in_fan_out"] is False
+    for row in found.rows:
+        A, B, s = pairs[row.module]
+        name = row.module.removeprefix("transformer.") + ".weight"
+        assert np.abs(s * B @ A - (after[name] - before[name])).max() < 1e-5
+        assert row.residual < 1e-5 * row.norm
+
+
+def test_a_linear_beside_conv1d_is_left_out_and_said(tmp_path):
+    """One flag is for all modules."""
+    rng = np.random.default_rng(0)
+    before = gpt2_tensors(rng, 4, 6) | {"adapter.down.weight": rng.standard_normal((3, 4)).astype(np.float32)}
+    after = {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
+    base, tuned = gpt2(tmp_path / "base", before, ""), gpt2(tmp_path / "tuned", after, "")
+    found = extract(base, tuned, tmp_path / "out", rank=2)
+    assert not any("adapter" in row.module for row in found.rows)
+    assert "transformer.adapter.down.weight" in found.left
+    assert any("adapter.down is no Conv1D" in note for note in found.notes)
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["fan_in_fan_out"] is True
+    alone = before | {"adapter.down.weight": after["adapter.down.weight"]}  # where no Conv1D differs
+    extract(base, gpt2(tmp_path / "alone", alone, "transformer."), tmp_path / "other", rank=2)
+    pairs, _, said = read_peft(tmp_path / "other")
+    assert (list(pairs), said["fan_in_fan_out"]) == (["transformer.adapter.down"], False)
+
+
+def test_names_of_a_model_without_a_head_are_as_they_lie(tmp_path):
+    before = gpt2_tensors(rng := np.random.default_rng(0), 4, 6)
+    after = {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
+    both = (("base", before), ("tuned", after))
+    base, tuned = (gpt2(tmp_path / name, t, "", heads=["GPT2Model"]) for name, t in both)
+    found = extract(base, tuned, tmp_path / "out", rank=2)
+    assert {row.module.split(".")[0] for row in found.rows} == {"h"}
+    assert found.notes == ()
 
 
 def test_neither_checkpoint_is_written_over(tmp_path):

@@ -46,7 +46,7 @@ def life(folder, config, tie):
     )
     file = folder / f"{config.dora}{tie}.safetensors"
     save_checkpoint(file, model, optimizer, {}, history, {})
-    load_checkpoint(file, model, optimizer, {}, {})
+    load_checkpoint(file, model, optimizer, {}, {}, 9)
     model.recompute = True
     _, back = model.loss(ids, labels, train=True)
     back()

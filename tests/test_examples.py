@@ -104,7 +104,7 @@ NO_TEXT = {
 def test_what_is_no_text_is_refused_by_name_before_training(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(NO_TEXT[name])
-    match = r"is not text|not text; expected a file of UTF-8|is not UTF-8 text"
+    match = r"is not text|; expected a file of UTF-8 text|is not UTF-8 text"
     with pytest.raises(FormatError, match=match) as e:
         finetune.run(Recipe(str(path)), tmp_path / "a")
     assert str(path) in str(e.value)

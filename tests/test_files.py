@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save
 
 from minilora import data, storage, tensors
+from minilora.adapters import base_print
 from minilora.backend import to_device, to_host
 from minilora.errors import (
     ConfigError,
@@ -27,7 +29,18 @@ from minilora.errors import (
     UnsupportedError,
 )  # fmt: skip
 from minilora.experiments import merge_equivalence
-from minilora.files import BASE, checkpoint, fingerprint, load, read_config, read_json, save_model
+from minilora.files import (
+    BASE,
+    assemble,
+    checkpoint,
+    fingerprint,
+    load,
+    read_config,
+    read_json,
+    save_model,
+    tokenizer_of,
+    weights,
+)
 from minilora.layers import Linear, Param, digest, freeze, named_params, trained, unfreeze
 from minilora.lora import LoraConfig, inject
 from minilora.model import Config, RopeScaling
@@ -203,10 +216,10 @@ def test_a_head_of_its_own_is_saved_and_a_shared_table_is_not(seed, tmp_path_fac
 def test_a_checkpoint_is_looked_at_without_reading_its_numbers(folder, monkeypatch):
     read = 0
 
-    def counting(path, start, count):
+    def counting(path, start, count, stamp):
         nonlocal read
         read += count
-        return storage.read_at(path, start, count)
+        return storage.read_at(path, start, count, stamp)
 
     monkeypatch.setattr(tensors, "read_at", counting)
     found = checkpoint(folder)
@@ -692,6 +705,173 @@ def test_a_base_has_one_fingerprint_and_every_change_another(seed, data, tmp_pat
     if a.ndim == 2 and a.shape[0] != a.shape[1]:
         changed.append(rest | {name: a.reshape(a.shape[::-1])})
     assert len({want, *map(fingerprint, changed)}) == 1 + len(changed)
+
+
+@settings(max_examples=40)
+@given(seed=seeds, how=flags, data=st.data())
+def test_the_fingerprint_of_a_model_sees_every_bit_of_every_parameter(seed, how, data):
+    """Norms and biases too; and nothing that stands beside them."""
+    model, rng = tiny(seed, np.float32, **how)
+    want = base_print(model)
+    params = named_params(model)
+    assert want == fingerprint(arrays(model))
+    path = data.draw(st.sampled_from(sorted(params, key=lambda path: params[path].data.ndim)))
+    a = arrays(model)[path].copy()
+    at, bit = data.draw(st.integers(0, a.size - 1)), data.draw(st.integers(0, 31))
+    a.view(np.uint32).flat[at] ^= np.uint32(1 << bit)
+    was, params[path].data = params[path].data, to_device(a)
+    assert base_print(model) != want
+    params[path].data = was
+    some = ["q_proj", "lm_head"]
+    inject(model, LoraConfig(r=2, targets=some, bias="lora_only", modules_to_save=["norm"]), rng=rng)
+    assert base_print(model) == want
+
+
+# ---- a base that is replaced between opening and reading
+
+
+def rewritten(path):
+    """Other numbers in the same bytes of the disk."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    with open(path, "r+b") as file:
+        file.write(raw)
+
+
+def moved_over(path):
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+def linked(path):
+    """A link where the file was, to the same bytes."""
+    path.with_name("other").write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to("other")
+
+
+LATER = {
+    "written over": rewritten, "another in its place": moved_over, "a link in its place": linked,
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "shorter": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "gone": os.remove,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("later", LATER)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_base_that_changes_after_it_was_opened_is_no_mixture(later, sharded, folder):
+    if sharded:
+        shard(folder)
+    path = folder / ("a.safetensors" if sharded else "model.safetensors")
+    for file in folder.glob("*.safetensors"):
+        os.utime(file, ns=(0, 0))  # the clock of a file system may be coarse
+    found = checkpoint(folder)
+    names = [name for name in found.tensors if not sharded or "mlp" in name]
+    for name in names:
+        found.tensors[name]
+    LATER[later](path)
+    for name in names:
+        with pytest.raises(StorageError, match=rf"{path.name}: (has been changed or|ends at|cannot be read)"):
+            found.tensors[name]
+    with pytest.raises(StorageError, match=path.name):
+        assemble(found)
+    if later in ("another in its place", "a link in its place"):
+        assert set(checkpoint(folder).tensors) == set(found.tensors)  # opened again it is one base
+
+
+# ---- what is taken for a base and is none
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f\nsize 123\n"
+
+
+def test_a_pointer_of_git_lfs_is_called_one(folder, tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        raw = (folder / name).read_bytes()
+        (folder / name).write_bytes(POINTER)
+        refused(folder, FormatError, rf"{name}: is a pointer of Git LFS")
+        (folder / name).write_bytes(raw)
+    (folder / "tokenizer.json").write_bytes(POINTER)
+    with pytest.raises(FormatError, match=r"tokenizer\.json: is a pointer of Git LFS"):
+        tokenizer_of(checkpoint(folder))
+    (tmp_path / "m.gguf").write_bytes(POINTER)
+    with pytest.raises(FormatError, match=r"m\.gguf: is a pointer of Git LFS"):
+        load(tmp_path / "m.gguf")
+    for size in range(len(POINTER)):  # not every small file is one
+        (folder / "model.safetensors").write_bytes(POINTER[:size])
+        refused(folder, FormatError, "Git LFS" if size >= 42 else "header|bytes")
+
+
+def mistakes(tmp_path, model):
+    """What people give as a base -> what is said of it, by the class of the error."""
+    (adapter := tmp_path / "lora").mkdir()
+    shutil.copy(FIXTURES / "adapters/untied--q-and-v/adapter_config.json", adapter)
+    shutil.copy(FIXTURES / "adapters/untied--q-and-v/adapter_model.safetensors", adapter)
+    (pipe := tmp_path / "pipe").mkdir()
+    (pipe / "model_index.json").write_text("{}")
+    (pickles := tmp_path / "old").mkdir()
+    (pickles / "pytorch_model-00001-of-00002.bin").write_bytes(b"PK")
+    (pickles / "config.json").write_bytes((model / "config.json").read_bytes())
+    (alone := tmp_path / "alone.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    (outer := tmp_path / "outer").mkdir()
+    shutil.copytree(model, outer / "snapshot")
+    (quantized := tmp_path / "quantized").mkdir()
+    (quantized / "m.Q4_0.gguf").write_bytes(b"GGUF")
+    return {
+        adapter: (MismatchError, "is the folder of an adapter"),
+        adapter / "adapter_model.safetensors": (MismatchError, "is the folder of an adapter"),
+        pipe: (UnsupportedError, "is a pipeline of diffusers; expected one of its parts"),
+        pickles: (UnsupportedError, "has pytorch_model-00001-of-00002.bin only: pickles run code"),
+        pickles / "pytorch_model-00001-of-00002.bin": (UnsupportedError, "is a pickle, which runs code"),
+        alone: (StorageError, "is a file of tensors alone; expected a folder"),
+        outer: (StorageError, "is missing; there is 'snapshot'"),
+        quantized: (StorageError, "is missing; there is 'm.Q4_0.gguf'"),
+        "meta-llama/Llama-3.2-1B": (StorageError, "hf download meta-llama/Llama-3.2-1B --local-dir DIR"),
+    }
+
+
+def test_what_is_taken_for_a_base_is_called_what_it_is(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for spec, (error, match) in mistakes(tmp_path, folder).items():
+        for call in (load, checkpoint, *([weights] if "alone" not in str(spec) else [])):
+            with pytest.raises(error, match=match) as e:
+                call(spec)
+            assert type(e.value) is error
+            assert str(e.value).isprintable()
+            assert len(str(e.value)) < 400
+
+
+def test_the_file_of_a_models_tensors_means_its_folder(folder, tmp_path):
+    want = arrays(load(folder))
+    assert same_bits(arrays(load(folder / "model.safetensors")), want)
+    single = folder.rename(tmp_path / "single")
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((single / "model.safetensors").read_bytes())
+    assert same_bits(dict(weights(alone)), want)  # which need no config
+    shard(single, lambda name: f"model-0000{1 + ('mlp' in name)}-of-00002.safetensors")
+    for name in ("model-00002-of-00002.safetensors", INDEX):
+        assert same_bits(arrays(load(single / name)), want)
+    unet = single.rename(tmp_path / "unet")
+    (unet / INDEX).rename(unet / "diffusion_pytorch_model.safetensors.index.json")
+    assert same_bits(dict(weights(unet)), want)
+
+
+def test_weights_are_read_whatever_the_forward_pass_needs(folder):
+    """sliding windows, stretched positions, activations: no forward pass is run to look at weights."""
+    want = arrays(load(folder))
+    for change in (
+        but(sliding_window=8), but(rope_scaling={"type": "yarn", "factor": 2.0}), but(hidden_act="gelu"),
+        but(model_type="gemma"), but(quantization_config={"bits": 8}), but(num_hidden_layers=7),
+    ):  # fmt: skip
+        raw = (folder / "config.json").read_bytes()
+        alter(folder, config=change)
+        assert same_bits(dict(weights(folder)), want)
+        refused(folder, MiniloraError)
+        (folder / "config.json").write_bytes(raw)
+    alter(folder, tensors=lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]})
+    assert fingerprint(weights(folder)) == fingerprint(want)  # of a tied base that repeats its table
 
 
 def test_a_scalar_is_no_vector():

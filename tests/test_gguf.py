@@ -417,6 +417,24 @@ def test_a_flipped_bit_is_one_line_or_another_number(data, raw):
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("later", ["written over", "another in its place", "gone"])
+def test_a_file_that_changes_after_it_was_opened_is_no_mixture(later, path, tmp_path):
+    os.utime(path, ns=(0, 0))
+    _, tensors = ours.open_gguf(path)
+    for name in tensors:
+        tensors[name]
+    raw = path.read_bytes()
+    if later != "written over":
+        path.unlink()
+    if later != "gone":
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    for name in tensors:
+        with pytest.raises(StorageError, match=f"{path.name}: (has been changed|cannot be read)"):
+            tensors[name]
+    if later != "gone":
+        dict(ours.open_gguf(path)[1])
+
+
 def test_what_stands_twice_or_in_another_place_is_refused(path):
     whole = path.read_bytes()
     for old, new, match in (

@@ -9,10 +9,10 @@ import minilora
 
 PACKAGE = Path(minilora.__file__).parent
 ORDER = [
-    "errors", "backend", "ops", "layers", "model", "lora", "optim", "storage", "archives", "tensors", "data",
-    "gguf", "tokenizer", "lanes", "train", "files", "patterns", "adapter_config", "recognise", "adapters",
-    "sizes", "spectra", "compose", "merging", "plots", "report", "microscope", "finetune", "cluster",
-    "experiments", "cli", "__main__",
+    "shown", "errors", "forms", "backend", "ops", "layers", "model", "lora", "optim", "storage", "archives",
+    "tensors", "data", "gguf", "tokenizer", "lanes", "train", "files", "patterns", "adapter_config",
+    "recognise", "adapters", "sizes", "spectra", "compose", "merging", "plots", "report", "microscope",
+    "finetune", "cluster", "experiments", "cli", "__main__",
 ]  # fmt: skip
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"gguf"}, "tokenizers": {"tokenizer"}}

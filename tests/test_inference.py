@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers import EVERYTHING, LINEARS, N, T, batch, tiny
+from helpers import EVERYTHING, LINEARS, TIED, N, T, batch, tiny
 
 from minilora.layers import named_params
 from minilora.lora import Adapted, LoraConfig, inject, merge, sites
@@ -64,7 +64,8 @@ def decode(model, ids):
 
 
 KINDS = {
-    "lora": LoraConfig(r=3, alpha=7, targets=EVERYTHING, init="both"),
+    "lora": LoraConfig(r=3, alpha=7, targets=TIED, init="both"),
+    "head": LoraConfig(r=3, alpha=7, targets=EVERYTHING, init="both"),
     "dora": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", dora=True),
     "saved": LoraConfig(r=3, alpha=7, modules_to_save=["norm", "embed_tokens"]),
 }

@@ -10,6 +10,7 @@ from helpers import (
     LINEARS,
     NORMS,
     SIZES,
+    TIED,
     assert_gradient,
     assert_layer_gradient,
     assert_precision_scales,
@@ -39,6 +40,7 @@ from minilora.lora import (
     Adapted,
     LoraConfig,
     LowRank,
+    Row,
     disabled,
     fuse,
     holding,
@@ -58,8 +60,9 @@ from minilora.optim import AdamW
 wide = st.integers(3, 9)
 KINDS = {
     "lora": LoraConfig(r=3, alpha=7, targets=EVERYTHING, init="both"),
+    "tied": LoraConfig(r=3, alpha=7, targets=TIED, init="both"),
     "lora-and-norms": LoraConfig(r=3, alpha=7, targets=EVERYTHING, init="both", modules_to_save=NORMS),
-    "saved-table": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", modules_to_save=["embed_tokens"]),
+    "saved-table": LoraConfig(r=3, alpha=7, init="both", modules_to_save=["embed_tokens"]),
     "dora": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", dora=True),
     "biases": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", bias="all", exclude_modules=["o_proj"]),
     "dora-biases": LoraConfig(r=3, alpha=7, targets=LINEARS, init="both", dora=True, bias="lora_only"),
@@ -415,6 +418,55 @@ def test_a_tied_head_sees_the_change_of_the_table_that_the_lookup_sees(seed, r):
         assert np.array_equal(tree["embed"].attend(x, None)[0], changed.attend(x)[0])
 
 
+@settings(max_examples=10)
+@given(seed=seeds, r=st.integers(1, 4), both=st.booleans())
+def test_a_tied_head_is_adapted_as_a_map_of_its_own_on_the_same_table(seed, r, both):
+    """As in PEFT: the lookup does not see the head's change, nor the head that of the lookup."""
+    model, rng = tiny(seed, np.float64, tie_word_embeddings=True)
+    twin, _ = tiny(seed, np.float64, tie_word_embeddings=False)
+    table = model.model.embed_tokens.weight
+    bits = table.data.tobytes()
+    for name, p in named_params(twin).items():  # the untied model of the same numbers
+        p.data = get(model, name if name != "lm_head.weight" else "model.embed_tokens.weight").data.copy()
+    targets = ["q_proj", "lm_head", *["embed_tokens"] * both]
+    reports = [
+        inject(m, LoraConfig(r=r, alpha=5, targets=targets, init="both"), rng=np.random.default_rng(seed))
+        for m in (model, twin)
+    ]
+    V, D = table.data.shape
+    assert reports[0].rows == reports[1].rows
+    assert reports[0].rows[-1] == Row("lm_head", (V, D), r, 5.0, 5 / r, r * (V + D))
+    assert reports[1].base_parameters == reports[0].base_parameters + V * D  # the table counts once
+    assert model.lm_head.base.weight is table
+    ids, labels = batch(rng)
+    losses, found = zip(*(gradients(one, ids, labels) for one in (model, twin)), strict=True)
+    assert losses[0] == losses[1]
+    assert same_bits(*found)
+    for change in (merge, unmerge, fuse):
+        change(model), change(twin)
+        assert np.array_equal(model(ids)[0], twin(ids)[0])
+    assert table.data.tobytes() == bits
+
+
+def test_a_tied_head_is_not_untied_from_an_embedding_that_has_adapters():
+    model, rng = tiny()
+    inject(model, LoraConfig(r=2, targets="embed_tokens"), rng=rng, name="first")
+    state = digest(model)
+    with pytest.raises(StateError, match="tied to an embedding that has adapters"):
+        inject(model, LoraConfig(r=2, targets="lm_head"), rng=rng, name="second")
+    assert digest(model) == state
+    assert model.lm_head is None
+    other, _ = tiny()
+    inject(other, LoraConfig(r=2, targets="q_proj", modules_to_save=["lm_head"]), rng=rng)
+    assert other.lm_head.base.weight is other.model.embed_tokens.weight
+    copy = other.lm_head.adapters["default"].layer.weight.data
+    assert not np.shares_memory(copy, other.model.embed_tokens.weight.data)
+    assert {p for p in trained(other) if "lm_head" in p} == {"lm_head.adapters.default.layer.weight"}
+    remove(other, "default")
+    ids, _ = batch(rng)
+    assert np.array_equal(other(ids)[0], tiny()[0](ids)[0])
+
+
 def test_a_tied_network_is_the_one_with_the_changed_table():
     def both(dtype):
         config = LoraConfig(r=3, alpha=7, targets="embed_tokens", init="both")
@@ -432,12 +484,12 @@ def test_a_tied_network_is_the_one_with_the_changed_table():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
 def test_merging_is_all_or_nothing(kind, bad):
     model, _ = tiny_lora(0, np.float32, config=KINDS[kind], tie_word_embeddings=False)
-    last = [p for path, p in trained(model).items() if path.endswith(".B")][-1]
+    path, last = [item for item in trained(model).items() if item[0].endswith(".B")][-1]
     last.data[-1, -1] = bad
     [p for path, p in trained(model).items() if path.endswith(".A")][-1].data[-1] = 1e3  # 1e38 overflows
     before = digest(model)
     for fold in (merge, fuse):
-        with pytest.raises(NonFiniteError, match=r"lm_head.*not finite"):
+        with pytest.raises(NonFiniteError, match=rf"{path.partition('.adapters')[0]}.*not finite"):
             fold(model)
         assert all(layer.merged is None for _, layer in sites(model) if isinstance(layer, Adapted))
         assert digest(model) == before

@@ -228,6 +228,39 @@ def test_a_convolution_is_the_matrix_of_outputs_by_all_of_its_inputs(tmp_path):
     assert_beside_other(m.other, dW, dW)
 
 
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize(("ours", "theirs"), [("transformer.", ""), ("", "transformer."), ("", "")])
+def test_of_gpt2_the_base_says_how_a_weight_lies(flag, ours, theirs, tmp_path):
+    """As in PEFT, which sets the flag of each module by its kind; the square c_proj would fit both ways."""
+    rng = np.random.default_rng(0)
+    shapes = {"attn.c_attn": (6, 18), "attn.c_proj": (6, 6), "mlp.c_fc": (6, 4), "mlp.c_proj": (4, 6)}
+    W = {f"h.1.{name}": rng.standard_normal(shape) for name, shape in shapes.items()}
+    base = {f"{theirs}{name}.weight": w for name, w in W.items()}
+    base |= {f"{theirs}{name}.bias": np.zeros(w.shape[1]) for name, w in W.items()}
+    factors = {
+        ours + name: (rng.standard_normal((2, len(w))), rng.standard_normal((w.shape[1], 2)))
+        for name, w in W.items()
+    }
+    folder = write_peft(tmp_path / "a", factors, fan_in_fan_out=flag)
+    seen = inspect(folder, checkpoint(tmp_path / "base", base))
+    assert len(seen.modules) == 4
+    for m in seen.modules:
+        assert_beside_base(m.base, changes(folder)[m.module], W[m.module.removeprefix(ours)].T)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("", "model."), ("model.", ""), ("", "transformer.")])
+def test_a_model_with_a_head_and_one_without_have_one_base(ours, theirs, tmp_path):
+    """What is trained on a model for embeddings names its layers without the root that a file may have."""
+    rng, name = np.random.default_rng(0), "layers.3.self_attn.q_proj"
+    W, factors = rng.standard_normal((5, 7)), (rng.standard_normal((2, 7)), rng.standard_normal((5, 2)))
+    folder = write_peft(tmp_path / "a", {ours + name: factors})
+    others = {f"{theirs}{name}.bias": np.zeros(5), f"other.{name}.weight": -W}
+    (m,) = inspect(folder, checkpoint(tmp_path / "base", others | {f"{theirs}{name}.weight": W})).modules
+    assert_beside_base(m.base, changes(folder)[m.module], W)
+    with pytest.raises(MismatchError, match=r"the base has no .*q_proj\.weight; nearest: 'other"):
+        inspect(folder, checkpoint(tmp_path / "none", others))
+
+
 def test_a_transposed_base_is_turned(tmp_path):
     """fan_in_fan_out: GPT-2 holds W as (I, O)."""
     rng = np.random.default_rng(0)

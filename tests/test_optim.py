@@ -134,8 +134,11 @@ def test_state_and_load_are_inverse(seed, steps):
             two.step(others)
     assert all(np.array_equal(p.data, others[k].data) for k, p in params.items())
     assert one.t == two.t
-    with pytest.raises(MismatchError, match="'x'"):
-        two.load({"x": np.ones(2)}, 1)
+    before = two.t, two.m, two.v
+    for bad in ({"x": np.ones(2)}, {"m.x": np.ones(2)}, {"m.x": np.ones(2), "v.x": np.ones(3)}):
+        with pytest.raises(MismatchError, match="x'"):
+            two.load(bad, 1)
+        assert all(a is b for a, b in zip(before, (two.t, two.m, two.v), strict=True))
 
 
 @settings(max_examples=8)

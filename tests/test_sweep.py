@@ -22,9 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import archives, backend, cli, data, plots
-from minilora.errors import ConfigError, MismatchError, NonFiniteError, StateError, StorageError
+from minilora.errors import ConfigError, FormatError, MismatchError, NonFiniteError, StateError, StorageError
 from minilora.experiments import rank_sweep
 from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sealed, sweep, with_gaps
+from minilora.experiments.rows import id_of
 from minilora.files import load, save_model
 from minilora.layers import digest
 from minilora.model import Config, llama
@@ -337,12 +338,6 @@ def flipped(line):
     return line[:at] + bytes([line[at] ^ 1]) + line[at + 1 :]
 
 
-def forged(line):
-    """A row with a right seal whose numbers are of another run."""
-    row = json.loads(line)
-    return sealed(row | {"config": row["config"] | {"lr": 123.0}})[:-1]
-
-
 DAMAGE = {
     "truncated": lambda line: line[: len(line) // 2],
     "a flipped bit": flipped,
@@ -373,26 +368,44 @@ def test_a_damaged_row_does_not_count_and_is_run_again_to_the_same_bytes(
     assert len(said.splitlines()) <= 1
 
 
-@pytest.mark.parametrize("kind", ["foreign id", "foreign config", "no id", "no config", "twice", "garbage"])
+@pytest.mark.parametrize("kind", ["of another plan", "twice", "garbage"])
 def test_a_row_that_is_not_of_this_plan_does_not_count(kind, place, whole, tmp_path):
     out = copy_of(whole, tmp_path)
     lines = held(out).splitlines()
-    row = json.loads(lines[2])
-    if kind == "foreign config":  # in the place of the run whose id it has
-        lines[2] = forged(lines[2])
-    else:
-        extra = {
-            "foreign id": sealed(row | {"id": "0" * 16})[:-1],
-            "no id": sealed({k: v for k, v in row.items() if k != "id"})[:-1],
-            "no config": sealed({"id": "0" * 16})[:-1],
-            "twice": lines[2],
-            "garbage": b"garbage",
-        }
-        lines.append(extra[kind])
+    config = (row := json.loads(lines[0]))["config"] | {"target": "another.txt"}
+    extra = {
+        "of another plan": sealed(row | {"config": config, "id": id_of(config)})[:-1],
+        "twice": lines[2],
+        "garbage": b"garbage",
+    }
+    lines.append(extra[kind])
     (out / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     rows, _ = run(plan_of(place), out)
     assert held(out) == held(whole[0])
     assert plain(rows) == plain(whole[1])
+
+
+FORGED = {  # a right seal, and no row: its field
+    "another id": (lambda row: row | {"id": "0" * 16}, "row.id"),
+    "no id": (lambda row: {k: v for k, v in row.items() if k != "id"}, "row.id"),
+    "no config": (lambda row: {"id": row["id"]}, "row.config"),
+    "another config": (lambda row: row | {"config": row["config"] | {"lr": 123.0}}, "row.id"),
+    "other versions": (lambda row: row | {"versions": row["versions"] | {"numpy": "0.1"}}, "numpy is '0.1'"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_row_stops_the_sweep_and_every_row_stays(kind, place, whole, tmp_path):
+    out = copy_of(whole, tmp_path)
+    lines = held(out).splitlines()
+    change, field = FORGED[kind]
+    lines[2] = sealed(change(json.loads(lines[2])))[:-1]
+    (out / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    before = held(out)
+    with pytest.raises((FormatError, MismatchError), match=re.escape(field)) as e:
+        run(plan_of(place), out)
+    assert "rows.jsonl" in str(e.value)
+    assert held(out) == before
 
 
 def test_what_is_done_stays_on_disk_while_a_damaged_row_is_run_again(place, whole, tmp_path):

@@ -90,9 +90,9 @@ def test_only_the_header_is_read_on_opening_and_one_tensor_on_asking(tmp_path, m
     write_atomic(path, layout(given))
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
-    def counting(path, start, count):
+    def counting(path, start, count, stamp):
         counts.append((start, count))
-        return storage.read_at(path, start, count)
+        return storage.read_at(path, start, count, stamp)
 
     monkeypatch.setattr(tensors, "read_at", counting)
     found = open_tensors(path)

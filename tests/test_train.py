@@ -72,7 +72,7 @@ class Run:
         return about(self.model, self.optimizer, SCHEDULE, 2)
 
     def load(self, path):
-        return load_checkpoint(path, self.model, self.optimizer, self.rngs, self.about())
+        return load_checkpoint(path, self.model, self.optimizer, self.rngs, self.about(), STEPS)
 
     def state(self):
         return (

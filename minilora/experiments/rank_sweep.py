@@ -10,7 +10,6 @@ machine names: the same plan on the same machine gives the same bytes.
 import contextlib
 import copy
 import hashlib
-import html
 import json
 import math
 import multiprocessing
@@ -41,15 +40,18 @@ from ..errors import (
     check_float,
     check_int,
     check_same,
+    short,
 )
 from ..layers import digest, get, trained, unfreeze
 from ..lora import LoraConfig, inject
 from ..model import Llama
 from ..optim import AdamW, Schedule
+from ..shown import aligned, plain, printed
 from ..storage import locked, named, read, write_atomic
+from ..tensors import unique
 from ..train import evaluate, train
+from .rows import Row, Run, check_row, check_together, every
 
-Row = dict[str, Any]
 Progress = Callable[[int, int, Row], None]
 
 SCHEMA = 1
@@ -139,38 +141,6 @@ class Plan:
 
 QUICK = {"ranks": (1, 4, 16), "seeds": 1, "steps": 40, "search_steps": 10,
          "test_windows": 64, "valid_windows": 16}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell of the grid, complete: the same Run gives the same row."""
-
-    kind: str  # "base", "oracle", "search" or "final"
-    target: str
-    method: str  # "none", "lora" or "full"
-    rank: int = 0
-    modules: tuple[str, ...] = ()
-    alpha: float = 0.0
-    seed: int = 0
-    lr: float = 0.0
-    eps: float = 1e-8  # AdamW's
-    steps: int = 0
-    batch: int = 0
-    base: str = "base"
-    text: str = ""  # the digest of the target's corpus
-    fallback: bool = False  # the texts could not be fetched: the standard library's instead
-    test_windows: int = 512
-    valid_windows: int = 64
-
-    @property
-    def id(self) -> str:
-        """A short name that follows from the content."""
-        return id_of(asdict(self))
-
-
-def id_of(config: Row) -> str:
-    """The id of the run with this config."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---- one run, in whatever process it happens to be
@@ -292,7 +262,7 @@ def trained_run(run: Run) -> Row:
         steps=run.steps,
         schedule=Schedule(run.steps, warmup=run.steps // 20),
         evaluate=None if run.kind == "search" else lambda: evaluate(model, valid),
-        eval_every=max(run.steps // 10, 1),
+        eval_every=every(run.steps),
         threads=1,  # the other cores have runs of their own
     )
     row = losses(model, run) | {"parameters": sum(p.data.size for p in trained(model).values())}
@@ -340,7 +310,8 @@ def sweep(
     workers have minilora and the same files at the same paths; or to the workers of the dask scheduler at
     "tcp://HOST:PORT", which are sent what they need. `progress(done, known, row)` is called after every run.
     LockedError if another sweep works in the folder, MismatchError if the folder holds another plan or a
-    worker has other versions or another base; StateError if workers keep dying or cannot be reached.
+    worker has other versions or another base, FormatError if it holds what no run writes (`read_rows`);
+    StateError if workers keep dying or cannot be reached.
     """
     if sum(given is not None for given in (jobs, executor, dask)) > 1:
         raise ConfigError("jobs, an executor and dask are three ways to do the runs; expected one of them")
@@ -436,6 +407,8 @@ class Store:
         self.expected = expected() | {"base": fingerprint["base"]}
         check_plan(out / "plan.json", fingerprint)
         self.done = {row["id"]: row for row in read_rows(self.path)} if self.path.exists() else {}
+        for id, row in self.done.items():
+            check_same(f"{self.path}: run {id}", row["versions"], self.versions)
         self.lines: dict[tuple[str, float | None], bytes] = {}
 
     def finish(self, runs: Iterable[Run]) -> None:
@@ -620,14 +593,17 @@ def check_plan(path: Path, wanted: Row) -> None:
         write_atomic(path, (json.dumps(wanted, indent=1) + "\n").encode())
         return
     found = files.read_json(path)
-    for part in wanted:
-        if found.get(part) != wanted[part]:
-            old, new = found.get(part), wanted[part]
-            if isinstance(old, dict):
-                key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
-                part, old, new = f"{part}.{key}", old.get(key), new.get(key)
-            raise MismatchError(f"{path.parent}: holds a sweep with {part} {old!r}; this one has {new!r}; "
-                                "expected the same plan, or another folder by --out")  # fmt: skip
+    for part in {**wanted, **found}:
+        old, new = found.get(part), wanted.get(part)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            key = next(k for k in {**new, **old} if k not in old or k not in new or old[k] != new[k])
+            part, old, new = f"{part}.{key}", old.get(key), new.get(key)
+        raise MismatchError(
+            f"{path.parent}: holds a sweep with {part} {short(old)}; this one has {short(new)}; "
+            "expected the same plan, or another folder by --out"
+        )
 
 
 def seal(row: Row) -> str:
@@ -642,20 +618,27 @@ def sealed(row: Row) -> bytes:
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """The intact rows of a file; a damaged line is named on stderr and does not count."""
-    rows = []
+    """The intact rows of a file, each with its share of the gap; a damaged line is named on stderr, no more.
+
+    A line with a right seal is as it was written. If it is no row all the same, or one of another sweep,
+    nobody can tell what it means: FormatError or MismatchError names line and field.
+    """
+    rows: dict[str, Row] = {}
     for i, line in enumerate(read(path).splitlines()):
+        where = f"{path}: line {i + 1}"
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or row.get("sha256") != seal(row):
+            row = json.loads(line, object_pairs_hook=unique)
+            if not isinstance(row, dict) or row.pop("sha256", None) != seal(row):
                 raise ValueError("its digest is another")
-            if row.get("id") != id_of(row.get("config", {})):
-                raise ValueError("its id is another")
-            del row["sha256"]
-            rows.append(row)
         except (ValueError, RecursionError) as e:
-            print(f"minilora: {path}: line {i + 1} does not count: {str(e)[:100]}", file=sys.stderr)
-    return rows
+            print(plain(f"minilora: {where} does not count: {str(e)[:100]}"), file=sys.stderr)
+            continue
+        check_row(f"{where}: row", row)
+        row.pop("gap_closed", None)  # it follows from the others
+        if rows.setdefault(row["id"], row) != row:
+            raise MismatchError(f"{where}: another row of the run {row['id']} stands before it")
+    check_together(path, rows.values())
+    return with_gaps(list(rows.values()))
 
 
 def with_gaps(rows: list[Row]) -> list[Row]:
@@ -671,7 +654,8 @@ def with_gaps(rows: list[Row]) -> list[Row]:
         if row["config"]["kind"] == "final" and row["status"] == "done" and base and full:
             gap = base[0] - math.fsum(full) / len(full)
             row = {k: v for k, v in row.items() if k != "sha256"}
-            row["gap_closed"] = (base[0] - row["test"]) / gap if gap > 0 else None
+            share = (base[0] - row["test"]) / gap if gap > 0 else math.inf
+            row["gap_closed"] = share if math.isfinite(share) else None
         out.append(row)
     return out
 
@@ -705,9 +689,9 @@ def figure_names(rows: list[Row]) -> dict[str, str]:
     """Target -> the end of its figures' file names, another one for each target."""
     names: dict[str, str] = {}
     for target in dict.fromkeys(row["config"]["target"] for row in rows):
-        plain = name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem)
+        stem = name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem)[:100]  # a file's name has an end
         while name in names.values():
-            name = f"{plain}_{len(names) + 1}"
+            name = f"{stem}_{len(names) + 1}"
         names[target] = name
     return names
 
@@ -720,7 +704,7 @@ def pictures(rows: list[Row]) -> dict[str, plots.Picture]:
     for target in complete:
         name = names[target]
         drawn[f"loss_against_rank_{name}"] = plots.loss_against_rank(rows, target)
-        if data.swaps_of(target):
+        if data.swaps_of(target) and TABLE.modules[0] in plots.kinds(plots.final(rows, target)):
             drawn[f"known_rank_{name}"] = plots.known_rank(rows, target)
         drawn[f"spectra_{name}"] = plots.spectra(rows, target)
         drawn[f"energy_{name}"] = plots.energy_and_effective_rank(rows, target)
@@ -756,17 +740,16 @@ def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
 
 def table(rows: list[Row]) -> str:
     """The results as a table for the terminal."""
-    out = []
+    out: list[str] = []
     for target in dict.fromkeys(line["target"] for line in summary(rows)):
-        cells = [HEAD, *lines(rows, target)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(HEAD))]
         fallback = any(r["config"]["fallback"] for r in rows if r["config"]["target"] == target)
         note = "; fallback text, not the one named" if fallback else ""
-        out.append(f"{target}  (test loss in nats per character{note})")
-        for line in cells:
-            out.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip())
-        out.append("")
-    return "\n".join(out)
+        out += [
+            f"{target}  (test loss in nats per character{note})",
+            *aligned([HEAD, *lines(rows, target)]),
+            "",
+        ]
+    return printed(*out)
 
 
 def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
@@ -776,7 +759,7 @@ def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
     for target in names:
         some = [row for row in rows if row["config"]["target"] == target]
         full = plots.select(some, kind="final", method="full")
-        parts.append(f"<h2>{html.escape(plots.title(target))}</h2>")
+        parts.append(report.heading(plots.title(target)))
         parts.append(report.paragraph(f"Text: {some[0]['source']}."))
         parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
         if full:
@@ -786,7 +769,7 @@ def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
         drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
         parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]
     if "gap_against_parameters" in pictures:
-        parts.append("<h2>What the parameters buy</h2>")
+        parts.append(report.heading("What the parameters buy"))
         parts.append(report.drawing("gap", pictures["gap_against_parameters"]))
     made: Row = {}
     for target in names:

@@ -1,0 +1,164 @@
+"""One run of a sweep, and the form of its row.
+
+A row's digest tells that it is as it was written. Here it is said what a row is: which fields a run of its
+kind leaves, of which types and sizes, what follows from its config, and what the rows of a target share.
+Whatever passes can be tabled and drawn.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .. import data, forms
+from ..errors import FormatError, MismatchError, short
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid, complete: the same Run gives the same row."""
+
+    kind: str  # "base", "oracle", "search" or "final"
+    target: str
+    method: str  # "none", "lora" or "full"
+    rank: int = 0
+    modules: tuple[str, ...] = ()
+    alpha: float = 0.0
+    seed: int = 0
+    lr: float = 0.0
+    eps: float = 1e-8  # AdamW's
+    steps: int = 0
+    batch: int = 0
+    base: str = "base"
+    text: str = ""  # the digest of the target's corpus
+    fallback: bool = False  # the texts could not be fetched: the standard library's instead
+    test_windows: int = 512
+    valid_windows: int = 64
+
+    @property
+    def id(self) -> str:
+        """A short name that follows from the content."""
+        return id_of(asdict(self))
+
+
+def id_of(config: Row) -> str:
+    """The id of the run with this config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def every(steps: int) -> int:
+    """The steps between two evaluations."""
+    return max(steps // 10, 1)
+
+
+def measured(steps: int) -> list[int]:
+    """The steps of a learning curve."""
+    return [*range(0, steps, every(steps)), steps]
+
+
+LARGEST = 1e39  # no float32 is larger, and no sum of such losses overflows
+SIDES = 1 << 27  # O x I of the largest matrix whose noise is drawn beside it
+LOSS, SIZE = forms.number(-LARGEST, LARGEST), forms.number(0, LARGEST)
+RANK = forms.whole(0, 1 << 20)
+KINDS: dict[Any, forms.Form] = {
+    str: forms.text,
+    bool: forms.flag,
+    int: forms.whole(),
+    float: SIZE,
+    tuple[str, ...]: forms.several(forms.text),
+}
+CONFIG = {f.name: KINDS[f.type] for f in fields(Run)} | {"rank": RANK}
+METHODS = {"base": ("none",), "oracle": ("none",), "search": ("lora", "full"), "final": ("lora", "full")}
+CONFIGS = {
+    kind: forms.record(CONFIG | {"kind": forms.one(kind), "method": forms.one(*methods)})
+    for kind, methods in METHODS.items()
+}
+EVERY = {"id": forms.text, "source": forms.text, "versions": forms.named(forms.text)}
+SPECTRUM = forms.several(SIZE, least=1)
+LOSSES = {"valid": LOSS, "test": LOSS, "parameters": forms.whole()}
+RESULTS = {  # what a run of a kind leaves in its row
+    "base": LOSSES | {"base_digest": forms.text},
+    "oracle": LOSSES,
+    "search": {"valid": LOSS, "parameters": forms.whole()},
+    "final": LOSSES | {
+        "curve": forms.several(forms.tuple_of(forms.whole(), LOSS)),
+        "spectra": forms.named(SPECTRUM),
+        "shapes": forms.named(forms.tuple_of(forms.whole(1), forms.whole(1))),
+    },
+}  # fmt: skip
+TRUTH = {"floor": LOSS, "spectra": forms.record({"model.embed_tokens": SPECTRUM})}  # of a permutation's base
+VARIES = {"kind", "method", "rank", "seed", "lr", "modules", "alpha", "eps"}  # within a target
+HEAD_OF_ROW = forms.has({
+    "config": forms.has({"kind": forms.one(*METHODS), "target": forms.text}),
+    "status": forms.one("done", "diverged"),
+})  # fmt: skip
+
+
+def form_of(row: Row) -> forms.Form:
+    """The form of a row of its kind, target and status."""
+    kind = row["config"]["kind"]
+    parts = EVERY | {"config": CONFIGS[kind], "status": forms.text}
+    if row["status"] == "diverged":
+        return forms.record(parts | {"error": forms.text})
+    known = kind == "base" and data.swaps_of(row["config"]["target"])
+    gap = {"gap_closed": forms.maybe(forms.number())} if kind == "final" else {}
+    return forms.record(parts | RESULTS[kind] | (TRUTH if known else {}), gap)
+
+
+def check_row(where: str, row: Row) -> None:
+    """FormatError, naming the field, unless a run has such a row."""
+    HEAD_OF_ROW(where, row)
+    form_of(row)(where, row)
+    config = row["config"]
+    kind, rank = config["kind"], config["rank"]
+    if row["id"] != id_of(config):
+        raise FormatError(f"{where}.id is {short(row['id'])}; its config has {id_of(config)}")
+    if (rank > 0) != (config["method"] == "lora" or kind == "oracle"):
+        raise forms.wrong(f"{where}.config.rank", rank, "one for LoRA and the oracle, and 0 for all others")
+    if kind != "final" or row["status"] != "done":
+        return
+    if [step for step, _ in row["curve"]] != measured(config["steps"]):
+        raise forms.wrong(f"{where}.curve", row["curve"], f"the steps {measured(config['steps'])}")
+    if row["spectra"].keys() != row["shapes"].keys() or not row["shapes"]:
+        raise FormatError(f"{where}.shapes are not of the modules of its spectra")
+    for path, (O, I) in row["shapes"].items():  # noqa: E741
+        if O * I > SIDES or len(row["spectra"][path]) != min(O, I, rank or O):
+            raise FormatError(f"{where}.spectra[{short(path)}] is not that of a change {O} x {I}")
+
+
+def facts_of(row: Row) -> Iterator[tuple[str, Any]]:
+    """(What, value) that all measured runs on one target have in common."""
+    config = row["config"]
+    method = config["method"]
+    yield "a setting", {k: v for k, v in config.items() if k not in VARIES}
+    yield f"modules of {method}", config["modules"]
+    if row["status"] == "done":
+        yield f"spectra of {method}", sorted(row["shapes"])
+        for path, shape in row["shapes"].items():
+            yield f"a shape of {path.rpartition('.')[2]}", shape
+
+
+def check_together(path: Path | str, rows: Iterable[Row]) -> None:
+    """MismatchError if the rows of a target are those of several sweeps, which cannot be compared."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["config"]["kind"] == "final":
+            target = row["config"]["target"]
+            known = first.setdefault(target, {})
+            for what, value in facts_of(row):
+                if known.setdefault(what, value) != value:
+                    raise MismatchError(
+                        f"{path}: run {row['id']} on {short(target)} has {short(what)} {short(value)}; "
+                        f"expected {short(known[what])}, as the rows before it"
+                    )
+    for target, known in first.items():
+        adapted, all_of_it = (known.get(f"spectra of {method}") for method in ("lora", "full"))
+        if adapted and all_of_it and (alone := set(adapted) - set(all_of_it)):
+            raise MismatchError(
+                f"{path}: full fine-tuning on {short(target)} has no spectrum of {short(min(alone))}; "
+                "expected one for each module that LoRA adapts"
+            )
