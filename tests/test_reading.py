@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from by_hand import CONFIG, PREFIX, WEIGHTS, base_weights, bound64, changes, read_peft, write_peft
 from helpers import SIZES, seeds, tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft_cases import FIXTURES
 from safetensors.numpy import load_file, save_file
@@ -519,8 +519,12 @@ def three(draw):
     return spectra, dict(zip("abc", costs, strict=True)), draw(st.integers(1, 5))
 
 
+WIDE = {"a": np.array([10.0, 5, 5]), "b": np.array([10.0, *[4] * 8]), "c": np.array([10.0, 1])}
+
+
 @settings(max_examples=150)
 @given(given_=three())
+@example(given_=(WIDE, {"a": 100, "b": 10, "c": 7}, 2))  # the strongest value is not the best bargain
 def test_a_budget_is_spent_as_brute_force_would_but_for_the_value_that_did_not_fit(given_):
     """Every choice of three ranks is tried. What is kept is less than the best by no more than the energy
     of the first value that did not fit; and no less than the same rank for all."""
