@@ -5,7 +5,6 @@ characters that turn the direction of a line, and signs that mean something wher
 text is made a text, whatever shows it.
 """
 
-import html
 from collections.abc import Sequence
 
 WIDEST = 60  # characters of a foreign text in a figure
@@ -29,7 +28,9 @@ def drawn(text: str) -> str:
 
 def markup(text: str) -> str:
     """A text for HTML, plain, in an element or an attribute."""
-    return html.escape(plain(text), quote=True)
+    from html import escape
+
+    return escape(plain(text), quote=True)
 
 
 def printed(*lines: str) -> str:

@@ -10,7 +10,6 @@ booleans and 8-bit floats are not read: who asks for one is told its name. No pi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -229,6 +228,8 @@ def layout(
 
 def sealed(tensors: Mapping[str, Any], dtype: Any = None) -> str:
     """sha256 over the names, shapes and values, in order of name: each as it is, or as `dtype`."""
+    import hashlib
+
     h = hashlib.sha256()
     for name in sorted(tensors):
         with np.errstate(over="ignore", invalid="ignore"):

@@ -12,11 +12,11 @@ even be imported proves nothing). test_mutants.py keeps the list in step with th
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import queue
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +27,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 150  # seconds for one mutant
+FORKS = multiprocessing.get_context("forkserver")  # a run is a fork of a process that has imported all this
+FORKS.set_forkserver_preload(
+    ["numpy", "pytest", "hypothesis", "matplotlib.pyplot", "safetensors.numpy", "tqdm"]
+)
 # Tests that kill processes take long, and what they kill may turn them red without any mutant: no witnesses.
 # Nor is one that reads a file which is not copied.
 UNFIT = "interrupted or second_sweep or worker or table_of_bad_files"
@@ -889,21 +893,41 @@ def apply(mutant: Mutant, root: Path) -> tuple[Path, str, str]:
     return path, text, text.replace(mutant.old, mutant.new)
 
 
+def be_pytest(copy: Path, arguments: list[str], said: Path) -> None:
+    """Run pytest in a copy of package and tests; what it prints goes to a file."""
+    import pytest
+
+    with open(said, "w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}  # for processes of the tests
+    sys.dont_write_bytecode = True  # or one mutant's would be taken for the next one's
+    sys.exit(pytest.main(arguments))
+
+
 def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     """Whether a test fails, and which; else what kept pytest from ending green, if anything did."""
     files = [f"tests/test_{name}.py" for name in tests.split()]
     if missing := [file for file in files if not (copy / file).exists()]:
         return False, f"there is no {missing[0]}"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *files]
-    command += ["-n0", "-k", f"not ({UNFIT})", f"--basetemp={copy / 'temp'}"]  # the others clean up theirs
-    env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
+    arguments = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=no", "-k", f"not ({UNFIT})"]
+    arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported already
+    said = copy / "said"  # what is in the base folder of temporary files belongs to this copy alone
+    run = FORKS.Process(
+        target=be_pytest, args=(copy, [*arguments, f"--basetemp={copy / 'temp'}", *files], said)
+    )
+    run.start()
+    run.join(LIMIT)
+    if run.exitcode is None:
+        run.kill()
+        run.join()
         return False, f"no end within {LIMIT} s"
-    red = re.search(r"^(?:FAILED|ERROR) tests/(\S+::.+?)(?: - |$)", done.stdout, re.M)
-    said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
-    return (True, red[1]) if done.returncode == 1 and red else (False, said[-1] if done.returncode else "")
+    printed = said.read_text(encoding="utf-8", errors="replace")
+    red = re.search(r"^(?:FAILED|ERROR) tests/(\S+::.+?)(?: - |$)", printed, re.M)
+    last = (printed.strip().splitlines() or ["nothing"])[-1]
+    return (True, red[1]) if run.exitcode == 1 and red else (False, last if run.exitcode else "")
 
 
 @contextlib.contextmanager
@@ -959,6 +983,7 @@ def main() -> int:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTANTS if not given.names or m.name in given.names]
 
+    os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
     with copies(given.jobs) as free, ThreadPoolExecutor(given.jobs) as pool:
 
         def tried(mutant: Mutant) -> tuple[bool, str]:

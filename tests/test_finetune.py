@@ -386,7 +386,7 @@ def test_params_and_modules_print_tables_and_json(capsys):
     assert "39,976,960 of 6,738,415,616" in capsys.readouterr().out
     assert cli.main(["params", "d=768,layers=12", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 294_912
-    assert cli.main(["modules", "--targets", "q_proj,lm_head", "--json"]) == 2
+    assert cli.main(["modules", "--targets", "q_proj,lm_heads", "--json"]) == 2
     capsys.readouterr()
     assert cli.main(["modules", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

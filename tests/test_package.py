@@ -23,7 +23,7 @@ def python(code, **env):
 
 
 def test_importing_costs_little_more_than_numpy(tmp_path):
-    """50 ms beyond NumPy's own time: the median of pairs, one right after the other."""
+    """At most half of NumPy's own time: the median of pairs, one right after the other."""
 
     def seconds(module):
         """The processor time of an import in a fresh process, its byte code being there."""
@@ -32,9 +32,9 @@ def test_importing_costs_little_more_than_numpy(tmp_path):
 
     seconds("minilora"), seconds("numpy")
     pairs = [(seconds("minilora"), seconds("numpy")) for _ in range(7)]
-    more = statistics.median(ours - theirs for ours, theirs in pairs)
-    print(f"import minilora: {1000 * more:.0f} ms beyond NumPy's {1000 * min(n for _, n in pairs):.0f} ms")
-    assert more < 0.05
+    more = statistics.median(ours / theirs - 1 for ours, theirs in pairs)
+    print(f"import minilora: {more:.0%} beyond NumPy's {1000 * min(n for _, n in pairs):.0f} ms")
+    assert more < 0.5
 
 
 def test_help_is_there_at_once():

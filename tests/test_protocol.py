@@ -317,7 +317,7 @@ def said(seed):
 
 SEEDS = {
     "finetune.Recipe": [fine_tuned(method) for method in finetune.METHODS],
-    "rank_sweep.Run": [swept("lora"), swept("full")],
+    "rows.Run": [swept("lora"), swept("full")],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],

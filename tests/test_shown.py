@@ -269,7 +269,7 @@ def test_a_picture_in_a_notebook_is_plain_too():
 
 
 def test_the_card_of_a_model_is_plain():
-    card = merging.card(types.SimpleNamespace(where=Path(NASTY[1])), NASTY[1])
+    card = merging.card(types.SimpleNamespace(where=Path(NASTY[1])), Path(NASTY[1]))
     assert card.encode().count(b"\n") == 1
     assert calm(card)
 

@@ -671,6 +671,7 @@ def interrupt(place, out, number):
     wait(lambda: not alive(process.pid), 5)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_to_the_same_bytes(place, undisturbed, tmp_path):
     found, lasted = undisturbed
     interrupt(place, tmp_path / "out", signal.SIGINT)
