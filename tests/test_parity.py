@@ -31,6 +31,7 @@ TIED = Config(
 UNTIED = replace(TIED, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
 R, ALPHA = 4, 8
 PROJECTIONS, EVERYTHING = re.compile(r".*(_proj|lm_head)"), re.compile(r".*(_proj|lm_head|embed_tokens)")
+BUT_THE_HEAD = re.compile(r".*(_proj|embed_tokens)")  # which stays tied
 
 
 def fresh(config, dtype=np.float64):
@@ -91,7 +92,9 @@ class Twin:
             return self.p[f"{name}.weight"]
         parts = {k.split(".")[-1]: p for k, p in self.p.items() if k.startswith(f"{name}.adapters.default.")}
         delta = self.scale * parts["B"] @ parts["A"]
-        V = self.p[f"{name}.base.weight"] + (delta.T if name.endswith("embed_tokens") else delta)
+        tied = name == "lm_head" and self.config.tie_word_embeddings  # adapted, on the table of the embedding
+        base = self.p[f"{'model.embed_tokens' if tied else name}.base.weight"]
+        V = base + (delta.T if name.endswith("embed_tokens") else delta)
         if "magnitude" not in parts:
             return V
         n = V.detach().norm(dim=1) if self.detach else V.norm(dim=1)
@@ -126,12 +129,14 @@ class Twin:
             h = F.silu(self.linear(f"{at}.mlp.gate_proj", n)) * self.linear(f"{at}.mlp.up_proj", n)
             x = x + self.linear(f"{at}.mlp.down_proj", h)
         x = self.norm("model.norm", x)
-        return F.linear(x, table) if self.config.tie_word_embeddings else self.linear("lm_head", x)
+        own = any(path.startswith("lm_head.") for path in self.p)
+        return self.linear("lm_head", x) if own else F.linear(x, table)
 
 
 KINDS = {
     "full": (UNTIED, {}),
-    "tied": (TIED, {"targets": EVERYTHING}),
+    "tied": (TIED, {"targets": BUT_THE_HEAD}),
+    "tied-head-adapted": (TIED, {"targets": EVERYTHING}),
     "untied-biases": (UNTIED, {"targets": EVERYTHING}),
     "rslora": (TIED, {"targets": EVERYTHING, "rslora": True}),
     "dora": (UNTIED, {"targets": PROJECTIONS, "dora": True}),
