@@ -12,8 +12,8 @@ from pathlib import Path
 
 from .adapter_config import read_fields
 from .errors import StorageError, UnsupportedError, short
-from .storage import exists, named, read_at, reading, size_of
-from .tensors import BRIEF, open_tensors, refuse_pointer
+from .storage import exists, named, reading
+from .tensors import open_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUB = re.compile(r"(?:https?:/+(?:huggingface|hf)\.co/)?([A-Za-z0-9][\w.-]*/[\w.-]+)/?")
@@ -41,14 +41,11 @@ def adapter_folder(given: Path | str) -> Path:
         return of_file(path) if exists(path) else missing(path)
     if CONFIG not in names:
         raise no_config(path, names)
-    check_pointer(path / CONFIG)
     config = read_fields(path / CONFIG)
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
         raise UnsupportedError(f"{path}: is an adapter of MLX; {WANTED} of PEFT")
     if WEIGHTS not in names and (other := told(names)):
         raise UnsupportedError(f"{path}: {other}")
-    if WEIGHTS in names:
-        check_pointer(path / WEIGHTS)
     return path
 
 
@@ -67,7 +64,6 @@ def of_file(path: Path) -> Path:
     """The folder of an adapter's file, or the error that says what the file is."""
     if path.name in (CONFIG, WEIGHTS) and exists(path.with_name(CONFIG)):
         return adapter_folder(path.parent)
-    check_pointer(path)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise UnsupportedError(f"{path}: {PICKLE}; {WANTED}")
     if path.suffix == ".gguf":
@@ -125,10 +121,3 @@ def of_names(names: Iterable[str]) -> str | None:
     if names and not any("lora" in name for name in names):
         return "holds the weights of a model and no LoRA"
     return None
-
-
-def check_pointer(path: Path) -> None:
-    """FormatError if a file is what Git LFS leaves in its place until it is fetched."""
-    with reading(path):
-        start = read_at(path, 0, min(size_of(path), BRIEF)) if path.is_file() else b""
-    refuse_pointer(path, start)

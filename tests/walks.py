@@ -381,7 +381,8 @@ class Walk:
             return "absent" if not there else "new" if out == new else "old"
         for name, what in out.items():
             path = self.root / name
-            if re.fullmatch(r"\..+\.tmp", path.name) or what in (old.get(name), new.get(name)):
+            temporary = any(re.fullmatch(r"\..+\.tmp", part) for part in path.parts)
+            if temporary or what in (old.get(name), new.get(name)):
                 continue
             assert path.name == "rows.jsonl", f"{name} is neither the old nor the new one"
             lines = (self.template.parent / "rows" / self.place.name).read_bytes().splitlines()

@@ -27,7 +27,7 @@ import minilora as ml
 from minilora import data, files, finetune, microscope, plots, spectra
 from minilora.errors import MiniloraError
 from minilora.lora import adapted
-from minilora.sizes import aligned
+from minilora.shown import aligned
 from minilora.tensors import stored
 
 home = tempfile.TemporaryDirectory()
@@ -86,7 +86,8 @@ for tensor in sorted(r8.tensors)[:2]:
 def show(seen, which, block="model.layers.2."):
     """One table of an inspection, the modules of one block."""
     _, head, rows = list(microscope.tables(seen))[which]
-    print(aligned([head, *((row[0].removeprefix(block), *row[1:]) for row in rows if block in row[0])]))
+    rows = ((row[0].removeprefix(block), *row[1:]) for row in rows if block in row[0])
+    print(*aligned([head, *rows]), sep="\n")
 
 
 seen = ml.inspect("r8", base="base")

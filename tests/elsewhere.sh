@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The core's laws with the oldest dependencies that pyproject.toml allows, and on every other Python that is here.
+#
+#     tests/elsewhere.sh [PYTEST ARGUMENT ...]     default: -m quick; needs a network, leaves nothing
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+[ $# -gt 0 ] || set -- -m quick
+
+run() { # NAME PYTHON REQUIREMENT ...
+    local name=$1 python=$2
+    shift 2
+    "$python" -m venv "$work/$name"
+    "$work/$name/bin/python" -m pip install -q --disable-pip-version-check "$@"
+    "$work/$name/bin/python" -c 'import sys, numpy; print(f"Python {sys.version.split()[0]}, NumPy {numpy.__version__}")'
+}
+
+oldest() { # every requirement of the package and its tests, at its lower bound
+    python3 - <<'PYTHON'
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+print(*(r.replace(">=", "==") for r in [*project["dependencies"], *project["optional-dependencies"]["test"]]))
+PYTHON
+}
+
+laws=("$@")
+# shellcheck disable=SC2046
+run oldest python3 $(oldest)
+PYTHONPATH=$PWD "$work/oldest/bin/python" -m pytest -q -p no:cacheprovider "${laws[@]}"
+for version in 3.12 3.13 3.14; do
+    python=$(command -v "python$version" || true)
+    found=$(PYENV_VERSION=$(pyenv latest "$version" 2>/dev/null || true) "${python:-false}" -c 'import sys; print(sys.executable)' 2>/dev/null || true)
+    if [ -z "$found" ]; then
+        echo "Python $version is not here"
+        continue
+    fi
+    run "$version" "$found" -e ".[test]"
+    "$work/$version/bin/python" -m pytest -q -p no:cacheprovider "${laws[@]}"
+done
