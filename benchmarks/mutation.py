@@ -18,6 +18,7 @@ import argparse
 import ast
 import difflib
 import json
+import os
 import random
 import sys
 import time
@@ -41,12 +42,12 @@ FILES = {  # below minilora/: the tests that should see a change
     "model.py": "model inference",
     "lora.py": "lora merging",
     "optim.py": "optim train",
-    "train.py": "train",
+    "train.py": "train protocol",
     "spectra.py": "spectra",
-    "finetune.py": "finetune protocol",
+    "finetune.py": "finetune examples protocol",
     "experiments/rank_sweep.py": "sweep protocol",
     "compose.py": "compose",
-    "cli.py": "cli protocol",
+    "cli.py": "cli flags",
 }
 SURVIVORS = RESULTS / "mutation_survivors.json"  # file -> changed line -> [equivalent?, reason]
 
@@ -115,6 +116,7 @@ def main() -> int:
     reasons = json.loads(SURVIVORS.read_text()) if SURVIVORS.exists() else {}
     rows: list[dict[str, Any]] = []
     start = time.monotonic()
+    os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
     with copies(options.jobs) as free, ThreadPoolExecutor(options.jobs) as pool:
         if red := not_green(free, pool, (FILES[file] for file in files)):
             print(*red, sep="\n")
