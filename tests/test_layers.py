@@ -19,6 +19,7 @@ from minilora.layers import (
     get,
     named_params,
     replace,
+    settings,
     trained,
     trains,
     unfreeze,
@@ -195,3 +196,12 @@ def test_the_digest_sees_every_bit_name_shape_and_dtype(seed, bit):
         assert digest(other) != before
     layer.weight.data = np.asfortranarray(layer.weight.data)  # strides are of no matter
     assert digest(layer) == before
+
+
+def test_settings_are_the_plain_values_of_a_tree_and_nothing_else():
+    tied, untied = (settings(tiny(0, tie_word_embeddings=tie)[0]) for tie in (True, False))
+    for values in (tied, untied):
+        assert values
+        assert {type(value) for value in values.values()} <= {type(None), int, float, str, bool}
+    assert {name for name, value in tied.items() if value is None} >= {".lm_head"}
+    assert ".lm_head" not in untied

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from library import np
 
 from minilora.backend import to_device, to_host
-from minilora.errors import ConfigError, InputError
+from minilora.errors import ConfigError, InputError, StateError
 from minilora.layers import Linear, digest, named_params, trained
 from minilora.lora import LoraConfig, disabled, inject, merge
 from minilora.model import Config, RopeScaling, blank, generate, llama, sample
@@ -442,3 +442,11 @@ def test_disabled_is_the_base_to_the_bit():
 def test_without_truncation_every_token_can_come():
     found = sample(numpy.zeros((4000, 5)), numpy.random.default_rng(0), 1.0, None, 1.0)
     assert set(found.tolist()) == set(range(5))  # one of five is missed with probability 5 (4/5)^4000
+
+
+def test_without_a_word_about_training_there_is_no_way_back():
+    model, rng = tiny_lora(0)
+    ids, labels = batch(rng)
+    for back, dy in ((model(ids)[1], model(ids)[0]), (model.loss(ids, labels)[1], 1.0)):
+        with pytest.raises(StateError):
+            back(dy)
