@@ -336,6 +336,16 @@ def look(folder):
     return found
 
 
+def sealed_rows(path):
+    """Id -> row, less its seal, checked, and its share of the gap, which waits for the run in full."""
+    from minilora.experiments.rank_sweep import sealed
+
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    assert list(map(sealed, rows)) == lines
+    return {row["id"]: row | {"sha256": "", "gap_closed": 0} for row in rows}
+
+
 def below(seen, folder):
     """What `look` saw below one folder."""
     return {name: what for name, what in seen.items() if name.startswith(folder + "/")}
@@ -385,8 +395,8 @@ class Walk:
             if temporary or what in (old.get(name), new.get(name)):
                 continue
             assert path.name == "rows.jsonl", f"{name} is neither the old nor the new one"
-            lines = (self.template.parent / "rows" / self.place.name).read_bytes().splitlines()
-            assert set(path.read_bytes().splitlines()) <= set(lines), "a row that the sweep has not"
+            rows, known = (sealed_rows(p) for p in (path, self.template.parent / "rows" / self.place.name))
+            assert rows.items() <= known.items(), "a row that the sweep has not"
         return "absent" if not there else "new" if out == new else "old" if out == old else "a part of it"
 
     def hidden(self):
