@@ -47,7 +47,7 @@ FILES = {  # below minilora/: the tests that should see a change
     "finetune.py": "finetune examples protocol",
     "experiments/rank_sweep.py": "sweep protocol",
     "compose.py": "compose",
-    "cli.py": "cli flags",
+    "cli.py": "cli flags finetune",
 }
 SURVIVORS = RESULTS / "mutation_survivors.json"  # file -> changed line -> [equivalent?, reason]
 

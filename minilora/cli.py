@@ -408,7 +408,7 @@ def train(options: Options) -> int:
     recipe = finetune.Recipe(**{name: value for name, value in given.items() if value is not None})
 
     def told(step: int, loss: float) -> None:
-        print(f"step {step}: held-out loss {loss:.4f} nats per token", file=sys.stderr, flush=True)
+        print(f"step {step}: held-out loss {loss:.4f} nats per token", file=sys.stderr)
 
     with bar("steps") as line:
         outcome = finetune.run(

@@ -110,6 +110,20 @@ def test_what_is_no_command_or_option_is_exit_code_two(arguments, main, capsys):
     assert "minilora" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [(["train", "--data", "d"], "--out"), (["train", "--out", "o"], "--data"), (["generate"], "prompt"),
+     (["inspect"], "ADAPTER"), (["compress", "a"], "OUT"), (["extract", "b", "t"], "OUT"),
+     (["merge", "b", "a"], "OUT"), (["params"], "MODEL"), ([], "COMMAND")],
+    ids=str,
+)  # fmt: skip
+def test_what_is_missing_is_named(arguments, missing, main, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(*arguments)
+    assert e.value.code == 2
+    assert f"arguments are required: {missing}" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_needs_no_library(name):
     """--help is quick: none of the heavy libraries is loaded to say it."""
@@ -215,6 +229,21 @@ def test_an_error_that_is_not_of_stdout_is_never_called_done(error, main, capsys
     monkeypatch.setattr(data, "fetch", fetch)
     assert main("data") == 4
     assert error.strerror in one_line(capsys)
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (StorageError("a file is not there"), 4)])
+def test_a_reader_that_has_gone_hides_no_error(error, code, main, capsys, monkeypatch):
+    def fetch():
+        print("on the way")
+        if error:
+            raise error
+        return "the folder"
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    with open(closed_pipe(), "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert main("data") == code
+    assert capsys.readouterr().err == (f"minilora: {error}\n" if error else "")
 
 
 @pytest.mark.parametrize("what", [MemoryError(), MemoryError("Unable to allocate 7.28 TiB for an array")])

@@ -1,8 +1,10 @@
 """`minilora train`: the user's text or examples, a checkpoint that goes on to the bit, a PEFT folder."""
 
+import itertools
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +197,30 @@ def test_a_folder_that_is_there_is_found_out_before_training(text, base, tmp_pat
         finetune.run(small(text, base), tmp_path / "a", progress=lambda *_: pytest.fail("trained"))
 
 
+def test_the_speed_is_of_the_steps_of_this_run_alone(text, base, tmp_path, monkeypatch):
+    """A step takes 3 s on the test's clock, and a measurement 100 s, which do not count."""
+    clock = [7.0]
+    monkeypatch.setattr(finetune, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    measured = finetune.evaluate
+
+    def evaluate(*given):
+        clock[0] += 100
+        return measured(*given)
+
+    def step(number, loss):
+        clock[0] += 3
+        if number == stop:
+            raise Stop
+
+    monkeypatch.setattr(finetune, "evaluate", evaluate)
+    recipe, stop = small(text, base, steps=7, eval_every=2), 5
+    with pytest.raises(Stop):
+        finetune.run(recipe, tmp_path / "a", progress=step)
+    stop = None
+    found = finetune.run(recipe, tmp_path / "a", progress=step)
+    assert found.tokens_per_second == recipe.batch * recipe.length / 3
+
+
 @pytest.mark.parametrize(
     ("how", "error", "match"),
     [
@@ -293,6 +319,19 @@ def test_one_example_is_too_few(base, tmp_path):
     lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(InputError, match="has 1 examples"):
         finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
+
+
+@given(text=st.text("ab\n", max_size=60), size=st.integers(1, 9))
+def test_a_long_text_is_cut_behind_its_lines(text, size):
+    """A tokenizer sees whole lines; only a line longer than a piece is cut within."""
+    parts = list(finetune.pieces(text, size))
+    assert "".join(parts) == text
+    assert all(len(part) <= size for part in parts)
+    for part, rest in itertools.pairwise(parts):
+        assert part.endswith("\n") or "\n" not in part
+        assert rest
+        assert part.endswith("\n") or len(part) == size
+        assert not rest[: size - len(part)].count("\n")  # there is no room for another line
 
 
 # ---- the streamed text
