@@ -44,9 +44,11 @@ def minilora_(*arguments, **how):
 @pytest.fixture
 def main():
     """The command in this process."""
-    before = signal.getsignal(signal.SIGTERM)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}  # as in a terminal
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield lambda *arguments: cli.main([str(a) for a in arguments])
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
