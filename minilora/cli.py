@@ -167,7 +167,11 @@ def told_apart(options: Options) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are plain, whatever a glob has put on the command line."""
+    """One whose errors are plain, whatever a glob has put on the command line, and whose help is not dropped."""
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, which takes a full disk for done."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         """As argparse's."""
