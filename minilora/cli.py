@@ -167,7 +167,7 @@ def told_apart(options: Options) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are plain, whatever a glob has put on the command line, and whose help is not dropped."""
+    """One whose errors are plain, whatever a glob has put there, and whose help is never dropped."""
 
     def print_help(self, file: Any = None) -> None:
         """As argparse's, which takes a full disk for done."""

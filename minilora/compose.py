@@ -47,7 +47,7 @@ from .errors import (
 from .files import fingerprint, located, transposed, weights
 from .lora import LAYER
 from .recognise import CONFIG
-from .shown import aligned, printed
+from .shown import aligned, counted, printed
 from .spectra import norm, quotient, rank_at, thin_svd, thin_values
 from .storage import check_free
 from .tensors import Tensors, stored
@@ -332,7 +332,10 @@ def extract(
             left[name] = float(np.linalg.norm(change))
         if progress:
             progress(i + 1, len(names))
-    fewer = ", ".join(f"{n} tensors differ by nothing but rounding to {kind}" for kind, n in rounded.items())
+    fewer = ", ".join(
+        f"{counted(n, 'tensor differs', 'tensors differ')} by nothing but rounding to {kind}"
+        for kind, n in rounded.items()
+    )
     if not found:
         if fewer:
             raise InputError(f"{base} and {tuned}: {fewer}; there is nothing else to extract")

@@ -317,7 +317,7 @@ def test_a_file_that_is_no_text_is_refused(raw, tmp_path):
 
 def test_one_example_is_too_few(base, tmp_path):
     lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(InputError, match="has 1 examples"):
+    with pytest.raises(InputError, match="fewer than 2 examples"):
         finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
 
 
@@ -332,6 +332,13 @@ def test_a_long_text_is_cut_behind_its_lines(text, size):
         assert rest
         assert part.endswith("\n") or len(part) == size
         assert not rest[: size - len(part)].count("\n")  # there is no room for another line
+
+
+def test_two_examples_are_enough_to_train_and_to_measure(base, tmp_path):
+    lines(tmp_path / "d.jsonl", [{"prompt": "1 is ", "completion": "odd"}, {"text": "2 is even"}])
+    assert (tmp_path / "a").exists() is False
+    finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=1, warmup=0), tmp_path / "a")
+    assert (tmp_path / "a").exists()
 
 
 # ---- the streamed text

@@ -363,6 +363,7 @@ CHECKPOINTS = {  # what is changed, and what is told
     "a state without a number": (meta(drop(*STATE, "uinteger")), "uinteger is missing"),
     "a state too large": (meta(put(*STATE, "state", "state", value=2**128)), "state.state"),
     "a state below zero": (meta(put(*STATE, "state", "inc", value=-1)), "state.inc"),
+    "half a number too large": (meta(put(*STATE, "uinteger", value=2**32)), "uinteger"),
     "a state of a float": (meta(put(*STATE, "state", "state", value=1.0)), "state.state"),
     "a flag of 2": (meta(put(*STATE, "has_uint32", value=2)), "has_uint32"),
     "a list as state": (meta(put(*STATE, value=[])), "meta.rngs['batches']"),

@@ -481,6 +481,16 @@ def test_a_tied_network_is_the_one_with_the_changed_table():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_folded_is_frozen(kind):
+    model, _ = tiny_lora(0, config=KINDS[kind], tie_word_embeddings=False)
+    folded = {path: layer.adapters[layer.active].fold(layer.base) for path, layer in sites(model)
+              if isinstance(layer, Adapted) and layer.active}  # fmt: skip
+    assert folded
+    assert named_params(folded)
+    assert not trained(folded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
 def test_merging_is_all_or_nothing(kind, bad):
     model, _ = tiny_lora(0, np.float32, config=KINDS[kind], tie_word_embeddings=False)

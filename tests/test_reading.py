@@ -147,7 +147,7 @@ DISAGREE = {  # what -> (change of the good adapter, what is said of it)
     ),
     "a parameter that is not listed": (
         {"tensors": NORM},
-        r"1 tensors .* with this config, the first model\.norm",
+        r"1 tensor .* with this config, the first model\.norm",
     ),
     "targets that are not there": (
         {"target_modules": ["q_proj", "v_proj", "w", "x"]},
@@ -183,7 +183,7 @@ DISAGREE = {  # what -> (change of the good adapter, what is said of it)
     ),
     "a tensor of another kind": (
         {"tensors": {f"{PREFIX}a.lora_C.weight": np.ones(3, np.float32)}},
-        r"those of a LoRA, the first .*lora_C",
+        r"1 tensor is not of a LoRA, the first .*lora_C",
     ),
     "trained tokens of which nothing is said": (
         {
@@ -416,7 +416,7 @@ def peak(call, *args, **how):
 )
 def test_no_more_is_held_than_some_copies_of_the_factors(O, I, r, tmp_path):  # noqa: E741
     """Though r x r is up to 1,500 times as much. Of float64 copies 7: the factors as read and as float64,
-    what QR takes and gives, and U and V before and after their products with Q and P; 128 KiB for the rest."""
+    what QR takes and gives, and U and V before and after their products with Q and P; 128 KiB more."""
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((r, I)), rng.standard_normal((O, r))
     most = 7 * 8 * r * (O + I) + (1 << 17)
