@@ -843,7 +843,7 @@ def test_the_search_never_reads_the_test_split(place, tmp_path, monkeypatch):
 
 
 def test_the_committed_rows_are_those_of_the_default_plan():
-    """Every number of the protocol is in them: settings, ranks, seeds, steps, windows, where a search starts."""
+    """Every number of the protocol is in them: settings, ranks, seeds, steps, windows, the first rates."""
     rows = [rank_sweep.Run(**row["config"] | {"modules": tuple(row["config"]["modules"])})
             for row in read_rows(ROOT / "figures/rows.jsonl")]  # fmt: skip
     plan = Plan()
