@@ -1,7 +1,7 @@
 """A systematic net beside the named bugs of tests/mutants.py: a sample of all small changes to a file.
 
     pip install -e ".[test,mutation]"
-    python benchmarks/mutation.py [FILE ...] [--places 20] [--seed 1] [--jobs 2]
+    python benchmarks/mutation.py [FILE ...] [--places 20] [--seed 2] [--jobs 2]
 
 cosmic-ray says where its operators can change a file: another comparison, another arithmetic operator, a
 number that is one off, a negation, a loop that never runs, an exception that nobody catches, a decorator
@@ -45,9 +45,9 @@ FILES = {  # below minilora/: the tests that should see a change
     "train.py": "train protocol forms",
     "spectra.py": "spectra",
     "finetune.py": "finetune examples protocol",
-    "experiments/rank_sweep.py": "sweep protocol",
-    "compose.py": "compose",
-    "cli.py": "cli flags finetune",
+    "experiments/rank_sweep.py": "sweep protocol flags",
+    "compose.py": "compose reading",
+    "cli.py": "cli flags finetune names",
 }
 SURVIVORS = RESULTS / "mutation_survivors.json"  # file -> changed line -> [equivalent?, reason]
 
@@ -118,7 +118,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(FILES)}; default: all")
     parser.add_argument("--places", type=int, default=20, help="how many places of each file (20)")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=2, help="1 was drawn before, and laws written for it (2)")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     if unknown := set(options.files) - set(FILES):
@@ -160,7 +160,7 @@ def table(rows: list[dict[str, Any]], seed: int) -> list[str]:
     """The scores by file, and what survived, as markdown."""
     lines = [
         "# Which small changes the tests see", "",
-        f"Drawn with seed {seed} by `python benchmarks/mutation.py`, which says how.", "",
+        f"Drawn by `python benchmarks/mutation.py --seed {seed}`, which says how.", "",
         "| file | places | drawn | equivalent | seen | share |", "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     names = list(dict.fromkeys(row["file"] for row in rows))

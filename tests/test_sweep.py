@@ -862,3 +862,25 @@ def test_the_committed_rows_are_those_of_the_default_plan():
         assert len(rates) <= len(tried) <= len(rates) + EDGES
         (chosen,) = {run.lr for run in finals if replace(run, lr=0.0, seed=0) == cell}
         assert chosen in {run.lr for run in tried}
+
+
+def test_a_table_says_of_each_method_what_its_rows_hold():
+    rows = read_rows(ROOT / "figures/rows.jsonl")
+    for target in ("permuted:4", "folio"):
+        found = {line[0]: line[1:] for line in rank_sweep.lines(rows, target)}
+        some = [row for row in rows if row["config"]["target"] == target]
+        names = {"none": "frozen base", "full": "full fine-tuning"}
+        of = {}
+        for row in some:
+            config = row["config"]
+            if config["kind"] in ("base", "final"):
+                of.setdefault(names.get(config["method"], f"LoRA r = {config['rank']}"), []).append(row)
+        assert list(found) == list(of)
+        for name, its in of.items():
+            parameters, rate, loss, spread, gap = found[name]
+            tests, lr = [row["test"] for row in its], its[0]["config"]["lr"]
+            assert parameters == f"{its[0]['parameters']:,}"
+            assert rate == (f"{lr:.2g}" if lr else "")
+            assert abs(float(loss) - sum(tests) / len(tests)) < 5.1e-5
+            assert spread == (f"{min(tests):.4f} to {max(tests):.4f}" if lr else "")
+            assert (gap == "") == (its[0].get("gap_closed") is None)
