@@ -36,8 +36,8 @@ FORKS.set_forkserver_preload(
     ["numpy", "pytest", "hypothesis", "matplotlib.pyplot", "safetensors.numpy", "tqdm"]
 )
 # Tests that kill processes take long, and what they kill may turn them red without any mutant: no witnesses.
-# Nor is one that reads a file which is not copied.
-UNFIT = "interrupted or second_sweep or worker or table_of_bad_files"
+UNFIT = "interrupted or second_sweep or worker"
+READ = ("figures/rows.jsonl", "benchmarks/results/*.md")  # by tests
 NO_SHRINKING = """
 from hypothesis import Phase
 
@@ -959,7 +959,9 @@ def copies(jobs: int) -> Iterator[queue.SimpleQueue[Path]]:
             copy = Path(temp, str(i))
             for part in ("minilora", "tests"):
                 shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", copy)
+            for file in (ROOT / "pyproject.toml", *(file for files in READ for file in ROOT.glob(files))):
+                (copy / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy / file.relative_to(ROOT))
             with open(copy / "tests/conftest.py", "a", encoding="utf-8") as conftest:
                 conftest.write(NO_SHRINKING)
             free.put(copy)
