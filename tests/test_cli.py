@@ -18,7 +18,7 @@ from test_plots import make_rows
 import minilora
 from minilora import archives, cli, data
 from minilora.errors import MismatchError, StorageError
-from minilora.experiments import pretrain
+from minilora.experiments import pretrain, rank_sweep
 from minilora.experiments.pretrain import Recipe
 from minilora.experiments.rank_sweep import sealed
 from minilora.files import BASE, load, read_json
@@ -381,6 +381,17 @@ def test_figures_are_drawn_from_rows_alone(tmp_path, main, capsys):
     assert capsys.readouterr() == (f"figures: {tmp_path / 'a'}\n", "")
     names = set(os.listdir(tmp_path / "a"))
     assert {"report.html", "merge_equivalence.png", "merge_equivalence.svg", "spectra_folio.svg"} <= names
+
+
+@pytest.mark.parametrize(("kind", "status", "code"), [
+    ("final", "done", 0), ("final", "diverged", 1), ("search", "diverged", 0)])  # fmt: skip
+def test_a_sweep_with_a_run_that_diverged_ends_with_one(kind, status, code, main, monkeypatch, tmp_path):
+    """A rate that is too high is what a search is for."""
+    row = {"status": status, "config": {"kind": kind}}
+    monkeypatch.setattr(rank_sweep, "sweep", lambda *given, **how: [row])
+    monkeypatch.setattr(rank_sweep, "table", lambda rows: "a table")
+    monkeypatch.setattr(cli, "draw", lambda rows, out: None)
+    assert main("sweep", "--out", tmp_path) == code
 
 
 def test_rows_that_are_missing_or_hold_nothing_are_one_line(tmp_path, main, capsys):

@@ -334,6 +334,15 @@ def test_a_long_text_is_cut_behind_its_lines(text, size):
         assert not rest[: size - len(part)].count("\n")  # there is no room for another line
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 33, 1000])
+def test_one_example_is_held_out_at_least_and_never_more_than_asked(tokens, tmp_path):
+    """60 examples of at most 16 tokens: 3 are held out, and no more are measured than the tokens allow."""
+    path = lines(tmp_path / "d.jsonl", [{"prompt": f"{i} is ", "completion": "odd"} for i in range(60)])
+    recipe = small(str(path), "base", eval_tokens=tokens)
+    text = finetune.prepare(recipe, LETTERS, 16, np.random.default_rng(0), 2)
+    assert sum(len(inputs) for inputs, _ in text.held_out) == {1: 1, 20: 1, 33: 2, 1000: 3}[tokens]
+
+
 def test_two_examples_are_enough_to_train_and_to_measure(base, tmp_path):
     lines(tmp_path / "d.jsonl", [{"prompt": "1 is ", "completion": "odd"}, {"text": "2 is even"}])
     assert (tmp_path / "a").exists() is False

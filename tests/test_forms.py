@@ -391,6 +391,13 @@ def test_a_checkpoint_with_a_right_seal_and_another_form_is_refused(kind, checkp
     assert field in str(error)
 
 
+def test_the_largest_numbers_of_a_generator_are_taken(checkpoint, tmp_path):
+    about, tensors = opened(checkpoint)
+    put(*STATE, "uinteger", value=2**32 - 1)(about)
+    put(*STATE, "state", "state", value=2**128 - 1)(about)
+    assert loads_or_not(tmp_path / "c", resealed(about, tensors)) is None
+
+
 def test_what_had_no_gradient_has_moments_in_a_checkpoint_too(tmp_path):
     """So that one that lacks them is told from one that never had them."""
     run = Run()

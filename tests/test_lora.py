@@ -866,12 +866,21 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(bad, error, say
     assert np.array_equal(model(ids)[0], y)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0", "a.b", "x" * 101, "ä", "a\n", None, 3])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", "a\0", "a.b", "x" * 101, "ä", "a\n", "__base__", None, 3]
+)
 def test_an_adapter_name_is_letters_digits_and_dashes(name):
     model, rng = tiny()
     with pytest.raises(InputError, match="adapter name"):
         inject(model, LoraConfig(r=2), rng=rng, name=name)
     assert not any(isinstance(x, Adapted) for _, x in sites(model))
+
+
+@pytest.mark.parametrize("name", ["0", "A", "_", "__base", "__base__1", "task-1", "z" * 100])
+def test_any_such_name_but_one_is_taken(name):
+    model, rng = tiny()
+    inject(model, LoraConfig(r=2), rng=rng, name=name)
+    assert {*next(x for _, x in sites(model) if isinstance(x, Adapted)).adapters} == {name}
 
 
 def test_calls_in_the_wrong_order_are_refused_and_change_nothing():

@@ -231,3 +231,9 @@ def test_the_defaults_are_the_papers_without_decay():
     """Kingma and Ba 2015, section 2; a rate of 1e-3 there, too."""
     usual = AdamW()
     assert (usual.lr, usual.betas, usual.eps, usual.weight_decay) == (1e-3, (0.9, 0.999), 1e-8, 0.0)
+
+
+def test_lora_plus_is_sixteen_times_as_fast_and_a_schedule_ends_at_zero_unless_told_otherwise():
+    """16 is the ratio of Hayou et al. 2024 for language models."""
+    assert lora_plus()("q_proj.adapters.default.B") == 16 * lora_plus()("q_proj.adapters.default.A") == 16
+    assert Schedule(7)(7) == 0

@@ -558,6 +558,14 @@ def test_a_budget_is_spent_as_brute_force_would_but_for_the_value_that_did_not_f
             break
         left -= costs[m]
     assert best - unfit * (1 + 1e-12) <= kept(ranks) <= best
+    left, rule = budget - sum(costs.values()), dict.fromkeys("abc", 1)
+    for _, m, _ in order:
+        if costs[m] <= left:
+            left -= costs[m]
+            rule[m] += 1
+    common = {m: min(rank, len(S)) for m, S in spectra.items()}
+    if len({worth for worth, *_ in order}) == len(order):  # else another order is as good
+        assert kept(ranks) == max(kept(rule), kept(common))
     assert kept(ranks) >= kept({m: min(rank, len(S)) for m, S in spectra.items()})
     assert unfit or kept(ranks) == best
 

@@ -313,6 +313,12 @@ def test_a_share_without_meaning_is_refused(share):
 SHAPES = [(64, 64), (128, 128), (256, 96), (96, 256), (600, 300)]
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_noise_is_the_mean_of_eight_draws_unless_told_otherwise(rank):
+    usual, eight = (noise_spectrum((9, 7), numpy.random.default_rng(0), rank, *how) for how in ((), (8,)))
+    assert numpy.array_equal(usual, eight)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_noise_has_the_measures_of_the_closed_forms(shape):
     (m, n), draws = shape, 12
