@@ -874,6 +874,8 @@ MUTANTS = (
     Mutant("bias-of-b-keeps-the-old-scale", "compose.py", "tensors[bias] * pair.scale", "tensors[bias] * 1",
            "reading"),
     Mutant("convolution-written-flat", "compose.py", "Ak.reshape(k, *inner[1:])", "Ak", "reading"),
+    Mutant("targets-of-what-is-left-aside", "compose.py", "about_targets(replace(given, replaced=kept))",
+           "about_targets(given)", "reading"),
     Mutant("fingerprint-lost-in-compression", "compose.py", 'tensors, given.made.get("base"), overwrite',
            "tensors, None, overwrite", "reading"),
     Mutant("budget-spent-on-the-strongest-not-the-best", "compose.py", "worth = [(S[i] ** 2 / costs[m], m)",
