@@ -582,7 +582,7 @@ def test_ten_steps_are_pefts(hub, adapter):
 @pytest.mark.parametrize("single", ["$A", "<s> $A", "<s> <t> $A <t>", "$A <t>"])
 @pytest.mark.parametrize("text", ["", "ab", "a b h", "<s> a", "a<t>b"])
 def test_a_sequence_begins_as_in_transformers(single, text, tmp_path):
-    """What it puts after a text is left out here, for a text goes on; what is there already is not doubled."""
+    """What it puts after a text is left out, for a text goes on; what is there already is not doubled."""
     from test_examples import made
     from tokenizers.models import WordLevel
 
