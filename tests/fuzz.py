@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -388,15 +389,14 @@ class Bases(Readers):
     def loaded(self):
         """A model has the numbers of the file and of no other, counts them right, and is saved as it is."""
         base = files.checkpoint(self.where)
-        for dtype in (np.float32, np.float64):
+        for dtype in (np.float64, np.float32):
             model = files.assemble(base, dtype)
-            ours = arrays(model)
-            files.save_model(model, self.out, "", overwrite=True)
-            again = files.load(self.out, dtype)
-            assert again.config == model.config
-            assert same_bits(arrays(again), ours)
-            theirs = {name: a.astype(dtype) for name, a in self.theirs(set(ours)).items()}
-            assert same_bits(theirs, ours)
+            ours, theirs = arrays(model), self.theirs(base.tensors.keys())
+            assert same_bits({name: a.astype(dtype) for name, a in theirs.items()}, ours)
+        files.save_model(model, self.out, "", overwrite=True)
+        again = files.load(self.out)
+        assert again.config == model.config == base.config
+        assert same_bits(arrays(again), ours)
         shapes = {name: a.shape for name, a in ours.items()}
         tree, counts = sizes.modules(self.where), sizes.count(self.where, 1)
         tied = tree.tied * ["lm_head"]
@@ -444,16 +444,16 @@ class Bases(Readers):
             assert (self.out / name).read_bytes() == content
 
     def corpus(self):
-        """The fixtures, one of them with a tokenizer, another as a Qwen; and one that we write."""
-        words = Gguf.written(self.folder / "m.gguf")
-        beside = {"tokenizer.json": words, "generation_config.json": b"{}"}
+        """The fixtures, one of them also with a tokenizer, and as a Qwen; and one in float64."""
         for base in BASES:
-            folder = FIXTURES / "bases" / base
-            files = {path.name: path.read_bytes() for path in folder.iterdir()}
-            yield joined(files)
-            yield joined(files | beside)
-            qwen = json.loads(files["config.json"]) | {"model_type": "qwen3"}
-            yield joined(files | {"config.json": json.dumps(qwen).encode()})
+            found = {path.name: path.read_bytes() for path in (FIXTURES / "bases" / base).iterdir()}
+            yield joined(found)
+        words = tokenizer_json(self.folder / "m.gguf")
+        yield joined(found | {"tokenizer.json": words, "generation_config.json": b'{"eos_token_id": 2}'})
+        qwen = json.loads(found["config.json"]) | {"model_type": "qwen3"}
+        yield joined(found | {"config.json": json.dumps(qwen).encode()})
+        files.save_model(tiny(0, np.float64, num_hidden_layers=1)[0], self.out, "")
+        yield joined({path.name: path.read_bytes() for path in self.out.iterdir()})
 
     def mutated(self, rng, data, others):
         found, other = parted(data), parted(rng.choice(others))
@@ -501,19 +501,11 @@ class Gguf(Bases):
         super().told(base)
         gguf.special(self.where)
 
-    @staticmethod
-    def written(path, config=None, tensors=None):
-        """Write a small file, whose tokenizer's JSON is returned, as bytes."""
-        import test_gguf
-
-        test_gguf.write(path, test_gguf.weights())
-        return gguf.tokenizer_json(path).encode()
-
     def corpus(self):
         """One of blocks of several kinds, and the fixture that the adapter belongs to."""
         import test_gguf
 
-        self.written(self.where)
+        tokenizer_json(self.where)
         yield self.where.read_bytes()
         base = files.load(FIXTURES / "bases" / "untied")
         c, held = base.config, arrays(base)
@@ -539,6 +531,14 @@ TARGETS = {
     "adapters": Adapters, "jsonl": Examples, "rows": Rows, "checkpoints": Checkpoints, "bases": Bases,
     "gguf": Gguf,
 }  # fmt: skip
+
+
+def tokenizer_json(path):
+    """Write a small GGUF file, whose tokenizer in the form of Hugging Face is returned, as bytes."""
+    from test_gguf import weights, write
+
+    write(path, weights())
+    return gguf.tokenizer_json(path).encode()
 
 
 def arrays(model):
@@ -702,7 +702,8 @@ def dissolved(raw):
 
     def text():
         nonlocal at
-        at += (size := number("Q"))
+        size = number("Q")
+        at += size
         return raw[at - size : at].decode()
 
     def value(kind):
@@ -958,6 +959,7 @@ def blind(readers, seeds, seconds, seed):
 
 
 def main():
+    warnings.simplefilter("error")  # no reader warns
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default="adapters", help="which readers (adapters)")
     parser.add_argument("--seconds", type=float, default=300)

@@ -329,6 +329,20 @@ def test_numbers_that_are_not_finite_or_not_decoded_are_refused(path):
     refused(path, UnsupportedError, "is I8, which", lambda _: tensors["model.embed_tokens.weight"])
 
 
+@settings(max_examples=8)
+@given(rows=st.integers(1, 3 * E), which=st.sampled_from("qk"))
+def test_rows_that_are_no_pairs_of_every_head_are_refused(rows, which, tmp_path_factory):
+    """Also where no model is made, and the file is not compared with its config."""
+    path, heads = tmp_path_factory.mktemp("rows") / "m.gguf", {"q": H, "k": G}[which]
+    write(path, weights() | {f"blk.1.attn_{which}.weight": np.ones((rows, D), np.float32)})
+    name = f"model.layers.1.self_attn.{which}_proj.weight"
+    if rows % (2 * heads) == 0:
+        assert files.weights(path)[name].shape == (rows, D)
+    else:
+        said = f"{which}_proj.weight has {rows} rows; expected pairs of them for each of {heads} heads"
+        refused(path, MismatchError, said, lambda _: files.weights(path)[name])
+
+
 TOKENIZERS = {
     "SentencePiece": ({"tokenizer.ggml.model": "llama"}, UnsupportedError, "byte-level BPE"),
     "another split": ({"tokenizer.ggml.pre": "llama-bpe"}, UnsupportedError, "'llama-bpe'"),
