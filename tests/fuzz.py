@@ -484,17 +484,20 @@ class Gguf(Bases):
         return {"m.gguf": data}
 
     def theirs(self, names):
-        """The tensors as the package gguf reads and decodes them, rows of queries and keys put back."""
-        from gguf import GGUFReader, dequantize
+        """The tensors as the package gguf decodes their bytes, rows of queries and keys put back one by one."""
+        from gguf import GGMLQuantizationType, dequantize
         from test_gguf import in_halves
 
-        reader, found = GGUFReader(self.where), {}
-        counts = {"attn_q": "head_count", "attn_k": "head_count_kv"}
-        for tensor in reader.tensors:
-            W = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-            W = W.reshape(tensor.shape[::-1])
-            field = reader.fields.get(f"llama.attention.{counts.get(tensor.name.split('.')[-2])}")
-            found[gguf.hf_name(tensor.name)] = in_halves(W, int(field.parts[-1][0])) if field else W
+        values, entries = dissolved(self.where.read_bytes())
+        c, found = {name: value for name, _, value in values}, {}
+        H = c["llama.attention.head_count"]
+        heads = {"attn_q": H, "attn_k": c.get("llama.attention.head_count_kv", H)}
+        for name, dims, kind, raw in entries:
+            rows = np.frombuffer(raw, np.uint8).reshape(math.prod(dims[1:]), -1)
+            with np.errstate(all="ignore"):
+                W = np.asarray(dequantize(rows, GGMLQuantizationType(kind)), np.float32).reshape(dims[::-1])
+            count = heads.get(name.split(".")[-2])
+            found[gguf.hf_name(name)] = in_halves(W, count) if count else W
         return found
 
     def told(self, base):
