@@ -57,6 +57,7 @@ from minilora import (
     tokenizer,
 )
 from minilora.adapters import CONFIG, WEIGHTS
+from minilora.backend import to_host
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.experiments import rank_sweep, rows
 from minilora.layers import digest, named_params
@@ -72,7 +73,7 @@ WORDS = (
     "x" * 999, "model.layers.1.self_attn.q_proj", "F32", "BF16", "F8_E4M3", "\0", "\x1b[2J", "\ud800", "é",
 )  # fmt: skip
 LENGTH = 24  # tokens of an example
-MEMORY = 1 << 30  # bytes that the process may ever have held
+MEMORY = 1 << 29  # bytes that may be taken beyond those at the start
 TENSORS = "model.safetensors"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 PARTS = ("config.json", TENSORS, f"{TENSORS}.index.json", *SHARDS, "tokenizer.json", "generation_config.json")
@@ -112,6 +113,11 @@ def parted(data):
 # ---- the readers
 
 
+def held_memory():
+    """The most bytes that this process has ever held at once."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 class Readers:
     """Calls the readers of one kind of file with an input, and counts.
 
@@ -124,13 +130,14 @@ class Readers:
     def __init__(self, folder):
         self.folder, self.out = Path(folder), Path(folder).with_name("out")
         self.inputs, self.accepted, self.start = 0, 0, time.monotonic()
+        self.held = held_memory()
 
     def __call__(self, data):
         self.inputs += 1
         try:
             with within(self.limit):
                 self.accepted += self.read(data)
-            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MEMORY
+            assert held_memory() < self.held + MEMORY
         except BaseException:  # a panic of a package in Rust is no Exception
             print(f"input: {data.hex()}", flush=True)
             raise
@@ -546,7 +553,7 @@ def tokenizer_json(path):
 
 def arrays(model):
     """The parameters of a model, path -> array."""
-    return {path: np.asarray(p.dense()) for path, p in named_params(model).items()}
+    return {path: to_host(p.dense()) for path, p in named_params(model).items()}
 
 
 # ---- our own files, forged: another structure under a right seal
@@ -665,7 +672,7 @@ def other_arrays(rng, arrays, known=("v.x",)):
     elif how == 4:
         arrays[name] = a.astype(rng.choice(["f2", "f4", "f8", "i4", "?"]))
     else:
-        arrays[name] = rng.choice([a[None], a.T, a[..., :-1], a.ravel(), np.zeros((), a.dtype)])
+        arrays[name] = rng.choice([a[None], a.T, np.atleast_1d(a)[..., :-1], a.ravel(), np.zeros((), a.dtype)])
     return arrays
 
 

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import fuzz
 import pytest
 from helpers import says, within
 from hypothesis import given, settings
@@ -1172,9 +1174,21 @@ def test_any_value_of_any_field_is_refused_or_means_something(changes, good):
     done_or_refused(*good)
 
 
+@pytest.mark.parametrize("target", ["bases", "gguf"])
+def test_a_mutated_base_is_refused_or_means_what_its_bytes_say(target, tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    (tmp_path / "read").mkdir()
+    readers, rng = fuzz.TARGETS[target](tmp_path / "read"), random.Random(0)
+    seeds = list(readers.corpus())
+    for _ in range(100):
+        readers(readers.mutated(rng, rng.choice(seeds), seeds))
+    assert readers.inputs / 10 < readers.accepted < readers.inputs / 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["best", "random"])
-@pytest.mark.parametrize("target", ["adapters", "jsonl"])
+@pytest.mark.parametrize("target", ["adapters", "jsonl", "bases", "gguf"])
 def test_five_seconds_of_fuzzing(target, engine):
     program = Path(__file__).with_name("fuzz.py")
     how = ["--target", target, *(["--engine", "random"] if engine == "random" else [])]
