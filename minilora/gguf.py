@@ -157,7 +157,7 @@ def header(path: Path, stamp: Stamp) -> Header:
     given = dict(pairs)
     align = given.get("general.alignment", 32)
     if type(align) is not int or not 0 < align < 1 << 20 or align.bit_count() > 1:
-        raise FormatError(f"{path}: general.alignment is {short(align)}; expected 32, or another power of two")
+        raise FormatError(f"{path}: general.alignment is {short(align)}; expected a power of two, as 32")
     begin = at = -(-file.at // align) * align
     places: dict[str, Blocks] = {}
     for name, dims, kind, offset in entries:

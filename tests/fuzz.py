@@ -415,11 +415,12 @@ class Bases(Readers):
     def theirs(self, names):
         """The tensors as the package safetensors reads them, less the buffers and a head that is tied."""
         config = json.loads((self.folder / "config.json").read_text("utf-8-sig"))
-        paths = [self.folder / name for name in PARTS if name.endswith("safetensors")]
-        paths = [path for path in paths if path.exists()]
-        paths = paths[:1] if paths[0].name == TENSORS else paths
-        found = {}
-        for name, entry in (pair for path in paths for pair in deserialize(path.read_bytes())):
+        shards = {TENSORS}
+        if not (self.folder / TENSORS).exists():
+            index = json.loads((self.folder / f"{TENSORS}.index.json").read_text("utf-8-sig"))
+            shards = set(index["weight_map"].values())
+        found, raws = {}, [(self.folder / name).read_bytes() for name in shards]
+        for name, entry in (pair for raw in raws for pair in deserialize(raw)):
             if name not in names:
                 tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
                 assert tied or files.is_buffer(name, tuple(entry["shape"])), name
@@ -491,7 +492,7 @@ class Gguf(Bases):
         return {"m.gguf": data}
 
     def theirs(self, names):
-        """The tensors as the package gguf decodes their bytes, rows of queries and keys put back one by one."""
+        """The tensors as the package gguf decodes their bytes, rows of queries and keys put back."""
         from gguf import GGMLQuantizationType, dequantize
         from test_gguf import in_halves
 
@@ -672,11 +673,17 @@ def other_arrays(rng, arrays, known=("v.x",)):
     elif how == 4:
         arrays[name] = a.astype(rng.choice(["f2", "f4", "f8", "i4", "?"]))
     else:
-        arrays[name] = rng.choice([a[None], a.T, np.atleast_1d(a)[..., :-1], a.ravel(), np.zeros((), a.dtype)])
+        less = np.atleast_1d(a)[..., :-1]
+        arrays[name] = rng.choice([a[None], a.T, less, a.ravel(), np.zeros((), a.dtype)])
     return arrays
 
 
 # ---- the files of a base, forged
+
+MORE = {  # what a GGUF file may say besides
+    "general.alignment": (1, 8, 24, 64, 0), "llama.rope.scaling.type": ("none", "linear"),
+    "llama.rope.scale_linear": (1.0, 2.0), "tokenizer.ggml.add_bos_token": (True, 1),
+}  # fmt: skip
 
 
 def reformed(rng, text):
@@ -700,7 +707,7 @@ def recast(rng, data):
 
 
 def dissolved(raw):
-    """What a GGUF file says, in lists: values as [name, type, value], tensors as [name, dims, kind, bytes]."""
+    """What a GGUF file says: lists of values [name, type, value] and of tensors [name, dims, kind, bytes]."""
     from gguf import GGML_QUANT_SIZES
 
     at = 24
@@ -776,7 +783,7 @@ def composed(values, tensors, slip=0, version=3):
 
 
 def forged_gguf(rng, data):
-    """A GGUF file that says something else, mostly with as many bytes as that takes; a damaged one as it is."""
+    """A GGUF file that says something else, mostly with as many bytes as that takes; others as they are."""
     from gguf import GGML_QUANT_SIZES
 
     try:
@@ -798,10 +805,8 @@ def forged_gguf(rng, data):
             packed(kind, value[2])
             value[1] = kind
         elif how == 6:
-            more = {"general.alignment": (1, 8, 24, 64, 0), "llama.rope.scaling.type": ("none", "linear"),
-                    "llama.rope.scale_linear": (1.0, 2.0), "tokenizer.ggml.add_bos_token": (True, 1)}  # fmt: skip
-            name = rng.choice(list(more))
-            values.append([name, *typed(rng.choice([*more[name], *VALUES]))])
+            name = rng.choice(list(MORE))
+            values.append([name, *typed(rng.choice([*MORE[name], *VALUES]))])
         elif how == 7:
             a = np.frombuffer(tensor[3], "<f4").copy()
             a[rng.randrange(len(a))] = rng.choice([math.nan, math.inf, -1.0, 0.5, 1e30])

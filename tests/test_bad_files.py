@@ -27,8 +27,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import fuzz
+import numpy as np
 import pytest
 from helpers import says, within
 from hypothesis import given, settings

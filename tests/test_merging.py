@@ -284,7 +284,7 @@ def test_a_change_of_a_zero_matrix_is_infinitely_larger(tmp_path):
 def test_a_base_whose_logits_overflow_is_merged_and_the_report_says_so(large, tmp_path):
     """In float32, and from 1e30 on the norm of the matrix, too; without a warning."""
     base = shutil.copytree(BASE, tmp_path / "base")
-    W = {name: a.astype(np.float32) * (large if "mlp" in name else 1) for name, a in base_weights(base).items()}
+    W = {name: a * np.float32(large if "mlp" in name else 1) for name, a in base_weights(base).items()}
     save_file(W, base / "model.safetensors")
     found = merge_checkpoint(base, ADAPTER, tmp_path / "out", dtype="float32")
     assert not math.isfinite(found.float32)
