@@ -66,7 +66,7 @@ from .lora import (
 from .model import Llama
 from .patterns import starts
 from .recognise import CONFIG, WEIGHTS, adapter_folder, of_names
-from .shown import printed
+from .shown import counted, printed
 from .storage import write_atomic, write_folder
 from .tensors import CALLED, Tensors, layout, open_tensors, sealed, stored
 
@@ -301,7 +301,8 @@ def peculiar(given: Adapter) -> list[str]:
             first.setdefault("has whole tables, as PEFT saves them of a resized vocabulary", parameter)
     notes = [f"{note}, as in {example}" for note, example in first.items()]
     if beside := [name for name in given.tensors if name.endswith(ADDED)]:
-        notes.append(f"{len(beside)} tensors act beside B A and are not in the numbers, as {beside[0]}")
+        what = counted(len(beside), "tensor acts", "tensors act")
+        notes.append(f"{what} beside B A, not in the numbers: {beside[0]}")
     return notes
 
 
@@ -309,9 +310,11 @@ def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
     """Where config and file say different things, as far as that can be told without a base or a pattern."""
     settings, pairs = given.settings, given.pairs
     if strange:
-        yield f"{len(strange)} tensors are not those of a LoRA, the first {ascii(strange[0])[:200]}"
+        what = counted(len(strange), "tensor is", "tensors are")
+        yield f"{what} not of a LoRA, the first {ascii(strange[0])[:200]}"
     if others := [p for p in unlisted(given) if not is_table(p)]:
-        yield f"{len(others)} tensors are not those of a LoRA with this config, the first {others[0]}"
+        what = counted(len(others), "tensor is", "tensors are")
+        yield f"{what} not of a LoRA with this config, the first {others[0]}"
     if both := [p for p in given.replaced if p.rpartition(".")[0] in pairs]:
         yield f"{given.replaced[both[0]]} is for a module that has lora_A and lora_B"
     about: dict[str, list[str]] = {}
@@ -579,9 +582,8 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
     linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
     wanted_modules = meant(given.settings, modules, linears)
     if missing := [m for m in dict.fromkeys(wanted_modules) if m not in given.pairs]:
-        raise MismatchError(
-            f"{path}: has no factors for {len(missing)} modules that the config means, the first {missing[0]}"
-        )
+        what = counted(len(missing), "module", "modules")
+        raise MismatchError(f"{path}: has no factors for {what} of the config, the first {missing[0]}")
 
 
 def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:

@@ -167,7 +167,11 @@ def told_apart(options: Options) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are plain, whatever a glob has put on the command line."""
+    """One whose errors are plain, whatever a glob has put there, and whose help is never dropped."""
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, which takes a full disk for done."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         """As argparse's."""
@@ -408,7 +412,7 @@ def train(options: Options) -> int:
     recipe = finetune.Recipe(**{name: value for name, value in given.items() if value is not None})
 
     def told(step: int, loss: float) -> None:
-        print(f"step {step}: held-out loss {loss:.4f} nats per token", file=sys.stderr, flush=True)
+        print(f"step {step}: held-out loss {loss:.4f} nats per token", file=sys.stderr)
 
     with bar("steps") as line:
         outcome = finetune.run(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from .errors import (
 from .files import fingerprint, located, transposed, weights
 from .lora import LAYER
 from .recognise import CONFIG
-from .shown import aligned, printed
+from .shown import aligned, counted, printed
 from .spectra import norm, quotient, rank_at, thin_svd, thin_values
 from .storage import check_free
 from .tensors import Tensors, stored
@@ -262,9 +262,6 @@ def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
         raise MismatchError(f"{given.where}: some modules have a lora_magnitude_vector and others not")
     if settings.use_dora not in doras:
         config["use_dora"] = not settings.use_dora
-    if isinstance(settings.target_modules, str) or list(about_targets(given)):
-        config |= {"target_modules": sorted(given.pairs), "exclude_modules": None}
-        config |= {"layers_to_transform": None, "layers_pattern": None}
     entries = settings.modules_to_save
     there = [entry for entry in entries if any(saves(entry, name) for name in given.replaced)]
     others = [name for name in unlisted(given) if not is_table(name)]
@@ -275,6 +272,10 @@ def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
     left_aside |= set(unsaid(given))
     if settings.bias == "none":
         left_aside |= {pair.bias for pair in given.pairs.values() if pair.bias}
+    kept = {parameter: key for parameter, key in given.replaced.items() if key not in left_aside}
+    if isinstance(settings.target_modules, str) or list(about_targets(replace(given, replaced=kept))):
+        config |= {"target_modules": sorted(given.pairs), "exclude_modules": None}
+        config |= {"layers_to_transform": None, "layers_pattern": None}
     return config, left_aside
 
 
@@ -332,7 +333,10 @@ def extract(
             left[name] = float(np.linalg.norm(change))
         if progress:
             progress(i + 1, len(names))
-    fewer = ", ".join(f"{n} tensors differ by nothing but rounding to {kind}" for kind, n in rounded.items())
+    fewer = ", ".join(
+        f"{counted(n, 'tensor differs', 'tensors differ')} by nothing but rounding to {kind}"
+        for kind, n in rounded.items()
+    )
     if not found:
         if fewer:
             raise InputError(f"{base} and {tuned}: {fewer}; there is nothing else to extract")

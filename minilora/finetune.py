@@ -227,7 +227,9 @@ def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Ge
     """As `prepare`, for examples: the last of them are held out."""
     found = examples(Path(recipe.data), words, length)
     if len(found) < 2:
-        raise InputError(f"{recipe.data}: has {len(found)} examples; expected 2, one to measure on")
+        raise InputError(
+            f"{recipe.data}: has fewer than 2 examples; expected one to train and one to measure on"
+        )
     n = max(1, int(len(found) * HELD_OUT))
     held = found[-n:][: max(1, recipe.eval_tokens // length)]
     batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]

@@ -589,7 +589,6 @@ def inject(model: Any, config: LoraConfig, *, rng: np.random.Generator, name: st
         base = base_of(layer)
         if path in saved:
             new[path] = Replacement(deepcopy(base))
-            freeze(new[path], keep=lambda _: True)
             table.append(Row(path, tuple(base.weight.dense().shape), None, None, None, size(new[path])))
         elif config.bias == "all" and path not in new and isinstance(base, Linear) and base.bias is not None:
             new[path] = WithBias(None, Param(base.bias.data.copy()))

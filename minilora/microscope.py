@@ -28,7 +28,7 @@ from .backend import Array, cores, one_blas_thread, to_device, to_host
 from .errors import MismatchError, NonFiniteError, UnsupportedError, nearest
 from .files import name_in, transposed, weights
 from .lora import LAYER
-from .shown import aligned, printed
+from .shown import aligned, counted, printed
 from .spectra import (
     amplification,
     effective_rank,
@@ -193,13 +193,17 @@ def inspect(
             "DoRA: the numbers are those of B A alone; its magnitudes scale the rows of W + ΔW besides"
         )
     if whole_ones := len(given.replaced) + sum(pair.bias is not None for pair in given.pairs.values()):
-        notes.append(f"{whole_ones} parameters are replaced in full and not in the numbers")
+        notes.append(
+            f"{counted(whole_ones, 'parameter is', 'parameters are')} replaced in full, not in the numbers"
+        )
     if other is not None and (alone := given.pairs.keys() ^ other.pairs.keys()):
-        notes.append(f"{len(alone)} modules are adapted by one of the two only, such as {min(alone)}")
+        what = counted(len(alone), "module is", "modules are")
+        notes.append(f"{what} adapted by one of the two only, such as {min(alone)}")
     if other is not None:
         notes += [f"{against}: {said}" for said in other.said]
     if tensors is not None and (apart := [name for name in given.pairs if name not in places]):
-        notes.append(f"{len(apart)} modules are not in the base, or in another shape, such as {apart[0]}")
+        what = counted(len(apart), "module is", "modules are")
+        notes.append(f"{what} not in the base, or in another shape, such as {apart[0]}")
     if any(m.base and m.base.intruders is None for m in modules):
         notes.append(f"intruders were not computed where both sides are larger than {whole}")
     parameters = sum(pair.r * sum(pair.shape) for pair in given.pairs.values())

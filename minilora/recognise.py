@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .adapter_config import read_fields
 from .errors import StorageError, UnsupportedError, short
-from .storage import exists, named, reading
+from .storage import exists, named, named_errors
 from .tensors import open_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,7 +35,7 @@ def adapter_folder(given: Path | str) -> Path:
     adapter of PEFT: each says what it is.
     """
     path = named(given)
-    with reading(path):
+    with named_errors(path):
         names = {child.name for child in path.iterdir()} if path.is_dir() else None
     if names is None:
         return of_file(path) if exists(path) else missing(path)

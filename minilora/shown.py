@@ -33,6 +33,11 @@ def markup(text: str) -> str:
     return escape(plain(text), quote=True)
 
 
+def counted(n: int, one: str, more: str) -> str:
+    """A number and what is counted, "1 tensor is" or "3 tensors are"."""
+    return f"{n} {one if n == 1 else more}"
+
+
 def printed(*lines: str) -> str:
     """The lines of a report, each plain, so that no foreign text in one can end it or begin another."""
     return "\n".join(map(plain, lines))

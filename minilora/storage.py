@@ -62,7 +62,7 @@ FOLDER = flags("O_RDONLY", "O_DIRECTORY", "O_CLOEXEC")
 
 def named(path: Path | str) -> Path:
     """A path that the user gave: if it is a link, the file or folder that it means, or StorageError."""
-    with reading(path):
+    with named_errors(path):
         if not os.path.islink(path):
             return Path(path)
         kind = os.stat(path).st_mode
@@ -81,7 +81,7 @@ def opened(path: Path | str) -> Iterator[int]:
     The last step of the path is no link, but for those of the hub's cache (`blob`). Other names of the same
     file are allowed where one only reads: pip and uv put files into place so.
     """
-    with reading(path):
+    with named_errors(path):
         try:
             fd = os.open(path, os.O_RDONLY | SAFE)
         except OSError:
@@ -120,7 +120,7 @@ def blob(path: Path) -> int:
 
 def exists(path: Path | str) -> bool:
     """Whether there is something at `path`, be it a link to nowhere; StorageError if that cannot be told."""
-    with reading(path):
+    with named_errors(path):
         try:
             os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -167,7 +167,7 @@ def read_at(path: Path | str, start: int, count: int, stamp: Stamp | None = None
 
 def part(path: Path | str, fd: int, start: int, count: int) -> bytes:
     """`count` bytes of an open file from `start` on; one call of the system gives at most 2 GiB."""
-    with reading(path):
+    with named_errors(path):
         os.lseek(fd, start, os.SEEK_SET)
         data = os.read(fd, count)
         while len(data) < count:
@@ -179,7 +179,7 @@ def part(path: Path | str, fd: int, start: int, count: int) -> bytes:
 
 
 @contextlib.contextmanager
-def reading(path: Path | str, what: str = "cannot be read") -> Iterator[None]:
+def named_errors(path: Path | str, what: str = "cannot be read") -> Iterator[None]:
     """An error of the system, inside, is a StorageError that names the file."""
     try:
         yield
@@ -201,7 +201,7 @@ def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
     def create(temp: Path) -> int:
         return os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | SAFE, 0o644)
 
-    with writing(path):
+    with named_errors(path, "not written"):
         if exists(path) and not plain(os.lstat(path)):
             raise StorageError(f"{path}: is no regular file with one name; it is not replaced")
         clear(path)
@@ -228,7 +228,7 @@ def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool
         temp.mkdir()
         return os.open(temp, FOLDER | NOFOLLOW)
 
-    with writing(path):
+    with named_errors(path, "not written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path, create) as (temp, fd):
             fill(temp)
@@ -245,17 +245,6 @@ def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool
             except OSError as e:
                 said = f"{path}: is written; {temp}, what was there, is not removed: {e.strerror}"
                 raise StorageError(said) from e
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An error of the system, inside, is a StorageError that says what was not written."""
-    try:
-        yield
-    except OSError as e:
-        if isinstance(e, StorageError):
-            raise
-        raise StorageError(f"{path}: not written: {e.strerror or e}") from e
 
 
 @contextlib.contextmanager
@@ -339,7 +328,7 @@ def exchanged(a: Path, b: Path) -> bool:
 
 def make_folder(path: Path | str) -> None:
     """See to it that `path` is a folder, or StorageError."""
-    with reading(path, "cannot be a folder"):
+    with named_errors(path, "cannot be a folder"):
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
@@ -355,7 +344,7 @@ def check_free(path: Path | str, overwrite: bool = False) -> None:
     if not overwrite:
         raise StorageError(f"{path}: is there already; expected a name that is free")
     folder = path.is_dir() and not path.is_symlink() and path.name != ""
-    with reading(path):
+    with named_errors(path):
         inside = sorted(path.iterdir()) if folder else []
     strange = [child.name for child in inside if not BESIDE.fullmatch(child.name) or child.is_dir()]
     if not folder or strange or (inside and not any(child.name in MARKS for child in inside)):
@@ -382,7 +371,7 @@ def clear(path: Path) -> None:
 
 def leftovers(folder: Path) -> list[Path]:
     """The temporary names in a folder; of one overwriting `.old` before `.tmp`."""
-    with reading(folder):
+    with named_errors(folder):
         try:
             return sorted(folder / name for name in os.listdir(folder) if OURS.fullmatch(name))
         except (FileNotFoundError, NotADirectoryError):
@@ -421,7 +410,7 @@ def remove_tree(path: Path) -> None:
 
 def discard(path: Path, home: Path) -> None:
     """Delete a folder under a temporary name of `home`, so that a crash on the way leaves nothing of it."""
-    with writing(path):
+    with named_errors(path, "not written"):
         temp = beside(home)
         try:
             os.rename(path, temp)
@@ -448,7 +437,7 @@ def sync_folder(path: Path) -> None:
 def locked(folder: Path | str) -> Iterator[None]:
     """Hold `folder` (made if missing, no link) for this process; LockedError if another one holds it."""
     folder = Path(folder)
-    with reading(folder, "cannot be used"):
+    with named_errors(folder, "cannot be used"):
         folder.mkdir(parents=True, exist_ok=True)
         here = os.open(folder, FOLDER | NOFOLLOW)
         try:
@@ -458,7 +447,7 @@ def locked(folder: Path | str) -> Iterator[None]:
     try:
         if not plain(os.fstat(fd)):
             raise StorageError(f"{folder / '.lock'}: is no regular file with one name; it is not used")
-        with reading(folder, "cannot be used"):
+        with named_errors(folder, "cannot be used"):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(fd), os.lstat(folder / ".lock")):

@@ -5,13 +5,16 @@ once, the way a tired programmer would break it. A bug that survives is a missin
 
     python tests/mutants.py [NAME ...] [--jobs 2]
 
-First the unchanged copy must be green. Then one line per mutant: the first test that fails, or SURVIVED.
-Exit 1 if one survives, no longer fits the source, or breaks more than it should (a module that cannot
-even be imported proves nothing). test_mutants.py keeps the list in step with the source.
+Which test saw a mutant stands in witnesses.json. It is asked first, and all tests of the mutant's files only
+if it does not see the mutant any more. What is asked must be green in the unchanged copy. One line per
+mutant: the first test that fails, or SURVIVED. Exit 1 if one survives, no longer fits the source, or breaks
+more than it should (a module that cannot even be imported proves nothing). test_mutants.py keeps the list
+in step with the source.
 """
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import queue
@@ -26,14 +29,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+WITNESSES = ROOT / "tests/witnesses.json"  # mutant -> "ops::test_name", of tests/test_ops.py
 LIMIT = 150  # seconds for one mutant
 FORKS = multiprocessing.get_context("forkserver")  # a run is a fork of a process that has imported all this
 FORKS.set_forkserver_preload(
     ["numpy", "pytest", "hypothesis", "matplotlib.pyplot", "safetensors.numpy", "tqdm"]
 )
 # Tests that kill processes take long, and what they kill may turn them red without any mutant: no witnesses.
-# Nor is one that reads a file which is not copied.
-UNFIT = "interrupted or second_sweep or worker or table_of_bad_files"
+UNFIT = "interrupted or second_sweep or worker"
+READ = ("figures/rows.jsonl", "benchmarks/results/*.md")  # by tests
 NO_SHRINKING = """
 from hypothesis import Phase
 
@@ -870,6 +874,8 @@ MUTANTS = (
     Mutant("bias-of-b-keeps-the-old-scale", "compose.py", "tensors[bias] * pair.scale", "tensors[bias] * 1",
            "reading"),
     Mutant("convolution-written-flat", "compose.py", "Ak.reshape(k, *inner[1:])", "Ak", "reading"),
+    Mutant("targets-of-what-is-left-aside", "compose.py", "about_targets(replace(given, replaced=kept))",
+           "about_targets(given)", "reading"),
     Mutant("fingerprint-lost-in-compression", "compose.py", 'tensors, given.made.get("base"), overwrite',
            "tensors, None, overwrite", "reading"),
     Mutant("budget-spent-on-the-strongest-not-the-best", "compose.py", "worth = [(S[i] ** 2 / costs[m], m)",
@@ -901,6 +907,17 @@ def apply(mutant: Mutant, root: Path) -> tuple[Path, str, str]:
     return path, text, text.replace(mutant.old, mutant.new)
 
 
+def witnesses() -> dict[str, str]:
+    """Mutant -> the test that saw it last."""
+    return dict(json.loads(WITNESSES.read_text())) if WITNESSES.exists() else {}
+
+
+def witness(red: str) -> str:
+    """The name of a test in a failure such as "test_ops.py::test_name[3]"."""
+    file, _, test = red.partition(".py::")
+    return f"{file.removeprefix('test_')}::{test.partition('[')[0]}"
+
+
 def be_pytest(copy: Path, arguments: list[str], said: Path) -> None:
     """Run pytest in a copy of package and tests; what it prints goes to a file."""
     import pytest
@@ -916,9 +933,13 @@ def be_pytest(copy: Path, arguments: list[str], said: Path) -> None:
 
 
 def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
-    """Whether a test fails, and which; else what kept pytest from ending green, if anything did."""
-    files = [f"tests/test_{name}.py" for name in tests.split()]
-    if missing := [file for file in files if not (copy / file).exists()]:
+    """Whether a test fails, and which; else what kept pytest from ending green, if anything did.
+
+    The tests are those of files, or single ones: "ops lora" or "ops::test_name".
+    """
+    names = [name.partition("::") for name in tests.split()]
+    files = [f"tests/test_{file}.py{colons}{test}" for file, colons, test in names]
+    if missing := [file for file in files if not (copy / file.partition("::")[0]).exists()]:
         return False, f"there is no {missing[0]}"
     arguments = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=no", "-k", f"not ({UNFIT})"]
     arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported already
@@ -947,7 +968,9 @@ def copies(jobs: int) -> Iterator[queue.SimpleQueue[Path]]:
             copy = Path(temp, str(i))
             for part in ("minilora", "tests"):
                 shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", copy)
+            for file in (ROOT / "pyproject.toml", *(file for files in READ for file in ROOT.glob(files))):
+                (copy / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy / file.relative_to(ROOT))
             with open(copy / "tests/conftest.py", "a", encoding="utf-8") as conftest:
                 conftest.write(NO_SHRINKING)
             free.put(copy)
@@ -974,11 +997,14 @@ def attempt(
 
 
 def not_green(free: queue.SimpleQueue[Path], pool: ThreadPoolExecutor, tests: Iterable[str]) -> list[str]:
-    """What is red in these test files without any change."""
-    names = sorted({name for some in tests for name in some.split()})
-    names = [name for name in names if (ROOT / f"tests/test_{name}.py").exists()]
-    said = dict(zip(names, pool.map(lambda name: attempt(free, name)[1], names), strict=True))
-    return [f"test_{name}.py is not green without any mutant: {why}" for name, why in said.items() if why]
+    """What is red in these test files, or in these tests of them, without any change."""
+    asked: dict[str, set[str]] = {}
+    for name in sorted({name for some in tests for name in some.split()}):
+        asked.setdefault(name.partition("::")[0], set()).add(name)
+    asked = {file: names for file, names in asked.items() if (ROOT / f"tests/test_{file}.py").exists()}
+    runs = [file if file in names else " ".join(sorted(names)) for file, names in asked.items()]
+    said = dict(zip(asked, pool.map(lambda run: attempt(free, run)[1], runs), strict=True))
+    return [f"test_{file}.py is not green without any mutant: {why}" for file, why in said.items() if why]
 
 
 def main() -> int:
@@ -990,26 +1016,38 @@ def main() -> int:
     if unknown := set(given.names) - {m.name for m in MUTANTS}:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTANTS if not given.names or m.name in given.names]
+    known = witnesses()
 
     os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
     with copies(given.jobs) as free, ThreadPoolExecutor(given.jobs) as pool:
 
         def tried(mutant: Mutant) -> tuple[bool, str]:
+            """Whether the witness, or any test, is red with the mutant and green without it; which one."""
             try:
-                return attempt(free, mutant.tests, (mutant.file, apply(mutant, ROOT)[2]))
+                mutated = mutant.file, apply(mutant, ROOT)[2]
             except ValueError as e:
                 return False, str(e)
+            if mutant.name in known and (of_it := attempt(free, known[mutant.name], mutated))[0]:
+                return of_it
+            seen, said = attempt(free, mutant.tests, mutated)
+            if seen and mutant.name in known and (red := attempt(free, witness(said))[1]):
+                return False, f"not green without it either: {red}"
+            return seen, said
 
         start = time.monotonic()
-        if red := not_green(free, pool, (m.tests for m in chosen)):
+        if red := not_green(free, pool, (known.get(m.name, m.tests) for m in chosen)):
             print(*red, sep="\n")
             return 1
-        print(f"the test files are green without any mutant, {time.monotonic() - start:.0f} s")
+        print(f"what is asked is green without any mutant, {time.monotonic() - start:.0f} s")
         caught = 0
         for mutant, (seen, said) in zip(chosen, pool.map(tried, chosen), strict=True):
             caught += seen
+            if seen:
+                known[mutant.name] = witness(said)
             how = f"caught by {said}" if seen else f"SURVIVED{f' ({said})' if said else ''}"
             print(f"{mutant.name:42} {how}", flush=True)
+    names = [m.name for m in MUTANTS if m.name in known]
+    WITNESSES.write_text(json.dumps({name: known[name] for name in names}, indent=1) + "\n")
     print(f"{caught} of {len(chosen)} mutants caught, {time.monotonic() - start:.0f} s")
     return 0 if caught == len(chosen) else 1
 

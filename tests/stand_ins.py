@@ -61,13 +61,13 @@ STAND_INS = {
         maps(LLAMA, 12, 10),
         LORA | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
         {f"{PREFIX}score.weight": (3, 10)},
-        ("no tensor for modules_to_save 'classifier'", "1 parameters are"),
+        ("no tensor for modules_to_save 'classifier'", "1 parameter is"),
     ),
     "a head that the config does not list": StandIn(
         maps(LLAMA, 12, 10),
         LORA,
         {f"{PREFIX}score.weight": (3, 10)},
-        ("1 tensors are not those of a LoRA with this config, the first score.weight", "1 parameters are"),
+        ("1 tensor is not of a LoRA with this config, the first score.weight", "1 parameter is"),
     ),
     "a resized vocabulary": StandIn(
         maps(LLAMA, 12, 10),
@@ -214,7 +214,7 @@ STAND_INS = {
         LORA | {"trainable_token_indices": [7, 9]},
         {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 10)},
         (
-            "1 tensors act beside B A and are not in the numbers, as .*delta",
+            "1 tensor acts beside B A, not in the numbers: .*delta",
             r"trainable_token_indices is \[7, 9\]: acts beside",
         ),
         agrees=False,

@@ -599,7 +599,7 @@ REFUSED = [
     (56, "half a pair", ADAPTER, MismatchError, "q_proj has no lora_[AB]; there is", [
         without(Q + "lora_A.weight"), without(Q + "lora_B.weight")]),
     (56, "a module without its pair", BESIDE, MismatchError,
-        r"no factors for 1 modules .*layers\.1\.self_attn\.v_proj",
+        r"no factors for 1 module of the config.*layers\.1\.self_attn\.v_proj",
         [without(V + "lora_A.weight", V + "lora_B.weight")]),
     (56, "no LoRA", ADAPTER, MismatchError, "no lora_A and lora_B", [tensors(lambda t: {})]),
     (56, "a saved module without one of its parts", BESIDE, MismatchError, r"no tensor for .*norm\.weight",
@@ -607,7 +607,7 @@ REFUSED = [
               without("base_model.model.model.layers.1.input_layernorm.weight"))]),
     (56, "a pair without its bias", BESIDE, MismatchError, r"no tensor for .*q_proj\.bias",
         [both(based("biases"), fixture("biases--bias-lora_only"), without(Q + "base_layer.bias"))]),
-    (57, "keys too many", TOLD, MismatchError, "1 tensors are not those of a LoRA.*, the first", [
+    (57, "keys too many", TOLD, MismatchError, "1 tensor is not of a LoRA.*, the first", [
         zeros(name, 3, 12) for name in (
             Q + "lora_C.weight", Q + "lora_A.bias", Q + "weight", "anything", "../../../../evil", "a.b.c",
             "base_model.model.model.norm.weight")]),

@@ -1,8 +1,10 @@
 """`minilora train`: the user's text or examples, a checkpoint that goes on to the bit, a PEFT folder."""
 
+import itertools
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +197,30 @@ def test_a_folder_that_is_there_is_found_out_before_training(text, base, tmp_pat
         finetune.run(small(text, base), tmp_path / "a", progress=lambda *_: pytest.fail("trained"))
 
 
+def test_the_speed_is_of_the_steps_of_this_run_alone(text, base, tmp_path, monkeypatch):
+    """A step takes 3 s on the test's clock, and a measurement 100 s, which do not count."""
+    clock = [7.0]
+    monkeypatch.setattr(finetune, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    measured = finetune.evaluate
+
+    def evaluate(*given):
+        clock[0] += 100
+        return measured(*given)
+
+    def step(number, loss):
+        clock[0] += 3
+        if number == stop:
+            raise Stop
+
+    monkeypatch.setattr(finetune, "evaluate", evaluate)
+    recipe, stop = small(text, base, steps=7, eval_every=2), 5
+    with pytest.raises(Stop):
+        finetune.run(recipe, tmp_path / "a", progress=step)
+    stop = None
+    found = finetune.run(recipe, tmp_path / "a", progress=step)
+    assert found.tokens_per_second == recipe.batch * recipe.length / 3
+
+
 @pytest.mark.parametrize(
     ("how", "error", "match"),
     [
@@ -291,8 +317,37 @@ def test_a_file_that_is_no_text_is_refused(raw, tmp_path):
 
 def test_one_example_is_too_few(base, tmp_path):
     lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(InputError, match="has 1 examples"):
+    with pytest.raises(InputError, match="fewer than 2 examples"):
         finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
+
+
+@given(text=st.text("ab\n", max_size=60), size=st.integers(1, 9))
+def test_a_long_text_is_cut_behind_its_lines(text, size):
+    """A tokenizer sees whole lines; only a line longer than a piece is cut within."""
+    parts = list(finetune.pieces(text, size))
+    assert "".join(parts) == text
+    assert all(len(part) <= size for part in parts)
+    for part, rest in itertools.pairwise(parts):
+        assert part.endswith("\n") or "\n" not in part
+        assert rest
+        assert part.endswith("\n") or len(part) == size
+        assert not rest[: size - len(part)].count("\n")  # there is no room for another line
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 33, 1000])
+def test_one_example_is_held_out_at_least_and_never_more_than_asked(tokens, tmp_path):
+    """60 examples of at most 16 tokens: 3 are held out, and no more are measured than the tokens allow."""
+    path = lines(tmp_path / "d.jsonl", [{"prompt": f"{i} is ", "completion": "odd"} for i in range(60)])
+    recipe = small(str(path), "base", eval_tokens=tokens)
+    text = finetune.prepare(recipe, LETTERS, 16, np.random.default_rng(0), 2)
+    assert sum(len(inputs) for inputs, _ in text.held_out) == {1: 1, 20: 1, 33: 2, 1000: 3}[tokens]
+
+
+def test_two_examples_are_enough_to_train_and_to_measure(base, tmp_path):
+    lines(tmp_path / "d.jsonl", [{"prompt": "1 is ", "completion": "odd"}, {"text": "2 is even"}])
+    assert (tmp_path / "a").exists() is False
+    finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=1, warmup=0), tmp_path / "a")
+    assert (tmp_path / "a").exists()
 
 
 # ---- the streamed text

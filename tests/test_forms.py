@@ -363,6 +363,7 @@ CHECKPOINTS = {  # what is changed, and what is told
     "a state without a number": (meta(drop(*STATE, "uinteger")), "uinteger is missing"),
     "a state too large": (meta(put(*STATE, "state", "state", value=2**128)), "state.state"),
     "a state below zero": (meta(put(*STATE, "state", "inc", value=-1)), "state.inc"),
+    "half a number too large": (meta(put(*STATE, "uinteger", value=2**32)), "uinteger"),
     "a state of a float": (meta(put(*STATE, "state", "state", value=1.0)), "state.state"),
     "a flag of 2": (meta(put(*STATE, "has_uint32", value=2)), "has_uint32"),
     "a list as state": (meta(put(*STATE, value=[])), "meta.rngs['batches']"),
@@ -388,6 +389,13 @@ def test_a_checkpoint_with_a_right_seal_and_another_form_is_refused(kind, checkp
     error = loads_or_not(tmp_path / "c", resealed(about, tensors))
     assert error is not None
     assert field in str(error)
+
+
+def test_the_largest_numbers_of_a_generator_are_taken(checkpoint, tmp_path):
+    about, tensors = opened(checkpoint)
+    put(*STATE, "uinteger", value=2**32 - 1)(about)
+    put(*STATE, "state", "state", value=2**128 - 1)(about)
+    assert loads_or_not(tmp_path / "c", resealed(about, tensors)) is None
 
 
 def test_what_had_no_gradient_has_moments_in_a_checkpoint_too(tmp_path):

@@ -205,3 +205,16 @@ def test_settings_are_the_plain_values_of_a_tree_and_nothing_else():
         assert {type(value) for value in values.values()} <= {type(None), int, float, str, bool}
     assert {name for name, value in tied.items() if value is None} >= {".lm_head"}
     assert ".lm_head" not in untied
+
+
+def test_the_usual_eps_of_a_layer_norm_is_that_of_gpt2():
+    """1e-5, seen where the variance is of its size."""
+    ones, x = Param(np.ones(2)), np.array([[0.0, 6e-3]])  # mean 3e-3, variance 9e-6
+    y, _ = LayerNorm(ones, Param(np.zeros(2)))(x)
+    assert abs(y - np.array([[-1.0, 1.0]]) * 3e-3 / (9e-6 + 1e-5) ** 0.5).max() < 1e-14
+
+
+def test_a_head_gives_the_gradient_of_its_input_unless_told_otherwise():
+    table = Embedding(Param(np.ones((5, 3)), trainable=False))
+    y, back = table.attend(np.ones((2, 3)))
+    assert back(np.ones_like(y)).shape == (2, 3)

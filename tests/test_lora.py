@@ -481,6 +481,16 @@ def test_a_tied_network_is_the_one_with_the_changed_table():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_folded_is_frozen(kind):
+    model, _ = tiny_lora(0, config=KINDS[kind], tie_word_embeddings=False)
+    folded = {path: layer.adapters[layer.active].fold(layer.base) for path, layer in sites(model)
+              if isinstance(layer, Adapted) and layer.active}  # fmt: skip
+    assert folded
+    assert named_params(folded)
+    assert not trained(folded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
 def test_merging_is_all_or_nothing(kind, bad):
     model, _ = tiny_lora(0, np.float32, config=KINDS[kind], tie_word_embeddings=False)
@@ -856,12 +866,21 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(bad, error, say
     assert np.array_equal(model(ids)[0], y)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0", "a.b", "x" * 101, "ä", "a\n", None, 3])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", "a\0", "a.b", "x" * 101, "ä", "a\n", "__base__", None, 3]
+)
 def test_an_adapter_name_is_letters_digits_and_dashes(name):
     model, rng = tiny()
     with pytest.raises(InputError, match="adapter name"):
         inject(model, LoraConfig(r=2), rng=rng, name=name)
     assert not any(isinstance(x, Adapted) for _, x in sites(model))
+
+
+@pytest.mark.parametrize("name", ["0", "A", "_", "__base", "__base__1", "task-1", "z" * 100])
+def test_any_such_name_but_one_is_taken(name):
+    model, rng = tiny()
+    inject(model, LoraConfig(r=2), rng=rng, name=name)
+    assert {*next(x for _, x in sites(model) if isinstance(x, Adapted)).adapters} == {name}
 
 
 def test_calls_in_the_wrong_order_are_refused_and_change_nothing():

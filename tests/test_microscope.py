@@ -581,7 +581,7 @@ def test_a_base_that_lacks_a_module_or_has_another_shape_is_told_and_one_that_ha
         seen = inspect(folder, checkpoint(tmp_path / name, tensors))
         assert seen.modules[0] == whole.modules[0]
         assert (seen.modules[1].base, seen.modules[1].norm) == (None, whole.modules[1].norm)
-        assert "1 modules are not in the base, or in another shape, such as a.1.b" in seen.notes
+        assert "1 module is not in the base, or in another shape, such as a.1.b" in seen.notes
         assert str(seen).count("a.1.b ") == 1
         none = {k.replace("a.0", "a.2"): a for k, a in tensors.items()}
         one = write_peft(tmp_path / f"{name} one", {"a.1.b": factors["a.1.b"]})

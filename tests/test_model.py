@@ -29,9 +29,10 @@ from library import np
 
 from minilora.backend import to_device, to_host
 from minilora.errors import ConfigError, InputError, StateError
-from minilora.layers import Linear, digest, named_params, trained
+from minilora.files import load
+from minilora.layers import Linear, digest, freeze, named_params, trained
 from minilora.lora import LoraConfig, disabled, inject, merge
-from minilora.model import Config, RopeScaling, blank, generate, llama, sample
+from minilora.model import Block, Config, RopeScaling, blank, generate, llama, sample
 from minilora.ops import rope_frequencies, rope_tables, saved
 from minilora.optim import AdamW
 
@@ -442,6 +443,26 @@ def test_disabled_is_the_base_to_the_bit():
 def test_without_truncation_every_token_can_come():
     found = sample(numpy.zeros((4000, 5)), numpy.random.default_rng(0), 1.0, None, 1.0)
     assert set(found.tolist()) == set(range(5))  # one of five is missed with probability 5 (4/5)^4000
+
+
+def test_the_default_shape_is_that_of_the_model_that_ships():
+    assert Config() == load().config
+
+
+@pytest.mark.parametrize("first", range(3))
+def test_no_gradient_is_made_that_nothing_below_needs(first, monkeypatch):
+    """A block is asked for dx from the first one on that something is trained below."""
+    model, rng = tiny(0, num_hidden_layers=3)
+    freeze(model, keep=lambda path: path.startswith(f"model.layers.{first}.mlp"))
+    asked, call = [], Block.__call__
+
+    def spy(block, x, turn, dx, *how):
+        asked.append(dx)
+        return call(block, x, turn, dx, *how)
+
+    monkeypatch.setattr(Block, "__call__", spy)
+    model.loss(*batch(rng), train=True)
+    assert asked == [i > first for i in range(3)]
 
 
 def test_without_a_word_about_training_there_is_no_way_back():

@@ -277,3 +277,17 @@ def test_the_mean_is_over_the_labels_that_count(seed, M, dtype):
     some, alone = cross_entropy(logits, labels)[0], cross_entropy(logits[counted], labels[counted])[0]
     # either: a sum of 7, exp and log of 4 units each, a mean of at most 8
     assert abs(some - alone) <= 2 * gamma(7 + 4 + 4 + 8, unit(dtype)) * (1 + alone)
+
+
+def test_what_a_back_keeps_is_told_by_where_it_is_kept():
+    """Two of one name in two closures, one of them in a list, and one array under two names, which is one."""
+    one, two, three = np.ones(1), np.ones(2), np.ones(3)
+
+    def inner(x):
+        return lambda dy: x * dy
+
+    def outer(x, also, first, others):
+        return lambda dy: (x, also, first(dy), others[1](dy))
+
+    kept = saved(outer(one, one, inner(two), [None, inner(three)]))
+    assert {name: len(a) for name, a in kept.items()} == {"also": 1, "first.x": 2, "others.1.x": 3}

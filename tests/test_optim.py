@@ -134,6 +134,8 @@ def test_state_and_load_are_inverse(seed, steps):
             two.step(others)
     assert all(np.array_equal(p.data, others[k].data) for k, p in params.items())
     assert one.t == two.t
+    two.load(AdamW().state(), 0)  # of one that has made no step
+    assert (two.t, two.m, two.v) == (0, {}, {})
     before = two.t, two.m, two.v
     for bad in ({"x": np.ones(2)}, {"m.x": np.ones(2)}, {"m.x": np.ones(2), "v.x": np.ones(3)}):
         with pytest.raises(MismatchError, match="x'"):
@@ -223,3 +225,15 @@ def test_a_schedule_without_meaning_is_refused(bad):
 def test_a_ratio_without_meaning_is_refused(ratio):
     with pytest.raises(ConfigError, match="ratio"):
         lora_plus(ratio)
+
+
+def test_the_defaults_are_the_papers_without_decay():
+    """Kingma and Ba 2015, section 2; a rate of 1e-3 there, too."""
+    usual = AdamW()
+    assert (usual.lr, usual.betas, usual.eps, usual.weight_decay) == (1e-3, (0.9, 0.999), 1e-8, 0.0)
+
+
+def test_lora_plus_is_sixteen_times_as_fast_and_a_schedule_ends_at_zero_unless_told_otherwise():
+    """16 is the ratio of Hayou et al. 2024 for language models."""
+    assert lora_plus()("q_proj.adapters.default.B") == 16 * lora_plus()("q_proj.adapters.default.A") == 16
+    assert Schedule(7)(7) == 0

@@ -23,7 +23,7 @@ from minilora.errors import MiniloraError
 from minilora.experiments import merge_equivalence
 from minilora.experiments.rank_sweep import figure_names, pictures, report_page, sealed, table
 from minilora.microscope import BesideOther
-from minilora.shown import aligned, drawn, markup, plain
+from minilora.shown import aligned, counted, drawn, markup, plain
 
 PIECES = (
     "a", "B7", " ", ".", "é", "語", "😀", "$", "$x^$", "^", "_", "{", "}", "\\", "\\$", "%", "&", "&lt;", "<",
@@ -346,3 +346,8 @@ def test_what_a_model_writes_cannot_lead_a_terminal(pieces, tmp_path_factory):
         tokenizer.stream = original
     assert stream.getvalue() == "x" + "".join(plain(piece, keep="\n") for piece in pieces) + "\n"
     assert calm(stream.getvalue())
+
+
+@given(n=st.integers(0, 10**6))
+def test_only_one_is_one(n):
+    assert counted(n, "tensor is", "tensors are") == f"{n} " + ("tensor is" if n == 1 else "tensors are")

@@ -293,6 +293,14 @@ def test_energy_rises_to_one_and_rank_at_is_where_it_passes(s, share):
     assert k == 1 or e[k - 2] < share
 
 
+@given(squares=st.lists(st.integers(1, 10**6), min_size=1, max_size=40), data=st.data())
+def test_a_share_that_k_values_hold_to_the_last_bit_needs_no_more(squares, data):
+    """Where rounding alone decides: cumulated roots' squares may lie below the quotient of the integers."""
+    squares.sort(reverse=True)
+    k = data.draw(st.integers(1, len(squares)))
+    assert rank_at(numpy.sqrt(squares), sum(squares[:k]) / sum(squares)) == k
+
+
 @pytest.mark.parametrize("share", [0, -1, 1.001, math.nan])
 def test_a_share_without_meaning_is_refused(share):
     with pytest.raises(InputError, match="share"):
@@ -303,6 +311,12 @@ def test_a_share_without_meaning_is_refused(share):
 
 
 SHAPES = [(64, 64), (128, 128), (256, 96), (96, 256), (600, 300)]
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_noise_is_the_mean_of_eight_draws_unless_told_otherwise(rank):
+    usual, eight = (noise_spectrum((9, 7), numpy.random.default_rng(0), rank, *how) for how in ((), (8,)))
+    assert numpy.array_equal(usual, eight)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

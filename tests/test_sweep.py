@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -836,3 +837,50 @@ def test_the_search_never_reads_the_test_split(place, tmp_path, monkeypatch):
     monkeypatch.setattr(rank_sweep, "windows", spy)
     run(plan_of(place), tmp_path / "out")
     assert seen == {("search", "valid"), *((k, s) for k in ("base", "final") for s in ("valid", "test"))}
+
+
+# ---- the rows that are committed
+
+
+def test_the_committed_rows_are_those_of_the_default_plan():
+    """Every number of the protocol is in them: settings, ranks, seeds, steps, windows, the first rates."""
+    rows = [rank_sweep.Run(**row["config"] | {"modules": tuple(row["config"]["modules"])})
+            for row in read_rows(ROOT / "figures/rows.jsonl")]  # fmt: skip
+    plan = Plan()
+    texts = {run.target: SimpleNamespace(digest=run.text, source="") for run in rows}
+    cells = rank_sweep.grid(plan, texts)
+    assert [run for run in rows if run.kind in ("base", "oracle")] == rank_sweep.references(cells)
+    finals = [run for run in rows if run.kind == "final"]
+    assert [replace(run, lr=0.0) for run in finals] == [replace(c, seed=s) for c in cells for s in range(3)]
+    for cell in cells:
+        how = plan.setting(cell.target)
+        tried = [run for run in rows if replace(run, lr=0.0, kind="final", seed=0, steps=cell.steps) == cell
+                 and run.kind == "search"]  # fmt: skip
+        assert {(run.steps, run.seed) for run in tried} == {(how.search_steps, SEARCH_SEED)}
+        rates = how.full_rates if cell.method == "full" else how.lora_rates
+        assert [run.lr for run in tried][: len(rates)] == list(rates)
+        assert len(rates) <= len(tried) <= len(rates) + EDGES
+        (chosen,) = {run.lr for run in finals if replace(run, lr=0.0, seed=0) == cell}
+        assert chosen in {run.lr for run in tried}
+
+
+def test_a_table_says_of_each_method_what_its_rows_hold():
+    rows = read_rows(ROOT / "figures/rows.jsonl")
+    for target in ("permuted:4", "folio"):
+        found = {line[0]: line[1:] for line in rank_sweep.lines(rows, target)}
+        some = [row for row in rows if row["config"]["target"] == target]
+        names = {"none": "frozen base", "full": "full fine-tuning"}
+        of = {}
+        for row in some:
+            config = row["config"]
+            if config["kind"] in ("base", "final"):
+                of.setdefault(names.get(config["method"], f"LoRA r = {config['rank']}"), []).append(row)
+        assert list(found) == list(of)
+        for name, its in of.items():
+            parameters, rate, loss, spread, gap = found[name]
+            tests, lr = [row["test"] for row in its], its[0]["config"]["lr"]
+            assert parameters == f"{its[0]['parameters']:,}"
+            assert rate == (f"{lr:.2g}" if lr else "")
+            assert abs(float(loss) - sum(tests) / len(tests)) < 5.1e-5
+            assert spread == (f"{min(tests):.4f} to {max(tests):.4f}" if lr else "")
+            assert (gap == "") == (its[0].get("gap_closed") is None)

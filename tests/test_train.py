@@ -40,7 +40,7 @@ from minilora.layers import digest, freeze, named_params, trained
 from minilora.lora import LoraConfig, inject, merge, unmerge
 from minilora.optim import AdamW, Schedule, lora_plus
 from minilora.storage import read, write_atomic
-from minilora.train import History, about, evaluate, load_checkpoint, save_checkpoint, train
+from minilora.train import History, about, evaluate, finished, load_checkpoint, save_checkpoint, train
 
 STEPS = 6
 SCHEDULE = Schedule(STEPS, warmup=1, final=0.1)
@@ -482,3 +482,14 @@ def test_the_schedule_is_asked_for_the_step_that_is_made(at):
         progress=lambda step, loss: digests.append(digest(model)),
     )  # fmt: skip
     assert [a != b for a, b in itertools.pairwise(digests)] == [step == at for step in range(4)]
+
+
+@pytest.mark.parametrize("steps", [300, 301])  # small integers are one object each, large ones are not
+def test_a_run_is_finished_when_its_checkpoint_has_all_its_steps_and_is_older(steps, tmp_path):
+    path = tmp_path / "c.safetensors"
+    said = {"history": {"loss": [1.0] * 300}, "run": {"recipe": {"steps": steps}}}
+    path.write_bytes(save({"x": np.ones(1)}, metadata={"minilora": json.dumps(said)}))
+    written = path.stat().st_mtime_ns
+    assert [finished(path, written + more) for more in (-1, 0, 1)] == [False, steps == 300, steps == 300]
+    path.write_bytes(b"no checkpoint")
+    assert not finished(path, written + 10**18)

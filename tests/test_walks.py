@@ -1,7 +1,7 @@
 """Whatever hurts a command that writes: its output is the old or the new one; the next start tidies up."""
 
 import pytest
-from walks import INJURIES, PLACES, QUIET, STREAMS, commands, look, walk_links, walk_streams, walker
+from walks import INJURIES, PLACES, QUIET, ROOT, STREAMS, commands, look, walk_links, walk_streams, walker
 
 NAMES = [place.name for place in PLACES]
 
@@ -25,6 +25,12 @@ def test_every_command_has_a_place():
     walked = {place.argv[0] for place in PLACES}
     assert walked | QUIET.keys() == set(commands())
     assert walked & QUIET.keys() == {"inspect"}
+
+
+def test_the_table_has_every_place_with_nothing_left_out():
+    lines = (ROOT / "benchmarks/results/walks.md").read_text(encoding="utf-8").splitlines()
+    assert lines[2].startswith("`python tests/walks.py`: ")
+    assert [line.split(" | ")[0][2:] for line in lines if line.startswith("| ")] == ["command", *NAMES]
 
 
 @pytest.mark.parametrize("name", QUIET)

@@ -549,9 +549,10 @@ def main():
         "without injury (or said that `OUT`, complete, is there already), left nothing hidden behind, and "
         "nothing outside `OUT` had changed.\n\n"
         "Kill: SIGKILL before every rename, exchange, unlink, mkdir, rmdir, fsync, truncation and write. "
-        "SIGTERM: at the same calls. Disk, memory: every write fails from the N-th on. Streams: stdout, "
-        "stderr or both closed, full, without a reader, or ASCII. Links: each file that is read or "
-        "written, in turn, is a symbolic link or has a second name.\n\n"
+        "SIGTERM: at the same calls. Full disk: every write and fsync fails from the N-th write on. No "
+        "memory: the N-th write is a MemoryError. Streams: stdout, stderr or both closed, full, without a "
+        "reader, or ASCII. Links: each file that is read or written, in turn, is a symbolic link or has a "
+        "second name.\n\n"
         "| command | kill -9 | SIGTERM | full disk | no memory | streams | links |\n"
         "|---|---|---|---|---|---|---|\n"
     )
