@@ -667,11 +667,13 @@ def other_arrays(rng, arrays, known=("v.x",)):
         arrays[rng.choice(["x", name[1:], f"m{name[1:]}", f"{name}.x", *known])] = a
     elif how == 2:
         arrays[name], arrays[other] = arrays[other], a
-    elif how == 3 and a.size:
-        a.flat[rng.randrange(a.size)] = rng.choice([math.nan, math.inf, -1.0, 0.5, 1e30])
+    elif how == 3 and a.size and a.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            a.flat[rng.randrange(a.size)] = rng.choice([math.nan, math.inf, -1.0, 0.5, 1e30])
         arrays[name] = a
     elif how == 4:
-        arrays[name] = a.astype(rng.choice(["f2", "f4", "f8", "i4", "?"]))
+        with np.errstate(all="ignore"):
+            arrays[name] = a.astype(rng.choice(["f2", "f4", "f8", "i4", "?"]))
     else:
         less = np.atleast_1d(a)[..., :-1]
         arrays[name] = rng.choice([a[None], a.T, less, a.ravel(), np.zeros((), a.dtype)])
@@ -701,8 +703,7 @@ def recast(rng, data):
     except Exception:
         return data
     extra = ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.norm.weight")
-    with np.errstate(all="ignore"):
-        arrays = other_arrays(rng, arrays, extra) if arrays else arrays
+    arrays = other_arrays(rng, arrays, extra) if arrays else arrays
     return save({k: np.ascontiguousarray(a) if a.ndim else a for k, a in arrays.items()})
 
 
