@@ -577,3 +577,20 @@ def test_ten_steps_are_pefts(hub, adapter):
     assert ours[-1] < ours[0] - 0.2
     assert difference(ours, exact) <= 1e-9
     agree(["ten steps"], ours, theirs, max(difference(losses, exact) for losses in off))
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A", "<s> <t> $A <t>", "$A <t>"])
+@pytest.mark.parametrize("text", ["", "ab", "a b h", "<s> a", "a<t>b"])
+def test_a_sequence_begins_as_in_transformers(single, text, tmp_path):
+    """What it puts after a text is left out here, for a text goes on; what is there already is not doubled."""
+    from test_examples import made
+    from tokenizers.models import WordLevel
+
+    letters = WordLevel({letter: i for i, letter in enumerate("abcdefgh")}, unk_token="h")
+    ours = made(tmp_path, letters, single, **{"<s>": 8, "<t>": 9})
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ids = theirs(text)["input_ids"]
+    ids = ids[: len(ids) - single.partition("$A")[2].count("<")]
+    if text == "<s> a" and single == "<s> $A":
+        ids = ids[1:]
+    assert ours.begun(ours.encode(text)).tolist() == ids
