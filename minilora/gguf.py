@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError, FormatError, UnsupportedError, needed, short
+from .errors import ConfigError, FormatError, MismatchError, UnsupportedError, needed, short
 from .model import Config
 from .storage import Stamp, named, read_at, stamp_of
 from .tensors import BRIEF, Tensors, refuse_pointer
@@ -156,8 +156,8 @@ def header(path: Path, stamp: Stamp) -> Header:
     ]
     given = dict(pairs)
     align = given.get("general.alignment", 32)
-    if type(align) is not int or not 0 < align < 1 << 20:
-        raise FormatError(f"{path}: general.alignment is {short(align)}; expected 32, or about that")
+    if type(align) is not int or not 0 < align < 1 << 20 or align.bit_count() > 1:
+        raise FormatError(f"{path}: general.alignment is {short(align)}; expected a power of two, as 32")
     begin = at = -(-file.at // align) * align
     places: dict[str, Blocks] = {}
     for name, dims, kind, offset in entries:
@@ -211,6 +211,10 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
             raise UnsupportedError(f"{path}: {name} is {kind.name}, which gguf cannot decode") from e
         W = np.asarray(W, np.float32).reshape(blocks.shape)
         heads = rotated.get(name.split(".")[-2])
+        if heads and len(W) % (2 * heads):
+            raise MismatchError(
+                f"{path}: {name} has {len(W)} rows; expected pairs of them for each of {short(heads)} heads"
+            )
         return half_split(W, heads) if heads else W
 
     shapes = {name: blocks.shape for name, blocks in places.items()}

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import lora
 from .adapters import load_adapter
-from .backend import to_device, to_host
+from .backend import quiet_overflow, to_device, to_host
 from .compose import refuse_same
 from .errors import InputError, nearest
 from .files import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
@@ -69,6 +69,7 @@ class Merge:
         return printed(*lines)
 
 
+@quiet_overflow()  # of logits, which the report tells; what is written is looked at
 def merge_checkpoint(
     base: Path | str,
     adapter: Path | str,

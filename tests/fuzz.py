@@ -1,13 +1,16 @@
-"""Fuzz the readers: of adapters, starting from PEFT's, of examples, and of our own rows and checkpoints.
+"""Fuzz the readers: of adapters, starting from PEFT's, of bases, examples, and our own rows and checkpoints.
 
     python tests/fuzz.py --seconds 300                  coverage-guided where atheris is installed, else blind
     python tests/fuzz.py --target jsonl --seconds 300   or rows, or checkpoints: with right seals
+    python tests/fuzz.py --target bases --seconds 300   or gguf (needs the extras gguf and tokenizers)
 
 An input is a config and a file of tensors, which must be looked at, compressed to something without a
 doubt, loaded beside its tiny base and merged; or a file of examples, which must give the ids of its texts;
-or a file of rows, tabled and drawn; or a checkpoint, loaded and saved again, the same; or it must be refused
-with one printable line, and nothing has changed. Anything else, or too much time, ends the program with the
-input in hex. The last line counts.
+or a file of rows, tabled and drawn; or a checkpoint, loaded and saved again, the same; or a base, a folder or
+a GGUF file, of which every number is what the package of that format reads, counted as it is loaded, saved
+again the same, and merged with an adapter. Or it must be refused with one printable line. What was read has
+not changed in either case. Anything else, or too much time or memory, ends the program with the input in
+hex. The last line counts.
 """
 
 import argparse
@@ -18,17 +21,21 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
+import struct
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
-from helpers import TooLong, says, within
+from helpers import TooLong, same_bits, says, tiny, within
 from peft_cases import FIXED, FIXTURES, slug
+from safetensors import deserialize
 from safetensors.numpy import load, save
 
 from minilora import (
@@ -40,16 +47,20 @@ from minilora import (
     files,
     finetune,
     forms,
+    gguf,
+    merging,
     microscope,
     optim,
+    sizes,
     storage,
     tensors,
     tokenizer,
 )
 from minilora.adapters import CONFIG, WEIGHTS
+from minilora.backend import to_host
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.experiments import rank_sweep, rows
-from minilora.layers import digest
+from minilora.layers import digest, named_params
 from minilora.lora import Adapted, merge, remove, sites, unmerge
 from minilora.train import save_checkpoint
 from minilora.train import sealed as seal_of_checkpoint
@@ -62,6 +73,12 @@ WORDS = (
     "x" * 999, "model.layers.1.self_attn.q_proj", "F32", "BF16", "F8_E4M3", "\0", "\x1b[2J", "\ud800", "é",
 )  # fmt: skip
 LENGTH = 24  # tokens of an example
+MEMORY = 1 << 29  # bytes that may be taken beyond those at the start
+TENSORS = "model.safetensors"
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+PARTS = ("config.json", TENSORS, f"{TENSORS}.index.json", *SHARDS, "tokenizer.json", "generation_config.json")
+WIDE = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+STRING, ARRAY = 8, 9  # types of a value in a GGUF file
 SPLICES = (
     "\ufeff", "\u2028", "\x85", "\r", "\r\n", "\n", "\x0c", "\\ud800", "\\u0000", "?", "[", "}", "漢", "NaN",
 )  # fmt: skip
@@ -78,7 +95,27 @@ def split(data):
     return data[0] % len(BASES) if data else 0, data[5 : 5 + size], data[5 + size :]
 
 
+def joined(files):
+    """A folder as an input: of each of PARTS its length, 0 if it is not there, and its bytes."""
+    contents = [files.get(name, b"") for name in PARTS]
+    return b"".join(len(content).to_bytes(4, "little") + content for content in contents)
+
+
+def parted(data):
+    """The files of such an input, name -> bytes."""
+    files = {}
+    for name in PARTS:
+        end = 4 + int.from_bytes(data[:4], "little")
+        files[name], data = data[4:end], data[end:]
+    return {name: content for name, content in files.items() if content}
+
+
 # ---- the readers
+
+
+def held_memory():
+    """The most bytes that this process has ever held at once."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Readers:
@@ -93,22 +130,24 @@ class Readers:
     def __init__(self, folder):
         self.folder, self.out = Path(folder), Path(folder).with_name("out")
         self.inputs, self.accepted, self.start = 0, 0, time.monotonic()
+        self.held = held_memory()
 
     def __call__(self, data):
         self.inputs += 1
         try:
             with within(self.limit):
                 self.accepted += self.read(data)
-        except (Exception, TooLong):
+            assert held_memory() < self.held + MEMORY
+        except BaseException:  # a panic of a package in Rust is no Exception
             print(f"input: {data.hex()}", flush=True)
             raise
 
-    def done(self, call, *args):
-        """Whether the call is done, and not refused as it should be."""
+    def done(self, call, *args, root=None):
+        """Whether the call is done, and not refused as it should be: naming what is in the root."""
         try:
             call(*args)
         except MiniloraError as e:
-            says(e, self.folder)
+            says(e, root or self.folder)
             return False
         return True
 
@@ -308,7 +347,214 @@ class Checkpoints(Readers):
         return data
 
 
-TARGETS = {"adapters": Adapters, "jsonl": Examples, "rows": Rows, "checkpoints": Checkpoints}
+class Bases(Readers):
+    """The folder of a base, its config and its tensors in one file or several."""
+
+    modules = (errors, files, sizes, storage, tensors)
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.where = self.folder
+        self.adapter = self.folder.with_name("adapter")
+        shutil.copytree(FIXTURES / "adapters" / "untied--q-and-v", self.adapter)
+
+    def contents(self, data):
+        """The files of an input, name -> bytes."""
+        return parted(data)
+
+    def read(self, data):
+        given = self.contents(data)
+        for path in self.folder.iterdir():
+            path.unlink()
+        for name, content in given.items():
+            (self.folder / name).write_bytes(content)
+        gguf.header.cache_clear()  # a clock may be too coarse to tell two files
+        try:
+            self.done(self.counted)
+            self.done(self.tensors)
+            done = self.done(self.loaded)
+            if done and self.inputs % 10 == 0:
+                self.done(self.merged, root=self.folder.parent)
+            return done
+        finally:
+            assert {path.name: path.read_bytes() for path in self.folder.iterdir()} == given
+
+    def counted(self):
+        """Modules and parameters agree, of any architecture whose names and shapes are known."""
+        tree, counts = sizes.modules(self.where), sizes.count(self.where, 1, [*sizes.ATTENTION, *sizes.MLP])
+        maps = [row for row in tree.rows if row.layer == "Linear" and row.module != "lm_head"]
+        assert counts.parameters == sum(sum(row.shape) for row in maps)
+        for said in (tree, counts):
+            assert all(line.isprintable() for line in str(said).splitlines()), ascii(str(said))
+
+    def tensors(self):
+        """Every tensor of whatever architecture has the shape that is said."""
+        weights = files.weights(self.where)
+        for name in weights:
+            assert weights[name].shape == weights.shapes[name]
+
+    def loaded(self):
+        """A model has the numbers of the file and of no other, counts them right, and is saved as it is."""
+        base = files.checkpoint(self.where)
+        for dtype in (np.float64, np.float32):
+            model = files.assemble(base, dtype)
+            ours, theirs = arrays(model), self.theirs(base.tensors.keys())
+            assert same_bits({name: a.astype(dtype) for name, a in theirs.items()}, ours)
+        files.save_model(model, self.out, "", overwrite=True)
+        again = files.load(self.out)
+        assert again.config == model.config == base.config
+        assert same_bits(arrays(again), ours)
+        shapes = {name: a.shape for name, a in ours.items()}
+        tree, counts = sizes.modules(self.where), sizes.count(self.where, 1)
+        tied = tree.tied * ["lm_head"]
+        weights = {f"{row.module}.weight": row.shape for row in tree.rows if row.module not in tied}
+        assert weights == {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
+        assert counts.total == sum(map(math.prod, shapes.values()))
+        self.done(self.told, base)
+
+    def theirs(self, names):
+        """The tensors as the package safetensors reads them, less the buffers and a head that is tied."""
+        config = json.loads((self.folder / "config.json").read_text("utf-8-sig"))
+        shards = {TENSORS}
+        if not (self.folder / TENSORS).exists():
+            index = json.loads((self.folder / f"{TENSORS}.index.json").read_text("utf-8-sig"))
+            shards = set(index["weight_map"].values())
+        found, raws = {}, [(self.folder / name).read_bytes() for name in shards]
+        for name, entry in (pair for raw in raws for pair in deserialize(raw)):
+            if name not in names:
+                tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
+                assert tied or files.is_buffer(name, tuple(entry["shape"])), name
+            elif entry["dtype"] == "BF16":
+                upper = np.frombuffer(entry["data"], "<u2").astype(np.uint32)
+                found[name] = (upper << 16).view(np.float32).reshape(entry["shape"])
+            else:
+                found[name] = np.frombuffer(entry["data"], WIDE[entry["dtype"]]).reshape(entry["shape"])
+        return found
+
+    def told(self, base):
+        """A tokenizer gives ids of the vocabulary."""
+        words = files.tokenizer_of(base)
+        ids = words.encode("the 12th thing")
+        assert all(0 <= i < base.config.vocab_size for i in [*ids, *words.start])
+        words.decode(ids)
+
+    def merged(self):
+        """A merged base has what is not adapted as it was, up to the rounding of what it is stored as."""
+        storage.remove_tree(self.out)
+        report = merging.merge_checkpoint(self.where, self.adapter, self.out)
+        assert all(line.isprintable() for line in str(report).splitlines()), ascii(str(report))
+        before, after = (files.checkpoint(where).tensors for where in (self.where, self.out))
+        same = [name for name in before if not name.endswith(("q_proj.weight", "v_proj.weight"))]
+        assert before.keys() == after.keys()
+        want = {name: tensors.stored(before[name], report.dtype) for name in same}
+        assert same_bits({name: after[name] for name in same}, want)
+        for name, content in files.beside(self.where).items():
+            assert (self.out / name).read_bytes() == content
+
+    def corpus(self):
+        """The fixtures, one of them also with a tokenizer, and as a Qwen; and one in float64."""
+        for base in BASES:
+            found = {path.name: path.read_bytes() for path in (FIXTURES / "bases" / base).iterdir()}
+            yield joined(found)
+        words = tokenizer_json(self.folder / "m.gguf")
+        yield joined(found | {"tokenizer.json": words, "generation_config.json": b'{"eos_token_id": 2}'})
+        qwen = json.loads(found["config.json"]) | {"model_type": "qwen3"}
+        yield joined(found | {"config.json": json.dumps(qwen).encode()})
+        files.save_model(tiny(0, np.float64, num_hidden_layers=1)[0], self.out, "")
+        yield joined({path.name: path.read_bytes() for path in self.out.iterdir()})
+
+    def mutated(self, rng, data, others):
+        found, other = parted(data), parted(rng.choice(others))
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            name = rng.choice([*found, "config.json", "config.json"])
+            content, how = found.get(name, b""), rng.random()
+            if how < 0.1:
+                found[name] = rng.choice([flipped, cut])(rng, content)
+            elif how < 0.2:
+                found[name] = other.get(rng.choice([name, name, *PARTS]), b"")
+            elif not name.endswith("safetensors"):
+                found[name] = rng.choice([swapped, swapped, reformed])(rng, content)
+            else:
+                found[name] = rng.choice([headed, recast, recast, stated])(rng, content)
+        return joined(found)
+
+
+class Gguf(Bases):
+    """A Llama in a GGUF file."""
+
+    modules = (errors, files, gguf, sizes)
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.where = self.folder / "m.gguf"
+
+    def contents(self, data):
+        return {"m.gguf": data}
+
+    def theirs(self, names):
+        """The tensors as the package gguf decodes their bytes, rows of queries and keys put back."""
+        from gguf import GGMLQuantizationType, dequantize
+        from test_gguf import in_halves
+
+        values, entries = dissolved(self.where.read_bytes())
+        c, found = {name: value for name, _, value in values}, {}
+        H = c["llama.attention.head_count"]
+        heads = {"attn_q": H, "attn_k": c.get("llama.attention.head_count_kv", H)}
+        for name, dims, kind, raw in entries:
+            rows = np.frombuffer(raw, np.uint8).reshape(math.prod(dims[1:]), -1)
+            with np.errstate(all="ignore"):
+                W = np.asarray(dequantize(rows, GGMLQuantizationType(kind)), np.float32).reshape(dims[::-1])
+            count = heads.get(name.split(".")[-2])
+            found[gguf.hf_name(name)] = in_halves(W, count) if count else W
+        return found
+
+    def told(self, base):
+        super().told(base)
+        gguf.special(self.where)
+
+    def corpus(self):
+        """One of blocks of several kinds, and the fixture that the adapter belongs to."""
+        import test_gguf
+
+        tokenizer_json(self.where)
+        yield self.where.read_bytes()
+        base = files.load(FIXTURES / "bases" / "untied")
+        c, held = base.config, arrays(base)
+        values = test_gguf.VALUES | test_gguf.WORDS | {
+            "llama.embedding_length": c.hidden_size, "llama.feed_forward_length": c.intermediate_size,
+            "llama.attention.head_count": c.num_attention_heads, "llama.rope.dimension_count": c.E,
+            "llama.attention.head_count_kv": c.num_key_value_heads,
+        }  # fmt: skip
+        given = {
+            theirs: held[name] for theirs, (name, *_) in (test_gguf.TENSORS | test_gguf.OUTPUT).items()
+        }
+        test_gguf.write(self.where, given, values, kinds=dict.fromkeys(given, "F32"))
+        yield self.where.read_bytes()
+
+    def mutated(self, rng, data, others):
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            how = rng.choice([flipped, flipped, cut]) if rng.random() < 0.1 else forged_gguf
+            data = how(rng, data)
+        return data
+
+
+TARGETS = {
+    "adapters": Adapters, "jsonl": Examples, "rows": Rows, "checkpoints": Checkpoints, "bases": Bases,
+    "gguf": Gguf,
+}  # fmt: skip
+
+
+def tokenizer_json(path):
+    """Write a small GGUF file, whose tokenizer in the form of Hugging Face is returned, as bytes."""
+    from test_gguf import weights, write
+
+    write(path, weights())
+    return gguf.tokenizer_json(path).encode()
+
+
+def arrays(model):
+    """The parameters of a model, path -> array."""
+    return {path: to_host(p.dense()) for path, p in named_params(model).items()}
 
 
 # ---- our own files, forged: another structure under a right seal
@@ -405,25 +651,183 @@ def forged_checkpoint(rng, data):
         part = rng.choice([*meta, "whole"]) if isinstance(meta, dict) else "whole"
         meta = reshaped(rng, meta) if part == "whole" else meta | {part: reshaped(rng, meta[part])}
     else:
-        names = sorted(arrays)
-        name, other = rng.choice(names), rng.choice(names)
-        a = arrays[name].copy()
-        how = rng.randrange(6)
-        if how == 0:
-            del arrays[name]
-        elif how == 1:
-            arrays[rng.choice(["x", name[1:], f"m{name[1:]}", f"{name}.x", "v.x"])] = a
-        elif how == 2:
-            arrays[name], arrays[other] = arrays[other], a
-        elif how == 3 and a.size:
+        arrays = other_arrays(rng, arrays)
+    return resealed(meta, {k: np.ascontiguousarray(a) if a.ndim else a for k, a in arrays.items()})
+
+
+def other_arrays(rng, arrays, known=("v.x",)):
+    """Some arrays of which one is gone, renamed, swapped, retyped, reshaped, or has another number."""
+    arrays, names = dict(arrays), sorted(arrays)
+    name, other = rng.choice(names), rng.choice(names)
+    a = arrays[name].copy()
+    how = rng.randrange(6)
+    if how == 0:
+        del arrays[name]
+    elif how == 1:
+        arrays[rng.choice(["x", name[1:], f"m{name[1:]}", f"{name}.x", *known])] = a
+    elif how == 2:
+        arrays[name], arrays[other] = arrays[other], a
+    elif how == 3 and a.size and a.dtype.kind == "f":
+        with np.errstate(over="ignore"):
             a.flat[rng.randrange(a.size)] = rng.choice([math.nan, math.inf, -1.0, 0.5, 1e30])
-            arrays[name] = a
-        elif how == 4:
+        arrays[name] = a
+    elif how == 4:
+        with np.errstate(all="ignore"):
             arrays[name] = a.astype(rng.choice(["f2", "f4", "f8", "i4", "?"]))
+    else:
+        less = np.atleast_1d(a)[..., :-1]
+        arrays[name] = rng.choice([a[None], a.T, less, a.ravel(), np.zeros((), a.dtype)])
+    return arrays
+
+
+# ---- the files of a base, forged
+
+MORE = {  # what a GGUF file may say besides
+    "general.alignment": (1, 8, 24, 64, 0), "llama.rope.scaling.type": ("none", "linear"),
+    "llama.rope.scale_linear": (1.0, 2.0), "tokenizer.ggml.add_bos_token": (True, 1),
+}  # fmt: skip
+
+
+def reformed(rng, text):
+    """JSON text of another structure; other text as it is."""
+    try:
+        return json.dumps(reshaped(rng, json.loads(text))).encode("utf-8", "surrogatepass")
+    except (ValueError, RecursionError):
+        return text
+
+
+def recast(rng, data):
+    """A whole file of tensors again, that has other arrays; another file, or one of bfloat16, as it is."""
+    try:
+        arrays = load(data)
+    except Exception:
+        return data
+    extra = ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.norm.weight")
+    arrays = other_arrays(rng, arrays, extra) if arrays else arrays
+    return save({k: np.ascontiguousarray(a) if a.ndim else a for k, a in arrays.items()})
+
+
+def dissolved(raw):
+    """What a GGUF file says: lists of values [name, type, value] and of tensors [name, dims, kind, bytes]."""
+    from gguf import GGML_QUANT_SIZES
+
+    at = 24
+
+    def number(kind):
+        nonlocal at
+        at += struct.calcsize(f"<{kind}")
+        return struct.unpack_from(f"<{kind}", raw, at - struct.calcsize(f"<{kind}"))[0]
+
+    def text():
+        nonlocal at
+        size = number("Q")
+        at += size
+        return raw[at - size : at].decode()
+
+    def value(kind):
+        if kind == ARRAY:
+            kind, count = number("I"), number("Q")
+            return [kind, [value(kind) for _ in range(count)]]
+        return text() if kind == STRING else number(gguf.SCALARS[kind])
+
+    tensors, values = struct.unpack_from("<QQ", raw, 8)
+    values = [[text(), kind := number("I"), value(kind)] for _ in range(values)]
+    entries = [[text(), [number("Q") for _ in range(number("I"))], number("I"), number("Q")]
+               for _ in range(tensors)]  # fmt: skip
+    start = -(-at // alignment(values)) * alignment(values)
+    for entry in entries:
+        block, size = GGML_QUANT_SIZES[entry[2]]
+        begin = start + entry[3]
+        entry[3] = raw[begin : begin + math.prod(entry[1]) // block * size]
+    return values, entries
+
+
+def alignment(values):
+    """The alignment among values, or the usual one."""
+    own = [value for name, _, value in values if name == "general.alignment"]
+    return own[0] if own and type(own[0]) is int and 0 < own[0] < 1 << 16 else 32
+
+
+def packed(kind, value):
+    """A value of a GGUF file as bytes; struct.error, or another, if it is none of that type."""
+    if kind == STRING:
+        return struct.pack("<Q", len(raw := value.encode("utf-8", "surrogatepass"))) + raw
+    if kind == ARRAY:
+        return struct.pack("<IQ", value[0], len(value[1])) + b"".join(packed(value[0], v) for v in value[1])
+    return struct.pack(f"<{gguf.SCALARS[kind]}", value)
+
+
+def typed(value):
+    """A JSON value as [type, value] of a GGUF file: in the first type that holds it, or as text."""
+    if isinstance(value, list):
+        items = [typed(v) for v in value]
+        kind = items[0][0] if items else STRING
+        return [ARRAY, [kind, [v for k, v in items if k == kind]]]
+    for kind in {bool: (7,), int: (4, 11), float: (6, 12), str: (STRING,)}.get(type(value), ()):
+        with contextlib.suppress(struct.error, OverflowError):
+            packed(kind, value)
+            return [kind, value]
+    return [STRING, str(value)]
+
+
+def composed(values, tensors, slip=0, version=3):
+    """The bytes of a GGUF file that says that; one tensor, if any, lies `slip` beside its place."""
+    align, head, body = alignment(values), [], b""
+    for name, kind, value in values:
+        head.append(packed(STRING, name) + struct.pack("<I", kind) + packed(kind, value))
+    for name, dims, kind, raw in tensors:
+        place = (len(body) + (slip if body else 0)) % 2**64
+        head.append(packed(STRING, name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, place))
+        body += raw + bytes(-len(raw) % align)
+    start = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(values)) + b"".join(head)
+    return start + bytes(-len(start) % align) + body
+
+
+def forged_gguf(rng, data):
+    """A GGUF file that says something else, mostly with as many bytes as that takes; others as they are."""
+    from gguf import GGML_QUANT_SIZES
+
+    try:
+        values, tensors = dissolved(data)
+        how, entries = rng.randrange(10), rng.choice([values, tensors])
+        entry, value, tensor = rng.choice(entries), rng.choice(values), rng.choice(tensors)
+        if how == 0:
+            entries.remove(entry)
+        elif how == 1:
+            entries.insert(rng.randrange(len(entries) + 1), list(entry))
+        elif how == 2:
+            names = [e[0] for e in entries]
+            entry[0] = rng.choice([*WORDS, *names, entry[0].replace("0", "1"), "output.weight"])
+        elif how < 5:
+            old = value[2][1] if value[1] == ARRAY else value[2]
+            value[1:] = typed(somewhere(rng, old, lambda v: near(rng, v)))
+        elif how == 5:
+            kind = rng.randrange(13)
+            packed(kind, value[2])
+            value[1] = kind
+        elif how == 6:
+            name = rng.choice(list(MORE))
+            values.append([name, *typed(rng.choice([*MORE[name], *VALUES]))])
+        elif how == 7:
+            a = np.frombuffer(tensor[3], "<f4").copy()
+            a[rng.randrange(len(a))] = rng.choice([math.nan, math.inf, -1.0, 0.5, 1e30])
+            tensor[3] = a.tobytes()
         else:
-            arrays[name] = rng.choice([a[None], a.T, a[..., :-1], a.ravel(), np.zeros((), a.dtype)])
-    arrays = {k: np.ascontiguousarray(a) if a.ndim else a for k, a in arrays.items()}
-    return resealed(meta, arrays)
+            if how == 8:
+                dims = tensor[1]
+                at = rng.randrange(len(dims))
+                dims[at] = rng.choice([0, 1, 2, dims[at] - 1, dims[at] + 1, dims[at] * 32, 2**32, 2**63])
+                tensor[1] = rng.choice([dims, dims[::-1], [*dims, 1], [1, *dims], dims[:-1]])
+            else:
+                tensor[2] = rng.choice([*GGML_QUANT_SIZES, 99])
+            block, each = GGML_QUANT_SIZES.get(tensor[2], (1, 4))
+            if rng.random() < 0.9 and (size := math.prod(tensor[1]) // block * each) < 1 << 16:
+                tensor[3] = (tensor[3] * (size // (len(tensor[3]) or 1) + 1))[:size]
+        slip = rng.choice([32, -32, 1, 2**40]) if rng.random() < 0.03 else 0
+        return composed(values, tensors, slip, rng.choice([3] * 30 + [2, 1, 4]))
+    except (ArithmeticError, IndexError, KeyError, MemoryError, TypeError, ValueError, AttributeError,
+            struct.error):  # fmt: skip
+        return data
 
 
 # ---- mutations that know the format
@@ -571,6 +975,7 @@ def blind(readers, seeds, seconds, seed):
 
 
 def main():
+    warnings.simplefilter("error")  # no reader warns
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default="adapters", help="which readers (adapters)")
     parser.add_argument("--seconds", type=float, default=300)

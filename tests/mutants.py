@@ -887,6 +887,13 @@ MUTANTS = (
     Mutant("checkpoints-in-order-of-letters", "recognise.py", "int(match[2][:18] or 0)", "0", "recognise"),
     Mutant("the-file-is-not-its-folder", "recognise.py", "if path.name in (CONFIG, WEIGHTS) and",
            "if path.name in (CONFIG,) and", "recognise"),
+    # ---- the fuzzers of bases: folders and GGUF files
+    Mutant("gguf-rows-are-no-pairs", "gguf.py", "if heads and len(W) % (2 * heads):",
+           "if heads and len(W) % heads:", "gguf"),
+    Mutant("gguf-any-alignment", "gguf.py", " or align.bit_count() > 1", "", "gguf"),
+    Mutant("merging-warns-of-overflow", "merging.py",
+           "@quiet_overflow()  # of logits, which the report tells; what is written is looked at\n", "",
+           "merging"),
 )
 # fmt: on
 

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 from helpers import says, within
@@ -1172,10 +1174,29 @@ def test_any_value_of_any_field_is_refused_or_means_something(changes, good):
     done_or_refused(*good)
 
 
+def extras():
+    """The fuzzers of bases need both."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+
+
+@pytest.mark.parametrize("target", ["bases", "gguf"])
+def test_a_mutated_base_is_refused_or_means_what_its_bytes_say(target, tmp_path):
+    extras()
+    (tmp_path / "read").mkdir()
+    readers, rng = fuzz.TARGETS[target](tmp_path / "read"), random.Random(0)
+    seeds = list(readers.corpus())
+    for _ in range(100):
+        readers(readers.mutated(rng, rng.choice(seeds), seeds))
+    assert readers.inputs / 10 < readers.accepted < readers.inputs / 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["best", "random"])
-@pytest.mark.parametrize("target", ["adapters", "jsonl"])
+@pytest.mark.parametrize("target", ["adapters", "jsonl", "bases", "gguf"])
 def test_five_seconds_of_fuzzing(target, engine):
+    if target in ("bases", "gguf"):
+        extras()
     program = Path(__file__).with_name("fuzz.py")
     how = ["--target", target, *(["--engine", "random"] if engine == "random" else [])]
     done = subprocess.run(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz import composed, dissolved
 from helpers import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -327,6 +328,36 @@ def test_numbers_that_are_not_finite_or_not_decoded_are_refused(path):
     ours.header.cache_clear()
     _, tensors = ours.open_gguf(path)
     refused(path, UnsupportedError, "is I8, which", lambda _: tensors["model.embed_tokens.weight"])
+
+
+@settings(max_examples=30)
+@given(align=st.integers(1, 100) | st.integers(0, 8).map(lambda power: 2**power))
+def test_tensors_lie_at_multiples_of_a_power_of_two(align, tmp_path_factory):
+    """As in llama.cpp, which refuses any other alignment."""
+    path = tmp_path_factory.mktemp("align") / "m.gguf"
+    want = expected(write(path, weights()))
+    values, tensors = dissolved(path.read_bytes())
+    path.unlink()
+    path.write_bytes(composed([*values, ["general.alignment", 4, align]], tensors))
+    if align & (align - 1):
+        refused(path, FormatError, f"general.alignment is {align}; expected a power of two")
+    else:
+        ours.header.cache_clear()
+        assert same_bits(dict(files.weights(path)), want)
+
+
+@settings(max_examples=8)
+@given(rows=st.integers(1, 3 * E), which=st.sampled_from("qk"))
+def test_rows_that_are_no_pairs_of_every_head_are_refused(rows, which, tmp_path_factory):
+    """Also where no model is made, and the file is not compared with its config."""
+    path, heads = tmp_path_factory.mktemp("rows") / "m.gguf", {"q": H, "k": G}[which]
+    write(path, weights() | {f"blk.1.attn_{which}.weight": np.ones((rows, D), np.float32)})
+    name = f"model.layers.1.self_attn.{which}_proj.weight"
+    if rows % (2 * heads) == 0:
+        assert files.weights(path)[name].shape == (rows, D)
+    else:
+        said = f"{which}_proj.weight has {rows} rows; expected pairs of them for each of {heads} heads"
+        refused(path, MismatchError, said, lambda _: files.weights(path)[name])
 
 
 TOKENIZERS = {

@@ -280,6 +280,19 @@ def test_a_change_of_a_zero_matrix_is_infinitely_larger(tmp_path):
     assert all(map(math.isfinite, relative.values()))
 
 
+@pytest.mark.parametrize("large", [1e15, 1e30])
+def test_a_base_whose_logits_overflow_is_merged_and_the_report_says_so(large, tmp_path):
+    """In float32, and from 1e30 on the norm of the matrix, too; without a warning."""
+    base = shutil.copytree(BASE, tmp_path / "base")
+    W = {name: a * np.float32(large if "mlp" in name else 1) for name, a in base_weights(base).items()}
+    save_file(W, base / "model.safetensors")
+    found = merge_checkpoint(base, ADAPTER, tmp_path / "out", dtype="float32")
+    assert not math.isfinite(found.float32)
+    assert "nan" in str(found)
+    W, written = merged(base, ADAPTER), base_weights(tmp_path / "out")
+    assert all(np.array_equal(written[name], stored(W[name], "float32")) for name in W)
+
+
 def test_it_prints_every_module_and_its_data_are_json(tmp_path):
     found = merge_checkpoint(BASE, ADAPTER, tmp_path / "out")
     text = str(found)
