@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -101,7 +100,7 @@ class Outcome:
     characters: float  # per token of the held-out text
     parameters: int
     tokens_per_second: float
-    peak: int  # bytes of memory of this process at most
+    peak: int  # bytes of memory of this process at most; 0 if nobody knows
     evals: tuple[tuple[int, float], ...]
 
     def data(self) -> dict[str, Any]:
@@ -110,11 +109,12 @@ class Outcome:
 
     def __str__(self) -> str:
         per = [x / self.characters for x in (self.before, self.after)]
+        memory = f", peak memory {self.peak / 1e9:.2f} GB" if self.peak else ""
         return printed(
             f"{self.out}: held-out loss {self.before:.4f} -> {self.after:.4f} nats per token, "
             f"{per[0]:.4f} -> {per[1]:.4f} per character",
-            f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second, "
-            f"peak memory {self.peak / 1e9:.2f} GB",
+            f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second"
+            f"{memory}",
         )
 
 
@@ -190,10 +190,17 @@ def run(
             save_model(model, out, card, token_ids(given.where), None, beside(given.where), overwrite)
         else:
             save_adapter(model, out, base=recipe.base, overwrite=overwrite)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     (_, before), (_, after) = history.evals[0], history.evals[-1]
-    return Outcome(str(out), before, after, text.characters, count, speed, peak, tuple(history.evals))
+    return Outcome(str(out), before, after, text.characters, count, speed, peak(), tuple(history.evals))
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows, or a browser
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- text and examples

@@ -182,8 +182,9 @@ def inspect(
 
     with contextlib.ExitStack() as stack:  # a thin QR is too short for BLAS's own threads
         several = base is None and stack.enter_context(one_blas_thread())
-        pool = stack.enter_context(ThreadPoolExecutor(cores() if several else 1))
-        for module in pool.map(one, given.pairs):
+        threads = cores() if several else 1
+        each = stack.enter_context(ThreadPoolExecutor(threads)).map if threads > 1 else map
+        for module in each(one, given.pairs):
             modules.append(module)
             if progress:
                 progress(len(modules), len(given.pairs))

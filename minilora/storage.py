@@ -10,15 +10,14 @@ whoever takes a path from him calls `named`.
 
 **What is held is locked** by the kernel, folders that are in use and temporary names alike, and a lock is
 free the moment its holder dies. So what a dead process left can be told from what is being made, whatever
-became of its process id, and the next write to the same name clears it (`clear`). A file system that has
-no locks keeps it.
+became of its process id, and the next write to the same name clears it (`clear`). Where a system or a file
+system has no locks, it stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import stat
@@ -275,7 +274,7 @@ def beside(path: Path) -> Path:
 def claimed(fd: int, temp: Path) -> bool:
     """Lock what was just made; False if it is another process's or gone. Without locks it is ours."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(fd)
         return os.path.samestat(os.fstat(fd), os.lstat(temp))
     except (BlockingIOError, FileNotFoundError):
         return False
@@ -295,7 +294,7 @@ def swap(temp: Path, path: Path) -> None:
     fd = os.open(path, FOLDER | NOFOLLOW)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(fd)
         try:
             os.rename(path, old)
             os.rename(temp, path)
@@ -385,7 +384,8 @@ def clear_one(left: Path, home: Path | None = None) -> None:
     except OSError:  # it is gone, a link, or somebody else's
         return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(fd):
+            return
         if home and not exists(home):
             os.rename(left, home)
             print(f"minilora: {home}: is put back; a process died while replacing it", file=sys.stderr)
@@ -433,6 +433,19 @@ def sync_folder(path: Path) -> None:
 # ---- one process at a time
 
 
+def lock(fd: int) -> bool:
+    """Lock an open file for this process, until it is closed; False where the system has no such locks.
+
+    BlockingIOError if another process holds it, OSError if its file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, or a browser, where no process is beside this one
+        return False
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
+
+
 @contextlib.contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
     """Hold `folder` (made if missing, no link) for this process; LockedError if another one holds it."""
@@ -449,7 +462,7 @@ def locked(folder: Path | str) -> Iterator[None]:
             raise StorageError(f"{folder / '.lock'}: is no regular file with one name; it is not used")
         with named_errors(folder, "cannot be used"):
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(fd)
                 if not os.path.samestat(os.fstat(fd), os.lstat(folder / ".lock")):
                     raise FileNotFoundError  # its last holder removed it
             except (BlockingIOError, FileNotFoundError):

@@ -70,9 +70,54 @@ def test_importing_says_nothing_and_draws_no_random_numbers():
     assert python(f"import numpy as np; a = {state}; import minilora; print(a == {state})") == "True\n"
 
 
+POOR = """
+import os, sys, _thread
+for name in ("fcntl", "resource", "subprocess", "multiprocessing", "_multiprocessing", "_posixsubprocess"):
+    sys.modules[name] = None
+
+def refused(*given, **how):
+    raise RuntimeError("there are no threads and no processes here")
+
+_thread.start_new_thread = os.fork = os.posix_spawn = refused
+os.sched_getaffinity = lambda pid: {0}  # a browser has one core
+import threading
+threading._start_new_thread = refused
+import numpy as np
+import minilora as ml
+
+rng = np.random.default_rng(0)
+model = ml.load()
+ml.inject(model, ml.LoraConfig(r=2, alpha=4), rng=rng)
+ids = rng.integers(97, 123, (40, 32))
+batches, before = [(ids[:, :-1], ids[:, 1:])] * 4, ml.evaluate(model, [(ids[:, :-1], ids[:, 1:])])
+ml.train(model, batches, ml.AdamW(lr=1e-2), steps=4, checkpoint="c.safetensors")
+assert ml.evaluate(model, batches[:1]) < before
+ml.save_adapter(model, "a", base="base")
+ml.merge(model), ml.unmerge(model), ml.fuse(model)
+ml.save_model(model, "m", "")
+assert len(ml.inspect("a", "base").modules) == len(ml.inspect("a").modules) == 21
+ml.compress("a", "b", rank=1, overwrite=True), ml.compress("a", "b", rank=2, overwrite=True)
+ml.extract("base", "m", "e", rank=2), ml.merge_checkpoint("base", "a", "n")
+ml.load_adapter(ml.load(), "e"), ml.count("llama-3-8b", 4), ml.modules("base")
+open("own.txt", "w").write("It is a truth universally acknowledged.\\n" * 60)
+recipe = ml.finetune.Recipe("own.txt", steps=2, batch=2, length=16, eval_every=1)
+print("peak" in str(ml.finetune.run(recipe, "f")), *sorted(os.listdir()))
+"""
+
+
+def test_all_but_the_sweep_works_without_locks_threads_and_processes(tmp_path):
+    """As in a browser."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", POOR], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "False a b c.safetensors e f m n own.txt\n"
+
+
 def test_every_name_that_is_offered_is_there_and_documented():
     assert len(set(minilora.__all__)) == len(minilora.__all__)
-    assert sorted(minilora.__all__, key=str.lower) == sorted(minilora.__all__, key=str.lower)
+    assert minilora.__all__ == sorted(minilora.__all__)
     for name in minilora.__all__:
         assert getattr(minilora, name).__doc__, name
 

@@ -543,3 +543,16 @@ def test_an_overwriting_that_was_cut_short_is_undone_and_said(there, tmp_path, c
     assert os.listdir(tmp_path) == ["f"]
     assert (tmp_path / "f" / "config.json").read_text() == ("f" if there else ".f.7.0123abcd.old")
     assert capsys.readouterr().err.count("is put back") == (not there)
+
+
+def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, monkeypatch):
+    """What a process that still lives is making has the same name as what a dead one left."""
+    left = tmp_path / ".a.1.00000000.tmp"
+    left.write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fcntl", None)
+        write_atomic(tmp_path / "a", b"one")
+        with locked(tmp_path / "held"):
+            assert left.exists()
+    write_atomic(tmp_path / "a", b"two")
+    assert (sorted(os.listdir(tmp_path)), (tmp_path / "a").read_bytes()) == (["a", "held"], b"two")
