@@ -458,6 +458,8 @@ MUTANTS = (
     Mutant("what-is-held-is-cleared", "storage.py",
            "        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n        if home and",
            "        if home and", "storage"),
+    Mutant("errors-of-others-are-the-files", "storage.py",
+           "        if \"\\0\" not in str(path):\n            raise\n", "", "storage"),
     Mutant("temporary-name-not-held", "storage.py",
            "        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n        return os.path.samestat",
            "        return os.path.samestat", "storage"),

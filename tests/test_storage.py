@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora import storage
-from minilora.errors import LockedError, StorageError
+from minilora.errors import FormatError, LockedError, StorageError
 from minilora.storage import (
     check_free,
     clear,
@@ -543,3 +543,16 @@ def test_an_overwriting_that_was_cut_short_is_undone_and_said(there, tmp_path, c
     assert os.listdir(tmp_path) == ["f"]
     assert (tmp_path / "f" / "config.json").read_text() == ("f" if there else ".f.7.0123abcd.old")
     assert capsys.readouterr().err.count("is put back") == (not there)
+
+
+@pytest.mark.parametrize("error", [FormatError("no text"), ValueError("no number"), KeyError("x")], ids=repr)
+def test_an_error_of_who_fills_a_folder_is_his_own(error, tmp_path):
+    def fill(temp):
+        raise error
+
+    with pytest.raises(type(error)) as e:
+        write_folder(tmp_path / "a", fill)
+    assert e.value is error
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(StorageError, match="embedded null byte"):
+        write_atomic(tmp_path / "a\0", b"")
