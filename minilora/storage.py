@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import LockedError, StorageError
+from .errors import LockedError, MiniloraError, StorageError
 
 MARKS = ("config.json", "adapter_config.json")  # of a folder that may be overwritten
 BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and what may be in it
@@ -182,11 +182,13 @@ def named_errors(path: Path | str, what: str = "cannot be read") -> Iterator[Non
     """An error of the system, inside, is a StorageError that names the file."""
     try:
         yield
+    except MiniloraError:
+        raise
     except OSError as e:
-        if isinstance(e, StorageError):
-            raise
         raise StorageError(f"{path}: {what}: {e.strerror or e}") from e
-    except ValueError as e:  # a NUL in the name
+    except ValueError as e:
+        if "\0" not in str(path):
+            raise
         raise StorageError(f"{str(path)!a}: {what}: {e}") from e
 
 

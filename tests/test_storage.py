@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora import storage
-from minilora.errors import LockedError, StorageError
+from minilora.errors import FormatError, LockedError, StorageError
 from minilora.storage import (
     check_free,
     clear,
@@ -556,3 +556,16 @@ def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, monkeypatch):
             assert left.exists()
     write_atomic(tmp_path / "a", b"two")
     assert (sorted(os.listdir(tmp_path)), (tmp_path / "a").read_bytes()) == (["a", "held"], b"two")
+
+
+@pytest.mark.parametrize("error", [FormatError("no text"), ValueError("no number"), KeyError("x")], ids=repr)
+def test_an_error_of_who_fills_a_folder_is_his_own(error, tmp_path):
+    def fill(temp):
+        raise error
+
+    with pytest.raises(type(error)) as e:
+        write_folder(tmp_path / "a", fill)
+    assert e.value is error
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(StorageError, match="embedded null byte"):
+        write_atomic(tmp_path / "a\0", b"")
