@@ -10,6 +10,8 @@ and then one change there: the score is the share of drawn places where a change
 left out, for nothing evaluates them. A change is seen if a test of the files named in FILES turns red or
 finds no end; the rest of the suite is not asked.
 
+With FILEs only these are drawn, and the rows of the others stay: for a file whose source has changed.
+
 What survives stands in results/mutation.md with the reason from SURVIVORS. An equivalent change computes
 the same, so no test can see it and it is not counted; every other survivor is a law that is missing.
 """

@@ -198,7 +198,7 @@ def peak() -> int:
     """The most bytes of memory that this process has held; 0 where the system does not say."""
     try:
         import resource
-    except ImportError:  # Windows, or a browser
+    except ImportError:  # a browser
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -436,13 +436,13 @@ def sync_folder(path: Path) -> None:
 
 
 def lock(fd: int) -> bool:
-    """Lock an open file for this process, until it is closed; False where the system has no such locks.
+    """Lock an open file for this process, until it is closed; False in a browser, which has one process.
 
     BlockingIOError if another process holds it, OSError if its file system has no locks.
     """
     try:
         import fcntl
-    except ImportError:  # Windows, or a browser, where no process is beside this one
+    except ImportError:
         return False
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return True

@@ -1012,6 +1012,26 @@ def not_green(free: queue.SimpleQueue[Path], pool: ThreadPoolExecutor, tests: It
     return [f"test_{file}.py is not green without any mutant: {why}" for file, why in said.items() if why]
 
 
+def tried(
+    free: queue.SimpleQueue[Path], mutant: Mutant, asked_first: str | None = None
+) -> tuple[bool, str]:
+    """Whether a test is red with the mutant and green without it, and which one; else why not, if known.
+
+    `asked_first` is its witness, which is known to be green. If it does not see the mutant, all tests are
+    asked; that a test of theirs is green has not been looked at yet.
+    """
+    try:
+        mutated = mutant.file, apply(mutant, ROOT)[2]
+    except ValueError as e:
+        return False, str(e)
+    if asked_first and (result := attempt(free, asked_first, mutated))[0]:
+        return result
+    seen, said = attempt(free, mutant.tests, mutated)
+    if seen and asked_first and (red := attempt(free, witness(said))[1]):
+        return False, f"not green without it either: {red}"
+    return seen, said
+
+
 def main() -> int:
     """Try the mutants named on the command line, or all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -1025,27 +1045,14 @@ def main() -> int:
 
     os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
     with copies(given.jobs) as free, ThreadPoolExecutor(given.jobs) as pool:
-
-        def tried(mutant: Mutant) -> tuple[bool, str]:
-            """Whether the witness, or any test, is red with the mutant and green without it; which one."""
-            try:
-                mutated = mutant.file, apply(mutant, ROOT)[2]
-            except ValueError as e:
-                return False, str(e)
-            if mutant.name in known and (of_it := attempt(free, known[mutant.name], mutated))[0]:
-                return of_it
-            seen, said = attempt(free, mutant.tests, mutated)
-            if seen and mutant.name in known and (red := attempt(free, witness(said))[1]):
-                return False, f"not green without it either: {red}"
-            return seen, said
-
         start = time.monotonic()
         if red := not_green(free, pool, (known.get(m.name, m.tests) for m in chosen)):
             print(*red, sep="\n")
             return 1
         print(f"what is asked is green without any mutant, {time.monotonic() - start:.0f} s")
         caught = 0
-        for mutant, (seen, said) in zip(chosen, pool.map(tried, chosen), strict=True):
+        results = pool.map(lambda m: tried(free, m, known.get(m.name)), chosen)
+        for mutant, (seen, said) in zip(chosen, results, strict=True):
             caught += seen
             if seen:
                 known[mutant.name] = witness(said)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -321,6 +322,13 @@ def test_one_example_is_too_few(base, tmp_path):
         finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
 
 
+def test_the_peak_is_in_bytes():
+    """Between what is resident now, which the kernel counts in batches, and all that the machine has."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    assert resident / 2 < finetune.peak() < os.sysconf("SC_PHYS_PAGES") * page
+
+
 @given(text=st.text("ab\n", max_size=60), size=st.integers(1, 9))
 def test_a_long_text_is_cut_behind_its_lines(text, size):
     """A tokenizer sees whole lines; only a line longer than a piece is cut within."""
@@ -345,7 +353,6 @@ def test_one_example_is_held_out_at_least_and_never_more_than_asked(tokens, tmp_
 
 def test_two_examples_are_enough_to_train_and_to_measure(base, tmp_path):
     lines(tmp_path / "d.jsonl", [{"prompt": "1 is ", "completion": "odd"}, {"text": "2 is even"}])
-    assert (tmp_path / "a").exists() is False
     finetune.run(small(str(tmp_path / "d.jsonl"), base, steps=1, warmup=0), tmp_path / "a")
     assert (tmp_path / "a").exists()
 

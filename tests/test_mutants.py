@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from mutants import MUTANTS, ROOT, apply, witness, witnesses
+from mutants import MUTANTS, ROOT, Mutant, apply, copies, tried, witness, witnesses
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
@@ -29,3 +29,25 @@ def test_every_witness_is_a_test_that_its_mutant_names():
 
 def test_a_witness_is_the_test_without_its_case():
     assert witness("test_ops.py::test_back[3 of a::b.py::c]") == "ops::test_back"
+
+
+COUNTED = "shown::test_only_one_is_one"  # the one test of `counted`
+OTHER = "shown::test_a_page_says_what_it_is_given"
+TRIED = {  # (what is changed to what, the witness) -> whether it is seen, and by which test or why not
+    "a bug, by its witness": ("if n == 1 else", "if n < 2 else", COUNTED, True, "test_only_one_is_one"),
+    "a bug, by another test": ("if n == 1 else", "if n < 2 else", OTHER, True, "test_only_one_is_one"),
+    "a bug without a witness": ("if n == 1 else", "if n < 2 else", None, True, "test_only_one_is_one"),
+    "another sentence": ("A number and what is counted", "A number", COUNTED, False, ""),
+    "no program": ("if n == 1 else", "if n == 1", COUNTED, False, "SyntaxError"),
+    "no such place": ("if n == 7 else", "", COUNTED, False, "its old text stands 0 times"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", TRIED)
+def test_a_bug_is_caught_and_what_is_none_survives(what):
+    """So that a mutant is not called caught because something else is red."""
+    old, new, known, caught, by = TRIED[what]
+    with copies(1) as free:
+        seen, said = tried(free, Mutant("x", "shown.py", old, new, "shown"), known)
+    assert (seen, by in said) == (caught, True), said
