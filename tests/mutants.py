@@ -895,6 +895,9 @@ MUTANTS = (
     # ---- the fuzzers of bases: folders and GGUF files
     Mutant("gguf-rows-are-no-pairs", "gguf.py", "if heads and len(W) % (2 * heads):",
            "if heads and len(W) % heads:", "gguf"),
+    Mutant("missing-factors-of-the-first-module", "adapters.py",
+           "for m in dict.fromkeys(wanted_modules) if m not",
+           "for m in list(dict.fromkeys(wanted_modules))[1:] if m not", "reading"),
     Mutant("gguf-any-alignment", "gguf.py", " or align.bit_count() > 1", "", "gguf"),
     Mutant("merging-warns-of-overflow", "merging.py",
            "@quiet_overflow()  # of logits, which the report tells; what is written is looked at\n", "",

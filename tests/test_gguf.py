@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fuzz import composed, dissolved
 from helpers import same_bits
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
@@ -332,6 +332,9 @@ def test_numbers_that_are_not_finite_or_not_decoded_are_refused(path):
 
 @settings(max_examples=30)
 @given(align=st.integers(1, 100) | st.integers(0, 8).map(lambda power: 2**power))
+@example(align=2**20)  # at which a header of no bytes is a mebibyte
+@example(align=2**31)
+@example(align=0)
 def test_tensors_lie_at_multiples_of_a_power_of_two(align, tmp_path_factory):
     """As in llama.cpp, which refuses any other alignment."""
     path = tmp_path_factory.mktemp("align") / "m.gguf"
@@ -339,7 +342,7 @@ def test_tensors_lie_at_multiples_of_a_power_of_two(align, tmp_path_factory):
     values, tensors = dissolved(path.read_bytes())
     path.unlink()
     path.write_bytes(composed([*values, ["general.alignment", 4, align]], tensors))
-    if align & (align - 1):
+    if align & (align - 1) or not 0 < align < 2**20:
         refused(path, FormatError, f"general.alignment is {align}; expected a power of two")
     else:
         ours.header.cache_clear()

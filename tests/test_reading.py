@@ -246,6 +246,19 @@ def test_a_target_of_which_only_a_bias_was_there_is_none_once_that_is_left_aside
     )
 
 
+MODULES_OF_GOOD = sorted(open_adapter(GOOD).pairs)
+
+
+@pytest.mark.parametrize("gone", [*MODULES_OF_GOOD, MODULES_OF_GOOD[:1] + MODULES_OF_GOOD[-1:]], ids=str)
+def test_whichever_modules_are_missing_is_said_beside_a_base(gone, tmp_path):
+    gone = [gone] if isinstance(gone, str) else gone
+    keys = [key for key in load_file(GOOD / WEIGHTS) if any(f".{module}." in key for module in gone)]
+    assert len(keys) == 2 * len(gone)
+    what = f"{len(gone)} module{'s' if gone[1:] else ''} of the config, the first {gone[0]}"
+    with pytest.raises(MismatchError, match=f"has no factors for {re.escape(what)}"):
+        load_adapter(load(BASE), changed(tmp_path / "a", gone=keys))
+
+
 def test_a_pattern_of_targets_is_left_to_who_loads(tmp_path):
     """inspect and compress never run it, be it ever so odd; what is compressed says the modules' names."""
     for i, (pattern, error) in enumerate(
