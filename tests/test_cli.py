@@ -443,6 +443,16 @@ def test_two_steps_of_pretraining_give_a_model_that_loads(tmp_path, texts, main,
     assert sorted(os.listdir(tmp_path)) == ["cache", "m"]
 
 
+def test_the_default_recipe_is_that_of_the_model_that_ships():
+    """As its config and its card say; and its size, and how much text it has seen."""
+    usual = vars(Recipe())
+    assert read_json(BASE / "config.json")["minilora"]["recipe"] == usual
+    card = (BASE / "README.md").read_text(encoding="utf-8")
+    assert f"`{json.dumps(usual)}`" in card
+    assert f"| characters seen | {usual['steps'] * usual['batch'] * pretrain.LENGTH:,} |" in card
+    assert f"Llama with {minilora.lora.size(load()):,} parameters" in card
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_pretraining_never_replaces_what_is_there(kind, tmp_path, texts, main, capsys):
     out = tmp_path / "m"
