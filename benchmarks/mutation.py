@@ -167,7 +167,8 @@ def table(rows: list[dict[str, Any]], seed: int) -> list[str]:
     """The scores by file, and what survived, as markdown."""
     lines = [
         "# Which small changes the tests see", "",
-        f"Drawn by `python benchmarks/mutation.py --seed {seed}`, which says how.", "",
+        f"Drawn by `python benchmarks/mutation.py --seed {seed}`, which says how. A file whose source has "
+        "changed was drawn again; the laws that its first draw led to were there already.", "",
         "| file | places | drawn | equivalent | seen | share |", "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     names = list(dict.fromkeys(row["file"] for row in rows))

@@ -57,6 +57,26 @@ def test_a_difference_beyond_the_bound_is_seen(precision, monkeypatch):
     assert gpu.worst(cpu, cpu, exact, precision) == 0
 
 
+def test_the_score_of_the_small_changes_is_that_of_its_rows_and_each_survivor_has_a_reason():
+    """And nine of ten changes that are not equivalent are seen."""
+    results = ROOT / "benchmarks/results"
+    rows = json.loads((results / "mutation.json").read_text())["rows"]
+    reasons = json.loads((results / "mutation_survivors.json").read_text())
+    lines = (results / "mutation.md").read_text(encoding="utf-8").splitlines()
+    for name in [*dict.fromkeys(row["file"] for row in rows), "all"]:
+        some = [row for row in rows if name in (row["file"], "all")]
+        equal, seen = (sum(row["outcome"] == what for row in some) for what in ("equivalent", "seen"))
+        places = sum({row["file"]: row["places"] for row in some}.values())
+        share = seen / (len(some) - equal)
+        assert f"| {name} | {places} | {len(some)} | {equal} | {seen} | {share:.0%} |" in lines
+    assert share >= 0.9
+    left = [row for row in rows if row["outcome"] != "seen"]
+    assert all(row["reason"] for row in left)
+    given = {(file, change): why for file, some in reasons.items() for change, why in some.items()}
+    of = {(row["file"], f"{row['old']} -> {row['new']}"): row for row in left}
+    assert given == {key: [row["outcome"] == "equivalent", row["reason"]] for key, row in of.items()}
+
+
 def test_the_table_of_what_is_kept_is_that_of_the_code(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import kept
