@@ -144,9 +144,10 @@ class Inspection:
         at99 = sum(m.ranks.at99 for m in self.modules)
         effective, noise = (math.fsum(x) for x in zip(*((m.ranks.effective, m.noise.effective)
                             for m in self.modules), strict=True))  # fmt: skip
+        what = counted(len(self.modules), "module", "modules")
         return (
-            f"{self.adapter}: {len(self.modules)} modules, {self.parameters:,} parameters, "
-            f"|ΔW| {self.norm:.4g}; of {r} ranks {effective:.0f} are effective (noise: {noise:.0f}), {at99} "
+            f"{self.adapter}: {what}, {self.parameters:,} parameters, |ΔW| {self.norm:.4g}; "
+            f"of {r} ranks {effective:.0f} are effective (noise: {noise:.0f}), {at99} "
             f"hold 99 % of each module's energy, in {self.needed / self.parameters:.0%} of the parameters"
         )
 

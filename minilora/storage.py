@@ -450,13 +450,17 @@ def lock(fd: int) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
-    """Hold `folder` (made if missing, no link) for this process; LockedError if another one holds it."""
+    """Hold `folder` (made if missing, no link) for this process; LockedError if another one holds it.
+
+    In a browser, which has no locks, nobody else can be at it.
+    """
     folder = Path(folder)
     with named_errors(folder, "cannot be used"):
         folder.mkdir(parents=True, exist_ok=True)
         here = os.open(folder, FOLDER | NOFOLLOW)
         try:
-            fd = os.open(".lock", os.O_CREAT | os.O_RDWR | SAFE, 0o644, dir_fd=here)
+            with named_errors(folder / ".lock", "cannot be used"):
+                fd = os.open(".lock", os.O_CREAT | os.O_RDWR | SAFE, 0o644, dir_fd=here)
         finally:
             os.close(here)
     try:
