@@ -20,7 +20,7 @@ from typing import Any
 from common import write
 
 import minilora as ml
-from minilora import data
+from minilora.data import corpora
 from minilora.experiments.rank_sweep import Plan, Row, Stock, Store, Workers, fingerprint, grid, read_rows
 from minilora.layers import named_params
 
@@ -35,7 +35,7 @@ def round_trips(run: Any, stock: Stock, count: int = 200) -> float:
     """Median milliseconds of one call, one after the other."""
     import distributed
 
-    from minilora.cluster import Cluster
+    from minilora.experiments.cluster import Cluster
 
     place = {"n_workers": 1, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     with (
@@ -70,7 +70,7 @@ def keeping(plan: Plan, stock: Stock, rows: list[Row], count: int = 1000) -> flo
 def main() -> None:
     """Count, time, print and write."""
     plan = Plan()
-    texts = {target: data.corpus_or_fallback(target) for target in plan.targets}
+    texts = {target: corpora.corpus_or_fallback(target) for target in plan.targets}
     stock = Stock(ml.load(), texts)
     run = grid(plan, texts)[-1]
     rows = read_rows(ROWS)

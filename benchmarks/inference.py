@@ -182,7 +182,7 @@ def measure(chosen: list[int], cores: list[int]) -> list[dict[str, Any]]:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """results/inference.png and .svg."""
-    from minilora.plots import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
+    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
 
     @styled
     def picture() -> Picture:

@@ -15,7 +15,7 @@ import numpy as np
 from common import RESULTS, SIZES, write
 
 import minilora as ml
-from minilora.lanes import PART
+from minilora.fast.parallel import PART
 from minilora.lora import holding, low_ranks
 from minilora.ops import saved
 

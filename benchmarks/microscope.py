@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.adapter_config import peft_config
-from minilora.adapters import PREFIX, write_adapter
+from minilora.peft.config import peft_config
+from minilora.peft.folder import PREFIX, write_adapter
 from minilora.spectra import thin_values
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,7 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import adapters, files, microscope, model
+from minilora import model
+from minilora.analysis import inspect
+from minilora.formats import huggingface
+from minilora.peft import folder
 
 RESULTS = Path(__file__).parent / "results"
 PARAGRAPH = (
@@ -53,8 +56,8 @@ def sample(llama, words, temperature, seed):
 
 def draw(adapter):
     """The adapter under the microscope, beside its base: smollm2_heat_map and smollm2_spectra."""
-    seen = microscope.inspect(adapter, "smollm2")
-    for name, picture in microscope.pictures(seen).items():
+    seen = inspect.inspect(adapter, "smollm2")
+    for name, picture in inspect.pictures(seen).items():
         picture.save(RESULTS, f"smollm2_{name}")
     looked_at = sum(len(m.base.cosines) for m in seen.modules)
     return {
@@ -98,11 +101,11 @@ def main():
             [int(a), float(b)] for a, b in re.findall(r"step (\d+): held-out loss ([\d.]+)", done.stderr)
         ],
     }
-    llama = files.load("smollm2")
-    words = files.tokenizer_of(files.checkpoint("smollm2"))
+    llama = huggingface.load("smollm2")
+    words = huggingface.tokenizer_of(huggingface.checkpoint("smollm2"))
     for state in ("before", "after"):
         if state == "after":
-            print(adapters.load_adapter(llama, options.out))
+            print(folder.load_adapter(llama, options.out))
         value, tokens = perplexity(llama, words)
         found[state] = {
             "perplexity": value,

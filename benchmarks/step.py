@@ -33,8 +33,8 @@ import numpy as np
 from common import RESULTS, SIZES, Contestant, alternate, answer, named, ratio, threads, write
 
 import minilora as ml
-from minilora import lanes as room
 from minilora.backend import Array, floats, keep_memory, to_device, xp
+from minilora.fast import parallel as room
 from minilora.optim import squared_norm
 
 ROUNDS = {64: 40, 128: 15, 256: 7, 512: 5}
@@ -226,7 +226,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """results/step.png and .svg."""
-    from minilora.plots import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
+    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
 
     @styled
     def picture() -> Picture:

@@ -29,20 +29,20 @@ try:
     )
     from .model import Config, Llama, generate, llama
     from .optim import AdamW, Schedule, lora_plus
-    from .train import evaluate, train
+    from .training import evaluate, train
 except KeyboardInterrupt:  # Ctrl-C while the command line starts: no traceback
     if Path(sys.argv[0]).stem in ("minilora", "-m"):
         sys.exit(130)
     raise
 
 if TYPE_CHECKING:
-    from .adapters import load_adapter, open_adapter, save_adapter
-    from .compose import compress, extract
-    from .data import batches, corpus, decode, encode, eval_batches
-    from .files import checkpoint, load, save_model
-    from .merging import merge_checkpoint
-    from .microscope import inspect
-    from .sizes import count, modules
+    from .analysis.count import count, modules
+    from .analysis.inspect import inspect
+    from .compose.export import merge_checkpoint
+    from .compose.truncate import compress, extract
+    from .data.corpora import batches, corpus, decode, encode, eval_batches
+    from .formats.huggingface import checkpoint, load, save_model
+    from .peft.folder import load_adapter, open_adapter, save_adapter
     from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
 
 __version__ = "0.1.0"
@@ -57,14 +57,14 @@ __all__ = [
 ]  # fmt: skip
 
 LATER = {  # imported when first asked for
-    "adapters": ("load_adapter", "open_adapter", "save_adapter"),
-    "compose": ("compress", "extract"),
-    "data": ("batches", "corpus", "decode", "encode", "eval_batches"),
-    "files": ("checkpoint", "load", "save_model"),
+    "analysis.count": ("count", "modules"),
+    "analysis.inspect": ("inspect",),
+    "compose.export": ("merge_checkpoint",),
+    "compose.truncate": ("compress", "extract"),
+    "data.corpora": ("batches", "corpus", "decode", "encode", "eval_batches"),
     "finetune": (),
-    "merging": ("merge_checkpoint",),
-    "microscope": ("inspect",),
-    "sizes": ("count", "modules"),
+    "formats.huggingface": ("checkpoint", "load", "save_model"),
+    "peft.folder": ("load_adapter", "open_adapter", "save_adapter"),
     "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
 }
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .backend import cores
 from .errors import ConfigError, MiniloraError
-from .shown import plain
+from .table import plain
 
 Options = argparse.Namespace
 
@@ -151,16 +151,19 @@ def told_apart(options: Options) -> None:
     targets = [target for target in given.get("target") or () if os.path.exists(target)]
     if not here and not targets:
         return
-    from . import data, files, finetune, sizes
+    from . import finetune
+    from .analysis import count
+    from .data import corpora
+    from .formats import huggingface
 
     known = {
-        "base": files.NAMES,
-        "tuned": files.NAMES,
+        "base": huggingface.NAMES,
+        "tuned": huggingface.NAMES,
         "data": finetune.CORPORA,
-        "model": (*sizes.LLAMAS, *sizes.PAPER),
+        "model": (*count.LLAMAS, *count.PAPER),
     }
     shadowed = [given[key] for key in here if given[key] in known[key]] + [
-        t for t in targets if data.built_in(t)
+        t for t in targets if corpora.built_in(t)
     ]
     for name in sorted(shadowed):
         print(f"minilora: {name} is built in; what is called so in this folder is ./{name}", file=sys.stderr)
@@ -331,7 +334,7 @@ def sweep(options: Options) -> int:
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """Write all figures of a sweep, and the report."""
     from .experiments import rank_sweep
-    from .storage import write_atomic
+    from .formats.atomic import write_atomic
 
     pictures = rank_sweep.pictures(rows)
     for name, picture in pictures.items():
@@ -341,9 +344,9 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 def figures(options: Options) -> int:
     """Draw what a sweep found, and the merge experiment, into a folder."""
-    from . import plots
+    from .analysis import plotting
     from .experiments import merge_equivalence, rank_sweep
-    from .storage import make_folder, named, write_atomic
+    from .formats.atomic import make_folder, named, write_atomic
 
     rows = rank_sweep.read_rows(named(options.rows))
     if not rows:
@@ -351,10 +354,10 @@ def figures(options: Options) -> int:
     make_folder(options.out)
     draw(rows, options.out)
     merged = merge_equivalence.run()
-    plots.merge_equivalence(merged).save(options.out, "merge_equivalence")
+    plotting.merge_equivalence(merged).save(options.out, "merge_equivalence")
     write_atomic(options.out / "rows.jsonl", b"".join(rank_sweep.sealed(row) for row in rows))
     write_atomic(options.out / "merge_equivalence.json", (json.dumps(merged, indent=1) + "\n").encode())
-    write_atomic(options.out / "MANIFEST.json", (json.dumps(plots.made_with(), indent=1) + "\n").encode())
+    write_atomic(options.out / "MANIFEST.json", (json.dumps(plotting.made_with(), indent=1) + "\n").encode())
     print(plain(f"figures: {options.out}"))
     return 0
 
@@ -377,9 +380,10 @@ def pretrain(options: Options) -> int:
 
 def fetch(options: Options) -> int:
     """Fetch the texts or the model and say where they are."""
-    from . import data, files
+    from .data import corpora
+    from .formats import huggingface
 
-    print(plain(str(files.smollm2() if options.what == "smollm2" else data.fetch())))
+    print(plain(str(huggingface.smollm2() if options.what == "smollm2" else corpora.fetch_texts())))
     return 0
 
 
@@ -428,16 +432,18 @@ def generate(options: Options) -> int:
     """Print a continuation as it comes."""
     import numpy as np
 
-    from . import adapters, files, lora, model, tokenizer
+    from . import lora, model
+    from .formats import huggingface, tokenizer
+    from .peft import folder
 
     if options.merged and not options.adapter:
         raise ConfigError("--merged is for an adapter; expected --adapter DIR")
-    given = files.checkpoint(options.base)
-    words = files.tokenizer_of(given)
+    given = huggingface.checkpoint(options.base)
+    words = huggingface.tokenizer_of(given)
     ids = words.begun(words.encode(options.prompt))[None, :]
-    llama = files.assemble(given)
+    llama = huggingface.assemble(given)
     if options.adapter:
-        print(adapters.load_adapter(llama, options.adapter), file=sys.stderr)
+        print(folder.load_adapter(llama, options.adapter), file=sys.stderr)
         if options.merged:
             lora.merge(llama)
     room = given.config.max_position_embeddings - ids.shape[1]
@@ -454,17 +460,17 @@ def generate(options: Options) -> int:
 
 def inspect(options: Options) -> int:
     """Print what an adapter does; with --out draw it, too."""
-    from . import microscope
-    from .storage import make_folder, write_atomic
+    from .analysis import inspect
+    from .formats.atomic import make_folder, write_atomic
 
     with bar("modules") as line:
-        seen = microscope.inspect(options.adapter, options.base, options.against, progress=line)
+        seen = inspect.inspect(options.adapter, options.base, options.against, progress=line)
     if options.out:
         make_folder(options.out)
-        drawn = microscope.pictures(seen)
+        drawn = inspect.pictures(seen)
         for name, picture in drawn.items():
             picture.save(options.out, name)
-        write_atomic(options.out / "report.html", microscope.report_page(seen, drawn).encode())
+        write_atomic(options.out / "report.html", inspect.report_page(seen, drawn).encode())
     show(options, seen)
     if options.out and not options.json:
         print(plain(f"figures and report: {options.out / 'report.html'}"))
@@ -473,42 +479,42 @@ def inspect(options: Options) -> int:
 
 def compress(options: Options) -> int:
     """Write a smaller adapter."""
-    from . import compose
+    from .compose import truncate
 
     how = {name: getattr(options, name) for name in ("rank", "energy", "per_module", "overwrite")}
-    return show(options, compose.compress(options.adapter, options.out, **how))
+    return show(options, truncate.compress(options.adapter, options.out, **how))
 
 
 def extract(options: Options) -> int:
     """Write the LoRA between two checkpoints."""
-    from . import compose
+    from .compose import truncate
 
     how = {name: getattr(options, name) for name in ("rank", "energy", "per_module", "overwrite")}
     with bar("tensors") as line:
-        found = compose.extract(options.base, options.tuned, options.out, **how, progress=line)
+        found = truncate.extract(options.base, options.tuned, options.out, **how, progress=line)
     return show(options, found)
 
 
 def merge(options: Options) -> int:
     """Write a merged checkpoint."""
-    from . import merging
+    from .compose import export
 
     how = {"dtype": options.dtype, "force": options.force}
-    return show(options, merging.merge_checkpoint(options.base, options.adapter, options.out, **how))
+    return show(options, export.merge_checkpoint(options.base, options.adapter, options.out, **how))
 
 
 def params(options: Options) -> int:
     """Count."""
-    from . import sizes
+    from .analysis import count
 
-    return show(options, sizes.count(options.model, options.rank, target_spec(options.targets), options.dora))
+    return show(options, count.count(options.model, options.rank, target_spec(options.targets), options.dora))
 
 
 def modules(options: Options) -> int:
     """List the modules."""
-    from . import sizes
+    from .analysis import count
 
-    return show(options, sizes.modules(options.base, target_spec(options.targets)))
+    return show(options, count.modules(options.base, target_spec(options.targets)))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from .shown import plain
+from .table import plain
 
 
 class MiniloraError(Exception):

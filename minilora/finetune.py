@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from . import data
-from .adapters import save_adapter
+from .data import corpora
 from .errors import (
     ConfigError,
     FormatError,
@@ -35,19 +34,20 @@ from .errors import (
     nearest,
     short,
 )
-from .files import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
+from .formats.atomic import check_free, exists
+from .formats.huggingface import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
+from .formats.safetensors import unique
+from .formats.tokenizer import Tokenizer
 from .layers import freeze, trained, unfreeze
 from .lora import LoraConfig, inject
 from .ops import IGNORE
 from .optim import AdamW, Schedule
-from .shown import plain, printed
-from .storage import check_free, exists
-from .tensors import unique
-from .tokenizer import Tokenizer
-from .train import evaluate, tidy, train, workshop
+from .peft.folder import save_adapter
+from .table import plain, printed
+from .training import evaluate, tidy, train, workshop
 
 Batch = tuple[np.ndarray, np.ndarray]
-CORPORA = (*data.MANIFEST, data.STDLIB)  # what --data takes by name
+CORPORA = (*corpora.MANIFEST, corpora.STDLIB)  # what --data takes by name
 METHODS = ("lora", "dora", "full")
 RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}  # LoRA's best rate is about ten times that of the whole
 HELD_OUT = 0.05  # of the user's text or examples, from the end
@@ -222,12 +222,12 @@ def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Genera
         if not exists(recipe.data):
             near = nearest(recipe.data, CORPORA)
             raise InputError(f"data is {short(recipe.data)}; expected a path or a name; {near}")
-        if data.source(Path(recipe.data))[0]:
+        if corpora.source(Path(recipe.data))[0]:
             return of_examples(recipe, words, length, rng, rows)
     ids, held_ids = (encoded(recipe.data, text, words) for text in texts(recipe.data))
-    batches = data.eval_batches(held_ids, rows, length, recipe.eval_tokens)
-    digest = data.sha256(ids.tobytes() + held_ids.tobytes())
-    return Text(data.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
+    batches = corpora.eval_batches(held_ids, rows, length, recipe.eval_tokens)
+    digest = corpora.sha256(ids.tobytes() + held_ids.tobytes())
+    return Text(corpora.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
 
 
 def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Generator, rows: int) -> Text:
@@ -240,7 +240,7 @@ def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Ge
     n = max(1, int(len(found) * HELD_OUT))
     held = found[-n:][: max(1, recipe.eval_tokens // length)]
     batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]
-    digest = data.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
+    digest = corpora.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
     return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
 
 
@@ -248,7 +248,7 @@ def encoded(where: str, text: str, words: Tokenizer) -> np.ndarray:
     """The ids (T,) of a whole text, which begins one sequence; InputError if too much of it is lost."""
     parts = [words.learn(piece) for piece in pieces(text)]
     ids = words.begun(np.concatenate([ids for ids, _ in parts]))
-    data.check_lost(where, sum(lost for _, lost in parts), len(ids))
+    corpora.check_lost(where, sum(lost for _, lost in parts), len(ids))
     return ids
 
 
@@ -270,9 +270,9 @@ def per_token(batches: Sequence[Batch], words: Tokenizer) -> float:
 def texts(spec: str) -> tuple[str, str]:
     """The text to train on and the one held out: a built-in corpus's, or the user's, cut near its end."""
     if spec in CORPORA:
-        corpus = data.corpus(spec)
-        return data.decode(corpus.train), data.decode(corpus.test)
-    text = data.own_text(Path(spec))
+        corpus = corpora.corpus(spec)
+        return corpora.decode(corpus.train), corpora.decode(corpus.test)
+    text = corpora.own_text(Path(spec))
     cut = int(len(text) * (1 - HELD_OUT))
     return text[:cut], text[cut:]
 
@@ -290,7 +290,7 @@ def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
     rows: list[Example] = []
     bad: list[tuple[str, MiniloraError]] = []
     lost = 0
-    for where, row in (entry for file in data.source(path)[1] for entry in entries(file)):
+    for where, row in (entry for file in corpora.source(path)[1] for entry in entries(file)):
         try:
             parts = [words.learn(text) for text in strings(row())]
             rows.append(example([ids for ids, _ in parts], words, length))
@@ -303,13 +303,13 @@ def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
         count = ", ".join(f"{n} x {kind}" for kind, n in kinds[:3]) + ", ..." * (len(kinds) > 3)
         whole = len(rows) + len(bad)
         raise type(first)(f"{where}: {first}; of {whole} examples {len(bad)} cannot be used ({count})")
-    data.check_lost(path, lost, sum(len(ids) for ids, _ in rows))
+    corpora.check_lost(path, lost, sum(len(ids) for ids, _ in rows))
     return rows
 
 
 def entries(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Where each example of a file stands, a line or an item of the array, and what reads it there."""
-    text = data.text_of(path)
+    text = corpora.text_of(path)
     if path.suffix.lower() != ".json":
         for number, line in enumerate(text.split("\n"), 1):  # nowhere else: U+2028 may stand in a string
             if line.strip():

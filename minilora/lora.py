@@ -38,7 +38,7 @@ from .errors import (
 )
 from .layers import Dropout, Embedding, Linear, Param, Wanted, children, freeze, named_params, replace
 from .ops import Back, rows
-from .shown import printed
+from .table import printed
 
 
 @dataclass(eq=False)

@@ -75,9 +75,7 @@ def cells(text):
 
 def notebook(name, claims=False):
     """The lesson without outputs; with its claims, if they are to be executed."""
-    text, first = (
-        (HERE / "src" / f"{file}.py").read_text(encoding="utf-8") for file in (name, "first")
-    )
+    text, first = ((HERE / "src" / f"{file}.py").read_text(encoding="utf-8") for file in (name, "first"))
     about = {"matplotlib": matplotlib.__version__, "source": sha256((text + first).encode()).hexdigest()}
     nb = v4.new_notebook(metadata={"kernelspec": KERNEL, "minilora": about})
     if claims:
@@ -194,11 +192,12 @@ def written(nb):
 
 def lacking(nbs):
     """The tags whose cells need what cannot be had; the rest is fetched now, and no lesson speaks of it."""
-    from minilora import data, files
+    from minilora.data import corpora
     from minilora.errors import StorageError
+    from minilora.formats import huggingface
 
     used = {tag for nb in nbs for cell in nb.cells for tag in tags_of(cell)}
-    for tag, fetch in (("corpus", lambda: data.corpus("folio")), ("smollm2", files.smollm2)):
+    for tag, fetch in (("corpus", lambda: corpora.corpus("folio")), ("smollm2", huggingface.smollm2)):
         try:
             if tag in used:
                 fetch()

@@ -10,7 +10,7 @@ import re
 import numpy as np
 from safetensors.numpy import save_file
 
-from minilora.tensors import open_tensors
+from minilora.formats.safetensors import open_tensors
 
 U32, U64 = 2.0**-24, 2.0**-53
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

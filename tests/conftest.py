@@ -17,7 +17,7 @@ settings.register_profile("few", settings.get_profile("ci"), max_examples=5)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-CORE = {f"test_{name}.py" for name in ("ops", "layers", "model", "lora", "optim", "merging")}
+CORE = {f"test_{name}.py" for name in ("ops", "layers", "model", "lora", "optim", "export")}
 
 
 def pytest_collection_modifyitems(items):

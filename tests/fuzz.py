@@ -38,32 +38,21 @@ from peft_cases import FIXED, FIXTURES, slug
 from safetensors import deserialize
 from safetensors.numpy import load, save
 
-from minilora import (
-    adapter_config,
-    adapters,
-    compose,
-    data,
-    errors,
-    files,
-    finetune,
-    forms,
-    gguf,
-    merging,
-    microscope,
-    optim,
-    sizes,
-    storage,
-    tensors,
-    tokenizer,
-)
-from minilora.adapters import CONFIG, WEIGHTS
+from minilora import errors, finetune, optim
+from minilora.analysis import count
+from minilora.analysis import inspect as microscope
 from minilora.backend import to_host
+from minilora.compose import export, truncate
+from minilora.data import corpora
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.experiments import rank_sweep, rows
+from minilora.formats import atomic, forms, gguf, huggingface, safetensors, tokenizer
 from minilora.layers import digest, named_params
 from minilora.lora import Adapted, merge, remove, sites, unmerge
-from minilora.train import save_checkpoint
-from minilora.train import sealed as seal_of_checkpoint
+from minilora.peft import config, folder
+from minilora.peft.folder import CONFIG, WEIGHTS
+from minilora.training import save_checkpoint
+from minilora.training import sealed as seal_of_checkpoint
 
 BASES = [slug(base) for base in dict.fromkeys(base for base, _ in FIXED)]
 NUMBERS = (0, 1, -1, 2, 3, 7, 8, 12, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, math.nan, math.inf)
@@ -161,20 +150,20 @@ class Readers:
 class Adapters(Readers):
     """A config and a file of tensors beside a base."""
 
-    modules = (adapter_config, adapters, errors, files, storage, tensors)
+    modules = (config, folder, errors, huggingface, atomic, safetensors)
 
     def __init__(self, folder):
         super().__init__(folder)
-        self.models = [files.load(FIXTURES / "bases" / base) for base in BASES]
-        self.prints = [adapters.base_print(model) for model in self.models]
+        self.models = [huggingface.load(FIXTURES / "bases" / base) for base in BASES]
+        self.prints = [folder.base_print(model) for model in self.models]
 
     def read(self, data):
         base, config, weights = split(data)
         (self.folder / CONFIG).write_bytes(config)
         (self.folder / WEIGHTS).write_bytes(weights)
         self.done(self.tensors)
-        self.done(adapter_config.read_settings, self.folder / CONFIG)
-        if not self.done(adapters.open_adapter, self.folder):
+        self.done(config.read_settings, self.folder / CONFIG)
+        if not self.done(folder.open_adapter, self.folder):
             return False
         if self.inputs % 10 == 0:  # it takes longer than all the rest
             self.done(self.looked_at)
@@ -184,12 +173,12 @@ class Adapters(Readers):
         """What is said is printable, and what is compressed has nothing left to be doubted."""
         said = str(microscope.inspect(self.folder))
         assert all(line.isprintable() for line in said.splitlines()), ascii(said)
-        compose.compress(self.folder, self.out, rank=1, overwrite=True)
-        assert not adapters.open_adapter(self.out).doubts
+        truncate.compress(self.folder, self.out, rank=1, overwrite=True)
+        assert not folder.open_adapter(self.out).doubts
 
     def tensors(self):
         """Every tensor of the file is what its header says."""
-        found = tensors.open_tensors(self.folder / WEIGHTS)
+        found = safetensors.open_tensors(self.folder / WEIGHTS)
         for name in found:
             assert found[name].shape == found.shapes[name]
 
@@ -197,7 +186,7 @@ class Adapters(Readers):
         """Load beside a base, of which no bit and no adapter is left after it or after a refusal."""
         model = deepcopy(self.models[base])
         try:
-            said = str(adapters.load_adapter(model, self.folder))
+            said = str(folder.load_adapter(model, self.folder))
             assert all(line.isprintable() for line in said.splitlines()), ascii(said)
             with contextlib.suppress(NonFiniteError):
                 merge(model)
@@ -205,7 +194,7 @@ class Adapters(Readers):
             remove(model, "default")
         finally:
             assert not any(isinstance(layer, Adapted) for _, layer in sites(model))
-            assert adapters.base_print(model) == self.prints[base]
+            assert folder.base_print(model) == self.prints[base]
 
     def corpus(self):
         """The fixtures as inputs."""
@@ -221,7 +210,7 @@ class Adapters(Readers):
 class Examples(Readers):
     """A file of JSON lines or a JSON array: every example that is accepted is one of those that lie in it."""
 
-    modules = (data, errors, finetune)
+    modules = (corpora, errors, finetune)
 
     def read(self, raw):
         kind, raw = raw[:1], raw[1:]
@@ -230,7 +219,7 @@ class Examples(Readers):
         return self.done(self.whole, path, raw)
 
     def whole(self, path, raw):
-        words = tokenizer.Tokenizer(data.encode, data.decode, frozenset({10}), fold=True)
+        words = tokenizer.Tokenizer(corpora.encode, corpora.decode, frozenset({10}), fold=True)
         found = finetune.examples(path, words, LENGTH)
         text = raw.decode().removeprefix("\ufeff")
         lines = [line for line in text.split("\n") if line.strip()]
@@ -239,7 +228,7 @@ class Examples(Readers):
         for (ids, start), row in zip(found, rows, strict=True):
             assert 1 <= start < len(ids) <= LENGTH + 1
             whole = row["text"] if "text" in row else row["prompt"] + row["completion"]
-            assert (data.fold(whole) + "\n").endswith(data.decode(ids)[-len(whole) - 1 :])
+            assert (corpora.fold(whole) + "\n").endswith(corpora.decode(ids)[-len(whole) - 1 :])
         if found:
             labels = finetune.padded(found)[1]
             assert (labels >= 0).sum() == sum(len(ids) - start for ids, start in found)
@@ -350,7 +339,7 @@ class Checkpoints(Readers):
 class Bases(Readers):
     """The folder of a base, its config and its tensors in one file or several."""
 
-    modules = (errors, files, sizes, storage, tensors)
+    modules = (errors, huggingface, count, atomic, safetensors)
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -381,7 +370,7 @@ class Bases(Readers):
 
     def counted(self):
         """Modules and parameters agree, of any architecture whose names and shapes are known."""
-        tree, counts = sizes.modules(self.where), sizes.count(self.where, 1, [*sizes.ATTENTION, *sizes.MLP])
+        tree, counts = count.modules(self.where), count.count(self.where, 1, [*count.ATTENTION, *count.MLP])
         maps = [row for row in tree.rows if row.layer == "Linear" and row.module != "lm_head"]
         assert counts.parameters == sum(sum(row.shape) for row in maps)
         for said in (tree, counts):
@@ -389,23 +378,23 @@ class Bases(Readers):
 
     def tensors(self):
         """Every tensor of whatever architecture has the shape that is said."""
-        weights = files.weights(self.where)
+        weights = huggingface.weights(self.where)
         for name in weights:
             assert weights[name].shape == weights.shapes[name]
 
     def loaded(self):
         """A model has the numbers of the file and of no other, counts them right, and is saved as it is."""
-        base = files.checkpoint(self.where)
+        base = huggingface.checkpoint(self.where)
         for dtype in (np.float64, np.float32):
-            model = files.assemble(base, dtype)
+            model = huggingface.assemble(base, dtype)
             ours, theirs = arrays(model), self.theirs(base.tensors.keys())
             assert same_bits({name: a.astype(dtype) for name, a in theirs.items()}, ours)
-        files.save_model(model, self.out, "", overwrite=True)
-        again = files.load(self.out)
+        huggingface.save_model(model, self.out, "", overwrite=True)
+        again = huggingface.load(self.out)
         assert again.config == model.config == base.config
         assert same_bits(arrays(again), ours)
         shapes = {name: a.shape for name, a in ours.items()}
-        tree, counts = sizes.modules(self.where), sizes.count(self.where, 1)
+        tree, counts = count.modules(self.where), count.count(self.where, 1)
         tied = tree.tied * ["lm_head"]
         weights = {f"{row.module}.weight": row.shape for row in tree.rows if row.module not in tied}
         assert weights == {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
@@ -423,7 +412,7 @@ class Bases(Readers):
         for name, entry in (pair for raw in raws for pair in deserialize(raw)):
             if name not in names:
                 tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
-                assert tied or files.is_buffer(name, tuple(entry["shape"])), name
+                assert tied or huggingface.is_buffer(name, tuple(entry["shape"])), name
             elif entry["dtype"] == "BF16":
                 upper = np.frombuffer(entry["data"], "<u2").astype(np.uint32)
                 found[name] = (upper << 16).view(np.float32).reshape(entry["shape"])
@@ -433,22 +422,22 @@ class Bases(Readers):
 
     def told(self, base):
         """A tokenizer gives ids of the vocabulary."""
-        words = files.tokenizer_of(base)
+        words = huggingface.tokenizer_of(base)
         ids = words.encode("the 12th thing")
         assert all(0 <= i < base.config.vocab_size for i in [*ids, *words.start])
         words.decode(ids)
 
     def merged(self):
         """A merged base has what is not adapted as it was, up to the rounding of what it is stored as."""
-        storage.remove_tree(self.out)
-        report = merging.merge_checkpoint(self.where, self.adapter, self.out)
+        atomic.remove_tree(self.out)
+        report = export.merge_checkpoint(self.where, self.adapter, self.out)
         assert all(line.isprintable() for line in str(report).splitlines()), ascii(str(report))
-        before, after = (files.checkpoint(where).tensors for where in (self.where, self.out))
+        before, after = (huggingface.checkpoint(where).tensors for where in (self.where, self.out))
         same = [name for name in before if not name.endswith(("q_proj.weight", "v_proj.weight"))]
         assert before.keys() == after.keys()
-        want = {name: tensors.stored(before[name], report.dtype) for name in same}
+        want = {name: safetensors.stored(before[name], report.dtype) for name in same}
         assert same_bits({name: after[name] for name in same}, want)
-        for name, content in files.beside(self.where).items():
+        for name, content in huggingface.beside(self.where).items():
             assert (self.out / name).read_bytes() == content
 
     def corpus(self):
@@ -460,7 +449,7 @@ class Bases(Readers):
         yield joined(found | {"tokenizer.json": words, "generation_config.json": b'{"eos_token_id": 2}'})
         qwen = json.loads(found["config.json"]) | {"model_type": "qwen3"}
         yield joined(found | {"config.json": json.dumps(qwen).encode()})
-        files.save_model(tiny(0, np.float64, num_hidden_layers=1)[0], self.out, "")
+        huggingface.save_model(tiny(0, np.float64, num_hidden_layers=1)[0], self.out, "")
         yield joined({path.name: path.read_bytes() for path in self.out.iterdir()})
 
     def mutated(self, rng, data, others):
@@ -482,7 +471,7 @@ class Bases(Readers):
 class Gguf(Bases):
     """A Llama in a GGUF file."""
 
-    modules = (errors, files, gguf, sizes)
+    modules = (errors, huggingface, gguf, count)
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -518,16 +507,14 @@ class Gguf(Bases):
 
         tokenizer_json(self.where)
         yield self.where.read_bytes()
-        base = files.load(FIXTURES / "bases" / "untied")
+        base = huggingface.load(FIXTURES / "bases" / "untied")
         c, held = base.config, arrays(base)
         values = test_gguf.VALUES | test_gguf.WORDS | {
             "llama.embedding_length": c.hidden_size, "llama.feed_forward_length": c.intermediate_size,
             "llama.attention.head_count": c.num_attention_heads, "llama.rope.dimension_count": c.E,
             "llama.attention.head_count_kv": c.num_key_value_heads,
         }  # fmt: skip
-        given = {
-            theirs: held[name] for theirs, (name, *_) in (test_gguf.TENSORS | test_gguf.OUTPUT).items()
-        }
+        given = {theirs: held[name] for theirs, (name, *_) in (test_gguf.TENSORS | test_gguf.OUTPUT).items()}
         test_gguf.write(self.where, given, values, kinds=dict.fromkeys(given, "F32"))
         yield self.where.read_bytes()
 

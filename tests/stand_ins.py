@@ -255,8 +255,8 @@ def write(name, folder):
 
 def table():
     """Every stand-in as a row of Markdown: how much is in the file, what is said, what compression leaves."""
-    from minilora.compose import compress
-    from minilora.microscope import inspect
+    from minilora.analysis.inspect import inspect
+    from minilora.compose.truncate import compress
 
     lines = ["| adapter | tensors | modules | read with the notes | compressed to rank 1 |",
              "| --- | ---: | ---: | --- | ---: |"]  # fmt: skip

@@ -16,12 +16,13 @@ import pytest
 from test_plots import make_rows
 
 import minilora
-from minilora import archives, cli, data
+from minilora import cli
+from minilora.data import corpora, fetch
 from minilora.errors import MismatchError, StorageError
 from minilora.experiments import pretrain, rank_sweep
 from minilora.experiments.pretrain import Recipe
 from minilora.experiments.rank_sweep import sealed
-from minilora.files import BASE, load, read_json
+from minilora.formats.huggingface import BASE, load, read_json
 from minilora.model import Config
 
 ROOT = Path(__file__).parents[1]
@@ -56,15 +57,15 @@ def texts(tmp_path, monkeypatch):
     """A cache with texts of a few thousand characters in the place of the fetched ones."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("MINILORA_CACHE", str(cache))
-    folder = data.texts_folder()
+    folder = corpora.texts_folder()
     folder.mkdir(parents=True)
     known = {}
-    for name in data.MANIFEST:  # of the three parts no two are alike: 11 windows to validate, 5 to test
+    for name in corpora.MANIFEST:  # of the three parts no two are alike: 11 windows to validate, 5 to test
         text = "".join(f"{name} {i}: now is the winter of our discontent.\n" for i in range(150)).encode()
         cuts = len(text) - 2200, len(text) - 700
-        known[name] = data.Known(cuts, data.sha256(text), f"the test's {name}")
+        known[name] = corpora.Known(cuts, corpora.sha256(text), f"the test's {name}")
         (folder / f"{name}.txt").write_bytes(text)
-    monkeypatch.setattr(data, "MANIFEST", known)
+    monkeypatch.setattr(corpora, "MANIFEST", known)
     return folder
 
 
@@ -197,7 +198,7 @@ def test_a_message_that_nobody_takes_does_not_end_the_work(main, capsys, monkeyp
         print("on the way", file=sys.stderr, flush=True)
         return "the folder"
 
-    monkeypatch.setattr(data, "fetch", fetch)
+    monkeypatch.setattr(corpora, "fetch_texts", fetch)
     with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", full)
         assert main("data") == 0
@@ -216,7 +217,7 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
 
 def test_what_an_encoding_lacks_is_escaped(main, texts, capsys, monkeypatch):
     raw = io.BytesIO()
-    monkeypatch.setattr(data, "fetch", lambda: "ΔW of \ud800")
+    monkeypatch.setattr(corpora, "fetch_texts", lambda: "ΔW of \ud800")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
     assert main("data") == 0
     assert raw.getvalue() == b"\\u0394W of \\ud800\n"
@@ -228,7 +229,7 @@ def test_an_error_that_is_not_of_stdout_is_never_called_done(error, main, capsys
     def fetch():
         raise error
 
-    monkeypatch.setattr(data, "fetch", fetch)
+    monkeypatch.setattr(corpora, "fetch_texts", fetch)
     assert main("data") == 4
     assert error.strerror in one_line(capsys)
 
@@ -241,7 +242,7 @@ def test_a_reader_that_has_gone_hides_no_error(error, code, main, capsys, monkey
             raise error
         return "the folder"
 
-    monkeypatch.setattr(data, "fetch", fetch)
+    monkeypatch.setattr(corpora, "fetch_texts", fetch)
     with open(closed_pipe(), "w") as pipe, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", pipe)
         assert main("data") == code
@@ -253,7 +254,7 @@ def test_no_memory_is_one_line(what, main, capsys, monkeypatch):
     def fetch():
         raise what
 
-    monkeypatch.setattr(data, "fetch", fetch)
+    monkeypatch.setattr(corpora, "fetch_texts", fetch)
     assert main("data") == 4
     said = one_line(capsys)
     assert "not enough memory" in said
@@ -264,7 +265,7 @@ def test_an_error_is_one_line_of_text_whatever_is_in_it(main, capsys, monkeypatc
     def fetch():
         raise StorageError("a\x1b[2J\nb\ud800\u202eΔ: is no file")
 
-    monkeypatch.setattr(data, "fetch", fetch)
+    monkeypatch.setattr(corpora, "fetch_texts", fetch)
     assert main("data") == 4
     assert one_line(capsys) == "minilora: a\\x1b[2J\\nb\\ud800\\u202eΔ: is no file\n"
 
@@ -274,7 +275,7 @@ def test_an_error_is_one_line_of_text_whatever_is_in_it(main, capsys, monkeypatc
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_each_signal_that_ends_a_process_ends_it_in_order(name, main, capsys, monkeypatch):
-    monkeypatch.setattr(data, "fetch", lambda: os.kill(os.getpid(), getattr(signal, name)))
+    monkeypatch.setattr(corpora, "fetch_texts", lambda: os.kill(os.getpid(), getattr(signal, name)))
     number, mine = getattr(signal, name), lambda *_: pytest.fail("it was not heard")
     before = signal.signal(number, mine)
     try:
@@ -289,7 +290,7 @@ def test_a_signal_that_is_ignored_stays_so(main, capsys, monkeypatch):
     """As nohup has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(data, "fetch", lambda: os.kill(os.getpid(), signal.SIGHUP))
+        monkeypatch.setattr(corpora, "fetch_texts", lambda: os.kill(os.getpid(), signal.SIGHUP))
         assert main("data") == 0
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -309,7 +310,7 @@ def test_a_second_signal_does_not_wait(main, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(os, "_exit", exit_now)
-    monkeypatch.setattr(data, "fetch", fetch)
+    monkeypatch.setattr(corpora, "fetch_texts", fetch)
     with pytest.raises(Ended, match="130"):
         main("data")
 
@@ -333,7 +334,9 @@ sys.meta_path.insert(0, Interrupt())
 """
 
 
-@pytest.mark.parametrize("name", ["numpy", "minilora.train", "minilora.cli", "argparse", "minilora.sizes"])
+@pytest.mark.parametrize(
+    "name", ["numpy", "minilora.training", "minilora.cli", "argparse", "minilora.analysis.count"]
+)
 def test_an_interrupt_while_something_is_imported_gives_no_traceback(name, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HOOK.format(name=name))
     env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
@@ -344,7 +347,7 @@ def test_an_interrupt_while_something_is_imported_gives_no_traceback(name, tmp_p
 
 
 def test_an_interrupt_while_a_library_is_imported_is_the_callers(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(HOOK.format(name="minilora.train"))
+    (tmp_path / "sitecustomize.py").write_text(HOOK.format(name="minilora.training"))
     env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
     code = "try:\n    import minilora\nexcept KeyboardInterrupt:\n    print('mine')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
@@ -365,7 +368,7 @@ def test_texts_that_cannot_be_fetched_are_exit_code_four(tmp_path, main, capsys,
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MINILORA_TEXTS", raising=False)
-    monkeypatch.setattr(archives, "download", offline)
+    monkeypatch.setattr(fetch, "download", offline)
     assert main("data") == 4
     said = capsys.readouterr()
     assert said.out == ""
@@ -439,7 +442,7 @@ def test_two_steps_of_pretraining_give_a_model_that_loads(tmp_path, texts, main,
     assert facts.keys() == theirs.keys()
     assert facts["recipe"] == theirs["recipe"] | {"steps": 2, "seed": 1}
     assert facts["recipe"].keys() == vars(Recipe()).keys()
-    assert facts["corpus_sha256"] == data.corpus("shakespeare").digest
+    assert facts["corpus_sha256"] == corpora.corpus("shakespeare").digest
     assert sorted(os.listdir(tmp_path)) == ["cache", "m"]
 
 
@@ -514,7 +517,7 @@ def test_an_interrupt_is_exit_code_130(main, capsys, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "fetch", interrupted)
+    monkeypatch.setattr(corpora, "fetch_texts", interrupted)
     assert main("data") == 130
     assert "goes on from here" in one_line(capsys)
 

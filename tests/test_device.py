@@ -19,13 +19,14 @@ from minilora.lora import LoraConfig, disabled, fuse, inject, merge, unmerge
 from minilora.model import generate
 from minilora.ops import gelu, saved, sigmoid, silu, softmax
 from minilora.optim import AdamW, Schedule
-from minilora.train import evaluate, load_checkpoint, save_checkpoint, train
+from minilora.training import evaluate, load_checkpoint, save_checkpoint, train
 
 pytestmark = pytest.mark.skipif(LIBRARY != "numpy", reason="compares the stand-in with NumPy")
 
-LAWS = ("ops", "layers", "optim")
+LAWS = ("test_ops.py", "test_layers.py", "test_optim.py")
 MORE = (
-    "model", "lora", "train", "spectra", "files", "adapters", "compose", "merging", "microscope", "finetune",
+    "test_model.py", "test_lora.py", "test_training.py", "test_spectra.py", "test_finetune.py",
+    "formats/test_huggingface.py", "peft/test_folder.py", "compose", "analysis/test_inspect.py",
 )  # fmt: skip
 
 KINDS = {
@@ -43,7 +44,12 @@ def life(folder, config, tie):
     inject(model, config, rng=rng)
     optimizer = AdamW(lr=0.01, weight_decay=0.1)
     history = train(
-        model, [(ids, labels)] * 6, optimizer, steps=3, accumulate=2, schedule=Schedule(3),
+        model,
+        [(ids, labels)] * 6,
+        optimizer,
+        steps=3,
+        accumulate=2,
+        schedule=Schedule(3),
         evaluate=lambda: evaluate(model, [(ids, labels)]),
     )
     file = folder / f"{config.dora}{tie}.safetensors"
@@ -79,7 +85,7 @@ def test_a_life_on_the_device_is_that_on_the_host_to_the_bit(kind, tie, tmp_path
 def test_the_laws_hold_on_the_device(library, names):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", "-n0"]
     done = subprocess.run(
-        [*command, *(f"tests/test_{name}.py" for name in names)], cwd=Path(__file__).parent.parent,
+        [*command, *(f"tests/{name}" for name in names)], cwd=Path(__file__).parent.parent,
         env=os.environ | {"MINILORA_TEST_BACKEND": library, "HYPOTHESIS_PROFILE": "few"},
         capture_output=True, text=True,
     )  # fmt: skip

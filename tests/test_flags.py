@@ -20,23 +20,16 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from minilora import (
-    adapters,
-    cli,
-    compose,
-    data,
-    files,
-    finetune,
-    lora,
-    merging,
-    microscope,
-    model,
-    plots,
-    sizes,
-)
+from minilora import cli, finetune, lora, model
+from minilora.analysis import count, plotting
+from minilora.analysis import inspect as microscope
+from minilora.compose import export, truncate
+from minilora.data import corpora
 from minilora.experiments import merge_equivalence, pretrain, rank_sweep
-from minilora.files import save_model
+from minilora.formats import huggingface
+from minilora.formats.huggingface import save_model
 from minilora.model import Config, llama
+from minilora.peft import folder
 
 CORES = 3
 PARSER = cli.parser()
@@ -68,7 +61,7 @@ def flat(name, value):
     elif isinstance(value, np.random.Generator):
         yield name, int(np.random.default_rng(value).integers(1 << 60))
     elif isinstance(value, np.ndarray):
-        yield name, data.decode(value.ravel())
+        yield name, corpora.decode(value.ravel())
     elif isinstance(value, bool | int | float | str | Path | tuple | None):
         yield name, value
 
@@ -103,19 +96,19 @@ class Spies(ExitStack):
 CALLED = {  # by command: the functions that it calls, and what they return here
     "sweep": [(rank_sweep, "sweep", []), (cli, "draw"), (rank_sweep, "table", "a table")],
     "pretrain": [(pretrain, "run", Found())],
-    "data": [(data, "fetch", "texts"), (files, "smollm2", "a model")],
+    "data": [(corpora, "fetch_texts", "texts"), (huggingface, "smollm2", "a model")],
     "train": [(finetune, "run", Found())],
-    "generate": [(files, "checkpoint", ...), (adapters, "load_adapter", "loaded"), (lora, "merge"),
+    "generate": [(huggingface, "checkpoint", ...), (folder, "load_adapter", "loaded"), (lora, "merge"),
                  (model, "generate", [np.array([33])])],
     "inspect": [(microscope, "inspect", Found()), (microscope, "pictures", {"drawn": Found()}),
                 (microscope, "report_page", "a page")],
-    "compress": [(compose, "compress", Found())],
-    "extract": [(compose, "extract", Found())],
-    "merge": [(merging, "merge_checkpoint", Found())],
-    "params": [(sizes, "count", Found())],
-    "modules": [(sizes, "modules", Found())],
+    "compress": [(truncate, "compress", Found())],
+    "extract": [(truncate, "extract", Found())],
+    "merge": [(export, "merge_checkpoint", Found())],
+    "params": [(count, "count", Found())],
+    "modules": [(count, "modules", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
-                (plots, "merge_equivalence", Found())],
+                (plotting, "merge_equivalence", Found())],
 }  # fmt: skip
 JSON = '{\n "found": null\n}\n'  # which has no infinity
 FIGURES = ("MANIFEST.json", "merge_equivalence", "merge_equivalence.json", "rows.jsonl")
@@ -160,7 +153,7 @@ OPTIONS = {
         "steps": (["--steps", "11"], {"run.recipe.steps": 11}),
         "seed": (["--seed", "7"], {"run.recipe.seed": 7}),
     }),
-    "data": ({}, {"what": (["smollm2"], {"fetch": None, "smollm2": True, "printed": "a model\n"})}),
+    "data": ({}, {"what": (["smollm2"], {"fetch_texts": None, "smollm2": True, "printed": "a model\n"})}),
     "train": ({"data": ["--data", "d"], "out": ["--out", "o"]}, {
         "data": (["--data", "d2"], {"run.recipe.data": "d2"}),
         "out": (["--out", "o2"], {"run.out": Path("o2")}),

@@ -34,7 +34,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from library import np
 
 from minilora.backend import to_host
-from minilora.errors import ConfigError, InputError, MiniloraError, MismatchError, NonFiniteError, StateError
+from minilora.errors import (
+    ConfigError,
+    InputError,
+    MiniloraError,
+    MismatchError,
+    NonFiniteError,
+    StateError,
+)
 from minilora.layers import Dropout, Embedding, Linear, Param, digest, get, named_params, trained
 from minilora.lora import (
     Adapted,

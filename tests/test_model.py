@@ -29,7 +29,7 @@ from library import np
 
 from minilora.backend import to_device, to_host
 from minilora.errors import ConfigError, InputError, StateError
-from minilora.files import load
+from minilora.formats.huggingface import load
 from minilora.layers import Linear, digest, freeze, named_params, trained
 from minilora.lora import LoraConfig, disabled, inject, merge
 from minilora.model import Block, Config, RopeScaling, blank, generate, llama, sample

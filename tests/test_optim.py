@@ -12,7 +12,7 @@ from minilora.errors import ConfigError, MismatchError, NonFiniteError
 from minilora.layers import Param, trained
 from minilora.lora import LoraConfig, inject, scales, set_scale
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
-from minilora.train import train
+from minilora.training import train
 
 SHAPES = {"q_proj.A": (3, 5), "q_proj.B": (4, 3), "norm.weight": (5,), "idle": (2,)}
 

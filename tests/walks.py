@@ -61,7 +61,8 @@ def prepare():
     import numpy as np
     from safetensors import numpy  # noqa: F401
 
-    from minilora import backend, cli, compose, data, finetune, merging, microscope, plots  # noqa: F401
+    from minilora.analysis import inspect, plotting
+    from minilora.data import corpora
     from minilora.experiments import merge_equivalence, pretrain, rank_sweep
     from minilora.model import Config
 
@@ -77,17 +78,17 @@ def prepare():
             return future
 
     drawn = merge_equivalence.run(draws=1)
-    pictures = {name: plots.Picture(None, name) for name in ("a", "b")}
+    pictures = {name: plotting.Picture(None, name) for name in ("a", "b")}
     text = TEXT.encode()
     cuts = len(text) * 8 // 10, len(text) * 9 // 10
-    known = data.Known(cuts, data.sha256(text), "a text of the test's")
-    data.MANIFEST = dict.fromkeys(data.MANIFEST, known)
-    data.unpack = lambda tree: dict.fromkeys(data.MANIFEST, TEXT)
+    known = corpora.Known(cuts, corpora.sha256(text), "a text of the test's")
+    corpora.MANIFEST = dict.fromkeys(corpora.MANIFEST, known)
+    corpora.unpack = lambda tree: dict.fromkeys(corpora.MANIFEST, TEXT)
     merge_equivalence.run = lambda: drawn
-    plots.Picture.encoded = lambda self, kind: f"<svg>{kind} {len(self.says)}</svg>\n".encode() * 40
-    plots.merge_equivalence = lambda rows: pictures["a"]
+    plotting.Picture.encoded = lambda self, kind: f"<svg>{kind} {len(self.says)}</svg>\n".encode() * 40
+    plotting.merge_equivalence = lambda rows: pictures["a"]
     rank_sweep.pictures = lambda rows: pictures
-    microscope.pictures = lambda seen: pictures
+    inspect.pictures = lambda seen: pictures
     rank_sweep.ProcessPoolExecutor = Inline
     rank_sweep.uninterrupted = contextlib.nullcontext
     rank_sweep.LENGTH = 32
@@ -113,10 +114,11 @@ def child(job, pipe):
         streams(job["streams"], job["said"])
         counts = collections.Counter()
         injure(job["injury"], job["at"], counts)
-        from minilora import cli, storage
+        from minilora import cli
+        from minilora.formats import atomic
 
         if not job["exchange"]:
-            storage.exchanged = lambda a, b: False
+            atomic.exchanged = lambda a, b: False
         try:
             code = cli.main(job["argv"])
         except SystemExit as e:
@@ -184,11 +186,11 @@ def injure(kind, at, counts):
 
         setattr(owner, name, call)
 
-    from minilora import storage
+    from minilora.formats import atomic
 
     for name in CHANGES:
         wrap(os, name)
-    wrap(storage, "exchanged")
+    wrap(atomic, "exchanged")
 
 
 # ---- the side that hurts
@@ -283,13 +285,13 @@ def make_world(root):
     """What the commands read, what must stay as it is, and an empty place for what they write."""
     import numpy as np
 
-    from minilora import data
-    from minilora.adapters import save_adapter
+    from minilora.data import corpora
     from minilora.experiments.rank_sweep import sealed
-    from minilora.files import save_model
+    from minilora.formats.huggingface import save_model
     from minilora.layers import freeze, named_params
     from minilora.lora import LoraConfig, inject
     from minilora.model import Config, llama
+    from minilora.peft.folder import save_adapter
 
     for name in ("in/texts", "work", "home"):
         (root / name).mkdir(parents=True)
@@ -309,9 +311,9 @@ def make_world(root):
 
     rows = b"".join(map(sealed, make_rows(ranks=(), seeds=1)))
     (root / "in" / "rows.jsonl").write_bytes(rows)
-    cache = data.texts_folder(root / "in" / "cache")
+    cache = corpora.texts_folder(root / "in" / "cache")
     cache.mkdir(parents=True)
-    for name in data.MANIFEST:
+    for name in corpora.MANIFEST:
         (cache / f"{name}.txt").write_text(TEXT)
 
 

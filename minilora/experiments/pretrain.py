@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import __version__, data, files
+from .. import __version__
+from ..data import corpora
 from ..errors import check_int
+from ..formats import huggingface
+from ..formats.atomic import check_free
 from ..layers import freeze
 from ..lora import size
 from ..model import Config, llama
 from ..optim import AdamW, Schedule
-from ..storage import check_free
-from ..train import evaluate, tidy, train, workshop
+from ..training import evaluate, tidy, train, workshop
 
 LENGTH = 128  # characters in a window
 
@@ -86,7 +88,7 @@ def run(
     out = Path(out)
     tidy(out, "pretrain")
     check_free(out)
-    text = data.corpus_or_fallback(recipe.corpus)
+    text = corpora.corpus_or_fallback(recipe.corpus)
     model = llama(config or Config(), np.random.default_rng(recipe.seed))
     rng = np.random.default_rng([recipe.seed, 1])
     start = time.monotonic()
@@ -101,7 +103,7 @@ def run(
     with workshop(out, "pretrain") as saved:
         train(
             model,
-            data.batches(text.train, rng, recipe.batch, LENGTH),
+            corpora.batches(text.train, rng, recipe.batch, LENGTH),
             AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay),
             steps=recipe.steps,
             schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
@@ -114,7 +116,7 @@ def run(
         speed = done * recipe.batch * LENGTH / (time.monotonic() - start)
         freeze(model)
         losses = {
-            split: evaluate(model, data.eval_batches(getattr(text, split), 16, LENGTH, windows * LENGTH))
+            split: evaluate(model, corpora.eval_batches(getattr(text, split), 16, LENGTH, windows * LENGTH))
             for split, windows in (("test", recipe.test_windows), ("valid", recipe.test_windows // 4))
         }
         characters = recipe.steps * recipe.batch * LENGTH
@@ -124,5 +126,7 @@ def run(
             windows=recipe.test_windows, length=LENGTH, characters=characters, **losses,
         )  # fmt: skip
         facts = {"corpus": text.source, "corpus_sha256": text.digest, "recipe": asdict(recipe), **losses}
-        files.save_model(model, out, card, {"minilora": facts, "bos_token_id": None, "eos_token_id": None})
+        huggingface.save_model(
+            model, out, card, {"minilora": facts, "bos_token_id": None, "eos_token_id": None}
+        )
     return Outcome(losses["test"], losses["valid"], characters, speed)

@@ -30,8 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, backend, cluster, data, files, plots, report, spectra
+from .. import __version__, backend, spectra
+from ..analysis import plotting, report
 from ..backend import cores, quiet_overflow, to_device, to_host
+from ..data import corpora
 from ..errors import (
     ConfigError,
     MismatchError,
@@ -42,14 +44,16 @@ from ..errors import (
     check_same,
     short,
 )
+from ..formats import huggingface
+from ..formats.atomic import locked, named, read, write_atomic
+from ..formats.safetensors import unique
 from ..layers import digest, get, trained, unfreeze
 from ..lora import LoraConfig, inject
 from ..model import Llama
 from ..optim import AdamW, Schedule
-from ..shown import aligned, plain, printed
-from ..storage import locked, named, read, write_atomic
-from ..tensors import unique
-from ..train import evaluate, train
+from ..table import aligned, plain, printed
+from ..training import evaluate, train
+from . import cluster
 from .rows import Row, Run, check_row, check_together, every
 
 Progress = Callable[[int, int, Row], None]
@@ -86,7 +90,7 @@ TABLE = Setting(("embed_tokens",), 0.25, 1e-4, (1e-1, 3e-1, 1.0), (1e-3, 3e-3, 1
 
 def setting(target: str) -> Setting:
     """TABLE for a letter permutation, which the embedding alone can solve; TEXT for all others."""
-    return TABLE if data.swaps_of(target) else TEXT
+    return TABLE if corpora.swaps_of(target) else TEXT
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Plan:
         """The ranks of LoRA on one target."""
         if self.ranks is not None:
             return self.ranks
-        swaps = data.swaps_of(target)
+        swaps = corpora.swaps_of(target)
         return tuple(sorted({*RANKS, max(swaps - 1, 1), max(swaps, 1)}))
 
     def setting(self, target: str) -> Setting:
@@ -151,7 +155,7 @@ class Stock:
     """What the runs of a sweep read, for workers that have none of its files."""
 
     base: Llama
-    texts: dict[str, data.Corpus]  # by target
+    texts: dict[str, corpora.Corpus]  # by target
 
 
 stock_here: ContextVar[Stock | None] = ContextVar("stock_here", default=None)
@@ -169,19 +173,19 @@ def job(run: Run, stock: Stock | None = None) -> tuple[Row, Row]:
 def base_of(run: Run) -> Llama:
     """The model that a run starts from, fresh."""
     stock = stock_here.get()
-    return copy.deepcopy(stock.base) if stock else files.load(run.base)
+    return copy.deepcopy(stock.base) if stock else huggingface.load(run.base)
 
 
-def corpus_of(run: Run) -> data.Corpus:
+def corpus_of(run: Run) -> corpora.Corpus:
     """The texts of a run."""
     stock = stock_here.get()
     return stock.texts[run.target] if stock else corpus(run.target, run.fallback, run.text)
 
 
 @cache
-def corpus(target: str, fallback: bool, digest: str) -> data.Corpus:
+def corpus(target: str, fallback: bool, digest: str) -> corpora.Corpus:
     """The target's texts, read once per process; MismatchError if they are not those of the plan."""
-    found = data.fallback(target) if fallback else data.corpus(target)
+    found = corpora.fallback(target) if fallback else corpora.corpus(target)
     if found.digest != digest:
         raise MismatchError(f"{target}: the text is not the one that the sweep began with")
     return found
@@ -203,7 +207,7 @@ def windows(run: Run, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The evaluation batches of one split, spread evenly over it."""
     count = run.test_windows if split == "test" else run.valid_windows
     text = getattr(corpus_of(run), split)
-    return data.eval_batches(text, 16, LENGTH, limit=count * LENGTH)
+    return corpora.eval_batches(text, 16, LENGTH, limit=count * LENGTH)
 
 
 def losses(model: Llama, run: Run) -> Row:
@@ -220,7 +224,7 @@ def baseline(run: Run) -> Row:
     """The frozen base on the target; for a permutation also on the plain text, which is the floor."""
     model = base_of(run)
     row = losses(model, run) | {"parameters": 0, "base_digest": digest(model)}
-    if swaps := data.swaps_of(run.target):
+    if swaps := corpora.swaps_of(run.target):
         plain = [unpermuted(b, swaps) for b in windows(run, "test")]
         row["floor"] = evaluate(model, plain)
         row["spectra"] = rounded({"model.embed_tokens": spectra.singular_values(true_delta(model, swaps))})
@@ -229,21 +233,21 @@ def baseline(run: Run) -> Row:
 
 def unpermuted(batch: tuple[np.ndarray, np.ndarray], swaps: int) -> tuple[np.ndarray, np.ndarray]:
     """The same windows in plain letters: a swap undoes itself."""
-    perm = data.permutation(swaps)
+    perm = corpora.permutation(swaps)
     return perm[batch[0]], perm[batch[1]]
 
 
 def true_delta(model: Llama, swaps: int) -> Any:
     """ΔE = (P - I) E (V, D), which solves the permutation exactly; its rank is the number of swaps."""
     E = model.model.embed_tokens.weight.data
-    return E[to_device(data.permutation(swaps))] - E
+    return E[to_device(corpora.permutation(swaps))] - E
 
 
 def oracle(run: Run) -> Row:
     """The known answer cut to the run's rank (Eckart and Young), with no training at all."""
     model = base_of(run)
     table = model.model.embed_tokens.weight
-    U, S, Vt = np.linalg.svd(to_host(true_delta(model, data.swaps_of(run.target))).astype(np.float64))
+    U, S, Vt = np.linalg.svd(to_host(true_delta(model, corpora.swaps_of(run.target))).astype(np.float64))
     r = run.rank
     cut = (U[:, :r] * S[:r]) @ Vt[:r]
     table.data = table.data + to_device(cut, table.data.dtype)
@@ -257,7 +261,7 @@ def trained_run(run: Run) -> Row:
     text = corpus_of(run).train
     history = train(
         model,
-        data.batches(text, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
+        corpora.batches(text, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
         AdamW(run.lr, betas=(0.9, 0.99), eps=run.eps),
         steps=run.steps,
         schedule=Schedule(run.steps, warmup=run.steps // 20),
@@ -316,17 +320,17 @@ def sweep(
     if sum(given is not None for given in (jobs, executor, dask)) > 1:
         raise ConfigError("jobs, an executor and dask are three ways to do the runs; expected one of them")
     jobs = check_int("jobs", cores() if jobs is None else jobs, 1)
-    texts = {target: data.corpus_or_fallback(target) for target in plan.targets}
+    texts = {target: corpora.corpus_or_fallback(target) for target in plan.targets}
     for text in texts.values():
         for split in (text.train, text.valid, text.test):
-            data.check_windows(split, 1, LENGTH)
+            corpora.check_windows(split, 1, LENGTH)
     check_base(plan)
     cells = grid(plan, texts)
     for cell in cells:
         prepared(cell)  # a rank or a module that does not fit is an error before any run
     place: contextlib.AbstractContextManager[Executor | None] = contextlib.nullcontext(executor)
     if dask is not None:
-        place = cluster.connect(dask, surroundings, expected(), Stock(files.load(plan.base), texts))
+        place = cluster.connect(dask, surroundings, expected(), Stock(huggingface.load(plan.base), texts))
     with place as given, locked(out := named(out)), Workers(jobs, given) as workers:
         store = Store(out, fingerprint(plan, texts), workers, progress)
         store.finish(references(cells))
@@ -337,17 +341,17 @@ def sweep(
 
 def check_base(plan: Plan) -> None:
     """MismatchError if the base does not read characters, or cannot solve a permutation by its table."""
-    c = files.load(plan.base).config
-    if c.vocab_size != data.VOCAB or c.max_position_embeddings < LENGTH:
+    c = huggingface.load(plan.base).config
+    if c.vocab_size != corpora.VOCAB or c.max_position_embeddings < LENGTH:
         raise MismatchError(
             f"{plan.base}: has a vocabulary of {c.vocab_size} and {c.max_position_embeddings} positions; "
-            f"expected {data.VOCAB} characters and at least {LENGTH} positions"
+            f"expected {corpora.VOCAB} characters and at least {LENGTH} positions"
         )
-    if not c.tie_word_embeddings and any(data.swaps_of(target) for target in plan.targets):
+    if not c.tie_word_embeddings and any(corpora.swaps_of(target) for target in plan.targets):
         raise MismatchError(f"{plan.base}: its head is not tied; a permutation needs one that is")
 
 
-def grid(plan: Plan, texts: dict[str, data.Corpus]) -> list[Run]:
+def grid(plan: Plan, texts: dict[str, corpora.Corpus]) -> list[Run]:
     """One Run for each target and method, the full one first, with neither seed nor learning rate."""
     cells = []
     for target in plan.targets:
@@ -366,7 +370,7 @@ def references(cells: list[Run]) -> list[Run]:
     """What needs no training: the base on each target, and the known answer cut to each rank."""
     plain = [replace(c, method="none", modules=(), alpha=0.0, eps=0.0, steps=0, batch=0) for c in cells]
     bases = dict.fromkeys(replace(c, kind="base", rank=0) for c in plain)
-    return [*bases, *(replace(c, kind="oracle") for c in plain if c.rank and data.swaps_of(c.target))]
+    return [*bases, *(replace(c, kind="oracle") for c in plain if c.rank and corpora.swaps_of(c.target))]
 
 
 def chosen_rates(plan: Plan, cells: list[Run], store: "Store") -> dict[Run, float]:
@@ -552,13 +556,13 @@ def follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def fingerprint(plan: Plan, texts: dict[str, data.Corpus]) -> Row:
+def fingerprint(plan: Plan, texts: dict[str, corpora.Corpus]) -> Row:
     """What a folder of rows belongs to: the plan, the texts, the base and the versions."""
     return json.loads(json.dumps({  # as it is read back: lists for tuples
         "schema": SCHEMA,
         "plan": asdict(plan),
         "texts": {target: text.digest for target, text in texts.items()},
-        "base": digest(files.load(plan.base)),
+        "base": digest(huggingface.load(plan.base)),
         "versions": versions(),
     }))  # fmt: skip
 
@@ -592,7 +596,7 @@ def check_plan(path: Path, wanted: Row) -> None:
             raise MismatchError(f"{path.parent}: holds rows without their plan; expected another --out")
         write_atomic(path, (json.dumps(wanted, indent=1) + "\n").encode())
         return
-    found = files.read_json(path)
+    found = huggingface.read_json(path)
     for part in {**wanted, **found}:
         old, new = found.get(part), wanted.get(part)
         if old == new:
@@ -696,21 +700,21 @@ def figure_names(rows: list[Row]) -> dict[str, str]:
     return names
 
 
-def pictures(rows: list[Row]) -> dict[str, plots.Picture]:
+def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
     """All figures that the rows have the runs for, by file name."""
     drawn = {}
-    complete = plots.targets(rows)
+    complete = plotting.targets(rows)
     names = figure_names(rows)
     for target in complete:
         name = names[target]
-        drawn[f"loss_against_rank_{name}"] = plots.loss_against_rank(rows, target)
-        if data.swaps_of(target) and TABLE.modules[0] in plots.kinds(plots.final(rows, target)):
-            drawn[f"known_rank_{name}"] = plots.known_rank(rows, target)
-        drawn[f"spectra_{name}"] = plots.spectra(rows, target)
-        drawn[f"energy_{name}"] = plots.energy_and_effective_rank(rows, target)
-        drawn[f"curves_{name}"] = plots.learning_curves(rows, target)
+        drawn[f"loss_against_rank_{name}"] = plotting.loss_against_rank(rows, target)
+        if corpora.swaps_of(target) and TABLE.modules[0] in plotting.kinds(plotting.final(rows, target)):
+            drawn[f"known_rank_{name}"] = plotting.known_rank(rows, target)
+        drawn[f"spectra_{name}"] = plotting.spectra(rows, target)
+        drawn[f"energy_{name}"] = plotting.energy_and_effective_rank(rows, target)
+        drawn[f"curves_{name}"] = plotting.learning_curves(rows, target)
     if complete:
-        drawn["gap_against_parameters"] = plots.gap_against_parameters(rows)
+        drawn["gap_against_parameters"] = plotting.gap_against_parameters(rows)
     return drawn
 
 
@@ -752,19 +756,19 @@ def table(rows: list[Row]) -> str:
     return printed(*out)
 
 
-def report_page(rows: list[Row], pictures: dict[str, plots.Picture]) -> str:
+def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
     """The whole sweep as one HTML page."""
     parts = []
     names = figure_names(rows)
     for target in names:
         some = [row for row in rows if row["config"]["target"] == target]
-        full = plots.select(some, kind="final", method="full")
-        parts.append(report.heading(plots.title(target)))
+        full = plotting.select(some, kind="final", method="full")
+        parts.append(report.heading(plotting.title(target)))
         parts.append(report.paragraph(f"Text: {some[0]['source']}."))
         parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
         if full:
             parts.append(
-                report.paragraph(f"Has full fine-tuning flattened? {plots.flattening(full)}. {CAVEAT}")
+                report.paragraph(f"Has full fine-tuning flattened? {plotting.flattening(full)}. {CAVEAT}")
             )
         drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
         parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]

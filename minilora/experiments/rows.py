@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .. import data, forms
+from ..data import corpora
 from ..errors import FormatError, MismatchError, short
+from ..formats import forms
 
 Row = dict[str, Any]
 
@@ -104,7 +105,7 @@ def form_of(row: Row) -> forms.Form:
     parts = EVERY | {"config": CONFIGS[kind], "status": forms.text}
     if row["status"] == "diverged":
         return forms.record(parts | {"error": forms.text})
-    known = kind == "base" and data.swaps_of(row["config"]["target"])
+    known = kind == "base" and corpora.swaps_of(row["config"]["target"])
     gap = {"gap_closed": forms.maybe(forms.number())} if kind == "final" else {}
     return forms.record(parts | RESULTS[kind] | (TRUTH if known else {}), gap)
 

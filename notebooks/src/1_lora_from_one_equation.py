@@ -18,7 +18,9 @@ NEEDS = ["minilora"]
 import numpy as np
 
 import minilora as ml
-from minilora import data, ops, plots
+from minilora import ops
+from minilora.analysis import plotting
+from minilora.data import corpora
 from minilora.layers import Linear, Param
 from minilora.lora import LowRank, adapted
 
@@ -160,15 +162,15 @@ steps = [10.0**-k for k in range(1, 15)]
 errors = {name: [error(how(h)) for h in steps] for name, how in (("c", central), ("i", complex_step))}
 
 
-@plots.styled
+@plotting.styled
 def draw():
-    figure, ((ax,),) = plots.axes()
-    ax.loglog(steps, errors["c"], color=plots.ORANGE, marker="o", label="central differences")
-    ax.loglog(steps, errors["i"], color=plots.BLUE, marker="s", linestyle="--", label="complex step")
+    figure, ((ax,),) = plotting.axes()
+    ax.loglog(steps, errors["c"], color=plotting.ORANGE, marker="o", label="central differences")
+    ax.loglog(steps, errors["i"], color=plotting.BLUE, marker="s", linestyle="--", label="complex step")
     ax.invert_xaxis()
     ax.set(xlabel="step h", ylabel="largest relative error of an entry")
     ax.legend()
-    return plots.Picture(
+    return plotting.Picture(
         figure,
         "Error of two numerical derivatives against the step h. Central differences are best near h = 1e-6 "
         "and get worse again below; the complex step reaches the last digit and stays there.",
@@ -237,6 +239,7 @@ print("A = 0, B = 0 (stuck)")
 first_steps(np.zeros_like(A), np.zeros_like(B))
 print("A = 0, B random")
 first_steps(np.zeros_like(A), B)
+
 
 # %% tags=["claims"]
 def moves(A, B, lr=0.005):
@@ -337,7 +340,7 @@ for name, count in (("LoRA", report.parameters), ("full fine-tuning", report.bas
 # others.)
 
 # %% tags=["corpus"]
-text = data.corpus_or_fallback("folio")
+text = corpora.corpus_or_fallback("folio")
 test = ml.eval_batches(text.test, batch_size=16, length=128, limit=64 * 128)
 
 

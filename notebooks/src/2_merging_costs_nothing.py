@@ -19,7 +19,7 @@ import time
 import numpy as np
 
 import minilora as ml
-from minilora import plots
+from minilora.analysis import plotting
 from minilora.experiments import merge_equivalence
 from minilora.layers import Linear, Param, named_params
 from minilora.lora import Adapted, LowRank, adapted
@@ -57,7 +57,7 @@ from minilora.lora import Adapted, LowRank, adapted
 
 # %% tags=["rounding"]
 rows = merge_equivalence.run()
-plots.merge_equivalence(rows)
+plotting.merge_equivalence(rows)
 
 # %%
 print("   dtype  inputs    bound   the difference is")
@@ -222,16 +222,18 @@ for name, moves in orders.items():
         found[name, cycle] = int((W != W0).sum()), float(np.abs(W - W0).max())
 
 
-@plots.styled
+@plotting.styled
 def draw():
-    figure, ((ax,),) = plots.axes()
-    looks = zip((plots.GREY, plots.BLUE, plots.GREEN, plots.ORANGE), ("-", "--", "-.", ":"), strict=True)
+    figure, ((ax,),) = plotting.axes()
+    looks = zip(
+        (plotting.GREY, plotting.BLUE, plotting.GREEN, plotting.ORANGE), ("-", "--", "-.", ":"), strict=True
+    )
     for name, (colour, line) in zip(orders, looks, strict=True):
         drift = [found[name, cycle][1] for cycle in range(1, 101)]
         ax.loglog(range(1, 101), drift, color=colour, linestyle=line, linewidth=2, label=name)
     ax.set(xlabel="cycles of merging and unmerging in place", ylabel="largest change of an entry of W")
     ax.legend(fontsize=9)
-    return plots.Picture(
+    return plotting.Picture(
         figure,
         "Largest change of a weight after cycles of adding and subtracting. With one adapter it stays where "
         "the first cycle put it; with two it grows on and on, in whatever order they come and go.",

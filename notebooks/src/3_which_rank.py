@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora import plots, spectra
+from minilora import spectra
+from minilora.analysis import plotting
 from minilora.experiments import rank_sweep
 
 # %% [markdown]
@@ -30,7 +31,7 @@ from minilora.experiments import rank_sweep
 # %%
 places = [Path("rows.jsonl"), Path("../figures/rows.jsonl")]
 rows = rank_sweep.read_rows(next((place for place in places if place.exists()), places[0]))
-targets = plots.targets(rows)
+targets = plotting.targets(rows)
 text = next(t for t in targets if not t.startswith("permuted"))
 known = next(t for t in targets if t.startswith("permuted"))
 print(len(rows), "runs; targets:", ", ".join(targets))
@@ -122,24 +123,24 @@ holds(
 # ## Loss against rank
 
 # %%
-plots.loss_against_rank(rows, text)
+plotting.loss_against_rank(rows, text)
 
 # %%
-lora, full, base = (plots.final(rows, text, method) for method in ("lora", "full", "none"))
-ranks, losses = plots.by_rank(lora, "test")
-_, level = plots.by_rank(full, "test")
+lora, full, base = (plotting.final(rows, text, method) for method in ("lora", "full", "none"))
+ranks, losses = plotting.by_rank(lora, "test")
+_, level = plotting.by_rank(full, "test")
 print(f"{'':16}  mean   least  greatest")
 print(f"{'frozen base':16} {base[0]['test']:.3f}")
 for r, (mean, low, high) in zip(ranks, losses, strict=True):
     print(f"{f'LoRA r = {r}':16} {mean:.3f}   {low:.3f}   {high:.3f}")
 print(f"{'full fine-tuning':16} {level[0, 0]:.3f}   {level[0, 1]:.3f}   {level[0, 2]:.3f}")
 print()
-print("validation loss of full fine-tuning:", plots.flattening(full))
+print("validation loss of full fine-tuning:", plotting.flattening(full))
 
 # %% tags=["claims"]
 holds(
     "The last line says whether full fine-tuning had come to rest",
-    "the last quarter" in plots.flattening(full),
+    "the last quarter" in plotting.flattening(full),
 )
 
 # %% [markdown]
@@ -154,7 +155,7 @@ holds(
 # forming $\Delta W$: with $B = Q R$ and $A^\top = P T$ they are those of the small matrix $s\,R\,T^\top$.
 
 # %%
-plots.spectra(rows, text)
+plotting.spectra(rows, text)
 
 
 # %%
@@ -168,10 +169,10 @@ def mean(values):
 
 
 top = ranks[-1]
-largest = plots.select(lora, rank=top)
+largest = plotting.select(lora, rank=top)
 print(f"                 r = {top:<3}                full fine-tuning")
 print("module         largest   norm²          largest   norm²   its first 8 hold")
-for kind in plots.kinds(lora):
+for kind in plotting.kinds(lora):
     cells = []
     for some in (curves(largest, kind), curves(full, kind)):
         cells.append(f"{mean([s[0] for s in some]):8.2f} {mean([(s * s).sum() for s in some]):7.1f}")
@@ -191,11 +192,11 @@ for kind in plots.kinds(lora):
 # the first $k$ is $\sum_{i \le k} \sigma_i^2 / \sum \sigma_i^2$.
 
 # %%
-plots.energy_and_effective_rank(rows, text)
+plotting.energy_and_effective_rank(rows, text)
 
 # %%
 rng = np.random.default_rng(0)
-shapes = [plots.shape_of(kind, lora) for kind in plots.kinds(lora)]
+shapes = [plotting.shape_of(kind, lora) for kind in plotting.kinds(lora)]
 
 
 def by_chance(rank=None):
@@ -206,15 +207,15 @@ def by_chance(rank=None):
 print("effective rank, mean over all adapted matrices")
 print("   r    LoRA   product of two noise factors   directions for 90 % of the energy")
 for r in ranks:
-    some = curves(plots.select(lora, rank=r))
+    some = curves(plotting.select(lora, rank=r))
     at90 = mean([spectra.rank_at(s, 0.9) for s in some])
     print(f"{r:4}  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance(r):27.1f}   {at90:33.1f}")
-some = [s for kind in plots.kinds(lora) for s in curves(full, kind)]
+some = [s for kind in plotting.kinds(lora) for s in curves(full, kind)]
 at90 = mean([spectra.rank_at(s, 0.9) for s in some])
 print(f"full  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance():20.1f} (noise)   {at90:33.1f}")
 
 # %% tags=["claims"]
-effective = {r: [ml.effective_rank(s) for s in curves(plots.select(lora, rank=r))] for r in ranks}
+effective = {r: [ml.effective_rank(s) for s in curves(plotting.select(lora, rank=r))] for r in ranks}
 holds(
     "The effective rank of LoRA can never exceed $r$",
     all(max(some) <= r + 1e-9 for r, some in effective.items()),
@@ -244,24 +245,28 @@ def noise_like(s, n):
     return noise * math.sqrt((s**2).sum())
 
 
-learned = {r: plots.mean_spectrum(plots.select(lora, rank=r), "v_proj") for r in ranks}
-whole = plots.mean_spectrum(full, "v_proj")
+learned = {r: plotting.mean_spectrum(plotting.select(lora, rank=r), "v_proj") for r in ranks}
+whole = plotting.mean_spectrum(full, "v_proj")
 noise = {r: noise_like(s, len(whole)) for r, s in learned.items()}
 low = min(s[-1] for s in (*learned.values(), *noise.values()))
 high = max(s[0] for s in (*learned.values(), *noise.values(), whole))
 
 
-@plots.styled
+@plotting.styled
 def picture(shown, columns):
     lines = -(-len(shown) // columns)
-    figure, grid = plots.axes(columns, lines, (3.2 * columns + 1, 2.9 * lines))
+    figure, grid = plotting.axes(columns, lines, (3.2 * columns + 1, 2.9 * lines))
     for ax in grid.flat:
         ax.set_axis_off()
     for ax, r in zip(grid.flat, shown, strict=False):
         ax.set_axis_on()
-        ax.plot(range(1, len(whole) + 1), whole, color=plots.ORANGE, linestyle="--", label="full fine-tuning")
-        ax.plot(range(1, r + 1), noise[r], color=plots.GREY, linestyle=":", marker="x", label="noise, rank r")
-        ax.plot(range(1, r + 1), learned[r], color=plots.BLUE, marker="o", markersize=4, label="LoRA")
+        ax.plot(
+            range(1, len(whole) + 1), whole, color=plotting.ORANGE, linestyle="--", label="full fine-tuning"
+        )
+        ax.plot(
+            range(1, r + 1), noise[r], color=plotting.GREY, linestyle=":", marker="x", label="noise, rank r"
+        )
+        ax.plot(range(1, r + 1), learned[r], color=plotting.BLUE, marker="o", markersize=4, label="LoRA")
         ax.set(xscale="log", yscale="log", xlim=(0.9, 1.1 * len(whole)), ylim=(0.7 * low, 1.4 * high))
         ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
         ax.minorticks_off()
@@ -270,7 +275,7 @@ def picture(shown, columns):
         ax.set_ylabel("singular value of ΔW")
     grid[0, 0].legend(fontsize=8, loc="lower left")
     words = [f"at r = {r} from {learned[r][0]:.2f} down to {learned[r][-1]:.2f}" for r in shown]
-    return plots.Picture(figure, f"Singular values of ΔW of the value projections: {'; '.join(words)}.")
+    return plotting.Picture(figure, f"Singular values of ΔW of the value projections: {'; '.join(words)}.")
 
 
 # %% tags=["unkept"]
@@ -312,22 +317,22 @@ for r in ranks:
 # use just these?
 
 # %%
-plots.known_rank(rows, known)
+plotting.known_rank(rows, known)
 
 # %%
-lora_k, base_k = plots.final(rows, known), plots.final(rows, known, "none")[0]
-oracle = {row["config"]["rank"]: row["test"] for row in plots.select(rows, kind="oracle", target=known)}
+lora_k, base_k = plotting.final(rows, known), plotting.final(rows, known, "none")[0]
+oracle = {row["config"]["rank"]: row["test"] for row in plotting.select(rows, kind="oracle", target=known)}
 truth = np.array(base_k["spectra"]["model.embed_tokens"])
 swaps = int((truth > 1e-6 * truth[0]).sum())
 print(f"{swaps} swaps; the base on the plain text: {base_k['floor']:.3f}, on this one: {base_k['test']:.3f}")
 print("   r   excess loss of LoRA   of the true ΔE cut to rank r")
-ranks_k, losses_k = plots.by_rank(lora_k, "test")
+ranks_k, losses_k = plotting.by_rank(lora_k, "test")
 for r, (value, *_) in zip(ranks_k, losses_k, strict=True):
     excess, cut = (round(v - base_k["floor"], 3) + 0.0 for v in (value, oracle[r]))  # no minus zero
     print(f"{r:4}   {excess:19.3f}   {cut:28.3f}")
 
 shown = min((r for r in ranks_k if r >= 2 * swaps), default=ranks_k[-1])
-found = np.mean([row["spectra"]["model.embed_tokens"] for row in plots.select(lora_k, rank=shown)], axis=0)
+found = np.mean([row["spectra"]["model.embed_tokens"] for row in plotting.select(lora_k, rank=shown)], axis=0)
 print()
 print(f"singular values of the true ΔE:     {' '.join(f'{x:5.2f}' for x in truth[:swaps])}")
 print(f"learned at r = {shown}, the first {swaps}:      {' '.join(f'{x:5.2f}' for x in found[:swaps])}")

@@ -24,11 +24,14 @@ import tempfile
 import numpy as np
 
 import minilora as ml
-from minilora import data, files, finetune, microscope, plots, spectra
+from minilora import finetune, spectra
+from minilora.analysis import inspect, plotting
+from minilora.data import corpora
 from minilora.errors import MiniloraError
+from minilora.formats import huggingface
+from minilora.formats.safetensors import stored
 from minilora.lora import adapted
-from minilora.shown import aligned
-from minilora.tensors import stored
+from minilora.table import aligned
 
 home = tempfile.TemporaryDirectory()
 os.chdir(home.name)  # what is written below is gone when the kernel is
@@ -41,7 +44,7 @@ os.chdir(home.name)  # what is written below is gone when the kernel is
 # is in nats per character, on plays that neither base nor adapter was trained on.
 
 # %% tags=["corpus", "trained"]
-text = data.corpus_or_fallback("folio")
+text = corpora.corpus_or_fallback("folio")
 name = "stdlib" if text.source.startswith("fallback") else "folio"
 held_out = ml.eval_batches(text.test, batch_size=16, length=128, limit=64 * 128)
 
@@ -85,7 +88,7 @@ for tensor in sorted(r8.tensors)[:2]:
 # %% tags=["corpus", "trained"]
 def show(seen, which, block="model.layers.2."):
     """One table of an inspection, the modules of one block."""
-    _, head, rows = list(microscope.tables(seen))[which]
+    _, head, rows = list(inspect.tables(seen))[which]
     rows = ((row[0].removeprefix(block), *row[1:]) for row in rows if block in row[0])
     print(*aligned([head, *rows]), sep="\n")
 
@@ -133,12 +136,12 @@ print("so is the stable rank:       ", np.isclose((S**2).sum() / S[0] ** 2, foun
 # beside $W$.
 
 # %% tags=["corpus"]
-plots.heat_map(seen.modules)
+plotting.heat_map(seen.modules)
 
 # %% tags=["corpus", "trained"]
 print("effective rank in % of noise's, and |ΔW| / |W| in %")
 print(f"{'':10}" + "".join(f"{f'block {n}':>14}" for n in range(3)))
-for kind in plots.KINDS:
+for kind in plotting.KINDS:
     row = [m for m in seen.modules if m.kind == kind]
     print(f"{kind:10}" + "".join(
         f"{100 * m.ranks.effective / m.noise.effective:7.0f}{100 * m.base.relative:7.1f}" for m in row
@@ -168,17 +171,18 @@ print()
 print(f"loss: base {done.before:.3f}, adapter {done.after:.3f}, twin {ml.evaluate(model, held_out):.3f}")
 
 # %% tags=["corpus"]
-plots.adapter_spectra(seen.modules)
+plotting.adapter_spectra(seen.modules)
 
 # %% tags=["corpus", "trained"]
 print("effective rank    adapter    twin   noise (mean of draws)")
-for kind in plots.KINDS:
+for kind in plotting.KINDS:
     ours, its = ([m for m in some.modules if m.kind == kind] for some in (seen, twin))
     row = (np.mean([m.ranks.effective for m in ours]), np.mean([m.ranks.effective for m in its]),
            np.mean([m.noise.effective for m in ours]))  # fmt: skip
     print(f"{kind:15} {row[0]:9.1f} {row[1]:7.1f} {row[2]:7.1f}")
 print(f"s_8 / s_1, mean {np.mean([m.singular_values[-1] / m.singular_values[0] for m in seen.modules]):9.2f} "
       f"{np.mean([m.singular_values[-1] / m.singular_values[0] for m in twin.modules]):7.2f}")  # fmt: skip
+
 
 # %% tags=["claims", "corpus", "trained"]
 def ratio(m):
@@ -343,7 +347,7 @@ print(f"loss: {done.after:.3f} and {other.after:.3f}")
 show(pair, 1)
 
 # %% tags=["corpus"]
-plots.subspaces(pair.modules)
+plotting.subspaces(pair.modules)
 
 # %% tags=["corpus", "trained"]
 mean = {key: np.mean([getattr(m.other, key) for m in pair.modules], axis=0)
@@ -426,17 +430,17 @@ trained = {r: train(f"trained-at-{r}", r=r, alpha=16, lr=1e-2).after for r in (1
 trained[8] = done.after
 
 
-@plots.styled
+@plotting.styled
 def draw():
-    figure, ((ax,),) = plots.axes()
-    plots.level(ax, done.before, "frozen base", plots.GREY, ":", above=False)
-    ax.plot(list(cut), list(cut.values()), color=plots.ORANGE, marker="s", linestyle="--",
+    figure, ((ax,),) = plotting.axes()
+    plotting.level(ax, done.before, "frozen base", plotting.GREY, ":", above=False)
+    ax.plot(list(cut), list(cut.values()), color=plotting.ORANGE, marker="s", linestyle="--",
             label="trained at r = 8, cut to rank k")  # fmt: skip
-    ax.plot(list(trained), list(trained.values()), color=plots.BLUE, marker="o", label="trained at rank k")
+    ax.plot(list(trained), list(trained.values()), color=plotting.BLUE, marker="o", label="trained at rank k")
     ax.set_xticks(range(1, 9))
-    ax.set(xlabel="rank k", ylabel=f"held-out loss ({plots.NATS})")
+    ax.set(xlabel="rank k", ylabel=f"held-out loss ({plotting.NATS})")
     ax.legend(loc="center right")
-    return plots.Picture(
+    return plotting.Picture(
         figure,
         "Held-out loss against rank. Adapters trained at ranks 1, 2 and 4 lie below the adapter of rank 8 "
         "that was cut to these ranks; the distance shrinks as the rank grows.",
@@ -551,21 +555,21 @@ def mean_of(kind):
     return np.mean([S for path, S in maps.items() if path.endswith(kind)], axis=0)
 
 
-@plots.styled
+@plotting.styled
 def draw():
-    figure, ((ax,),) = plots.axes()
-    looks = (("q_proj", plots.BLUE, "-"), ("down_proj", plots.ORANGE, "--"))
+    figure, ((ax,),) = plotting.axes()
+    looks = (("q_proj", plotting.BLUE, "-"), ("down_proj", plotting.ORANGE, "--"))
     for kind, colour, line in looks:
         S = mean_of(kind)
         shape = next(m.shape for m in seen.modules if m.kind == kind)
         noise = np.linalg.norm(S) * spectra.noise_spectrum(shape, np.random.default_rng(0))
         ax.plot(range(1, len(S) + 1), S, color=colour, linestyle=line, label=kind)
         ax.plot(range(1, len(S) + 1), noise, color=colour, linestyle=":", label=f"{kind}, noise of that norm")
-    ax.axvline(8, color=plots.GREY, linewidth=0.8)
-    ax.annotate("index 8", (8, 0), xytext=(4, 4), textcoords="offset points", color=plots.GREY)
+    ax.axvline(8, color=plotting.GREY, linewidth=0.8)
+    ax.annotate("index 8", (8, 0), xytext=(4, 4), textcoords="offset points", color=plotting.GREY)
     ax.set(xlabel="index", ylabel="singular value of ΔW", xlim=(0, 97), ylim=(0, None))
     ax.legend()
-    return plots.Picture(
+    return plotting.Picture(
         figure,
         "Singular values of the change by full fine-tuning, mean over blocks. The first ones lie above those "
         "of Gaussian noise of the same norm, and then they fall slowly: most of them come after index 8.",
@@ -577,7 +581,7 @@ draw()
 # %% tags=["corpus", "trained"]
 shapes = {m.kind: m.shape for m in seen.modules}
 print("full fine-tuning   effective rank  (noise)   for 90 % of the energy  (noise)   first 8 hold")
-for kind in plots.KINDS:
+for kind in plotting.KINDS:
     some = [S for path, S in maps.items() if path.endswith(kind)]
     noise = spectra.noise_spectrum(shapes[kind], np.random.default_rng(0))
     print(
@@ -593,7 +597,7 @@ lies_above = [
     np.mean([S[0] for path, S in maps.items() if path.endswith(kind)])
     > np.mean([np.linalg.norm(S) for path, S in maps.items() if path.endswith(kind)])
     * spectra.noise_spectrum(shapes[kind], np.random.default_rng(0))[0]
-    for kind in plots.KINDS
+    for kind in plotting.KINDS
 ]
 holds("The first directions stand out from noise", all(lies_above))
 holds("The first ones lie above those of Gaussian noise of the same norm", all(lies_above))
@@ -619,6 +623,7 @@ table = "model.embed_tokens.weight"
 print(f"  the embedding                   {extracted[8].left[table]:.2f}")
 print(f"  {len(extracted[8].left) - 1} norms together                "
       f"{np.sqrt(sum(x**2 for key, x in extracted[8].left.items() if key != table)):.2f}")  # fmt: skip
+
 
 # %% tags=["claims", "corpus", "trained"]
 def of_gain(after):
@@ -656,7 +661,7 @@ holds("is *enough* for most of this gain", of_gain(done.after) > 0.8)
 
 # %% tags=["corpus", "trained"]
 ml.merge_checkpoint("base", "extracted-8", "merged-8")
-base, tuned, merged = (files.weights(folder) for folder in ("base", "tuned", "merged-8"))
+base, tuned, merged = (huggingface.weights(folder) for folder in ("base", "tuned", "merged-8"))
 keys = [f"{path}.weight" for path in maps]
 
 
@@ -700,7 +705,9 @@ print("float64: below 1e-12 of the largest logit:", report.float64 < 1e-12 * rep
 # then ten times smaller each time, and round.
 
 # %% tags=["corpus", "trained"]
-weights = {path: stored(files.weights("base")[f"{path}.weight"], "bfloat16").astype(float) for path in maps}
+weights = {
+    path: stored(huggingface.weights("base")[f"{path}.weight"], "bfloat16").astype(float) for path in maps
+}
 changes = {path: 2.0 * B.astype(float) @ A for path in maps for A, B in [r8.factors(path)]}
 print("   ΔW times   |ΔW|/|W|    lost of ΔW   weights that stay the same")
 rounded = {}
@@ -758,7 +765,7 @@ if missing:
     print("left out, for it needs", *missing)
 else:
     try:
-        files.smollm2()
+        huggingface.smollm2()
     except MiniloraError as e:
         large = False
         print("left out: SmolLM2-135M is not there and cannot be fetched:", e)
@@ -776,7 +783,7 @@ if large:
     print(deep.summary())
 
 # %% tags=["corpus", "smollm2"]
-plots.heat_map(deep.modules) if large else None
+plotting.heat_map(deep.modules) if large else None
 
 # %% tags=["corpus", "smollm2", "trained"]
 if large:
@@ -797,7 +804,7 @@ if large:
     holds("Ten steps on a little of the Folio", recipe.steps == 10)
     says(
         "pretrained model of {:.0f} million parameters",
-        sum(np.prod(s) for s in files.weights("smollm2").shapes.values()) / 1e6,
+        sum(np.prod(s) for s in huggingface.weights("smollm2").shapes.values()) / 1e6,
     )
     wide = {m.shape[0] for m in deep.modules if m.kind == "q_proj"}
     holds("this one is wider, 576 and not 96", wide == {576} and ml.load().config.hidden_size == 96)

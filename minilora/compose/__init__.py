@@ -1,0 +1,1 @@
+"""Adapters made from adapters and models: truncated, extracted, merged into a base."""

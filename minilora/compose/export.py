@@ -1,0 +1,151 @@
+"""A base and an adapter -> one plain checkpoint, and what that cost: W + ΔW rounded to what is stored.
+
+Merged and unmerged are one function in exact arithmetic. In floating point they differ by rounding, and the
+report says by how much beside what rounding alone does: the same unmerged model in float32 and in float64.
+In bfloat16 a weight has 8 bits, so a small ΔW can vanish in W; how much of it did is said per module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import lora
+from ..backend import quiet_overflow, to_device, to_host
+from ..errors import InputError, nearest
+from ..formats.atomic import check_free
+from ..formats.huggingface import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
+from ..formats.safetensors import CALLED, stored
+from ..layers import named_params
+from ..model import Llama
+from ..peft.folder import load_adapter
+from ..peft.recognise import adapter_folder
+from ..spectra import quotient
+from ..table import aligned, plain, printed
+from .truncate import refuse_same
+
+
+@dataclass(frozen=True)
+class Change:
+    """What merging does to one matrix, in Frobenius norms."""
+
+    module: str
+    largest: float  # of |ΔW|'s entries
+    relative: float  # |ΔW| / |W|
+    lost: float  # |stored(W + ΔW) - (W + ΔW)| / |ΔW|: of the change, by rounding to the stored dtype
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What `merge_checkpoint` wrote; prints as a table."""
+
+    out: str
+    dtype: str
+    rows: tuple[Change, ...]
+    float32: float  # largest |logits merged - unmerged| on the probe, both in float32
+    rounding: float  # largest |logits in float32 - in float64|, unmerged: what rounding alone does
+    float64: float  # merged - unmerged, both in float64
+    written: float  # what was written, in float32 (or the float64 that it is), against unmerged in float64
+    logits: float  # the largest |logit|, to compare with
+
+    def data(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [(w.module, f"{w.largest:.2e}", f"{w.relative:.2e}", f"{w.lost:.1e}") for w in self.rows]
+        lines = [
+            *aligned([("module", "max |ΔW|", "|ΔW|/|W|", "lost"), *rows]),
+            f"{self.out}: written in {self.dtype}",
+            f"largest difference of logits (up to {self.logits:.3g}), merged against unmerged:",
+            f"  float32            {self.float32:.1e}   (rounding alone: {self.rounding:.1e})",
+            f"  float64            {self.float64:.1e}",
+            f"  as written         {self.written:.1e}",
+        ]
+        return printed(*lines)
+
+
+@quiet_overflow()  # of logits, which the report tells; what is written is looked at
+def merge_checkpoint(
+    base: Path | str,
+    adapter: Path | str,
+    out: Path | str,
+    *,
+    dtype: str | None = None,
+    probe: Sequence[int] | None = None,
+    force: bool = False,
+) -> Merge:
+    """Write W + ΔW as a new Hugging Face folder, in the base's dtype or the one given; the base is only read.
+
+    `probe` are token ids (random ones unless given). The model is held in float32 and then in float64, whose
+    W + ΔW is written. All that loading and saving raise; InputError for a dtype that there is not.
+    """
+    given = checkpoint(base)
+    kind = dtype or given.dtype
+    if kind not in CALLED:
+        raise InputError(f"dtype is {kind!r}; {nearest(kind, CALLED)}")
+    adapter = adapter_folder(adapter)
+    refuse_same(given.where, out)
+    refuse_same(adapter, out)
+    check_free(out)
+    V, T = given.config.vocab_size, min(32, given.config.max_position_embeddings)
+    random = np.random.default_rng(0).integers(V, size=T)
+    ids = np.asarray(random if probe is None else probe, np.int64)[None, :]
+
+    model = assemble(given, np.float32)
+    load_adapter(model, adapter, force=force)
+    unmerged = logits(model, ids)
+    lora.fuse(model)
+    single = logits(model, ids) - unmerged
+    model = assemble(given, np.float64)
+    load_adapter(model, adapter, force=force)
+    exact = logits(model, ids)
+    lora.merge(model)
+    double = logits(model, ids) - exact
+    rows = tuple(changes(model, kind))
+    lora.unmerge(model)
+    lora.fuse(model)
+    for p in named_params(model).values():
+        p.data = to_device(stored(to_host(p.dense()), kind))
+    save_model(model, out, card(given, adapter), token_ids(given.where), kind, beside(given.where))
+    written = logits(model, ids)  # last, for what is too large for the dtype has been refused by then
+    return Merge(
+        str(out), kind, rows,
+        float32=largest(single),
+        rounding=largest(unmerged - exact),
+        float64=largest(double),
+        written=largest(written - exact),
+        logits=largest(exact),
+    )  # fmt: skip
+
+
+def logits(model: Llama, ids: np.ndarray) -> np.ndarray:
+    """The logits (T, V) of token ids (1, T), read one by one, so that the adapter stays beside the base."""
+    ids = model.check(ids)
+    past = model.past(*ids.shape)
+    steps = (model.forward(ids[:, t : t + 1], past=past)[0] for t in range(ids.shape[1]))
+    return np.concatenate([to_host(step)[0] for step in steps]).astype(np.float64)
+
+
+def largest(a: np.ndarray) -> float:
+    """max |a|."""
+    return float(abs(a).max())
+
+
+def changes(model: Llama, kind: str) -> Iterator[Change]:
+    """What merging did to each matrix of a merged float64 model, and what storing it in `kind` would lose."""
+    for module, layer in lora.adapted(model).items():
+        W, whole = (to_host(x.weight.dense()) for x in (layer.base, layer.merged or layer.base))
+        if W.ndim == 2 and (size := float(np.linalg.norm(change := whole - W))) > 0:
+            lost = float(np.linalg.norm(stored(whole, kind) - whole))
+            yield Change(module, largest(change), quotient(size, float(np.linalg.norm(W))), lost / size)
+
+
+def card(given: Checkpoint, adapter: Path) -> str:
+    """The README.md of a merged model."""
+    adapted = adapter.resolve().name
+    return plain(f"{given.where.name} with the adapter {adapted} merged into it by minilora.") + "\n"

@@ -1,0 +1,1 @@
+"""Texts: fetched, read, cut into batches."""

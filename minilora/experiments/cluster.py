@@ -1,0 +1,161 @@
+"""Workers on other machines, behind a dask scheduler, as an executor of the standard library.
+
+What all runs read is sent once to each worker and not looked up in its files, so a worker needs nothing
+but the same installation. A run whose worker dies is done by another one. dask speaks pickle: whoever
+reaches the port of the scheduler can run code as its user. The only file that names dask; leaves out
+starting and stopping of machines, which is the work of `dask scheduler` and `dask worker`.
+"""
+
+import asyncio
+import contextlib
+import re
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+from ..errors import ConfigError, MismatchError, StateError, check_same
+
+PATIENCE = 10.0  # seconds within which a scheduler answers, a first worker is there, a free one gets work
+LONELY = 60.0  # seconds that a sweep waits while no worker works, because none is left, say
+
+Survey = Callable[[], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def connect(address: str, survey: Survey, expected: dict[str, Any], shared: Any) -> Iterator[Executor]:
+    """An executor at "tcp://HOST:PORT" that does each `call(run)` as `call(run, shared)` on a worker.
+
+    ConfigError for an address that is none or without dask; StateError if no scheduler or no worker is to
+    be had within 10 s each; MismatchError if `survey()` is not as `expected` on one of them.
+    """
+    if not re.fullmatch(r"(tcp|tls)://[^\s/]+:[0-9]+", address):
+        raise ConfigError(f"dask is {address!r}; expected tcp://HOST:PORT or tls://HOST:PORT")
+    try:
+        import distributed
+    except ImportError as e:
+        raise ConfigError('dask is not installed; expected pip install "minilora[cluster]"') from e
+    with contextlib.ExitStack() as stack:
+        try:
+            with ThreadPoolExecutor(1) as thread:  # a notebook's own has a loop that runs already
+                thread.submit(asyncio.run, greet(address)).result()
+            with warnings.catch_warnings():  # dask only warns of a mix; it is refused below
+                warnings.simplefilter("ignore", distributed.versions.VersionMismatchWarning)
+                client = distributed.Client(address, timeout=PATIENCE, set_as_default=False)
+        except Exception as e:  # whatever the network, TLS or another program at that port makes of it
+            why = (str(e).splitlines() or [type(e).__name__])[0]
+            raise StateError(f"{address}: no dask scheduler answers within {PATIENCE:g} s: {why}") from e
+        stack.callback(client.close, PATIENCE)
+        try:
+            client.wait_for_workers(1, timeout=PATIENCE)
+            found = client.run(with_dask, survey, on_error="return", callback_timeout=PATIENCE)
+        except TimeoutError as e:
+            raise StateError(f"{address}: no worker, or not all, within {PATIENCE:g} s; "
+                             f"start one by: dask worker {address} --nthreads 1") from e  # fmt: skip
+        try:  # it unpacks what is submitted, so it has to have minilora too
+            client.run_on_scheduler(with_dask, survey)
+        except Exception as e:
+            found["scheduler"] = e
+        for name, what in sorted(found.items()):
+            if isinstance(what, Exception):
+                raise MismatchError(f"{name}: {what}; expected minilora to be installed there as here")
+            check_same(name, what, expected | {"dask": distributed.__version__})
+        cluster = Cluster(client, shared)
+        stack.callback(cluster.closed.set)
+        yield cluster
+
+
+async def greet(address: str) -> None:
+    """Shake hands with a scheduler, in time: dask's own client would wait for a silent one without end."""
+    from distributed import Security
+    from distributed.comm import connect
+
+    security = Security().get_connection_args("client")
+    comm = await asyncio.wait_for(connect(address, PATIENCE, **security), PATIENCE)
+    await comm.close()
+
+
+class Cluster(Executor):
+    """dask's own executor, with deaths told as the standard library tells them, and an end to waiting."""
+
+    def __init__(self, client: Any, shared: Any) -> None:
+        self.client, self.inner, self.closed = client, client.get_executor(pure=False), threading.Event()
+        self.waiting: dict[Future[Any], bool] = {}  # whoever pops one settles it
+        self.value, self.shared = shared, None
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Have a worker do `call(*args, shared)`."""
+        outcome: Future[Any] = Future()
+        outcome.set_running_or_notify_cancel()
+        self.waiting[outcome] = True
+        self.share()
+        inner = self.inner.submit(call, *args, self.shared, **kwargs)
+        inner.add_done_callback(lambda done: self.settle(outcome, done))
+        return outcome
+
+    def share(self) -> None:
+        """Send what is shared to the workers, if it is not there; as a task, so that it can be made again."""
+        import dask
+
+        if self.shared is None:
+            with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
+                self.shared = self.client.submit(itself, self.value, pure=False)
+
+    def settle(self, outcome: Future[Any], done: Future[Any]) -> None:
+        """Pass on how a call went."""
+        from distributed import KilledWorker
+
+        if not self.waiting.pop(outcome, False):
+            return
+        try:
+            outcome.set_result(done.result())
+        except KilledWorker as e:
+            self.shared = None  # it may have died there too, and dask then waits for it without end
+            outcome.set_exception(BrokenExecutor(str(e)))
+        except CancelledError:
+            outcome.set_exception(StateError("the scheduler is gone; what is done is kept"))
+        except Exception as e:
+            outcome.set_exception(e)
+
+    def watch(self) -> None:
+        """Fail what waits once nobody works on any of it: with nobody there, or with dask having lost it.
+
+        It can lose a result whose worker dies while the result is on its way here.
+        """
+        last = time.monotonic()
+        while not self.closed.wait(1):
+            there: Any = None
+            with contextlib.suppress(Exception):  # no scheduler answers
+                there = self.client.nthreads()
+                if not self.waiting or any(self.client.processing().values()):
+                    last = time.monotonic()
+            idle = time.monotonic() - last
+            if there and idle > PATIENCE:
+                self.fail(BrokenExecutor("dask has lost the run"))
+            elif idle > LONELY:
+                gone = (
+                    "the scheduler is gone" if there is None else f"there has been no worker for {LONELY:g} s"
+                )
+                self.fail(StateError(f"{gone}; what is done is kept"))
+
+    def fail(self, error: Exception) -> None:
+        """Settle all that waits."""
+        self.shared = None
+        for outcome in list(self.waiting):
+            if self.waiting.pop(outcome, False):
+                outcome.set_exception(error)
+
+
+def itself(value: Any) -> Any:
+    """What is shared, as the outcome of a task."""
+    return value
+
+
+def with_dask(survey: Survey) -> dict[str, Any]:
+    """What a process says of itself, the version of dask with it."""
+    import distributed
+
+    return survey() | {"dask": distributed.__version__}

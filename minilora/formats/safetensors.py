@@ -1,0 +1,239 @@
+"""safetensors files: the header is checked whole before a number is read, and tensors are read one by one.
+
+    8 bytes N, little-endian | N bytes of JSON: name -> dtype, shape, [begin, end) | the numbers, row-major
+
+The package `safetensors` cannot give bfloat16 to NumPy, takes a name that is given twice, and orders
+two entries of metadata by chance, so the container is read and written here: strictly, and with the
+same bytes for the same tensors. Its own writer and reader are the oracle in the tests. Integers,
+booleans and 8-bit floats are not read: who asks for one is told its name. No pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import to_host
+from ..errors import FormatError, MismatchError, UnsupportedError, short
+from .atomic import read_at, stamp_of
+
+FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # as they lie in a file, in this order
+OTHERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
+OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]{1,20}|F4|F8")
+CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+LONGEST = 100_000_000  # bytes of header
+MOST = 100_000  # tensors; factors of every expert of DeepSeek-V3 (58 layers, 256 experts) are 89,088
+POINTER = b"version https://git-lfs."  # how what Git LFS leaves in the place of a file begins
+BRIEF = 1024  # bytes, of which it has fewer
+PRINTABLE = re.compile(r"[!-~]{1,500}")
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors(Mapping[str, np.ndarray]):
+    """Name -> array, read when it is asked for: float64 as it is, all narrower ones as float32."""
+
+    where: str  # the file or folder, for messages
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]  # F64, F32, F16, BF16, or what a GGUF file calls its own
+    fetch: Callable[[str], np.ndarray]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what is otherwise here than in the file
+
+    def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
+        """Some of the tensors under other names, name here -> name there, and what is to be said of that."""
+        shapes = {new: self.shapes[old] for new, old in names.items()}
+        dtypes = {new: self.dtypes[old] for new, old in names.items()}
+        return Tensors(self.where, shapes, dtypes, lambda new: self.fetch(names[new]), self.metadata, notes)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.fetch(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+
+def open_tensors(path: Path | str) -> Tensors:
+    """The tensors of a safetensors file, of which only the header is read now.
+
+    Tensors of other numbers (a base's positions or masks) may be in it and are refused when they are asked
+    for. StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
+    """
+    stamp = stamp_of(path)
+    size = stamp.size
+    if size < 8:
+        raise FormatError(f"{path}: has {size} bytes; a safetensors file has at least 8")
+    length = int.from_bytes(read_at(path, 0, 8, stamp), "little")
+    if length > LONGEST or length > size - 8:
+        refuse_pointer(path, read_at(path, 0, min(size, BRIEF), stamp))
+        most = min(LONGEST, size - 8)
+        raise FormatError(f"{path}: header length {length}; expected at most {most} in {size} bytes")
+    raw = read_at(path, 8, length, stamp)
+    if (count := raw.count(b'"data_offsets"')) > MOST:  # before an object is made of each
+        raise FormatError(f"{path}: header has {count} tensors; expected at most {MOST}")
+    header = parse(path, raw)
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise FormatError(f"{path}: __metadata__ is {short(metadata)}; expected strings by name")
+    places = {name: check_entry(path, name, entry) for name, entry in header.items()}
+    end = 0
+    for name, (_, _, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if begin != end:
+            what = "overlap others" if begin < end else "leave a hole"
+            raise FormatError(
+                f"{path}: {name}: data_offsets [{begin}, {stop}] {what}; expected to begin at {end}"
+            )
+        end = stop
+    if end != size - 8 - length:
+        raise FormatError(f"{path}: has {size} bytes; its header says {8 + length + end}")
+
+    def fetch(name: str) -> np.ndarray:
+        dtype, shape, begin, stop = places[name]
+        if dtype not in FLOATS:
+            raise UnsupportedError(f"{path}: {name}: dtype is {dtype}; expected one of {', '.join(FLOATS)}")
+        raw = read_at(path, 8 + length + begin, stop - begin, stamp)
+        a = np.frombuffer(raw, FLOATS[dtype]).reshape(shape)
+        if dtype == "BF16":
+            return widened(a)
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            return a.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
+
+    shapes = {name: shape for name, (_, shape, _, _) in places.items()}
+    return Tensors(str(path), shapes, {name: place[0] for name, place in places.items()}, fetch, metadata)
+
+
+def refuse_pointer(path: Path | str, start: bytes) -> None:
+    """FormatError if the first BRIEF bytes of a file are what Git LFS leaves until it is fetched."""
+    if len(start) < BRIEF and start.startswith(POINTER):
+        size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
+        number = f" of {int(size[1]):,} bytes" if size else ""
+        raise FormatError(
+            f"{path}: is a pointer of Git LFS, and not the file{number} itself; fetch it: git lfs pull, or "
+            "download it from the hub"
+        )
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object, none of them given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {short(twice)} is given twice")
+    return found
+
+
+def parse(path: Path | str, raw: bytes) -> dict[str, Any]:
+    """The header's JSON object, or FormatError."""
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{path}: the header is not a JSON object: {short(str(e))}") from e
+    if not isinstance(header, dict) or not raw.startswith(b"{"):
+        raise FormatError(f"{path}: the header is not a JSON object: {short(raw[:40])}")
+    return header
+
+
+def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end) of one tensor's entry, or the error that `open_tensors` promises."""
+
+    def wrong(what: str, value: object, expected: str) -> FormatError:
+        return FormatError(f"{path}: {short(name)}: {what} is {short(value)}; expected {expected}")
+
+    if not PRINTABLE.fullmatch(name):
+        kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # with any module
+        raise kind(f"{path}: the tensor name {ascii(name)[:120]} is none; expected printable ASCII")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise wrong("entry", entry, "dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not (dtype in {*FLOATS, *OTHERS} or OTHER_FLOATS.fullmatch(dtype)):
+        raise wrong("dtype", dtype, f"one of {', '.join(FLOATS)}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
+        raise wrong("shape", shape, "a list of at most 8 ints, at least 0")
+    if math.prod(max(n, 1) for n in shape) >= 1 << 60:  # which NumPy refuses, be it empty or not
+        raise wrong("shape", shape, "the shape of something that can be")
+    if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
+        raise wrong("data_offsets", offsets, "two ints")
+    begin, end = offsets
+    if not 0 <= begin <= end:
+        raise wrong("data_offsets", offsets, "0 <= begin <= end")
+    if dtype in FLOATS and end - begin != (need := math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize):
+        raise wrong("data_offsets", offsets, f"{short(need)} bytes for {dtype} {short(shape)}")
+    return dtype, tuple(shape), begin, end
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, given as uint16, as float32: its upper half. Exact."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def narrowed(a: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 of each float32 as uint16, ties to even; NaN stays NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        u = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    upper = (u >> 16).astype(np.uint16)
+    rounded = ((u + (0x7FFF + (upper & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(a), upper | np.uint16(0x40), rounded).reshape(np.shape(a))
+
+
+def stored(a: np.ndarray, dtype: str) -> np.ndarray:
+    """What an array is after it was written as "float32", "float16", ... and read again."""
+    if dtype == "bfloat16":
+        return widened(narrowed(a))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return a.astype(dtype).astype(np.float64 if dtype == "float64" else np.float32)
+
+
+def layout(
+    tensors: Mapping[str, np.ndarray], dtype: str | None = None, metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes]:
+    """The bytes of a safetensors file, piece by piece: each array as it is, or all as `dtype`.
+
+    The order is that of the reference: wider dtypes first, then names; the metadata is sorted.
+    """
+    kinds = {name: CALLED[dtype or a.dtype.name] for name, a in tensors.items()}
+    order = sorted(tensors, key=lambda name: (list(FLOATS).index(kinds[name]), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
+    begin = 0
+    for name in order:
+        end = begin + tensors[name].size * np.dtype(FLOATS[kinds[name]]).itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        a = narrowed(tensors[name]) if kinds[name] == "BF16" else tensors[name]
+        with np.errstate(over="ignore", invalid="ignore"):
+            a = a.astype(FLOATS[kinds[name]], copy=False)
+        yield a.tobytes()
+
+
+def sealed(tensors: Mapping[str, Any], dtype: Any = None) -> str:
+    """sha256 over the names, shapes and values, in order of name: each as it is, or as `dtype`."""
+    import hashlib
+
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        with np.errstate(over="ignore", invalid="ignore"):
+            a = np.asarray(to_host(tensors[name]), dtype, order="C")
+        h.update(f"{name} {a.shape} {a.dtype.str}\n".encode())
+        h.update(a.data)
+    return h.hexdigest()

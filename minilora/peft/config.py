@@ -1,0 +1,316 @@
+"""PEFT's adapter_config.json: what it says, which modules it means, and how ours is written.
+
+Every field that changes the numbers is honoured or refused by name, and has its exact type: PEFT takes
+"false" for true and NaN for an alpha. Its patterns are regular expressions (patterns.py), and none is
+needed to write one: each module that differs gets a key of its own, since PEFT sorts the keys on saving
+and takes the first that fits on reading. They are gone through when it is asked what they mean.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, UnsupportedError, check_float, check_int, short
+from ..formats import safetensors
+from ..formats.atomic import read_at
+from ..formats.huggingface import read_json
+from ..lora import LAYER, matches
+from . import patterns
+
+NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+REFUSED = (  # what changes what B A means, in a way that is not done here
+    "use_qalora", "arrow_config", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
+    "megatron_config", "target_parameters",
+)  # fmt: skip
+BESIDE = (  # what acts beside B A, or not on every token: it can be looked at, but not loaded
+    "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
+    "ensure_weight_tying",
+)  # fmt: skip
+OF_NO_EFFECT = (  # on the numbers
+    "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode",
+    "qalora_group_size", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "runtime_config",
+)  # fmt: skip
+USED = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "fan_in_fan_out", "init_lora_weights", "lora_dropout",
+)  # fmt: skip
+SWITCHES = ("lora_bias", "use_qalora", "ensure_weight_tying")  # of both, those that are true or false
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
+HIGHEST = 1 << 20  # rank
+MOST = safetensors.MOST // 2  # keys of a pattern: one for each module that a file can hold
+LARGEST = 1 << 23  # bytes: such a key in two patterns, 80 bytes each
+FEW = 1000  # names in a list that is compared with every module
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked adapter_config.json, by PEFT's names; see PEFT's LoraConfig."""
+
+    r: int
+    lora_alpha: float
+    target_modules: str | tuple[str, ...] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    lora_dropout: float = 0.0
+    base: str | None = None  # base_model_name_or_path, which nothing compares
+    beside: tuple[str, ...] = ()  # what acts beside B A, as "lora_bias is True"
+    where: str = "adapter_config.json"  # the file, for messages
+
+    def scale(self, alpha: float, r: int) -> float:
+        """s of a module of this alpha and rank."""
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What rank_pattern or alpha_pattern says about some modules: of each the value of the first key."""
+
+    values: Mapping[str, Any]  # by module; one that no key means has the usual value
+    contested: tuple[str, ...]  # modules for which a later key has another value: the order decides
+    idle: tuple[str, ...]  # keys that mean none of the modules
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of an adapter_config.json as they are; FormatError if it is no JSON object."""
+    return read_json(path, LARGEST)
+
+
+def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
+    """The settings in an adapter_config.json, and notes on what is beside; ConfigError names the field."""
+    given = read_fields(path)
+
+    def wrong(name: str, expected: str) -> ConfigError:
+        return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")
+
+    kind = given.get("peft_type")
+    if not isinstance(kind, str) or not re.fullmatch("[A-Z0-9_]+", kind):  # a method has a name like that
+        raise wrong("peft_type", "'LORA'")
+    if kind != "LORA":
+        raise UnsupportedError(f"{path}: peft_type is {short(kind)}; expected 'LORA'")
+
+    def flag(name: str) -> bool:
+        found = given.get(name)
+        if found is not None and type(found) is not bool:
+            raise wrong(name, "true or false")
+        return bool(found)
+
+    beside = []
+    for name in (*REFUSED, *BESIDE):
+        if name in SWITCHES:
+            flag(name)
+        if given.get(name) not in (None, False, {}, []):
+            beside.append(f"{name} is {short(given[name])}")
+            if name in REFUSED:
+                raise UnsupportedError(f"{path}: {beside[-1]}; this is not done here")
+    init = given.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(OTHER_BASE):
+        raise UnsupportedError(
+            f"{path}: init_lora_weights is {short(init)}: its base is not the published one; PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
+        )
+
+    def words(name: str) -> str | tuple[str, ...]:
+        found = given.get(name)
+        if found is None or (isinstance(found, str) and found):
+            return found or ()
+        if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+            raise wrong(name, "a list of module names")
+        return tuple(dict.fromkeys(found))
+
+    def pattern(name: str, check: Any) -> dict[str, Any]:
+        found = {} if given.get(name) is None else given[name]
+        if not isinstance(found, dict) or len(found) > MOST:
+            raise wrong(name, f"an object of at most {MOST} numbers by module name")
+        for key, number in found.items():
+            check(f"{name}[{short(key)}]", number)
+        return found
+
+    def rank(name: str, value: Any) -> int:
+        if check_int(f"{path}: {name}", value, 1) > HIGHEST:
+            raise ConfigError(f"{path}: {name} is {short(value)}; expected at most {HIGHEST}")
+        return value
+
+    def alpha(name: str, value: Any) -> float:
+        return check_float(f"{path}: {name}", value, 0, math.inf, open_low=True)
+
+    for name in ("r", "lora_alpha"):
+        if name not in given:
+            raise ConfigError(f"{path}: {name} is missing; expected a number")
+    numbers = given.get("layers_to_transform")
+    numbers = [numbers] if type(numbers) is int else numbers
+    if numbers is not None and (
+        not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers)
+    ):
+        raise wrong("layers_to_transform", "layer numbers")
+    if given.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise wrong("bias", "'none', 'lora_only' or 'all'")
+    base = given.get("base_model_name_or_path")
+    saved, layers = words("modules_to_save"), given.get("layers_pattern")
+    layers = [] if layers is None else [layers] if isinstance(layers, str) else layers
+    if isinstance(saved, str) or len(saved) > FEW:
+        raise wrong("modules_to_save", f"a list of at most {FEW} names")
+    if not isinstance(layers, list) or len(layers) > FEW or not all(isinstance(n, str) for n in layers):
+        raise wrong("layers_pattern", f"a list of at most {FEW} names")
+    settings = Settings(
+        r=rank("r", given["r"]),
+        lora_alpha=alpha("lora_alpha", given["lora_alpha"]),
+        target_modules=words("target_modules"),
+        use_rslora=flag("use_rslora"),
+        use_dora=flag("use_dora"),
+        rank_pattern=pattern("rank_pattern", rank),
+        alpha_pattern=pattern("alpha_pattern", alpha),
+        exclude_modules=words("exclude_modules"),
+        layers_to_transform=None if numbers is None else tuple(numbers),
+        layers_pattern=tuple(layers),
+        modules_to_save=saved,
+        bias=given.get("bias", "none"),
+        fan_in_fan_out=flag("fan_in_fan_out"),
+        lora_dropout=check_float(f"{path}: lora_dropout", given.get("lora_dropout", 0.0), 0, 1),
+        base=base if isinstance(base, str) else None,
+        beside=tuple(beside),
+        where=str(path),
+    )
+    strange = sorted(
+        k for k, value in given.items() if value and k not in {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT}
+    )
+    some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
+    notes = [f"not known here and ignored: {some}"] if strange else []
+    if read_at(path, 0, 3) == codecs.BOM_UTF8:
+        notes.append("the config begins with a byte order mark, with which PEFT does not read it")
+    return settings, tuple(notes)
+
+
+def check_targets(settings: Settings) -> None:
+    """ConfigError unless it can be told which modules of a base the config means."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        entries = getattr(settings, name)
+        for word in () if isinstance(entries, str) else entries:
+            if not NAME.fullmatch(word):
+                what = f"{name} has the entry {short(word)}"
+                raise ConfigError(f"{settings.where}: {what}; expected a module's name")
+    if not settings.target_modules:
+        raise ConfigError(f"{settings.where}: target_modules is empty; expected at least one module name")
+    if settings.layers_to_transform is not None and isinstance(settings.target_modules, str):
+        what = f"layers_to_transform is {short(settings.layers_to_transform)}"
+        raise ConfigError(f"{settings.where}: {what}; expected null where target_modules is one string")
+
+
+def chosen(settings: Settings, name: str, modules: Sequence[str]) -> Chosen:
+    """What rank_pattern or alpha_pattern says: in PEFT the first key counts that means the name's end."""
+    pattern = getattr(settings, name)
+    fits = patterns.fitting(pattern, modules, f"{settings.where}: {name}")
+    keys, numbers = list(pattern), list(pattern.values())
+    used = {place for fit in fits for place in fit}
+    return Chosen(
+        {module: numbers[fit[0]] for module, fit in zip(modules, fits, strict=True) if fit},
+        tuple(m for m, fit in zip(modules, fits, strict=True) if len({numbers[place] for place in fit}) > 1),
+        tuple(key for place, key in enumerate(keys) if place not in used),
+    )
+
+
+def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Which of a base's modules the config means to adapt, by PEFT's rules."""
+    excluded = set(named(settings, "exclude_modules", modules))
+    free = [m for m in modules if m not in excluded]
+    free = [m for m in free if not any(f".{entry}." in f".{m}." for entry in settings.modules_to_save)]
+    targets = settings.target_modules
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        adaptable = set(linears)
+        return [m for m in free if m in adaptable and not matches("lm_head", m)]
+    found = named(settings, "target_modules", free)
+    if settings.layers_to_transform is None:
+        return found
+    exact, layers = set(targets), set(settings.layers_to_transform)
+    by_suffix = [m for m in found if m not in exact]
+    if settings.layers_pattern:
+        by_suffix = [m for m in by_suffix if any(f".{p}." in f".{m}." for p in settings.layers_pattern)]
+    kept = {m for m in by_suffix if (layer := LAYER.match(m)) and int(layer[1]) in layers}
+    return [m for m in found if m in kept or m in exact]
+
+
+def named(settings: Settings, name: str, modules: Sequence[str]) -> list[str]:
+    """The modules that target_modules or exclude_modules names: by names, or by one regular expression."""
+    entries = getattr(settings, name)
+    if isinstance(entries, str):
+        return patterns.whole(entries, modules, f"{settings.where}: {name}")
+    names = set(entries)
+    return [m for m in modules if any(m[start:] in names for start in patterns.starts(m))]
+
+
+def peft_config(
+    sizes: Mapping[str, tuple[int, float]], targets: Sequence[str], rslora: bool = False
+) -> dict[str, Any]:
+    """A config for modules of these ranks and alphas: what they share, and where they differ."""
+    (r, alpha), _ = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))
+
+    def differing(i: int, usual: float) -> dict[str, float]:
+        return {f"^{re.escape(m)}": size[i] for m, size in sizes.items() if size[i] != usual}
+
+    return {
+        "alpha_pattern": differing(1, alpha),
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": differing(0, r),
+        "revision": None,
+        "target_modules": sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": rslora,
+    }
+
+
+def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:
+    """The shortest list that means these modules and no other: last names where they do, else full ones."""
+    short_names = {m.rpartition(".")[2] for m in wanted}
+    return sorted(
+        short_names if {m for m in modules if m.rpartition(".")[2] in short_names} == wanted else wanted
+    )
+
+
+def alphas_of(scales: Mapping[str, tuple[float, int]]) -> tuple[dict[str, float], bool]:
+    """The alphas of modules of these scales and ranks, and whether they are rsLoRA's, s = alpha / sqrt(r).
+
+    That way which gives every scale to the last bit, with whole alphas if it can be; else the nearest of
+    alpha / r.
+    """
+    ways = []
+    for rslora in (False, True):
+        over = {m: math.sqrt(r) if rslora else r for m, (_, r) in scales.items()}
+        alphas = {m: alpha_of(s, over[m]) for m, (s, _) in scales.items()}
+        exact = all(alphas[m] / over[m] == s for m, (s, _) in scales.items())
+        whole = all(type(alpha) is int for alpha in alphas.values())
+        ways.append((exact, exact and whole, not rslora, alphas))
+    _, _, plain, alphas = max(ways, key=lambda way: way[:3])
+    return alphas, not plain
+
+
+def alpha_of(scale: float, over: float) -> float:
+    """The alpha whose quotient by `over` is the scale, to the last bit if there is one; a whole one first."""
+    near = scale * over
+    candidates = (round(near), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+    return next((alpha for alpha in candidates if alpha / over == scale), near)

@@ -1,0 +1,722 @@
+"""LoRA adapters in PEFT's form: a folder with adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.MODULE.lora_A.weight (r, I)   .lora_B.weight (O, r)   s = alpha / r of the config
+
+Reading is generous: what is in the file counts, its ranks are those of the shapes, and where the config says
+otherwise a note tells it. Loading beside a base is strict where PEFT is not: a tensor without its module, a
+module without its tensors, a rank that is not the config's, a value that is not finite and another base are
+errors, each with the name of module and file. An adapter of any architecture can be opened; only its header
+is read until a matrix is asked for. Stands in for PeftModel.from_pretrained and save_pretrained; what they
+can do and this cannot is refused by name. No pickle is ever opened, and no
+regular expression of a file can take long.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import to_device, to_host
+from ..errors import (
+    ConfigError,
+    MismatchError,
+    NonFiniteError,
+    StateError,
+    UnsupportedError,
+    nearest,
+    short,
+)
+from ..formats.atomic import write_atomic, write_folder
+from ..formats.huggingface import fingerprint
+from ..formats.safetensors import CALLED, Tensors, layout, open_tensors, sealed, stored
+from ..layers import Dropout, Embedding, Linear, Param, named_params
+from ..lora import (
+    LAYER,
+    Adapted,
+    DoRA,
+    LowRank,
+    LowRankEmbedding,
+    Replacement,
+    WithBias,
+    adapted,
+    attach,
+    base_of,
+    open_for,
+    sites,
+    unbiased,
+)
+from ..model import Llama
+from ..table import counted, printed
+from .config import (
+    NAME,
+    Settings,
+    alphas_of,
+    check_targets,
+    chosen,
+    meant,
+    named,
+    peft_config,
+    read_settings,
+    targets,
+)
+from .patterns import starts
+from .recognise import CONFIG, WEIGHTS, adapter_folder, of_names
+
+PATTERNS = "rank_pattern", "alpha_pattern"
+PREFIX = "base_model.model."
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BEFORE = re.compile(r"((_forward_module|module|model)\.)*(base_model\.model\.)+")  # module: DDP, DeepSpeed
+KEY = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"(?P<linear>lora_[AB])(?:\.(?P<name>[^.]+))?(?P<end>\.weight|\.bias)|"
+    r"(?P<bare>lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)"
+    r"(?:\.(?P<its>(?!weight$)[^.]+))?(?:\.weight)?|"
+    r"(?P<copy>base_layer\.(?:weight|bias)))"
+)
+FACTORS, OF_TABLE = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE, COPY, BIAS = "lora_magnitude_vector", "base_layer.weight", "base_layer.bias"
+ADDED = ("lora_B.bias", "token_adapter.trainable_tokens_delta")  # what acts beside B A
+PARTS = (*FACTORS, *OF_TABLE, MAGNITUDE, COPY, BIAS, *ADDED)  # of an adapted module
+TABLES = ("embed_tokens", "lm_head")  # whose weights PEFT adds unasked, where the vocabulary was resized
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where the factors of one module lie in the file, and what they mean: ΔW = s B A, (O, I)."""
+
+    A: str
+    B: str
+    shape: tuple[int, int]  # (O, I); of an embedding (D, V), as A and B have it
+    r: int
+    alpha: float
+    scale: float
+    embedding: bool = False
+    magnitude: str | None = None  # DoRA's
+    bias: str | None = None  # in the place of the base's
+    copy: str | None = None  # the base's own weight, which PEFT adds for embedding and head
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter's folder: its config, and where the factors of each module lie.
+
+    Tensors are called as PEFT calls them, whatever the file does.
+    """
+
+    where: Path
+    settings: Settings
+    pairs: Mapping[str, Pair]  # by module
+    replaced: Mapping[str, str]  # parameter of the base -> the tensor in its place
+    tensors: Tensors
+    notes: tuple[str, ...] = ()  # what is unusual and was accepted
+    doubts: tuple[str, ...] = ()  # where config and file disagree, told by who reads, refused by who loads
+    made: Mapping[str, str] = field(default_factory=dict)  # minilora's own: base (its fingerprint), sha256
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """All that is to be told to who only looks at it."""
+        beside = (f"{field}: acts beside B A and is not in the numbers" for field in self.settings.beside)
+        return (*self.notes, *beside, *self.doubts)
+
+    def value(self, tensor: str) -> np.ndarray:
+        """A tensor of the file, or NonFiniteError."""
+        a = self.tensors[tensor]
+        if bad := int(a.size - np.isfinite(a).sum()):
+            at = tuple(int(i) for i in np.argwhere(~np.isfinite(a))[0])
+            raise NonFiniteError(
+                f"{self.where}: {tensor} has {bad} values that are not finite, the first at {at}"
+            )
+        return a
+
+    def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        """A (r, I) and B (O, r) of a module; those of a convolution as matrices."""
+        pair = self.pairs[module]
+        A, B = self.value(pair.A), self.value(pair.B)
+        return A.reshape(pair.r, -1), B.reshape(-1, pair.r)
+
+
+# ---- reading
+
+
+def open_adapter(folder: Path | str) -> Adapter:
+    """The adapter in a folder (or of a file in it): what the file holds, and where the config disagrees.
+
+    Numbers are read now only to compare the digest that minilora's own files carry.
+    StorageError, FormatError, ConfigError, UnsupportedError or MismatchError name file and field or tensor.
+    """
+    folder = adapter_folder(folder)
+    settings, notes = read_settings(folder / CONFIG)
+    tensors = open_tensors(folder / WEIGHTS)
+    said = tensors.metadata.get("minilora", "{}")
+    try:
+        made = {k: v for k, v in json.loads(said).items() if isinstance(v, str)}
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise MismatchError(f"{folder / WEIGHTS}: its metadata is damaged: minilora is {short(said)}") from e
+    if "sha256" in made and made["sha256"] != sealed(tensors):
+        raise MismatchError(
+            f"{folder / WEIGHTS}: its numbers are not those that were written: sha256 differs"
+        )
+    keys, parts, strange, odd = sort_out(folder / WEIGHTS, tensors)
+    known = Tensors(
+        tensors.where, {name: tensors.shapes[key] for name, key in keys.items()},
+        {name: tensors.dtypes[key] for name, key in keys.items()}, lambda name: tensors[keys[name]],
+    )  # fmt: skip
+    pairs, replaced = read_parts(folder / WEIGHTS, settings, known, parts)
+    if not pairs:
+        what = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
+        raise MismatchError(f"{folder / WEIGHTS}: has no lora_A and lora_B; {what}")
+    given = Adapter(folder, settings, pairs, replaced, known, made=made)
+    return replace(given, notes=(*notes, *odd, *peculiar(given)), doubts=tuple(disagreements(given, strange)))
+
+
+def sort_out(
+    path: Path, tensors: Tensors
+) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str], list[str]]:
+    """PEFT's name -> key in the file; module -> part -> that name; keys that are none; notes on the others.
+
+    What wraps a model in training leaves its name in the keys (torch.compile, DDP, FSDP, DeepSpeed), and so
+    does the adapter's own name. Two keys that mean one tensor are a MismatchError, and so are two adapters.
+    """
+    keys: dict[str, str] = {}
+    parts: dict[str, dict[str, str]] = {}
+    strange: list[str] = []
+    first: dict[str, str] = {}  # note -> the first key that it is about
+    names: dict[str, str] = {}  # of adapters
+    for key in sorted(tensors):
+        plain = WRAPPERS.sub("", key)
+        bare = BEFORE.sub("", plain, count=1) if (before := BEFORE.match(plain)) else plain
+        match = KEY.fullmatch(bare)
+        part = (match["bare"] or match["copy"] or match["linear"] + match["end"]) if match else ""
+        module = match["module"] if match else bare.rpartition(".")[0]
+        if not NAME.fullmatch(bare) or not module or (part not in PARTS if match else lora_like(bare)):
+            strange.append(key)
+            continue
+        name = f"{PREFIX}{module}.{part}" if match else PREFIX + bare
+        if name in keys:
+            raise MismatchError(f"{path}: {keys[name]} and {key} are one and the same, {name}")
+        keys[name] = key
+        parts.setdefault(module, {})[part or bare.rpartition(".")[2]] = name
+        if not before:
+            first.setdefault(f"names do not begin with {PREFIX}", key)
+        elif before[0] != PREFIX or plain != key:
+            first.setdefault("names hold those of wrappers", key)
+        if called := match and (match["name"] or match["its"]):
+            names.setdefault(called, key)
+            first.setdefault("names hold that of the adapter", key)
+    if len(names) > 1:
+        (one, key), (other, second), *_ = names.items()
+        raise MismatchError(
+            f"{path}: holds the adapters {short(one)} and {short(other)}, as in {key} and {second}; "
+            "expected one"
+        )
+    return keys, parts, strange, [f"{note}, as in {key}" for note, key in first.items()]
+
+
+def lora_like(bare: str) -> bool:
+    """Whether a key is that of something LoRA adds, and so none of a parameter of the base."""
+    return any(
+        step.startswith("lora_") or step in ("base_layer", "token_adapter") for step in bare.split(".")
+    )
+
+
+def read_parts(
+    path: Path, settings: Settings, tensors: Tensors, parts: Mapping[str, Mapping[str, str]]
+) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The pairs by module, and the tensors in the place of parameters of the base."""
+    pairs: dict[str, Pair] = {}
+    replaced: dict[str, str] = {}
+    alphas = chosen(settings, "alpha_pattern", list(parts)).values
+    for module, part in parts.items():
+        replaced |= {f"{module}.{kind}": name for kind, name in part.items() if kind not in PARTS}
+        added = part.keys() & {*PARTS}
+        if added == {BIAS} and f"{module}.bias" not in replaced:
+            replaced[f"{module}.bias"] = part[BIAS]
+        elif added - {*ADDED}:
+            alpha = alphas.get(module, settings.lora_alpha)
+            pairs[module] = pair_up(path, settings, module, part, tensors, alpha)
+    return pairs, replaced
+
+
+def pair_up(
+    path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors, alpha: float
+) -> Pair:
+    """One module's pair; MismatchError if there is no product of its factors."""
+    embedding = any(half in part for half in OF_TABLE)
+    a, b = OF_TABLE if embedding else FACTORS
+    for half, other in ((a, b), (b, a)):
+        if half not in part:
+            given = part.get(other) or next(iter(part.values()))
+            raise MismatchError(f"{path}: {module} has no {half.removesuffix('.weight')}; there is {given}")
+    if embedding and any(half in part for half in FACTORS):
+        raise MismatchError(f"{path}: {module} has factors of a linear map and of an embedding")
+    rows, columns = tensors.shapes[part[a]], tensors.shapes[part[b]]
+    if 0 in (*rows, *columns):
+        raise MismatchError(
+            f"{path}: {module} has factors without numbers, lora_A {rows} and lora_B {columns}; DeepSpeed "
+            "(ZeRO-3) leaves such where weights were not gathered before they were saved"
+        )
+    flat = len(rows) == len(columns) == 2
+    convolution = not embedding and len(rows) == len(columns) and len(rows) in (3, 4, 5)
+    if not flat and not (convolution and set(columns[2:]) == {1}):
+        raise MismatchError(
+            f"{path}: {module} has factors of shapes {rows} and {columns}; expected (r, I) and (O, r)"
+        )
+    if (r := rows[0]) != columns[1]:
+        what = f"lora_A {rows} and lora_B {columns}"
+        raise MismatchError(f"{path}: {module} has {what}; expected (r, I) and (O, r)")
+    shape, scale = (columns[0], math.prod(rows[1:])), settings.scale(alpha, r)
+    for name in (part.get(kind) for kind in (MAGNITUDE, BIAS, ADDED[0])):
+        if name and math.prod(tensors.shapes[name]) != columns[0]:
+            raise MismatchError(f"{path}: {name} has shape {tensors.shapes[name]}; expected ({columns[0]},)")
+    magnitude, bias, copy = (part.get(kind) for kind in (MAGNITUDE, BIAS, COPY))
+    return Pair(part[a], part[b], shape, r, alpha, scale, embedding, magnitude, bias, copy)
+
+
+def peculiar(given: Adapter) -> list[str]:
+    """What is unusual and taken, each once with an example."""
+    settings = given.settings
+    first: dict[str, str] = {}
+    for module, pair in given.pairs.items():
+        if pair.r > min(pair.shape):
+            first.setdefault(f"r = {pair.r} is larger than the rank that a module can have", module)
+    for name in PATTERNS:
+        said = chosen(settings, name, list(given.pairs))
+        for module in said.contested:
+            first.setdefault(f"keys of {name} disagree and the first one counts", module)
+        for key in said.idle:
+            first.setdefault(f"{name} has keys that mean no module of the file", short(key))
+    numbers = {int(match[1]) for m in given.pairs if (match := LAYER.match(m))}
+    for idle in sorted({*(settings.layers_to_transform or ())} - numbers):
+        first.setdefault("layers_to_transform has layers that the file has not", short(idle))
+    for parameter in unlisted(given):
+        if is_table(parameter):
+            first.setdefault("has whole tables, as PEFT saves them of a resized vocabulary", parameter)
+    notes = [f"{note}, as in {example}" for note, example in first.items()]
+    if beside := [name for name in given.tensors if name.endswith(ADDED)]:
+        what = counted(len(beside), "tensor acts", "tensors act")
+        notes.append(f"{what} beside B A, not in the numbers: {beside[0]}")
+    return notes
+
+
+def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
+    """Where config and file say different things, as far as that can be told without a base or a pattern."""
+    settings, pairs = given.settings, given.pairs
+    if strange:
+        what = counted(len(strange), "tensor is", "tensors are")
+        yield f"{what} not of a LoRA, the first {ascii(strange[0])[:200]}"
+    if others := [p for p in unlisted(given) if not is_table(p)]:
+        what = counted(len(others), "tensor is", "tensors are")
+        yield f"{what} not of a LoRA with this config, the first {others[0]}"
+    if both := [p for p in given.replaced if p.rpartition(".")[0] in pairs]:
+        yield f"{given.replaced[both[0]]} is for a module that has lora_A and lora_B"
+    about: dict[str, list[str]] = {}
+    ranks = chosen(settings, "rank_pattern", list(pairs)).values
+    for module, pair in pairs.items():
+        for kind, text in about_pair(given, module, pair, ranks.get(module, settings.r)):
+            about.setdefault(kind, []).append(text)
+    for texts in about.values():
+        yield texts[0] + (f"; and {len(texts) - 1} more" if texts[1:] else "")
+    if surprises := unsaid(given):
+        name, flag = next(iter(surprises.items()))
+        yield f"has {name}, of which the config says nothing: {flag} is off"
+    for entry in settings.modules_to_save:
+        if not any(saves(entry, name) for name in given.replaced):
+            yield f"has no tensor for modules_to_save {short(entry)}"
+    yield from about_targets(given)
+
+
+def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tuple[str, str]]:
+    """(kind, what) the config, by which its rank is r, says otherwise of one pair than the file."""
+    settings, shapes = given.settings, given.tensors.shapes
+    if pair.r != r:
+        what = f"lora_A {shapes[pair.A]} and lora_B {shapes[pair.B]}"
+        yield "rank", f"{module} has {what}; expected (r, I) and (O, r) with the config's r = {r}"
+    if bool(pair.magnitude) != settings.use_dora:
+        state = "has a lora_magnitude_vector" if pair.magnitude else "has no lora_magnitude_vector"
+        yield "dora", f"{module} {state}; use_dora is {settings.use_dora}"
+    if pair.bias and settings.bias == "none":
+        yield "bias", f"has {pair.bias}; expected none with bias 'none'"
+
+
+def about_targets(given: Adapter) -> Iterator[str]:
+    """What a list of target_modules means and the file has not, or the other way round; no pattern is run."""
+    settings = given.settings
+    wanted, excluded = settings.target_modules, settings.exclude_modules
+    if isinstance(wanted, str) or isinstance(excluded, str) or not wanted:
+        return
+    modules = list(given.pairs)
+    agreed = set(meant(settings, modules, modules))
+    if extra := [m for m in modules if m not in agreed]:
+        yield f"has factors of {extra[0]}, which target_modules {short(wanted)} does not mean"
+    if not excluded and settings.layers_to_transform is None:  # else the base is needed to tell
+        saved = [name.rpartition(".")[0] for name in given.replaced]  # PEFT saves what is in both lists
+        there = {m[start:] for m in [*modules, *saved] for start in starts(m)}
+        if idle := [entry for entry in wanted if entry not in there]:
+            known = {m.rpartition(".")[2] for m in modules}
+            more = f" and {len(idle) - 1} more" if idle[1:] else ""
+            yield f"has no factors for target_modules {short(idle[0])}{more}; {nearest(idle[0], known)}"
+
+
+def saves(entry: str, parameter: str) -> bool:
+    """Whether an entry of modules_to_save means this parameter of the base."""
+    return parameter.rpartition(".")[0].endswith(entry) or f".{entry}." in f".{parameter}"
+
+
+def licensed(settings: Settings, parameter: str) -> bool:
+    """Whether the config lets the file replace a parameter of the base."""
+    bias = settings.bias == "all" and parameter.endswith(".bias")
+    return bias or any(saves(entry, parameter) for entry in settings.modules_to_save)
+
+
+def unlisted(given: Adapter) -> list[str]:
+    """The parameters that the file replaces and the config does not mention."""
+    return [parameter for parameter in given.replaced if not licensed(given.settings, parameter)]
+
+
+def unsaid(given: Adapter) -> dict[str, str]:
+    """What acts beside B A in the file and not in the config: tensor -> the field that would say so."""
+    flags = {
+        name: "lora_bias" if name.endswith(ADDED[0]) else "trainable_token_indices"
+        for name in given.tensors
+        if name.endswith(ADDED)
+    }
+    return {
+        name: flag
+        for name, flag in flags.items()
+        if not any(field.startswith(flag) for field in given.settings.beside)
+    }
+
+
+def is_table(parameter: str) -> bool:
+    """Whether a parameter is the table of the embedding or the head."""
+    return parameter.endswith(tuple(f"{table}.weight" for table in TABLES))
+
+
+def check_agreement(given: Adapter) -> None:
+    """The strict reading, beside a base: whatever config and file do not agree on is an error.
+
+    UnsupportedError for what acts beside B A, ConfigError or MismatchError that names the first.
+    """
+    settings, path = given.settings, given.where / WEIGHTS
+    if settings.beside:
+        raise UnsupportedError(f"{path.with_name(CONFIG)}: {settings.beside[0]}; this is not done here")
+    check_targets(settings)
+    linears = [m for m, pair in given.pairs.items() if not pair.embedding]
+    agreed = set(meant(settings, list(given.pairs), linears))
+    if len(named(settings, "exclude_modules", list(given.pairs))) == len(given.pairs):
+        excluded = short(settings.exclude_modules)
+        raise ConfigError(f"{path.with_name(CONFIG)}: exclude_modules {excluded} leaves none of the modules")
+    if extra := [m for m in given.pairs if m not in agreed]:
+        wanted = short(settings.target_modules)
+        raise MismatchError(f"{path}: has factors of {extra[0]}, which target_modules {wanted} does not mean")
+    if given.doubts:
+        raise MismatchError(f"{path}: {given.doubts[0]}")
+
+
+# ---- beside a model
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `load_adapter` did; prints as two lines and the notes."""
+
+    where: str
+    norms: Mapping[str, tuple[float, float]]  # module -> |ΔW| and |W|, Frobenius
+    modules: int  # that the model has
+    replaced: tuple[str, ...]  # parameters in whose place the file has others
+    notes: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """|ΔW| / |W| over all adapted modules together."""
+        change, base = (math.fsum(pair[i] ** 2 for pair in self.norms.values()) for i in (0, 1))
+        return math.sqrt(change / base) if base else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {len(self.norms)} of {self.modules} modules, |ΔW| / |W| = {self.share:.3g}"]
+        if self.replaced:
+            lines.append(f"replaced: {', '.join(self.replaced)}")
+        return printed(*lines, *(f"note: {note}" for note in self.notes))
+
+
+def load_adapter(
+    model: Llama,
+    folder: Path | str,
+    name: str = "default",
+    *,
+    force: bool = False,
+    rng: np.random.Generator | None = None,
+) -> Attached:
+    """Put the adapter in a folder beside a model, active; the base is only read.
+
+    All or nothing. Another base (by the fingerprint in minilora's own files, unless `force`; by names and
+    shapes in PEFT's) is a MismatchError; further errors as `open_adapter`, and NonFiniteError. With an
+    `rng` the config's dropout acts when training goes on. Where the head is tied and one of the two is
+    adapted, the head becomes a layer of its own on the same table, as in PEFT.
+    """
+    given = open_adapter(folder)
+    check_agreement(given)
+    layers = open_for(model, name)
+    head = None
+    if model.lm_head is None and touches_tied(given):
+        if isinstance(layers["model.embed_tokens"], Adapted):
+            raise StateError("the head is tied to an embedding that has adapters; load into a fresh model")
+        layers["lm_head"] = head = Linear(layers["model.embed_tokens"].weight)
+    check_fit(given, {path: base_of(layer) for path, layer in layers.items()}, model.lm_head is None)
+    if given.made.get("base") and not force and given.made["base"] != (found := base_print(model)):
+        raise MismatchError(
+            f"{given.where}: was trained beside another base: fingerprint {given.made['base'][:12]!a}, this "
+            f"one has {found[:12]!a}"
+        )
+    dtype = next(iter(named_params(model).values())).dense().dtype
+
+    def param(tensor: str, shape: tuple[int, ...]) -> Param:
+        with np.errstate(over="ignore"):
+            a = given.value(tensor).reshape(shape).astype(dtype)
+        if not np.isfinite(a).all():
+            raise NonFiniteError(f"{given.where}: {tensor} is not finite in {dtype}")
+        return Param(to_device(a))
+
+    new: dict[str, Any] = {}
+    norms = {}
+    for module, pair in given.pairs.items():
+        (O, I), r = pair.shape, pair.r  # noqa: E741
+        A, B = param(pair.A, (r, I)), param(pair.B, (O, r))
+        adapter: Any = LowRankEmbedding(A, B, pair.scale)
+        if not pair.embedding:
+            drop = given.settings.lora_dropout if rng else 0
+            adapter = LowRank(A, B, pair.scale, Dropout(drop, rng) if drop and rng else None)
+        if pair.magnitude:
+            adapter = DoRA(adapter, param(pair.magnitude, (O,)), detach=True)
+        if pair.bias:
+            adapter = WithBias(adapter, param(pair.bias, (O,)))
+        new[module] = adapter
+        W = to_host(base_of(layers[module]).weight.dense())
+        norms[module] = change_norm(to_host(A.data), to_host(B.data), pair.scale), float(np.linalg.norm(W))
+        if not norms[module][0] <= float(np.finfo(dtype).max):
+            raise NonFiniteError(f"{given.where}: the ΔW of {module} is not finite in {dtype}")
+    for parameter, tensor in given.replaced.items():
+        module, _, kind = parameter.rpartition(".")
+        base = base_of(layers[module])
+        p = param(tensor, tuple(getattr(base, kind).data.shape))
+        if kind == "bias" and f"{module}.weight" not in given.replaced:
+            new[module] = WithBias(None, p)
+        else:
+            copy = new.setdefault(module, Replacement(deepcopy(base)))
+            setattr(copy.layer, kind, p)
+    if head:
+        model.lm_head = head
+    attach(model, new, name)
+    places = [layer for layer in map(base_of, layers.values()) if isinstance(layer, Linear | Embedding)]
+    notes = list(given.notes)
+    if given.settings.base and not given.made.get("base"):
+        notes.append(f"its base is called {short(given.settings.base)}; only names and shapes were compared")
+    return Attached(str(given.where), norms, len(places), tuple(given.replaced), tuple(notes))
+
+
+def touches_tied(given: Adapter) -> bool:
+    """Whether an adapter changes the embedding's table or the head, which a tied model has in common."""
+    modules = {*given.pairs, *(name.rpartition(".")[0] for name in given.replaced)}
+    return bool(modules & {"model.embed_tokens", "lm_head"})
+
+
+def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
+    """MismatchError, naming module and file, unless every tensor has its place in these layers."""
+    path = given.where / WEIGHTS
+    for module, pair in given.pairs.items():
+        layer = layers.get(module)
+        if not isinstance(layer, Linear | Embedding):
+            hint = "; train text adapters on the language model alone" if "language_model" in module else ""
+            raise MismatchError(f"{path}: the base has no module {module}; {nearest(module, layers)}{hint}")
+        shape = tuple(layer.weight.dense().shape)
+        wanted = shape[::-1] if isinstance(layer, Embedding) else shape
+        flat = len(given.tensors.shapes[pair.A]) == 2
+        if pair.shape != wanted or pair.embedding != isinstance(layer, Embedding) or not flat:
+            kind = "an embedding" if pair.embedding else "a linear map" if flat else "a convolution"
+            raise MismatchError(
+                f"{path}: {module} has factors for {kind} of {pair.shape}; the base's weight is {shape}"
+            )
+        if pair.embedding and pair.magnitude:
+            raise UnsupportedError(f"{path}: {module}: use_dora on an embedding is not done here")
+        if pair.bias and getattr(layer, "bias", None) is None:
+            raise MismatchError(f"{path}: the base has no parameter {module}.bias")
+        if pair.copy:
+            check_copy(given, pair.copy, to_host(layer.weight.dense()))
+    if given.settings.fan_in_fan_out:
+        raise UnsupportedError(f"{path}: fan_in_fan_out is true; a Llama has no transposed weights")
+    for parameter, tensor in given.replaced.items():
+        module, _, kind = parameter.rpartition(".")
+        p = getattr(layers.get(module), kind, None) if kind in ("weight", "bias") else None
+        if not isinstance(p, Param):
+            known = [f"{m}.{k}" for m, layer in layers.items() for k in named_params(layer)]
+            raise MismatchError(f"{path}: the base has no parameter {parameter}; {nearest(parameter, known)}")
+        if (found := given.tensors.shapes[tensor]) != tuple(p.data.shape):
+            hint = "; resize the base's vocabulary first" if is_table(parameter) else ""
+            raise MismatchError(
+                f"{path}: {tensor} has shape {found}; the base's is {tuple(p.data.shape)}{hint}"
+            )
+    tables = [parameter for parameter in unlisted(given) if is_table(parameter)]
+    if tied and tables:  # PEFT puts such a table into the base itself, where the two are one
+        a, b = (given.value(given.replaced[name]) for name in (tables[0], tables[-1]))
+        if len(tables) < 2 or not np.array_equal(a, b):
+            raise MismatchError(f"{path}: has {tables[0]}; this base ties head and embedding: expected both")
+    own = {*given.replaced, *(f"{m}.bias" for m, pair in given.pairs.items() if pair.bias)}
+    for name in (f"{m}.{kind}" for m, layer in layers.items() for kind in named_params(layer)):
+        module, _, kind = name.rpartition(".")
+        biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
+        if name not in own and (biased or licensed(given.settings, name)):
+            raise MismatchError(f"{path}: has no tensor for {name}, which the config means to be in it")
+    modules = [*layers, *(["lm_head"] if tied else [])]
+    for name in PATTERNS:
+        for key in chosen(given.settings, name, modules).idle:
+            what = f"{name} has {short(key)}, which means no module of the base; {nearest(key, modules)}"
+            raise MismatchError(f"{given.settings.where}: {what}")
+    linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
+    wanted_modules = meant(given.settings, modules, linears)
+    if missing := [m for m in dict.fromkeys(wanted_modules) if m not in given.pairs]:
+        what = counted(len(missing), "module", "modules")
+        raise MismatchError(f"{path}: has no factors for {what} of the config, the first {missing[0]}")
+
+
+def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:
+    """MismatchError unless the base's weight that PEFT added to the file is this base's, in any dtype."""
+    if given.tensors.shapes[tensor] != W.shape:
+        raise MismatchError(
+            f"{given.where}: {tensor} has shape {given.tensors.shapes[tensor]}; the base's is {W.shape}"
+        )
+    found = given.value(tensor)  # which may have been narrower before it was compressed
+    if not any(np.array_equal(found, stored(W, kind)) for kind in CALLED):
+        raise MismatchError(f"{given.where}: {tensor} is not the base's weight: this is another base")
+
+
+def change_norm(A: np.ndarray, B: np.ndarray, scale: float) -> float:
+    """|s B A|, Frobenius; inf if it, or B A, is too large for float64. No r x r product of a large r.
+
+    |B A|² = tr(BᵀB AAᵀ), of factors whose largest entry is 1, so that no square underflows.
+    """
+    largest = [float(abs(factor).max()) for factor in (A, B)]
+    if not all(largest):
+        return 0.0
+    a, b = A / np.float64(largest[0]), B / np.float64(largest[1])
+    with np.errstate(over="ignore", invalid="ignore"):
+        if len(a) > min(len(b), a.shape[1]):  # then B A is no larger than the two
+            size = float(np.linalg.norm(b @ a))
+        else:
+            size = math.sqrt(max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0))
+        return abs(scale) * (largest[0] * largest[1] * size)
+
+
+def base_tensors(model: Any) -> dict[str, np.ndarray]:
+    """The parameters of the base beneath all adapters, by their names in a checkpoint; a shared one once."""
+    found: dict[int, tuple[str, Any]] = {}
+    for path, layer in sites(model):
+        for kind, p in named_params(base_of(layer)).items():
+            found.setdefault(id(p), (f"{path}.{kind}", p.dense()))
+    return dict(found.values())
+
+
+def base_print(model: Any) -> str:
+    """The fingerprint of the base of a model."""
+    return fingerprint(base_tensors(model))
+
+
+# ---- writing
+
+
+def save_adapter(
+    model: Llama,
+    folder: Path | str,
+    *,
+    base: str | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write the active adapter as a PEFT folder, complete or not at all, with the same bytes always.
+
+    `base` goes into the config as base_model_name_or_path, the fingerprint of the base into the file. An
+    adapted embedding with a tied head becomes two pairs, for in PEFT the head stays what it was. StorageError
+    if the folder exists, unless `overwrite`; UnsupportedError for what PEFT has no form for.
+    """
+    active = {m: layer.adapters[layer.active] for m, layer in adapted(model).items() if layer.active}
+    if not active:
+        raise StateError("no adapter is active; set_adapter() chooses one")
+    layers = {path: base_of(layer) for path, layer in sites(model)}
+    low, tensors, saved, dropout = {}, {}, [], 0.0
+    for module, adapter in active.items():
+        inner, bias = unbiased(adapter), adapter.bias if isinstance(adapter, WithBias) else None
+        at = PREFIX + module
+        if bias is not None:
+            tensors[f"{at}.base_layer.bias" if inner else f"{at}.bias"] = bias.data
+        if isinstance(inner, Replacement):
+            saved.append(module)
+            tensors |= {f"{at}.{kind}": p.data for kind, p in named_params(inner.layer).items()}
+            if module == "model.embed_tokens" and model.lm_head is None:
+                saved.append("lm_head")
+                tensors[f"{PREFIX}lm_head.weight"] = inner.layer.weight.data
+            continue
+        factors = inner.low_rank if isinstance(inner, DoRA) else inner
+        if isinstance(inner, DoRA):
+            tensors[f"{at}.lora_magnitude_vector"] = inner.magnitude.data
+        if isinstance(factors, LowRank):
+            tensors |= {f"{at}.lora_A.weight": factors.A.data, f"{at}.lora_B.weight": factors.B.data}
+            dropout = factors.dropout.p if factors.dropout else dropout
+        elif factors is not None:
+            tensors |= {f"{at}.lora_embedding_A": factors.A.data, f"{at}.lora_embedding_B": factors.B.data}
+            if model.lm_head is None:  # ΔE = s (B A)ᵀ is s Aᵀ Bᵀ for the head
+                tensors[f"{PREFIX}lm_head.lora_A.weight"] = factors.B.data.T
+                tensors[f"{PREFIX}lm_head.lora_B.weight"] = factors.A.data.T
+                low["lm_head"] = factors
+        if factors is not None:
+            low[module] = factors
+    doras = [isinstance(unbiased(adapter), DoRA) for m, adapter in active.items() if m in low]
+    if any(doras) and not all(doras):
+        raise UnsupportedError("some modules have DoRA and others not; PEFT's use_dora is for all or none")
+    if not low:
+        raise UnsupportedError("the adapter has no low-rank part; PEFT has no LoRA without one")
+    alone = any(isinstance(a, WithBias) and a.adapter is None for a in active.values())
+    both = any(isinstance(a, WithBias) for a in active.values())
+    alphas, rslora = alphas_of({m: (f.scale, len(f.A.data)) for m, f in low.items()})
+    config = peft_config(
+        {m: (len(f.A.data), alphas[m]) for m, f in low.items()},
+        targets([*layers, *(["lm_head"] if "lm_head" in low else [])], set(low)),
+        rslora,
+    ) | {
+        "base_model_name_or_path": base,
+        "bias": "all" if alone else "lora_only" if both else "none",
+        "lora_dropout": dropout,
+        "modules_to_save": sorted(saved) or None,
+        "use_dora": any(doras),
+    }
+    host = {name: to_host(a) for name, a in tensors.items()}
+    write_adapter(folder, config, host, base_print(model), dtype, overwrite)
+
+
+def write_adapter(
+    folder: Path | str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    base: str | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write config and tensors as an adapter's folder, with digest and the fingerprint of the base."""
+    for name, a in tensors.items():
+        if not np.isfinite(a).all():
+            raise NonFiniteError(f"{name} is not finite; nothing was written")
+    tensors = {name: stored(a, dtype) for name, a in tensors.items()}
+    made = {"sha256": sealed(tensors)} | ({"base": base} if base else {})
+    metadata = {"format": "pt", "minilora": json.dumps(made, sort_keys=True)}
+
+    def fill(temp: Path) -> None:
+        write_atomic(temp / CONFIG, (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode())
+        write_atomic(temp / WEIGHTS, layout(tensors, dtype, metadata))
+
+    write_folder(folder, fill, overwrite)

@@ -1,0 +1,654 @@
+"""A figure shows what its rows say, names axes and units, comes out the same; the page needs nothing else."""
+
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from minilora.analysis import plotting, report
+from minilora.analysis.inspect import BesideBase, BesideOther, Module, Ranks
+from minilora.errors import InputError
+from minilora.experiments import merge_equivalence, rank_sweep
+from minilora.experiments.rank_sweep import Run, pictures, report_page, table, with_gaps
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (12, 8),
+    "model.layers.1.self_attn.q_proj": (12, 8),
+    "model.layers.0.mlp.up_proj": (20, 8),
+}
+TABLE = {"model.embed_tokens": (24, 8)}
+# Of three seeds the mean is neither the first nor the middle one, and no two layers or kinds are alike.
+APART = (-0.01, -0.02, 0.03)  # from the mean loss
+GAINS = (2.0, 2.5, 4.5)  # of the spectra; their mean is 3
+UNEVEN = {"layers.0.self_attn.q_proj": 0.7, "layers.1.self_attn.q_proj": 1.3, "layers.0.mlp.up_proj": 2.0}
+VERSIONS = {"minilora": "0", "python": "3", "numpy": "2", "blas": "b", "machine": "m"}
+
+
+def make_rows(targets=("folio",), ranks=(1, 2, 4), seeds=3, gap=1.0):
+    """Rows as a sweep makes them, from a formula: mean test loss 2 - gap (1 - 1/(r + 1)) at rank r."""
+    rows = []
+    for target in targets:
+        known = target.startswith("permuted")
+        shapes = TABLE if known else SHAPES
+
+        def row(kind, method, rank=0, seed=0, lr=0.0, more=(), target=target, **values):
+            config = Run(kind, target, method, rank, ("q_proj",), seed=seed, lr=lr, steps=40, batch=8)
+            found = {"id": config.id, "config": rank_sweep.asdict(config), "source": f"text of {target} <&>"}
+            found |= {"status": "done", "versions": VERSIONS, "valid": 1.5} | values
+            rows.append(found | dict(more))
+
+        def spectra(r, seed, shapes=shapes, full=False):
+            gains = {path: GAINS[seed] * UNEVEN.get(path.removeprefix("model."), 1.0) for path in shapes}
+            return {
+                path: [float(f"{gains[path] * 0.7**i:.6g}") for i in range(min(m, n) if full else r)]
+                for path, (m, n) in shapes.items()
+            }
+
+        def trained(loss, r, seed, full=False, shapes=shapes, spectra=spectra):
+            curve = [[step, 2.0 - (2.0 - loss - 2 * APART[seed]) * step / 40] for step in range(0, 41, 4)]
+            return {
+                "test": loss + APART[seed], "parameters": 5000 if full else 100 * r, "curve": curve,
+                "spectra": spectra(r, seed, full=full), "shapes": {k: list(v) for k, v in shapes.items()},
+            }  # fmt: skip
+
+        truth = {"model.embed_tokens": [3.0, 2.0, *[0.0] * 6]}
+        more = {"floor": 1.1, "spectra": truth} if known else {}
+        row("base", "none", test=2.0, parameters=0, base_digest="d", **more)
+        for r in ranks if known else ():
+            row("oracle", "none", r, test=1.1 + 0.5 * max(0, 2 - r), parameters=0)
+        row("search", "full", seed=1000, lr=1e-3, parameters=5000)
+        for seed in range(seeds):
+            row("final", "full", seed=seed, lr=1e-3, **trained(2 - gap, 0, seed, full=True))
+        for r in ranks:
+            for seed in range(seeds):
+                row("final", "lora", r, seed, 0.01, **trained(2 - gap * (1 - 1 / (r + 1)), r, seed))
+    return with_gaps(rows)
+
+
+def gone(rows, **config):
+    """The rows in which those of a config have diverged."""
+
+    def turn(row):
+        if all(row["config"][k] == v for k, v in config.items()):
+            return {k: row[k] for k in ("id", "config", "source", "versions")} | {
+                "status": "diverged", "error": "step 3: the loss is nan"
+            }  # fmt: skip
+        return row
+
+    return with_gaps([turn(row) for row in rows])
+
+
+ROWS = make_rows(("folio", "permuted:2"))
+DRAW = {
+    "loss_against_rank": lambda rows: plotting.loss_against_rank(rows, "folio"),
+    "gap_against_parameters": plotting.gap_against_parameters,
+    "spectra": lambda rows: plotting.spectra(rows, "folio"),
+    "energy": lambda rows: plotting.energy_and_effective_rank(rows, "folio"),
+    "known_rank": lambda rows: plotting.known_rank(rows, "permuted:2"),
+    "curves": lambda rows: plotting.learning_curves(rows, "folio"),
+    "merge": lambda rows: plotting.merge_equivalence(MERGED),
+}
+MERGED = [
+    {"dtype": d, "inputs": n, "rank": 8, "draws": 5, "difference": e * n, "bound": 9 * e * n**2, "ratio": x}
+    for d, e, ratios in (("float32", 1e-7, (0.02, 0.08, 0.05)), ("float64", 1e-16, (0.03, 0.1, 0.01)))
+    for n, x in zip((16, 32, 64), ratios, strict=True)
+]
+
+
+def line(ax, label):
+    """(x, y) of the line with this label."""
+    (found,) = [drawn for drawn in ax.get_lines() if drawn.get_label().startswith(label)]
+    return np.array(found.get_xdata(), float), np.array(found.get_ydata(), float)
+
+
+def texts(ax):
+    legend = ax.get_legend()
+    return [t.get_text() for t in (*ax.texts, *(legend.get_texts() if legend else ()))]
+
+
+# ---- every figure
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_the_same_rows_give_the_same_bytes(name):
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        one, two = (DRAW[name](ROWS).encoded(kind) for _ in range(2))
+        assert one == two
+        assert one.startswith(start)
+        assert b"Date" not in one
+        assert b"dc:date" not in one
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_every_axis_has_a_name_and_every_loss_its_unit(name):
+    for ax in DRAW[name](ROWS).figure.axes:
+        if not ax.axison:
+            continue
+        assert ax.get_xlabel()
+        first_of_line = ax.get_subplotspec().colspan.start == 0 or name not in ("spectra",)
+        assert ax.get_ylabel() or not first_of_line
+        if "loss" in ax.get_ylabel():
+            assert ax.get_ylabel().endswith("(nats per character)")
+        if "energy" in ax.get_ylabel() or "gap" in ax.get_ylabel():
+            assert ax.get_ylabel().endswith("(%)")
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_every_curve_is_told_apart_by_more_than_its_colour(name):
+    for ax in DRAW[name](ROWS).figure.axes:
+        looks = [
+            (drawn.get_marker(), drawn.get_linestyle(), drawn.get_linewidth())
+            for drawn in ax.get_lines()
+            if not drawn.get_label().startswith("_") and not re.fullmatch(r"r = \d+", drawn.get_label())
+        ]
+        assert len(set(looks)) == len(looks)
+        named = [t.get_text() for t in ax.get_legend().get_texts()] if ax.get_legend() else []
+        assert len(set(named)) == len(named)
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_every_picture_says_what_it_shows(name):
+    says = DRAW[name](ROWS).says
+    assert says.endswith(".")
+    assert re.search(r"\d", says)
+    assert not re.search(r"nan|inf\b|None", says)
+
+
+def test_a_picture_in_a_notebook_has_its_sentence_as_alternative_text():
+    picture = plotting.Picture(plotting.loss_against_rank(ROWS, "folio").figure, 'a "quoted" <sentence>')
+    found = picture._repr_html_()
+    assert 'alt="a &quot;quoted&quot; &lt;sentence&gt;"' in found
+    assert "<sentence>" not in found
+
+
+def test_saving_writes_both_kinds(tmp_path):
+    picture = plotting.learning_curves(ROWS, "folio")
+    picture.save(tmp_path, "a")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        f"a.{kind}": picture.encoded(kind) for kind in ("png", "svg")
+    }
+
+
+def test_the_style_of_the_figures_does_not_stay():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    DRAW["spectra"](ROWS).encoded("svg")
+    assert dict(matplotlib.rcParams) == before
+
+
+# ---- what the figures show
+
+
+def test_losses_are_means_over_seeds_with_their_range_and_both_references():
+    picture = plotting.loss_against_rank(ROWS, "folio")
+    (ax,) = picture.figure.axes
+    ranks, y = line(ax, "LoRA, mean and range of 3 seeds")
+    means = [2 - (1 - 1 / (r + 1)) for r in (1, 2, 4)]
+    assert list(ranks) == [1, 2, 4]
+    # three numbers near 2: a few roundings
+    assert np.abs(y - means).max() <= 8 * 2.0**-53 * 2
+    (band,) = [c for c in ax.collections if len(c.get_paths()[0].vertices) > 6]
+    heights = band.get_paths()[0].vertices
+    at_two = heights[np.isclose(heights[:, 0], 2), 1]
+    assert np.isclose(at_two.min(), means[1] - 0.02)
+    assert np.isclose(at_two.max(), means[1] + 0.03)
+    levels = sorted(float(x.get_ydata()[0]) for x in ax.get_lines() if x.get_label().startswith("_"))
+    assert np.allclose(levels, [1.0, 2.0])
+    assert {"frozen base", "full fine-tuning"} <= set(texts(ax))
+    for number in ("2.000", "1.500 at rank 1", "1.333 at rank 2", "1.200 at rank 4", "1.000 for full"):
+        assert number in picture.says
+
+
+def test_the_gap_is_that_of_the_rows_for_every_target():
+    picture = plotting.gap_against_parameters(ROWS)
+    (ax,) = picture.figure.axes
+    for name in ("First Folio", "letter permutation, 2 swaps"):
+        x, y = line(ax, name)
+        assert list(x) == [100, 200, 400]
+        assert np.allclose(y, [50, 200 / 3, 80])
+        assert f"{name}: 50% at 100 parameters, 80% at 400" in picture.says
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 7])
+def test_no_target_is_left_out_of_the_gap(count):
+    names = tuple(f"t{i}" for i in range(count))
+    (ax,) = plotting.gap_against_parameters(make_rows(names, ranks=(1, 2), seeds=1)).figure.axes
+    assert set(names) <= {text for text in texts(ax)}
+
+
+def test_spectra_are_means_over_layers_and_seeds_beside_full_and_noise():
+    picture = plotting.spectra(ROWS, "folio")
+    panels = {ax.get_title(): ax for ax in picture.figure.axes if ax.axison}
+    assert list(panels) == ["q_proj", "up_proj"]
+    for (kind, ax), gain in zip(panels.items(), (3.0, 6.0), strict=True):
+        assert ax.get_title() == kind
+        for r in (1, 2, 4):
+            x, y = line(ax, f"r = {r}")
+            assert list(x) == list(range(1, r + 1))
+            assert np.allclose(y, [gain * 0.7**i for i in range(r)], rtol=1e-5)  # rows have six digits
+        full, noise = line(ax, "full fine-tuning")[1], line(ax, "noise of that norm")[1]
+        assert len(full) == len(noise) == 8
+        # the mean of eight spectra of norm one is a little shorter than one
+        assert 0.99 <= np.linalg.norm(noise) / np.linalg.norm(full) <= 1
+    tall, square = (line(panels[k], "noise of that norm")[1] for k in ("up_proj", "q_proj"))
+    assert tall[-1] / tall[0] > square[-1] / square[0]  # noise is flatter, the taller the matrix
+
+
+def test_energy_rises_to_all_of_it_and_the_effective_rank_is_below_r():
+    picture = plotting.energy_and_effective_rank(ROWS, "folio")
+    left, right = picture.figure.axes
+    for label in ("full", "r = 1", "r = 2", "r = 4"):
+        _, y = line(left, label)
+        assert np.isclose(y[-1], 100)
+        assert (np.diff(y) > 0).all()
+    ranks, y = line(right, "LoRA")
+    assert (y <= ranks * (1 + 1e-12)).all()
+    _, noise = line(right, "product of two noise factors")
+    assert (noise <= ranks * (1 + 1e-12)).all()
+    assert math.isclose(y[0], 1, rel_tol=1e-12)
+    assert f"{y[2]:.1f} at r = 4 (noise {noise[2]:.1f})" in picture.says
+
+
+def test_the_known_rank_is_marked_and_the_excess_is_over_the_floor():
+    picture = plotting.known_rank(ROWS, "permuted:2")
+    left, right = picture.figure.axes
+    assert np.allclose(line(left, "LoRA, 3 seeds")[1], [1.5 - 1.1, 4 / 3 - 1.1, 1.2 - 1.1])
+    assert np.allclose(line(left, "true ΔE cut to rank r")[1], [0.5, 0, 0])
+    assert "2 swaps" in texts(left)
+    assert np.allclose(line(right, "true singular values")[1], [3, 2])
+    assert np.allclose(line(right, "learned at r = 4")[1], [3 * 0.7**i for i in range(4)], rtol=1e-5)
+    assert "0.400 at rank 1" in picture.says
+
+
+def test_curves_are_means_of_the_validation_losses():
+    picture = plotting.learning_curves(ROWS, "folio")
+    (ax,) = picture.figure.axes
+    x, y = line(ax, "full")
+    assert list(x) == list(range(0, 41, 4))
+    assert np.allclose(y, 2 - np.arange(0, 41, 4) / 40)
+    for r in (1, 2, 4):
+        x, y = line(ax, f"r = {r}")
+        assert list(x) == list(range(0, 41, 4))
+        assert np.allclose(y, [2 - (1 - 1 / (r + 1)) * step / 40 for step in x])
+    assert "2.000 at the start, 1.000 after 40 steps" in picture.says
+    assert "20.0% of the whole fall" in picture.says
+
+
+def test_the_merge_figure_has_both_types_below_their_bounds():
+    (ax,) = plotting.merge_equivalence(MERGED).figure.axes
+    for dtype in ("float32", "float64"):
+        x, y = line(ax, f"observed, {dtype}")
+        assert list(x) == [16, 32, 64]
+        assert list(y) == [row["difference"] for row in MERGED if row["dtype"] == dtype]
+        assert (y <= line(ax, f"bound, {dtype}")[1]).all()
+    assert "0.100 of the derived bound" in plotting.merge_equivalence(MERGED).says
+    real = merge_equivalence.run(draws=1)
+    assert plotting.merge_equivalence(real).encoded("svg")
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_number_on_an_axis_stands_at_its_value(name):
+    count = 0
+    for ax in DRAW[name](ROWS).figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            shown = [t.get_text() for t in axis.get_ticklabels()]
+            for at, text in zip(axis.get_ticklocs(), shown, strict=True):
+                if re.fullmatch(r"[0-9.]+", text):
+                    assert math.isclose(float(text), at)  # matplotlib's own ticks carry some roundings
+                    count += 1
+    assert count
+
+
+def named(ax):
+    """Text -> (x, y) of the point of the data that it names."""
+    return {note.get_text(): note.xy for note in ax.texts}
+
+
+def test_a_name_in_a_figure_stands_at_what_it_names():
+    (ax,) = plotting.loss_against_rank(ROWS, "folio").figure.axes
+    heights = {text: y for text, (_, y) in named(ax).items()}
+    assert heights == {"frozen base": 2.0, "full fine-tuning": pytest.approx(1.0)}
+    (ax,) = plotting.gap_against_parameters(make_rows()).figure.axes
+    assert named(ax) == {"r = 1": (100, pytest.approx(50)), "r = 4": (400, pytest.approx(80))}
+    assert [list(x) for x in line(ax, "full fine-tuning")] == [[5000], [100]]
+    left, right = plotting.known_rank(ROWS, "permuted:2").figure.axes
+    assert named(left)["2 swaps"][0] == 2
+    for side, at in ((left, 2), (right, 2.5)):
+        assert [x.get_xdata()[0] for x in side.get_lines() if x.get_linestyle() == ":"] == [at]
+    _, right = plotting.energy_and_effective_rank(ROWS, "folio").figure.axes
+    whole = np.array([0.7**i for i in range(8)]) / sum(0.7**i for i in range(8))
+    rank = math.exp(-(whole * np.log(whole)).sum())
+    assert named(right) == {"full fine-tuning": (1, pytest.approx(rank, rel=1e-5))}
+
+
+# ---- an adapter under the microscope
+
+
+def looked(name, norm, S, other=None, base=None, shape=(12, 20)):
+    """A module as `inspect` would describe it, but that every number is another one."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    mine, noise = Ranks(len(S) * 0.6, 1.5, 1, 2), Ranks(len(S) * 0.8, 1.9, 2, 3)
+    beside = BesideBase(base, 2.0, 3.0, 0.4, 0.1, 1, (0.9,), 0.5) if base else None
+    if other:
+        phi = tuple(other / (i + 1) for i in range(len(S)))
+        chance = tuple((i + 1) / shape[1] for i in range(len(S)))
+        other = BesideOther(0.3, phi, tuple(x / 2 for x in phi), chance, tuple(x / 2 for x in chance))
+    return Module(name, name.rpartition(".")[2], int(found[1]) if found else None, shape, len(S), 1.0, 1.0,
+                  norm, tuple(S), mine, noise, beside, other or None)  # fmt: skip
+
+
+def some_modules(**how):
+    """Layers 0, 2 and 10, of which the last has no k_proj; kinds that a Llama has and has not; and a head."""
+    found = [looked("lm_head", 9.0, [3.0, 1.0, 0.5], **how)]
+    for layer in (0, 2, 10):
+        for i, kind in enumerate(("up_proj", "k_proj", "q_proj", "adapter_in")):
+            if (layer, kind) != (10, "k_proj"):
+                S = [(layer + 1) * 0.5**j for j in range(4 if kind != "q_proj" else 2)]
+                found.append(looked(f"model.layers.{layer}.x.{kind}", 10 * layer + i + 1.0, S, **how))
+    return found
+
+
+GRID = [[3, 23, 103], [2, 22, math.nan], [1, 21, 101], [4, 24, 104]]  # q, k, up, adapter_in; layers 0, 2, 10
+VIEWS = {
+    "heat_map": lambda: plotting.heat_map(some_modules()),
+    "heat_map beside a base": lambda: plotting.heat_map(some_modules(base=0.25)),
+    "adapter_spectra": lambda: plotting.adapter_spectra(some_modules()),
+    "subspaces": lambda: plotting.subspaces(some_modules(other=0.9)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_same_modules_give_the_same_bytes(name):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    one, two = (VIEWS[name]().encoded("svg") for _ in range(2))
+    assert one == two
+    assert one.startswith(b"<?xml")
+    assert b"dc:date" not in one
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_view_has_named_axes_and_a_sentence(name):
+    picture = VIEWS[name]()
+    shown = [ax for ax in picture.figure.axes if ax.axison]
+    assert all(ax.get_ylabel() or ax.get_yticklabels()[0].get_text() or ax.get_title() for ax in shown)
+    assert any(ax.get_xlabel() for ax in shown)
+    assert picture.says.endswith(".")
+    assert re.search(r"\d", picture.says)
+    assert not re.search(r"nan|inf\b|None", picture.says)
+
+
+def test_the_heat_map_has_every_module_of_a_layer_in_its_place():
+    picture = plotting.heat_map(some_modules())
+    top, bottom, bar, _ = picture.figure.axes
+    for ax in (top, bottom):
+        assert [t.get_text() for t in ax.get_yticklabels()] == ["q_proj", "k_proj", "up_proj", "adapter_in"]
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "2", "10"]
+    shares, norms = (ax.get_images()[0] for ax in (top, bottom))
+    found = np.ma.filled(norms.get_array().astype(float), np.nan)
+    assert np.array_equal(found, GRID, equal_nan=True)
+    found = np.ma.filled(shares.get_array().astype(float), np.nan)
+    assert np.array_equal(np.isnan(found), np.isnan(GRID))
+    assert np.allclose(found[~np.isnan(GRID)], 75)
+    assert shares.get_clim() == (0, 100)
+    assert norms.get_clim() == (0, 104)
+    assert bar.get_ylabel() == "effective rank\n(% of noise's)"
+    assert "mean effective rank in % of noise's: q_proj 75, k_proj 75" in picture.says
+    assert "mean |ΔW|: q_proj 43, k_proj 12, up_proj 41, adapter_in 44" in picture.says
+
+
+def test_the_heat_map_is_of_the_relative_change_where_all_of_it_is_known():
+    modules = some_modules(base=0.25)
+    image = plotting.heat_map(modules).figure.axes[1].get_images()[0].get_array()
+    assert set(np.ma.compressed(image).tolist()) == {0.25}
+    assert "mean |ΔW| / |W|: q_proj 0.25" in plotting.heat_map(modules).says
+    mixed = [looked("lm_head", 9.0, [1.0]), *modules[1:]]
+    assert "|ΔW| / |W|" not in plotting.heat_map(mixed).says
+
+
+def test_many_layers_have_few_ticks_and_no_layers_have_one():
+    many = plotting.heat_map([looked(f"model.layers.{i}.q_proj", 1.0 + i, [1.0]) for i in range(80)])
+    bottom = many.figure.axes[1]
+    assert list(bottom.get_xticks()) == list(range(0, 80, 5))
+    assert [t.get_text() for t in bottom.get_xticklabels()] == [str(i) for i in range(0, 80, 5)]
+    assert bottom.get_images()[0].get_array().shape == (1, 80)
+    none = plotting.heat_map([looked("lm_head", 2.0, [1.0]), looked("embed_tokens", 3.0, [1.0])])
+    assert none.figure.axes[1].get_images()[0].get_array().tolist() == [[3.0], [2.0]]
+
+
+def test_the_spectra_are_over_the_largest_value_with_noise_behind_them():
+    picture = plotting.adapter_spectra(some_modules())
+    shown = {ax.get_title(): ax for ax in picture.figure.axes if ax.axison}
+    assert list(shown) == ["q_proj", "k_proj", "up_proj", "adapter_in", "lm_head"]
+    for kind, ax in shown.items():
+        *lines, noise = ax.get_lines()
+        assert len(lines) == {"k_proj": 2, "lm_head": 1}.get(kind, 3)
+        for drawn in lines:
+            S = {"lm_head": [3.0, 1.0, 0.5], "q_proj": [1.0, 0.5]}.get(kind, [1.0, 0.5, 0.25, 0.125])
+            assert list(drawn.get_xdata()) == list(range(1, len(S) + 1))
+            assert np.allclose(drawn.get_ydata(), np.array(S) / S[0])
+        assert noise.get_linestyle() == "--"
+        y = np.array(noise.get_ydata())
+        assert len(y) == len(lines[0].get_ydata())
+        assert y[0] == 1
+        assert (np.diff(y) < 0).all()
+        assert ax.get_yscale() == "log"
+    colours = [drawn.get_color() for drawn in shown["q_proj"].get_lines()[:-1]]
+    assert len(set(colours)) == 3
+    assert "q_proj 1.2, k_proj 2.4, up_proj 2.4, adapter_in 2.4, lm_head 1.8" in picture.says
+
+
+def test_common_subspaces_are_means_over_layers_with_chance_dotted():
+    wide = looked("model.layers.3.x.q_proj", 1.0, [1.0] * 5, other=0.5, shape=(12, 40))
+    picture = plotting.subspaces(
+        [*some_modules(other=0.9), wide, looked("model.layers.4.x.q_proj", 1.0, [1.0])]
+    )
+    for ax, part in zip(picture.figure.axes, (1, 0.5), strict=True):  # here outputs are half of inputs
+        assert ax.get_ylabel() == f"φ(i, i) of {'input' if part == 1 else 'output'} directions"
+        x, y = line(ax, "q_proj")
+        assert list(x) == [1, 2]  # as many as all of them have
+        assert np.allclose(y, np.array([(3 * 0.9 + 0.5) / 4, (3 * 0.45 + 0.25) / 4]) * part)
+        dotted = [drawn for drawn in ax.get_lines() if drawn.get_linestyle() == ":"]
+        assert len(dotted) == 5
+        (chance,) = (drawn.get_ydata() for drawn in dotted if len(drawn.get_ydata()) == 2)
+        assert np.allclose(chance, np.array([(3 / 20 + 1 / 40) / 4, (6 / 20 + 2 / 40) / 4]) * part)
+        bottom, top = ax.get_ylim()
+        assert bottom == 0
+        assert 0.9 < top <= 1.02
+    (legend,) = picture.figure.legends
+    names = [t.get_text() for t in legend.get_texts()]
+    assert names == ["lm_head", "up_proj", "k_proj", "q_proj", "adapter_in"]
+    assert "q_proj inputs 0.80 to 0.40 (chance 0.088), outputs 0.40 to 0.20 (chance 0.044)" in picture.says
+
+
+def test_a_picture_is_drawn_once_for_each_kind():
+    picture = plotting.subspaces(some_modules(other=0.9))
+    calls = []
+
+    class Counting:
+        def savefig(self, stream, format, metadata):
+            calls.append(format)
+            picture.figure.savefig(stream, format=format, metadata=metadata)
+
+    counted = plotting.Picture(Counting(), picture.says)
+    first = {kind: counted.encoded(kind) for kind in ("png", "svg")}
+    assert {kind: counted.encoded(kind) for kind in ("svg", "png")} == first
+    counted._repr_html_()
+    assert calls == ["png", "svg"]
+    assert first["svg"] == picture.encoded("svg")
+    assert "made" not in repr(counted)
+    assert plotting.Picture(picture.figure, picture.says) == picture
+    assert plotting.Picture(picture.figure, picture.says).made == {}
+
+
+# ---- rows that are not all there
+
+
+def drawn(rows):
+    """The whole page, with every figure that these rows are enough for."""
+    return report_page(rows, pictures(rows))
+
+
+def test_one_seed_and_one_rank_are_enough():
+    rows = make_rows(("folio", "permuted:2"), ranks=(2,), seeds=1)
+    assert "1 seed" in texts(plotting.loss_against_rank(rows, "folio").figure.axes[0])[-1]
+    assert "</html>" in drawn(rows)
+
+
+def test_what_has_no_runs_is_an_input_error():
+    for draw in (
+        plotting.loss_against_rank,
+        plotting.spectra,
+        plotting.energy_and_effective_rank,
+        plotting.known_rank,
+    ):
+        with pytest.raises(InputError, match="no finished run"):
+            draw(ROWS, "kjv")
+
+
+PARTS = {
+    "no full run": {"method": "full"},
+    "no LoRA run": {"method": "lora"},
+    "one rank": {"rank": 2},
+    "one seed": {"seed": 0, "kind": "final"},
+    "no final run": {"kind": "final"},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_report_is_written_whatever_has_diverged(part):
+    rows = gone(ROWS, **PARTS[part])
+    assert "diverged" in table(rows) or part == "one seed"
+    assert "</html>" in drawn(rows)
+
+
+def test_a_sweep_in_which_full_fine_tuning_is_no_better_is_drawn_too():
+    rows = make_rows(gap=-0.5)
+    assert {row["gap_closed"] for row in rows if row["config"]["kind"] == "final"} == {None}
+    assert "</html>" in drawn(rows)
+
+
+def test_one_target_without_a_gap_does_not_hide_the_others():
+    rows = [*make_rows(("t1",), gap=-0.5), *make_rows(("t2",))]
+    (ax,) = plotting.gap_against_parameters(rows).figure.axes
+    assert "t2" in texts(ax)
+
+
+# ---- the table and the page
+
+
+class Page(HTMLParser):
+    """What of a page matters here."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.used = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.append((tag, given))
+        if "id" in given:
+            self.ids.append(given["id"])
+        for key, value in attrs:
+            if key in ("href", "xlink:href", "src") and (value or "").startswith("#"):
+                self.used.append(value[1:])
+            self.used += re.findall(r"url\(#([^)]+)\)", value or "")
+
+    def all(self, tag):
+        return [given for name, given in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html():
+    return report_page(ROWS, pictures(ROWS))
+
+
+def test_the_page_loads_nothing_and_runs_nothing(html):
+    page = Page(html)
+    for tag in ("script", "link", "iframe", "object", "embed", "img", "video", "base", "foreignobject"):
+        assert not page.all(tag), tag
+    for tag, given in page.tags:
+        for key, value in given.items():
+            assert not key.startswith("on"), (tag, key)
+            if key in ("href", "xlink:href", "src", "srcset", "action", "data"):
+                assert value.startswith("#") or value.startswith("data:"), (tag, key, value)
+            assert "url(http" not in (value or "")
+    assert "@import" not in html
+    assert not re.search(r"url\(\s*['\"]?(https?:|//)", html)
+
+
+def test_the_page_can_be_read_without_seeing(html):
+    page = Page(html)
+    (root,) = page.all("html")
+    assert root["lang"] == "en"
+    assert len(page.all("h1")) == len(page.all("main")) == len(page.all("title")) - len(page.all("svg")) == 1
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert set(levels[1:]) == {2}
+    assert len(page.all("table")) == len(page.all("caption")) == 2
+    assert {given["scope"] for given in page.all("th")} == {"col", "row"}
+    assert len(page.all("svg")) == len(page.all("figcaption")) == len(pictures(ROWS))
+    for svg in page.all("svg"):
+        assert svg["role"] == "img"
+        assert svg["aria-labelledby"] in page.ids
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(html):
+    page = Page(html)
+    assert len(set(page.ids)) == len(page.ids)
+    assert set(page.used) <= set(page.ids)
+
+
+def test_the_page_says_where_its_text_and_its_numbers_come_from(html):
+    assert "text of folio &lt;&amp;&gt;" in html
+    assert "<&>" not in html
+    for name, value in VERSIONS.items():
+        assert f"{name}: {value}" in html
+    for cell in ("LoRA r = 4", "full fine-tuning", "frozen base", "1.3333", "1.3133 to 1.3633", "67%"):
+        assert cell in html
+        assert cell in table(ROWS)
+    assert "nats per character" in html
+
+
+NAMES = {
+    "the end of another": ("lio", "my_lio"),
+    "the end of a figure's name": ("parameters", "folio"),
+    "the same stem": ("one/text.txt", "two/text.txt"),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_targets_of_like_names_keep_their_figures_apart(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES[case]:
+        if "/" in name:
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_text("")
+    rows = make_rows(NAMES[case], ranks=(1,), seeds=1)
+    found = pictures(rows)
+    assert len(found) == 2 * 4 + 1
+    page = Page(report_page(rows, found))
+    assert len(page.all("svg")) == len(found)
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_the_names_of_figures_follow_from_the_rows_alone(tmp_path):
+    """The folder may have moved to a machine that has not the user's text."""
+    path = tmp_path / "mine.txt"
+    path.write_text("")
+    rows = make_rows((str(path),), ranks=(1, 2), seeds=1)
+    before = set(pictures(rows))
+    path.unlink()
+    assert set(pictures(rows)) == before
+
+
+def test_a_table_escapes_what_it_is_given():
+    found = report.table("<a>", ["<b>"], [["<c>", "<d>"]])
+    for letter in "abcd":
+        assert f"&lt;{letter}&gt;" in found

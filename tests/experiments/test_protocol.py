@@ -1,0 +1,1063 @@
+"""The experiment: what is tested is never trained on, a seed is a seed, and a recipe is what is run.
+
+Every text here says of each of its windows where it lies, so what reaches the model can be found again. In a
+recipe no two numbers are alike and none is its default: a field that is dropped or read for another is seen.
+"""
+
+import ast
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy
+import pytest
+from helpers import SIZES, batch, gradients, tiny, tiny_lora
+from library import np
+
+import minilora
+from minilora import cli, finetune, spectra
+from minilora.backend import to_host
+from minilora.data import corpora
+from minilora.errors import MiniloraError, MismatchError, StorageError
+from minilora.experiments import merge_equivalence, pretrain, rank_sweep
+from minilora.experiments.rank_sweep import Plan, Run, Setting
+from minilora.formats.huggingface import load, read_json, save_model
+from minilora.layers import named_params, trained, unfreeze
+from minilora.lora import LoraConfig, inject, scales
+from minilora.model import Config, Llama, RopeScaling, generate, llama
+from minilora.optim import AdamW, Schedule, global_norm, lora_plus
+from minilora.peft.folder import load_adapter
+from minilora.training import evaluate, train
+
+PACKAGE = Path(minilora.__file__).parent
+TINY = Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+              num_key_value_heads=1, max_position_embeddings=130)  # fmt: skip
+LENGTH = 128  # of a window in sweep and pretraining
+
+
+def numbered(words, first):
+    """Text in which no two words are alike, so that any seven characters in a row lie at one place."""
+    a = "abcdefghijklmnopqrstuvwxyz"
+    return "".join(f"{a[i // 676]}{a[i // 26 % 26]}{a[i % 26]} " for i in range(first, first + words))
+
+
+def marked(name, first):
+    """A corpus of numbered text; the parts have 1, 12 and 15 windows and more."""
+    parts = [numbered(n, first + skip) for n, skip in ((900, 0), (400, 900), (500, 1300))]
+    return corpora.make(name, name, *map(corpora.encode, parts))
+
+
+CORPORA = {name: marked(name, 1800 * i) for i, name in enumerate(("shakespeare", "folio", "kjv"))}
+TEXT = CORPORA["folio"].train
+INSTEAD = marked("fallback: none", 9000)
+OWN, OTHER = numbered(1000, 0), numbered(1100, 5000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory):
+    """A folder to work in, with two bases and two texts; the built-in corpora are the marked ones."""
+    folder = tmp_path_factory.mktemp("protocol")
+    for i, name in enumerate(("one", "two")):
+        save_model(llama(TINY, np.random.default_rng(i)), folder / name, "")
+    for name, text in (("own.txt", OWN), ("other.txt", OTHER)):
+        (folder / name).write_text(text)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(mock.patch.object(os, "fsync"))  # no law here is about a power cut
+        real = corpora.corpus
+
+        def corpus(spec, cache=None):
+            return CORPORA[spec] if spec in CORPORA else real(spec, cache)
+
+        stack.enter_context(mock.patch.object(corpora, "corpus", corpus))
+        stack.enter_context(mock.patch.object(corpora, "fallback", return_value=INSTEAD))
+        yield folder
+
+
+outs = (Path(f"out{i}") for i in itertools.count())
+
+
+class Seen:
+    """The windows that reached the model, with the character after each: trained on, and measured on."""
+
+    def __init__(self):
+        self.trained, self.measured = [], []
+
+    @contextlib.contextmanager
+    def watching(self):
+        real = Llama.loss
+
+        def loss(model, ids, labels, train=False):
+            for x, y in zip(to_host(ids), to_host(labels), strict=True):
+                n = 1 + numpy.flatnonzero(y >= 0)[-1]  # what is beyond the end of an example has no label
+                (self.trained if train else self.measured).append(corpora.decode([*x[:n], y[n - 1]]))
+            return real(model, ids, labels, train)
+
+        with mock.patch.object(Llama, "loss", loss):
+            yield self
+
+
+def within(windows, part, others):
+    """Every window lies in this part of the text, and none in the others."""
+    assert windows
+    for window in windows:
+        assert window in part, window
+        assert not any(window in other for other in others), window
+
+
+def apart(windows, part):
+    """No character of the part has two labels among these windows."""
+    starts = sorted(part.index(window) for window in set(windows))
+    assert all(b - a >= len(windows[0]) - 1 for a, b in itertools.pairwise(starts))
+    return starts
+
+
+def split(corpus):
+    return [corpora.decode(ids) for ids in (corpus.train, corpus.valid, corpus.test)]
+
+
+# ---- what is tested is never trained on
+
+
+SMALL = {"r": 2, "steps": 9, "batch": 3, "length": 13, "warmup": 2, "eval_every": 4, "eval_tokens": 61}
+
+
+def own_text():
+    return "own.txt", OWN[: len(OWN) * 95 // 100], OWN[len(OWN) * 95 // 100 :]
+
+
+def own_folder():
+    """Cut as one text: that of all files, in the order of their names, an empty line after each."""
+    for name, part in (("b.txt", OTHER), ("a.md", OWN)):
+        Path("texts", name).parent.mkdir(exist_ok=True)
+        Path("texts", name).write_text(part)
+    text = f"{OWN.strip()}\n\n{OTHER.strip()}\n\n"
+    cut = int(len(text) * 0.95)
+    return "texts", text[:cut], text[cut:]
+
+
+def built_in():
+    text = CORPORA["folio"]
+    return "folio", corpora.decode(text.train), corpora.decode(text.test)
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+@pytest.mark.parametrize("source", [own_text, own_folder, built_in], ids=lambda f: f.__name__)
+def test_train_never_sees_the_held_out_text(source, method):
+    spec, learned, held = source()
+    with Seen().watching() as seen:
+        finetune.run(finetune.Recipe(spec, "one", method, **SMALL), next(outs))
+    within(seen.trained, learned, [held, corpora.decode(CORPORA["folio"].valid)])
+    within(seen.measured, held, [learned])
+    assert len(apart(seen.measured, held)) == 61 // 13
+    assert len(seen.trained) == 9 * 3
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+@pytest.mark.parametrize("cap", [20, 1000])
+def test_train_never_sees_the_held_out_examples(method, cap):
+    """57 of 60 examples to train on, the last three to measure on, or as many as the tokens allow."""
+    tags = numbered(60, 0).split()
+    rows = [{"prompt": f"{tag} ", "completion": tag[::-1]} for tag in tags]
+    rows[1::2] = [{"text": f"{tag} {tag[::-1]}"} for tag in tags[1::2]]
+    Path("tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = SMALL | {"batch": 8, "length": 10, "eval_tokens": cap, "steps": 40}
+    with Seen().watching() as seen:
+        finetune.run(finetune.Recipe("tagged.jsonl", "one", method, **how), next(outs))
+    learned, measured = ({text[:3] for text in texts} for texts in (seen.trained, seen.measured))
+    assert measured == set(tags[57 : 57 + max(1, cap // 10)])
+    assert learned <= set(tags[:57])
+    assert {tags[0], tags[56]} <= learned or method != "lora"  # 320 draws reach both ends
+
+
+def test_a_sweep_trains_on_the_one_part_chooses_on_the_second_and_reports_the_third():
+    (learned, valid, test), seen, real = split(corpora.corpus("./own.txt")), {}, rank_sweep.work
+
+    def work(run):
+        with Seen().watching() as one:
+            row = real(run)
+        for part in ("trained", "measured"):
+            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
+        return row
+
+    plan = Plan(("./own.txt",), (2,), ("q_proj",), 5.0, 9, 4, 2, "one", test_windows=5, valid_windows=3)
+    with ThreadPoolExecutor(1) as executor, mock.patch.object(rank_sweep, "work", work):
+        rank_sweep.sweep(plan, next(outs), executor=executor)
+    assert not seen["base", "trained"]
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test])
+    within(seen["search", "measured"], valid, [learned, test])
+    for kind in ("base", "final"):
+        parts = [[w for w in seen[kind, "measured"] if w in part] for part in (valid, test)]
+        assert sum(map(len, parts)) == len(seen[kind, "measured"])
+        for windows, part in zip(parts, (valid, test), strict=True):
+            within(windows, part, [learned])
+            apart(windows, part)
+
+
+def test_pretraining_never_sees_what_is_held_out():
+    learned, valid, test = split(CORPORA["folio"])
+    recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
+    with Seen().watching() as seen:
+        pretrain.run(recipe, next(outs), config=TINY)
+    within(seen.trained, learned, [valid, test])
+    within(seen.measured, valid + test, [learned])
+    assert len(apart([w for w in seen.measured if w in test], test)) == 12
+    assert len(apart([w for w in seen.measured if w in valid], valid)) == 3
+
+
+def test_a_text_is_cut_into_three_parts_with_nothing_in_two_of_them():
+    for spec in ("./own.txt", "./other.txt"):
+        whole = Path(spec).read_text()
+        parts = split(corpora.corpus(spec))
+        assert "".join(parts) == whole.strip() + "\n\n"
+        assert [len(part) / len(whole) for part in parts] == pytest.approx([0.9, 0.05, 0.05], abs=0.001)
+
+
+# ---- a seed is a seed
+
+
+def bits(params):
+    """Path -> the bytes of a parameter."""
+    return {path: to_host(p.data).tobytes() for path, p in params.items()}
+
+
+@contextlib.contextmanager
+def starting(module):
+    """What is trainable in the module's own training, as it is before the first step."""
+    starts, real = [], module.train
+
+    def train(model, *given, **how):
+        starts.append(bits(trained(model)))
+        return real(model, *given, **how)
+
+    with mock.patch.object(module, "train", train):
+        yield starts
+
+
+def trained_from(module, run):
+    """The random start, the batches and the losses of one training."""
+    with starting(module) as starts, Seen().watching() as seen:
+        losses = run()
+    fresh = {path: a for path, a in starts[0].items() if len(set(a)) > 4}  # neither zeros nor ones
+    return {"batches": sorted(seen.trained), "losses": losses} | fresh
+
+
+def fine_tuned(method):
+    def run(seed):
+        losses = []
+        recipe = finetune.Recipe("own.txt", "one", method, **SMALL, seed=seed)
+        found = trained_from(finetune, lambda: [
+            finetune.run(recipe, next(outs), progress=lambda step, loss: losses.append(loss)).after, *losses
+        ])  # fmt: skip
+        kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
+        assert len(kept) == (2 if method == "full" else 2 + 7)
+        return {part: found[part] for part in kept}  # in full, and DoRA's m: all start as the base
+
+    return run
+
+
+def swept(method):
+    def run(seed):
+        cell = Run("final", "folio", method, 2 * (method == "lora"), ("all-linear",), 5.0, seed, 0.02,
+                   steps=9, batch=3, base="one", text=CORPORA["folio"].digest, test_windows=5,
+                   valid_windows=3)  # fmt: skip
+        found = trained_from(rank_sweep, lambda: [rank_sweep.work(cell)[k] for k in ("test", "curve")])
+        kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
+        assert len(kept) == (2 if method == "full" else 2 + 7)
+        return {part: found[part] for part in kept}
+
+    return run
+
+
+def pretrained(seed):
+    recipe = pretrain.Recipe("folio", steps=3, batch=2, warmup=1, seed=seed, test_windows=4)
+    found = trained_from(pretrain, lambda: pretrain.run(recipe, next(outs), config=TINY))
+    found["losses"] = [found["losses"].test, found["losses"].valid]
+    assert len(found) == 2 + 1 + 7  # the table and the linear maps; norms start as ones
+    return found
+
+
+def merged(seed):
+    """Of maps up to 64 wide; the wider ones take their time and draw from the same generator."""
+    real = merge_equivalence.one
+
+    def one(rng, n, *given):
+        return real(rng, n, *given) if n <= 64 else (rng.random(),) * 3
+
+    with mock.patch.object(merge_equivalence, "one", one):
+        rows = merge_equivalence.run(seed, rank=3, draws=2)
+    for row in rows[:3]:  # each the largest of two draws
+        assert (row["rank"], row["draws"]) == (3, 2)
+        rng = np.random.default_rng([seed, row["inputs"]])
+        draws = [real(rng, row["inputs"], 3, np.float32) for _ in range(2)]
+        assert [row[key] for key in ("difference", "bound", "ratio")] == [
+            max(x) for x in zip(*draws, strict=True)
+        ]
+    return {(row["dtype"], row["inputs"]): row["bound"] for row in rows}
+
+
+def said(seed):
+    """What `minilora generate --seed` prints."""
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main(["generate", "To be", "--base", "one", "--max-tokens", "20", "--seed", str(seed)])
+    return {"text": out.getvalue()}
+
+
+SEEDS = {
+    "finetune.Recipe": [fine_tuned(method) for method in finetune.METHODS],
+    "rows.Run": [swept("lora"), swept("full")],
+    "pretrain.Recipe": [pretrained],
+    "merge_equivalence.run": [merged],
+    "cli generate": [said],
+    "cli train": [],  # these two hand it to their Recipe, which test_flags.py sees
+    "cli pretrain": [],
+}
+
+
+def takers():
+    """Every class with a field `seed`, function with an argument `seed` and command with an option --seed."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names = [x.target.id for x in node.body if isinstance(x, ast.AnnAssign)]
+            elif isinstance(node, ast.FunctionDef):
+                names = [x.arg for x in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            else:
+                continue
+            if "seed" in names:
+                yield f"{file.stem}.{node.name}"
+    commands = next(a for a in cli.parser()._actions if a.choices and a.nargs == "A...").choices
+    yield from (f"cli {name}" for name, c in commands.items() if any(a.dest == "seed" for a in c._actions))
+
+
+def test_everything_that_takes_a_seed_is_tried():
+    assert set(SEEDS) == set(takers())
+
+
+@pytest.mark.parametrize("name", [name for name in SEEDS if SEEDS[name]])
+def test_one_seed_is_the_same_to_the_bit_and_two_differ_in_all_that_is_drawn(name):
+    for taker in SEEDS[name]:
+        one, again, two = taker(5), taker(5), taker(6)
+        assert one == again
+        assert one.keys() == two.keys()
+        assert [part for part in one if one[part] == two[part]] == []
+
+
+def injected(rng):
+    model, _ = tiny(0, np.float32)
+    inject(model, LoraConfig(r=2, targets=re.compile(".*(_proj|embed_tokens)"), init="both"), rng=rng)
+    return model
+
+
+ONE = np.array([[65]])  # a prompt of one letter
+DRAWS = {
+    "llama": lambda rng: bits(named_params(llama(TINY, rng))),
+    "inject": lambda rng: bits(trained(injected(rng))),
+    "batches": lambda rng: {
+        i: x.tobytes() for i, (x, _) in enumerate(itertools.islice(corpora.batches(TEXT, rng, 3, 13), 4))
+    },
+    "generate": lambda rng: {"": bytes(int(t[0]) for t in generate(load("one"), ONE, 30, rng=rng))},
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_every_draw_is_the_generators(name):
+    one, again, two = (DRAWS[name](np.random.default_rng(seed)) for seed in (5, 5, 6))
+    assert one == again
+    drawn = {part for part in one if len(set(one[part])) > 4}  # neither zeros nor ones
+    assert drawn
+    assert len({one[part] for part in drawn}) == len(drawn)  # no two are one draw
+    assert not [part for part in drawn if one[part] == two[part]]
+
+
+# ---- a recipe is what is run
+
+
+class Case(NamedTuple):
+    """How to try every field of one class of settings."""
+
+    usual: Any  # no two of its numbers are alike, and none is the default
+    run: Any  # settings -> what comes of them, by part
+    hand: Any  # the same, spelled out; None where other tests have the formula
+    changes: dict[str, tuple[Any, str]]  # field -> another value, and which parts it changes: no others
+    along: Any = MappingProxyType({})  # field -> what it needs beside it, before and after
+
+
+def tensors(model):
+    """What is trained, as bytes, and the scale of every adapted map."""
+    adapted = any(".adapters." in path for path in trained(model))
+    return bits(trained(model)) | (scales(model) if adapted else {})
+
+
+def tuned(recipe):
+    losses, evals, out = [], [], next(outs)
+    outcome = finetune.run(recipe, out, progress=lambda *x: losses.append(x), told=lambda *x: evals.append(x))
+    model = load(out) if recipe.method == "full" else load(recipe.base)
+    if recipe.method == "full":
+        unfreeze(model)
+    else:
+        load_adapter(model, out)
+        config = read_json(out / "adapter_config.json")
+        names = ("base_model_name_or_path", "r", "lora_alpha", "use_dora")
+        assert [config[name] for name in names] == [
+            recipe.base,
+            recipe.r,
+            recipe.alpha,
+            recipe.method == "dora",
+        ]
+    assert (outcome.before, outcome.after) == (evals[0][1], evals[-1][1])
+    assert outcome.parameters == sum(p.data.size for p in trained(model).values())
+    return {"weights": tensors(model), "losses": losses, "evals": evals}
+
+
+def tuned_by_hand(recipe):
+    text, model = Path(recipe.data).read_text(), load(recipe.base)
+    cut = int(len(text) * 0.95)
+    if recipe.method == "full":
+        unfreeze(model)
+    else:
+        dora = recipe.method == "dora"
+        config = LoraConfig(r=recipe.r, alpha=recipe.alpha, targets=recipe.targets, dora=dora, detach=dora)
+        inject(model, config, rng=np.random.default_rng(recipe.seed))
+    held = corpora.eval_batches(corpora.encode(text[cut:]), 8, recipe.length, limit=recipe.eval_tokens)
+    rng, losses = np.random.default_rng([recipe.seed, 1]), []
+    history = train(
+        model,
+        corpora.batches(corpora.encode(text[:cut]), rng, recipe.batch, recipe.length),
+        AdamW({"full": 1e-4}.get(recipe.method, 1e-3) if recipe.lr is None else recipe.lr, betas=(0.9, 0.99)),
+        steps=recipe.steps,
+        schedule=Schedule(recipe.steps, warmup=recipe.warmup, kind="cosine", final=0.0),
+        evaluate=lambda: evaluate(model, held),
+        eval_every=recipe.eval_every,
+        progress=lambda *x: losses.append(x),
+    )
+    return {"weights": tensors(model), "losses": losses, "evals": history.evals}
+
+
+def base_made(recipe):
+    losses, out = [], next(outs)
+    found = pretrain.run(recipe, out, config=TINY, progress=lambda *x: losses.append(x))
+    kept, card = read_json(out / "config.json")["minilora"], (out / "README.md").read_text()
+    assert f"**{found.test:.4f} nats per character**, {recipe.test_windows:,} windows" in card
+    assert f"validation split | {found.valid:.4f} nats" in card
+    assert kept["recipe"] == asdict(recipe)
+    assert (kept["test"], kept["valid"]) == (found.test, found.valid)
+    assert found.characters == recipe.steps * recipe.batch * LENGTH
+    weights = bits(named_params(load(out)))
+    return {"weights": weights, "losses": losses, "test": found.test, "valid": found.valid}
+
+
+def base_made_by_hand(recipe):
+    text, losses = CORPORA[recipe.corpus], []
+    model = llama(TINY, np.random.default_rng(recipe.seed))
+    train(
+        model,
+        corpora.batches(text.train, np.random.default_rng([recipe.seed, 1]), recipe.batch, LENGTH),
+        AdamW(recipe.lr, betas=(0.9, recipe.beta2), eps=1e-8, weight_decay=recipe.weight_decay, clip=1.0),
+        steps=recipe.steps,
+        schedule=Schedule(recipe.steps, warmup=recipe.warmup),
+        progress=lambda *x: losses.append(x),
+    )
+    test, valid = (
+        evaluate(model, corpora.eval_batches(ids, 16, LENGTH, limit=n * LENGTH))
+        for ids, n in ((text.test, recipe.test_windows), (text.valid, recipe.test_windows // 4))
+    )
+    return {"weights": bits(named_params(model)), "losses": losses, "test": test, "valid": valid}
+
+
+PARTS = ("status", "source", "valid", "test", "parameters", "curve", "spectra", "shapes")
+
+
+def cell_done(run):
+    try:
+        row = rank_sweep.work(run)
+    except MismatchError:
+        return dict.fromkeys(PARTS, "refused")
+    return {part: row.get(part) for part in PARTS}
+
+
+def cell_done_by_hand(run):
+    text = INSTEAD if run.fallback else CORPORA[run.target]
+    if text.digest != run.text:
+        return dict.fromkeys(PARTS, "refused")
+    base, model = load(run.base), load(run.base)
+    if run.method == "full":
+        unfreeze(model)
+    else:
+        config = LoraConfig(r=run.rank, alpha=run.alpha, targets=run.modules)
+        inject(model, config, rng=np.random.default_rng([run.seed, run.rank]))
+    valid = corpora.eval_batches(text.valid, 16, LENGTH, limit=run.valid_windows * LENGTH)
+    test = corpora.eval_batches(text.test, 16, LENGTH, limit=run.test_windows * LENGTH)
+    history = train(
+        model,
+        corpora.batches(text.train, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
+        AdamW(run.lr, betas=(0.9, 0.99), eps=run.eps),
+        steps=run.steps,
+        schedule=Schedule(run.steps, warmup=run.steps // 20),
+        evaluate=lambda: evaluate(model, valid),
+        eval_every=run.steps // 10,
+    )
+    row = {"status": "done", "source": text.source, "valid": evaluate(model, valid)}
+    row |= dict.fromkeys(PARTS[3:]) | {"parameters": sum(p.data.size for p in trained(model).values())}
+    if run.kind == "final":
+        whole = run.method == "full"
+        found = spectra.spectrum_between(base, model) if whole else spectra.spectrum(model)
+        params = named_params(base)
+        row |= {"test": evaluate(model, test), "curve": history.evals}
+        row["spectra"] = {path: [float(f"{x:.6g}") for x in S] for path, S in found.items()}
+        row["shapes"] = {path: list(params[f"{path}.weight"].data.shape) for path in found}
+    return row
+
+
+def crafted(run):
+    """A row in no time; the second smallest learning rate is the best to validate, the largest to test."""
+    row = {"id": run.id, "config": asdict(run), "source": "crafted", "status": "done", "parameters": 1}
+    usual = rank_sweep.setting(run.target)
+    rates = sorted(usual.full_rates if run.method == "full" else usual.lora_rates)
+    return row | {"valid": abs(math.log((run.lr or 1) / rates[1])), "test": -run.lr}
+
+
+def values(runs):
+    """Field -> what the runs have in it."""
+    assert len(set(runs)) == len(runs)
+    return {f.name: {getattr(run, f.name) for run in runs} for f in fields(Run)}
+
+
+def planned(plan):
+    """What the runs of a sweep are, as far as no number in them is trained for."""
+    done = []
+
+    def work(run):
+        done.append(run)
+        return crafted(run)
+
+    with ThreadPoolExecutor(1) as executor, mock.patch.object(rank_sweep, "work", work):
+        rank_sweep.sweep(plan, next(outs), executor=executor)
+    return values(done) | {"runs": set(done)}
+
+
+def planned_by_hand(plan):
+    runs = []
+    for target in plan.targets:
+        how = rank_sweep.setting(target)
+        steps = how.steps if plan.steps is None else plan.steps
+        usual = min(how.search_steps, steps // 3)
+        base = Run(
+            "base", target, "none", base=plan.base, text=CORPORA[target].digest, eps=0.0,
+            test_windows=plan.test_windows, valid_windows=plan.valid_windows,
+        )  # fmt: skip
+        full = replace(base, method="full", batch=how.batch, eps=1e-8)
+        lora = replace(
+            full, method="lora", eps=how.eps, modules=how.modules if plan.modules is None else plan.modules,
+            alpha=how.alpha if plan.alpha is None else plan.alpha,
+        )  # fmt: skip
+        runs.append(base)
+        methods = [(full, how.full_rates), *((replace(lora, rank=r), how.lora_rates) for r in plan.ranks)]
+        for method, rates in methods:
+            short = usual if plan.search_steps is None else plan.search_steps
+            runs += [replace(method, kind="search", steps=short, seed=1000, lr=lr) for lr in rates]
+            best = sorted(rates)[1]
+            runs += [replace(method, kind="final", steps=steps, seed=i, lr=best) for i in range(plan.seeds)]
+    return values(runs) | {"runs": set(runs)}
+
+
+def set_up(setting):
+    with mock.patch.object(rank_sweep, "TEXT", setting):
+        return planned(Plan(("folio",), ranks=(2, 3), base="one"))
+
+
+def set_up_by_hand(setting):
+    with mock.patch.object(rank_sweep, "TEXT", setting):
+        return planned_by_hand(Plan(("folio",), ranks=(2, 3), base="one"))
+
+
+def injected_and_trained(config):
+    model, rng = tiny(0, np.float32, attention_bias=True)
+    inject(model, config, rng=rng)
+    params = trained(model)
+    found = {"shapes": {k: p.data.shape for k, p in params.items()}, "start": bits(params)}
+    found["scales"] = {path: s for path, s in scales(model).items()}
+    batches = [batch(np.random.default_rng(i)) for i in range(3)]
+    train(model, batches, AdamW(lr=0.1), steps=3)
+    return found | {"end": bits(params)}
+
+
+FACTORS = [1.0, 0.25, 0.5]  # of the learning rate
+
+
+def optimized(optimizer):
+    model, _ = tiny_lora(0, np.float32)
+    batches = [batch(np.random.default_rng(i)) for i in range(3)]
+    train(model, batches, copy.deepcopy(optimizer), steps=3, schedule=FACTORS.__getitem__)
+    return {"weights": bits(trained(model))}
+
+
+def optimized_by_hand(optimizer):
+    model, _ = tiny_lora(0, np.float32)
+    o, (b1, b2), f = copy.deepcopy(optimizer), optimizer.betas, np.float32
+    for i, factor in enumerate(FACTORS):
+        _, grads = gradients(model, *batch(np.random.default_rng(i)))
+        params = trained(model)
+        for path, g in grads.items():
+            params[path].grad = g
+        norm = global_norm(params)
+        t = o.t + i + 1
+        for path, p in params.items():
+            g, rate = p.grad, o.lr * factor * o.rate(path)
+            if norm > o.clip:
+                g = g * f(o.clip / norm)
+            m, v = (d.get(path, np.zeros_like(g)) for d in (o.m, o.v))
+            o.m[path] = m * f(b1) + f(1 - b1) * g
+            o.v[path] = v * f(b2) + f(1 - b2) * (g * g)
+            if o.decays(path, p):
+                p.data *= f(1 - rate * o.weight_decay)
+            step = f(rate / (1 - b1**t)) * o.m[path]
+            p.data -= step / (np.sqrt(o.v[path] / f(1 - b2**t)) + f(o.eps))
+            p.grad = None
+    return {"weights": bits(trained(model))}
+
+
+def scheduled(schedule):
+    model, _ = tiny_lora(0, np.float32)
+    batches = [batch(np.random.default_rng(i)) for i in range(7)]
+    train(model, batches, AdamW(lr=0.03), steps=7, schedule=schedule)
+    return {"weights": bits(trained(model))}
+
+
+def scheduled_by_hand(schedule):
+    s = schedule
+
+    def factor(step):
+        if step < s.warmup:
+            return (step + 1) / (s.warmup + 1)
+        if s.kind == "constant":
+            return 1.0
+        done = (step - s.warmup) / (s.steps - s.warmup)
+        return s.final + (1 - s.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return scheduled(factor)
+
+
+def built(config):
+    rng = np.random.default_rng(0)
+    model = llama(config, rng)
+    for p in named_params(model).values():
+        if p.data.ndim == 1:
+            p.data += 0.3 * rng.standard_normal(p.data.shape).astype(np.float32)
+    shapes = {path: p.data.shape for path, p in named_params(model).items()}
+    longest = max(t for t in range(1, 20) if takes(model, t))
+    return {"shapes": shapes, "longest": longest, "logits": to_host(model(np.arange(10)[None])[0]).tobytes()}
+
+
+def takes(model, t):
+    try:
+        model(np.zeros((1, t), int))
+    except MiniloraError:
+        return False
+    return True
+
+
+def stretched(scaling):
+    return built(Config(**SIZES, rope_scaling=scaling))
+
+
+STARTED = trained(tiny_lora(0, np.float32)[0])
+
+
+def moments(a):
+    return {path: np.full_like(p.data, a) for path, p in STARTED.items()}
+
+
+DORA = {"dora": True, "dropout": 0.0}
+ALL = "everything"
+LEARNT = "valid test curve spectra"
+FOLIO, KJV = CORPORA["folio"].digest, CORPORA["kjv"].digest
+CASES = {
+    finetune.Recipe: Case(
+        finetune.Recipe(
+            data="own.txt",
+            base="one",
+            method="dora",
+            r=3,
+            alpha=5.0,
+            lr=0.02,
+            targets=("q_proj", "up_proj"),
+            steps=7,
+            batch=4,
+            length=13,
+            warmup=2,
+            seed=11,
+            eval_every=6,
+            eval_tokens=70,
+        ),
+        tuned,
+        tuned_by_hand,
+        {
+            "data": ("other.txt", ALL),
+            "base": ("two", ALL),
+            "method": ("lora", ALL),
+            "r": (1, ALL),
+            "alpha": (9.0, ALL),
+            "targets": ("all-linear", ALL),
+            "lr": (0.05, ALL),
+            "steps": (8, ALL),
+            "batch": (5, ALL),
+            "length": (14, ALL),
+            "warmup": (3, ALL),
+            "seed": (12, ALL),
+            "eval_every": (3, "evals"),
+            "eval_tokens": (120, "evals"),
+        },
+    ),
+    pretrain.Recipe: Case(
+        pretrain.Recipe(
+            corpus="folio",
+            steps=7,
+            batch=3,
+            lr=0.02,
+            warmup=2,
+            weight_decay=0.3,
+            beta2=0.9,
+            seed=5,
+            test_windows=9,
+        ),
+        base_made,
+        base_made_by_hand,
+        {
+            "corpus": ("kjv", ALL),
+            "steps": (8, ALL),
+            "batch": (4, ALL),
+            "lr": (0.05, ALL),
+            "warmup": (3, ALL),
+            "weight_decay": (0.5, ALL),
+            "beta2": (0.5, ALL),
+            "seed": (6, ALL),
+            "test_windows": (14, "test valid"),
+        },
+    ),
+    Run: Case(
+        Run(
+            kind="final",
+            target="folio",
+            method="lora",
+            rank=3,
+            modules=("q_proj", "up_proj"),
+            alpha=5.0,
+            seed=4,
+            lr=0.02,
+            eps=1e-3,
+            steps=22,
+            batch=2,
+            base="one",
+            text=FOLIO,
+            test_windows=9,
+            valid_windows=6,
+        ),
+        cell_done,
+        cell_done_by_hand,
+        {
+            "kind": ("search", "test curve spectra shapes"),
+            "target": ("kjv", f"{LEARNT} source"),
+            "method": ("full", f"{LEARNT} parameters shapes"),
+            "rank": (2, f"{LEARNT} parameters"),
+            "modules": (("v_proj",), f"{LEARNT} parameters shapes"),
+            "alpha": (7.0, LEARNT),
+            "seed": (8, LEARNT),
+            "lr": (0.05, LEARNT),
+            "eps": (1e-2, LEARNT),
+            "steps": (33, LEARNT),
+            "batch": (5, LEARNT),
+            "base": ("two", LEARNT),
+            "text": (KJV, ALL),
+            "fallback": (True, f"{LEARNT} source"),
+            "test_windows": (10, "test"),
+            "valid_windows": (7, "valid curve"),
+        },
+    ),
+    Plan: Case(
+        Plan(
+            targets=("folio",),
+            ranks=(2, 3),
+            modules=("q_proj",),
+            alpha=5.0,
+            steps=9,
+            search_steps=4,
+            seeds=1,
+            base="one",
+            test_windows=11,
+            valid_windows=6,
+        ),
+        planned,
+        planned_by_hand,
+        {
+            "targets": (("folio", "kjv"), "target text runs"),
+            "ranks": ((3, 4), "rank runs"),
+            "modules": (("v_proj", "k_proj"), "modules runs"),
+            "alpha": (7.0, "alpha runs"),
+            "steps": (10, "steps runs"),
+            "search_steps": (5, "steps runs"),
+            "seeds": (2, "seed runs"),
+            "base": ("two", "base runs"),
+            "test_windows": (12, "test_windows runs"),
+            "valid_windows": (7, "valid_windows runs"),
+        },
+    ),
+    Setting: Case(
+        Setting(
+            modules=("q_proj",),
+            alpha=5.0,
+            eps=1e-3,
+            lora_rates=(0.1, 0.3, 0.2),
+            full_rates=(0.01, 0.03, 0.02),
+            steps=30,
+            search_steps=7,
+            batch=6,
+        ),
+        set_up,
+        set_up_by_hand,
+        {
+            "modules": (("v_proj", "k_proj"), "modules runs"),
+            "alpha": (7.0, "alpha runs"),
+            "eps": (1e-2, "eps runs"),
+            "lora_rates": ((0.1, 0.4, 0.2), "lr runs"),
+            "full_rates": ((0.01, 0.04, 0.02), "lr runs"),
+            "steps": (40, "steps runs"),
+            "search_steps": (8, "steps runs"),
+            "batch": (9, "batch runs"),
+        },
+    ),
+    LoraConfig: Case(
+        LoraConfig(
+            r=3,
+            alpha=5,
+            targets=("q_proj", "down_proj"),
+            rank_pattern={"layers.1.self_attn.q_proj": 2},
+            alpha_pattern={"layers.1.mlp.down_proj": 9},
+            exclude_modules=("layers.0.mlp.down_proj",),
+            layers_to_transform=(0, 1),
+            bias="lora_only",
+            modules_to_save=("model.norm",),
+            rslora=True,
+            dropout=0.3,
+            init="gaussian",
+        ),
+        injected_and_trained,
+        None,
+        {
+            "r": (4, ALL),
+            "alpha": (7, "scales end"),
+            "targets": (("k_proj", "q_proj", "down_proj"), ALL),
+            "rank_pattern": ({"layers.1.self_attn.q_proj": 1}, ALL),
+            "alpha_pattern": ({"layers.1.mlp.down_proj": 11}, "scales end"),
+            "exclude_modules": (("layers.0.self_attn.q_proj",), ALL),
+            "layers_to_transform": ((1,), ALL),
+            "bias": ("all", "shapes start end"),
+            "modules_to_save": (("input_layernorm",), "shapes start end"),
+            "rslora": (False, "scales end"),
+            "dropout": (0.4, "end"),
+            "init": ("both", "start end"),
+            "dora": (True, "shapes start end"),
+            "detach": (True, "end"),
+        },
+        {"dora": {"dropout": 0.0}, "detach": DORA, "layers_to_transform": {"exclude_modules": ("o_proj",)}},
+    ),
+    AdamW: Case(
+        AdamW(
+            lr=0.03,
+            betas=(0.7, 0.8),
+            eps=1e-3,
+            weight_decay=0.4,
+            clip=0.05,
+            decays=lambda path, p: path.endswith(".A"),
+            rate=lora_plus(3),
+            t=6,
+            m=moments(0.01),
+            v=moments(0.02),
+        ),
+        optimized,
+        optimized_by_hand,
+        {
+            "lr": (0.05, ALL),
+            "betas": ((0.6, 0.8), ALL),
+            "betas[1]": ((0.7, 0.9), ALL),
+            "eps": (1e-2, ALL),
+            "weight_decay": (0.6, ALL),
+            "clip": (0.07, ALL),
+            "decays": (lambda path, p: path.endswith(".B"), ALL),
+            "rate": (lora_plus(4), ALL),
+            "t": (7, ALL),
+            "m": (moments(0.03), ALL),
+            "v": (moments(0.04), ALL),
+        },
+    ),
+    Schedule: Case(
+        Schedule(steps=9, warmup=2, kind="cosine", final=0.1),
+        scheduled,
+        scheduled_by_hand,
+        {"steps": (8, ALL), "warmup": (3, ALL), "kind": ("constant", ALL), "final": (0.3, ALL)},
+    ),
+    Config: Case(
+        Config(
+            vocab_size=11,
+            hidden_size=12,
+            intermediate_size=15,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=4,
+            max_position_embeddings=13,
+            rms_norm_eps=1e-3,
+            rope_theta=100.0,
+            rope_scaling=RopeScaling(3.0, 1.0, 4.0, 8),
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+        built,
+        None,
+        {
+            name: (value, "shapes logits")
+            for name, value in {
+                "vocab_size": 14,
+                "hidden_size": 16,
+                "intermediate_size": 17,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 2,
+                "head_dim": 6,
+                "tie_word_embeddings": True,
+                "attention_bias": False,
+                "mlp_bias": False,
+            }.items()
+        }
+        | {
+            "rms_norm_eps": (1e-2, "logits"),
+            "rope_theta": (50.0, "logits"),
+            "rope_scaling": (None, "logits"),
+            "max_position_embeddings": (18, "longest"),
+        },
+    ),
+    RopeScaling: Case(
+        RopeScaling(
+            factor=3.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8
+        ),
+        stretched,
+        None,
+        {
+            "factor": (5.0, "logits"),
+            "low_freq_factor": (0.5, "logits"),
+            "high_freq_factor": (6.0, "logits"),
+            "original_max_position_embeddings": (9, "logits"),
+        },
+    ),
+}
+ONLY_ONE_VALUE = {RopeScaling: {"rope_type"}}
+NEEDS = {  # a field that names a text goes with that text's digest
+    (Run, "target"): {"text": KJV},
+    (Run, "fallback"): {"text": INSTEAD.digest},
+}
+FIELDS = [(cls, name) for cls, case in CASES.items() for name in case.changes]
+
+
+def test_every_class_of_settings_is_tried():
+    """Those that check what a user gives, and the sweep's two that are made of such ones."""
+    found = {Run, Setting}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and "def __post_init__" in ast.unparse(node):
+                parts = file.relative_to(PACKAGE).with_suffix("").parts
+                module = __import__(".".join(("minilora", *parts)), fromlist=["it"])
+                found.add(getattr(module, node.name))
+    assert found == set(CASES)
+
+
+@pytest.mark.parametrize("cls", CASES, ids=lambda cls: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}")
+def test_every_field_is_tried_and_the_usual_value_is_no_default(cls):
+    case = CASES[cls]
+    names = {f.name for f in fields(cls)} - ONLY_ONE_VALUE.get(cls, set())
+    assert {name.partition("[")[0] for name in case.changes} == names
+    numbers = []
+    for f in fields(cls):
+        value = getattr(case.usual, f.name)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if f.name in names and not isinstance(value, bool | str) and default is not MISSING:
+            assert value != default, f.name
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            numbers.append(value)
+    assert len(set(numbers)) == len(numbers)
+
+
+before = {}  # what came of the usual settings: once for each class, and what a field needs beside it
+
+
+@pytest.mark.parametrize(("cls", "name"), FIELDS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_a_field_changes_what_it_names_and_a_run_is_what_its_recipe_says(cls, name):
+    case = CASES[cls]
+    value, parts = case.changes[name]
+    along = case.along.get(name, {})
+    key = cls, str(along)
+    if key not in before:
+        usual = replace(case.usual, **along)
+        before[key] = case.run(usual)
+        if case.hand:
+            assert before[key] == case.hand(usual)
+    changed = replace(case.usual, **along, **{name.partition("[")[0]: value}, **NEEDS.get((cls, name), {}))
+    after = case.run(changed)
+    if case.hand:
+        assert after == case.hand(changed)
+    assert after.keys() == before[key].keys()
+    differ = {part for part in after if after[part] != before[key][part]}
+    assert differ == set(after if parts == ALL else parts.split())
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_the_rate_that_is_not_given_is_that_of_the_method(method):
+    recipe = replace(CASES[finetune.Recipe].usual, method=method, lr=None)
+    assert tuned(recipe) == tuned_by_hand(recipe)
+
+
+@pytest.mark.parametrize("change", [{"length": 9000}, {"warmup": 9000}], ids=str)
+def test_what_is_too_long_is_cut_to_what_there_is(change):
+    usual = replace(CASES[finetune.Recipe].usual, length=100)
+    most = {"length": TINY.max_position_embeddings, "warmup": usual.steps}
+    assert tuned(replace(usual, **change)) == tuned_by_hand(replace(usual, **{k: most[k] for k in change}))
+
+
+def test_a_permutation_is_trained_by_the_settings_of_a_table():
+    assert Plan().setting("folio") == rank_sweep.TEXT
+    assert Plan().setting("permuted:3") == rank_sweep.TABLE
+    assert Plan().ranks_for("folio") == (1, 2, 4, 8, 16, 32, 64)
+    assert Plan().ranks_for("permuted:3") == (1, 2, 3, 4, 8, 16, 32, 64)  # and the elbow
+
+
+def test_the_text_in_the_place_of_one_that_cannot_be_had_is_that_of_every_run():
+    plan = CASES[Plan].usual
+    with mock.patch.object(corpora, "corpus", side_effect=StorageError("no network")):
+        found = planned(plan)
+    assert found["fallback"] == {True}
+    assert found["text"] == {INSTEAD.digest}
+
+
+def test_the_threads_that_are_given_compute():
+    given = []
+
+    def train(*_, threads, **__):
+        given.append(threads)
+        raise StopIteration
+
+    with mock.patch.object(finetune, "train", train), pytest.raises(StopIteration):
+        finetune.run(CASES[finetune.Recipe].usual, next(outs), threads=3)
+    assert given == [3]

@@ -1,0 +1,93 @@
+"""The GPU benchmark without a GPU: its dry run passes and writes nothing, a real one is refused.
+
+And the table of what a block keeps is that of the code.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def gpu(*arguments, **env):
+    command = [sys.executable, "benchmarks/gpu.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+
+
+def test_the_dry_run_passes_and_writes_no_figure():
+    def results():
+        return {file: file.read_bytes() for file in (ROOT / "benchmarks/results").iterdir()}
+
+    before = results()
+    done = gpu("--dry-run")
+    assert done.returncode == 0, done.stderr
+    *rows, last = done.stdout.splitlines()
+    assert all("transfers 1, difference 0;" in row for row in rows)
+    assert len(rows) == 2
+    assert "no figure" in last
+    assert results() == before
+
+
+def test_without_a_gpu_the_benchmark_says_so_in_one_line():
+    done = gpu(CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stderr.startswith("no GPU")
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("precision", ["float32", "TF32"])
+def test_a_difference_beyond_the_bound_is_seen(precision, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    rng = np.random.default_rng(0)
+    exact = {"g": rng.standard_normal((5, 7))}
+    cpu = {"g": exact["g"].astype(np.float32)}
+    u = gpu.UNIT[precision]
+    for size, passes in ((u, True), (100 * u, False)):
+        device = {"g": exact["g"] * (1 + size * rng.standard_normal((5, 7)))}
+        assert (gpu.worst(device, cpu, exact, precision) <= 1) == passes
+    assert gpu.worst(cpu, cpu, exact, precision) == 0
+
+
+def test_the_score_of_the_small_changes_is_that_of_its_rows_and_each_survivor_has_a_reason():
+    """And nine of ten changes that are not equivalent are seen."""
+    results = ROOT / "benchmarks/results"
+    rows = json.loads((results / "mutation.json").read_text())["rows"]
+    reasons = json.loads((results / "mutation_survivors.json").read_text())
+    lines = (results / "mutation.md").read_text(encoding="utf-8").splitlines()
+    for name in [*dict.fromkeys(row["file"] for row in rows), "all"]:
+        some = [row for row in rows if name in (row["file"], "all")]
+        equal, seen = (sum(row["outcome"] == what for row in some) for what in ("equivalent", "seen"))
+        places = sum({row["file"]: row["places"] for row in some}.values())
+        share = seen / (len(some) - equal)
+        assert f"| {name} | {places} | {len(some)} | {equal} | {seen} | {share:.0%} |" in lines
+    assert share >= 0.9
+    left = [row for row in rows if row["outcome"] != "seen"]
+    assert all(row["reason"] for row in left)
+    given = {(file, change): why for file, some in reasons.items() for change, why in some.items()}
+    of = {(row["file"], f"{row['old']} -> {row['new']}"): row for row in left}
+    assert given == {key: [row["outcome"] == "equivalent", row["reason"]] for key, row in of.items()}
+
+
+def test_the_table_of_what_is_kept_is_that_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import kept
+
+    size = next(size for size in kept.SIZES if size[0] == 128)
+    found = {kind: kept.kept(kind, size) for kind in kept.KINDS}
+    rows = json.loads((ROOT / "benchmarks/results/kept.json").read_text())["rows"]
+    for row in rows:
+        arrays = {kind: some[row["name"]] for kind, some in found.items() if row["name"] in some}
+        assert row["bytes"] == {kind: a.nbytes for kind, a in arrays.items()}, row["name"]
+    assert {row["name"] for row in rows} == {name for some in found.values() for name in some}
+    total = {kind: sum(a.nbytes for a in some.values()) for kind, some in found.items()}
+    assert total["LoRA"] == total["everything trained"]  # LoRA saves no activations
+    assert total["LoRA, recomputed"] < total["frozen base"] / 5

@@ -1,0 +1,53 @@
+"""The list of seeded bugs fits the source. That each is caught: `python tests/mutants.py`, some minutes."""
+
+import ast
+
+import pytest
+from mutants import FILES, MUTANTS, ROOT, Mutant, apply, copies, tried, witness, witnesses
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_mutant_still_fits(mutant):
+    path, text, mutated = apply(mutant, ROOT)
+    assert mutated != text
+    compile(mutated, path, "exec")
+
+
+def test_every_mutant_has_a_name_of_its_own():
+    assert len({m.name for m in MUTANTS}) == len(MUTANTS)
+
+
+def test_every_witness_is_a_test_that_its_mutant_names():
+    """A test that is renamed is renamed there, too; an unknown witness would only cost time."""
+    files = {m.name: m.tests.split() for m in MUTANTS}
+    for mutant, test in witnesses().items():
+        file, _, name = test.partition("::")
+        assert file in files[mutant], mutant
+        tree = ast.parse((ROOT / FILES[file]).read_text(encoding="utf-8"))
+        assert name in {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}, mutant
+
+
+def test_a_witness_is_the_test_without_its_case():
+    assert witness("test_ops.py::test_back[3 of a::b.py::c]") == "ops::test_back"
+
+
+COUNTED = "table::test_only_one_is_one"  # the one test of `counted`
+OTHER = "table::test_a_page_says_what_it_is_given"
+TRIED = {  # (what is changed to what, the witness) -> whether it is seen, and by which test or why not
+    "a bug, by its witness": ("if n == 1 else", "if n < 2 else", COUNTED, True, "test_only_one_is_one"),
+    "a bug, by another test": ("if n == 1 else", "if n < 2 else", OTHER, True, "test_only_one_is_one"),
+    "a bug without a witness": ("if n == 1 else", "if n < 2 else", None, True, "test_only_one_is_one"),
+    "another sentence": ("A number and what is counted", "A number", COUNTED, False, ""),
+    "no program": ("if n == 1 else", "if n == 1", COUNTED, False, "SyntaxError"),
+    "no such place": ("if n == 7 else", "", COUNTED, False, "its old text stands 0 times"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", TRIED)
+def test_a_bug_is_caught_and_what_is_none_survives(what):
+    """So that a mutant is not called caught because something else is red."""
+    old, new, known, caught, by = TRIED[what]
+    with copies(1) as free:
+        seen, said = tried(free, Mutant("x", "table.py", old, new, "table"), known)
+    assert (seen, by in said) == (caught, True), said

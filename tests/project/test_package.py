@@ -1,0 +1,154 @@
+"""What a user installs: light to import, typed, complete by name, and of one version."""
+
+import importlib.metadata
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(minilora.__file__).parent
+
+
+def python(code, **env):
+    command = [sys.executable, "-c", code]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | env
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env).stdout
+
+
+def test_importing_costs_little_more_than_numpy(tmp_path):
+    """At most half of NumPy's own time: the median of pairs, one right after the other."""
+
+    def seconds(module):
+        """The processor time of an import in a fresh process, its byte code being there."""
+        code = f"import time; t = time.process_time(); import {module}; print(time.process_time() - t)"
+        return float(python(code, PYTHONPYCACHEPREFIX=str(tmp_path)))
+
+    seconds("minilora"), seconds("numpy")
+    pairs = [(seconds("minilora"), seconds("numpy")) for _ in range(7)]
+    more = statistics.median(ours / theirs - 1 for ours, theirs in pairs)
+    print(f"import minilora: {more:.0%} beyond NumPy's {1000 * min(n for _, n in pairs):.0f} ms")
+    assert more < 0.5
+
+
+def test_help_is_there_at_once():
+    """A quarter of a second beyond an interpreter with NumPy: the median of pairs, in processor time."""
+
+    def seconds(*arguments):
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_utime + used.ru_stime
+
+    pairs = [(seconds("-m", "minilora", "--help"), seconds("-c", "import numpy")) for _ in range(5)]
+    more = statistics.median(ours - theirs for ours, theirs in pairs)
+    print(f"minilora --help: {1000 * more:.0f} ms beyond NumPy")
+    assert more < 0.25
+
+
+HEAVY = ("matplotlib", "tqdm", "safetensors", "cupy", "torch", "distributed", "multiprocessing", "unittest",
+         "http", "ssl")  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["minilora", "minilora.cli"])
+def test_importing_brings_in_no_library_but_numpy(module):
+    found = set(python(f"import sys, {module}; print(*sys.modules)").split())
+    assert not found & set(HEAVY)
+    before = set(python("import sys, numpy; print(*sys.modules)").split())
+    print(sorted(name for name in found - before if "." not in name))
+
+
+def test_importing_says_nothing_and_draws_no_random_numbers():
+    state = "np.random.get_state()[1].sum()"
+    assert python(f"import numpy as np; a = {state}; import minilora; print(a == {state})") == "True\n"
+
+
+POOR = """
+import os, sys, _thread
+for name in ("fcntl", "resource", "subprocess", "multiprocessing", "_multiprocessing", "_posixsubprocess"):
+    sys.modules[name] = None
+
+def refused(*given, **how):
+    raise RuntimeError("there are no threads and no processes here")
+
+_thread.start_new_thread = os.fork = os.posix_spawn = refused
+os.sched_getaffinity = lambda pid: {0}  # a browser has one core
+import threading
+threading._start_new_thread = refused
+import numpy as np
+import minilora as ml
+
+rng = np.random.default_rng(0)
+model = ml.load()
+ml.inject(model, ml.LoraConfig(r=2, alpha=4), rng=rng)
+ids = rng.integers(97, 123, (40, 32))
+batches, before = [(ids[:, :-1], ids[:, 1:])] * 4, ml.evaluate(model, [(ids[:, :-1], ids[:, 1:])])
+ml.train(model, batches, ml.AdamW(lr=1e-2), steps=4, checkpoint="c.safetensors")
+assert ml.evaluate(model, batches[:1]) < before
+ml.save_adapter(model, "a", base="base")
+ml.merge(model), ml.unmerge(model), ml.fuse(model)
+ml.save_model(model, "m", "")
+assert len(ml.inspect("a", "base").modules) == len(ml.inspect("a").modules) == 21
+ml.compress("a", "b", rank=1, overwrite=True), ml.compress("a", "b", rank=2, overwrite=True)
+ml.extract("base", "m", "e", rank=2), ml.merge_checkpoint("base", "a", "n")
+ml.load_adapter(ml.load(), "e"), ml.count("llama-3-8b", 4), ml.modules("base")
+open("own.txt", "w").write("It is a truth universally acknowledged.\\n" * 60)
+recipe = ml.finetune.Recipe("own.txt", steps=2, batch=2, length=16, eval_every=1)
+print("peak" in str(ml.finetune.run(recipe, "f")), *sorted(os.listdir()))
+"""
+
+
+def test_all_but_the_sweep_works_without_locks_threads_and_processes(tmp_path):
+    """As in a browser."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", POOR], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "False a b c.safetensors e f m n own.txt\n"
+
+
+def test_every_name_that_is_offered_is_there_and_documented():
+    assert len(set(minilora.__all__)) == len(minilora.__all__)
+    assert minilora.__all__ == sorted(minilora.__all__)
+    for name in minilora.__all__:
+        assert getattr(minilora, name).__doc__, name
+
+
+def test_the_package_is_typed_and_has_its_data():
+    assert (PACKAGE / "py.typed").exists()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (PACKAGE / "base" / name).exists()
+    assert (PACKAGE / "requirements-data.txt").exists()
+
+
+def test_there_is_one_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", minilora.__version__)
+    citation = ROOT / "CITATION.cff"
+    if citation.exists():
+        assert re.findall(r"^version:\s*[\"']?([^\"'\s]+)", citation.read_text(), re.M) == [
+            minilora.__version__
+        ]
+    try:
+        installed = importlib.metadata.version("minilora")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    assert installed == minilora.__version__
+
+
+def test_the_command_is_the_module():
+    import tomllib
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"minilora": "minilora.__main__:main"}
+    done = subprocess.run([sys.executable, "-m", "minilora", "--version"], capture_output=True, text=True,
+                          check=True, cwd=ROOT)  # fmt: skip
+    assert done.stdout == f"minilora {minilora.__version__}\n"
+    assert done.stderr == ""
