@@ -22,7 +22,7 @@ from common import write
 import minilora as ml
 from minilora.data import corpora
 from minilora.experiments.rank_sweep import Plan, Row, Stock, Store, Workers, fingerprint, grid, read_rows
-from minilora.layers import named_params
+from minilora.tree import named_params
 
 ROWS = Path(__file__).parent.parent / "figures" / "rows.jsonl"
 

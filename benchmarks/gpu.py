@@ -35,7 +35,7 @@ import minilora as ml
 from minilora import backend
 from minilora.backend import to_host
 from minilora.errors import ConfigError
-from minilora.layers import named_params
+from minilora.tree import named_params
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from device import DeviceArray, namespace

@@ -30,7 +30,7 @@ from common import RESULTS, SIZES, Contestant, alternate, answer, named, ratio, 
 
 import minilora as ml
 from minilora.backend import keep_memory
-from minilora.layers import named_params
+from minilora.tree import named_params
 
 PROMPT, NEW = 32, 96
 TOKENS = 64  # of one run that times a token

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import model
+from minilora import decoding
 from minilora.analysis import inspect
 from minilora.formats import huggingface
-from minilora.peft import folder
+from minilora.peft import loading
 
 RESULTS = Path(__file__).parent / "results"
 PARAGRAPH = (
@@ -50,7 +50,7 @@ def perplexity(llama, words):
 def sample(llama, words, temperature, seed):
     """The continuation of PROMPT by 50 tokens."""
     ids = words.encode(PROMPT)[None, :]
-    tokens = model.generate(llama, ids, 50, rng=np.random.default_rng(seed), temperature=temperature)
+    tokens = decoding.generate(llama, ids, 50, rng=np.random.default_rng(seed), temperature=temperature)
     return words.decode(np.array([int(t[0]) for t in tokens]))
 
 
@@ -105,7 +105,7 @@ def main():
     words = huggingface.tokenizer_of(huggingface.checkpoint("smollm2"))
     for state in ("before", "after"):
         if state == "after":
-            print(folder.load_adapter(llama, options.out))
+            print(loading.load_adapter(llama, options.out))
         value, tokens = perplexity(llama, words)
         found[state] = {
             "perplexity": value,

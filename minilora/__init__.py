@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from .backend import use
-    from .layers import digest, freeze, named_params, trained, unfreeze
+    from .decoding import generate
     from .lora import (
         LoraConfig,
         disabled,
@@ -27,52 +27,70 @@ try:
         set_scale,
         unmerge,
     )
-    from .model import Config, Llama, generate, llama
+    from .model import Config, Llama, llama
     from .optim import AdamW, Schedule, lora_plus
     from .training import evaluate, train
+    from .tree import digest, freeze, named_params, trained, unfreeze
 except KeyboardInterrupt:  # Ctrl-C while the command line starts: no traceback
     if Path(sys.argv[0]).stem in ("minilora", "-m"):
         sys.exit(130)
     raise
 
 if TYPE_CHECKING:
+    from . import finetune
+    from .analysis import plotting as plots
     from .analysis.count import count, modules
     from .analysis.inspect import inspect
     from .compose.export import merge_checkpoint
-    from .compose.truncate import compress, extract
-    from .data.corpora import batches, corpus, decode, encode, eval_batches
+    from .compose.extract import extract
+    from .compose.truncate import compress
+    from .data.batching import batches, eval_batches
+    from .data.corpora import corpus
+    from .experiments.rank_sweep import Plan, sweep
     from .formats.huggingface import checkpoint, load, save_model
-    from .peft.folder import load_adapter, open_adapter, save_adapter
+    from .formats.tokenizer import decode, encode
+    from .peft.folder import open_adapter
+    from .peft.loading import load_adapter, save_adapter
     from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Schedule", "batches", "checkpoint", "compress",
-    "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
-    "extract", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
-    "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
-    "participation_ratio", "remove", "save_adapter", "save_model", "scales", "set_adapter", "set_scale",
-    "spectrum", "spectrum_between", "stable_rank", "train", "trained", "unfreeze", "unmerge", "use",
-]  # fmt: skip
 
 LATER = {  # imported when first asked for
     "analysis.count": ("count", "modules"),
     "analysis.inspect": ("inspect",),
     "compose.export": ("merge_checkpoint",),
-    "compose.truncate": ("compress", "extract"),
-    "data.corpora": ("batches", "corpus", "decode", "encode", "eval_batches"),
-    "finetune": (),
+    "compose.extract": ("extract",),
+    "compose.truncate": ("compress",),
+    "data.batching": ("batches", "eval_batches"),
+    "data.corpora": ("corpus",),
+    "experiments.rank_sweep": ("Plan", "sweep"),
     "formats.huggingface": ("checkpoint", "load", "save_model"),
-    "peft.folder": ("load_adapter", "open_adapter", "save_adapter"),
+    "formats.tokenizer": ("decode", "encode"),
+    "peft.folder": ("open_adapter",),
+    "peft.loading": ("load_adapter", "save_adapter"),
     "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
 }
+MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
+HOMES = {name: module for module, names in LATER.items() for name in names}
+
+__all__ = [
+    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "compress",
+    "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
+    "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
+    "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
+    "participation_ratio", "plots", "remove", "save_adapter", "save_model", "scales", "set_adapter",
+    "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "trained", "unfreeze",
+    "unmerge", "use",
+]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:
-    if name in LATER:
-        return import_module(f".{name}", __name__)
-    for module, names in LATER.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
+    if name in MODULES:
+        return import_module(f".{MODULES[name]}", __name__)
+    if name in HOMES:
+        return getattr(import_module(f".{HOMES[name]}", __name__), name)
     raise AttributeError(f"module 'minilora' has no attribute {name!r}")

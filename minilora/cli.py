@@ -345,7 +345,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 def figures(options: Options) -> int:
     """Draw what a sweep found, and the merge experiment, into a folder."""
     from .analysis import plotting
-    from .experiments import merge_equivalence, rank_sweep
+    from .experiments import merge_equivalence, rank_figures, rank_sweep
     from .formats.atomic import make_folder, named, write_atomic
 
     rows = rank_sweep.read_rows(named(options.rows))
@@ -354,7 +354,7 @@ def figures(options: Options) -> int:
     make_folder(options.out)
     draw(rows, options.out)
     merged = merge_equivalence.run()
-    plotting.merge_equivalence(merged).save(options.out, "merge_equivalence")
+    rank_figures.merge_equivalence(merged).save(options.out, "merge_equivalence")
     write_atomic(options.out / "rows.jsonl", b"".join(rank_sweep.sealed(row) for row in rows))
     write_atomic(options.out / "merge_equivalence.json", (json.dumps(merged, indent=1) + "\n").encode())
     write_atomic(options.out / "MANIFEST.json", (json.dumps(plotting.made_with(), indent=1) + "\n").encode())
@@ -432,9 +432,9 @@ def generate(options: Options) -> int:
     """Print a continuation as it comes."""
     import numpy as np
 
-    from . import lora, model
+    from . import decoding, lora
     from .formats import huggingface, tokenizer
-    from .peft import folder
+    from .peft import loading
 
     if options.merged and not options.adapter:
         raise ConfigError("--merged is for an adapter; expected --adapter DIR")
@@ -443,11 +443,11 @@ def generate(options: Options) -> int:
     ids = words.begun(words.encode(options.prompt))[None, :]
     llama = huggingface.assemble(given)
     if options.adapter:
-        print(folder.load_adapter(llama, options.adapter), file=sys.stderr)
+        print(loading.load_adapter(llama, options.adapter), file=sys.stderr)
         if options.merged:
             lora.merge(llama)
     room = given.config.max_position_embeddings - ids.shape[1]
-    tokens = model.generate(
+    tokens = decoding.generate(
         llama, ids, min(options.max_tokens, max(room, 1)), rng=np.random.default_rng(options.seed),
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
     )  # fmt: skip
@@ -487,11 +487,11 @@ def compress(options: Options) -> int:
 
 def extract(options: Options) -> int:
     """Write the LoRA between two checkpoints."""
-    from .compose import truncate
+    from .compose import extract
 
     how = {name: getattr(options, name) for name in ("rank", "energy", "per_module", "overwrite")}
     with bar("tensors") as line:
-        found = truncate.extract(options.base, options.tuned, options.out, **how, progress=line)
+        found = extract.extract(options.base, options.tuned, options.out, **how, progress=line)
     return show(options, found)
 
 

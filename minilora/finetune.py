@@ -11,42 +11,31 @@ packing, chat templates and preference data.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .data import corpora
-from .errors import (
-    ConfigError,
-    FormatError,
-    InputError,
-    MiniloraError,
-    check_float,
-    check_int,
-    nearest,
-    short,
-)
+from .data import batching, corpora, user_files
+from .data.batching import Batch
+from .data.examples import draws, examples, padded
+from .errors import ConfigError, InputError, check_float, check_int, nearest, short
+from .formats import archives, tokenizer
 from .formats.atomic import check_free, exists
 from .formats.huggingface import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
-from .formats.safetensors import unique
 from .formats.tokenizer import Tokenizer
-from .layers import freeze, trained, unfreeze
 from .lora import LoraConfig, inject
-from .ops import IGNORE
 from .optim import AdamW, Schedule
-from .peft.folder import save_adapter
+from .peft.loading import save_adapter
+from .session import tidy, workshop
 from .table import plain, printed
-from .training import evaluate, tidy, train, workshop
+from .training import evaluate, train
+from .tree import freeze, trained, unfreeze
 
-Batch = tuple[np.ndarray, np.ndarray]
 CORPORA = (*corpora.MANIFEST, corpora.STDLIB)  # what --data takes by name
 METHODS = ("lora", "dora", "full")
 RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}  # LoRA's best rate is about ten times that of the whole
@@ -222,12 +211,12 @@ def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Genera
         if not exists(recipe.data):
             near = nearest(recipe.data, CORPORA)
             raise InputError(f"data is {short(recipe.data)}; expected a path or a name; {near}")
-        if corpora.source(Path(recipe.data))[0]:
+        if user_files.source(Path(recipe.data))[0]:
             return of_examples(recipe, words, length, rng, rows)
     ids, held_ids = (encoded(recipe.data, text, words) for text in texts(recipe.data))
-    batches = corpora.eval_batches(held_ids, rows, length, recipe.eval_tokens)
-    digest = corpora.sha256(ids.tobytes() + held_ids.tobytes())
-    return Text(corpora.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
+    batches = batching.eval_batches(held_ids, rows, length, recipe.eval_tokens)
+    digest = archives.sha256(ids.tobytes() + held_ids.tobytes())
+    return Text(batching.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
 
 
 def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Generator, rows: int) -> Text:
@@ -240,7 +229,7 @@ def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Ge
     n = max(1, int(len(found) * HELD_OUT))
     held = found[-n:][: max(1, recipe.eval_tokens // length)]
     batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]
-    digest = corpora.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
+    digest = archives.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
     return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
 
 
@@ -248,7 +237,7 @@ def encoded(where: str, text: str, words: Tokenizer) -> np.ndarray:
     """The ids (T,) of a whole text, which begins one sequence; InputError if too much of it is lost."""
     parts = [words.learn(piece) for piece in pieces(text)]
     ids = words.begun(np.concatenate([ids for ids, _ in parts]))
-    corpora.check_lost(where, sum(lost for _, lost in parts), len(ids))
+    user_files.check_lost(where, sum(lost for _, lost in parts), len(ids))
     return ids
 
 
@@ -271,108 +260,7 @@ def texts(spec: str) -> tuple[str, str]:
     """The text to train on and the one held out: a built-in corpus's, or the user's, cut near its end."""
     if spec in CORPORA:
         corpus = corpora.corpus(spec)
-        return corpora.decode(corpus.train), corpora.decode(corpus.test)
-    text = corpora.own_text(Path(spec))
+        return tokenizer.decode(corpus.train), tokenizer.decode(corpus.test)
+    text = user_files.own_text(Path(spec))
     cut = int(len(text) * (1 - HELD_OUT))
     return text[:cut], text[cut:]
-
-
-Example = tuple[np.ndarray, int]  # ids, and where the loss begins
-
-
-def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
-    """The examples of a file of JSON lines or a JSON array, or of a folder of such files in order of name.
-
-    Of a long prompt its end is kept. Each begins with what the tokenizer puts before a text, and ends with
-    the token that ends one, where there are such. FormatError or InputError counts the examples that cannot
-    be used, and names the first; InputError if too much of their text is lost.
-    """
-    rows: list[Example] = []
-    bad: list[tuple[str, MiniloraError]] = []
-    lost = 0
-    for where, row in (entry for file in corpora.source(path)[1] for entry in entries(file)):
-        try:
-            parts = [words.learn(text) for text in strings(row())]
-            rows.append(example([ids for ids, _ in parts], words, length))
-            lost += sum(count for _, count in parts)
-        except MiniloraError as e:
-            bad.append((where, e))
-    if bad:
-        where, first = bad[0]
-        kinds = Counter(re.split("[:;]", str(e))[0] for _, e in bad).most_common()
-        count = ", ".join(f"{n} x {kind}" for kind, n in kinds[:3]) + ", ..." * (len(kinds) > 3)
-        whole = len(rows) + len(bad)
-        raise type(first)(f"{where}: {first}; of {whole} examples {len(bad)} cannot be used ({count})")
-    corpora.check_lost(path, lost, sum(len(ids) for ids, _ in rows))
-    return rows
-
-
-def entries(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Where each example of a file stands, a line or an item of the array, and what reads it there."""
-    text = corpora.text_of(path)
-    if path.suffix.lower() != ".json":
-        for number, line in enumerate(text.split("\n"), 1):  # nowhere else: U+2028 may stand in a string
-            if line.strip():
-                yield f"{path}: line {number}", partial(parsed, line)
-        return
-    try:
-        items = parsed(text)
-    except FormatError as e:
-        raise FormatError(f"{path}: {e}; expected an array (of lines with one example each: .jsonl)") from e
-    if type(items) is not list:
-        raise FormatError(f"{path}: is a JSON {type(items).__name__}; expected an array of examples")
-    for number, item in enumerate(items, 1):
-        yield f"{path}: item {number}", [item].pop
-
-
-def parsed(text: str) -> Any:
-    """What a JSON text holds; FormatError if it is none, or gives a key twice."""
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"is not JSON: {short(str(e))}") from e
-
-
-def strings(row: Any) -> list[str]:
-    """The prompt and completion of an example, or its text alone; FormatError if it has neither."""
-    fields = row if type(row) is dict else {}
-    keys = ("text",) if "text" in fields else ("prompt", "completion")
-    for key in keys:
-        if type(fields.get(key)) is not str:
-            raise FormatError(f"{key} is no string; expected prompt and completion, or text")
-    return [fields[key] for key in keys]
-
-
-def example(parts: Sequence[np.ndarray], words: Tokenizer, length: int) -> Example:
-    """The ids of a prompt and its completion, or of a text, which is learnt from its first token on."""
-    n = max(1, len(words.start))  # what has no loss at least
-    begun = words.begun(parts[0])
-    prompt, answer = (begun, parts[1]) if len(parts) == 2 else (begun[:n], begun[n:])
-    answer = np.concatenate([answer, sorted(words.stops)[:1]]).astype(np.int64)
-    room = length + 1 - len(answer)
-    if not len(answer):
-        raise InputError("has no token to learn; expected one or more")
-    if room < n:
-        raise InputError(f"has too many tokens to learn: {len(answer)}; expected at most {length + 1 - n}")
-    if not len(prompt):
-        raise InputError("has no prompt; expected at least one token of it")
-    start, rest = np.split(prompt, [len(words.start)])
-    prompt = np.concatenate([start, rest[max(0, len(rest) + len(start) - room) :]])
-    return np.concatenate([prompt, answer]).astype(np.int64), len(prompt)
-
-
-def padded(rows: Sequence[Example]) -> Batch:
-    """Inputs and labels (N, T) of examples; what is prompt or beyond the end has no loss."""
-    T = max(len(ids) for ids, _ in rows) - 1
-    inputs = np.zeros((len(rows), T), np.int64)
-    labels = np.full((len(rows), T), IGNORE, np.int64)
-    for i, (ids, start) in enumerate(rows):
-        inputs[i, : len(ids) - 1] = ids[:-1]
-        labels[i, start - 1 : len(ids) - 1] = ids[start:]
-    return inputs, labels
-
-
-def draws(rows: Sequence[Example], rng: np.random.Generator, batch: int) -> Iterator[Batch]:
-    """Endless batches of random examples, one draw of integers each, so that a saved `rng` goes on."""
-    while True:
-        yield padded([rows[i] for i in rng.integers(len(rows), size=batch)])

@@ -8,14 +8,11 @@ name, which is Hugging Face's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from .backend import Array, scatter_add, to_device, to_host, xp
-from .errors import MismatchError, nearest
+from .backend import Array, scatter_add, to_device, xp
 from .ops import Back, dropout, rms_norm, rows
 
 Wanted = bool | None  # of x's gradient: True yes, False no; None: of no gradient at all (inference)
@@ -185,95 +182,3 @@ def back_nothing(dy: Array) -> None:
 
 
 # ---- the tree: every layer is a dataclass; its fields, list indices and dict keys spell the names
-
-
-def children(node: Any) -> Iterator[tuple[str, Any]]:
-    """The named parts of a layer, list or dict of layers, in order."""
-    if isinstance(node, list):
-        yield from ((str(i), part) for i, part in enumerate(node))
-    elif isinstance(node, dict):
-        yield from node.items()
-    elif is_dataclass(node):
-        yield from ((f.name, getattr(node, f.name)) for f in fields(node))
-
-
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (path, layer or Param) of a tree, parents first."""
-    yield path, node
-    for name, part in children(node):
-        if isinstance(part, Param | list | dict) or is_dataclass(part):
-            yield from walk(part, f"{path}.{name}" if path else name)
-
-
-def named_params(tree: Any) -> dict[str, Param]:
-    """Path -> Param, each Param once, under the first of its names."""
-    first: dict[int, tuple[str, Param]] = {}
-    for path, node in walk(tree):
-        if isinstance(node, Param):
-            first.setdefault(id(node), (path, node))
-    return dict(first.values())
-
-
-def trained(tree: Any) -> dict[str, Param]:
-    """Path -> Param of those that are trained."""
-    return {path: p for path, p in named_params(tree).items() if p.trainable}
-
-
-def trains(tree: Any) -> bool:
-    """Whether anything in the tree is trained."""
-    return any(isinstance(node, Param) and node.trainable for _, node in walk(tree))
-
-
-def freeze(tree: Any, keep: Callable[[str], bool] = lambda path: False) -> None:
-    """Train nothing in the tree but the parameters whose path `keep` accepts."""
-    for path, p in named_params(tree).items():
-        p.trainable = keep(path)
-        p.grad = None
-
-
-def unfreeze(tree: Any) -> None:
-    """Train everything, in copies: the arrays that were loaded are never written."""
-    for p in named_params(tree).values():
-        p.data, p.grad, p.trainable = p.data.copy(), None, True
-
-
-def settings(tree: Any) -> dict[str, Any]:
-    """Path -> value of every plain number, flag and name in a tree: what it is beside its parameters."""
-    return {
-        f"{path}.{name}": part
-        for path, node in walk(tree)
-        for name, part in children(node)
-        if part is None or type(part) in (int, float, str, bool)
-    }
-
-
-def digest(tree: Any) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name."""
-    import hashlib  # brings in OpenSSL, which a mere import of minilora need not
-
-    h = hashlib.sha256()
-    for path, p in sorted(named_params(tree).items()):
-        a = np.ascontiguousarray(to_host(p.dense()))
-        h.update(f"{path} {a.shape} {a.dtype.str}\n".encode())
-        h.update(a.tobytes())
-    return h.hexdigest()
-
-
-def get(tree: Any, path: str) -> Any:
-    """The node at a path; MismatchError with the nearest names if there is none."""
-    found = dict(walk(tree))
-    if path not in found:
-        raise MismatchError(f"{path!r} is no part of this model; {nearest(path, found)}")
-    return found[path]
-
-
-def replace(tree: Any, path: str, new: Any) -> None:
-    """Put `new` in the place of the node at `path`."""
-    above, _, name = path.rpartition(".")
-    parent = get(tree, above)
-    if isinstance(parent, list):
-        parent[int(name)] = new
-    elif isinstance(parent, dict):
-        parent[name] = new
-    else:
-        setattr(parent, name, new)

@@ -36,9 +36,10 @@ from .errors import (
     nearest,
     short,
 )
-from .layers import Dropout, Embedding, Linear, Param, Wanted, children, freeze, named_params, replace
+from .layers import Dropout, Embedding, Linear, Param, Wanted
 from .ops import Back, rows
 from .table import printed
+from .tree import children, freeze, named_params, replace
 
 
 @dataclass(eq=False)

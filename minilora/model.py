@@ -11,26 +11,15 @@ the tree from outside.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .backend import Array, keep_memory, normal, to_device, to_host, xp
+from .backend import Array, normal, to_device, to_host, xp
 from .errors import ConfigError, InputError, StateError, check_float, check_int, short
-from .layers import (
-    Dropout,
-    Embedding,
-    Linear,
-    Param,
-    RMSNorm,
-    Wanted,
-    back_nothing,
-    named_params,
-    trains,
-    walk,
-)
+from .layers import Dropout, Embedding, Linear, Param, RMSNorm, Wanted, back_nothing
 from .ops import (
     IGNORE,
     Back,
@@ -44,6 +33,7 @@ from .ops import (
     swiglu,
     unheads,
 )
+from .tree import named_params, trains, walk
 
 
 @dataclass(frozen=True)
@@ -472,72 +462,3 @@ def build(config: Config, draw: Callable[[tuple[int, int], float], Array], dtype
     table = Embedding(Param(draw((c.vocab_size, D), 1.0)))
     decoder = Decoder(table, [block() for _ in range(c.num_hidden_layers)], norm())
     return Llama(c, decoder, None if c.tie_word_embeddings else project(c.vocab_size, D, False))
-
-
-def generate(
-    model: Llama,
-    ids: Array,
-    max_new_tokens: int,
-    *,
-    rng: np.random.Generator,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Iterator[np.ndarray]:
-    """Continue the prompts ids (N, T), yielding the next token of each row (N,) one step at a time.
-
-    Temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that hold that share
-    of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for settings
-    without a meaning or a text longer than the model takes.
-    """
-    limit = model.config.max_position_embeddings
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected an int, at least 1")
-    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
-        raise InputError(f"temperature is {temperature!r}; expected a number, at least 0")
-    if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise InputError(f"top_k is {top_k!r}; expected an int, at least 1")
-    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p!r}; expected a number in (0, 1]")
-    ids = model.check(ids)
-    T = ids.shape[1]
-    if T + max_new_tokens > limit:
-        raise InputError(f"{T} + {max_new_tokens} tokens; the model takes at most {limit}")
-    return _generate(model, ids, max_new_tokens, rng, temperature, top_k, top_p)
-
-
-def _generate(
-    model: Llama,
-    ids: Array,
-    steps: int,
-    rng: np.random.Generator,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> Iterator[np.ndarray]:
-    keep_memory()
-    past = model.past(ids.shape[0], ids.shape[1] + steps - 1)  # the last token is not read
-    for _ in range(steps):
-        logits, _ = model.forward(ids, past=past)
-        token = sample(to_host(logits[:, -1]).astype(np.float64), rng, temperature, top_k, top_p)
-        yield token
-        ids = to_device(token[:, None])
-
-
-def sample(
-    logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int | None, top_p: float
-) -> np.ndarray:
-    """One token (N,) from each row of logits (N, V), on the host."""
-    if temperature == 0:
-        greedy: np.ndarray = logits.argmax(-1)
-        return greedy
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    z = np.take_along_axis(logits, order, -1) / temperature
-    p = np.exp(z - z[:, :1])
-    p /= p.sum(-1, keepdims=True)
-    if top_k is not None:
-        p[:, top_k:] = 0
-    p[np.cumsum(p, -1) - p >= top_p * p.sum(-1, keepdims=True)] = 0  # what came before was enough
-    c = np.cumsum(p, -1)
-    choice = (c < rng.random((len(p), 1)) * c[:, -1:]).sum(-1)
-    return np.take_along_axis(order, choice[:, None], -1)[:, 0]

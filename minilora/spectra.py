@@ -19,8 +19,8 @@ import numpy as np
 
 from .backend import Array, to_host, xp
 from .errors import InputError, MismatchError
-from .layers import named_params
 from .lora import LowRank, LowRankEmbedding, adapted, unbiased
+from .tree import named_params
 
 
 def thin_svd(B: Array, A: Array, scale: float = 1.0) -> tuple[Array, Array, Array]:

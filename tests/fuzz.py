@@ -43,17 +43,18 @@ from minilora.analysis import count
 from minilora.analysis import inspect as microscope
 from minilora.backend import to_host
 from minilora.compose import export, truncate
-from minilora.data import corpora
+from minilora.data import corpora, examples
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.experiments import rank_sweep, rows
 from minilora.formats import atomic, forms, gguf, huggingface, safetensors, tokenizer
-from minilora.layers import digest, named_params
+from minilora.formats.checkpoint import save_checkpoint
+from minilora.formats.checkpoint import sealed as seal_of_checkpoint
 from minilora.lora import Adapted, merge, remove, sites, unmerge
-from minilora.peft import config, folder
+from minilora.peft import config, folder, loading
 from minilora.peft.folder import CONFIG, WEIGHTS
-from minilora.training import save_checkpoint
-from minilora.training import sealed as seal_of_checkpoint
+from minilora.tree import digest, named_params
 
+sys.path += map(str, Path(__file__).parent.glob("*/"))  # for what is imported from tests
 BASES = [slug(base) for base in dict.fromkeys(base for base, _ in FIXED)]
 NUMBERS = (0, 1, -1, 2, 3, 7, 8, 12, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, math.nan, math.inf)
 WORDS = (
@@ -186,7 +187,7 @@ class Adapters(Readers):
         """Load beside a base, of which no bit and no adapter is left after it or after a refusal."""
         model = deepcopy(self.models[base])
         try:
-            said = str(folder.load_adapter(model, self.folder))
+            said = str(loading.load_adapter(model, self.folder))
             assert all(line.isprintable() for line in said.splitlines()), ascii(said)
             with contextlib.suppress(NonFiniteError):
                 merge(model)
@@ -194,7 +195,7 @@ class Adapters(Readers):
             remove(model, "default")
         finally:
             assert not any(isinstance(layer, Adapted) for _, layer in sites(model))
-            assert folder.base_print(model) == self.prints[base]
+            assert loading.base_print(model) == self.prints[base]
 
     def corpus(self):
         """The fixtures as inputs."""
@@ -219,8 +220,8 @@ class Examples(Readers):
         return self.done(self.whole, path, raw)
 
     def whole(self, path, raw):
-        words = tokenizer.Tokenizer(corpora.encode, corpora.decode, frozenset({10}), fold=True)
-        found = finetune.examples(path, words, LENGTH)
+        words = tokenizer.Tokenizer(tokenizer.encode, tokenizer.decode, frozenset({10}), fold=True)
+        found = examples.examples(path, words, LENGTH)
         text = raw.decode().removeprefix("\ufeff")
         lines = [line for line in text.split("\n") if line.strip()]
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
@@ -228,9 +229,9 @@ class Examples(Readers):
         for (ids, start), row in zip(found, rows, strict=True):
             assert 1 <= start < len(ids) <= LENGTH + 1
             whole = row["text"] if "text" in row else row["prompt"] + row["completion"]
-            assert (corpora.fold(whole) + "\n").endswith(corpora.decode(ids)[-len(whole) - 1 :])
+            assert (tokenizer.fold(whole) + "\n").endswith(tokenizer.decode(ids)[-len(whole) - 1 :])
         if found:
-            labels = finetune.padded(found)[1]
+            labels = examples.padded(found)[1]
             assert (labels >= 0).sum() == sum(len(ids) - start for ids, start in found)
 
     def corpus(self):
@@ -281,7 +282,7 @@ class Rows(Readers):
 
     def corpus(self):
         """Small sweeps of two kinds."""
-        from test_plots import make_rows
+        from test_plotting import make_rows
 
         for targets in (("folio", "permuted:2"), ("mine.txt",)):
             yield b"".join(map(rank_sweep.sealed, make_rows(targets, ranks=(1, 3), seeds=2)))
@@ -299,7 +300,7 @@ class Checkpoints(Readers):
 
     def __init__(self, folder):
         super().__init__(folder)
-        from test_train import Run
+        from test_training import Run
 
         self.fresh = Run
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from library import np
 
 from minilora.backend import to_device
-from minilora.layers import Linear, Param, named_params
+from minilora.layers import Linear, Param
 from minilora.lora import LoraConfig, inject
 from minilora.model import Config, llama
+from minilora.tree import named_params
 
 U = 2.0**-53
 N, T = 5, 7

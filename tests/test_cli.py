@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plots import make_rows
+from test_plotting import make_rows
 
 import minilora
 from minilora import cli
-from minilora.data import corpora, fetch
+from minilora.data import corpora
 from minilora.errors import MismatchError, StorageError
 from minilora.experiments import pretrain, rank_sweep
 from minilora.experiments.pretrain import Recipe
 from minilora.experiments.rank_sweep import sealed
+from minilora.formats import archives
 from minilora.formats.huggingface import BASE, load, read_json
 from minilora.model import Config
 
@@ -209,7 +210,7 @@ def test_a_message_that_nobody_takes_does_not_end_the_work(main, capsys, monkeyp
 
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     """Else what a library says on stderr would go into it."""
-    code = "import os; from minilora import cli, storage\nwith cli.streams(): fd = os.open('f', os.O_CREAT)\n"
+    code = "import os; from minilora import cli\nwith cli.streams(): fd = os.open('f', os.O_CREAT)\n"
     line = f"exec '{sys.executable}' -c \"{code}assert fd > 2\nopen('ok', 'w')\" >&- 2>&-"
     done = subprocess.run(["sh", "-c", line], env=environment(), cwd=tmp_path, check=False)
     assert (done.returncode, (tmp_path / "ok").exists()) == (0, True)
@@ -368,7 +369,7 @@ def test_texts_that_cannot_be_fetched_are_exit_code_four(tmp_path, main, capsys,
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MINILORA_TEXTS", raising=False)
-    monkeypatch.setattr(fetch, "download", offline)
+    monkeypatch.setattr(archives, "download", offline)
     assert main("data") == 4
     said = capsys.readouterr()
     assert said.out == ""

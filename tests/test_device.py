@@ -13,13 +13,14 @@ from library import LIBRARY
 
 from minilora import backend
 from minilora.backend import fused, scatter_add, to_device, to_host
+from minilora.decoding import generate
 from minilora.experiments.merge_equivalence import one
-from minilora.layers import digest, named_params
+from minilora.formats.checkpoint import load_checkpoint, save_checkpoint
 from minilora.lora import LoraConfig, disabled, fuse, inject, merge, unmerge
-from minilora.model import generate
 from minilora.ops import gelu, saved, sigmoid, silu, softmax
 from minilora.optim import AdamW, Schedule
-from minilora.training import evaluate, load_checkpoint, save_checkpoint, train
+from minilora.training import evaluate, train
+from minilora.tree import digest, named_params
 
 pytestmark = pytest.mark.skipif(LIBRARY != "numpy", reason="compares the stand-in with NumPy")
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,20 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import minilora_, one_line
 
-from minilora import cli, finetune
-from minilora.data import corpora
+from minilora import cli, finetune, session
+from minilora.data import batching
+from minilora.data.examples import examples, padded
+from minilora.decoding import generate
 from minilora.errors import ConfigError, FormatError, InputError, MiniloraError, MismatchError, StorageError
-from minilora.finetune import Recipe, examples, padded, texts
+from minilora.finetune import Recipe, texts
+from minilora.formats import tokenizer
 from minilora.formats.huggingface import BASE, load, read_json
 from minilora.formats.tokenizer import Tokenizer, stream
-from minilora.layers import digest
-from minilora.model import Config, generate, llama
-from minilora.peft.folder import load_adapter, open_adapter
+from minilora.model import Config, llama
+from minilora.peft.folder import open_adapter
+from minilora.peft.loading import load_adapter
 from minilora.training import evaluate
+from minilora.tree import digest
 
 TINY = Config(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
               num_key_value_heads=1, max_position_embeddings=32)  # fmt: skip
-LETTERS = Tokenizer(corpora.encode, corpora.decode, frozenset({10}), fold=True)
+LETTERS = Tokenizer(tokenizer.encode, tokenizer.decode, frozenset({10}), fold=True)
 LINE = "the quality of mercy is not strained, it droppeth as the gentle rain.\n"
 TEXT = "".join(f"{i}: {LINE}" for i in range(60))
 
@@ -73,11 +76,11 @@ def test_an_adapter_comes_out_and_the_base_stays(method, text, base, tmp_path):
     model = load(base)
     load_adapter(model, tmp_path / "a")
     _, held = texts(text)
-    batches = corpora.eval_batches(corpora.encode(held), 8, 16, 90)
+    batches = batching.eval_batches(tokenizer.encode(held), 8, 16, 90)
     # written in float32, as it was trained: the same numbers but for the path (beside W or through W + ΔW)
     assert abs(evaluate(model, batches) - found.after) < 1e-5
     labels = np.concatenate([y.ravel() for _, y in batches])
-    assert found.characters == len(corpora.decode(labels)) / len(labels) == 1
+    assert found.characters == len(tokenizer.decode(labels)) / len(labels) == 1
 
 
 def test_full_fine_tuning_makes_a_model(text, base, tmp_path):
@@ -90,7 +93,7 @@ def test_full_fine_tuning_makes_a_model(text, base, tmp_path):
 
 
 def arrays(model):
-    from minilora.layers import named_params
+    from minilora.tree import named_params
 
     return [p.data for p in named_params(model).values()]
 
@@ -123,7 +126,7 @@ def test_what_a_finished_run_left_is_cleared(again, text, base, tmp_path, monkey
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["minilora.training"], "discard", dies)
+        patch.setattr(session, "discard", dies)
         with pytest.raises(Stop):
             finetune.run(small(text, base), tmp_path / "a")
     assert sorted(os.listdir(tmp_path / ".a.train")) == [".lock", "checkpoint.safetensors"]
@@ -252,7 +255,7 @@ def test_the_prompt_has_no_loss(tmp_path):
     path = lines(tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "cd"}, "", {"text": "xyz"}])
     rows = examples(path, LETTERS, 16)
     inputs, labels = padded(rows)
-    assert corpora.decode(inputs[0][inputs[0] > 0]) == "abcd"
+    assert tokenizer.decode(inputs[0][inputs[0] > 0]) == "abcd"
     assert labels.tolist() == [[-100, ord("c"), ord("d"), 10], [ord("y"), ord("z"), 10, -100]]
 
 
@@ -270,9 +273,9 @@ def test_every_label_is_the_next_token_of_its_row(seed, length, tmp_path_factory
     assert inputs.shape[1] <= length
     for row, x, y in zip(rows, inputs, labels, strict=True):
         whole = row["prompt"] + row["completion"] + "\n"
-        assert corpora.decode(y[y >= 0]) == row["completion"] + "\n"
+        assert tokenizer.decode(y[y >= 0]) == row["completion"] + "\n"
         n = np.flatnonzero(y >= 0)[-1] + 1
-        assert whole.endswith(corpora.decode(np.append(x[:n], 10)))  # of a long prompt, its end
+        assert whole.endswith(tokenizer.decode(np.append(x[:n], 10)))  # of a long prompt, its end
         assert (y[: n - 1][y[: n - 1] >= 0] == x[1:n][y[: n - 1] >= 0]).all()
 
 
@@ -408,8 +411,8 @@ def test_generate_is_generate(base, capsys):
     cli.main(["generate", "mercy", "--base", base, "--max-tokens", "7", "--seed", "3", "--top-k", "5"])
     rng = np.random.default_rng(3)
     model = load(base)
-    tokens = generate(model, corpora.encode("mercy")[None], 7, rng=rng, temperature=0.8, top_k=5)
-    assert capsys.readouterr().out == "mercy" + corpora.decode(np.array([t[0] for t in tokens])) + "\n"
+    tokens = generate(model, tokenizer.encode("mercy")[None], 7, rng=rng, temperature=0.8, top_k=5)
+    assert capsys.readouterr().out == "mercy" + tokenizer.decode(np.array([t[0] for t in tokens])) + "\n"
 
 
 @pytest.mark.parametrize(

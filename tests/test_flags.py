@@ -20,16 +20,16 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from minilora import cli, finetune, lora, model
-from minilora.analysis import count, plotting
+from minilora import cli, decoding, finetune, lora
+from minilora.analysis import count
 from minilora.analysis import inspect as microscope
-from minilora.compose import export, truncate
+from minilora.compose import export, extract, truncate
 from minilora.data import corpora
-from minilora.experiments import merge_equivalence, pretrain, rank_sweep
-from minilora.formats import huggingface
+from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_sweep
+from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
 from minilora.model import Config, llama
-from minilora.peft import folder
+from minilora.peft import loading
 
 CORES = 3
 PARSER = cli.parser()
@@ -61,7 +61,7 @@ def flat(name, value):
     elif isinstance(value, np.random.Generator):
         yield name, int(np.random.default_rng(value).integers(1 << 60))
     elif isinstance(value, np.ndarray):
-        yield name, corpora.decode(value.ravel())
+        yield name, tokenizer.decode(value.ravel())
     elif isinstance(value, bool | int | float | str | Path | tuple | None):
         yield name, value
 
@@ -98,17 +98,17 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "pretrain": [(pretrain, "run", Found())],
     "data": [(corpora, "fetch_texts", "texts"), (huggingface, "smollm2", "a model")],
     "train": [(finetune, "run", Found())],
-    "generate": [(huggingface, "checkpoint", ...), (folder, "load_adapter", "loaded"), (lora, "merge"),
-                 (model, "generate", [np.array([33])])],
+    "generate": [(huggingface, "checkpoint", ...), (loading, "load_adapter", "loaded"), (lora, "merge"),
+                 (decoding, "generate", [np.array([33])])],
     "inspect": [(microscope, "inspect", Found()), (microscope, "pictures", {"drawn": Found()}),
                 (microscope, "report_page", "a page")],
     "compress": [(truncate, "compress", Found())],
-    "extract": [(truncate, "extract", Found())],
+    "extract": [(extract, "extract", Found())],
     "merge": [(export, "merge_checkpoint", Found())],
     "params": [(count, "count", Found())],
     "modules": [(count, "modules", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
-                (plotting, "merge_equivalence", Found())],
+                (rank_figures, "merge_equivalence", Found())],
 }  # fmt: skip
 JSON = '{\n "found": null\n}\n'  # which has no infinity
 FIGURES = ("MANIFEST.json", "merge_equivalence", "merge_equivalence.json", "rows.jsonl")

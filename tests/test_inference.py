@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from helpers import EVERYTHING, LINEARS, TIED, N, T, batch, tiny
 
-from minilora.layers import named_params
+from minilora.decoding import generate
 from minilora.lora import Adapted, LoraConfig, inject, merge, sites
-from minilora.model import generate
+from minilora.tree import named_params
 
 
 class Counted(np.ndarray):

@@ -7,13 +7,9 @@ from hypothesis import strategies as st
 from library import np
 
 from minilora.errors import MismatchError
-from minilora.layers import (
-    Dropout,
-    Embedding,
-    LayerNorm,
-    Linear,
-    Param,
-    RMSNorm,
+from minilora.layers import Dropout, Embedding, LayerNorm, Linear, Param, RMSNorm
+from minilora.ops import saved
+from minilora.tree import (
     digest,
     freeze,
     get,
@@ -25,7 +21,6 @@ from minilora.layers import (
     unfreeze,
     walk,
 )  # fmt: skip
-from minilora.ops import saved
 
 
 def param(rng, *shape, dtype=np.float64):

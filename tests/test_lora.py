@@ -42,7 +42,7 @@ from minilora.errors import (
     NonFiniteError,
     StateError,
 )
-from minilora.layers import Dropout, Embedding, Linear, Param, digest, get, named_params, trained
+from minilora.layers import Dropout, Embedding, Linear, Param
 from minilora.lora import (
     Adapted,
     LoraConfig,
@@ -63,6 +63,7 @@ from minilora.lora import (
 )  # fmt: skip
 from minilora.ops import rows, saved
 from minilora.optim import AdamW
+from minilora.tree import digest, get, named_params, trained
 
 wide = st.integers(3, 9)
 KINDS = {

@@ -28,13 +28,15 @@ from hypothesis import strategies as st
 from library import np
 
 from minilora.backend import to_device, to_host
+from minilora.decoding import generate, sample
 from minilora.errors import ConfigError, InputError, StateError
 from minilora.formats.huggingface import load
-from minilora.layers import Linear, digest, freeze, named_params, trained
+from minilora.layers import Linear
 from minilora.lora import LoraConfig, disabled, inject, merge
-from minilora.model import Block, Config, RopeScaling, blank, generate, llama, sample
+from minilora.model import Block, Config, RopeScaling, blank, llama
 from minilora.ops import rope_frequencies, rope_tables, saved
 from minilora.optim import AdamW
+from minilora.tree import digest, freeze, named_params, trained
 
 V = SIZES["vocab_size"]
 few = settings(max_examples=12)

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from library import np
 
 from minilora.errors import ConfigError, MismatchError, NonFiniteError
-from minilora.layers import Param, trained
+from minilora.layers import Param
 from minilora.lora import LoraConfig, inject, scales, set_scale
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.training import train
+from minilora.tree import trained
 
 SHAPES = {"q_proj.A": (3, 5), "q_proj.B": (4, 3), "norm.weight": (5,), "idle": (2,)}
 

@@ -12,7 +12,7 @@ from library import np
 
 from minilora.backend import to_device
 from minilora.errors import InputError, MismatchError
-from minilora.layers import Linear, Param, digest, named_params
+from minilora.layers import Linear, Param
 from minilora.lora import LoraConfig, LowRank, LowRankEmbedding, Replacement, adapted, disabled, inject
 from minilora.spectra import (
     amplification,
@@ -33,6 +33,7 @@ from minilora.spectra import (
     thin_values,
     top_vectors,
 )  # fmt: skip
+from minilora.tree import digest, named_params
 
 MEASURES = (effective_rank, stable_rank, participation_ratio)
 spectra_ = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40).map(lambda s: numpy.sort(s)[::-1])

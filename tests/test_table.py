@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plots import MERGED, make_rows, some_modules
+from test_plotting import MERGED, make_rows, some_modules
 
 import minilora
 from minilora import cli, errors
-from minilora.analysis import plotting, report
+from minilora.analysis import figures, report
 from minilora.analysis.inspect import BesideOther
 from minilora.compose import export
 from minilora.errors import MiniloraError
-from minilora.experiments import merge_equivalence
+from minilora.experiments import merge_equivalence, rank_figures
 from minilora.experiments.rank_sweep import figure_names, pictures, report_page, sealed, table
 from minilora.formats import huggingface, tokenizer
 from minilora.table import aligned, counted, drawn, markup, plain
@@ -142,10 +142,10 @@ def seen(name):
 
 def check_figures(name):
     rows = make_rows((f"./{name}",), ranks=(1, 2), seeds=1)
-    picture = plotting.loss_against_rank(rows, f"./{name}")
+    picture = rank_figures.loss_against_rank(rows, f"./{name}")
     assert seen(f"./{name}").strip() in [text.strip() for text in shown(picture.encoded("svg"))]
     assert picture.encoded("png").startswith(b"\x89PNG")
-    legend = shown(plotting.gap_against_parameters(rows).encoded("svg"))
+    legend = shown(rank_figures.gap_against_parameters(rows).encoded("svg"))
     assert seen(f"./{name}").strip() in [text.strip() for text in legend]
 
 
@@ -171,16 +171,16 @@ def test_a_kind_of_module_is_its_name_in_every_figure():
     name = "_$x^$\x1b[2J\n"
     other = BesideOther(0.5, (0.5, 0.6), (0.4, 0.3), (0.1, 0.2), (0.1, 0.1))
     modules = [dataclasses.replace(m, kind=name, other=other) for m in some_modules()]
-    for draw in (plotting.heat_map, plotting.adapter_spectra, plotting.subspaces):
+    for draw in (figures.heat_map, figures.adapter_spectra, figures.subspaces):
         texts = [text.strip() for text in shown(draw(modules).encoded("svg"))]
         assert plain(name) in texts
 
 
 def test_a_user_text_is_no_permutation_by_its_name():
-    assert plotting.title("permuted:3") == "letter permutation, 3 swaps"
-    assert plotting.title("permuted") == "letter permutation, 4 swaps"
-    assert plotting.title("./permuted.txt") == "permuted.txt"
-    assert plotting.title("./.") == "./."
+    assert rank_figures.title("permuted:3") == "letter permutation, 3 swaps"
+    assert rank_figures.title("permuted") == "letter permutation, 4 swaps"
+    assert rank_figures.title("./permuted.txt") == "permuted.txt"
+    assert rank_figures.title("./.") == "./."
 
 
 @given(targets=st.lists(names | st.just("x" * 400), min_size=1, max_size=4, unique=True))
@@ -268,7 +268,7 @@ def test_markup_is_one_text_in_an_attribute_too(text):
 
 def test_a_picture_in_a_notebook_is_plain_too():
     rows = make_rows(("./\x1b<b>",), ranks=(1,), seeds=1)
-    assert calm(plotting.loss_against_rank(rows, "./\x1b<b>")._repr_html_())
+    assert calm(rank_figures.loss_against_rank(rows, "./\x1b<b>")._repr_html_())
 
 
 def test_the_card_of_a_model_is_plain():

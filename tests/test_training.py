@@ -37,10 +37,12 @@ from minilora.errors import (
     StorageError,
 )  # fmt: skip
 from minilora.formats.atomic import read, write_atomic
-from minilora.layers import digest, freeze, named_params, trained
+from minilora.formats.checkpoint import History, load_checkpoint, save_checkpoint
 from minilora.lora import LoraConfig, inject, merge, unmerge
 from minilora.optim import AdamW, Schedule, lora_plus
-from minilora.training import History, about, evaluate, finished, load_checkpoint, save_checkpoint, train
+from minilora.session import finished
+from minilora.training import about, evaluate, train
+from minilora.tree import digest, freeze, named_params, trained
 
 STEPS = 6
 SCHEDULE = Schedule(STEPS, warmup=1, final=0.1)

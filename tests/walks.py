@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path += map(str, Path(__file__).parent.glob("*/"))  # for what is imported from tests
 CHANGES = ("rename", "replace", "link", "symlink", "unlink", "rmdir", "mkdir", "fsync", "ftruncate", "write")
 TEXT = "It is a truth, universally acknowledged; now is the winter of our discontent.\n" * 90
 SECRET = "a secret that nobody publishes\n"
@@ -63,7 +64,7 @@ def prepare():
 
     from minilora.analysis import inspect, plotting
     from minilora.data import corpora
-    from minilora.experiments import merge_equivalence, pretrain, rank_sweep
+    from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_sweep
     from minilora.model import Config
 
     class Inline(Executor):
@@ -86,7 +87,7 @@ def prepare():
     corpora.unpack = lambda tree: dict.fromkeys(corpora.MANIFEST, TEXT)
     merge_equivalence.run = lambda: drawn
     plotting.Picture.encoded = lambda self, kind: f"<svg>{kind} {len(self.says)}</svg>\n".encode() * 40
-    plotting.merge_equivalence = lambda rows: pictures["a"]
+    rank_figures.merge_equivalence = lambda rows: pictures["a"]
     rank_sweep.pictures = lambda rows: pictures
     inspect.pictures = lambda seen: pictures
     rank_sweep.ProcessPoolExecutor = Inline
@@ -288,10 +289,10 @@ def make_world(root):
     from minilora.data import corpora
     from minilora.experiments.rank_sweep import sealed
     from minilora.formats.huggingface import save_model
-    from minilora.layers import freeze, named_params
     from minilora.lora import LoraConfig, inject
     from minilora.model import Config, llama
-    from minilora.peft.folder import save_adapter
+    from minilora.peft.loading import save_adapter
+    from minilora.tree import freeze, named_params
 
     for name in ("in/texts", "work", "home"):
         (root / name).mkdir(parents=True)
@@ -307,7 +308,7 @@ def make_world(root):
     freeze(model)
     inject(model, LoraConfig(r=3, alpha=5, init="both"), rng=np.random.default_rng(2))
     save_adapter(model, root / "in" / "adapter", base="in/base")
-    from test_plots import make_rows
+    from test_plotting import make_rows
 
     rows = b"".join(map(sealed, make_rows(ranks=(), seeds=1)))
     (root / "in" / "rows.jsonl").write_bytes(rows)

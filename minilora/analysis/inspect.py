@@ -384,11 +384,11 @@ def other_cells(module: str, o: BesideOther) -> Sequence[str]:
 
 def pictures(seen: Inspection) -> dict[str, Picture]:
     """The figures of an inspection by name."""
-    from . import plotting
+    from . import figures
 
-    drawn = {"heat_map": plotting.heat_map(seen.modules), "spectra": plotting.adapter_spectra(seen.modules)}
+    drawn = {"heat_map": figures.heat_map(seen.modules), "spectra": figures.adapter_spectra(seen.modules)}
     if seen.against:
-        drawn["similarity"] = plotting.subspaces(seen.modules)
+        drawn["similarity"] = figures.subspaces(seen.modules)
     return drawn
 
 

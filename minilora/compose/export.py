@@ -20,12 +20,12 @@ from ..errors import InputError, nearest
 from ..formats.atomic import check_free
 from ..formats.huggingface import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
 from ..formats.safetensors import CALLED, stored
-from ..layers import named_params
 from ..model import Llama
-from ..peft.folder import load_adapter
+from ..peft.loading import load_adapter
 from ..peft.recognise import adapter_folder
 from ..spectra import quotient
 from ..table import aligned, plain, printed
+from ..tree import named_params
 from .truncate import refuse_same
 
 

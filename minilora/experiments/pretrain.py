@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..data import corpora
+from ..data import batching, corpora
 from ..errors import check_int
 from ..formats import huggingface
 from ..formats.atomic import check_free
-from ..layers import freeze
 from ..lora import size
 from ..model import Config, llama
 from ..optim import AdamW, Schedule
-from ..training import evaluate, tidy, train, workshop
+from ..session import tidy, workshop
+from ..training import evaluate, train
+from ..tree import freeze
 
 LENGTH = 128  # characters in a window
 
@@ -103,7 +104,7 @@ def run(
     with workshop(out, "pretrain") as saved:
         train(
             model,
-            corpora.batches(text.train, rng, recipe.batch, LENGTH),
+            batching.batches(text.train, rng, recipe.batch, LENGTH),
             AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay),
             steps=recipe.steps,
             schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
@@ -116,7 +117,7 @@ def run(
         speed = done * recipe.batch * LENGTH / (time.monotonic() - start)
         freeze(model)
         losses = {
-            split: evaluate(model, corpora.eval_batches(getattr(text, split), 16, LENGTH, windows * LENGTH))
+            split: evaluate(model, batching.eval_batches(getattr(text, split), 16, LENGTH, windows * LENGTH))
             for split, windows in (("test", recipe.test_windows), ("valid", recipe.test_windows // 4))
         }
         characters = recipe.steps * recipe.batch * LENGTH

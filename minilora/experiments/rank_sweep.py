@@ -33,7 +33,7 @@ import numpy as np
 from .. import __version__, backend, spectra
 from ..analysis import plotting, report
 from ..backend import cores, quiet_overflow, to_device, to_host
-from ..data import corpora
+from ..data import batching, corpora
 from ..errors import (
     ConfigError,
     MismatchError,
@@ -44,16 +44,16 @@ from ..errors import (
     check_same,
     short,
 )
-from ..formats import huggingface
+from ..formats import huggingface, tokenizer
 from ..formats.atomic import locked, named, read, write_atomic
 from ..formats.safetensors import unique
-from ..layers import digest, get, trained, unfreeze
 from ..lora import LoraConfig, inject
 from ..model import Llama
 from ..optim import AdamW, Schedule
 from ..table import aligned, plain, printed
 from ..training import evaluate, train
-from . import cluster
+from ..tree import digest, get, trained, unfreeze
+from . import cluster, rank_figures
 from .rows import Row, Run, check_row, check_together, every
 
 Progress = Callable[[int, int, Row], None]
@@ -207,7 +207,7 @@ def windows(run: Run, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The evaluation batches of one split, spread evenly over it."""
     count = run.test_windows if split == "test" else run.valid_windows
     text = getattr(corpus_of(run), split)
-    return corpora.eval_batches(text, 16, LENGTH, limit=count * LENGTH)
+    return batching.eval_batches(text, 16, LENGTH, limit=count * LENGTH)
 
 
 def losses(model: Llama, run: Run) -> Row:
@@ -261,7 +261,7 @@ def trained_run(run: Run) -> Row:
     text = corpus_of(run).train
     history = train(
         model,
-        corpora.batches(text, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
+        batching.batches(text, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
         AdamW(run.lr, betas=(0.9, 0.99), eps=run.eps),
         steps=run.steps,
         schedule=Schedule(run.steps, warmup=run.steps // 20),
@@ -323,7 +323,7 @@ def sweep(
     texts = {target: corpora.corpus_or_fallback(target) for target in plan.targets}
     for text in texts.values():
         for split in (text.train, text.valid, text.test):
-            corpora.check_windows(split, 1, LENGTH)
+            batching.check_windows(split, 1, LENGTH)
     check_base(plan)
     cells = grid(plan, texts)
     for cell in cells:
@@ -342,10 +342,10 @@ def sweep(
 def check_base(plan: Plan) -> None:
     """MismatchError if the base does not read characters, or cannot solve a permutation by its table."""
     c = huggingface.load(plan.base).config
-    if c.vocab_size != corpora.VOCAB or c.max_position_embeddings < LENGTH:
+    if c.vocab_size != tokenizer.VOCAB or c.max_position_embeddings < LENGTH:
         raise MismatchError(
             f"{plan.base}: has a vocabulary of {c.vocab_size} and {c.max_position_embeddings} positions; "
-            f"expected {corpora.VOCAB} characters and at least {LENGTH} positions"
+            f"expected {tokenizer.VOCAB} characters and at least {LENGTH} positions"
         )
     if not c.tie_word_embeddings and any(corpora.swaps_of(target) for target in plan.targets):
         raise MismatchError(f"{plan.base}: its head is not tied; a permutation needs one that is")
@@ -703,18 +703,20 @@ def figure_names(rows: list[Row]) -> dict[str, str]:
 def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
     """All figures that the rows have the runs for, by file name."""
     drawn = {}
-    complete = plotting.targets(rows)
+    complete = rank_figures.targets(rows)
     names = figure_names(rows)
     for target in complete:
         name = names[target]
-        drawn[f"loss_against_rank_{name}"] = plotting.loss_against_rank(rows, target)
-        if corpora.swaps_of(target) and TABLE.modules[0] in plotting.kinds(plotting.final(rows, target)):
-            drawn[f"known_rank_{name}"] = plotting.known_rank(rows, target)
-        drawn[f"spectra_{name}"] = plotting.spectra(rows, target)
-        drawn[f"energy_{name}"] = plotting.energy_and_effective_rank(rows, target)
-        drawn[f"curves_{name}"] = plotting.learning_curves(rows, target)
+        drawn[f"loss_against_rank_{name}"] = rank_figures.loss_against_rank(rows, target)
+        if corpora.swaps_of(target) and TABLE.modules[0] in rank_figures.kinds(
+            rank_figures.final(rows, target)
+        ):
+            drawn[f"known_rank_{name}"] = rank_figures.known_rank(rows, target)
+        drawn[f"spectra_{name}"] = rank_figures.spectra(rows, target)
+        drawn[f"energy_{name}"] = rank_figures.energy_and_effective_rank(rows, target)
+        drawn[f"curves_{name}"] = rank_figures.learning_curves(rows, target)
     if complete:
-        drawn["gap_against_parameters"] = plotting.gap_against_parameters(rows)
+        drawn["gap_against_parameters"] = rank_figures.gap_against_parameters(rows)
     return drawn
 
 
@@ -762,13 +764,13 @@ def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
     names = figure_names(rows)
     for target in names:
         some = [row for row in rows if row["config"]["target"] == target]
-        full = plotting.select(some, kind="final", method="full")
-        parts.append(report.heading(plotting.title(target)))
+        full = rank_figures.select(some, kind="final", method="full")
+        parts.append(report.heading(rank_figures.title(target)))
         parts.append(report.paragraph(f"Text: {some[0]['source']}."))
         parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
         if full:
             parts.append(
-                report.paragraph(f"Has full fine-tuning flattened? {plotting.flattening(full)}. {CAVEAT}")
+                report.paragraph(f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}")
             )
         drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
         parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]

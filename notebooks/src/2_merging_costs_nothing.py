@@ -20,9 +20,10 @@ import numpy as np
 
 import minilora as ml
 from minilora.analysis import plotting
-from minilora.experiments import merge_equivalence
-from minilora.layers import Linear, Param, named_params
+from minilora.experiments import merge_equivalence, rank_figures
+from minilora.layers import Linear, Param
 from minilora.lora import Adapted, LowRank, adapted
+from minilora.tree import named_params
 
 # %% [markdown]
 # ## The same function twice
@@ -57,7 +58,7 @@ from minilora.lora import Adapted, LowRank, adapted
 
 # %% tags=["rounding"]
 rows = merge_equivalence.run()
-plotting.merge_equivalence(rows)
+rank_figures.merge_equivalence(rows)
 
 # %%
 print("   dtype  inputs    bound   the difference is")

@@ -23,7 +23,7 @@ import numpy as np
 import minilora as ml
 from minilora import spectra
 from minilora.analysis import plotting
-from minilora.experiments import rank_sweep
+from minilora.experiments import rank_figures, rank_sweep
 
 # %% [markdown]
 # The rows lie beside this notebook, or in the folder `figures` of the repository that it belongs to.
@@ -31,7 +31,7 @@ from minilora.experiments import rank_sweep
 # %%
 places = [Path("rows.jsonl"), Path("../figures/rows.jsonl")]
 rows = rank_sweep.read_rows(next((place for place in places if place.exists()), places[0]))
-targets = plotting.targets(rows)
+targets = rank_figures.targets(rows)
 text = next(t for t in targets if not t.startswith("permuted"))
 known = next(t for t in targets if t.startswith("permuted"))
 print(len(rows), "runs; targets:", ", ".join(targets))
@@ -123,24 +123,24 @@ holds(
 # ## Loss against rank
 
 # %%
-plotting.loss_against_rank(rows, text)
+rank_figures.loss_against_rank(rows, text)
 
 # %%
-lora, full, base = (plotting.final(rows, text, method) for method in ("lora", "full", "none"))
-ranks, losses = plotting.by_rank(lora, "test")
-_, level = plotting.by_rank(full, "test")
+lora, full, base = (rank_figures.final(rows, text, method) for method in ("lora", "full", "none"))
+ranks, losses = rank_figures.by_rank(lora, "test")
+_, level = rank_figures.by_rank(full, "test")
 print(f"{'':16}  mean   least  greatest")
 print(f"{'frozen base':16} {base[0]['test']:.3f}")
 for r, (mean, low, high) in zip(ranks, losses, strict=True):
     print(f"{f'LoRA r = {r}':16} {mean:.3f}   {low:.3f}   {high:.3f}")
 print(f"{'full fine-tuning':16} {level[0, 0]:.3f}   {level[0, 1]:.3f}   {level[0, 2]:.3f}")
 print()
-print("validation loss of full fine-tuning:", plotting.flattening(full))
+print("validation loss of full fine-tuning:", rank_figures.flattening(full))
 
 # %% tags=["claims"]
 holds(
     "The last line says whether full fine-tuning had come to rest",
-    "the last quarter" in plotting.flattening(full),
+    "the last quarter" in rank_figures.flattening(full),
 )
 
 # %% [markdown]
@@ -155,7 +155,7 @@ holds(
 # forming $\Delta W$: with $B = Q R$ and $A^\top = P T$ they are those of the small matrix $s\,R\,T^\top$.
 
 # %%
-plotting.spectra(rows, text)
+rank_figures.spectra(rows, text)
 
 
 # %%
@@ -169,10 +169,10 @@ def mean(values):
 
 
 top = ranks[-1]
-largest = plotting.select(lora, rank=top)
+largest = rank_figures.select(lora, rank=top)
 print(f"                 r = {top:<3}                full fine-tuning")
 print("module         largest   norm²          largest   norm²   its first 8 hold")
-for kind in plotting.kinds(lora):
+for kind in rank_figures.kinds(lora):
     cells = []
     for some in (curves(largest, kind), curves(full, kind)):
         cells.append(f"{mean([s[0] for s in some]):8.2f} {mean([(s * s).sum() for s in some]):7.1f}")
@@ -192,11 +192,11 @@ for kind in plotting.kinds(lora):
 # the first $k$ is $\sum_{i \le k} \sigma_i^2 / \sum \sigma_i^2$.
 
 # %%
-plotting.energy_and_effective_rank(rows, text)
+rank_figures.energy_and_effective_rank(rows, text)
 
 # %%
 rng = np.random.default_rng(0)
-shapes = [plotting.shape_of(kind, lora) for kind in plotting.kinds(lora)]
+shapes = [rank_figures.shape_of(kind, lora) for kind in rank_figures.kinds(lora)]
 
 
 def by_chance(rank=None):
@@ -207,15 +207,15 @@ def by_chance(rank=None):
 print("effective rank, mean over all adapted matrices")
 print("   r    LoRA   product of two noise factors   directions for 90 % of the energy")
 for r in ranks:
-    some = curves(plotting.select(lora, rank=r))
+    some = curves(rank_figures.select(lora, rank=r))
     at90 = mean([spectra.rank_at(s, 0.9) for s in some])
     print(f"{r:4}  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance(r):27.1f}   {at90:33.1f}")
-some = [s for kind in plotting.kinds(lora) for s in curves(full, kind)]
+some = [s for kind in rank_figures.kinds(lora) for s in curves(full, kind)]
 at90 = mean([spectra.rank_at(s, 0.9) for s in some])
 print(f"full  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance():20.1f} (noise)   {at90:33.1f}")
 
 # %% tags=["claims"]
-effective = {r: [ml.effective_rank(s) for s in curves(plotting.select(lora, rank=r))] for r in ranks}
+effective = {r: [ml.effective_rank(s) for s in curves(rank_figures.select(lora, rank=r))] for r in ranks}
 holds(
     "The effective rank of LoRA can never exceed $r$",
     all(max(some) <= r + 1e-9 for r, some in effective.items()),
@@ -245,8 +245,8 @@ def noise_like(s, n):
     return noise * math.sqrt((s**2).sum())
 
 
-learned = {r: plotting.mean_spectrum(plotting.select(lora, rank=r), "v_proj") for r in ranks}
-whole = plotting.mean_spectrum(full, "v_proj")
+learned = {r: rank_figures.mean_spectrum(rank_figures.select(lora, rank=r), "v_proj") for r in ranks}
+whole = rank_figures.mean_spectrum(full, "v_proj")
 noise = {r: noise_like(s, len(whole)) for r, s in learned.items()}
 low = min(s[-1] for s in (*learned.values(), *noise.values()))
 high = max(s[0] for s in (*learned.values(), *noise.values(), whole))
@@ -317,22 +317,26 @@ for r in ranks:
 # use just these?
 
 # %%
-plotting.known_rank(rows, known)
+rank_figures.known_rank(rows, known)
 
 # %%
-lora_k, base_k = plotting.final(rows, known), plotting.final(rows, known, "none")[0]
-oracle = {row["config"]["rank"]: row["test"] for row in plotting.select(rows, kind="oracle", target=known)}
+lora_k, base_k = rank_figures.final(rows, known), rank_figures.final(rows, known, "none")[0]
+oracle = {
+    row["config"]["rank"]: row["test"] for row in rank_figures.select(rows, kind="oracle", target=known)
+}
 truth = np.array(base_k["spectra"]["model.embed_tokens"])
 swaps = int((truth > 1e-6 * truth[0]).sum())
 print(f"{swaps} swaps; the base on the plain text: {base_k['floor']:.3f}, on this one: {base_k['test']:.3f}")
 print("   r   excess loss of LoRA   of the true ΔE cut to rank r")
-ranks_k, losses_k = plotting.by_rank(lora_k, "test")
+ranks_k, losses_k = rank_figures.by_rank(lora_k, "test")
 for r, (value, *_) in zip(ranks_k, losses_k, strict=True):
     excess, cut = (round(v - base_k["floor"], 3) + 0.0 for v in (value, oracle[r]))  # no minus zero
     print(f"{r:4}   {excess:19.3f}   {cut:28.3f}")
 
 shown = min((r for r in ranks_k if r >= 2 * swaps), default=ranks_k[-1])
-found = np.mean([row["spectra"]["model.embed_tokens"] for row in plotting.select(lora_k, rank=shown)], axis=0)
+found = np.mean(
+    [row["spectra"]["model.embed_tokens"] for row in rank_figures.select(lora_k, rank=shown)], axis=0
+)
 print()
 print(f"singular values of the true ΔE:     {' '.join(f'{x:5.2f}' for x in truth[:swaps])}")
 print(f"learned at r = {shown}, the first {swaps}:      {' '.join(f'{x:5.2f}' for x in found[:swaps])}")

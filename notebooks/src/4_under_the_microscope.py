@@ -25,9 +25,10 @@ import numpy as np
 
 import minilora as ml
 from minilora import finetune, spectra
-from minilora.analysis import inspect, plotting
+from minilora.analysis import figures, inspect, plotting
 from minilora.data import corpora
 from minilora.errors import MiniloraError
+from minilora.experiments import rank_figures
 from minilora.formats import huggingface
 from minilora.formats.safetensors import stored
 from minilora.lora import adapted
@@ -136,7 +137,7 @@ print("so is the stable rank:       ", np.isclose((S**2).sum() / S[0] ** 2, foun
 # beside $W$.
 
 # %% tags=["corpus"]
-plotting.heat_map(seen.modules)
+figures.heat_map(seen.modules)
 
 # %% tags=["corpus", "trained"]
 print("effective rank in % of noise's, and |ΔW| / |W| in %")
@@ -171,7 +172,7 @@ print()
 print(f"loss: base {done.before:.3f}, adapter {done.after:.3f}, twin {ml.evaluate(model, held_out):.3f}")
 
 # %% tags=["corpus"]
-plotting.adapter_spectra(seen.modules)
+figures.adapter_spectra(seen.modules)
 
 # %% tags=["corpus", "trained"]
 print("effective rank    adapter    twin   noise (mean of draws)")
@@ -347,7 +348,7 @@ print(f"loss: {done.after:.3f} and {other.after:.3f}")
 show(pair, 1)
 
 # %% tags=["corpus"]
-plotting.subspaces(pair.modules)
+figures.subspaces(pair.modules)
 
 # %% tags=["corpus", "trained"]
 mean = {key: np.mean([getattr(m.other, key) for m in pair.modules], axis=0)
@@ -433,12 +434,12 @@ trained[8] = done.after
 @plotting.styled
 def draw():
     figure, ((ax,),) = plotting.axes()
-    plotting.level(ax, done.before, "frozen base", plotting.GREY, ":", above=False)
+    rank_figures.level(ax, done.before, "frozen base", plotting.GREY, ":", above=False)
     ax.plot(list(cut), list(cut.values()), color=plotting.ORANGE, marker="s", linestyle="--",
             label="trained at r = 8, cut to rank k")  # fmt: skip
     ax.plot(list(trained), list(trained.values()), color=plotting.BLUE, marker="o", label="trained at rank k")
     ax.set_xticks(range(1, 9))
-    ax.set(xlabel="rank k", ylabel=f"held-out loss ({plotting.NATS})")
+    ax.set(xlabel="rank k", ylabel=f"held-out loss ({rank_figures.NATS})")
     ax.legend(loc="center right")
     return plotting.Picture(
         figure,
@@ -783,7 +784,7 @@ if large:
     print(deep.summary())
 
 # %% tags=["corpus", "smollm2"]
-plotting.heat_map(deep.modules) if large else None
+figures.heat_map(deep.modules) if large else None
 
 # %% tags=["corpus", "smollm2", "trained"]
 if large:

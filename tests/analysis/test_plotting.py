@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from minilora.analysis import plotting, report
+from minilora.analysis import figures, plotting, report
 from minilora.analysis.inspect import BesideBase, BesideOther, Module, Ranks
 from minilora.errors import InputError
-from minilora.experiments import merge_equivalence, rank_sweep
+from minilora.experiments import merge_equivalence, rank_figures, rank_sweep
 from minilora.experiments.rank_sweep import Run, pictures, report_page, table, with_gaps
 
 SHAPES = {
@@ -82,13 +82,13 @@ def gone(rows, **config):
 
 ROWS = make_rows(("folio", "permuted:2"))
 DRAW = {
-    "loss_against_rank": lambda rows: plotting.loss_against_rank(rows, "folio"),
-    "gap_against_parameters": plotting.gap_against_parameters,
-    "spectra": lambda rows: plotting.spectra(rows, "folio"),
-    "energy": lambda rows: plotting.energy_and_effective_rank(rows, "folio"),
-    "known_rank": lambda rows: plotting.known_rank(rows, "permuted:2"),
-    "curves": lambda rows: plotting.learning_curves(rows, "folio"),
-    "merge": lambda rows: plotting.merge_equivalence(MERGED),
+    "loss_against_rank": lambda rows: rank_figures.loss_against_rank(rows, "folio"),
+    "gap_against_parameters": rank_figures.gap_against_parameters,
+    "spectra": lambda rows: rank_figures.spectra(rows, "folio"),
+    "energy": lambda rows: rank_figures.energy_and_effective_rank(rows, "folio"),
+    "known_rank": lambda rows: rank_figures.known_rank(rows, "permuted:2"),
+    "curves": lambda rows: rank_figures.learning_curves(rows, "folio"),
+    "merge": lambda rows: rank_figures.merge_equivalence(MERGED),
 }
 MERGED = [
     {"dtype": d, "inputs": n, "rank": 8, "draws": 5, "difference": e * n, "bound": 9 * e * n**2, "ratio": x}
@@ -157,14 +157,14 @@ def test_every_picture_says_what_it_shows(name):
 
 
 def test_a_picture_in_a_notebook_has_its_sentence_as_alternative_text():
-    picture = plotting.Picture(plotting.loss_against_rank(ROWS, "folio").figure, 'a "quoted" <sentence>')
+    picture = plotting.Picture(rank_figures.loss_against_rank(ROWS, "folio").figure, 'a "quoted" <sentence>')
     found = picture._repr_html_()
     assert 'alt="a &quot;quoted&quot; &lt;sentence&gt;"' in found
     assert "<sentence>" not in found
 
 
 def test_saving_writes_both_kinds(tmp_path):
-    picture = plotting.learning_curves(ROWS, "folio")
+    picture = rank_figures.learning_curves(ROWS, "folio")
     picture.save(tmp_path, "a")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
         f"a.{kind}": picture.encoded(kind) for kind in ("png", "svg")
@@ -183,7 +183,7 @@ def test_the_style_of_the_figures_does_not_stay():
 
 
 def test_losses_are_means_over_seeds_with_their_range_and_both_references():
-    picture = plotting.loss_against_rank(ROWS, "folio")
+    picture = rank_figures.loss_against_rank(ROWS, "folio")
     (ax,) = picture.figure.axes
     ranks, y = line(ax, "LoRA, mean and range of 3 seeds")
     means = [2 - (1 - 1 / (r + 1)) for r in (1, 2, 4)]
@@ -203,7 +203,7 @@ def test_losses_are_means_over_seeds_with_their_range_and_both_references():
 
 
 def test_the_gap_is_that_of_the_rows_for_every_target():
-    picture = plotting.gap_against_parameters(ROWS)
+    picture = rank_figures.gap_against_parameters(ROWS)
     (ax,) = picture.figure.axes
     for name in ("First Folio", "letter permutation, 2 swaps"):
         x, y = line(ax, name)
@@ -215,12 +215,12 @@ def test_the_gap_is_that_of_the_rows_for_every_target():
 @pytest.mark.parametrize("count", [1, 4, 5, 7])
 def test_no_target_is_left_out_of_the_gap(count):
     names = tuple(f"t{i}" for i in range(count))
-    (ax,) = plotting.gap_against_parameters(make_rows(names, ranks=(1, 2), seeds=1)).figure.axes
+    (ax,) = rank_figures.gap_against_parameters(make_rows(names, ranks=(1, 2), seeds=1)).figure.axes
     assert set(names) <= {text for text in texts(ax)}
 
 
 def test_spectra_are_means_over_layers_and_seeds_beside_full_and_noise():
-    picture = plotting.spectra(ROWS, "folio")
+    picture = rank_figures.spectra(ROWS, "folio")
     panels = {ax.get_title(): ax for ax in picture.figure.axes if ax.axison}
     assert list(panels) == ["q_proj", "up_proj"]
     for (kind, ax), gain in zip(panels.items(), (3.0, 6.0), strict=True):
@@ -238,7 +238,7 @@ def test_spectra_are_means_over_layers_and_seeds_beside_full_and_noise():
 
 
 def test_energy_rises_to_all_of_it_and_the_effective_rank_is_below_r():
-    picture = plotting.energy_and_effective_rank(ROWS, "folio")
+    picture = rank_figures.energy_and_effective_rank(ROWS, "folio")
     left, right = picture.figure.axes
     for label in ("full", "r = 1", "r = 2", "r = 4"):
         _, y = line(left, label)
@@ -253,7 +253,7 @@ def test_energy_rises_to_all_of_it_and_the_effective_rank_is_below_r():
 
 
 def test_the_known_rank_is_marked_and_the_excess_is_over_the_floor():
-    picture = plotting.known_rank(ROWS, "permuted:2")
+    picture = rank_figures.known_rank(ROWS, "permuted:2")
     left, right = picture.figure.axes
     assert np.allclose(line(left, "LoRA, 3 seeds")[1], [1.5 - 1.1, 4 / 3 - 1.1, 1.2 - 1.1])
     assert np.allclose(line(left, "true ΔE cut to rank r")[1], [0.5, 0, 0])
@@ -264,7 +264,7 @@ def test_the_known_rank_is_marked_and_the_excess_is_over_the_floor():
 
 
 def test_curves_are_means_of_the_validation_losses():
-    picture = plotting.learning_curves(ROWS, "folio")
+    picture = rank_figures.learning_curves(ROWS, "folio")
     (ax,) = picture.figure.axes
     x, y = line(ax, "full")
     assert list(x) == list(range(0, 41, 4))
@@ -278,15 +278,15 @@ def test_curves_are_means_of_the_validation_losses():
 
 
 def test_the_merge_figure_has_both_types_below_their_bounds():
-    (ax,) = plotting.merge_equivalence(MERGED).figure.axes
+    (ax,) = rank_figures.merge_equivalence(MERGED).figure.axes
     for dtype in ("float32", "float64"):
         x, y = line(ax, f"observed, {dtype}")
         assert list(x) == [16, 32, 64]
         assert list(y) == [row["difference"] for row in MERGED if row["dtype"] == dtype]
         assert (y <= line(ax, f"bound, {dtype}")[1]).all()
-    assert "0.100 of the derived bound" in plotting.merge_equivalence(MERGED).says
+    assert "0.100 of the derived bound" in rank_figures.merge_equivalence(MERGED).says
     real = merge_equivalence.run(draws=1)
-    assert plotting.merge_equivalence(real).encoded("svg")
+    assert rank_figures.merge_equivalence(real).encoded("svg")
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -308,17 +308,17 @@ def named(ax):
 
 
 def test_a_name_in_a_figure_stands_at_what_it_names():
-    (ax,) = plotting.loss_against_rank(ROWS, "folio").figure.axes
+    (ax,) = rank_figures.loss_against_rank(ROWS, "folio").figure.axes
     heights = {text: y for text, (_, y) in named(ax).items()}
     assert heights == {"frozen base": 2.0, "full fine-tuning": pytest.approx(1.0)}
-    (ax,) = plotting.gap_against_parameters(make_rows()).figure.axes
+    (ax,) = rank_figures.gap_against_parameters(make_rows()).figure.axes
     assert named(ax) == {"r = 1": (100, pytest.approx(50)), "r = 4": (400, pytest.approx(80))}
     assert [list(x) for x in line(ax, "full fine-tuning")] == [[5000], [100]]
-    left, right = plotting.known_rank(ROWS, "permuted:2").figure.axes
+    left, right = rank_figures.known_rank(ROWS, "permuted:2").figure.axes
     assert named(left)["2 swaps"][0] == 2
     for side, at in ((left, 2), (right, 2.5)):
         assert [x.get_xdata()[0] for x in side.get_lines() if x.get_linestyle() == ":"] == [at]
-    _, right = plotting.energy_and_effective_rank(ROWS, "folio").figure.axes
+    _, right = rank_figures.energy_and_effective_rank(ROWS, "folio").figure.axes
     whole = np.array([0.7**i for i in range(8)]) / sum(0.7**i for i in range(8))
     rank = math.exp(-(whole * np.log(whole)).sum())
     assert named(right) == {"full fine-tuning": (1, pytest.approx(rank, rel=1e-5))}
@@ -353,10 +353,10 @@ def some_modules(**how):
 
 GRID = [[3, 23, 103], [2, 22, math.nan], [1, 21, 101], [4, 24, 104]]  # q, k, up, adapter_in; layers 0, 2, 10
 VIEWS = {
-    "heat_map": lambda: plotting.heat_map(some_modules()),
-    "heat_map beside a base": lambda: plotting.heat_map(some_modules(base=0.25)),
-    "adapter_spectra": lambda: plotting.adapter_spectra(some_modules()),
-    "subspaces": lambda: plotting.subspaces(some_modules(other=0.9)),
+    "heat_map": lambda: figures.heat_map(some_modules()),
+    "heat_map beside a base": lambda: figures.heat_map(some_modules(base=0.25)),
+    "adapter_spectra": lambda: figures.adapter_spectra(some_modules()),
+    "subspaces": lambda: figures.subspaces(some_modules(other=0.9)),
 }
 
 
@@ -384,7 +384,7 @@ def test_every_view_has_named_axes_and_a_sentence(name):
 
 
 def test_the_heat_map_has_every_module_of_a_layer_in_its_place():
-    picture = plotting.heat_map(some_modules())
+    picture = figures.heat_map(some_modules())
     top, bottom, bar, _ = picture.figure.axes
     for ax in (top, bottom):
         assert [t.get_text() for t in ax.get_yticklabels()] == ["q_proj", "k_proj", "up_proj", "adapter_in"]
@@ -404,25 +404,25 @@ def test_the_heat_map_has_every_module_of_a_layer_in_its_place():
 
 def test_the_heat_map_is_of_the_relative_change_where_all_of_it_is_known():
     modules = some_modules(base=0.25)
-    image = plotting.heat_map(modules).figure.axes[1].get_images()[0].get_array()
+    image = figures.heat_map(modules).figure.axes[1].get_images()[0].get_array()
     assert set(np.ma.compressed(image).tolist()) == {0.25}
-    assert "mean |ΔW| / |W|: q_proj 0.25" in plotting.heat_map(modules).says
+    assert "mean |ΔW| / |W|: q_proj 0.25" in figures.heat_map(modules).says
     mixed = [looked("lm_head", 9.0, [1.0]), *modules[1:]]
-    assert "|ΔW| / |W|" not in plotting.heat_map(mixed).says
+    assert "|ΔW| / |W|" not in figures.heat_map(mixed).says
 
 
 def test_many_layers_have_few_ticks_and_no_layers_have_one():
-    many = plotting.heat_map([looked(f"model.layers.{i}.q_proj", 1.0 + i, [1.0]) for i in range(80)])
+    many = figures.heat_map([looked(f"model.layers.{i}.q_proj", 1.0 + i, [1.0]) for i in range(80)])
     bottom = many.figure.axes[1]
     assert list(bottom.get_xticks()) == list(range(0, 80, 5))
     assert [t.get_text() for t in bottom.get_xticklabels()] == [str(i) for i in range(0, 80, 5)]
     assert bottom.get_images()[0].get_array().shape == (1, 80)
-    none = plotting.heat_map([looked("lm_head", 2.0, [1.0]), looked("embed_tokens", 3.0, [1.0])])
+    none = figures.heat_map([looked("lm_head", 2.0, [1.0]), looked("embed_tokens", 3.0, [1.0])])
     assert none.figure.axes[1].get_images()[0].get_array().tolist() == [[3.0], [2.0]]
 
 
 def test_the_spectra_are_over_the_largest_value_with_noise_behind_them():
-    picture = plotting.adapter_spectra(some_modules())
+    picture = figures.adapter_spectra(some_modules())
     shown = {ax.get_title(): ax for ax in picture.figure.axes if ax.axison}
     assert list(shown) == ["q_proj", "k_proj", "up_proj", "adapter_in", "lm_head"]
     for kind, ax in shown.items():
@@ -445,7 +445,7 @@ def test_the_spectra_are_over_the_largest_value_with_noise_behind_them():
 
 def test_common_subspaces_are_means_over_layers_with_chance_dotted():
     wide = looked("model.layers.3.x.q_proj", 1.0, [1.0] * 5, other=0.5, shape=(12, 40))
-    picture = plotting.subspaces(
+    picture = figures.subspaces(
         [*some_modules(other=0.9), wide, looked("model.layers.4.x.q_proj", 1.0, [1.0])]
     )
     for ax, part in zip(picture.figure.axes, (1, 0.5), strict=True):  # here outputs are half of inputs
@@ -467,7 +467,7 @@ def test_common_subspaces_are_means_over_layers_with_chance_dotted():
 
 
 def test_a_picture_is_drawn_once_for_each_kind():
-    picture = plotting.subspaces(some_modules(other=0.9))
+    picture = figures.subspaces(some_modules(other=0.9))
     calls = []
 
     class Counting:
@@ -496,16 +496,16 @@ def drawn(rows):
 
 def test_one_seed_and_one_rank_are_enough():
     rows = make_rows(("folio", "permuted:2"), ranks=(2,), seeds=1)
-    assert "1 seed" in texts(plotting.loss_against_rank(rows, "folio").figure.axes[0])[-1]
+    assert "1 seed" in texts(rank_figures.loss_against_rank(rows, "folio").figure.axes[0])[-1]
     assert "</html>" in drawn(rows)
 
 
 def test_what_has_no_runs_is_an_input_error():
     for draw in (
-        plotting.loss_against_rank,
-        plotting.spectra,
-        plotting.energy_and_effective_rank,
-        plotting.known_rank,
+        rank_figures.loss_against_rank,
+        rank_figures.spectra,
+        rank_figures.energy_and_effective_rank,
+        rank_figures.known_rank,
     ):
         with pytest.raises(InputError, match="no finished run"):
             draw(ROWS, "kjv")
@@ -535,7 +535,7 @@ def test_a_sweep_in_which_full_fine_tuning_is_no_better_is_drawn_too():
 
 def test_one_target_without_a_gap_does_not_hide_the_others():
     rows = [*make_rows(("t1",), gap=-0.5), *make_rows(("t2",))]
-    (ax,) = plotting.gap_against_parameters(rows).figure.axes
+    (ax,) = rank_figures.gap_against_parameters(rows).figure.axes
     assert "t2" in texts(ax)
 
 

@@ -20,9 +20,10 @@ from minilora.errors import InputError, MismatchError, NonFiniteError, StorageEr
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import CALLED, open_tensors, stored
 from minilora.formats.tokenizer import FILES
-from minilora.layers import Linear, Param, named_params
+from minilora.layers import Linear, Param
 from minilora.lora import LoraConfig, inject
-from minilora.peft.folder import save_adapter
+from minilora.peft.loading import save_adapter
+from minilora.tree import named_params
 
 CASES = [(slug(base), f"{slug(base)}--{slug(adapter)}") for base, adapter in FIXED]
 U = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -364,5 +365,5 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
         yield b"half"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minilora.files.layout", full)
+    monkeypatch.setattr("minilora.formats.huggingface.layout", full)
     refused(StorageError, "No space left", BASE, ADAPTER, tmp_path / "deep/out")

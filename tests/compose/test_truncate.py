@@ -31,7 +31,8 @@ from safetensors.numpy import save_file
 
 from minilora.backend import to_device, to_host
 from minilora.compose.export import merge_checkpoint
-from minilora.compose.truncate import choose, compress, extract, is_map
+from minilora.compose.extract import extract, is_map
+from minilora.compose.truncate import choose, compress
 from minilora.errors import (
     ConfigError,
     InputError,
@@ -42,10 +43,11 @@ from minilora.errors import (
 )  # fmt: skip
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import layout, open_tensors, stored
-from minilora.layers import named_params
 from minilora.lora import fuse
-from minilora.peft.folder import load_adapter, open_adapter
+from minilora.peft.folder import open_adapter
+from minilora.peft.loading import load_adapter
 from minilora.spectra import rank_at
+from minilora.tree import named_params
 
 ADAPTERS = [(slug(base), f"{slug(base)}--{slug(adapter)}") for base, adapter in FIXED]
 RANKS = st.integers(1, 7)
@@ -428,7 +430,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
         yield b"half"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minilora.adapters.layout", full)
+    monkeypatch.setattr("minilora.peft.folder.layout", full)
     with pytest.raises(StorageError, match="No space left"):
         compress(FIXTURES / "adapters/untied--q-and-v", tmp_path / "out", rank=1)
     assert os.listdir(tmp_path) == []

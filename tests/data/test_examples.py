@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_finetune import LETTERS, TEXT, lines
 
-from minilora import cli, finetune, model
-from minilora.data import corpora
+from minilora import cli, decoding, finetune
+from minilora.data import corpora, user_files
+from minilora.data.examples import examples
 from minilora.errors import FormatError, InputError
-from minilora.finetune import Recipe, examples, texts
+from minilora.finetune import Recipe, texts
 from minilora.formats import huggingface
-from minilora.formats.tokenizer import Tokenizer, tokenizer
+from minilora.formats.tokenizer import Tokenizer, decode, encode, tokenizer
 
 WIDE = Tokenizer(lambda text: np.array([*map(ord, text)], np.int64), lambda ids: "".join(map(chr, ids)),
                  frozenset({10}))  # fmt: skip
@@ -147,7 +148,7 @@ def test_a_sweep_takes_no_examples(name, tmp_path):
 def test_json_beside_text_is_text(tmp_path):
     (tmp_path / "a.json").write_text('{"version": 3}')
     (tmp_path / "b.py").write_text("x = 1\n" * 300)
-    assert corpora.own_text(tmp_path).startswith('{"version": 3}\n\nx = 1\n')
+    assert user_files.own_text(tmp_path).startswith('{"version": 3}\n\nx = 1\n')
 
 
 @settings(max_examples=25)
@@ -166,9 +167,9 @@ def test_one_rule_says_for_train_and_sweep_how_much_of_a_text_may_be_lost(lost, 
             return bool(re.search("is not in the base's alphabet; at most 5%|control characters", str(e)))
         return False
 
-    words = Tokenizer(corpora.encode, corpora.decode, fold=True)
+    words = Tokenizer(encode, decode, fold=True)
     assert refused(lambda: corpora.corpus(str(place / "a.txt"))) is (lost > 100)
-    assert refused(lambda: finetune.encoded("a", corpora.own_text(place / "a.txt"), words)) is (lost > 100)
+    assert refused(lambda: finetune.encoded("a", user_files.own_text(place / "a.txt"), words)) is (lost > 100)
     assert refused(lambda: examples(place / "a.jsonl", words, 4000)) is (lost > 100)
 
 
@@ -252,11 +253,13 @@ def test_a_whole_text_begins_once_and_its_windows_do_not(begins, monkeypatch):
 
 
 def test_generate_begins_as_training_does(monkeypatch, capsys):
-    words = Tokenizer(corpora.encode, corpora.decode, start=(2, 3))
+    words = Tokenizer(encode, decode, start=(2, 3))
     seen = []
-    real = model.generate
+    real = decoding.generate
     monkeypatch.setattr(huggingface, "tokenizer_of", lambda given: words)
-    monkeypatch.setattr(model, "generate", lambda m, ids, *a, **k: seen.append(ids) or real(m, ids, *a, **k))
+    monkeypatch.setattr(
+        decoding, "generate", lambda m, ids, *a, **k: seen.append(ids) or real(m, ids, *a, **k)
+    )
     assert cli.main(["generate", "ab", "--max-tokens", "1"]) == 0
     assert seen[0].tolist() == [[2, 3, ord("a"), ord("b")]]
     assert capsys.readouterr().out.startswith("ab")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data import corpora, fetch
-from minilora.data.fetch import PIN, download, fetched, members, pins, sha256
+from minilora.data import corpora
 from minilora.errors import FormatError, StorageError
-from minilora.formats import huggingface
+from minilora.formats import archives, huggingface
+from minilora.formats.archives import PIN, download, fetched, members, pins, sha256
 
 CANARY = "import os, pathlib\npathlib.Path(os.environ['CANARY']).write_text(__file__)\n"
 INFO = "Metadata-Version: 1.0\nName: {0}\nVersion: {1}\nSummary: nothing\n"
@@ -81,7 +81,7 @@ def index(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temp"))
-    monkeypatch.setattr(fetch.tempfile, "tempdir", None)
+    monkeypatch.setattr(archives.tempfile, "tempdir", None)
     (tmp_path / "temp").mkdir()
     return requirements(tmp_path, {("texts-a", "0.6"): source, ("code-b", "3.4"): built})
 
@@ -206,13 +206,13 @@ def test_what_is_taken_is_bounded(kind, tmp_path, monkeypatch):
     raw = sdist("x", "1", content) if kind.endswith("gz") else wheel(content)
     (tmp_path / kind).write_bytes(raw)
     pinned = requirements(tmp_path, {("x", "1"): raw})
-    monkeypatch.setattr(fetch, "MOST", 1200)
+    monkeypatch.setattr(archives, "MOST", 1200)
     assert len(members(tmp_path, pinned, "x", "t", {".txt"})) == 4
-    monkeypatch.setattr(fetch, "MOST", 1199)
+    monkeypatch.setattr(archives, "MOST", 1199)
     with pytest.raises(FormatError, match="larger than 1199") as e:
         members(tmp_path, pinned, "x", "t", {".txt"})
     assert kind in str(e.value)
-    monkeypatch.setattr(fetch, "MOST", 100)
+    monkeypatch.setattr(archives, "MOST", 100)
     with pytest.raises(StorageError, match="at most 100"):
         members(tmp_path, pinned, "x", "t", {".txt"})
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sweep import ROOT, TINY, held, plan_of, prose, wait
+from test_rank_sweep import ROOT, TINY, held, plan_of, prose, wait
 
 from minilora import cli
+from minilora.data import corpora
 from minilora.errors import MismatchError, StateError
 from minilora.experiments import cluster, rank_sweep
 from minilora.experiments.rank_sweep import read_rows, sweep
 from minilora.formats.huggingface import load, read_json, save_model
-from minilora.layers import digest
 from minilora.model import llama
+from minilora.tree import digest
 
 INTERRUPTED = "minilora: interrupted; the same command goes on from here\n"
 
@@ -100,7 +101,7 @@ def test_a_result_made_with_something_else_is_refused(name, serial, tmp_path):
 
 
 def test_a_run_on_a_stock_needs_no_file_and_leaves_it_as_it_was(tmp_path, monkeypatch):
-    stock = rank_sweep.Stock(load("./base"), {"./mine.txt": rank_sweep.data.corpus("./mine.txt")})
+    stock = rank_sweep.Stock(load("./base"), {"./mine.txt": corpora.corpus("./mine.txt")})
     before = digest(stock.base)
     cells = rank_sweep.grid(plan(), stock.texts)
     runs = [*rank_sweep.references(cells), *(rank_sweep.replace(cell, lr=0.01) for cell in cells)]

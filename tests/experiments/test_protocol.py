@@ -27,17 +27,19 @@ from library import np
 import minilora
 from minilora import cli, finetune, spectra
 from minilora.backend import to_host
-from minilora.data import corpora
+from minilora.data import batching, corpora
+from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import merge_equivalence, pretrain, rank_sweep
 from minilora.experiments.rank_sweep import Plan, Run, Setting
+from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
-from minilora.layers import named_params, trained, unfreeze
 from minilora.lora import LoraConfig, inject, scales
-from minilora.model import Config, Llama, RopeScaling, generate, llama
+from minilora.model import Config, Llama, RopeScaling, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
-from minilora.peft.folder import load_adapter
+from minilora.peft.loading import load_adapter
 from minilora.training import evaluate, train
+from minilora.tree import named_params, trained, unfreeze
 
 PACKAGE = Path(minilora.__file__).parent
 TINY = Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
@@ -54,7 +56,7 @@ def numbered(words, first):
 def marked(name, first):
     """A corpus of numbered text; the parts have 1, 12 and 15 windows and more."""
     parts = [numbered(n, first + skip) for n, skip in ((900, 0), (400, 900), (500, 1300))]
-    return corpora.make(name, name, *map(corpora.encode, parts))
+    return corpora.make(name, name, *map(tokenizer.encode, parts))
 
 
 CORPORA = {name: marked(name, 1800 * i) for i, name in enumerate(("shakespeare", "folio", "kjv"))}
@@ -100,7 +102,7 @@ class Seen:
         def loss(model, ids, labels, train=False):
             for x, y in zip(to_host(ids), to_host(labels), strict=True):
                 n = 1 + numpy.flatnonzero(y >= 0)[-1]  # what is beyond the end of an example has no label
-                (self.trained if train else self.measured).append(corpora.decode([*x[:n], y[n - 1]]))
+                (self.trained if train else self.measured).append(tokenizer.decode([*x[:n], y[n - 1]]))
             return real(model, ids, labels, train)
 
         with mock.patch.object(Llama, "loss", loss):
@@ -123,7 +125,7 @@ def apart(windows, part):
 
 
 def split(corpus):
-    return [corpora.decode(ids) for ids in (corpus.train, corpus.valid, corpus.test)]
+    return [tokenizer.decode(ids) for ids in (corpus.train, corpus.valid, corpus.test)]
 
 
 # ---- what is tested is never trained on
@@ -148,7 +150,7 @@ def own_folder():
 
 def built_in():
     text = CORPORA["folio"]
-    return "folio", corpora.decode(text.train), corpora.decode(text.test)
+    return "folio", tokenizer.decode(text.train), tokenizer.decode(text.test)
 
 
 @pytest.mark.parametrize("method", finetune.METHODS)
@@ -157,7 +159,7 @@ def test_train_never_sees_the_held_out_text(source, method):
     spec, learned, held = source()
     with Seen().watching() as seen:
         finetune.run(finetune.Recipe(spec, "one", method, **SMALL), next(outs))
-    within(seen.trained, learned, [held, corpora.decode(CORPORA["folio"].valid)])
+    within(seen.trained, learned, [held, tokenizer.decode(CORPORA["folio"].valid)])
     within(seen.measured, held, [learned])
     assert len(apart(seen.measured, held)) == 61 // 13
     assert len(seen.trained) == 9 * 3
@@ -367,7 +369,7 @@ DRAWS = {
     "llama": lambda rng: bits(named_params(llama(TINY, rng))),
     "inject": lambda rng: bits(trained(injected(rng))),
     "batches": lambda rng: {
-        i: x.tobytes() for i, (x, _) in enumerate(itertools.islice(corpora.batches(TEXT, rng, 3, 13), 4))
+        i: x.tobytes() for i, (x, _) in enumerate(itertools.islice(batching.batches(TEXT, rng, 3, 13), 4))
     },
     "generate": lambda rng: {"": bytes(int(t[0]) for t in generate(load("one"), ONE, 30, rng=rng))},
 }
@@ -432,11 +434,11 @@ def tuned_by_hand(recipe):
         dora = recipe.method == "dora"
         config = LoraConfig(r=recipe.r, alpha=recipe.alpha, targets=recipe.targets, dora=dora, detach=dora)
         inject(model, config, rng=np.random.default_rng(recipe.seed))
-    held = corpora.eval_batches(corpora.encode(text[cut:]), 8, recipe.length, limit=recipe.eval_tokens)
+    held = batching.eval_batches(tokenizer.encode(text[cut:]), 8, recipe.length, limit=recipe.eval_tokens)
     rng, losses = np.random.default_rng([recipe.seed, 1]), []
     history = train(
         model,
-        corpora.batches(corpora.encode(text[:cut]), rng, recipe.batch, recipe.length),
+        batching.batches(tokenizer.encode(text[:cut]), rng, recipe.batch, recipe.length),
         AdamW({"full": 1e-4}.get(recipe.method, 1e-3) if recipe.lr is None else recipe.lr, betas=(0.9, 0.99)),
         steps=recipe.steps,
         schedule=Schedule(recipe.steps, warmup=recipe.warmup, kind="cosine", final=0.0),
@@ -465,14 +467,14 @@ def base_made_by_hand(recipe):
     model = llama(TINY, np.random.default_rng(recipe.seed))
     train(
         model,
-        corpora.batches(text.train, np.random.default_rng([recipe.seed, 1]), recipe.batch, LENGTH),
+        batching.batches(text.train, np.random.default_rng([recipe.seed, 1]), recipe.batch, LENGTH),
         AdamW(recipe.lr, betas=(0.9, recipe.beta2), eps=1e-8, weight_decay=recipe.weight_decay, clip=1.0),
         steps=recipe.steps,
         schedule=Schedule(recipe.steps, warmup=recipe.warmup),
         progress=lambda *x: losses.append(x),
     )
     test, valid = (
-        evaluate(model, corpora.eval_batches(ids, 16, LENGTH, limit=n * LENGTH))
+        evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=n * LENGTH))
         for ids, n in ((text.test, recipe.test_windows), (text.valid, recipe.test_windows // 4))
     )
     return {"weights": bits(named_params(model)), "losses": losses, "test": test, "valid": valid}
@@ -499,11 +501,11 @@ def cell_done_by_hand(run):
     else:
         config = LoraConfig(r=run.rank, alpha=run.alpha, targets=run.modules)
         inject(model, config, rng=np.random.default_rng([run.seed, run.rank]))
-    valid = corpora.eval_batches(text.valid, 16, LENGTH, limit=run.valid_windows * LENGTH)
-    test = corpora.eval_batches(text.test, 16, LENGTH, limit=run.test_windows * LENGTH)
+    valid = batching.eval_batches(text.valid, 16, LENGTH, limit=run.valid_windows * LENGTH)
+    test = batching.eval_batches(text.test, 16, LENGTH, limit=run.test_windows * LENGTH)
     history = train(
         model,
-        corpora.batches(text.train, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
+        batching.batches(text.train, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
         AdamW(run.lr, betas=(0.9, 0.99), eps=run.eps),
         steps=run.steps,
         schedule=Schedule(run.steps, warmup=run.steps // 20),

@@ -23,8 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import backend, cli
-from minilora.analysis import plotting
-from minilora.data import corpora, fetch
+from minilora.data import corpora
 from minilora.errors import (
     ConfigError,
     FormatError,
@@ -33,13 +32,14 @@ from minilora.errors import (
     StateError,
     StorageError,
 )
-from minilora.experiments import rank_sweep
+from minilora.experiments import rank_figures, rank_sweep
 from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sealed, sweep, with_gaps
 from minilora.experiments.rows import id_of
+from minilora.formats import archives
 from minilora.formats.atomic import locked
 from minilora.formats.huggingface import load, save_model
-from minilora.layers import digest
 from minilora.model import Config, llama
+from minilora.tree import digest
 
 ROOT = Path(__file__).parents[2]
 TINY = Config(hidden_size=8, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
@@ -180,8 +180,11 @@ def test_the_base_is_not_touched(place, whole):
 
 def test_noise_is_drawn_in_the_shape_of_its_module(whole):
     full = [row for row in whole[1] if row["config"]["kind"] == "final" and row["config"]["method"] == "full"]
-    assert tuple(plotting.shape_of("up_proj", plain(full))) == (20, 8)  # not (8, 8), the count of its values
-    assert tuple(plotting.shape_of("k_proj", plain(full))) == (4, 8)
+    assert tuple(rank_figures.shape_of("up_proj", plain(full))) == (
+        20,
+        8,
+    )  # not (8, 8), the count of its values
+    assert tuple(rank_figures.shape_of("k_proj", plain(full))) == (4, 8)
 
 
 def test_the_known_answer_of_a_permutation_needs_the_rank_of_its_swaps(place, tmp_path):
@@ -817,7 +820,7 @@ def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MINILORA_TEXTS", raising=False)
-    monkeypatch.setattr(fetch, "download", offline)
+    monkeypatch.setattr(archives, "download", offline)
     rows, _ = run(plan_of(place, targets=("folio",), ranks=(1,), seeds=1), tmp_path / "out")
     assert "going on with the text of the standard library" in capsys.readouterr().err
     for row in rows:

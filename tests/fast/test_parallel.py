@@ -12,8 +12,8 @@ from minilora.backend import cores, one_blas_thread
 from minilora.errors import InputError
 from minilora.fast import parallel as room
 from minilora.fast.parallel import lanes, parts, twin
-from minilora.layers import named_params, trained
 from minilora.lora import LoraConfig, LowRank, inject, low_ranks
+from minilora.tree import named_params, trained
 
 
 @pytest.fixture(autouse=True)

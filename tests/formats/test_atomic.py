@@ -270,7 +270,7 @@ def test_only_a_regular_file_of_a_sane_size_is_read(tmp_path):
 
 
 HOLD = """
-import sys, minilora.storage as s
+import sys, minilora.formats.atomic as s
 try:
     with s.locked(sys.argv[1]):
         print("held", flush=True)
@@ -304,7 +304,7 @@ def test_a_second_process_is_kept_out_until_the_first_dies(tmp_path):
 
 def test_no_other_module_writes_files():
     for file in sorted(PACKAGE.rglob("*.py")):
-        if file.name == "storage.py":
+        if file.name == "atomic.py":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or "os.devnull" in ast.unparse(node):

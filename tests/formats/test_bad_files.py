@@ -51,7 +51,6 @@ from minilora.errors import (
 )
 from minilora.formats import atomic
 from minilora.formats.huggingface import load, save_model
-from minilora.layers import named_params
 from minilora.lora import (
     Adapted,
     LoraConfig,
@@ -65,7 +64,9 @@ from minilora.lora import (
     sites,
     unmerge,
 )
-from minilora.peft.folder import CONFIG, WEIGHTS, load_adapter, open_adapter, save_adapter
+from minilora.peft.folder import CONFIG, WEIGHTS, open_adapter
+from minilora.peft.loading import load_adapter, save_adapter
+from minilora.tree import named_params
 
 GOOD, BASE = FIXTURES / "adapters" / "untied--q-and-v", FIXTURES / "bases" / "untied"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]

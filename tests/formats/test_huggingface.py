@@ -17,7 +17,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save
 
 from minilora.backend import to_device, to_host
-from minilora.data import corpora
+from minilora.data import batching, corpora
 from minilora.errors import (
     ConfigError,
     FormatError,
@@ -42,11 +42,12 @@ from minilora.formats.huggingface import (
     weights,
 )
 from minilora.formats.safetensors import CALLED, layout, stored
-from minilora.layers import Linear, Param, digest, freeze, named_params, trained, unfreeze
+from minilora.layers import Linear, Param
 from minilora.lora import LoraConfig, inject
 from minilora.model import Config, RopeScaling
-from minilora.peft.folder import base_print
+from minilora.peft.loading import base_print
 from minilora.training import evaluate
+from minilora.tree import digest, freeze, named_params, trained, unfreeze
 
 SMALL = SIZES | {"num_hidden_layers": 1}
 HUGGING_FACE = {  # what a config.json of Llama means by leaving a key out
@@ -921,7 +922,7 @@ def sampled(windows):
         text = corpora.corpus("shakespeare")
     except StorageError as e:
         pytest.skip(str(e))
-    return evaluate(load(), corpora.eval_batches(text.test, 16, 128, windows * 128))
+    return evaluate(load(), batching.eval_batches(text.test, 16, 128, windows * 128))
 
 
 def test_the_base_has_learned_the_held_out_plays():

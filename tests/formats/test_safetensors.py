@@ -118,7 +118,7 @@ def theirs(given, dtype, metadata):
             cast = {name: np.asarray(a, kinds[name], order="C") for name, a in given.items()}
         return their_save(cast, metadata)
     bits = {name: narrowed(a) for name, a in given.items()}
-    if not hasattr(tensors, "TensorSpec"):
+    if not hasattr(safetensors, "TensorSpec"):
         entries = {k: {"dtype": dtype, "shape": a.shape, "data": a.tobytes()} for k, a in bits.items()}
     else:
         entries = {

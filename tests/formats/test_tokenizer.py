@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data import corpora
 from minilora.errors import FormatError, InputError, MiniloraError, StorageError, UnsupportedError
-from minilora.formats.tokenizer import stream, tokenizer
+from minilora.formats.tokenizer import VOCAB, encode, stream, tokenizer
 
 package = pytest.importorskip("tokenizers")
 
@@ -56,8 +55,8 @@ def refused(error, match, where, settings, size=SIZE):
 
 @given(text=printed)
 def test_a_folder_of_ours_has_the_alphabet(text, tmp_path_factory):
-    found = tokenizer(tmp_path_factory.getbasetemp(), {}, corpora.VOCAB)
-    assert found.encode(text).tolist() == corpora.encode(text).tolist()
+    found = tokenizer(tmp_path_factory.getbasetemp(), {}, VOCAB)
+    assert found.encode(text).tolist() == encode(text).tolist()
     assert found.decode(found.encode(text)) == text
     assert (found.stops, found.fold) == (frozenset(), True)
 
@@ -177,7 +176,7 @@ def test_what_is_not_a_file_is_a_storage_error(kind, tmp_path):
 
 def test_without_the_package_one_line_says_how_to_get_it(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert tokenizer(tmp_path, {}, corpora.VOCAB).decode([97]) == "a"  # ours need it not
+    assert tokenizer(tmp_path, {}, VOCAB).decode([97]) == "a"  # ours need it not
     trained.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedError) as e:
         tokenizer(tmp_path, {}, SIZE)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from minilora.backend import to_device, to_host
-from minilora.layers import Param, named_params, trained
+from minilora.decoding import generate
+from minilora.layers import Param
 from minilora.lora import LoraConfig, inject
-from minilora.model import Config, generate, llama
+from minilora.model import Config, llama
 from minilora.optim import AdamW, lora_plus
 from minilora.training import train
+from minilora.tree import named_params, trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -22,7 +22,7 @@ from peft_cases import IDS, SHAPE, logits, slug
 from minilora.backend import to_device, to_host
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import stored
-from minilora.layers import Linear, named_params, trained
+from minilora.layers import Linear
 from minilora.lora import (
     Adapted,
     DoRA,
@@ -37,8 +37,9 @@ from minilora.lora import (
     sites,
 )
 from minilora.optim import AdamW
-from minilora.peft.folder import load_adapter, save_adapter
+from minilora.peft.loading import load_adapter, save_adapter
 from minilora.training import train
+from minilora.tree import named_params, trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -335,10 +336,10 @@ ABOUT = """\
 `MINILORA_WRITE_PARITY=1 pytest -m parity tests/parity/test_parity_files.py` writes this. A difference is
 max |ours - theirs| / max |theirs|: of logits, of each gradient of what is trained, or of the losses of ten
 steps of AdamW. Of all cases of an option it is that of the one which came nearest to its bound. The bounds
-are derived in `Rounded` in `tests/parity/test_parity_files.py`; even where the model is in float64, transformers
-computes RMSNorm and rotary angles in float32. Merged models were written in float32, float16 and bfloat16;
-in float32 the running adapter is compared with the merged file. In the last two lines our float32 stands
-against transformers' arithmetic of 16 bits."""
+are derived in `Rounded` in `tests/parity/test_parity_files.py`; even where the model is in float64,
+transformers computes RMSNorm and rotary angles in float32. Merged models were written in float32, float16
+and bfloat16; in float32 the running adapter is compared with the merged file. In the last two lines our
+float32 stands against transformers' arithmetic of 16 bits."""
 
 
 def label(adapter):

@@ -22,10 +22,11 @@ from minilora.backend import to_device, to_host
 from minilora.errors import ConfigError, MismatchError, StateError, StorageError, UnsupportedError
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import open_tensors
-from minilora.layers import named_params, trained
 from minilora.lora import LoraConfig, WithBias, adapted, fuse, inject, merge, scales, set_scale, unmerge
 from minilora.peft.config import Settings, alpha_of, alphas_of, meant, peft_config, read_settings, targets
-from minilora.peft.folder import CONFIG, WEIGHTS, base_print, load_adapter, open_adapter, save_adapter
+from minilora.peft.folder import CONFIG, WEIGHTS, open_adapter
+from minilora.peft.loading import base_print, load_adapter, save_adapter
+from minilora.tree import named_params, trained
 
 U32 = 2.0**-24
 NAMES = [f"{slug(base)}--{slug(adapter)}" for base, adapter in FIXED]

@@ -22,7 +22,8 @@ from minilora.formats.huggingface import load
 from minilora.lora import LoraConfig, adapted, inject
 from minilora.peft import patterns
 from minilora.peft.config import LARGEST, MOST, Settings, chosen, meant, peft_config, read_settings
-from minilora.peft.folder import CONFIG, load_adapter, open_adapter
+from minilora.peft.folder import CONFIG, open_adapter
+from minilora.peft.loading import load_adapter
 
 # ---- the syntax, as `re` has it
 

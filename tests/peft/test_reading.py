@@ -22,9 +22,9 @@ from minilora.compose.export import merge_checkpoint
 from minilora.compose.truncate import choose, compress
 from minilora.errors import ConfigError, MiniloraError, MismatchError, UnsupportedError
 from minilora.formats.huggingface import load, save_model
-from minilora.layers import named_params
 from minilora.lora import fuse
-from minilora.peft.folder import change_norm, check_agreement, load_adapter, open_adapter
+from minilora.peft.folder import change_norm, check_agreement, open_adapter
+from minilora.peft.loading import load_adapter
 from minilora.spectra import (
     effective_rank,
     energy,
@@ -36,6 +36,7 @@ from minilora.spectra import (
     thin_svd,
     thin_values,
 )
+from minilora.tree import named_params
 
 GOOD, BASE = FIXTURES / "adapters/untied--q-and-v", FIXTURES / "bases/untied"
 STEPS = st.sampled_from(
@@ -529,7 +530,7 @@ def test_an_adapter_of_tiny_numbers_is_seen_as_one_of_usual_ones(tmp_path):
 
 def test_a_compressed_adapter_keeps_its_bases_fingerprint(tmp_path):
     from minilora.lora import LoraConfig, inject
-    from minilora.peft.folder import save_adapter
+    from minilora.peft.loading import save_adapter
 
     model, rng = tiny(0, np.float32)
     inject(model, LoraConfig(r=3, init="both"), rng=rng)

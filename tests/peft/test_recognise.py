@@ -16,7 +16,8 @@ from minilora.compose.export import merge_checkpoint
 from minilora.compose.truncate import compress
 from minilora.errors import FormatError, MismatchError, StorageError, UnsupportedError
 from minilora.formats.huggingface import load
-from minilora.peft.folder import load_adapter, open_adapter
+from minilora.peft.folder import open_adapter
+from minilora.peft.loading import load_adapter
 
 GOOD, BASE = FIXTURES / "adapters/untied--q-and-v", FIXTURES / "bases/untied"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 160069389\n"

@@ -1,4 +1,4 @@
-"""Imports point up the reading order, each library has one door, and device work goes through xp."""
+"""Imports point down the list, each library has one door, and device work goes through xp."""
 
 import ast
 from pathlib import Path
@@ -8,56 +8,83 @@ import pytest
 import minilora
 
 PACKAGE = Path(minilora.__file__).parent
-ORDER = [
-    "shown", "errors", "forms", "backend", "ops", "layers", "model", "lora", "optim", "storage", "archives",
-    "tensors", "data", "gguf", "tokenizer", "lanes", "train", "files", "patterns", "adapter_config",
-    "recognise", "adapters", "sizes", "spectra", "compose", "merging", "plots", "report", "microscope",
-    "finetune", "cluster", "experiments", "cli", "__main__",
+ORDER = [  # a wing or a file stands above all that it imports
+    "table", "errors", "backend", "ops", "layers", "tree", "model", "decoding", "lora", "optim", "spectra",
+    "fast", "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
+    "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session",
+    "data.batching", "data.user_files", "data.corpora", "data.examples",
+    "peft.patterns", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
+    "compose.truncate", "compose.extract", "compose.export",
+    "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
+    "finetune", "experiments.rows", "experiments.cluster", "experiments.rank_figures",
+    "experiments.merge_equivalence", "experiments.pretrain", "experiments.rank_sweep", "cli", "__main__",
 ]  # fmt: skip
+MOST = 8  # files of a wing
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
-DOORS = {"cupy": {"backend", "cli"}, "gguf": {"gguf"}, "tokenizers": {"tokenizer"}}
+DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"}}
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra"]
 TYPES = {"ndarray", "float32", "float64", "int64", "dtype", "errstate", "random.Generator"}
 DRAWS = {"random.default_rng"}  # random numbers are drawn on the host
 ON_THE_HOST = {"digest", "intruder_threshold"}
 
 
-def room(file):
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+def module(file):
+    """lora.py -> lora, formats/gguf.py -> formats.gguf, formats/__init__.py -> formats."""
+    return ".".join(part for part in file.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
 
 
 def imports(file):
-    """(room or library, how deep) of every import of a file, those inside functions too."""
+    """(module of this package or library, whether it is ours) of every import of a file, in functions too."""
+    wing = file.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name.split(".")[0], 0) for alias in node.names)
+            yield from ((alias.name.split(".")[0], False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            yield from ((name.split(".")[0], node.level) for name in names if name != "__version__")
+            if not node.level:
+                yield node.module.split(".")[0], False
+                continue
+            start = ".".join([*wing[: len(wing) + 1 - node.level], *(node.module or "").split(".")]).strip(
+                "."
+            )
+            names = [f"{start}.{alias.name}".strip(".") for alias in node.names]
+            known = [name for name in names if (PACKAGE / name.replace(".", "/")).with_suffix(".py").exists()]
+            yield from ((name, True) for name in known)
+            if len(known) < len(names) and start:
+                yield start, True
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_imports_point_up_the_reading_order(file):
-    depth = len(file.relative_to(PACKAGE).parts)
-    for name, level in imports(file):
-        if level == depth:
-            assert ORDER.index(name) < ORDER.index(room(file)), f"{file.name} imports {name}"
-            assert {name, room(file)} != {"model", "lora"}
-        else:  # a sibling in the wing, or a library
-            assert level < depth
-            assert name != "minilora" or level, f"{file.name}: imports inside the package are relative"
+def place(name):
+    """Where a module stands in ORDER, itself or by its wing."""
+    return next(i for i, entry in enumerate(ORDER) if name == entry or name.startswith(entry + "."))
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.name != "__init__.py"], ids=module)
+def test_imports_point_down(file):
+    for name, ours in imports(file):
+        assert name != "minilora", f"{file.name}: imports inside the package are relative"
+        if ours:
+            assert place(name) < place(module(file)), f"{module(file)} imports {name}"
+            assert {name, module(file)} != {"model", "lora"}
+
+
+def test_every_file_has_its_place_and_a_wing_has_at_most_eight():
+    files = {module(file) for file in FILES if file.name != "__init__.py"}
+    assert {entry for entry in ORDER if entry not in files} <= {wing.name for wing in PACKAGE.iterdir()}
+    assert all(place(name) is not None for name in files)
+    for wing in {name.partition(".")[0] for name in files if "." in name}:
+        assert sum(name.startswith(f"{wing}.") for name in files) <= MOST, wing
 
 
 def test_each_library_has_one_door():
     for file in FILES:
-        names = {name for name, level in imports(file) if not level}
+        names = {name for name, ours in imports(file) if not ours}
         assert "cupy" not in names
-        assert "matplotlib" not in names or room(file) == "plots"
-        assert not names & {"dask", "distributed"} or room(file) == "cluster"
+        assert "matplotlib" not in names or module(file) == "analysis.plotting"
+        assert not names & {"dask", "distributed"} or module(file) == "experiments.cluster"
         assert not names & {"torch", "transformers", "peft", "scipy", "pickle", "gguf", "tokenizers"}
         found = {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)}
         for library, doors in DOORS.items():  # loaded by name, when it is needed
-            assert library not in found or room(file) in doors, f"{file.name} names {library}"
+            assert library not in found or module(file) in doors, f"{file.name} names {library}"
 
 
 @pytest.mark.parametrize("name", NUMERIC)
@@ -83,4 +110,4 @@ def test_importing_has_no_effect_but_names():
     for file in FILES:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                assert room(file) == "backend", f"{file.name}:{node.lineno}"
+                assert module(file) == "backend", f"{file.name}:{node.lineno}"

@@ -126,7 +126,7 @@ def test_the_package_is_typed_and_has_its_data():
     assert (PACKAGE / "py.typed").exists()
     for name in ("config.json", "model.safetensors", "README.md"):
         assert (PACKAGE / "base" / name).exists()
-    assert (PACKAGE / "requirements-data.txt").exists()
+    assert (PACKAGE / "data/requirements-data.txt").exists()
 
 
 def test_there_is_one_version():

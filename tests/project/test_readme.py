@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minilora.data import corpora
 from minilora.errors import StorageError
 from minilora.experiments.rank_sweep import HEAD, lines, read_rows, summary
 
@@ -25,9 +26,8 @@ def markdown(rows):
 
 
 def test_the_program_prints_what_its_comments_say(capsys):
-
     try:
-        fetch_texts()
+        corpora.fetch_texts()
     except StorageError as e:
         pytest.skip(str(e))
     code = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1]

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..errors import FormatError, StorageError
-from ..formats.atomic import listed, read, write_atomic
+from .atomic import listed, read, write_atomic
 
 MOST = 1 << 28  # bytes of an archive, and of what is taken from it
 PIN = re.compile(r"(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})")
@@ -147,3 +147,11 @@ def taken(path: Path, raw: bytes, top: str, endings: Collection[str]) -> Iterato
             name = member.name.partition("/")[2]  # below name-version/
             if member.isreg() and wanted(name, member.size):
                 yield name.removeprefix(top), source.extractfile(member).read()  # type: ignore[union-attr]
+
+
+def kept(kind: str, requirements: Path, cache: Path | None = None) -> Path:
+    """Where what was fetched is kept, in `cache` or else $MINILORA_CACHE or the user's cache folder."""
+    if cache is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = Path(os.environ.get("MINILORA_CACHE") or home / "minilora")
+    return cache / f"{kind}-{sha256(read(requirements))[:12]}"

@@ -1,0 +1,133 @@
+"""The figures of one adapter: heat map, spectra, and the subspaces of two beside each other."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+
+from ..spectra import noise_spectrum
+from ..table import drawn
+from .plotting import BLUE, GREEN, GREY, KINDS, ORANGE, PINK, Picture, axes, shades, styled
+
+
+def grid_of(modules: Sequence[Any], value: Callable[[Any], float]) -> tuple[np.ndarray, list[str], list[int]]:
+    """(kinds, layers) of a value, NaN where there is no module, and the names of both axes.
+
+    Where several modules have one place, such as experts or the blocks of a U-Net, it is their mean.
+    """
+    inside = [m for m in modules if m.layer is not None] or list(modules)
+    names = [k for k in KINDS if k in {m.kind for m in inside}]
+    names += sorted({m.kind for m in inside} - {*names})
+    layers = sorted({m.layer or 0 for m in inside})
+    grid = np.full((len(names), len(layers)), np.nan)
+    places: dict[tuple[int, int], list[float]] = {}
+    for m in inside:
+        places.setdefault((names.index(m.kind), layers.index(m.layer or 0)), []).append(value(m))
+    for place, values in places.items():
+        grid[place] = math.fsum(values) / len(values)
+    return grid, names, layers
+
+
+@styled
+def heat_map(modules: Sequence[Any]) -> Picture:
+    """Effective rank as a share of noise's, and |ΔW| (over |W| where that is known), layer by module."""
+    related = all(m.base for m in modules)
+    shares, names, layers = grid_of(modules, lambda m: 100 * m.ranks.effective / max(m.noise.effective, 1e-9))
+    norms, _, _ = grid_of(modules, lambda m: m.base.relative if related else m.norm)
+    tall = max(1.2, 0.3 * len(names) + 0.9)
+    figure, ((top,), (bottom,)) = axes(1, 2, (max(6.4, 0.22 * len(layers) + 3), 2 * tall))
+    says = []
+    for ax, grid, label, what in (
+        (top, shares, "effective rank\n(% of noise's)", "effective rank in % of noise's"),
+        (bottom, norms, "|ΔW| / |W|" if related else "|ΔW|", "|ΔW| / |W|" if related else "|ΔW|"),
+    ):
+        most = 100 if ax is top else None  # a share has its ends, so that noise looks like noise
+        image = ax.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=most)
+        ax.grid(False)
+        ax.set_yticks(range(len(names)), list(map(drawn, names)))
+        step = -(-len(layers) // 16)
+        ax.set_xticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
+        figure.colorbar(image, ax=ax, label=label)
+        means = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, np.nanmean(grid, 1), strict=True))
+        says.append(f"mean {what}: {means}")
+    bottom.set_xlabel("layer")
+    return Picture(figure, f"Modules by layer; {'; '.join(says)}.")
+
+
+@styled
+def adapter_spectra(modules: Sequence[Any]) -> Picture:
+    """The singular values of every ΔW over the largest, by kind of module, layers from dark to light."""
+    _, names, layers = grid_of(modules, lambda m: 0.0)
+    names = [*names, *sorted({m.kind for m in modules} - {*names})]
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, grid = axes(columns, lines, (max(3.0 * columns, 6.4), 2.6 * lines))
+    colours = shades(layers)
+    least = min(m.singular_values[-1] / max(m.singular_values[0], 1e-300) for m in modules)
+    says = []
+    for ax, name in zip(grid.flat, names, strict=False):
+        some = [m for m in modules if m.kind == name]
+        for m in some:
+            S = np.array(m.singular_values)
+            at = np.arange(1, len(S) + 1)
+            ax.plot(
+                at,
+                S / max(S[0], 1e-300),
+                color=colours.get(m.layer or 0, BLUE),
+                linewidth=1,
+                marker=".",
+                markersize=3,
+            )
+        noise = noise_spectrum(some[0].shape, np.random.default_rng(0), some[0].r, draws=4)
+        ax.plot(np.arange(1, len(noise) + 1), noise / noise[0], color=ORANGE, linestyle="--", linewidth=2)
+        ax.set_yscale("log")
+        ax.set_ylim(max(1e-3, min(0.1, 0.7 * least)), 1.5)
+        ax.minorticks_off()
+        ax.set_title(drawn(name), fontsize=11)
+        says.append(f"{name} {np.mean([m.ranks.effective for m in some]):.1f}")
+    for ax in list(grid.flat)[len(names) :]:
+        ax.set_axis_off()
+    for ax in grid[:, 0]:
+        ax.set_ylabel("$s_i / s_1$")
+    for ax in grid[-1]:
+        ax.set_xlabel("index i")
+    figure.suptitle("Singular values of ΔW, first layer dark, last light; dashed: noise", fontsize=12)
+    return Picture(figure, f"Singular values of ΔW over the largest; mean effective rank: {', '.join(says)}.")
+
+
+@styled
+def subspaces(modules: Sequence[Any]) -> Picture:
+    """phi(i, i) of two adapters by kind of module, mean over layers: inputs, outputs, chance dotted."""
+    found = [m for m in modules if m.other]
+    names = list(dict.fromkeys(m.kind for m in found))
+    figure, ((left, right),) = axes(2, 1, (10, 4))
+    says = []
+    looks = zip(
+        cycle((BLUE, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9")), cycle("osD^vPX"), strict=False
+    )
+    for name, (colour, marker) in zip(names, looks, strict=False):
+        some = [m.other for m in found if m.kind == name]
+        n = min(len(o.inputs) for o in some)
+        at = np.arange(1, n + 1)
+        ends = []
+        for ax, side in ((left, "inputs"), (right, "outputs")):
+            phi, chance = (
+                np.mean([getattr(o, key)[:n] for o in some], 0) for key in (side, f"random_{side}")
+            )
+            ax.plot(at, phi, color=colour, marker=marker, markersize=4, label=drawn(name))
+            ax.plot(at, chance, color=colour, linestyle=":", linewidth=1.5)
+            ends.append(f"{side} {phi[0]:.2f} to {phi[-1]:.2f} (chance {chance[-1]:.3f})")
+        says.append(f"{name} {', '.join(ends)}")
+    high = max(line.get_ydata().max() for ax in (left, right) for line in ax.get_lines())
+    for ax, side in ((left, "input"), (right, "output")):
+        ax.set_xlabel("directions i")
+        ax.set_ylabel(f"φ(i, i) of {side} directions")
+        ax.set_ylim(0, min(1.02, 1.1 * high))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle("Common subspace of two adapters; dotted: chance", fontsize=12)
+    return Picture(
+        figure, f"Subspace similarity of two adapters, first to all directions: {'; '.join(says)}."
+    )

@@ -1,0 +1,189 @@
+"""The LoRA nearest to the difference of two checkpoints, one matrix in memory at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import to_device, to_host, xp
+from ..errors import InputError, MismatchError, NonFiniteError, nearest
+from ..formats.atomic import check_free
+from ..formats.huggingface import fingerprint, located, transposed, weights
+from ..formats.safetensors import Tensors, stored
+from ..lora import LAYER
+from ..peft.config import peft_config, targets
+from ..peft.folder import PREFIX, Adapter, open_adapter, write_adapter
+from ..spectra import rank_at
+from ..table import counted
+from .truncate import LARGEST, Compression, Shrunk, check_choice, choose, refuse_same, split, tail
+
+TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # beside what is called embed...
+
+
+def extract(
+    base: Path | str,
+    tuned: Path | str,
+    out: Path | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    per_module: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Compression:
+    """Write the LoRA nearest to the difference of two checkpoints, one matrix in memory at a time.
+
+    Every 2-D weight that differs is a module, but for embeddings and heads; those, norms and biases are
+    listed with the norm of their change, and what only one of the two has is listed, too. See `choose` for
+    the ranks; where a module's follows from those of the others, its difference is decomposed twice. The
+    residuals are those of the file, read again. MismatchError if a map has two shapes or nothing can be
+    compared, InputError if one checkpoint is but the other in fewer bits.
+    """
+    check_choice(rank, energy)
+    for source in (base, tuned):
+        refuse_same(located(source), out)
+    check_free(out, overwrite)
+    before, after = weights(base), weights(tuned)
+    names, notes = comparable(before, after)
+    notes = [*dict.fromkeys((*before.notes, *after.notes)), *notes]
+    maps = {name.removesuffix(".weight"): name for name in names if is_map(name, before.shapes[name])}
+    turned = {module: bool(transposed(before.shapes, module)) for module in maps}
+    left: dict[str, float] = {}
+    found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    rounded = Counter[str]()
+    for i, name in enumerate(names):
+        change, kind = difference(before, after, name)
+        module = name.removesuffix(".weight")
+        if kind:
+            rounded[kind] += 1
+        elif change.any() and module in maps:
+            U, S, Vt = decomposed(change.T if turned[module] else change)
+            k = known(S, rank, energy, per_module)
+            found[module] = (U[:, :k].copy(), S, Vt[:k].copy())
+        elif change.any():
+            left[name] = float(np.linalg.norm(change))
+        if progress:
+            progress(i + 1, len(names))
+    fewer = ", ".join(
+        f"{counted(n, 'tensor differs', 'tensors differ')} by nothing but rounding to {kind}"
+        for kind, n in rounded.items()
+    )
+    if not found:
+        if fewer:
+            raise InputError(f"{base} and {tuned}: {fewer}; there is nothing else to extract")
+        raise MismatchError(f"{base} and {tuned}: no linear map differs; there is nothing to extract")
+    if fewer:
+        notes.append(f"{fewer} and are left out")
+    flag = any(turned[module] for module in found)
+    if others := [module for module in found if turned[module] != flag]:
+        left |= {maps[module]: float(np.linalg.norm(found.pop(module)[1])) for module in others}
+        notes.append(f"{others[0]} is no Conv1D and left out: fan_in_fan_out is for all modules or none")
+    spectra = {m: S for m, (_, S, _) in found.items()}
+    costs = {m: sum(before.shapes[f"{m}.weight"]) for m in found}
+    chosen = choose(spectra, costs, rank, energy, per_module)
+    tensors: dict[str, np.ndarray] = {}
+    for module, (U, S, Vt) in found.items():
+        k = chosen[module]
+        if U.shape[1] < k:
+            change, _ = difference(before, after, f"{module}.weight")
+            U, S, Vt = decomposed(change.T if flag else change)
+        A, B = split(U, S, Vt, k)
+        at = f"{PREFIX}{module}.lora_"
+        tensors |= {f"{at}A.weight": A, f"{at}B.weight": B}
+    modules = [name.removesuffix(".weight") for name in before.shapes]
+    config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(found)))
+    config |= {"base_model_name_or_path": str(base), "fan_in_fan_out": flag}
+    write_adapter(out, config, tensors, fingerprint(before), overwrite=overwrite)
+    written, rows = open_adapter(out), []
+    for module, S in spectra.items():
+        k, shape = chosen[module], written.pairs[module].shape
+        change, _ = difference(before, after, f"{module}.weight")
+        lost = float(np.linalg.norm(change - applied(written, module)))
+        spectral = float(S[k]) if k < len(S) else 0.0
+        rows.append(Shrunk(module, shape, None, k, float(np.linalg.norm(S)), lost, tail(S, k), spectral))
+    spent = sum(k * costs[m] for m, k in chosen.items())
+    return Compression(str(out), tuple(rows), spent, None, left, tuple(notes))
+
+
+def applied(given: Adapter, module: str) -> np.ndarray:
+    """What a reader adds to a module's weight, as that lies: ΔW in float64, turned by fan_in_fan_out."""
+    A, B = (factor.astype(np.float64) for factor in given.factors(module))
+    change: np.ndarray = given.pairs[module].scale * (B @ A)
+    return change.T if given.settings.fan_in_fan_out else change
+
+
+def comparable(before: Tensors, after: Tensors) -> tuple[list[str], list[str]]:
+    """The tensors that both checkpoints have, and notes on those that one has, or has of another shape."""
+    names = [name for name in before if name in after]
+    if not names:
+        first = next(iter(before), "")
+        raise MismatchError(f"{after.where}: has no tensor of {before.where}; {nearest(first, after)}")
+    notes = []
+    for own, other in ((before, after), (after, before)):
+        alone = [name for name in own if name not in other]
+        for name in alone:
+            if LAYER.match(name) and is_map(name, own.shapes[name]):
+                raise MismatchError(f"{own.where}: has {name}, the other has not; {nearest(name, other)}")
+        if alone:
+            some = ", ".join(f"{name} {own.shapes[name]}" for name in alone[:3])
+            more = f" and {len(alone) - 3} more" if alone[3:] else ""
+            notes.append(f"only {own.where} has {some}{more}")
+    for name in names:
+        old, new = before.shapes[name], after.shapes[name]
+        if old != new and is_map(name, old):
+            raise MismatchError(f"{after.where}: {name} has shape {new}; the base's is {old}")
+        if old != new:
+            notes.append(f"{name} is {old} in the base and {new} in the other; compared is what both have")
+    return names, notes
+
+
+def decomposed(change: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U, S and Vᵀ of a difference."""
+    U, S, Vt = xp.linalg.svd(to_device(change), full_matrices=False)
+    return to_host(U), to_host(S), to_host(Vt)
+
+
+def known(S: np.ndarray, rank: int | None, energy: float | None, per_module: bool) -> int:
+    """The rank of a module by itself; 0 where it is known only from all of them."""
+    if energy is None:
+        return 0 if per_module else min(rank or 1, len(S))
+    return max(rank_at(S, energy), 1) if per_module else 0
+
+
+def is_map(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is the weight of a linear map between hidden states."""
+    module, _, kind = name.rpartition(".")
+    last = module.rpartition(".")[2]
+    return kind == "weight" and len(shape) == 2 and "embed" not in last and last not in TABLES
+
+
+def difference(before: Tensors, after: Tensors, name: str) -> tuple[np.ndarray, str]:
+    """tuned - base of one parameter in float64, and the dtype if it is but rounding to that, else "".
+
+    Where a table has grown, of the rows that both have.
+    """
+    one, two = before[name], after[name]
+    if one.ndim != two.ndim:  # nothing can be compared
+        return np.zeros(0), ""
+    both = tuple(slice(min(sizes)) for sizes in zip(one.shape, two.shape, strict=True))
+    one, two = one[both], two[both]
+    with np.errstate(invalid="ignore"):
+        change = two.astype(np.float64) - one
+    if not np.linalg.norm(change) <= LARGEST:
+        raise NonFiniteError(f"{after.where}: {name} minus the base's is not finite in float32")
+    return change, rounding(one, two) if change.any() else ""
+
+
+def rounding(one: np.ndarray, two: np.ndarray) -> str:
+    """The dtype in which one of two arrays is but the other, written and read again; "" if in none."""
+    for kind in ("float32", "bfloat16", "float16"):
+        for wide, narrow in ((one, two), (two, one)):
+            first = slice(1000)  # which tell in nearly every case
+            same = np.array_equal(stored(wide.flat[first], kind), narrow.flat[first])
+            if same and np.array_equal(stored(wide, kind), narrow):
+                return kind
+    return ""
