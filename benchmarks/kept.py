@@ -1,22 +1,23 @@
-"""List what the way back of one block keeps alive, by the name of the variable that holds it.
+"""List what the backward of one block keeps alive, by the name of the variable that holds it.
 
     python benchmarks/kept.py [D]
 
-One block of the Llama of step.py, one part of its batch, every gradient wanted: the frozen base, LoRA
+One block of the Llama of step.py, one micro-batch, every gradient needed: the frozen base, LoRA
 (r = 8) on all linear maps, LoRA with recomputation, and everything trained. Memory that several closures
 share is listed once, under its first name. Writes results/kept.json and results/kept.md.
 """
 
 import argparse
-import contextlib
 from typing import Any
 
 import numpy as np
 from common import RESULTS, SIZES, write
 
 import minilora as ml
-from minilora.fast.parallel import PART
-from minilora.lora import holding, low_ranks
+from minilora.fast.folded import folded, places
+from minilora.fast.parallel import MICRO_BATCH
+from minilora.fast.recompute import recompute
+from minilora.layers import Need
 from minilora.ops import saved
 
 KINDS = ("frozen base", "LoRA", "LoRA, recomputed", "everything trained")
@@ -32,14 +33,13 @@ def kept(kind: str, size: tuple[int, ...]) -> dict[str, np.ndarray]:
         ml.freeze(model)
     if kind.startswith("LoRA"):
         ml.inject(model, ml.LoraConfig(r=8), rng=rng)
-    x = rng.standard_normal((min(N, PART // (T * D)), T, D), dtype=np.float32)
-    with contextlib.ExitStack() as stack:
-        adapters = low_ranks(model) if kind.startswith("LoRA") else []
-        for pair in adapters:
-            stack.enter_context(holding([pair], x.size // D))
-        block = model.model.layers[-1]
-        _, back = block(x, model.tables(T, np.float32), True, None, kind.endswith("recomputed"))
-        seen = {id(adapter.held) for _, adapter in adapters}
+    x = rng.standard_normal((min(N, MICRO_BATCH // (T * D)), T, D), dtype=np.float32)
+    if kind.endswith("recomputed"):
+        recompute(model)
+    adapters = places(model)
+    with folded([adapters], x.size // D):
+        _, back = model.model.layers[-1](x, model.tables(T, np.float32), Need.ALL)
+        seen = {id(place.parent[place.name].weight.data) for place in adapters}
         found = {}
         for name, a in saved(back).items():
             place = a.__array_interface__["data"][0]

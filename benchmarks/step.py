@@ -9,10 +9,10 @@ of the step, into ready buffers, nothing else. Those are forward's and those of 
 with a frozen base needs: y = x Wᵀ and dx = dy W for every map, without the dx that nobody wants (q, k,
 v of the first block), two in the attention forward and four on the way back, without regard to its mask,
 and the head. LoRA's own thin products are not among them. Each has `threads` of them: PyTorch and the
-products inside one operation, our steps for parts of the batch. Ratios are medians over rounds.
+products inside one operation, our steps for micro-batches. Ratios are medians over rounds.
 
 Also the peak of bytes above the weights that one LoRA step holds: tracemalloc's here (NumPy reports to
-it), the profiler's there; what a step takes that does not cut its batch into parts ("whole"); and what
+it), the profiler's there; what a step takes that does not cut its batch ("whole"); and what
 one with per-block recomputation takes, of time too. Writes results/step.json; --draw only draws
 results/step.png and .svg from it.
 """
@@ -34,7 +34,7 @@ from common import RESULTS, SIZES, Contestant, alternate, answer, named, ratio, 
 
 import minilora as ml
 from minilora.backend import Array, floats, keep_memory, to_device, xp
-from minilora.fast import parallel as room
+from minilora.fast import parallel
 from minilora.optim import squared_norm
 
 ROUNDS = {64: 40, 128: 15, 256: 7, 512: 5}
@@ -89,17 +89,16 @@ def fresh(mode: str, D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> 
     return model, *rng.integers(0, V, (2, N, T))
 
 
-KEPT = contextlib.ExitStack()  # lanes stay open as long as the process lives
+KEPT = contextlib.ExitStack()  # replicas live as long as the process
 
 
 def step(mode: str, *size: int, cores: int = 1) -> Callable[[], float]:
     """One training step of a fresh model, as `train` makes it; it gives the loss."""
     model, ids, labels = fresh("full" if mode == "full" else "lora", *size)
-    model.recompute = mode == "recomputed"
     if mode == "whole":
-        room.PART = sys.maxsize
+        parallel.MICRO_BATCH = sys.maxsize
     params, optimizer = ml.trained(model), ml.AdamW(1e-3)
-    gradient = KEPT.enter_context(room.lanes(model, cores))
+    gradient = KEPT.enter_context(parallel.on_threads(model, cores, mode == "recomputed"))
 
     def run() -> float:
         loss, square = floats(gradient([(ids, labels)]), squared_norm(params))

@@ -13,20 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
+    from .adapters import disabled, remove, scales, set_scale
     from .backend import use
     from .decoding import generate
-    from .lora import (
-        LoraConfig,
-        disabled,
-        fuse,
-        inject,
-        merge,
-        remove,
-        scales,
-        set_adapter,
-        set_scale,
-        unmerge,
-    )
+    from .lora import fuse, inject, merge, set_adapter, unmerge
+    from .methods.lora_config import LoraConfig
     from .model import Config, Llama, llama
     from .optim import AdamW, Schedule, lora_plus
     from .training import evaluate, train

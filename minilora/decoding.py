@@ -1,4 +1,4 @@
-"""Text from a model: keys and values are cached, and the next token is drawn from the last logits.
+"""Decoding with a cache of keys and values: each step reads one token and draws the next.
 
 Stands in for transformers' generate; leaves out beams, penalties and batches of unequal length.
 """
@@ -7,12 +7,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from .backend import Array, keep_memory, to_device, to_host
+from .backend import Array, keep_memory, to_device, to_host, xp
 from .errors import InputError
-from .model import Llama
+from .model import Llama, Turn
+from .ops import attend_one, attention
+from .tree import named_params
+
+
+@dataclass(eq=False)
+class KVCache:
+    """Keys and values (N, G, S, E) of one layer, of which the first `seen` positions are filled."""
+
+    k: Array
+    v: Array
+    seen: int = 0
+
+    def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """Write the next positions (N, G, T, E) and return all that are filled, as views."""
+        start, self.seen = self.seen, self.seen + k.shape[2]
+        self.k[:, :, start : self.seen] = k
+        self.v[:, :, start : self.seen] = v
+        return self.k[:, :, : self.seen], self.v[:, :, : self.seen]
+
+    def attend(self, q: Array, k: Array, v: Array) -> Array:
+        """The attention of the next positions, which see themselves and all before."""
+        k, v = self.extend(k, v)
+        return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0]
+
+
+@dataclass(eq=False)
+class Past:
+    """The caches of N texts of up to S positions: 2 L N G S E numbers, and the rotary tables' 2 S H E.
+
+    All of it is made once: appending would copy every key and value for every token, which takes as
+    long as attention itself.
+    """
+
+    tables: Turn  # cos and sin (S, H*E)
+    caches: list[KVCache]  # one a layer
+
+    def turn(self, T: int) -> Turn:
+        """The tables of the next T positions."""
+        cos, sin = self.tables
+        seen = self.caches[0].seen
+        return cos[seen : seen + T], sin[seen : seen + T]
+
+
+def past_of(model: Llama, N: int, S: int) -> Past:
+    """The empty caches of N texts of at most S positions."""
+    c = model.config
+    dtype = next(iter(named_params(model).values())).dense().dtype
+    shape = (c.num_hidden_layers, 2, N, c.num_key_value_heads, S, c.E)
+    return Past(model.tables(S, dtype), [KVCache(k, v) for k, v in xp.empty(shape, dtype)])
 
 
 def generate(
@@ -57,7 +107,7 @@ def _generate(
     top_p: float,
 ) -> Iterator[np.ndarray]:
     keep_memory()
-    past = model.past(ids.shape[0], ids.shape[1] + steps - 1)  # the last token is not read
+    past = past_of(model, ids.shape[0], ids.shape[1] + steps - 1)  # the last token is not read
     for _ in range(steps):
         logits, _ = model.forward(ids, past=past)
         token = sample(to_host(logits[:, -1]).astype(np.float64), rng, temperature, top_k, top_p)

@@ -28,7 +28,8 @@ from .formats import archives, tokenizer
 from .formats.atomic import check_free, exists
 from .formats.huggingface import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
 from .formats.tokenizer import Tokenizer
-from .lora import LoraConfig, inject
+from .lora import inject
+from .methods.lora_config import LoraConfig
 from .optim import AdamW, Schedule
 from .peft.loading import save_adapter
 from .session import tidy, workshop

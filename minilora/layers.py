@@ -1,4 +1,4 @@
-"""What owns a parameter: Linear, RMSNorm, LayerNorm, Embedding; and the tree that they form.
+"""What owns a parameter: Linear, RMSNorm, LayerNorm, Embedding; and the contract that every layer keeps.
 
 For y = x Wᵀ + b the gradients are dW = dYᵀ X, db = sum of dY, dx = dY W. A frozen weight costs only
 the last: its `back` is one line, and no closure holds x. Stands in for torch.nn's modules; leaves out
@@ -8,14 +8,41 @@ name, which is Hugging Face's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .backend import Array, scatter_add, to_device, xp
 from .ops import Back, dropout, rms_norm, rows
 
-Wanted = bool | None  # of x's gradient: True yes, False no; None: of no gradient at all (inference)
+
+class Need(Enum):
+    """Which gradients a caller needs: of trained parameters alone, of x as well, or none (inference)."""
+
+    NONE = auto()
+    WEIGHTS = auto()
+    ALL = auto()
+
+
+class Layer(Protocol):
+    """y, back = layer(x, need): the value, and the backward that takes dy and returns dx.
+
+    `back` runs at most once. It adds to the gradient of every trained parameter, and returns dx if
+    `need` is ALL; if it is NONE there is no gradient to ask for.
+    """
+
+    def __call__(self, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]: ...
+
+
+class Table(Layer, Protocol):
+    """An embedding: a lookup, and the logits under the same table."""
+
+    weight: Param  # (V, D)
+
+    def attend(self, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]: ...
 
 
 class Param:
@@ -39,6 +66,53 @@ class Param:
             self.grad += g
 
 
+class Pair(Protocol):
+    """What has trained factors A and B, of which ΔW = s B A (of an embedding its transpose)."""
+
+    A: Param
+    B: Param
+    scale: float
+
+
+class Factors(NamedTuple):
+    """ΔW = scale B A, thin: B (O, r) and A (r, I)."""
+
+    B: Array
+    A: Array
+    scale: float
+
+
+class Adapter(Protocol):
+    """What changes a frozen layer: the contract of everything in methods/ and of LowRank."""
+
+    def __call__(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:
+        """The changed layer's output; as a Layer, with the base that it changes."""
+
+    def merged(self, base: Any, /) -> Layer:
+        """A plain, frozen layer that does the same."""
+
+    def change(self, base: Any, /) -> Factors | Array | None:
+        """ΔW: thin factors if it is their product, else dense (O, I); None where there is no matrix."""
+
+    @property
+    def low_rank(self) -> Pair | None:
+        """The factors A and B in it, if it has any."""
+
+
+class TableAdapter(Adapter, Protocol):
+    """An adapter that an embedding can have: it changes the tied head, too."""
+
+    def attend(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:
+        """The logits under the changed table."""
+
+
+class AdapterConfig(Protocol):
+    """What to adapt, and how: it makes the adapters, so that nothing here knows their kinds."""
+
+    def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator, /) -> dict[str, Adapter]:
+        """Path -> a fresh adapter, for those of a model's `layers` (path -> base layer) that get one."""
+
+
 @dataclass(eq=False)
 class Linear:
     """y = x Wᵀ + b: x (..., I) -> y (..., O)."""
@@ -46,16 +120,16 @@ class Linear:
     weight: Param  # (O, I)
     bias: Param | None = None  # (O,)
 
-    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         y = rows(x) @ self.weight.dense().T
         if self.bias is not None:
             y += self.bias.data
-        return y.reshape(*x.shape[:-1], -1), self.back(x, dx)
+        return y.reshape(*x.shape[:-1], -1), self.backward(x, need)
 
-    def back(self, x: Array, dx: Wanted) -> Back:
-        """The way back alone, for who knows the value or does not need it."""
+    def backward(self, x: Array, need: Need) -> Back:
+        """The gradients without the value."""
         weight, bias = self.weight, self.bias
-        back = self.back_to_x(x.shape) if dx else back_nothing
+        back = self.back_to_x(x.shape) if need is Need.ALL else back_nothing
         if weight.trainable:
             back = self.back_to_weight(rows(x), back)
         if bias is not None and bias.trainable:
@@ -99,7 +173,7 @@ class RMSNorm:
     weight: Param  # (D,)
     eps: float = 1e-5
 
-    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         w = self.weight
         n, back_n = rms_norm(x, self.eps)
 
@@ -121,7 +195,7 @@ class LayerNorm:
     bias: Param  # (D,)
     eps: float = 1e-5
 
-    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         w, b = self.weight, self.bias
         n, back_n = rms_norm(x - x.mean(-1, keepdims=True), self.eps)
 
@@ -143,7 +217,7 @@ class Embedding:
 
     weight: Param  # (V, D)
 
-    def __call__(self, ids: Array, dx: Wanted = True) -> tuple[Array, Back]:
+    def __call__(self, ids: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         weight = self.weight
         table = weight.dense()
         V, D = table.shape
@@ -153,9 +227,9 @@ class Embedding:
 
         return table[ids], back_trained if weight.trainable else back_nothing
 
-    def attend(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
+    def attend(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         """The logits (..., V) of x (..., D) under the same table: the tied head."""
-        return Linear(self.weight)(x, dx)
+        return Linear(self.weight)(x, need)
 
 
 @dataclass(eq=False)
@@ -165,20 +239,17 @@ class Dropout:
     p: float
     rng: np.random.Generator
 
-    def __call__(self, x: Array, dx: Wanted = True) -> tuple[Array, Back]:
-        if dx is None or self.p == 0:
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        if need is Need.NONE or self.p == 0:
             return x, back_same
         keep = (self.rng.random(x.shape) >= self.p) / (1 - self.p)
         return dropout(x, to_device(keep, x.real.dtype))
 
 
 def back_same(dy: Array) -> Array:
-    """The way back through nothing at all."""
+    """dx = dy: the backward of what leaves x as it is."""
     return dy
 
 
 def back_nothing(dy: Array) -> None:
-    """The way back to something that wants no gradient."""
-
-
-# ---- the tree: every layer is a dataclass; its fields, list indices and dict keys spell the names
+    """The backward of what needs no gradient."""

@@ -11,19 +11,18 @@ the tree from outside.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .backend import Array, normal, to_device, to_host, xp
 from .errors import ConfigError, InputError, StateError, check_float, check_int, short
-from .layers import Dropout, Embedding, Linear, Param, RMSNorm, Wanted, back_nothing
+from .layers import Embedding, Layer, Linear, Need, Param, RMSNorm, Table, back_nothing
 from .ops import (
     IGNORE,
     Back,
-    attend_one,
     attention,
     cross_entropy,
     heads,
@@ -33,7 +32,7 @@ from .ops import (
     swiglu,
     unheads,
 )
-from .tree import named_params, trains, walk
+from .tree import trains
 
 
 @dataclass(frozen=True)
@@ -113,73 +112,46 @@ class Config:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-@dataclass(eq=False)
-class Cache:
-    """Keys and values (N, G, S, E) of one layer, of which the first `seen` positions are filled."""
+Turn = tuple[Array, Array]  # rope's cos and sin of some positions (T, H*E)
 
-    k: Array
-    v: Array
-    seen: int = 0
 
-    def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Write the next positions (N, G, T, E) and return all that are filled, as views."""
-        start, self.seen = self.seen, self.seen + k.shape[2]
-        self.k[:, :, start : self.seen] = k
-        self.v[:, :, start : self.seen] = v
-        return self.k[:, :, : self.seen], self.v[:, :, : self.seen]
+class Cache(Protocol):
+    """Keys and values of the positions before, in one layer (decoding.py)."""
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """What attention makes of the next positions, which see themselves and all before."""
-        k, v = self.extend(k, v)
-        return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0]
+        """The attention of the next positions, which see themselves and all before."""
 
 
-@dataclass(eq=False)
-class Past:
-    """What decoding keeps of N texts of up to S positions: 2 L N G S E numbers, and rope's 2 S H E.
+class Past(Protocol):
+    """The caches of all layers, and the rotary tables of the positions after them."""
 
-    All of it is made once: appending would copy every key and value for every token, which takes as
-    long as attention itself.
-    """
+    @property
+    def caches(self) -> Sequence[Cache]:
+        """One for each layer."""
 
-    tables: tuple[Array, Array]  # cos and sin (S, H*E)
-    caches: list[Cache]  # one a layer
-
-    def turn(self, T: int) -> tuple[Array, Array]:
+    def turn(self, T: int) -> Turn:
         """The tables of the next T positions."""
-        cos, sin = self.tables
-        seen = self.caches[0].seen
-        return cos[seen : seen + T], sin[seen : seen + T]
 
 
-Turn = tuple[Array, Array]  # rope's cos and sin
-
-
-def wanted(dx: Wanted, layer: Any) -> Wanted:
-    """Whether the gradient of `layer`'s output is wanted, given whether that of its input is."""
-    return trains(layer) if dx is False else dx
+def after(need: Need, layer: Any) -> Need:
+    """What is needed behind `layer`: the gradient of its output too, once something in it is trained."""
+    return Need.ALL if need is Need.WEIGHTS and trains(layer) else need
 
 
 @dataclass(eq=False)
 class Attention:
-    """Causal self-attention with rotary positions: x (N, T, D) -> (N, T, D).
-
-    `again` is the second time on the way back, when the value is not needed: here and in MLP, the last
-    product is left out.
-    """
+    """Causal self-attention with rotary positions: x (N, T, D) -> (N, T, D)."""
 
     head_dim: int  # E
-    q_proj: Any  # (H*E, D)
-    k_proj: Any  # (G*E, D)
-    v_proj: Any  # (G*E, D)
-    o_proj: Any  # (D, H*E)
+    q_proj: Layer  # (H*E, D)
+    k_proj: Layer  # (G*E, D)
+    v_proj: Layer  # (G*E, D)
+    o_proj: Layer  # (D, H*E)
 
-    def __call__(
-        self, x: Array, dx: Wanted, turn: Turn, cache: Cache | None = None, again: bool = False
-    ) -> tuple[Array, Back]:
-        q, back_q = self.q_proj(x, dx)
-        k, back_k = self.k_proj(x, dx)
-        v, back_v = self.v_proj(x, dx)
+    def __call__(self, x: Array, need: Need, turn: Turn, cache: Cache | None = None) -> tuple[Array, Back]:
+        q, back_q = self.q_proj(x, need)
+        k, back_k = self.k_proj(x, need)
+        v, back_v = self.v_proj(x, need)
         q, unturn_q = rope(q, *turn, self.head_dim)
         k, unturn_k = rope(k, *turn, self.head_dim)
         q, k, v = (heads(x, self.head_dim) for x in (q, k, v))  # (N, H or G, T, E)
@@ -187,10 +159,9 @@ class Attention:
             a, back_a = attention(q, k, v)
         else:
             a, back_a = cache.attend(q, k, v), back_nothing
-        da = wanted(dx, [self.q_proj, self.k_proj, self.v_proj])
-        a = unheads(a)
-        y, back_o = (None, self.o_proj.back(a, da)) if again else self.o_proj(a, da)
-        if not da:
+        need_a = after(need, [self.q_proj, self.k_proj, self.v_proj])
+        y, back_o = self.o_proj(unheads(a), need_a)
+        if need_a is not Need.ALL:
             return y, back_o
 
         def back(dy: Array) -> Array:
@@ -198,56 +169,52 @@ class Attention:
             dv = back_v(unheads(dv))
             dk = back_k(unturn_k(unheads(dk)))
             dq = back_q(unturn_q(unheads(dq)))
-            return dq + dk + dv if dx else None
+            return dq + dk + dv if need is Need.ALL else None
 
         return y, back
 
 
 @dataclass(eq=False)
 class MLP:
-    """The gated feed-forward part: down(silu(gate(x)) * up(x)), x (N, T, D) -> (N, T, D)."""
+    """The gated feed-forward half: down(silu(gate(x)) * up(x)), x (N, T, D) -> (N, T, D)."""
 
-    gate_proj: Any  # (F, D)
-    up_proj: Any  # (F, D)
-    down_proj: Any  # (D, F)
+    gate_proj: Layer  # (F, D)
+    up_proj: Layer  # (F, D)
+    down_proj: Layer  # (D, F)
 
-    def __call__(self, x: Array, dx: Wanted = True, again: bool = False) -> tuple[Array, Back]:
-        g, back_g = self.gate_proj(x, dx)
-        u, back_u = self.up_proj(x, dx)
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        g, back_g = self.gate_proj(x, need)
+        u, back_u = self.up_proj(x, need)
         h, back_h = swiglu(g, u)
-        dh = wanted(dx, [self.gate_proj, self.up_proj])
-        y, back_d = (None, self.down_proj.back(h, dh)) if again else self.down_proj(h, dh)
-        if not dh:
+        need_h = after(need, [self.gate_proj, self.up_proj])
+        y, back_d = self.down_proj(h, need_h)
+        if need_h is not Need.ALL:
             return y, back_d
 
         def back(dy: Array) -> Array:
             dg, du = back_h(back_d(dy))
             du = back_u(du)
             dg = back_g(dg)
-            return dg + du if dx else None
+            return dg + du if need is Need.ALL else None
 
         return y, back
 
 
 @dataclass(eq=False)
 class Block:
-    """x += self_attn(norm(x)); x += mlp(norm(x)); x (N, T, D).
+    """x += self_attn(norm(x)); x += mlp(norm(x)); x (N, T, D)."""
 
-    With `recompute` it keeps only what enters the two halves.
-    """
-
-    input_layernorm: Any  # (D,)
+    input_layernorm: Layer  # (D,)
     self_attn: Attention
-    post_attention_layernorm: Any  # (D,)
+    post_attention_layernorm: Layer  # (D,)
     mlp: MLP
 
     def __call__(
-        self, x: Array, turn: Turn, dx: Wanted = True, cache: Cache | None = None, recompute: bool = False
+        self, x: Array, turn: Turn, need: Need = Need.ALL, cache: Cache | None = None
     ) -> tuple[Array, Back]:
-        half = recomputed if recompute else residual
-        da = wanted(dx, [self.input_layernorm, self.self_attn])
-        x, back_a = half(self.input_layernorm, self.self_attn, x, dx, turn, cache)
-        x, back_m = half(self.post_attention_layernorm, self.mlp, x, da)
+        need_a = after(need, [self.input_layernorm, self.self_attn])
+        x, back_a = residual(self.input_layernorm, self.self_attn, x, need, turn, cache)
+        x, back_m = residual(self.post_attention_layernorm, self.mlp, x, need_a)
 
         def back(dy: Array) -> Array:
             return back_a(back_m(dy))
@@ -255,51 +222,32 @@ class Block:
         return x, back
 
 
-def residual(norm: Any, part: Any, x: Array, dx: Wanted, *how: Any) -> tuple[Array, Back]:
-    """x + part(norm(x)), half a block."""
-    dn = wanted(dx, norm)
-    n, back_n = norm(x, dx)
-    y, back_part = part(n, dn, *how)
-    y = None if y is None else x + y
-    if not wanted(dn, part):
-        return y, back_nothing
+def residual(
+    norm: Layer, half: Callable[..., tuple[Array, Back]], x: Array, need: Need, *how: Any
+) -> tuple[Array, Back]:
+    """x + half(norm(x)): one half of a block, attention or MLP."""
+    need_n = after(need, norm)
+    n, back_n = norm(x, need)
+    y, back_half = half(n, need_n, *how)
+    if after(need_n, half) is not Need.ALL:
+        return x + y, back_nothing
 
     def back(dy: Array) -> Array:
-        d = back_part(dy)
-        if dn:
+        d = back_half(dy)
+        if need_n is Need.ALL:
             d = back_n(d)
-        return dy + d if dx else None
+        return dy + d if need is Need.ALL else None
 
-    return y, back
-
-
-def recomputed(norm: Any, part: Any, x: Array, dx: Wanted, *how: Any) -> tuple[Array, Back]:
-    """The same, keeping only x: it runs once more on the way back (Chen et al. 2016)."""
-    rngs = [node.rng.bit_generator for _, node in walk(part) if isinstance(node, Dropout)]
-    before = [rng.state for rng in rngs]
-    y, back_once = residual(norm, part, x, dx, *how)
-    if back_once is back_nothing:
-        return y, back_nothing
-
-    def back(dy: Array) -> Array:
-        after = [rng.state for rng in rngs]
-        for rng, state in zip(rngs, before, strict=True):  # the same dropout masks again
-            rng.state = state
-        _, back_again = residual(norm, part, x, dx, *how, True)
-        for rng, state in zip(rngs, after, strict=True):
-            rng.state = state
-        return back_again(dy)
-
-    return y, back
+    return x + y, back
 
 
 @dataclass(eq=False)
 class Decoder:
     """The stack between tokens and head."""
 
-    embed_tokens: Any  # (V, D)
+    embed_tokens: Table  # (V, D)
     layers: list[Block]
-    norm: Any  # (D,)
+    norm: Layer  # (D,)
 
 
 @dataclass(eq=False)
@@ -308,8 +256,7 @@ class Llama:
 
     config: Config
     model: Decoder
-    lm_head: Any = None  # (V, D)
-    recompute: bool = False  # when training, keep two activations per block and compute the rest again
+    lm_head: Layer | None = None  # (V, D)
 
     def __call__(self, ids: Array, train: bool = False) -> tuple[Array, Back]:
         """Logits, and when training the `back` that takes their gradient.
@@ -324,25 +271,25 @@ class Llama:
         After a `past` they are its next positions, and only the last has logits: (N, 1, V).
         """
         decoder = self.model
-        dx: Wanted = False if train else None
+        need = Need.WEIGHTS if train else Need.NONE
         backs: list[Back] = []
 
-        x, back = decoder.embed_tokens(ids, dx)
-        if dx := wanted(dx, decoder.embed_tokens):
+        x, back = decoder.embed_tokens(ids, need)
+        if (need := after(need, decoder.embed_tokens)) is Need.ALL:
             backs.append(back)
         T = ids.shape[1]
         turn = past.turn(T) if past else self.tables(T, x.real.dtype)
         for i, block in enumerate(decoder.layers):
-            x, back = block(x, turn, dx, past.caches[i] if past else None, train and self.recompute)
-            if dx := wanted(dx, block):
+            x, back = block(x, turn, need, past.caches[i] if past else None)
+            if (need := after(need, block)) is Need.ALL:
                 backs.append(back)
         if past:
             x = x[:, -1:]
-        x, back = decoder.norm(x, dx)
-        if dx := wanted(dx, decoder.norm):
+        x, back = decoder.norm(x, need)
+        if (need := after(need, decoder.norm)) is Need.ALL:
             backs.append(back)
         head = decoder.embed_tokens.attend if self.lm_head is None else self.lm_head
-        logits, back_head = head(x, dx)
+        logits, back_head = head(x, need)
 
         def back_all(dlogits: Array) -> None:
             d = back_head(dlogits)
@@ -375,13 +322,6 @@ class Llama:
         inverse = c.rope_scaling(inverse) if c.rope_scaling else inverse
         return rope_tables(xp.arange(positions), c.num_attention_heads, inverse, dtype)
 
-    def past(self, N: int, S: int) -> Past:
-        """The past of N texts of at most S positions, of which nothing is seen yet."""
-        c = self.config
-        dtype = next(iter(named_params(self).values())).dense().dtype
-        shape = (c.num_hidden_layers, 2, N, c.num_key_value_heads, S, c.E)
-        return Past(self.tables(S, dtype), [Cache(k, v) for k, v in xp.empty(shape, dtype)])
-
     def check(self, ids: Array) -> Array:
         """The ids on the device, or InputError."""
         ids = host_ints("token ids", ids)
@@ -395,7 +335,7 @@ class Llama:
 
 
 def back_untrained(dlogits: Array) -> None:
-    """The way back from a model that was called without train=True: there is none."""
+    """The backward of a model that was called without train=True: an error."""
     raise StateError("no gradient was wanted; call the model with train=True")
 
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from .backend import Array, to_host, xp
 from .errors import InputError, MismatchError
-from .lora import LowRank, LowRankEmbedding, adapted, unbiased
+from .layers import Factors
+from .lora import active, adapted
 from .tree import named_params
 
 
@@ -41,23 +42,18 @@ def thin_values(B: Array, A: Array, scale: float = 1.0) -> np.ndarray:
     return to_host(xp.linalg.svd(scale * (R @ T.T), compute_uv=False))
 
 
-def singular_values(change: LowRank | LowRankEmbedding | Array) -> np.ndarray:
-    """The singular values of an adapter's ΔW (from its factors) or of a dense one, falling."""
-    if isinstance(change, LowRank | LowRankEmbedding):
-        return thin_values(change.B.data, change.A.data, change.scale)
+def singular_values(change: Factors | Array) -> np.ndarray:
+    """The singular values of ΔW, from its thin factors or dense, falling."""
+    if isinstance(change, Factors):
+        return thin_values(*change)
     return to_host(xp.linalg.svd(change.astype(xp.float64), compute_uv=False))
 
 
 def spectrum(model: Any) -> dict[str, np.ndarray]:
     """Path -> singular values of ΔW for every adapted matrix: thin for LoRA, dense for the others."""
-    found = {}
-    for path, layer in adapted(model).items():
-        adapter = unbiased(layer.adapters[layer.active]) if layer.active else None
-        if isinstance(adapter, LowRank | LowRankEmbedding):
-            found[path] = singular_values(adapter)
-        elif adapter is not None and layer.base.weight.dense().ndim == 2:
-            found[path] = singular_values(adapter.fold(layer.base).weight.data - layer.base.weight.dense())
-    return found
+    layers = adapted(model)
+    changes = {path: adapter.change(layers[path].base) for path, adapter in active(model).items()}
+    return {path: singular_values(change) for path, change in changes.items() if change is not None}
 
 
 def spectrum_between(base: Any, tuned: Any) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ import numpy as np
 
 from .backend import floats, keep_memory, quiet_overflow, to_host
 from .errors import InputError, NonFiniteError, StateError, UnsupportedError, check_int
-from .fast.parallel import Batch, lanes
+from .fast.folded import folded, places
+from .fast.parallel import Batch, on_threads
 from .formats.atomic import exists
 from .formats.checkpoint import GENERATORS, History, load_checkpoint, save_checkpoint
 from .optim import AdamW, Schedule, squared_norm
-from .tree import digest, named_params, settings, trained
+from .tree import digest, named_params, replica, settings, trained
 
 
 def train(
@@ -43,6 +44,7 @@ def train(
     rngs: Mapping[str, np.random.Generator] | None = None,
     identity: Mapping[str, Any] | None = None,
     threads: int | None = None,
+    recompute: bool = False,
 ) -> History:
     """Train what is trainable for `steps` updates; each averages `accumulate` batches of equal weight.
 
@@ -50,8 +52,9 @@ def train(
     the first update, every `eval_every` and after the last. With a `checkpoint` path, the run continues
     from the file if it is there and keeps it up to date; `rngs` names the generators that the batches
     and the dropout draw from, whose states belong to it, and `identity` what else a run must share to
-    go on (the data, say). `threads` compute the parts of a batch, one for each core unless given, and
-    change no bit (lanes.py). StateError when nothing is trainable, InputError when the batches run out,
+    go on (the data, say). `threads` compute micro-batches, one for each
+    core unless given; `recompute` keeps two activations per block and computes the rest again. Neither
+    changes a bit (fast/). StateError when nothing is trainable, InputError when the batches run out,
     NonFiniteError when loss or gradient is not finite: the parameters are then those of the last good
     step.
     """
@@ -79,7 +82,7 @@ def train(
         source = islice(source, done * accumulate, None)
     if evaluate and not done:
         history.evals.append((0, evaluate()))
-    with lanes(model, threads) as gradient:
+    with on_threads(model, threads, recompute) as gradient:
         for step in range(done, steps):
             try:
                 some = list(islice(source, accumulate))
@@ -110,10 +113,14 @@ def train(
 def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     """Mean loss in nats per token over batches, each weighted by its count of labels."""
     total, count = 0.0, 0
-    for ids, labels in batches:
-        n = int((to_host(labels) >= 0).sum())
-        total += float(model.loss(ids, labels)[0]) * n
-        count += n
+    copy = replica(model)
+    adapters = places(copy)
+    for M, some in groupby(batches, lambda batch: getattr(batch[0], "size", 0)):
+        with folded([adapters], M):
+            for ids, labels in some:
+                n = int((to_host(labels) >= 0).sum())
+                total += float(copy.loss(ids, labels)[0]) * n
+                count += n
     if not count:
         raise InputError("there is nothing to evaluate; expected at least one label")
     return total / count

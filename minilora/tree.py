@@ -7,18 +7,21 @@ torch.nn.Module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .backend import to_host
 from .errors import MismatchError, nearest
-from .layers import Param
+from .layers import Dropout, Param
+
+T = TypeVar("T")
 
 
 def children(node: Any) -> Iterator[tuple[str, Any]]:
-    """The named parts of a layer, list or dict of layers, in order."""
+    """The named children of a layer, list or dict of layers, in order."""
     if isinstance(node, list):
         yield from ((str(i), part) for i, part in enumerate(node))
     elif isinstance(node, dict):
@@ -67,6 +70,13 @@ def unfreeze(tree: Any) -> None:
         p.data, p.grad, p.trainable = p.data.copy(), None, True
 
 
+def replica(tree: T) -> T:
+    """A copy of a tree that shares every array, and every generator, and has gradients of its own."""
+    shared: dict[int, Any] = {id(p): Param(p.data, p.trainable) for p in named_params(tree).values()}
+    shared |= {id(node.rng): node.rng for _, node in walk(tree) if isinstance(node, Dropout)}
+    return deepcopy(tree, shared)
+
+
 def settings(tree: Any) -> dict[str, Any]:
     """Path -> value of every plain number, flag and name in a tree: what it is beside its parameters."""
     return {
@@ -91,19 +101,28 @@ def digest(tree: Any) -> str:
 
 def get(tree: Any, path: str) -> Any:
     """The node at a path; MismatchError with the nearest names if there is none."""
-    found = dict(walk(tree))
-    if path not in found:
-        raise MismatchError(f"{path!r} is no part of this model; {nearest(path, found)}")
-    return found[path]
+    nodes = dict(walk(tree))
+    if path not in nodes:
+        raise MismatchError(f"{path!r} is not in this model; {nearest(path, nodes)}")
+    return nodes[path]
 
 
 def replace(tree: Any, path: str, new: Any) -> None:
     """Put `new` in the place of the node at `path`."""
     above, _, name = path.rpartition(".")
-    parent = get(tree, above)
+    put(get(tree, above), name, new)
+
+
+def put(parent: Any, name: str, new: Any) -> None:
+    """Make `new` the child of that name."""
     if isinstance(parent, list):
         parent[int(name)] = new
     elif isinstance(parent, dict):
         parent[name] = new
     else:
         setattr(parent, name, new)
+
+
+def size(tree: Any) -> int:
+    """The number of parameters in a tree."""
+    return sum(p.data.size for p in named_params(tree).values())

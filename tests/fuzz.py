@@ -39,6 +39,7 @@ from safetensors import deserialize
 from safetensors.numpy import load, save
 
 from minilora import errors, finetune, optim
+from minilora.adapters import remove
 from minilora.analysis import count
 from minilora.analysis import inspect as microscope
 from minilora.backend import to_host
@@ -49,7 +50,7 @@ from minilora.experiments import rank_sweep, rows
 from minilora.formats import atomic, forms, gguf, huggingface, safetensors, tokenizer
 from minilora.formats.checkpoint import save_checkpoint
 from minilora.formats.checkpoint import sealed as seal_of_checkpoint
-from minilora.lora import Adapted, merge, remove, sites, unmerge
+from minilora.lora import Adapted, merge, sites, unmerge
 from minilora.peft import config, folder, loading
 from minilora.peft.folder import CONFIG, WEIGHTS
 from minilora.tree import digest, named_params

@@ -15,7 +15,8 @@ from library import np
 
 from minilora.backend import to_device
 from minilora.layers import Linear, Param
-from minilora.lora import LoraConfig, inject
+from minilora.lora import inject
+from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, llama
 from minilora.tree import named_params
 

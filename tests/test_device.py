@@ -12,11 +12,13 @@ from helpers import EVERYTHING, LINEARS, N, T, batch, gamma, tiny
 from library import LIBRARY
 
 from minilora import backend
+from minilora.adapters import disabled
 from minilora.backend import fused, scatter_add, to_device, to_host
 from minilora.decoding import generate
 from minilora.experiments.merge_equivalence import one
 from minilora.formats.checkpoint import load_checkpoint, save_checkpoint
-from minilora.lora import LoraConfig, disabled, fuse, inject, merge, unmerge
+from minilora.lora import fuse, inject, merge, unmerge
+from minilora.methods.lora_config import LoraConfig
 from minilora.ops import gelu, saved, sigmoid, silu, softmax
 from minilora.optim import AdamW, Schedule
 from minilora.training import evaluate, train
@@ -56,7 +58,6 @@ def life(folder, config, tie):
     file = folder / f"{config.dora}{tie}.safetensors"
     save_checkpoint(file, model, optimizer, {}, history, {})
     load_checkpoint(file, model, optimizer, {}, {}, 9)
-    model.recompute = True
     _, back = model.loss(ids, labels, train=True)
     back()
     numbers = [history.loss, history.evals, optimizer.step({k: p for k, p in named_params(model).items()})]

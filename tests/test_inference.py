@@ -8,7 +8,8 @@ import pytest
 from helpers import EVERYTHING, LINEARS, TIED, N, T, batch, tiny
 
 from minilora.decoding import generate
-from minilora.lora import Adapted, LoraConfig, inject, merge, sites
+from minilora.lora import Adapted, inject, merge, sites
+from minilora.methods.lora_config import LoraConfig
 from minilora.tree import named_params
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from library import np
 
 from minilora.errors import MismatchError
-from minilora.layers import Dropout, Embedding, LayerNorm, Linear, Param, RMSNorm
+from minilora.layers import Dropout, Embedding, LayerNorm, Linear, Need, Param, RMSNorm
 from minilora.ops import saved
 from minilora.tree import (
     digest,
@@ -63,7 +63,7 @@ def test_dropout_keeps_or_scales_and_its_gradient_uses_the_same_mask(seed, p):
     assert set(keep.ravel().tolist()) <= {0.0, float(np.float32(1 / (1 - p)))}
     # of 600 draws a share 1-p survives, within 6 standard deviations (2e-9)
     assert abs((keep > 0).mean() - (1 - p)) <= 6 * np.sqrt(p * (1 - p) / 600)
-    assert Dropout(p, rng)(x, None)[0] is x  # inference
+    assert Dropout(p, rng)(x, Need.NONE)[0] is x  # inference
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -105,7 +105,7 @@ def test_a_frozen_linear_keeps_nothing_and_a_trained_one_its_input():
     assert saved(layer(x)[1]) == {}
     freeze(layer)
     assert saved(layer(x)[1]) == {}
-    assert layer(x, False)[1](np.ones((2, 3, 4), np.float32)) is None
+    assert layer(x, Need.WEIGHTS)[1](np.ones((2, 3, 4), np.float32)) is None
 
 
 def test_a_weight_that_is_used_twice_receives_both_gradients():
@@ -140,7 +140,9 @@ def test_get_and_replace_are_inverse_everywhere():
 
 
 def test_a_wrong_path_names_the_nearest():
-    with pytest.raises(MismatchError, match=r"mlp\.gate_porj' is no .*'model\.layers\.0\.mlp\.gate_proj'"):
+    with pytest.raises(
+        MismatchError, match=r"mlp\.gate_porj' is not in .*'model\.layers\.0\.mlp\.gate_proj'"
+    ):
         get(tiny()[0], "model.layers.0.mlp.gate_porj")
 
 

@@ -23,7 +23,6 @@ from helpers import (
     ranks,
     same_bits,
     seeds,
-    sizes,
     tiny,
     tiny_lora,
     unit,
@@ -33,6 +32,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from library import np
 
+from minilora.adapters import disabled, remove, scales, set_scale
 from minilora.backend import to_host
 from minilora.errors import (
     ConfigError,
@@ -42,25 +42,10 @@ from minilora.errors import (
     NonFiniteError,
     StateError,
 )
-from minilora.layers import Dropout, Embedding, Linear, Param
-from minilora.lora import (
-    Adapted,
-    LoraConfig,
-    LowRank,
-    Row,
-    disabled,
-    fuse,
-    holding,
-    inject,
-    merge,
-    remove,
-    row_norms,
-    scales,
-    set_adapter,
-    set_scale,
-    sites,
-    unmerge,
-)  # fmt: skip
+from minilora.layers import Embedding, Linear, Need, Param
+from minilora.lora import Adapted, Row, fuse, inject, merge, owners, set_adapter, unmerge
+from minilora.methods.dora import row_norms  # fmt: skip
+from minilora.methods.lora_config import LoraConfig
 from minilora.ops import rows, saved
 from minilora.optim import AdamW
 from minilora.tree import digest, get, named_params, trained
@@ -134,17 +119,15 @@ def biased(seed, o, i, r, way):
     return tree, draw, rng
 
 
-WAYS = ["beside", "folded", "dora", "alone"]
+WAYS = ["lora", "dora", "alone"]
 
 
 @pytest.mark.parametrize("way", WAYS)
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3))
 def test_the_gradient_of_a_bias_in_the_place_of_the_bases_is_that_of_the_complex_step(way, seed, o, i, r):
     tree, draw, rng = biased(seed, o, i, r, way)
-    layer, M = tree["q_proj"], 1 if way == "beside" else 2 * o
-    adapter = layer.adapters["default"].adapter
-    assert way in ("dora", "alone") or adapter.pays(M) is (way == "folded")
-    assert_adapted_gradient(layer, draw(1, M, i), rng)
+    layer = tree["q_proj"]
+    assert_adapted_gradient(layer, draw(1, 4, i), rng)
     assert layer.base.bias.grad is None
 
 
@@ -154,15 +137,15 @@ def test_a_bias_is_merged_as_a_copy(way, seed, o, i, r):
     tree, draw, _ = biased(seed, o, i, r, way)
     layer, x = tree["q_proj"], draw(2, 4, i)
     bias, before = layer.adapters["default"].bias, layer.base.bias.data.copy()
-    y = layer(x, None)[0]
+    y = layer(x, Need.NONE)[0]
     merge(tree)
-    merged = layer(x, None)[0]
+    merged = layer(x, Need.NONE)[0]
     assert np.allclose(merged, y, rtol=0, atol=1e4 * unit(np.float64) * np.abs(y).max())
     assert np.array_equal(layer.merged.bias.data, bias.data)
     bias.data += 1  # as a step would do
-    assert np.array_equal(layer(x, None)[0], merged)
+    assert np.array_equal(layer(x, Need.NONE)[0], merged)
     unmerge(tree)
-    assert np.allclose(layer(x, None)[0], merged + 1)
+    assert np.allclose(layer(x, Need.NONE)[0], merged + 1)
     assert np.array_equal(layer.base.bias.data, before)
 
 
@@ -337,7 +320,7 @@ def test_merged_is_unmerged_within_the_bound_and_no_less(seed, o, i, r, dtype, s
     plain = layer(x)[0]
     bound = merge_bound(layer.base.weight.data, f.A.data, f.B.data, f.scale, x.T, dtype).T
     merge(tree)
-    merged = layer(x, None)[0]
+    merged = layer(x, Need.NONE)[0]
     assert np.isfinite(merged).all()
     assert merged.dtype == plain.dtype == dtype
     assert not np.array_equal(merged, layer.base(x)[0])  # the adapter is at work
@@ -356,7 +339,9 @@ def test_merged_is_unmerged_within_the_bound_and_no_less(seed, o, i, r, dtype, s
 @given(seed=seeds, dtype=dtypes)
 def test_merging_and_unmerging_leave_every_bit_of_the_base(kind, seed, dtype):
     model, _ = tiny_lora(seed, dtype, config=KINDS[kind])
-    bases = {path.replace(".", "/"): layer.base for path, layer in sites(model) if isinstance(layer, Adapted)}
+    bases = {
+        path.replace(".", "/"): layer.base for path, layer in owners(model) if isinstance(layer, Adapted)
+    }
     arrays, before = {k: p.data for k, p in named_params(bases).items()}, digest(bases)
     for _ in range(3):
         merge(model)
@@ -377,7 +362,7 @@ def test_with_whole_numbers_merging_is_exact(seed, o, i, r, power, dtype):
     assert y.dtype == dtype
     assert np.array_equal(y, x @ W.T + tree["q_proj"].base.bias.data)
     merge(tree)
-    assert np.array_equal(tree["q_proj"](x, None)[0], y)
+    assert np.array_equal(tree["q_proj"](x, Need.NONE)[0], y)
     fuse(tree)
     assert np.array_equal(tree["q_proj"].weight.data, W)
     assert np.array_equal(tree["q_proj"](x)[0], y)
@@ -402,7 +387,7 @@ def test_of_the_network_merging_and_fusing_are_rounding_only(kind, seed, flags):
         assert np.array_equal(model(ids)[0], plain)
         fuse(model)
         assert np.array_equal(model(ids)[0], merged)
-        assert not any(isinstance(layer, Adapted) for _, layer in sites(model))
+        assert not any(isinstance(layer, Adapted) for _, layer in owners(model))
         return plain, merged
 
     assert_precision_scales(both)
@@ -422,8 +407,8 @@ def test_a_tied_head_sees_the_change_of_the_table_that_the_lookup_sees(seed, r):
     for merged in (False, True):
         if merged:
             merge(tree)
-        assert np.array_equal(tree["embed"](ids, None)[0], changed(ids)[0])
-        assert np.array_equal(tree["embed"].attend(x, None)[0], changed.attend(x)[0])
+        assert np.array_equal(tree["embed"](ids, Need.NONE)[0], changed(ids)[0])
+        assert np.array_equal(tree["embed"].attend(x, Need.NONE)[0], changed.attend(x)[0])
 
 
 @settings(max_examples=10)
@@ -443,7 +428,7 @@ def test_a_tied_head_is_adapted_as_a_map_of_its_own_on_the_same_table(seed, r, b
     ]
     V, D = table.data.shape
     assert reports[0].rows == reports[1].rows
-    assert reports[0].rows[-1] == Row("lm_head", (V, D), r, 5.0, 5 / r, r * (V + D))
+    assert reports[0].rows[-1] == Row("lm_head", (V, D), r, 5 / r, "LowRank", r * (V + D))
     assert reports[1].base_parameters == reports[0].base_parameters + V * D  # the table counts once
     assert model.lm_head.base.weight is table
     ids, labels = batch(rng)
@@ -491,7 +476,7 @@ def test_a_tied_network_is_the_one_with_the_changed_table():
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_folded_is_frozen(kind):
     model, _ = tiny_lora(0, config=KINDS[kind], tie_word_embeddings=False)
-    folded = {path: layer.adapters[layer.active].fold(layer.base) for path, layer in sites(model)
+    folded = {path: layer.adapters[layer.active].merged(layer.base) for path, layer in owners(model)
               if isinstance(layer, Adapted) and layer.active}  # fmt: skip
     assert folded
     assert named_params(folded)
@@ -509,7 +494,7 @@ def test_merging_is_all_or_nothing(kind, bad):
     for fold in (merge, fuse):
         with pytest.raises(NonFiniteError, match=rf"{path.partition('.adapters')[0]}.*not finite"):
             fold(model)
-        assert all(layer.merged is None for _, layer in sites(model) if isinstance(layer, Adapted))
+        assert all(layer.merged is None for _, layer in owners(model) if isinstance(layer, Adapted))
         assert digest(model) == before
 
 
@@ -534,14 +519,19 @@ def test_s_is_alpha_over_r_or_over_its_root_and_the_counts_are_in_closed_form(r,
         r=r, alpha=alpha, targets=EVERYTHING, rslora=rslora, modules_to_save=["norm"],
         rank_pattern={"q_proj": 5, "model.layers.1.mlp.up_proj": 6}, alpha_pattern={"mlp.up_proj": 3.0},
     )  # fmt: skip
-    report = inject(model, config, rng=rng)
+    report, kinds = inject(model, config, rng=rng), ("LowRank", "LowRankEmbedding")
     for row in report.rows:
         if row.module == "model.norm":
-            assert (row.r, row.scale, row.parameters) == (None, None, SIZES["hidden_size"])
+            assert (row.kind, row.r, row.scale, row.parameters) == (
+                "FullCopy",
+                None,
+                None,
+                SIZES["hidden_size"],
+            )
             continue
         rank = 5 if row.module.endswith("q_proj") else 6 if row.module == "model.layers.1.mlp.up_proj" else r
         a = 3.0 if row.module.endswith("up_proj") else alpha
-        assert (row.r, row.alpha) == (rank, a)
+        assert (row.r, row.kind) == (rank, kinds[row.module.endswith("embed_tokens")])
         assert row.scale == scales(model)[row.module] == a / (math.sqrt(rank) if rslora else rank)
         assert row.parameters == rank * sum(row.shape)
     assert report.parameters == sum(p.data.size for p in trained(model).values())
@@ -565,14 +555,14 @@ def test_s_is_alpha_over_r_or_over_its_root_and_the_counts_are_in_closed_form(r,
 def test_targets_are_names_suffixes_or_a_compiled_pattern(targets, expected):
     model, rng = tiny()
     inject(model, LoraConfig(r=2, targets=targets), rng=rng)
-    found = [path for path, layer in sites(model) if isinstance(layer, Adapted)]
+    found = [path for path, layer in owners(model) if isinstance(layer, Adapted)]
     assert found == ["model." + path for path in expected]
 
 
 @given(flags=flags)
 def test_all_linear_is_every_linear_but_the_head_and_what_is_saved(flags):
     model, rng = tiny(**flags)
-    expected = {path for path, layer in sites(model) if isinstance(layer, Linear) and path != "lm_head"}
+    expected = {path for path, layer in owners(model) if isinstance(layer, Linear) and path != "lm_head"}
     assert len(expected) == 14
     report = inject(model, LoraConfig(r=2, modules_to_save=["up_proj"]), rng=rng)
     assert {row.module for row in report.rows} == expected
@@ -587,7 +577,7 @@ some = st.lists(st.sampled_from(NAMES), unique=True)
 def test_what_is_excluded_or_in_no_wanted_layer_is_left_out(targets, excluded, layers):
     model, rng = tiny(num_hidden_layers=7)
     expected = [
-        path for path, layer in sites(model)
+        path for path, layer in owners(model)
         if isinstance(layer, Linear) and path != "lm_head" and path.rpartition(".")[2] in targets
         and path.rpartition(".")[2] not in excluded and (layers is None or int(path.split(".")[2]) in layers)
     ]  # fmt: skip
@@ -625,7 +615,7 @@ def test_what_is_left_out_is_named_as_the_targets_are(how, expected):
 @given(flags=flags, targets=some.filter(len))
 def test_biases_start_at_the_bases_and_are_counted(bias, flags, targets):
     model, rng = tiny(**flags)
-    own = {path: layer.bias for path, layer in sites(model) if isinstance(layer, Linear) and layer.bias}
+    own = {path: layer.bias for path, layer in owners(model) if isinstance(layer, Linear) and layer.bias}
     expected = {
         path: b for path, b in own.items()
         if bias == "all" or (bias == "lora_only" and path.rpartition(".")[2] in targets)
@@ -642,10 +632,9 @@ def test_biases_start_at_the_bases_and_are_counted(bias, flags, targets):
         assert not expected[path].trainable
     for row in report.rows:
         count = expected[row.module].data.size if row.module in expected else 0
-        alone = row.r is None
-        assert row.module.endswith(".bias") is alone
-        assert row.parameters == (row.shape[0] if alone else 2 * sum(row.shape) + count)
-    alone = {f"{path}.bias" for path in expected if path.rpartition(".")[2] not in targets}
+        assert row.parameters == count + (2 * sum(row.shape) if row.r else 0)
+        assert row.kind == ("WithBias" if row.module in expected else "LowRank")
+    alone = {path for path in expected if path.rpartition(".")[2] not in targets}
     assert {row.module for row in report.rows if row.r is None} == alone
     assert report.parameters == sum(p.data.size for p in trained(model).values())
     assert len(str(report).splitlines()) == len(report.rows) + 2
@@ -674,89 +663,13 @@ def test_a_frozen_base_has_no_gradient_and_no_bit_of_it_changes(kind, tie):
     assert digest(base) == before
 
 
-def test_a_frozen_linear_keeps_no_activation_and_an_adapted_one_x_and_perhaps_h():
+def test_a_frozen_linear_keeps_no_activation_and_an_adapted_one_x_and_h():
     tree, draw, _ = layer_of(0, 4, 5, 3)
-    for m, others in ((12, [(4, 5)]), (2, [(2, 3)])):  # many rows: W + ΔW (O, I); few: beside, h (M, r)
-        x = draw(1, m, 5)
-        assert saved(tree["q_proj"].base(x)[1]) == {}
-        kept = list(saved(tree["q_proj"](x)[1]).values())
-        assert [a.shape for a in kept if not np.shares_memory(a, x)] == others
-        assert any(np.shares_memory(a, x) for a in kept)
-
-
-@given(seed=seeds, o=sizes, i=sizes, r=sizes, m=sizes, dx=st.booleans())
-def test_folded_is_beside(seed, o, i, r, m, dx):
-    def both(dtype):
-        rng = np.random.default_rng(seed)
-        shapes = (o, i), (r, i), (o, r), (m, i), (m, o)
-        W, A, B, x, dy = (rng.standard_normal(s).astype(dtype) for s in shapes)
-        base, adapter = Linear(Param(W, False)), LowRank(Param(A), Param(B), 1.7)
-        with holding([(base, adapter)], 10**9):
-            ways = adapter(base, x, dx), adapter.beside(base, x, dx)
-        for y, back in ways:
-            d = back(dy.copy())
-            assert (d is None) is not dx
-            yield np.concatenate([a.ravel() for a in (y, adapter.A.grad, adapter.B.grad, *[d] * dx)])
-            adapter.A.grad = adapter.B.grad = None
-
-    assert_precision_scales(both)
-
-
-@pytest.mark.parametrize(("m", "folds"), [(6, False), (7, True)])  # 2 O I <= M (O + I): 80 <= 13 M
-def test_many_rows_go_through_the_folded_weight(m, folds, monkeypatch):
-    went = []
-    monkeypatch.setattr(LowRank, "folded", lambda self, base, W, x, dx: went.append(x.shape))
-    monkeypatch.setattr(LowRank, "beside", lambda self, base, x, dx=True: None)
-    W, A, B = (Param(np.ones(s)) for s in ((5, 8), (2, 8), (5, 2)))
-    LowRank(A, B, 1.0)(Linear(W), np.ones((m, 1, 8)))
-    assert bool(went) is folds
-
-
-def test_what_is_held_is_shared_by_twins_and_given_up():
-    def fresh(dropout=None):
-        base = Linear(Param(np.ones((5, 8)), False))
-        return base, LowRank(Param(np.ones((2, 8))), Param(np.ones((5, 2))), 1.0, dropout)
-
-    def fail(twins):
-        with holding(twins, 7):
-            assert twins[0][1].held is twins[1][1].held
-            assert np.array_equal(twins[0][1].held, np.full((5, 8), 3.0))
-            raise RuntimeError
-
-    twins = [fresh(), fresh()]
-    with pytest.raises(RuntimeError):
-        fail(twins)
-    assert all(adapter.held is None for _, adapter in twins)
-    dropped = [fresh(Dropout(0.5, None))]
-    for some, M in ((twins, 6), (dropped, 10**9)):  # where it does not pay, or would be another function
-        with holding(some, M):
-            assert all(adapter.held is None for _, adapter in some)
-
-
-@pytest.mark.parametrize("m", [2, 12])  # few rows and many
-@pytest.mark.parametrize(
-    "kind", ["plain", "lora", "dora", "saved", "off", "lora, bias", "dora, bias", "bias alone"]
-)
-def test_the_way_back_alone_is_that_of_the_call(kind, m):
-    rng = np.random.default_rng(0)
-    layer = Linear(Param(rng.standard_normal((4, 5))), Param(rng.standard_normal(4)))
-    tree = {"q_proj": layer, "o": Linear(Param(np.ones((2, 2))))}
-    how = {"targets": ["o"] if kind in ("saved", "bias alone") else ["q_proj"], "dora": "dora" in kind}
-    how |= {"modules_to_save": ["q_proj"]} if kind == "saved" else {}
-    how |= {"bias": "all"} if "bias" in kind else {}
-    if kind != "plain":
-        inject(tree, LoraConfig(r=2, alpha=3, init="both", **how), rng=rng)
-    if kind == "off":
-        tree["q_proj"].active = None
-    layer, x, dy = tree["q_proj"], rng.standard_normal((1, m, 5)), rng.standard_normal((1, m, 4))
-    results = []
-    for back in (layer(x)[1], layer.back(x, True)):
-        results.append([back(dy.copy()), *(p.grad for p in trained(tree).values())])
-        for p in trained(tree).values():
-            p.grad = None
-    for a, b in zip(*results, strict=True):
-        assert (a is None and b is None) or a.tobytes() == b.tobytes()
-    assert results[0][0].shape == x.shape
+    x = draw(1, 12, 5)
+    assert saved(tree["q_proj"].base(x)[1]) == {}
+    kept = list(saved(tree["q_proj"](x)[1]).values())
+    assert [a.shape for a in kept if not np.shares_memory(a, x)] == [(12, 3)]
+    assert any(np.shares_memory(a, x) for a in kept)
 
 
 def test_with_dropout_an_adapted_linear_keeps_what_A_read_and_not_x():
@@ -869,7 +782,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(bad, error, say
     assert says in str(e.value)
     assert len(str(e.value).splitlines()) == 1
     assert digest(model) == state
-    names = [list(x.adapters) for _, x in sites(model) if isinstance(x, Adapted)]
+    names = [list(x.adapters) for _, x in owners(model) if isinstance(x, Adapted)]
     assert names == [["default"]] * 15 * before
     assert np.array_equal(model(ids)[0], y)
 
@@ -881,14 +794,14 @@ def test_an_adapter_name_is_letters_digits_and_dashes(name):
     model, rng = tiny()
     with pytest.raises(InputError, match="adapter name"):
         inject(model, LoraConfig(r=2), rng=rng, name=name)
-    assert not any(isinstance(x, Adapted) for _, x in sites(model))
+    assert not any(isinstance(x, Adapted) for _, x in owners(model))
 
 
 @pytest.mark.parametrize("name", ["0", "A", "_", "__base", "__base__1", "task-1", "z" * 100])
 def test_any_such_name_but_one_is_taken(name):
     model, rng = tiny()
     inject(model, LoraConfig(r=2), rng=rng, name=name)
-    assert {*next(x for _, x in sites(model) if isinstance(x, Adapted)).adapters} == {name}
+    assert {*next(x for _, x in owners(model) if isinstance(x, Adapted)).adapters} == {name}
 
 
 def test_calls_in_the_wrong_order_are_refused_and_change_nothing():
@@ -1043,8 +956,8 @@ class Adapters(RuleBasedStateMachine):
     def disabled(self):
         x, ids = self.x(), self.ids()
         with disabled(self.tree):
-            assert np.array_equal(self.tree["q_proj"](x, None)[0], x @ self.base["q_proj.weight"].data.T)
-            assert np.array_equal(self.tree["embed"](ids, None)[0], self.base["embed.weight"].data[ids])
+            assert np.array_equal(self.tree["q_proj"](x, Need.NONE)[0], x @ self.base["q_proj.weight"].data.T)
+            assert np.array_equal(self.tree["embed"](ids, Need.NONE)[0], self.base["embed.weight"].data[ids])
 
     def x(self):
         return self.rng.standard_normal((4, 7)).astype(self.dtype)
@@ -1060,8 +973,8 @@ class Adapters(RuleBasedStateMachine):
     def the_output_is_that_of_the_dense_weights(self):
         x, ids = self.x(), self.ids()
         for path, out, X in (
-            ("q_proj", self.tree["q_proj"](x, None)[0].T, x.T),
-            ("embed", self.tree["embed"](ids, None)[0], np.eye(11, dtype=self.dtype)[:, ids].T),
+            ("q_proj", self.tree["q_proj"](x, Need.NONE)[0].T, x.T),
+            ("embed", self.tree["embed"](ids, Need.NONE)[0], np.eye(11, dtype=self.dtype)[:, ids].T),
         ):
             W = self.base[f"{path}.weight"].data
             s = self.scales.get(self.active, {}).get(path, 0.0)
@@ -1090,7 +1003,7 @@ def test_a_square_table_is_merged_the_right_way_round(seed, r, n):
     f = tree["embed"].adapters["default"]
     f.A.data, f.B.data = A, B
     merge(tree)
-    assert np.array_equal(tree["embed"](np.arange(n), None)[0], E + 2 * (B @ A).T)  # nothing rounds
+    assert np.array_equal(tree["embed"](np.arange(n), Need.NONE)[0], E + 2 * (B @ A).T)  # nothing rounds
 
 
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3))

@@ -2,7 +2,6 @@
 
 import math
 import tracemalloc
-from collections import Counter
 from dataclasses import asdict
 
 import numpy
@@ -27,12 +26,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
 
+from minilora import decoding
+from minilora.adapters import disabled
 from minilora.backend import to_device, to_host
-from minilora.decoding import generate, sample
+from minilora.decoding import generate, past_of, sample
 from minilora.errors import ConfigError, InputError, StateError
 from minilora.formats.huggingface import load
-from minilora.layers import Linear
-from minilora.lora import LoraConfig, disabled, inject, merge
+from minilora.layers import Need
+from minilora.lora import inject, merge
+from minilora.methods.lora_config import LoraConfig
 from minilora.model import Block, Config, RopeScaling, blank, llama
 from minilora.ops import rope_frequencies, rope_tables, saved
 from minilora.optim import AdamW
@@ -84,7 +86,7 @@ def test_cached_decoding_is_the_full_forward(seed, flags, cuts):
     def both(dtype):
         model, rng = tiny_lora(seed, dtype, **flags)
         ids, _ = batch(rng)
-        past, ends = model.past(N, T), [*sorted(cuts), T]
+        past, ends = past_of(model, N, T), [*sorted(cuts), T]
         spans = zip([0, *ends], ends, strict=False)
         parts = [model.forward(to_device(ids[:, a:b]), past=past)[0] for a, b in spans]
         return np.concatenate(parts, 1), model(ids)[0][:, [end - 1 for end in ends]]
@@ -96,7 +98,7 @@ def test_cached_decoding_is_the_full_forward(seed, flags, cuts):
 @given(seed=seeds, flags=flags, dtype=dtypes, S=st.integers(4, 16))
 def test_a_past_is_made_once_and_takes_what_it_says(seed, flags, dtype, S):
     model, rng = tiny(seed, dtype, num_hidden_layers=3, **flags)  # not as many as key/value heads
-    past, c = model.past(N, S), model.config
+    past, c = past_of(model, N, S), model.config
     arrays = [a for cache in past.caches for a in (cache.k, cache.v)]
     L, H, G, E = c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.E
     assert sum(a.size for a in arrays) == 2 * L * N * G * S * E
@@ -112,8 +114,9 @@ def test_a_past_is_made_once_and_takes_what_it_says(seed, flags, dtype, S):
 def test_generate_reads_no_further_than_it_must(monkeypatch):
     model, rng = tiny()
     made = []
-    past = model.past
-    monkeypatch.setattr(model, "past", lambda N, S: made.append((past(N, S), S)) or made[-1][0])
+    monkeypatch.setattr(
+        decoding, "past_of", lambda m, N, S: made.append((past_of(m, N, S), S)) or made[-1][0]
+    )
     assert len(list(generate(model, GOOD, 5, rng=rng))) == 5
     ((past, S),) = made
     assert past.caches[0].seen == S == 3 + 5 - 1  # the last token is not read
@@ -132,43 +135,6 @@ def test_greedy_text_is_that_of_the_full_forward_and_of_every_greedy_setting(see
     for how in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 0, "top_k": 3}):
         text = numpy.stack(list(generate(model, prompt, 6, rng=rng, **how)), 1)
         assert numpy.array_equal(text, to_host(ids[:, 4:])), how
-
-
-@few
-@given(seed=seeds, dtype=dtypes, kind=st.sampled_from(["lora", "dropout", "dora", "full"]))
-def test_recomputing_gives_the_same_bits_and_keeps_less(seed, dtype, kind):
-    model, rng = tiny(seed, dtype)
-    if kind != "full":
-        how = {"dropout": {"dropout": 0.4}, "dora": {"dora": True}, "lora": {"modules_to_save": NORMS}}[kind]
-        inject(model, LoraConfig(r=3, alpha=7, init="both", **how), rng=rng)
-    ids, labels = batch(rng)
-    state = rng.bit_generator.state
-    loss, g = gradients(model, ids, labels)
-    after = rng.bit_generator.state
-    kept = sum(a.size for a in saved(model.loss(ids, labels, train=True)[1]).values())
-    model.recompute, rng.bit_generator.state = True, state
-    again, h = gradients(model, ids, labels)
-    assert loss == again
-    assert same_bits(g, h)
-    assert rng.bit_generator.state == after
-    assert sum(a.size for a in saved(model.loss(ids, labels, train=True)[1]).values()) < kept
-
-
-def test_recomputing_leaves_out_the_last_product_of_either_half(monkeypatch):
-    model, rng = tiny()
-    model.recompute = True
-    names = {id(p): path.split(".")[-2] for path, p in named_params(model).items()}
-    ran, real = Counter(), Linear.__call__
-
-    def spied(self, x, dx=True):
-        ran[names[id(self.weight)]] += 1
-        return real(self, x, dx)
-
-    monkeypatch.setattr(Linear, "__call__", spied)
-    gradients(model, *batch(rng))
-    L = 2
-    once, twice = ("o_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    assert ran == {**dict.fromkeys(once, L), **dict.fromkeys(twice, 2 * L), "embed_tokens": 1}
 
 
 @few
@@ -275,7 +241,7 @@ def test_the_model_turns_by_the_stretched_frequencies(scaling, dtype, positions)
         assert table.dtype == np.dtype(dtype)
         assert np.allclose(table, wanted, rtol=0, atol=1e-12 if dtype == np.float64 else 1e-6)
     ids, _ = batch(rng)
-    past = model.past(N, T)
+    past = past_of(model, N, T)
     parts = [model.forward(to_device(ids[:, j : j + 1]), past=past)[0] for j in range(T)]
     assert np.allclose(np.concatenate(parts, 1), model(ids)[0], rtol=0, atol=1e-3)
 
@@ -453,14 +419,14 @@ def test_the_default_shape_is_that_of_the_model_that_ships():
 
 @pytest.mark.parametrize("first", range(3))
 def test_no_gradient_is_made_that_nothing_below_needs(first, monkeypatch):
-    """A block is asked for dx from the first one on that something is trained below."""
+    """A block is asked for dx from the first one on below which something is trained."""
     model, rng = tiny(0, num_hidden_layers=3)
     freeze(model, keep=lambda path: path.startswith(f"model.layers.{first}.mlp"))
     asked, call = [], Block.__call__
 
-    def spy(block, x, turn, dx, *how):
-        asked.append(dx)
-        return call(block, x, turn, dx, *how)
+    def spy(block, x, turn, need, *how):
+        asked.append(need is Need.ALL)
+        return call(block, x, turn, need, *how)
 
     monkeypatch.setattr(Block, "__call__", spy)
     model.loss(*batch(rng), train=True)

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
 
+from minilora.adapters import scales, set_scale
 from minilora.errors import ConfigError, MismatchError, NonFiniteError
 from minilora.layers import Param
-from minilora.lora import LoraConfig, inject, scales, set_scale
+from minilora.lora import inject
+from minilora.methods.lora_config import LoraConfig
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.training import train
 from minilora.tree import trained

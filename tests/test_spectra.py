@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
 
+from minilora.adapters import disabled
 from minilora.backend import to_device
 from minilora.errors import InputError, MismatchError
 from minilora.layers import Linear, Param
-from minilora.lora import LoraConfig, LowRank, LowRankEmbedding, Replacement, adapted, disabled, inject
+from minilora.lora import LowRank, adapted, inject
+from minilora.methods.embedding import LowRankEmbedding
+from minilora.methods.full_copy import FullCopy
+from minilora.methods.lora_config import LoraConfig
 from minilora.spectra import (
     amplification,
     effective_rank,
@@ -184,7 +188,7 @@ def test_the_spectrum_of_a_replacement_is_that_of_copy_minus_base():
         if p.trainable:
             p.data = p.data + rng.standard_normal(p.data.shape)
     found = spectrum(model)
-    copies = {k: x for k, x in adapted(model).items() if isinstance(x.adapters["default"], Replacement)}
+    copies = {k: x for k, x in adapted(model).items() if isinstance(x.adapters["default"], FullCopy)}
     matrices = {k for k, x in copies.items() if x.base.weight.data.ndim == 2}
     assert matrices == {k for k in found if k.endswith(("up_proj", "embed_tokens"))}
     assert set(found) == matrices | {k for k in adapted(model) if k.endswith("q_proj")}
@@ -357,7 +361,7 @@ def test_a_dense_change_and_a_plain_layer_agree():
     B, A = rng.standard_normal((7, 2)), rng.standard_normal((2, 5))
     layer = LowRank(Param(A), Param(B), 0.5)
     base = Linear(Param(np.zeros((7, 5)), False))
-    found = singular_values(layer.fold(base).weight.data)
+    found = singular_values(layer.merged(base).weight.data)
     assert numpy.abs(found[:2] - singular_values(layer)).max() <= rounding(B, A, 0.5)
     assert (found[2:] <= rounding(B, A, 0.5)).all()
 

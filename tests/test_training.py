@@ -38,7 +38,8 @@ from minilora.errors import (
 )  # fmt: skip
 from minilora.formats.atomic import read, write_atomic
 from minilora.formats.checkpoint import History, load_checkpoint, save_checkpoint
-from minilora.lora import LoraConfig, inject, merge, unmerge
+from minilora.lora import inject, merge, unmerge
+from minilora.methods.lora_config import LoraConfig
 from minilora.optim import AdamW, Schedule, lora_plus
 from minilora.session import finished
 from minilora.training import about, evaluate, train

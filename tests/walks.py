@@ -289,7 +289,8 @@ def make_world(root):
     from minilora.data import corpora
     from minilora.experiments.rank_sweep import sealed
     from minilora.formats.huggingface import save_model
-    from minilora.lora import LoraConfig, inject
+    from minilora.lora import inject
+    from minilora.methods.lora_config import LoraConfig
     from minilora.model import Config, llama
     from minilora.peft.loading import save_adapter
     from minilora.tree import freeze, named_params

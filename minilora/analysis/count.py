@@ -29,9 +29,10 @@ from ..formats.atomic import named
 from ..formats.gguf import open_gguf
 from ..formats.huggingface import Outline, located, read_outline
 from ..layers import Embedding, Linear, Param, RMSNorm
-from ..lora import LoraConfig, find_targets, names, resolve
+from ..methods.lora_config import LoraConfig
 from ..model import Config
 from ..table import aligned, printed
+from ..targets import find_targets, names, resolve
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -243,9 +244,7 @@ def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linea
     before, block, after = parts(outline)
     layers = {f"model.layers.{i}.{name}": part for i in range(L) for name, part in block.items()}
     layers = before | layers | after
-    found = set(
-        find_targets({m: BLANK[part.layer] for m, part in layers.items()}, LoraConfig(targets=targets))
-    )
+    found = set(find_targets({m: BLANK[part.layer] for m, part in layers.items()}, targets))
     rows = [Site(m, part.layer, part.shape, m in found) for m, part in layers.items()]
     return Tree(str(base), tuple(rows), outline.config.tie_word_embeddings)
 

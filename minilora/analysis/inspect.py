@@ -27,8 +27,8 @@ from ..backend import Array, cores, one_blas_thread, to_device, to_host
 from ..errors import MismatchError, NonFiniteError, UnsupportedError, nearest
 from ..formats.huggingface import name_in, transposed, weights
 from ..formats.safetensors import Tensors
-from ..lora import LAYER
 from ..peft.folder import Adapter, change_norm, open_adapter
+from ..peft.kinds import KINDS
 from ..spectra import (
     amplification,
     effective_rank,
@@ -47,6 +47,7 @@ from ..spectra import (
     top_vectors,
 )
 from ..table import aligned, counted, printed
+from ..targets import LAYER
 
 if TYPE_CHECKING:
     from .plotting import Picture
@@ -190,10 +191,9 @@ def inspect(
             if progress:
                 progress(len(modules), len(given.pairs))
     notes = [*given.said, *(tensors.notes if tensors else ())]
-    if given.settings.use_dora:
-        notes.append(
-            "DoRA: the numbers are those of B A alone; its magnitudes scale the rows of W + ΔW besides"
-        )
+    for kind in KINDS:
+        if kind.flag in given.settings.flags:
+            notes.append(f"{kind.adapter.__name__}: the numbers are those of B A alone; {kind.besides}")
     if whole_ones := len(given.replaced) + sum(pair.bias is not None for pair in given.pairs.values()):
         notes.append(
             f"{counted(whole_ones, 'parameter is', 'parameters are')} replaced in full, not in the numbers"

@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import lora
 from ..backend import quiet_overflow, to_device, to_host
+from ..decoding import past_of
 from ..errors import InputError, nearest
 from ..formats.atomic import check_free
 from ..formats.huggingface import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
@@ -126,7 +127,7 @@ def merge_checkpoint(
 def logits(model: Llama, ids: np.ndarray) -> np.ndarray:
     """The logits (T, V) of token ids (1, T), read one by one, so that the adapter stays beside the base."""
     ids = model.check(ids)
-    past = model.past(*ids.shape)
+    past = past_of(model, *ids.shape)
     steps = (model.forward(ids[:, t : t + 1], past=past)[0] for t in range(ids.shape[1]))
     return np.concatenate([to_host(step)[0] for step in steps]).astype(np.float64)
 

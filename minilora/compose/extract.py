@@ -14,11 +14,11 @@ from ..errors import InputError, MismatchError, NonFiniteError, nearest
 from ..formats.atomic import check_free
 from ..formats.huggingface import fingerprint, located, transposed, weights
 from ..formats.safetensors import Tensors, stored
-from ..lora import LAYER
 from ..peft.config import peft_config, targets
 from ..peft.folder import PREFIX, Adapter, open_adapter, write_adapter
 from ..spectra import rank_at
 from ..table import counted
+from ..targets import LAYER
 from .truncate import LARGEST, Compression, Shrunk, check_choice, choose, refuse_same, split, tail
 
 TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # beside what is called embed...

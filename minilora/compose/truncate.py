@@ -36,6 +36,7 @@ from ..peft.folder import (
     unsaid,
     write_adapter,
 )
+from ..peft.kinds import KINDS
 from ..peft.recognise import CONFIG
 from ..spectra import norm, quotient, rank_at, thin_svd, thin_values
 from ..table import aligned, printed
@@ -242,11 +243,12 @@ def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
     MismatchError where only some of the modules have magnitudes, which PEFT has no form for.
     """
     config, settings = read_fields(given.where / CONFIG), given.settings
-    doras = {bool(pair.magnitude) for pair in given.pairs.values()}
-    if len(doras) > 1:
-        raise MismatchError(f"{given.where}: some modules have a lora_magnitude_vector and others not")
-    if settings.use_dora not in doras:
-        config["use_dora"] = not settings.use_dora
+    for kind in KINDS:
+        states = {kind.vector in pair.vectors for pair in given.pairs.values()}
+        if len(states) > 1:
+            raise MismatchError(f"{given.where}: some modules have a {kind.vector} and others not")
+        if (kind.flag in settings.flags) not in states:
+            config[kind.flag] = kind.flag not in settings.flags
     entries = settings.modules_to_save
     there = [entry for entry in entries if any(saves(entry, name) for name in given.replaced)]
     others = [name for name in unlisted(given) if not is_table(name)]

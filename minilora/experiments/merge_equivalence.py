@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
-from ..layers import Linear, Param
+from ..layers import Linear, Need, Param
 from ..lora import Adapted, LowRank, merge
 
 Row = dict[str, Any]
@@ -70,7 +70,7 @@ def one(rng: np.random.Generator, n: int, rank: int, dtype: Any) -> tuple[float,
     layer = Adapted(Linear(Param(to_device(W), False)), {"a": low_rank}, "a")
 
     def output() -> np.ndarray:
-        return to_host(layer(to_device(X), None)[0]).astype(np.longdouble)
+        return to_host(layer(to_device(X), Need.NONE)[0]).astype(np.longdouble)
 
     apart = output()
     merge({"layer": layer})

@@ -17,12 +17,11 @@ from ..data import batching, corpora
 from ..errors import check_int
 from ..formats import huggingface
 from ..formats.atomic import check_free
-from ..lora import size
 from ..model import Config, llama
 from ..optim import AdamW, Schedule
 from ..session import tidy, workshop
 from ..training import evaluate, train
-from ..tree import freeze
+from ..tree import freeze, size
 
 LENGTH = 128  # characters in a window
 

@@ -47,7 +47,8 @@ from ..errors import (
 from ..formats import huggingface, tokenizer
 from ..formats.atomic import locked, named, read, write_atomic
 from ..formats.safetensors import unique
-from ..lora import LoraConfig, inject
+from ..lora import inject
+from ..methods.lora_config import LoraConfig
 from ..model import Llama
 from ..optim import AdamW, Schedule
 from ..table import aligned, plain, printed

@@ -1,12 +1,13 @@
-"""The gradient of a batch, from parts that fit the cache, several at a time on threads.
+"""The gradient of a batch from micro-batches that fit the cache, several at a time on threads.
 
-    loss = sum of (n_i / n) loss_i,        n_i of the batch's n labels in part i; the gradient likewise
+    loss = sum of (n_i / n) loss_i,   n_i of the batch's n labels in micro-batch i; the gradient likewise
 
-Llama.loss on a whole batch means the same; parts mean less memory, and NumPy lets go of the interpreter's
-lock inside its functions, so threads keep as many cores busy, if each call is long enough. A lane is a model
-that shares every array with the first and has gradients of its own. The cut depends on shapes alone and
-parts are added up in their order: the number of threads changes no bit. Stands in for torch's data
-parallelism; leaves out processes and machines, over which a sweep spreads whole runs instead.
+Llama.loss on a whole batch means the same; micro-batches mean less memory, and NumPy lets go of the
+interpreter's lock inside its functions, so threads keep as many cores busy, if each call is long enough.
+Each thread works on a replica: a model that shares every array with the first and has gradients of its own.
+The cut depends on shapes alone and gradients are added in the order of the micro-batches: the number of
+threads changes no bit. Stands in for torch's data parallelism; leaves out processes and machines, over which
+a sweep spreads whole runs instead.
 """
 
 from __future__ import annotations
@@ -14,41 +15,36 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from queue import SimpleQueue
 from typing import Any
 
 from ..backend import Array, cores, on_host, one_blas_thread, quiet_overflow, to_host, xp
-from ..layers import Dropout, Param
-from ..lora import holding, low_ranks
-from ..tree import named_params, trained, walk
+from ..layers import Dropout
+from ..tree import replica, trained, walk
+from .folded import folded, places
+from .recompute import recompute as wrap
 
-PART = 1 << 17  # numbers (tokens x width) of a part at most: where calls are shorter, threads wait in turn
+MICRO_BATCH = 1 << 17  # numbers (tokens x width) at most: where calls are shorter, threads wait in turn
 
 Batch = tuple[Array, Array]  # ids (N, T) and labels (N, T)
-Part = tuple[Array, Array, float]  # the same of some rows, and their weight
+Weighted = tuple[Array, Array, float]  # the same of some rows, and their weight
 
 
-def twin(model: Any) -> Any:
-    """A model of the same arrays, with gradients of its own."""
-    return deepcopy(model, {id(p): Param(p.data, p.trainable) for p in named_params(model).values()})
+def micro_batches(ids: Array, labels: Array, width: int) -> Iterator[Weighted]:
+    """A batch cut by rows into equal micro-batches, each weighted by its share of the labels.
 
-
-def parts(ids: Array, labels: Array, width: int) -> Iterator[Part]:
-    """A batch cut by rows into equal parts of about PART numbers, each weighted by its share of the labels.
-
-    What is no pair of equal shapes stays whole, for the model to refuse; so does all on a GPU, where
-    many small calls are what costs.
+    A batch that is not a pair of equal shapes stays whole, and the model refuses it; so does any batch on a
+    GPU, where many small calls are what costs.
     """
     shape: tuple[int, ...] = getattr(ids, "shape", ())
     if len(shape) != 2 or 0 in shape or shape != getattr(labels, "shape", ()) or not on_host():
         yield ids, labels, 1.0
         return
     counts = (to_host(labels) >= 0).sum(1)
-    n = math.ceil(shape[0] / math.ceil(ids.size * width / PART))
+    n = math.ceil(shape[0] / math.ceil(ids.size * width / MICRO_BATCH))
     for i in range(0, shape[0], n):
-        part = slice(i, i + n)
-        yield ids[part], labels[part], float(counts[part].sum() / max(counts.sum(), 1))
+        some = slice(i, i + n)
+        yield ids[some], labels[some], float(counts[some].sum() / max(counts.sum(), 1))
 
 
 def add(total: Array | None, g: Array | None) -> Array | None:
@@ -60,54 +56,63 @@ def add(total: Array | None, g: Array | None) -> Array | None:
 
 
 @contextlib.contextmanager
-def lanes(model: Any, threads: int | None = None) -> Iterator[Callable[[list[Batch]], Array]]:
-    """A function: batches -> their mean loss, on the device, its gradient left in the model's parameters.
+def on_threads(
+    model: Any, threads: int | None = None, recompute: bool = False
+) -> Iterator[Callable[[list[Batch]], Array]]:
+    """A function: batches -> their mean loss, on the device; its gradient is left in the model's parameters.
 
-    `threads` None is one for each core. There is one only where BLAS cannot be held to a thread per lane,
-    on a GPU, and for a model with dropout, whose masks come from one generator in one order.
+    `threads` None means one for each core. There is one only where BLAS cannot be held to one thread, on a
+    GPU, and for a model with dropout, whose masks come from one generator in one order. `recompute` trades
+    time for memory (recompute.py).
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     threads = cores() if threads is None else threads
     if not on_host() or any(isinstance(node, Dropout) for _, node in walk(model)):
         threads = 1
     with contextlib.ExitStack() as stack:
         if threads > 1 and not stack.enter_context(one_blas_thread()):
             threads = 1
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
-        models = [model, *(twin(model) for _ in range(threads - 1))]
-        adapters = list(zip(*map(low_ranks, models), strict=True))
-        params_of = [list(trained(lane).values()) for lane in models]
-        free: SimpleQueue[Any] = SimpleQueue()
-        for lane in zip(models, params_of, strict=True):
-            free.put(lane)
+        run_all: Callable[..., Iterator[Any]] = map
+        if threads > 1:
+            from concurrent.futures import ThreadPoolExecutor
 
-        def run(part: Part) -> tuple[Array, list[Array | None]]:
-            lane, params = free.get()
-            ids, labels, weight = part
+            run_all = stack.enter_context(ThreadPoolExecutor(threads)).map
+        replicas = [replica(model) for _ in range(threads)]
+        params = list(trained(model).values())
+        free: SimpleQueue[Any] = SimpleQueue()
+        for copy in replicas:
+            free.put((copy, list(trained(copy).values())))
+            if recompute:
+                wrap(copy)
+        adapters = [places(copy) for copy in replicas]
+
+        def run(micro_batch: Weighted) -> tuple[Array, list[Array | None]]:
+            copy, own = free.get()
+            ids, labels, weight = micro_batch
             try:
                 with quiet_overflow():  # threads do not inherit it
-                    loss, back = lane.loss(ids, labels, train=True)
+                    loss, back = copy.loss(ids, labels, train=True)
                     back(weight)
-                return weight * xp.asarray(loss, dtype=xp.float64), [p.grad for p in params]
+                return weight * xp.asarray(loss, dtype=xp.float64), [p.grad for p in own]
             finally:
-                for p in params:
+                for p in own:
                     p.grad = None
-                free.put((lane, params))
+                free.put((copy, own))
 
         def gradient(batches: list[Batch]) -> Array:
             each, width = 1 / len(batches), model.config.hidden_size
-            jobs = [(ids, labels, each * w) for batch in batches for ids, labels, w in parts(*batch, width)]
-            with contextlib.ExitStack() as held:
-                M = sum(getattr(ids, "size", 0) for ids, *_ in jobs)  # what is no array, the model refuses
-                for twins in adapters:
-                    held.enter_context(holding(twins, M))
-                results = pool.map(run, jobs) if threads > 1 else map(run, jobs)
+            jobs = [
+                (ids, labels, each * w)
+                for batch in batches
+                for ids, labels, w in micro_batches(*batch, width)
+            ]  # fmt: skip
+            M = sum(getattr(ids, "size", 0) for ids, *_ in jobs)  # the model refuses what is no array
+            with folded(adapters, M):
+                results = run_all(run, jobs)
                 loss, grads = next(results)
                 for more, others in results:
                     loss = loss + more
                     grads = [add(total, g) for total, g in zip(grads, others, strict=True)]
-            for p, g in zip(params_of[0], grads, strict=True):
+            for p, g in zip(params, grads, strict=True):
                 p.grad = g
             return loss
 

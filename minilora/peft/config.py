@@ -21,8 +21,9 @@ from ..errors import ConfigError, UnsupportedError, check_float, check_int, shor
 from ..formats import safetensors
 from ..formats.atomic import read_at
 from ..formats.huggingface import read_json
-from ..lora import LAYER, matches
+from ..targets import LAYER, matches
 from . import patterns
+from .kinds import KINDS
 
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 REFUSED = (  # what changes what B A means, in a way that is not done here
@@ -39,7 +40,7 @@ OF_NO_EFFECT = (  # on the numbers
     "runtime_config",
 )  # fmt: skip
 USED = (
-    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias",
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "fan_in_fan_out", "init_lora_weights", "lora_dropout",
 )  # fmt: skip
@@ -59,7 +60,7 @@ class Settings:
     lora_alpha: float
     target_modules: str | tuple[str, ...] = ()
     use_rslora: bool = False
-    use_dora: bool = False
+    flags: frozenset[str] = frozenset()  # of the kinds of adapters (kinds.py): {"use_dora"}
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: str | tuple[str, ...] = ()
@@ -173,7 +174,7 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         lora_alpha=alpha("lora_alpha", given["lora_alpha"]),
         target_modules=words("target_modules"),
         use_rslora=flag("use_rslora"),
-        use_dora=flag("use_dora"),
+        flags=frozenset(kind.flag for kind in KINDS if flag(kind.flag)),
         rank_pattern=pattern("rank_pattern", rank),
         alpha_pattern=pattern("alpha_pattern", alpha),
         exclude_modules=words("exclude_modules"),
@@ -188,7 +189,9 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         where=str(path),
     )
     strange = sorted(
-        k for k, value in given.items() if value and k not in {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT}
+        k
+        for k, value in given.items()
+        if value and k not in {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT, *(kind.flag for kind in KINDS)}
     )
     some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
     notes = [f"not known here and ignored: {some}"] if strange else []
@@ -279,9 +282,8 @@ def peft_config(
         "revision": None,
         "target_modules": sorted(targets),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
         "use_rslora": rslora,
-    }
+    } | {kind.flag: False for kind in KINDS}
 
 
 def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:

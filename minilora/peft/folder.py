@@ -26,9 +26,10 @@ import numpy as np
 from ..errors import ConfigError, MismatchError, NonFiniteError, UnsupportedError, nearest, short
 from ..formats.atomic import write_atomic, write_folder
 from ..formats.safetensors import Tensors, layout, open_tensors, sealed, stored
-from ..lora import LAYER
 from ..table import counted
+from ..targets import LAYER
 from .config import NAME, Settings, check_targets, chosen, meant, named, read_settings
+from .kinds import KINDS, vectors
 from .patterns import starts
 from .recognise import CONFIG, WEIGHTS, adapter_folder, of_names
 
@@ -36,18 +37,24 @@ PATTERNS = "rank_pattern", "alpha_pattern"
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BEFORE = re.compile(r"((_forward_module|module|model)\.)*(base_model\.model\.)+")  # module: DDP, DeepSpeed
-KEY = re.compile(
-    r"(?P<module>.+?)\.(?:"
-    r"(?P<linear>lora_[AB])(?:\.(?P<name>[^.]+))?(?P<end>\.weight|\.bias)|"
-    r"(?P<bare>lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)"
-    r"(?:\.(?P<its>(?!weight$)[^.]+))?(?:\.weight)?|"
-    r"(?P<copy>base_layer\.(?:weight|bias)))"
-)
 FACTORS, OF_TABLE = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
-MAGNITUDE, COPY, BIAS = "lora_magnitude_vector", "base_layer.weight", "base_layer.bias"
+COPY, BIAS = "base_layer.weight", "base_layer.bias"
 ADDED = ("lora_B.bias", "token_adapter.trainable_tokens_delta")  # what acts beside B A
-PARTS = (*FACTORS, *OF_TABLE, MAGNITUDE, COPY, BIAS, *ADDED)  # of an adapted module
+PARTS = (*FACTORS, *OF_TABLE, COPY, BIAS, *ADDED)  # of an adapted module, beside the vectors of its kind
 TABLES = ("embed_tokens", "lm_head")  # whose weights PEFT adds unasked, where the vocabulary was resized
+
+
+def key_form() -> re.Pattern[str]:
+    """The form of a tensor's name: a module, and what it is of it."""
+    bare = "|".join(
+        ["lora_embedding_[AB]", *map(re.escape, vectors()), r"token_adapter\.trainable_tokens_delta"]
+    )
+    return re.compile(
+        r"(?P<module>.+?)\.(?:"
+        r"(?P<linear>lora_[AB])(?:\.(?P<name>[^.]+))?(?P<end>\.weight|\.bias)|"
+        rf"(?P<bare>{bare})(?:\.(?P<its>(?!weight$)[^.]+))?(?:\.weight)?|"
+        r"(?P<copy>base_layer\.(?:weight|bias)))"
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Pair:
     alpha: float
     scale: float
     embedding: bool = False
-    magnitude: str | None = None  # DoRA's
+    vectors: Mapping[str, str] = field(default_factory=dict)  # what its kind has besides (kinds.py)
     bias: str | None = None  # in the place of the base's
     copy: str | None = None  # the base's own weight, which PEFT adds for embedding and head
 
@@ -152,13 +159,14 @@ def sort_out(
     strange: list[str] = []
     first: dict[str, str] = {}  # note -> the first key that it is about
     names: dict[str, str] = {}  # of adapters
+    form, of_module = key_form(), (*PARTS, *vectors())
     for key in sorted(tensors):
         plain = WRAPPERS.sub("", key)
         bare = BEFORE.sub("", plain, count=1) if (before := BEFORE.match(plain)) else plain
-        match = KEY.fullmatch(bare)
+        match = form.fullmatch(bare)
         part = (match["bare"] or match["copy"] or match["linear"] + match["end"]) if match else ""
         module = match["module"] if match else bare.rpartition(".")[0]
-        if not NAME.fullmatch(bare) or not module or (part not in PARTS if match else lora_like(bare)):
+        if not NAME.fullmatch(bare) or not module or (part not in of_module if match else lora_like(bare)):
             strange.append(key)
             continue
         name = f"{PREFIX}{module}.{part}" if match else PREFIX + bare
@@ -196,9 +204,10 @@ def read_parts(
     pairs: dict[str, Pair] = {}
     replaced: dict[str, str] = {}
     alphas = chosen(settings, "alpha_pattern", list(parts)).values
+    of_module = (*PARTS, *vectors())
     for module, part in parts.items():
-        replaced |= {f"{module}.{kind}": name for kind, name in part.items() if kind not in PARTS}
-        added = part.keys() & {*PARTS}
+        replaced |= {f"{module}.{kind}": name for kind, name in part.items() if kind not in of_module}
+        added = part.keys() & {*of_module}
         if added == {BIAS} and f"{module}.bias" not in replaced:
             replaced[f"{module}.bias"] = part[BIAS]
         elif added - {*ADDED}:
@@ -235,11 +244,11 @@ def pair_up(
         what = f"lora_A {rows} and lora_B {columns}"
         raise MismatchError(f"{path}: {module} has {what}; expected (r, I) and (O, r)")
     shape, scale = (columns[0], math.prod(rows[1:])), settings.scale(alpha, r)
-    for name in (part.get(kind) for kind in (MAGNITUDE, BIAS, ADDED[0])):
+    for name in (part.get(kind) for kind in (*vectors(), BIAS, ADDED[0])):
         if name and math.prod(tensors.shapes[name]) != columns[0]:
             raise MismatchError(f"{path}: {name} has shape {tensors.shapes[name]}; expected ({columns[0]},)")
-    magnitude, bias, copy = (part.get(kind) for kind in (MAGNITUDE, BIAS, COPY))
-    return Pair(part[a], part[b], shape, r, alpha, scale, embedding, magnitude, bias, copy)
+    beside = {name: part[name] for name in vectors() if name in part}
+    return Pair(part[a], part[b], shape, r, alpha, scale, embedding, beside, part.get(BIAS), part.get(COPY))
 
 
 def peculiar(given: Adapter) -> list[str]:
@@ -301,9 +310,10 @@ def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tupl
     if pair.r != r:
         what = f"lora_A {shapes[pair.A]} and lora_B {shapes[pair.B]}"
         yield "rank", f"{module} has {what}; expected (r, I) and (O, r) with the config's r = {r}"
-    if bool(pair.magnitude) != settings.use_dora:
-        state = "has a lora_magnitude_vector" if pair.magnitude else "has no lora_magnitude_vector"
-        yield "dora", f"{module} {state}; use_dora is {settings.use_dora}"
+    for kind in KINDS:
+        there, said = kind.vector in pair.vectors, kind.flag in settings.flags
+        if there != said:
+            yield kind.flag, f"{module} has {'a' if there else 'no'} {kind.vector}; {kind.flag} is {said}"
     if pair.bias and settings.bias == "none":
         yield "bias", f"has {pair.bias}; expected none with bias 'none'"
 

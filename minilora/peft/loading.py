@@ -20,23 +20,14 @@ from ..backend import to_device, to_host
 from ..errors import MismatchError, NonFiniteError, StateError, UnsupportedError, nearest, short
 from ..formats.huggingface import fingerprint
 from ..formats.safetensors import CALLED, stored
-from ..layers import Dropout, Embedding, Linear, Param
-from ..lora import (
-    Adapted,
-    DoRA,
-    LowRank,
-    LowRankEmbedding,
-    Replacement,
-    WithBias,
-    adapted,
-    attach,
-    base_of,
-    open_for,
-    sites,
-    unbiased,
-)
+from ..layers import Dropout, Embedding, Linear, Pair, Param
+from ..lora import LowRank, active, attach, bases, check_name, untie
+from ..methods.bias import WithBias
+from ..methods.embedding import LowRankEmbedding
+from ..methods.full_copy import FullCopy
 from ..model import Llama
 from ..table import counted, printed
+from ..targets import with_head
 from ..tree import named_params
 from .config import alphas_of, chosen, meant, peft_config, targets
 from .folder import (
@@ -51,6 +42,7 @@ from .folder import (
     unlisted,
     write_adapter,
 )
+from .kinds import of_adapter, of_vectors
 from .recognise import WEIGHTS
 
 
@@ -94,13 +86,12 @@ def load_adapter(
     """
     given = open_adapter(folder)
     check_agreement(given)
-    layers = open_for(model, name)
-    head = None
-    if model.lm_head is None and touches_tied(given):
-        if isinstance(layers["model.embed_tokens"], Adapted):
-            raise StateError("the head is tied to an embedding that has adapters; load into a fresh model")
-        layers["lm_head"] = head = Linear(layers["model.embed_tokens"].weight)
-    check_fit(given, {path: base_of(layer) for path, layer in layers.items()}, model.lm_head is None)
+    check_name(model, name)
+    layers, tied = bases(model), model.lm_head is None
+    split = tied and touches_tied(given)
+    if split:
+        layers = with_head(model, layers)
+    check_fit(given, layers, tied)
     if given.made.get("base") and not force and given.made["base"] != (found := base_print(model)):
         raise MismatchError(
             f"{given.where}: was trained beside another base: fingerprint {given.made['base'][:12]!a}, this "
@@ -124,32 +115,32 @@ def load_adapter(
         if not pair.embedding:
             drop = given.settings.lora_dropout if rng else 0
             adapter = LowRank(A, B, pair.scale, Dropout(drop, rng) if drop and rng else None)
-        if pair.magnitude:
-            adapter = DoRA(adapter, param(pair.magnitude, (O,)), detach=True)
+        if row := of_vectors(pair.vectors, f"{given.where}: {module}"):
+            adapter = row.build(adapter, param(pair.vectors[row.vector], (O,)))
         if pair.bias:
             adapter = WithBias(adapter, param(pair.bias, (O,)))
         new[module] = adapter
-        W = to_host(base_of(layers[module]).weight.dense())
+        W = to_host(layers[module].weight.dense())
         norms[module] = change_norm(to_host(A.data), to_host(B.data), pair.scale), float(np.linalg.norm(W))
         if not norms[module][0] <= float(np.finfo(dtype).max):
             raise NonFiniteError(f"{given.where}: the ΔW of {module} is not finite in {dtype}")
     for parameter, tensor in given.replaced.items():
         module, _, kind = parameter.rpartition(".")
-        base = base_of(layers[module])
+        base = layers[module]
         p = param(tensor, tuple(getattr(base, kind).data.shape))
         if kind == "bias" and f"{module}.weight" not in given.replaced:
             new[module] = WithBias(None, p)
         else:
-            copy = new.setdefault(module, Replacement(deepcopy(base)))
+            copy = new.setdefault(module, FullCopy(deepcopy(base)))
             setattr(copy.layer, kind, p)
-    if head:
-        model.lm_head = head
+    if split:
+        untie(model)
     attach(model, new, name)
-    places = [layer for layer in map(base_of, layers.values()) if isinstance(layer, Linear | Embedding)]
+    maps = [layer for layer in layers.values() if isinstance(layer, Linear | Embedding)]
     notes = list(given.notes)
     if given.settings.base and not given.made.get("base"):
         notes.append(f"its base is called {short(given.settings.base)}; only names and shapes were compared")
-    return Attached(str(given.where), norms, len(places), tuple(given.replaced), tuple(notes))
+    return Attached(str(given.where), norms, len(maps), tuple(given.replaced), tuple(notes))
 
 
 def touches_tied(given: Adapter) -> bool:
@@ -174,8 +165,8 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
             raise MismatchError(
                 f"{path}: {module} has factors for {kind} of {pair.shape}; the base's weight is {shape}"
             )
-        if pair.embedding and pair.magnitude:
-            raise UnsupportedError(f"{path}: {module}: use_dora on an embedding is not done here")
+        if pair.embedding and (row := of_vectors(pair.vectors, f"{path}: {module}")):
+            raise UnsupportedError(f"{path}: {module}: {row.flag} on an embedding is not done here")
         if pair.bias and getattr(layer, "bias", None) is None:
             raise MismatchError(f"{path}: the base has no parameter {module}.bias")
         if pair.copy:
@@ -229,11 +220,7 @@ def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:
 
 def base_tensors(model: Any) -> dict[str, np.ndarray]:
     """The parameters of the base beneath all adapters, by their names in a checkpoint; a shared one once."""
-    found: dict[int, tuple[str, Any]] = {}
-    for path, layer in sites(model):
-        for kind, p in named_params(base_of(layer)).items():
-            found.setdefault(id(p), (f"{path}.{kind}", p.dense()))
-    return dict(found.values())
+    return {path: p.dense() for path, p in named_params(bases(model)).items()}
 
 
 def base_print(model: Any) -> str:
@@ -255,55 +242,58 @@ def save_adapter(
     adapted embedding with a tied head becomes two pairs, for in PEFT the head stays what it was. StorageError
     if the folder exists, unless `overwrite`; UnsupportedError for what PEFT has no form for.
     """
-    active = {m: layer.adapters[layer.active] for m, layer in adapted(model).items() if layer.active}
-    if not active:
+    adapters = active(model)
+    if not adapters:
         raise StateError("no adapter is active; set_adapter() chooses one")
-    layers = {path: base_of(layer) for path, layer in sites(model)}
-    low, tensors, saved, dropout = {}, {}, [], 0.0
-    for module, adapter in active.items():
-        inner, bias = unbiased(adapter), adapter.bias if isinstance(adapter, WithBias) else None
+    layers, tied = bases(model), model.lm_head is None
+    low: dict[str, Pair] = {}
+    tensors: dict[str, Any] = {}
+    saved, biased, kinds, dropout = [], [], {}, 0.0
+    for module, adapter in adapters.items():
         at = PREFIX + module
-        if bias is not None:
-            tensors[f"{at}.base_layer.bias" if inner else f"{at}.bias"] = bias.data
-        if isinstance(inner, Replacement):
+        if isinstance(adapter, WithBias):
+            biased.append(adapter.adapter)
+            tensors[f"{at}.base_layer.bias" if adapter.adapter else f"{at}.bias"] = adapter.bias.data
+        inner = adapter.adapter if isinstance(adapter, WithBias) else adapter
+        if isinstance(inner, FullCopy):
             saved.append(module)
-            tensors |= {f"{at}.{kind}": p.data for kind, p in named_params(inner.layer).items()}
-            if module == "model.embed_tokens" and model.lm_head is None:
+            tensors |= {f"{at}.{name}": p.data for name, p in named_params(inner.layer).items()}
+            if tied and module == "model.embed_tokens":
                 saved.append("lm_head")
                 tensors[f"{PREFIX}lm_head.weight"] = inner.layer.weight.data
-            continue
-        factors = inner.low_rank if isinstance(inner, DoRA) else inner
-        if isinstance(inner, DoRA):
-            tensors[f"{at}.lora_magnitude_vector"] = inner.magnitude.data
-        if isinstance(factors, LowRank):
-            tensors |= {f"{at}.lora_A.weight": factors.A.data, f"{at}.lora_B.weight": factors.B.data}
-            dropout = factors.dropout.p if factors.dropout else dropout
-        elif factors is not None:
-            tensors |= {f"{at}.lora_embedding_A": factors.A.data, f"{at}.lora_embedding_B": factors.B.data}
-            if model.lm_head is None:  # ΔE = s (B A)ᵀ is s Aᵀ Bᵀ for the head
-                tensors[f"{PREFIX}lm_head.lora_A.weight"] = factors.B.data.T
-                tensors[f"{PREFIX}lm_head.lora_B.weight"] = factors.A.data.T
-                low["lm_head"] = factors
-        if factors is not None:
-            low[module] = factors
-    doras = [isinstance(unbiased(adapter), DoRA) for m, adapter in active.items() if m in low]
-    if any(doras) and not all(doras):
-        raise UnsupportedError("some modules have DoRA and others not; PEFT's use_dora is for all or none")
+        elif inner is not None:
+            kinds[module] = kind = of_adapter(inner)
+            if kind:
+                tensors[f"{at}.{kind.vector}"] = getattr(inner, kind.field).data
+            pair: Any = inner.low_rank
+            low[module] = pair
+            if isinstance(pair, LowRank):
+                tensors |= {f"{at}.lora_A.weight": pair.A.data, f"{at}.lora_B.weight": pair.B.data}
+                dropout = pair.dropout.p if pair.dropout else dropout
+            else:
+                tensors |= {f"{at}.lora_embedding_A": pair.A.data, f"{at}.lora_embedding_B": pair.B.data}
+                if tied:  # ΔE = s (B A)ᵀ is s Aᵀ Bᵀ for the head
+                    tensors[f"{PREFIX}lm_head.lora_A.weight"] = pair.B.data.T
+                    tensors[f"{PREFIX}lm_head.lora_B.weight"] = pair.A.data.T
+                    low["lm_head"] = pair
+    if len(set(kinds.values())) > 1:
+        raise UnsupportedError("some modules have another kind of adapter; PEFT has one kind for all")
     if not low:
         raise UnsupportedError("the adapter has no low-rank part; PEFT has no LoRA without one")
-    alone = any(isinstance(a, WithBias) and a.adapter is None for a in active.values())
-    both = any(isinstance(a, WithBias) for a in active.values())
-    alphas, rslora = alphas_of({m: (f.scale, len(f.A.data)) for m, f in low.items()})
-    config = peft_config(
-        {m: (len(f.A.data), alphas[m]) for m, f in low.items()},
-        targets([*layers, *(["lm_head"] if "lm_head" in low else [])], set(low)),
-        rslora,
-    ) | {
-        "base_model_name_or_path": base,
-        "bias": "all" if alone else "lora_only" if both else "none",
-        "lora_dropout": dropout,
-        "modules_to_save": sorted(saved) or None,
-        "use_dora": any(doras),
-    }
+    alphas, rslora = alphas_of({m: (pair.scale, len(pair.A.data)) for m, pair in low.items()})
+    config = (
+        peft_config(
+            {m: (len(pair.A.data), alphas[m]) for m, pair in low.items()},
+            targets([*layers, *(["lm_head"] if "lm_head" in low else [])], set(low)),
+            rslora,
+        )
+        | {
+            "base_model_name_or_path": base,
+            "bias": "none" if not biased else "lora_only" if all(biased) else "all",
+            "lora_dropout": dropout,
+            "modules_to_save": sorted(saved) or None,
+        }
+        | {kind.flag: True for kind in kinds.values() if kind}
+    )
     host = {name: to_host(a) for name, a in tensors.items()}
     write_adapter(folder, config, host, base_print(model), dtype, overwrite)

@@ -18,8 +18,11 @@ from peft_cases import FIXTURES
 from minilora.analysis.count import ATTENTION, LLAMAS, MLP, PAPER, PRINTED, QV, count, human, modules
 from minilora.errors import MiniloraError, StorageError, UnsupportedError
 from minilora.formats.huggingface import BASE, load
-from minilora.lora import LoraConfig, inject, sites, size, with_head
+from minilora.lora import inject, sites
+from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, llama
+from minilora.targets import with_head
+from minilora.tree import size
 
 KINDS = (*ATTENTION, *MLP, "embed_tokens", "lm_head")
 NO_GATE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the targets of DoRA's Table 1

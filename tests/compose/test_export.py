@@ -21,7 +21,8 @@ from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import CALLED, open_tensors, stored
 from minilora.formats.tokenizer import FILES
 from minilora.layers import Linear, Param
-from minilora.lora import LoraConfig, inject
+from minilora.lora import inject
+from minilora.methods.lora_config import LoraConfig
 from minilora.peft.loading import save_adapter
 from minilora.tree import named_params
 

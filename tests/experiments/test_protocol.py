@@ -26,6 +26,7 @@ from library import np
 
 import minilora
 from minilora import cli, finetune, spectra
+from minilora.adapters import scales
 from minilora.backend import to_host
 from minilora.data import batching, corpora
 from minilora.decoding import generate
@@ -34,7 +35,8 @@ from minilora.experiments import merge_equivalence, pretrain, rank_sweep
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
-from minilora.lora import LoraConfig, inject, scales
+from minilora.lora import inject
+from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, Llama, RopeScaling, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.peft.loading import load_adapter

@@ -1,4 +1,4 @@
-"""A batch in parts, on however many threads, has the batch's gradient; the threads change no bit."""
+"""A batch in micro-batches, on however many threads, has its gradient; the threads change no bit."""
 
 import ctypes
 
@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 
 from minilora.backend import cores, one_blas_thread
 from minilora.errors import InputError
-from minilora.fast import parallel as room
-from minilora.fast.parallel import lanes, parts, twin
-from minilora.lora import LoraConfig, LowRank, inject, low_ranks
-from minilora.tree import named_params, trained
+from minilora.fast import parallel
+from minilora.fast.folded import places
+from minilora.fast.parallel import micro_batches, on_threads
+from minilora.lora import LowRank, inject
+from minilora.methods.lora_config import LoraConfig
+from minilora.tree import named_params, replica, trained
 
 
 @pytest.fixture(autouse=True)
-def _small_parts(monkeypatch):
-    monkeypatch.setattr(room, "PART", 100)  # two rows of 5 tokens of width 10
+def _small_micro_batches(monkeypatch):
+    monkeypatch.setattr(parallel, "MICRO_BATCH", 100)  # two rows of 5 tokens of width 10
 
 
 def taken(model):
@@ -31,11 +33,13 @@ def taken(model):
 
 @settings(max_examples=10)
 @given(seed=seeds, n=st.integers(1, 7), threads=st.integers(1, 3))
-def test_the_gradient_in_parts_is_that_of_the_batch(seed, n, threads):
+def test_the_gradient_of_micro_batches_is_that_of_the_batch(seed, n, threads):
     def both(dtype):
         model, rng = tiny_lora(seed, dtype)
-        ids, labels = batch(rng, n=n, t=5, ignored=0.6)  # parts of unequal weight, some perhaps of none
-        with lanes(model, threads) as gradient:
+        ids, labels = batch(
+            rng, n=n, t=5, ignored=0.6
+        )  # micro-batches of unequal weight, some perhaps of none
+        with on_threads(model, threads) as gradient:
             loss = gradient([(ids, labels)])
         yield np.concatenate([[dtype(loss)], *(g.ravel() for g in taken(model).values())])
         loss, back = model.loss(ids, labels, train=True)
@@ -50,21 +54,20 @@ def test_the_gradient_in_parts_is_that_of_the_batch(seed, n, threads):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_number_of_threads_changes_no_bit(seed, n, dtype, recompute):
     model, rng = tiny_lora(seed, dtype)
-    model.recompute = recompute
     batches = [batch(rng, n=n, t=5), batch(rng, n=3, t=4)]
     results = []
     for threads in (1, 2, 3):
-        with lanes(model, threads) as gradient:
+        with on_threads(model, threads, recompute) as gradient:
             results.append((gradient(batches), [g.tobytes() for g in taken(model).values()]))
     assert results[0] == results[1] == results[2]
 
 
-def test_a_model_with_dropout_keeps_to_one_lane_and_one_order():
+def test_a_model_with_dropout_keeps_to_one_thread_and_one_order():
     results = []
     for threads in (1, 3):
         model, rng = tiny(0)
         inject(model, LoraConfig(r=2, dropout=0.5, init="both"), rng=rng)
-        with lanes(model, threads) as gradient:
+        with on_threads(model, threads) as gradient:
             results.append((gradient([batch(np.random.default_rng(1), n=8, t=5)]), taken(model)))
     (a, first), (b, second) = results
     assert a == b
@@ -72,24 +75,24 @@ def test_a_model_with_dropout_keeps_to_one_lane_and_one_order():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_each_folded_weight_is_formed_once_for_all_parts_and_given_up(threads, monkeypatch):
+def test_each_folded_weight_is_formed_once_for_all_micro_batches(threads, monkeypatch):
     model, rng = tiny_lora(0)
-    formed, real = [], LowRank.fold
-    monkeypatch.setattr(LowRank, "fold", lambda *a: formed.append(id(a[0].A.data)) or real(*a))
-    with lanes(model, threads) as gradient:
+    formed, real = [], LowRank.merged
+    monkeypatch.setattr(LowRank, "merged", lambda *a: formed.append(id(a[0].A.data)) or real(*a))
+    adapters = sorted({id(place.adapter.A.data) for place in places(model)})
+    assert len(adapters) == 7 * 2
+    with on_threads(model, threads) as gradient:
         for n in (7, 4):
             gradient([batch(rng, n=n, t=5), batch(rng, n=n, t=5)])
-            assert sorted(formed) == sorted({id(adapter.A.data) for _, adapter in low_ranks(model)})
+            assert sorted(formed) == adapters
             formed.clear()
         with pytest.raises(InputError):
             gradient([(np.full((4, 5), 99), np.zeros((4, 5), int))])
-    assert len(low_ranks(model)) == 7 * 2
-    assert all(adapter.held is None for _, adapter in low_ranks(model))
 
 
-def test_a_twin_shares_every_array_and_no_gradient():
+def test_a_replica_shares_every_array_and_no_gradient():
     model, rng = tiny_lora(0)
-    other = twin(model)
+    other = replica(model)
     for (path, p), (path_, q) in zip(named_params(model).items(), named_params(other).items(), strict=True):
         assert path == path_
         assert p.data is q.data
@@ -102,11 +105,11 @@ def test_a_twin_shares_every_array_and_no_gradient():
 
 
 @given(rows=st.integers(1, 30), T=st.integers(1, 30), width=st.integers(1, 9), most=st.integers(1, 999))
-def test_the_parts_are_the_batch_in_order_and_weigh_one(rows, T, width, most):
+def test_micro_batches_are_the_batch_in_order_and_weigh_one(rows, T, width, most):
     ids = np.arange(rows * T).reshape(rows, T)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "PART", most)
-        cut = list(parts(ids, ids, width))
+        patch.setattr(parallel, "MICRO_BATCH", most)
+        cut = list(micro_batches(ids, ids, width))
     assert np.array_equal(np.concatenate([i for i, _, _ in cut]), ids)
     assert all(np.array_equal(i, labels) for i, labels, _ in cut)
     assert all(i.size * width < most + T * width for i, _, _ in cut)  # within a row of the most
@@ -116,18 +119,18 @@ def test_the_parts_are_the_batch_in_order_and_weigh_one(rows, T, width, most):
 def test_a_batch_without_labels_has_no_loss_and_no_gradient():
     model, rng = tiny_lora(0)
     ids, labels = batch(rng, n=4, t=5)
-    with lanes(model, 2) as gradient:
+    with on_threads(model, 2) as gradient:
         assert gradient([(ids, np.full_like(labels, -100))]) == 0
     assert all((g == 0).all() for g in taken(model).values())
 
 
-def test_bad_input_is_refused_whole_and_the_lanes_go_on():
+def test_bad_input_is_refused_whole_and_the_replicas_go_on():
     model, rng = tiny_lora(0)
     ids, labels = batch(rng, n=4, t=5)
-    with lanes(model, 2) as gradient:
+    with on_threads(model, 2) as gradient:
         with pytest.raises(InputError, match=r"labels have shape \(4, 4\); the ids \(4, 5\)"):
             gradient([(ids, labels[:, :-1])])
-        for _ in range(5):  # an error gives its lane back
+        for _ in range(5):  # an error gives its replica back
             with pytest.raises(InputError, match="token id 99"):
                 gradient([(np.where(ids >= 0, 99, ids), labels)])
         assert gradient([(ids, labels)]) > 0

@@ -37,6 +37,7 @@ from peft_cases import FIXTURES, IDS
 from safetensors.numpy import load as their_load
 from safetensors.numpy import save as their_save
 
+from minilora.adapters import remove, set_scale
 from minilora.backend import to_host
 from minilora.errors import (
     ConfigError,
@@ -51,19 +52,8 @@ from minilora.errors import (
 )
 from minilora.formats import atomic
 from minilora.formats.huggingface import load, save_model
-from minilora.lora import (
-    Adapted,
-    LoraConfig,
-    adapted,
-    fuse,
-    inject,
-    merge,
-    remove,
-    set_adapter,
-    set_scale,
-    sites,
-    unmerge,
-)
+from minilora.lora import Adapted, adapted, fuse, inject, merge, set_adapter, sites, unmerge
+from minilora.methods.lora_config import LoraConfig
 from minilora.peft.folder import CONFIG, WEIGHTS, open_adapter
 from minilora.peft.loading import load_adapter, save_adapter
 from minilora.tree import named_params

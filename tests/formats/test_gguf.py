@@ -30,19 +30,13 @@ from minilora.errors import (
     StorageError,
     UnsupportedError,
 )
-from minilora.formats import (
-    archives,
-    huggingface,
-)
+from minilora.formats import archives, huggingface
 from minilora.formats import gguf as ours
 from minilora.formats.atomic import write_atomic
 from minilora.formats.gguf import half_split, hf_name, special, tokenizer_json
 from minilora.formats.huggingface import checkpoint, load, save_model
 from minilora.formats.safetensors import layout
-from minilora.formats.tokenizer import (
-    encode,
-    tokenizer,
-)
+from minilora.formats.tokenizer import encode, tokenizer
 from minilora.model import Config
 from minilora.tree import named_params
 

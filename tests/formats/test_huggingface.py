@@ -43,7 +43,8 @@ from minilora.formats.huggingface import (
 )
 from minilora.formats.safetensors import CALLED, layout, stored
 from minilora.layers import Linear, Param
-from minilora.lora import LoraConfig, inject
+from minilora.lora import inject
+from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, RopeScaling
 from minilora.peft.loading import base_print
 from minilora.training import evaluate

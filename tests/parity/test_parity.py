@@ -13,7 +13,8 @@ import pytest
 from minilora.backend import to_device, to_host
 from minilora.decoding import generate
 from minilora.layers import Param
-from minilora.lora import LoraConfig, inject
+from minilora.lora import inject
+from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, llama
 from minilora.optim import AdamW, lora_plus
 from minilora.training import train

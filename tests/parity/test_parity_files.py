@@ -19,23 +19,16 @@ import peft_cases
 import pytest
 from peft_cases import IDS, SHAPE, logits, slug
 
+from minilora.adapters import scales, set_scale
 from minilora.backend import to_device, to_host
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import stored
 from minilora.layers import Linear
-from minilora.lora import (
-    Adapted,
-    DoRA,
-    LoraConfig,
-    Replacement,
-    WithBias,
-    base_of,
-    fuse,
-    inject,
-    scales,
-    set_scale,
-    sites,
-)
+from minilora.lora import Adapted, base_of, fuse, inject, sites
+from minilora.methods.bias import WithBias
+from minilora.methods.dora import DoRA
+from minilora.methods.full_copy import FullCopy
+from minilora.methods.lora_config import LoraConfig
 from minilora.optim import AdamW
 from minilora.peft.loading import load_adapter, save_adapter
 from minilora.training import train
@@ -148,13 +141,13 @@ class Rounded:
         """W, the sum of the sizes of its terms, r, the roundings beside the sum, and the bias."""
         layer = self.layers.get(path, self.layers["model.embed_tokens"])  # the head, if it is tied
         adapter = layer.adapters[layer.active] if isinstance(layer, Adapted) and layer.active else None
-        base = adapter.layer if isinstance(adapter, Replacement) else base_of(layer)
+        base = adapter.layer if isinstance(adapter, FullCopy) else base_of(layer)
         bias = base.bias if isinstance(base, Linear) else None
         if isinstance(adapter, WithBias):
             adapter, bias = adapter.adapter, adapter.bias
         W = self.tensors[id(base.weight)]
         b = torch.zeros(()) if bias is None else self.tensors[id(bias)]
-        if adapter is None or isinstance(adapter, Replacement):
+        if adapter is None or isinstance(adapter, FullCopy):
             return W, W.abs(), 0, b
         f = adapter.low_rank if isinstance(adapter, DoRA) else adapter
         A, B = self.tensors[id(f.A)], self.tensors[id(f.B)]

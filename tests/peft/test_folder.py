@@ -18,11 +18,14 @@ from hypothesis import strategies as st
 from library import LIBRARY
 from peft_cases import ADAPTERS, FIXED, FIXTURES, IDS, SHAPE, slug
 
+from minilora.adapters import scales, set_scale
 from minilora.backend import to_device, to_host
 from minilora.errors import ConfigError, MismatchError, StateError, StorageError, UnsupportedError
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import open_tensors
-from minilora.lora import LoraConfig, WithBias, adapted, fuse, inject, merge, scales, set_scale, unmerge
+from minilora.lora import adapted, fuse, inject, merge, unmerge
+from minilora.methods.bias import WithBias
+from minilora.methods.lora_config import LoraConfig
 from minilora.peft.config import Settings, alpha_of, alphas_of, meant, peft_config, read_settings, targets
 from minilora.peft.folder import CONFIG, WEIGHTS, open_adapter
 from minilora.peft.loading import base_print, load_adapter, save_adapter

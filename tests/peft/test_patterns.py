@@ -19,7 +19,8 @@ from peft_cases import FIXTURES
 from minilora.compose.truncate import compress
 from minilora.errors import ConfigError, FormatError, MismatchError, UnsupportedError
 from minilora.formats.huggingface import load
-from minilora.lora import LoraConfig, adapted, inject
+from minilora.lora import adapted, inject
+from minilora.methods.lora_config import LoraConfig
 from minilora.peft import patterns
 from minilora.peft.config import LARGEST, MOST, Settings, chosen, meant, peft_config, read_settings
 from minilora.peft.folder import CONFIG, open_adapter

@@ -529,7 +529,8 @@ def test_an_adapter_of_tiny_numbers_is_seen_as_one_of_usual_ones(tmp_path):
 
 
 def test_a_compressed_adapter_keeps_its_bases_fingerprint(tmp_path):
-    from minilora.lora import LoraConfig, inject
+    from minilora.lora import inject
+    from minilora.methods.lora_config import LoraConfig
     from minilora.peft.loading import save_adapter
 
     model, rng = tiny(0, np.float32)

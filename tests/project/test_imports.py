@@ -9,11 +9,14 @@ import minilora
 
 PACKAGE = Path(minilora.__file__).parent
 ORDER = [  # a wing or a file stands above all that it imports
-    "table", "errors", "backend", "ops", "layers", "tree", "model", "decoding", "lora", "optim", "spectra",
-    "fast", "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
+    "table", "errors", "backend", "ops", "layers", "tree", "targets", "model", "decoding", "lora", "adapters",
+    "optim", "spectra",
+    "methods.bias", "methods.dora", "methods.embedding", "methods.full_copy", "methods.lora_config",
+    "fast.folded", "fast.recompute", "fast.parallel",
+    "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session",
     "data.batching", "data.user_files", "data.corpora", "data.examples",
-    "peft.patterns", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
+    "peft.patterns", "peft.kinds", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
     "compose.truncate", "compose.extract", "compose.export",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
     "finetune", "experiments.rows", "experiments.cluster", "experiments.rank_figures",

@@ -1,7 +1,11 @@
 """What the README says is so: its program prints its numbers, its table is that of the rows."""
 
+import contextlib
+import io
 import json
 import re
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +29,16 @@ def markdown(rows):
     return "\n\n".join(parts)
 
 
-def test_the_program_prints_what_its_comments_say(capsys):
+@pytest.fixture
+def texts():
+    """The texts that the program reads, if they can be fetched."""
     try:
         corpora.fetch_texts()
     except StorageError as e:
         pytest.skip(str(e))
+
+
+def test_the_program_prints_what_its_comments_say(texts, capsys):
     code = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1]
     said = re.findall(r"^print\(.*?# (.*)$", code, re.M)
     exec(compile(code, "README.md", "exec"), {})
@@ -55,9 +64,33 @@ def test_the_table_of_the_step_is_that_of_its_benchmark(monkeypatch):
     assert step.table(rows) in README
 
 
-def test_the_quoted_line_stands_in_lora():
+def test_the_quoted_line_stands_in_lora_and_is_executed_by_the_program(texts):
+    """By every micro-batch of every step, for each of the 21 maps, on whatever thread."""
     quoted = re.search(r"```python\n( +A\.add_grad.*)\n```", README)[1]
-    assert quoted in (ROOT / "minilora" / "lora.py").read_text().splitlines()
+    file = ROOT / "minilora" / "lora.py"
+    number = file.read_text().splitlines().index(quoted) + 1
+    code = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1]
+    assert "steps=100" in code
+    seen = []
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != str(file) or frame.f_code.co_name != "learn":
+            return None if frame.f_code.co_name not in ("back", "run") else trace
+        if event == "line" and frame.f_lineno == number:
+            seen.append(threading.get_ident())
+        return trace
+
+    before = sys.gettrace()
+    threading.settrace(trace)
+    sys.settrace(trace)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(code.replace("steps=100", "steps=2"), "README.md", "exec"), {})
+    finally:
+        sys.settrace(before)
+        threading.settrace(None)
+    assert len(seen) % 21 == 0
+    assert len(seen) >= 2 * 21
 
 
 def test_every_file_and_picture_that_is_named_is_there_and_every_module_is_named():

@@ -1,0 +1,59 @@
+"""Several adapters over one base: take one away, turn all off, scale them.
+
+Which one acts is `set_adapter`'s (lora.py). The base is shared and never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import ConfigError, MismatchError, nearest
+from .lora import active, adapted, known, unmerged
+from .tree import replace
+
+
+@contextlib.contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Within the context the model is its base, to the bit."""
+    layers = adapted(model).values()
+    before = [(layer.active, layer.merged) for layer in layers]
+    for layer in layers:
+        layer.active = layer.merged = None
+    try:
+        yield
+    finally:
+        for layer, (active, merged) in zip(layers, before, strict=True):
+            layer.active, layer.merged = active, merged
+
+
+def scales(model: Any) -> dict[str, float]:
+    """Path -> s of the active low-rank adapters."""
+    return {path: pair.scale for path, a in active(model).items() if (pair := a.low_rank)}
+
+
+def set_scale(model: Any, scale: float | Mapping[str, float]) -> None:
+    """Set s of the active low-rank adapters: one number, or path -> number as `scales` returns it."""
+    current = scales(model)
+    wanted = scale if isinstance(scale, Mapping) else dict.fromkeys(current, scale)
+    for path, s in wanted.items():
+        if path not in current:
+            raise MismatchError(f"{path!r} has no active low-rank adapter; {nearest(path, current)}")
+        if type(s) not in (int, float) or not math.isfinite(s):
+            raise ConfigError(f"scale of {path} is {s!r}; expected a finite number")
+    unmerged(model, "before scaling")
+    for path, adapter in active(model).items():
+        if path in wanted and adapter.low_rank:
+            adapter.low_rank.scale = float(wanted[path])
+
+
+def remove(model: Any, name: str) -> None:
+    """Take an adapter away; a layer that has none left is the plain base layer again."""
+    known(adapted(model), name)
+    for path, layer in unmerged(model, "first").items():
+        layer.adapters.pop(name, None)
+        layer.active = None if layer.active == name else layer.active
+        if not layer.adapters:
+            replace(model, path, layer.base)

@@ -1,0 +1,91 @@
+"""Activation checkpointing: a block keeps what enters its two halves and runs each again in the backward.
+
+Time for memory (Chen et al. 2016): one more forward, without the last product of each half, whose value
+nobody needs the second time. The dropout generators are set back, so the gradients are the same bits.
+A rewrite of a replica: every block is wrapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..backend import Array
+from ..layers import Dropout, Layer, Linear, Need, back_nothing
+from ..lora import Adapted
+from ..model import Block, Llama, Turn, after, residual
+from ..ops import Back
+from ..tree import walk
+from .folded import Folded
+
+
+@dataclass(eq=False)
+class Last:
+    """The last linear map of a half: the second time, its value is not needed."""
+
+    layer: Layer
+    again: bool = False
+
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Any, Back]:
+        return (0, self.backward(x, need)) if self.again else self.layer(x, need)
+
+    def backward(self, x: Array, need: Need) -> Back:
+        """The gradients, without the value where that can be left out."""
+        match self.layer:
+            case Linear():
+                return self.layer.backward(x, need)
+            case Adapted(merged=None, active=str(name)) if isinstance(self.layer.adapters[name], Folded):
+                return self.layer.adapters[name].backward(self.layer.base, x, need)
+            case _:
+                return self.layer(x, need)[1]
+
+
+@dataclass(eq=False)
+class Recomputed:
+    """A block that keeps only what enters its two halves; called like a block."""
+
+    block: Block
+
+    def __call__(self, x: Array, turn: Turn, need: Need = Need.ALL, cache: Any = None) -> tuple[Array, Back]:
+        block = self.block
+        attention, mlp = block.self_attn, block.mlp
+        need_a = after(need, [block.input_layernorm, attention])
+        x, back_a = half(block.input_layernorm, attention, attention.o_proj, x, need, turn, cache)
+        x, back_m = half(block.post_attention_layernorm, mlp, mlp.down_proj, x, need_a)
+
+        def back(dy: Array) -> Array:
+            return back_a(back_m(dy))
+
+        return x, back
+
+
+def half(norm: Any, inner: Any, last: Any, x: Array, need: Need, *how: Any) -> tuple[Array, Back]:
+    """x + inner(norm(x)), which runs once more in the backward; `last` is its last map."""
+    rngs = [node.rng.bit_generator for _, node in walk(inner) if isinstance(node, Dropout)]
+    before = [rng.state for rng in rngs]
+    y, back_once = residual(norm, inner, x, need, *how)
+    if back_once is back_nothing:
+        return y, back_nothing
+
+    def back(dy: Array) -> Array:
+        states = [rng.state for rng in rngs]
+        for rng, state in zip(rngs, before, strict=True):  # the same dropout masks again
+            rng.state = state
+        last.again = True
+        try:
+            _, back_again = residual(norm, inner, x, need, *how)
+        finally:
+            last.again = False
+            for rng, state in zip(rngs, states, strict=True):
+                rng.state = state
+        return back_again(dy)
+
+    return y, back
+
+
+def recompute(model: Llama) -> None:
+    """Wrap every block of a replica."""
+    for i, block in enumerate(model.model.layers):
+        block.self_attn.o_proj = Last(block.self_attn.o_proj)
+        block.mlp.down_proj = Last(block.mlp.down_proj)
+        model.model.layers[i] = Recomputed(block)  # type: ignore[call-overload]

@@ -1,0 +1,60 @@
+"""How each kind of adapter lies in a PEFT folder: a new kind adds a row here.
+
+Every kind has lora_A.weight (r, I) and lora_B.weight (O, r), of an embedding lora_embedding_A and _B. LoRA
+itself has nothing more. A row says what stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..layers import Adapter, Param
+from ..lora import LowRank
+from ..methods.dora import DoRA
+from ..methods.embedding import LowRankEmbedding
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An adapter of linear maps with one vector (O,) beside its factors."""
+
+    adapter: type
+    flag: str  # the field of adapter_config.json that is true where every module is of this kind
+    vector: str  # the tensor's name in the file, after that of the module
+    field: str  # the adapter's Param that it is
+    build: Callable[[LowRank, Param], Adapter]
+    besides: str  # what it does that is not in ΔW = s B A, in words
+
+
+KINDS = [
+    Kind(
+        DoRA, "use_dora", "lora_magnitude_vector", "magnitude", lambda pair, m: DoRA(pair, m, detach=True),
+        "its magnitudes scale the rows of W + ΔW besides",
+    ),
+]  # fmt: skip
+
+
+def vectors() -> list[str]:
+    """The names of all vectors that a row knows."""
+    return [kind.vector for kind in KINDS]
+
+
+def of_adapter(adapter: Any) -> Kind | None:
+    """The row of an adapter, None for LoRA itself; UnsupportedError for what has no row."""
+    for kind in KINDS:
+        if type(adapter) is kind.adapter:
+            return kind
+    if not isinstance(adapter, LowRank | LowRankEmbedding):
+        raise UnsupportedError(f"{type(adapter).__name__} has no form in PEFT's files (peft/kinds.py)")
+    return None
+
+
+def of_vectors(present: Mapping[str, str], where: str) -> Kind | None:
+    """The row of a module that has these vectors, None if it has none; UnsupportedError for two."""
+    kinds = [kind for kind in KINDS if kind.vector in present]
+    if len(kinds) > 1:
+        raise UnsupportedError(f"{where}: has {' and '.join(k.vector for k in kinds)}; expected one of them")
+    return kinds[0] if kinds else None

@@ -1,0 +1,96 @@
+"""Which modules a name means: targets, exclusions and saved modules -> the paths of a model.
+
+A name means the module whose path is that name, or ends with "." and that name. Every name must mean
+something: one that matches nothing is an error with the nearest names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import ConfigError, MismatchError, nearest, short
+from .layers import Embedding, Layer, Linear
+
+LAYER = re.compile(r"(?:.*?\.)?[^.]+\.([0-9]+)\.")  # the number in model.layers.3.self_attn.q_proj
+
+
+def names(what: str, value: object) -> list[str]:
+    """A name or a list of names as a list, or ConfigError."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple | set | frozenset):
+        raise ConfigError(f"{what} is {value!r}; expected a name or a list of names")
+    for name in listed:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{what} has the entry {name!r}; expected a name")
+    return list(listed)
+
+
+def matches(entry: str, path: str) -> bool:
+    """Whether a name means the module at `path`."""
+    return path == entry or path.endswith("." + entry)
+
+
+def resolve(what: str, entries: Sequence[str], among: Sequence[str]) -> list[str]:
+    """The paths that the entries mean, in the order of the model; MismatchError for an idle entry."""
+    for entry in entries:
+        if not any(matches(entry, path) for path in among):
+            known = {path.rpartition(".")[2] for path in among} | (set(among) if "." in entry else set())
+            raise MismatchError(f"{what}: {entry!r} matches no module; {nearest(entry, known)}")
+    return [path for path in among if any(matches(entry, path) for entry in entries)]
+
+
+def pick(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first pattern entry that means this path."""
+    return next((value for entry, value in pattern.items() if matches(entry, path)), default)
+
+
+def find_targets(
+    layers: Mapping[str, Layer],
+    targets: str | re.Pattern[str] | Sequence[str],
+    *,
+    exclude: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
+    saved: Sequence[str] = (),
+) -> list[str]:
+    """The paths, among `layers` (path -> base layer), of the linear maps and embeddings that are meant.
+
+    "all-linear" means every Linear but lm_head and what is `saved`; a compiled regex matches whole paths.
+    `exclude` wins, and of what is left only that in the layers of these `numbers` counts (None: in any).
+    """
+    adaptable = [path for path, layer in layers.items() if isinstance(layer, Linear | Embedding)]
+    if isinstance(targets, str) and targets == "all-linear":
+        linear = [path for path in adaptable if isinstance(layers[path], Linear)]
+        meant = [p for p in linear if not any(matches(name, p) for name in ("lm_head", *saved))]
+    elif isinstance(targets, re.Pattern):
+        meant = [path for path in adaptable if targets.fullmatch(path)]
+        if not meant:
+            some = ", ".join(adaptable[:3])
+            raise MismatchError(f"targets: {targets.pattern!r} matches no module; there are {some}, ...")
+    else:
+        meant = resolve("targets", names("targets", targets), adaptable)
+    out = set(resolve("exclude_modules", exclude, list(layers)))
+    kept = [path for path in meant if path not in out and in_layers(path, numbers, meant)]
+    if not kept:
+        raise ConfigError("exclude_modules and layers_to_transform leave none of the targets")
+    return kept
+
+
+def in_layers(path: str, wanted: Sequence[int] | None, among: Sequence[str]) -> bool:
+    """Whether a module lies in one of the wanted layers, each of which must be there; None: in any."""
+    if wanted is None:
+        return True
+    numbers = {int(match[1]) for p in among if (match := LAYER.match(p))}
+    if missing := sorted(set(wanted) - numbers):
+        given, known = short(missing[0]), short(sorted(numbers))
+        raise ConfigError(f"layers_to_transform has {given}; expected some of {known}")
+    match = LAYER.match(path)
+    return match is not None and int(match[1]) in wanted
+
+
+def with_head(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers, and for a tied head the one that it becomes when it is adapted: a Linear on the table."""
+    if getattr(model, "lm_head", model) is not None:  # it has its own, or is no language model
+        return dict(layers)
+    return {**layers, "lm_head": Linear(layers["model.embed_tokens"].weight)}
