@@ -46,6 +46,14 @@ def pick(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
     return next((value for entry, value in pattern.items() if matches(entry, path)), default)
 
 
+def check_targets(targets: str | re.Pattern[str] | Sequence[str]) -> None:
+    """ConfigError unless they are names, at least one, or a compiled regex."""
+    if not isinstance(targets, re.Pattern):
+        names("targets", targets)
+        if not targets:
+            raise ConfigError(f"targets is {targets!r}; expected at least one name")
+
+
 def find_targets(
     layers: Mapping[str, Layer],
     targets: str | re.Pattern[str] | Sequence[str],
@@ -59,6 +67,7 @@ def find_targets(
     "all-linear" means every Linear but lm_head and what is `saved`; a compiled regex matches whole paths.
     `exclude` wins, and of what is left only that in the layers of these `numbers` counts (None: in any).
     """
+    check_targets(targets)
     adaptable = [path for path, layer in layers.items() if isinstance(layer, Linear | Embedding)]
     if isinstance(targets, str) and targets == "all-linear":
         linear = [path for path in adaptable if isinstance(layers[path], Linear)]

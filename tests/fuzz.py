@@ -50,7 +50,7 @@ from minilora.experiments import rank_sweep, rows
 from minilora.formats import atomic, forms, gguf, huggingface, safetensors, tokenizer
 from minilora.formats.checkpoint import save_checkpoint
 from minilora.formats.checkpoint import sealed as seal_of_checkpoint
-from minilora.lora import Adapted, merge, sites, unmerge
+from minilora.lora import Adapted, merge, owners, unmerge
 from minilora.peft import config, folder, loading
 from minilora.peft.folder import CONFIG, WEIGHTS
 from minilora.tree import digest, named_params
@@ -195,7 +195,7 @@ class Adapters(Readers):
                 unmerge(model)
             remove(model, "default")
         finally:
-            assert not any(isinstance(layer, Adapted) for _, layer in sites(model))
+            assert not any(isinstance(layer, Adapted) for _, layer in owners(model))
             assert loading.base_print(model) == self.prints[base]
 
     def corpus(self):

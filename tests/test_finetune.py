@@ -72,7 +72,7 @@ def test_an_adapter_comes_out_and_the_base_stays(method, text, base, tmp_path):
     assert tuple(told) == found.evals
     assert found.after < found.before
     assert sorted(os.listdir(tmp_path)) == ["a", "base", "own.txt"]
-    assert open_adapter(tmp_path / "a").settings.use_dora is (method == "dora")
+    assert open_adapter(tmp_path / "a").settings.flags == ({"use_dora"} if method == "dora" else set())
     model = load(base)
     load_adapter(model, tmp_path / "a")
     _, held = texts(text)

@@ -20,7 +20,7 @@ from ..backend import normal, uniform, xp
 from ..errors import ConfigError, check_float, check_int, nearest, short
 from ..layers import Adapter, Dropout, Embedding, Linear, Param
 from ..lora import LowRank
-from ..targets import find_targets, names, pick, resolve
+from ..targets import check_targets, find_targets, names, pick, resolve
 from .bias import WithBias
 from .dora import DoRA, row_norms
 from .embedding import LowRankEmbedding
@@ -71,10 +71,7 @@ class LoraConfig:
             raise ConfigError(f"init is {self.init!r}; {nearest(str(self.init), INITS)}")
         if self.dora and self.dropout:
             raise ConfigError("dropout with dora is not offered; expected dropout 0")
-        if not isinstance(self.targets, re.Pattern):
-            names("targets", self.targets)
-            if not self.targets:
-                raise ConfigError(f"targets is {self.targets!r}; expected at least one name")
+        check_targets(self.targets)
         names("modules_to_save", self.modules_to_save)
         names("exclude_modules", self.exclude_modules)
         if self.bias not in BIASES:

@@ -277,7 +277,8 @@ def save_adapter(
                     tensors[f"{PREFIX}lm_head.lora_B.weight"] = pair.A.data.T
                     low["lm_head"] = pair
     if len(set(kinds.values())) > 1:
-        raise UnsupportedError("some modules have another kind of adapter; PEFT has one kind for all")
+        one, other, *_ = sorted({kind.adapter.__name__ if kind else "LowRank" for kind in kinds.values()})
+        raise UnsupportedError(f"some modules are {one} and others {other}; PEFT has one kind for all")
     if not low:
         raise UnsupportedError("the adapter has no low-rank part; PEFT has no LoRA without one")
     alphas, rslora = alphas_of({m: (pair.scale, len(pair.A.data)) for m, pair in low.items()})

@@ -202,14 +202,14 @@ holds("as small as $10^{-20}$, and all digits are right", error(complex_step(1e-
 # %% [markdown]
 # ## The package does the same
 #
-# `minilora.lora.LowRank` is the adapter, put beside any `Linear`. Its `beside` does the same operations in
-# the same order as our lines, so its gradients must agree in every bit. Its `back` also returns $dX$, which
-# the layer below needs. (Where rows are many, the package goes through $W + \Delta W$ instead, formed for
-# the purpose: the same function, and the same thin $dA$ and $dB$, with less work.)
+# `minilora.lora.LowRank` is the adapter, put beside any `Linear`. It does the same operations in the same
+# order as our lines, so its gradients must agree in every bit. Its `back` also returns $dX$, which the layer
+# below needs. (In training, where rows are many, `fast/folded.py` goes through $W + \Delta W$ instead, formed
+# for the purpose: the same function, and the same thin $dA$ and $dB$, with less work.)
 
 # %%
 adapter = LowRank(Param(A.copy()), Param(B.copy()), s)
-y, back = adapter.beside(Linear(Param(W, trainable=False)), X)
+y, back = adapter(Linear(Param(W, trainable=False)), X)
 dX = back(dY)
 print("output equal: ", np.array_equal(y, Y))
 print("dA equal:     ", np.array_equal(adapter.A.grad, dA))
@@ -282,7 +282,7 @@ holds("a square weight that is half its width", all(n * n / (n + n) == n / 2 for
 # ## What a layer keeps
 #
 # A layer that is to be trained must remember something from the forward pass. `ops.saved(back)` lists the
-# arrays that a `back` keeps alive. A frozen map needs none: its way back is $dX = dY\,W$. A trained one keeps
+# arrays that a `back` keeps alive. A frozen map needs none: its backward is $dX = dY\,W$. A trained one keeps
 # its input for $dW = dY^\top X$. An adapted one keeps its input too, for $dA$, and the small $H$ besides.
 
 # %%
@@ -295,7 +295,7 @@ def weight(rows, columns, trainable):
 
 frozen, full = Linear(weight(96, 96, False)), Linear(weight(96, 96, True))
 small = LowRank(weight(8, 96, True), weight(96, 8, True), 2.0)
-backs = {"frozen": frozen(x)[1], "trained": full(x)[1], "adapted, r = 8": small.beside(frozen, x)[1]}
+backs = {"frozen": frozen(x)[1], "trained": full(x)[1], "adapted, r = 8": small(frozen, x)[1]}
 for name, back in backs.items():
     kept = ops.saved(back)
     memory = {v.__array_interface__["data"][0]: (k, v) for k, v in kept.items()}  # two views count once
@@ -385,14 +385,14 @@ def check():
     rng = np.random.default_rng(10)
     for M, I, O, r, s in ((7, 6, 4, 3, 2.0), (5, 8, 9, 2, 0.25)):  # noqa: E741
         dY, X, W, A, B = (rng.standard_normal(shape) for shape in ((M, O), (M, I), (O, I), (r, I), (O, r)))
-        _, back = LowRank(Param(A), Param(B), s).beside(Linear(Param(W, trainable=False)), X)
+        _, back = LowRank(Param(A), Param(B), s)(Linear(Param(W, trainable=False)), X)
         dX, only_W = back(dY), dY @ W
         mine = input_gradient(dY, W, A, B, s)
         assert mine is not None, "input_gradient returns None: write the line that computes dX"
         assert np.shape(mine) == X.shape, (
             f"dX has shape {np.shape(mine)}, X has {X.shape}: check the order of the factors"
         )
-        assert not np.allclose(mine, only_W), "this is the way back through W only: the adapter reads X, too"
+        assert not np.allclose(mine, only_W), "this is the backward through W only: the adapter reads X, too"
         assert not np.allclose(mine, only_W + dY @ B @ A), "almost: the scale s is missing"
         assert np.allclose(mine, dX), "this is not dX: move the factors across the bracket once more"
     return "equal to the dX of minilora.lora.LowRank"

@@ -21,7 +21,7 @@ import numpy as np
 import minilora as ml
 from minilora.analysis import plotting
 from minilora.experiments import merge_equivalence, rank_figures
-from minilora.layers import Linear, Param
+from minilora.layers import Linear, Need, Param
 from minilora.lora import Adapted, LowRank, adapted
 from minilora.tree import named_params
 
@@ -96,9 +96,9 @@ def whole(*shape):
 
 W, A, B, X = whole(24, 32), whole(5, 32), whole(24, 5), whole(9, 32)
 layer = Adapted(Linear(Param(W, False)), {"a": LowRank(Param(A), Param(B), 2.0)}, "a")
-apart, _ = layer(X, None)
+apart, _ = layer(X, Need.NONE)
 ml.merge({"layer": layer})
-together, _ = layer(X, None)
+together, _ = layer(X, Need.NONE)
 print("largest value:", int(np.abs(apart).max()), "of", 2**24)
 print("equal with ==:", bool((apart == together).all()))
 

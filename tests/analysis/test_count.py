@@ -18,7 +18,7 @@ from peft_cases import FIXTURES
 from minilora.analysis.count import ATTENTION, LLAMAS, MLP, PAPER, PRINTED, QV, count, human, modules
 from minilora.errors import MiniloraError, StorageError, UnsupportedError
 from minilora.formats.huggingface import BASE, load
-from minilora.lora import inject, sites
+from minilora.lora import inject, owners
 from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, llama
 from minilora.targets import with_head
@@ -84,7 +84,7 @@ def test_the_modules_of_a_file_are_those_of_its_model(config, data, tmp_path_fac
     kind = data.draw(st.sampled_from(KINDS))
     found = modules(folder, kind)
     model = llama(config, numpy.random.default_rng(0))
-    layers = with_head(model, dict(sites(model)))
+    layers = with_head(model, dict(owners(model)))
     assert [(row.module, row.layer, row.shape) for row in found.rows] == [
         (m, type(layer).__name__, layer.weight.data.shape) for m, layer in layers.items()
     ]
@@ -439,7 +439,7 @@ def test_modules_are_those_of_the_loaded_base_and_no_weight_is_read():
         found = modules(FIXTURES / "bases" / base, ["q_proj", "layers.1.mlp.up_proj"])
         model = load(FIXTURES / "bases" / base)
         assert found.tied == (model.lm_head is None) == (base == "tied")
-        layers = with_head(model, dict(sites(model)))
+        layers = with_head(model, dict(owners(model)))
         assert [row.module for row in found.rows] == list(layers)
         for row in found.rows:
             layer = layers[row.module]

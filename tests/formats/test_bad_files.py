@@ -52,7 +52,7 @@ from minilora.errors import (
 )
 from minilora.formats import atomic
 from minilora.formats.huggingface import load, save_model
-from minilora.lora import Adapted, adapted, fuse, inject, merge, set_adapter, sites, unmerge
+from minilora.lora import Adapted, adapted, fuse, inject, merge, owners, set_adapter, unmerge
 from minilora.methods.lora_config import LoraConfig
 from minilora.peft.folder import CONFIG, WEIGHTS, open_adapter
 from minilora.peft.loading import load_adapter, save_adapter
@@ -860,7 +860,7 @@ def state(model):
         k: (p.trainable, p.grad is None, p.data.dtype, p.data.shape, to_host(p.data).tobytes())
         for k, p in named_params(model).items()
     }
-    layers = dict(sites(model))
+    layers = dict(owners(model))
     beside = {k: (list(x.adapters), x.active, x.merged) for k, x in layers.items() if isinstance(x, Adapted)}
     return arrays, list(layers), beside
 
@@ -1000,7 +1000,7 @@ CALLS = [
         call(name) for call in (saves, saves_model) for name in ("adapter", IS_FILE, "link", "base")]),
     (80, "a link to overwrite", StorageError, "only the folder of a model", nothing, [
         saves("link", overwrite=True)]),
-    (98, "merging twice", StateError, "merged already", merge, [does(merge)]),
+    (98, "merging twice", StateError, "is merged; unmerge it first", merge, [does(merge)]),
     (98, "unmerging what is not merged", StateError, "not merged", nothing, [does(unmerge)]),
     (99, "merging NaN", NonFiniteError, r"layers\.1\.self_attn\.v_proj\.weight is not finite", bad(NAN),
         [does(merge), does(fuse)]),
@@ -1159,7 +1159,7 @@ def done_or_refused(root, model):
             remove(model, "default")
         except MiniloraError as e:
             says(e, root)
-    assert not any(isinstance(layer, Adapted) for _, layer in sites(model))
+    assert not any(isinstance(layer, Adapted) for _, layer in owners(model))
 
 
 @settings(max_examples=300)

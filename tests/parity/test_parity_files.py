@@ -24,7 +24,7 @@ from minilora.backend import to_device, to_host
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import stored
 from minilora.layers import Linear
-from minilora.lora import Adapted, base_of, fuse, inject, sites
+from minilora.lora import Adapted, fuse, inject, owners
 from minilora.methods.bias import WithBias
 from minilora.methods.dora import DoRA
 from minilora.methods.full_copy import FullCopy
@@ -115,7 +115,7 @@ class Rounded:
     v = U["float32"]
 
     def __init__(self, model):
-        self.config, self.layers = model.config, dict(sites(model))
+        self.config, self.layers = model.config, dict(owners(model))
         self.u, self.w, self.draws = 0.0, 0.0, None
         self.turns = cache(self.tables)
         self.tensors = {}
@@ -141,7 +141,13 @@ class Rounded:
         """W, the sum of the sizes of its terms, r, the roundings beside the sum, and the bias."""
         layer = self.layers.get(path, self.layers["model.embed_tokens"])  # the head, if it is tied
         adapter = layer.adapters[layer.active] if isinstance(layer, Adapted) and layer.active else None
-        base = adapter.layer if isinstance(adapter, FullCopy) else base_of(layer)
+        base = (
+            adapter.layer
+            if isinstance(adapter, FullCopy)
+            else layer.base
+            if isinstance(layer, Adapted)
+            else layer
+        )
         bias = base.bias if isinstance(base, Linear) else None
         if isinstance(adapter, WithBias):
             adapter, bias = adapter.adapter, adapter.bias

@@ -256,7 +256,7 @@ def test_on_injecting_the_first_key_counts_in_rank_and_in_scale(ranks, alphas):
     config = LoraConfig(r=1, alpha=31, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     for row in inject(model, config, rng=rng).rows:
         r, alpha = of_pattern(rank_pattern, row.module, 1), of_pattern(alpha_pattern, row.module, 31)
-        assert (row.r, row.alpha, row.scale) == (r, alpha, alpha / r)
+        assert (row.r, row.scale) == (r, alpha / r)
     assert {m: layer.adapters["default"].A.data.shape[0] for m, layer in adapted(model).items()} == {
         m: of_pattern(rank_pattern, m, 1) for m in adapted(model)
     }
