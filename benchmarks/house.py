@@ -23,6 +23,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +88,7 @@ class House:
         return min(places, key=lambda place: len(self.imported(place[0])))
 
     def meaning(self, module: str, owner: str, called: ast.expr) -> Iterator[Place]:
-        """The definitions that a call leads to, written in `module`, in the class `owner` if that is not ""."""
+        """The definitions that a call in `module` leads to; `owner` is the class around it, or ""."""
         name = ast.unparse(called)
         head, _, rest = name.partition(".")
         if head in ("self", "cls") and owner:
@@ -132,7 +133,7 @@ class House:
     def moves(self, entry: str) -> tuple[int, int]:
         """How often a reader changes the file, and how often upwards."""
         way = [module for module, _ in self.walk(self.entry(entry), set())]
-        moves = [(a, b) for a, b in zip(way, way[1:], strict=False) if a != b]
+        moves = [(a, b) for a, b in pairwise(way) if a != b]
         return len(moves), sum(a in self.imported(b) for a, b in moves)
 
 
@@ -159,7 +160,8 @@ def main() -> None:
     columns = {}
     if revision:
         with tempfile.TemporaryDirectory() as folder:
-            tarfile.open(fileobj=BytesIO(git("archive", revision, "minilora"))).extractall(folder, filter="data")
+            with tarfile.open(fileobj=BytesIO(git("archive", revision, "minilora"))) as tar:
+                tar.extractall(folder, filter="data")
             columns[revision] = measures(Path(folder), lesson_of(revision))
     columns["now"] = measures(ROOT, lesson((ROOT / "README.md").read_text(encoding="utf-8")))
     print("| | " + " | ".join(columns) + " |")

@@ -1,4 +1,4 @@
-"""Draw what imports what, and list every file in one line: wings.svg, wings.png and modules.md, from the code.
+"""What imports what, and what every file does: wings.svg, wings.png and modules.md from the code.
 
     python docs/wings.py
 
@@ -19,7 +19,7 @@ PACKAGE = HERE.parent / "minilora"
 
 
 class Import(NamedTuple):
-    """What one imported name means: `from .data.corpora import fetch as get` is (get, data.corpora, fetch)."""
+    """One imported name: `from .data.corpora import fetch as get` is (get, data.corpora, fetch)."""
 
     local: str
     module: str  # of this package, or a library's
@@ -147,7 +147,13 @@ def draw(graph: dict[str, set[str]]) -> Any:
         figure.canvas.draw()
         for node, other in arrows(graph):
             patches = {"patchA": boxes[node].get_bbox_patch(), "patchB": boxes[other].get_bbox_patch()}
-            style = {"arrowstyle": "-|>", "color": ml.plots.GREY, "linewidth": 0.9, "shrinkA": 2, "shrinkB": 2}
+            style = {
+                "arrowstyle": "-|>",
+                "color": ml.plots.GREY,
+                "linewidth": 0.9,
+                "shrinkA": 2,
+                "shrinkB": 2,
+            }
             axes.annotate("", at[other], at[node], arrowprops=style | patches, zorder=1)
     return figure
 
@@ -163,7 +169,8 @@ def table() -> str:
     height = levels(graph)
     lines = [
         "# Every file in one line", "",
-        "Made by `python docs/wings.py` from the first words of each docstring. Files of the lesson and folders stand after all that they import.", "",
+        "Made by `python docs/wings.py` from the first words of each docstring. "
+        "Files of the lesson and folders stand after all that they import.", "",
         "| file | what it does |", "| --- | --- |",
     ]  # fmt: skip
     for name in sorted(every, key=lambda n: (height[n.split(".")[0]], n)):
