@@ -164,7 +164,7 @@ def main() -> None:
                 tar.extractall(folder, filter="data")
             columns[revision] = measures(Path(folder), lesson_of(revision))
     columns["now"] = measures(ROOT, lesson((ROOT / "README.md").read_text(encoding="utf-8")))
-    print("| | " + " | ".join(columns) + " |")
+    print("| what | " + " | ".join(columns) + " |")
     print("| --- |" + " ---: |" * len(columns))
     for name in columns["now"]:
         print(f"| {name} | " + " | ".join(f"{column[name]:,}" for column in columns.values()) + " |")
