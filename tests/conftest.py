@@ -4,6 +4,7 @@ MINILORA_TEST_BACKEND=standin or cupy runs the suite on that library, see librar
 """
 
 import os
+from pathlib import Path
 
 for library in ("OPENBLAS", "OMP", "MKL"):  # before NumPy is imported: one thread, so one order of summation
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
@@ -17,13 +18,22 @@ settings.register_profile("few", settings.get_profile("ci"), max_examples=5)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-CORE = {f"test_{name}.py" for name in ("ops", "layers", "model", "lora", "optim", "export")}
+TESTS = Path(__file__).parent
+CORE = ("test_ops.py", "test_layers.py", "test_model.py", "test_lora.py", "test_optim.py")  # files or folders
+CORE_FILES = {file for name in CORE for file in (TESTS / name, *(TESTS / name).glob("test_*.py"))}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`pytest -m quick` reads the core's files alone: the others take longer to import than these to run."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return collection_path not in CORE_FILES or None
+    return None
 
 
 def pytest_collection_modifyitems(items):
     """`-m quick` means the core's laws, but for those that take long."""
     for item in items:
-        if item.path.name in CORE and not any(item.get_closest_marker(name) for name in ("slow", "parity")):
+        if item.path in CORE_FILES and not any(item.get_closest_marker(name) for name in ("slow", "parity")):
             item.add_marker("quick")
 
 

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # The core's laws with the oldest dependencies that pyproject.toml allows, and on every other Python that is here.
 #
-#     tests/elsewhere.sh [PYTEST ARGUMENT ...]     default: -m quick; needs a network, leaves nothing
+#     tests/elsewhere.sh [PYTEST ARGUMENT ...]     default: -m quick, then the merged files; needs a network, leaves nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-[ $# -gt 0 ] || set -- -m quick
 
 run() { # NAME PYTHON REQUIREMENT ...
     local name=$1 python=$2
@@ -27,10 +26,21 @@ PYTHON
 }
 
 laws=("$@")
+check() { # PYTHON [PYTEST ARGUMENT ...]
+    if [ ${#laws[@]} -gt 0 ]; then
+        "$1" -m pytest -q -p no:cacheprovider "${@:2}" "${laws[@]}"
+        return
+    fi
+    "$1" -m pytest -q -p no:cacheprovider "${@:2}" -m quick
+    "$1" -m pytest -q -p no:cacheprovider "${@:2}" tests/compose/test_export.py
+}
+
 # shellcheck disable=SC2046
 run oldest python3 $(oldest)
 # what these old ones need is new, and they use it in ways that it warns of
-PYTHONPATH=$PWD "$work/oldest/bin/python" -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning "${laws[@]}"
+export PYTHONPATH=$PWD
+check "$work/oldest/bin/python" -W ignore::DeprecationWarning
+unset PYTHONPATH
 for version in 3.12 3.13 3.14; do
     python=$(command -v "python$version" || true)
     found=$(PYENV_VERSION=$(pyenv latest "$version" 2>/dev/null || true) "${python:-false}" -c 'import sys; print(sys.executable)' 2>/dev/null || true)
@@ -39,5 +49,5 @@ for version in 3.12 3.13 3.14; do
         continue
     fi
     run "$version" "$found" -e ".[test]"
-    "$work/$version/bin/python" -m pytest -q -p no:cacheprovider "${laws[@]}"
+    check "$work/$version/bin/python"
 done

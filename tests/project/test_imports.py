@@ -1,13 +1,11 @@
 """Imports point down the list, each library has one door, and device work goes through xp."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from wings import PACKAGE, imports
+from wings import module_name as module
 
-import minilora
-
-PACKAGE = Path(minilora.__file__).parent
 ORDER = [  # a wing or a file stands above all that it imports
     "table", "errors", "backend", "ops", "layers", "tree", "targets", "model", "decoding", "lora", "adapters",
     "optim", "spectra",
@@ -31,31 +29,6 @@ DRAWS = {"random.default_rng"}  # random numbers are drawn on the host
 ON_THE_HOST = {"digest", "intruder_threshold"}
 
 
-def module(file):
-    """lora.py -> lora, formats/gguf.py -> formats.gguf, formats/__init__.py -> formats."""
-    return ".".join(part for part in file.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
-
-
-def imports(file):
-    """(module of this package or library, whether it is ours) of every import of a file, in functions too."""
-    wing = file.relative_to(PACKAGE).parts[:-1]
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name.split(".")[0], False) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            if not node.level:
-                yield node.module.split(".")[0], False
-                continue
-            start = ".".join([*wing[: len(wing) + 1 - node.level], *(node.module or "").split(".")]).strip(
-                "."
-            )
-            names = [f"{start}.{alias.name}".strip(".") for alias in node.names]
-            known = [name for name in names if (PACKAGE / name.replace(".", "/")).with_suffix(".py").exists()]
-            yield from ((name, True) for name in known)
-            if len(known) < len(names) and start:
-                yield start, True
-
-
 def place(name):
     """Where a module stands in ORDER, itself or by its wing."""
     return next(i for i, entry in enumerate(ORDER) if name == entry or name.startswith(entry + "."))
@@ -63,9 +36,9 @@ def place(name):
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name != "__init__.py"], ids=module)
 def test_imports_point_down(file):
-    for name, ours in imports(file):
+    for _, name, _, ours in imports(file):
         assert name != "minilora", f"{file.name}: imports inside the package are relative"
-        if ours:
+        if ours and name:  # not the package's own names
             assert place(name) < place(module(file)), f"{module(file)} imports {name}"
             assert {name, module(file)} != {"model", "lora"}
 
@@ -80,7 +53,7 @@ def test_every_file_has_its_place_and_a_wing_has_at_most_eight():
 
 def test_each_library_has_one_door():
     for file in FILES:
-        names = {name for name, ours in imports(file) if not ours}
+        names = {item.module for item in imports(file) if not item.ours}
         assert "cupy" not in names
         assert "matplotlib" not in names or module(file) == "analysis.plotting"
         assert not names & {"dask", "distributed"} or module(file) == "experiments.cluster"

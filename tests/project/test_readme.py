@@ -1,4 +1,4 @@
-"""What the README says is so: its program prints its numbers, its table is that of the rows."""
+"""What README and docs/ say is so: the program prints its numbers, the tables are those of the rows."""
 
 import contextlib
 import io
@@ -10,13 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from wings import PACKAGE, imports
 
 from minilora.data import corpora
 from minilora.errors import StorageError
 from minilora.experiments.rank_sweep import HEAD, lines, read_rows, summary
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def page(name):
+    """A page of docs/."""
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def markdown(rows):
@@ -53,7 +59,7 @@ def test_the_program_prints_what_its_comments_say(texts, capsys):
 
 
 def test_the_table_is_that_of_the_rows():
-    assert markdown(read_rows(ROOT / "figures" / "rows.jsonl")) in README
+    assert markdown(read_rows(ROOT / "figures" / "rows.jsonl")) in page("which_rank")
 
 
 def test_the_table_of_the_step_is_that_of_its_benchmark(monkeypatch):
@@ -61,7 +67,27 @@ def test_the_table_of_the_step_is_that_of_its_benchmark(monkeypatch):
     import step
 
     rows = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["rows"]
-    assert step.table(rows) in README
+    assert step.table(rows) in page("speed")
+
+
+def test_it_is_one_screen():
+    assert len(README.splitlines()) <= 80
+
+
+def test_its_two_commands_are_those_that_ci_runs():
+    """But for less output and a small grid."""
+    job, proof, _lessons = re.findall(r"^python3 -m venv .*$", README, re.M)
+    text = (ROOT / ".ci/run").read_text()
+    said = [line.strip().replace(" -q", "").removesuffix(" --quick") for line in text.splitlines()]
+    assert {job, proof} <= {*said}
+
+
+def test_the_lesson_is_read_from_what_is_imported_to_what_imports():
+    lesson = re.findall(r"\]\(minilora/(\w+)\.py\)", "\n".join(re.findall(r"^\d+\. .*$", README, re.M)))
+    assert len(lesson) == len({*lesson}) >= 9
+    for i, name in enumerate(lesson):
+        later = {item.module for item in imports(PACKAGE / f"{name}.py") if item.ours} & {*lesson[i:]}
+        assert not later, (name, later)
 
 
 def test_the_quoted_line_stands_in_lora_and_is_executed_by_the_program(texts):
@@ -93,13 +119,6 @@ def test_the_quoted_line_stands_in_lora_and_is_executed_by_the_program(texts):
     assert len(seen) >= 2 * 21
 
 
-def test_every_file_and_picture_that_is_named_is_there_and_every_module_is_named():
-    for path in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
-        assert (ROOT / path).exists(), path
-    for module in (ROOT / "minilora").glob("*.py"):
-        assert module.name.startswith("__") or f"minilora/{module.name}" in README, module.name
-
-
 def results(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
@@ -113,7 +132,7 @@ def test_the_figures_of_the_microscope_are_those_of_its_benchmark():
         f"of the dense ΔW to {dense['relative_difference']:.0e} and {dense['times_faster']:,.0f} times as "
         f"fast to get on {dense['shape'][0]} x {dense['shape'][1]}"
     )
-    assert said in README, said
+    assert said in page("adapters"), said
 
 
 def test_the_figures_of_smollm2_are_those_of_its_benchmark():
@@ -125,11 +144,12 @@ def test_the_figures_of_smollm2_are_those_of_its_benchmark():
         f"modern paragraph rises from {found['before']['perplexity']:.1f} to "
         f"{found['after']['perplexity']:.1f}"
     )
-    assert said in README, said
+    fine_tuning, adapters = page("fine_tuning"), page("adapters")
+    assert said in fine_tuning, said
     none, _, count = found["inspect"]["intruders"].split()
     assert none == "0"
-    assert f"Of the {int(count):,} leading directions of W + ΔW none is an intruder." in README
-    assert found["inspect"]["summary"].replace("; of", ";\nof") in README
+    assert f"Of the {int(count):,} leading directions of W + ΔW none is an intruder." in adapters
+    assert found["inspect"]["summary"].replace("; of", ";\nof") in adapters
     for state in ("before", "after"):
         quoted = " ".join(found[state]["sampled"][1].split())
-        assert quoted in " ".join(README.replace("\n>", " ").split()), state
+        assert quoted in " ".join(fine_tuning.replace("\n>", " ").split()), state

@@ -1,0 +1,195 @@
+"""Documents keep step with the code: links, files, modules, stages, tiers, and what programs write."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import conftest
+import pytest
+import wings
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = (".", "docs", "benchmarks", "benchmarks/results")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
+DOCUMENTS = [page for page in PAGES if page.parent in (ROOT, ROOT / "docs")]
+CI = (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+def named(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(page):
+    """What a heading of a page can be linked by, as forges make it."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(((?!https?:)[^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=named)
+def test_every_program_and_test_that_is_named_is_there(page):
+    """`python FILE`, `pytest FILE` and `FOLDER/FILE.py`, from the root or below minilora/."""
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"(?:python|pytest) ([\w./]+\.py)\b", text)
+    paths += re.findall(r"`((?:[\w.]+/)+\w+\.(?:py|sh))`", text)
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "minilora" / path).exists(), path
+
+
+def test_the_readme_opens_a_door_to_every_document():
+    linked = set(re.findall(r"\]\(((?:docs/)?\w+\.md)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert linked | {"README.md"} == {named(page) for page in DOCUMENTS}
+
+
+def test_the_picture_and_the_list_of_files_are_those_of_the_code():
+    """If not: python docs/wings.py."""
+    graph = wings.edges()
+    assert f"imports sha256:{wings.digest(graph)}<" in (ROOT / "docs/wings.svg").read_text(encoding="utf-8")
+    assert (ROOT / "docs/modules.md").read_text(encoding="utf-8") == wings.table()
+
+
+def test_the_list_of_files_has_every_module():
+    listed = re.findall(r"\]\(\.\./(minilora/[\w/]*(?:\.py|/))\)", wings.table())
+    files = {named(file) for file in (ROOT / "minilora").rglob("*.py")}
+    every = {
+        name.removesuffix("__init__.py") for name in files - {"minilora/__init__.py", "minilora/__main__.py"}
+    }
+    assert len(listed) == len({*listed})
+    assert {*listed} == every
+
+
+def test_an_arrow_is_left_out_only_where_a_longer_way_says_it():
+    graph = wings.edges()
+    drawn = {node: {b for a, b in wings.arrows(graph) if a == node} for node in graph}
+    assert all(wings.below(drawn, node) == wings.below(graph, node) for node in graph)
+    assert sum(map(len, drawn.values())) < sum(map(len, graph.values()))
+
+
+def test_imports_in_a_circle_are_named():
+    with pytest.raises(ValueError, match="in a circle: b -> c -> b"):
+        wings.levels({"a": {"b"}, "b": {"c"}, "c": {"b"}})
+
+
+def test_the_picture_is_the_same_bytes_twice():
+    def drawn():
+        import io
+
+        stream = io.BytesIO()
+        wings.draw(wings.edges()).savefig(stream, format="png", metadata={"Software": None})
+        return stream.getvalue()
+
+    assert drawn() == drawn()
+
+
+def test_the_modules_of_the_changelog_are_there():
+    table = re.findall(r"^\| (?:out of )?`\w+` \| (.*) \|$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    names = {name for cell in table for name in re.findall(r"`([\w.]+)`", cell)}
+    assert names
+    assert names <= wings.files().keys()
+
+
+def test_decisions_are_numbered():
+    text = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
+    numbers = [int(n) for n in re.findall(r"^\*\*(\d+)\. ", text, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_the_workflow_runs_every_stage_once():
+    stages = re.search(r"^stages=\((.*)\)$", CI, re.M)[1].split()
+    assert stages == re.findall(r"^(\w+)\(\) \{ # (?!REQUIREMENT)", CI, re.M)
+    jobs = re.findall(r"stage: \[(.*)\]", (ROOT / ".github/workflows/ci.yml").read_text())
+    assert sorted(stage for job in jobs for stage in job.split(", ")) == sorted(stages)
+
+
+def test_a_stage_that_is_not_there_is_refused():
+    done = subprocess.run([ROOT / ".ci/run", "lint", "tset"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "tset is not a stage; there are main tests" in done.stderr
+
+
+def test_the_tiers_are_those_of_pyproject_and_the_quick_tier_is_there(pytestconfig):
+    tiers = {line.partition(":")[0] for line in pytestconfig.getini("markers") if ": " in line}
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"^\| (\w+) \| `pytest", text, re.M))
+    assert said - {"everyday"} <= tiers
+    assert {"quick", "slow", "parity", "smollm2"} <= said
+    for name in conftest.CORE:
+        assert (conftest.TESTS / name).exists(), name
+
+
+# ---- benchmarks/house.py
+
+
+TOP = """
+from .low import Box, helper
+from . import low
+
+def entry():
+    helper()
+    own()
+    low.last()
+    raise Box(1)
+
+def own():
+    Box(2).open()
+"""
+LOW = """
+class Box:
+    def __init__(self, n):
+        self.fill()
+
+    def fill(self):
+        pass
+
+    def open(self):
+        pass
+
+def helper():
+    pass
+
+def last():
+    helper()
+"""
+SOURCE = {"__init__.py": "from .top import entry", "top.py": TOP, "low.py": LOW}
+
+
+@pytest.fixture
+def house(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import house
+
+    return house
+
+
+def test_a_reader_meets_each_definition_once_and_climbs_back(house, tmp_path):
+    for name, text in SOURCE.items():
+        (tmp_path / name).write_text(text)
+    built = house.House(tmp_path)
+    way = ["entry", "helper", "own", "Box", "Box.__init__", "Box.fill", "last"]
+    assert [name for _, name in built.walk(built.entry("entry"), set())] == way
+    assert built.moves("entry") == (3, 1)  # to helper, back up to own, down to Box
+
+
+def test_a_revision_stands_beside_the_work_tree(house):
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository")
+    command = [sys.executable, "benchmarks/house.py", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    head, _, *lines = (line[2:-2].split(" | ") for line in done.stdout.splitlines())
+    assert head[1:] == ["HEAD", "now"]
+    counts = {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in lines}
+    assert all(all(some) for name, some in counts.items() if "climbs" not in name)
+    assert all(
+        a < b for a, b in zip(counts["lines of the lesson"], counts["lines of the package"], strict=True)
+    )
+    assert {f"moves to follow `{entry}`" for entry in house.ENTRIES} < counts.keys()
