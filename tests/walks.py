@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,19 +63,8 @@ def prepare():
 
     from minilora.analysis import inspect, plotting
     from minilora.data import corpora
-    from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_sweep
+    from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
     from minilora.model import Config
-
-    class Inline(Executor):
-        """The runs of a sweep, here and now."""
-
-        def __init__(self, *args, **how):
-            pass
-
-        def submit(self, call, *args):
-            future = Future()
-            future.set_result(call(*args))
-            return future
 
     drawn = merge_equivalence.run(draws=1)
     pictures = {name: plotting.Picture(None, name) for name in ("a", "b")}
@@ -88,10 +76,8 @@ def prepare():
     merge_equivalence.run = lambda: drawn
     plotting.Picture.encoded = lambda self, kind: f"<svg>{kind} {len(self.says)}</svg>\n".encode() * 40
     rank_figures.merge_equivalence = lambda rows: pictures["a"]
-    rank_sweep.pictures = lambda rows: pictures
+    rank_report.pictures = lambda rows: pictures
     inspect.pictures = lambda seen: pictures
-    rank_sweep.ProcessPoolExecutor = Inline
-    rank_sweep.uninterrupted = contextlib.nullcontext
     rank_sweep.LENGTH = 32
     pretrain.Config = lambda: Config(**TINY)
     pretrain.LENGTH = 32
@@ -287,7 +273,7 @@ def make_world(root):
     import numpy as np
 
     from minilora.data import corpora
-    from minilora.experiments.rank_sweep import sealed
+    from minilora.experiments.harness import sealed
     from minilora.formats.huggingface import save_model
     from minilora.lora import LoraConfig, inject
     from minilora.model import Config, llama
@@ -341,7 +327,7 @@ def look(folder):
 
 def sealed_rows(path):
     """Id -> row, less its seal, checked, and its share of the gap, which waits for the run in full."""
-    from minilora.experiments.rank_sweep import sealed
+    from minilora.experiments.harness import sealed
 
     lines = path.read_bytes().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines]
