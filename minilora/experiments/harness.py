@@ -216,11 +216,11 @@ def open_store(
             ours = environment()
             executor = stack.enter_context(cluster.connect(dask, environment, ours, inputs))
             job = partial(do, run)  # which a worker calls with the inputs that it was sent
+        alone = executor is None and in_this_process(jobs, held)
         out = named(out)
         stack.enter_context(locked(out))
-        if executor is None and in_this_process(jobs, held):
-            outcomes: Outcomes = partial(map, job)
-        else:
+        outcomes: Outcomes = partial(map, job)
+        if not alone:
             outcomes = stack.enter_context(Pool(job, jobs or cores(), executor)).outcomes
         check_plan(out / "plan.json", fingerprint(plan, source))
         yield Store(out / "rows.jsonl", form, environment() | {"base": source.digest}, outcomes, progress)

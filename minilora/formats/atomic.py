@@ -225,11 +225,14 @@ def append(path: Path | str, data: bytes) -> None:
     if not exists(path):
         write_atomic(path, data)
         return
+    strange = StorageError(f"{path}: is no regular file with one name; nothing is added to it")
     with named_errors(path, "not written"):
+        if not plain(os.lstat(path)):
+            raise strange
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | SAFE)
         try:
-            if not plain(before := os.fstat(fd)):
-                raise StorageError(f"{path}: is no regular file with one name; nothing is added to it")
+            if not plain(before := os.fstat(fd)):  # it has been replaced since
+                raise strange
             try:
                 write_all(fd, data)
                 os.fsync(fd)
