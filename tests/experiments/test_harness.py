@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_rank_sweep import Counting, Stopped, held, place, plan_of, stop_at, whole  # noqa: F401
+from test_rank_sweep import Counting, Stopped, held, place, plan_of, stop_at, wait, whole  # noqa: F401
 
 from minilora.data import batching, corpora
 from minilora.errors import FormatError, MismatchError, NonFiniteError, StateError, UnsupportedError
@@ -462,4 +462,4 @@ def test_a_run_that_always_kills_its_process_is_an_error_that_keeps_the_others(t
         with pytest.raises(StateError, match="keep dying"):
             store.finish([Wobble(things[1], 0.0, 1)])
     assert len(harness.read_rows(tmp_path / "out" / "rows.jsonl", RowForm())) == 3
-    assert multiprocessing.active_children() == []
+    wait(lambda: not multiprocessing.active_children())
