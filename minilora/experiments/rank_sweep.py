@@ -239,16 +239,19 @@ def sweep(
 ) -> list[Row]:
     """Do what is not done yet of a plan in the folder `out`, and return all rows in the plan's order.
 
-    Where the runs are done, `progress` and the errors are those of `harness.open_store`. By default there
-    is a process with one BLAS thread for each core; `jobs=1` starts none.
+    Runs go to `jobs` processes with one BLAS thread each (default: one per core; `jobs=1` starts none), to
+    any executor, or to the dask scheduler at "tcp://HOST:PORT". `progress(done, known, row)` is called after
+    every run. ConfigError or MismatchError if base, texts and plan do not fit; all other errors, and what
+    the workers need, are those of `harness.open_store`.
     """
     inputs = harness.read_inputs(plan.base, plan.targets)
     check_inputs(plan, inputs)
     cells = grid(plan, inputs.texts)
     for cell in cells:
         prepared(cell, inputs)  # a rank or a module that does not fit is an error before any run
-    where: dict[str, Any] = {"jobs": jobs, "executor": executor, "dask": dask, "progress": progress}
-    with harness.open_store(out, work, inputs, asdict(plan), FORM, **where) as store:
+    with harness.open_store(
+        out, work, inputs, asdict(plan), FORM, jobs=jobs, executor=executor, dask=dask, progress=progress
+    ) as store:
         store.finish(references(cells))
         rates = chosen_rates(plan, cells, store)
         store.finish(replace(cell, lr=rates[cell], seed=seed) for cell in cells for seed in range(plan.seeds))
@@ -318,9 +321,6 @@ def chosen_rates(plan: Plan, cells: list[Run], store: Store) -> dict[Run, float]
         if not grown:
             break
     return best
-
-
-# ---- its rows
 
 
 def with_gaps(rows: list[Row]) -> list[Row]:
