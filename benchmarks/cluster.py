@@ -4,8 +4,8 @@
 
 Bytes are those of pickle, which dask uses; the round trip is that of a call that does nothing, through
 a scheduler and a worker on the loopback (left out where the extra `cluster` is missing); keeping a row is
-what the sweep does when a run is done, here with a thousand rows there already. What follows from the
-figures is in cluster.md. Writes results/cluster.json.
+what the sweep does when a run is done, here with ten rows there already and with ten thousand. What follows
+from the figures is in cluster.md. Writes results/cluster.json.
 """
 
 import importlib.util
@@ -19,9 +19,8 @@ from typing import Any
 
 from common import write
 
-import minilora as ml
-from minilora.data import corpora
-from minilora.experiments.rank_sweep import Plan, Row, Stock, Store, Workers, fingerprint, grid, read_rows
+from minilora.experiments.harness import Inputs, Job, Row, Store, id_of, read_inputs, sealed, versions
+from minilora.experiments.rank_sweep import FORM, Plan, grid, read_rows, work
 from minilora.tree import named_params
 
 ROWS = Path(__file__).parent.parent / "figures" / "rows.jsonl"
@@ -31,7 +30,7 @@ def nothing(run: Any, shared: Any) -> None:
     """A call that does nothing."""
 
 
-def round_trips(run: Any, stock: Stock, count: int = 200) -> float:
+def round_trips(run: Any, inputs: Inputs, count: int = 200) -> float:
     """Median milliseconds of one call, one after the other."""
     import distributed
 
@@ -42,7 +41,7 @@ def round_trips(run: Any, stock: Stock, count: int = 200) -> float:
         distributed.LocalCluster(processes=True, **place) as machines,
         distributed.Client(machines) as client,
     ):
-        executor = Cluster(client, stock)
+        executor = Cluster(client, inputs)
         times = []
         for _ in range(count):
             start = time.perf_counter()
@@ -52,13 +51,16 @@ def round_trips(run: Any, stock: Stock, count: int = 200) -> float:
     return median(times)
 
 
-def keeping(plan: Plan, stock: Stock, rows: list[Row], count: int = 1000) -> float:
-    """Milliseconds in which a sweep keeps one more row beside `count`."""
-    many = [rows[i % len(rows)] | {"id": f"{i:016x}"} for i in range(count + 5)]
+def keeping(rows: list[Row], count: int, more: int = 100) -> float:
+    """Median milliseconds in which a sweep keeps one more row beside `count`."""
+    many = []
+    for i in range(count + more):
+        config = rows[i % len(rows)]["config"] | {"seed": i}
+        many.append(rows[i % len(rows)] | {"id": id_of(config), "config": config, "versions": versions()})
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder), fingerprint(plan, stock.texts), Workers(1, None), None)
-        store.order = dict.fromkeys(row["id"] for row in many)
-        store.done = {row["id"]: row for row in many[:count]}
+        file = Path(folder) / "rows.jsonl"
+        file.write_bytes(b"".join(map(sealed, many[:count])))
+        store = Store(file, FORM, {}, lambda cells: (), None)
         times = []
         for row in many[count:]:
             start = time.perf_counter()
@@ -70,22 +72,22 @@ def keeping(plan: Plan, stock: Stock, rows: list[Row], count: int = 1000) -> flo
 def main() -> None:
     """Count, time, print and write."""
     plan = Plan()
-    texts = {target: corpora.corpus_or_fallback(target) for target in plan.targets}
-    stock = Stock(ml.load(), texts)
-    run = grid(plan, texts)[-1]
+    inputs = read_inputs(plan.base, plan.targets)
+    run = grid(plan, inputs.texts)[-1]
     rows = read_rows(ROWS)
     lines = [json.dumps(row).encode() for row in rows]
     row = {
-        "base_parameters": sum(p.data.size for p in named_params(stock.base).values()),
-        "stock_bytes": len(pickle.dumps(stock)),
-        "run_bytes": len(pickle.dumps(run)),
+        "base_parameters": sum(p.data.size for p in named_params(inputs.base).values()),
+        "inputs_bytes": len(pickle.dumps(inputs)),
+        "run_bytes": len(pickle.dumps((Job(work, inputs.source()), run))),
         "rows": len(lines),
         "row_bytes_mean": sum(map(len, lines)) / len(lines),
         "row_bytes_max": max(map(len, lines)),
-        "keep_row_beside_1000_ms": keeping(plan, stock, rows),
+        "keep_row_beside_10_ms": keeping(rows, 10),
+        "keep_row_beside_10000_ms": keeping(rows, 10_000),
     }
     if importlib.util.find_spec("distributed"):
-        row["round_trip_ms"] = round_trips(run, stock)
+        row["round_trip_ms"] = round_trips(run, inputs)
     print(json.dumps(row, indent=1))
     write("cluster", [row])
 

@@ -47,7 +47,8 @@ FILES = {  # below minilora/: the tests that should see a change
     "train.py": "train protocol forms",
     "spectra.py": "spectra",
     "finetune.py": "finetune examples protocol flags",
-    "experiments/rank_sweep.py": "sweep protocol flags forms",
+    "experiments/harness.py": "harness rank_sweep cluster forms",
+    "experiments/rank_sweep.py": "rank_sweep protocol flags forms",
     "compose.py": "compose reading",
     "cli.py": "cli flags finetune names",
 }

@@ -305,7 +305,7 @@ def words(text: str) -> tuple[str, ...]:
 
 def sweep(options: Options) -> int:
     """Run the rank sweep, draw it, and print its table."""
-    from .experiments import rank_sweep
+    from .experiments import rank_report, rank_sweep
 
     chosen: dict[str, Any] = dict(rank_sweep.QUICK) if options.quick else {}
     given = {name: getattr(options, name) for name in ("ranks", "modules", "seeds", "steps")}
@@ -326,26 +326,26 @@ def sweep(options: Options) -> int:
             plan, out, jobs=jobs, dask=options.dask, progress=lambda done, known, row: show(done, known)
         )
     draw(rows, out)
-    print(rank_sweep.table(rows))
+    print(rank_report.table(rows))
     print(plain(f"figures and report: {out / 'report.html'}"))
     return 1 if any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final") else 0
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """Write all figures of a sweep, and the report."""
-    from .experiments import rank_sweep
+    from .experiments import rank_report
     from .formats.atomic import write_atomic
 
-    pictures = rank_sweep.pictures(rows)
+    pictures = rank_report.pictures(rows)
     for name, picture in pictures.items():
         picture.save(out, name)
-    write_atomic(out / "report.html", rank_sweep.report_page(rows, pictures).encode())
+    write_atomic(out / "report.html", rank_report.report_page(rows, pictures).encode())
 
 
 def figures(options: Options) -> int:
     """Draw what a sweep found, and the merge experiment, into a folder."""
     from .analysis import plotting
-    from .experiments import merge_equivalence, rank_figures, rank_sweep
+    from .experiments import harness, merge_equivalence, rank_figures, rank_sweep
     from .formats.atomic import make_folder, named, write_atomic
 
     rows = rank_sweep.read_rows(named(options.rows))
@@ -355,7 +355,7 @@ def figures(options: Options) -> int:
     draw(rows, options.out)
     merged = merge_equivalence.run()
     rank_figures.merge_equivalence(merged).save(options.out, "merge_equivalence")
-    write_atomic(options.out / "rows.jsonl", b"".join(rank_sweep.sealed(row) for row in rows))
+    write_atomic(options.out / "rows.jsonl", b"".join(harness.sealed(row) for row in rows))
     write_atomic(options.out / "merge_equivalence.json", (json.dumps(merged, indent=1) + "\n").encode())
     write_atomic(options.out / "MANIFEST.json", (json.dumps(plotting.made_with(), indent=1) + "\n").encode())
     print(plain(f"figures: {options.out}"))

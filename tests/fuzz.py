@@ -46,7 +46,7 @@ from minilora.backend import to_host
 from minilora.compose import export, truncate
 from minilora.data import corpora, examples
 from minilora.errors import MiniloraError, NonFiniteError
-from minilora.experiments import rank_sweep, rows
+from minilora.experiments import harness, rank_report, rank_sweep, rows
 from minilora.formats import atomic, forms, gguf, huggingface, safetensors, tokenizer
 from minilora.formats.checkpoint import save_checkpoint
 from minilora.formats.checkpoint import sealed as seal_of_checkpoint
@@ -274,19 +274,19 @@ class Rows(Readers):
 
     def whole(self, path):
         found = rank_sweep.read_rows(path)
-        lines = {bare(json.loads(rank_sweep.sealed(row))) for row in found}
+        lines = {bare(json.loads(harness.sealed(row))) for row in found}
         assert lines <= {bare(row) for row in map(parsed, path.read_bytes().splitlines()) if row}
-        said = rank_sweep.table(found)
+        said = rank_report.table(found)
         assert all(line.isprintable() for line in said.splitlines()), ascii(said)
         if found:
-            rank_sweep.report_page(found, rank_sweep.pictures(found) if self.inputs % 10 == 0 else {})
+            rank_report.report_page(found, rank_report.pictures(found) if self.inputs % 10 == 0 else {})
 
     def corpus(self):
         """Small sweeps of two kinds."""
         from test_plotting import make_rows
 
         for targets in (("folio", "permuted:2"), ("mine.txt",)):
-            yield b"".join(map(rank_sweep.sealed, make_rows(targets, ranks=(1, 3), seeds=2)))
+            yield b"".join(map(harness.sealed, make_rows(targets, ranks=(1, 3), seeds=2)))
 
     def mutated(self, rng, data, others):
         for _ in range(rng.choice([1, 1, 2])):
@@ -591,7 +591,7 @@ def resealed(value, arrays=None):
         sealed = value
     elif arrays is None:
         value = {k: v for k, v in value.items() if k != "sha256"}
-        sealed = value | {"sha256": rank_sweep.seal(value)}
+        sealed = value | {"sha256": harness.seal(value)}
     else:
         sealed = value | {"sha256": seal_of_checkpoint(value, arrays)}
     text = json.dumps(sealed)

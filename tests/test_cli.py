@@ -19,9 +19,9 @@ import minilora
 from minilora import cli
 from minilora.data import corpora
 from minilora.errors import MismatchError, StorageError
-from minilora.experiments import pretrain, rank_sweep
+from minilora.experiments import pretrain, rank_report, rank_sweep
+from minilora.experiments.harness import sealed
 from minilora.experiments.pretrain import Recipe
-from minilora.experiments.rank_sweep import sealed
 from minilora.formats import archives
 from minilora.formats.huggingface import BASE, load, read_json
 from minilora.model import Config
@@ -393,7 +393,7 @@ def test_a_sweep_with_a_run_that_diverged_ends_with_one(kind, status, code, main
     """A rate that is too high is what a search is for."""
     row = {"status": status, "config": {"kind": kind}}
     monkeypatch.setattr(rank_sweep, "sweep", lambda *given, **how: [row])
-    monkeypatch.setattr(rank_sweep, "table", lambda rows: "a table")
+    monkeypatch.setattr(rank_report, "table", lambda rows: "a table")
     monkeypatch.setattr(cli, "draw", lambda rows, out: None)
     assert main("sweep", "--out", tmp_path) == code
 

@@ -25,7 +25,7 @@ from minilora.analysis import count
 from minilora.analysis import inspect as microscope
 from minilora.compose import export, extract, truncate
 from minilora.data import corpora
-from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_sweep
+from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
 from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
 from minilora.model import Config, llama
@@ -94,7 +94,7 @@ class Spies(ExitStack):
 
 
 CALLED = {  # by command: the functions that it calls, and what they return here
-    "sweep": [(rank_sweep, "sweep", []), (cli, "draw"), (rank_sweep, "table", "a table")],
+    "sweep": [(rank_sweep, "sweep", []), (cli, "draw"), (rank_report, "table", "a table")],
     "pretrain": [(pretrain, "run", Found())],
     "data": [(corpora, "fetch_texts", "texts"), (huggingface, "smollm2", "a model")],
     "train": [(finetune, "run", Found())],

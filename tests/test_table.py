@@ -24,7 +24,8 @@ from minilora.analysis.inspect import BesideOther
 from minilora.compose import export
 from minilora.errors import MiniloraError
 from minilora.experiments import merge_equivalence, rank_figures
-from minilora.experiments.rank_sweep import figure_names, pictures, report_page, sealed, table
+from minilora.experiments.harness import sealed
+from minilora.experiments.rank_report import figure_names, pictures, report_page, table
 from minilora.formats import huggingface, tokenizer
 from minilora.table import aligned, counted, drawn, markup, plain
 

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,19 +63,8 @@ def prepare():
 
     from minilora.analysis import inspect, plotting
     from minilora.data import corpora
-    from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_sweep
+    from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
     from minilora.model import Config
-
-    class Inline(Executor):
-        """The runs of a sweep, here and now."""
-
-        def __init__(self, *args, **how):
-            pass
-
-        def submit(self, call, *args):
-            future = Future()
-            future.set_result(call(*args))
-            return future
 
     drawn = merge_equivalence.run(draws=1)
     pictures = {name: plotting.Picture(None, name) for name in ("a", "b")}
@@ -88,10 +76,8 @@ def prepare():
     merge_equivalence.run = lambda: drawn
     plotting.Picture.encoded = lambda self, kind: f"<svg>{kind} {len(self.says)}</svg>\n".encode() * 40
     rank_figures.merge_equivalence = lambda rows: pictures["a"]
-    rank_sweep.pictures = lambda rows: pictures
+    rank_report.pictures = lambda rows: pictures
     inspect.pictures = lambda seen: pictures
-    rank_sweep.ProcessPoolExecutor = Inline
-    rank_sweep.uninterrupted = contextlib.nullcontext
     rank_sweep.LENGTH = 32
     pretrain.Config = lambda: Config(**TINY)
     pretrain.LENGTH = 32
@@ -161,7 +147,8 @@ def injure(kind, at, counts):
     """
     full, row = False, 0
 
-    def hurt(name):
+    def hurt(name, half):
+        """`half()` does half of a write."""
         nonlocal full, row
         row = row + 1 if name == "write" else 0
         if row > 2:
@@ -171,6 +158,11 @@ def injure(kind, at, counts):
         if kind in ("kill", "term") and counts["all"] == at:
             os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
         now = name == "write" and counts["write"] == at
+        if now and kind == "torn":
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if now and kind == "full":
+            half()
         full = full or now
         if now and kind == "memory":
             raise MemoryError
@@ -182,7 +174,7 @@ def injure(kind, at, counts):
 
         def call(*args, **how):
             if name != "write" or args[0] > 2:
-                hurt(name)
+                hurt(name, lambda: real(args[0], args[1][: len(args[1]) // 2]))
             return real(*args, **how)
 
         setattr(owner, name, call)
@@ -287,7 +279,7 @@ def make_world(root):
     import numpy as np
 
     from minilora.data import corpora
-    from minilora.experiments.rank_sweep import sealed
+    from minilora.experiments.harness import sealed
     from minilora.formats.huggingface import save_model
     from minilora.lora import inject
     from minilora.methods.lora_config import LoraConfig
@@ -340,11 +332,16 @@ def look(folder):
     return found
 
 
-def sealed_rows(path):
-    """Id -> row, less its seal, checked, and its share of the gap, which waits for the run in full."""
-    from minilora.experiments.rank_sweep import sealed
+def sealed_rows(path, torn=False):
+    """Id -> row, less its seal, checked, and its share of the gap, which waits for the run in full.
+
+    If a write was `torn`, the last line may be half there.
+    """
+    from minilora.experiments.harness import sealed
 
     lines = path.read_bytes().splitlines(keepends=True)
+    if torn and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
     rows = [json.loads(line) for line in lines]
     assert list(map(sealed, rows)) == lines
     return {row["id"]: row | {"sha256": "", "gap_closed": 0} for row in rows}
@@ -385,7 +382,7 @@ class Walk:
         for name in ("in", "home"):
             assert below(seen, name) == below(self.before, name), name
 
-    def state(self):
+    def state(self, torn=False):
         """What is at work/out: "old", "new" or "absent"; AssertionError if it is a mixture."""
         out = below(look(self.root), "work/out")
         old, new = (below(seen, "work/out") for seen in (self.before, self.after))
@@ -399,7 +396,10 @@ class Walk:
             if temporary or what in (old.get(name), new.get(name)):
                 continue
             assert path.name == "rows.jsonl", f"{name} is neither the old nor the new one"
-            rows, known = (sealed_rows(p) for p in (path, self.template.parent / "rows" / self.place.name))
+            rows, known = (
+                sealed_rows(path, torn),
+                sealed_rows(self.template.parent / "rows" / self.place.name),
+            )
             assert rows.items() <= known.items(), "a row that the sweep has not"
         return "absent" if not there else "new" if out == new else "old" if out == old else "a part of it"
 
@@ -412,12 +412,13 @@ class Walk:
         """One injury, and the same command again: what was found in between."""
         self.fresh()
         code, said, _ = self.run(injury, at)
-        expected = {"kill": -signal.SIGKILL, "term": 130, "full": 4, "memory": 4}[injury]
-        state = self.state()
-        assert code == expected or (code == 0 and injury != "kill" and state == "new"), (code, said)
-        assert injury == "kill" or len(said.strip().splitlines()) >= 1
+        killed = injury in ("kill", "torn")
+        expected = {"term": 130, "full": 4, "memory": 4}.get(injury, -signal.SIGKILL)
+        state = self.state(torn=injury == "torn")
+        assert code == expected or (code == 0 and not killed and state == "new"), (code, said)
+        assert killed or len(said.strip().splitlines()) >= 1
         self.check_outside()
-        if injury != "kill":
+        if not killed:
             going_on = [name for name in self.hidden() if re.match(r"\.out\.(train|pretrain)(/|$)", name)]
             assert self.hidden() in ([], going_on), self.hidden()
             assert not going_on or any("checkpoint" in name for name in going_on)
@@ -434,10 +435,10 @@ class Walk:
 
     def points(self, injury):
         """At which calls this injury is possible."""
-        return range(1, self.calls["write" if injury in ("full", "memory") else "all"] + 1)
+        return range(1, self.calls["write" if injury in ("torn", "full", "memory") else "all"] + 1)
 
 
-INJURIES = ("kill", "term", "full", "memory")
+INJURIES = ("kill", "torn", "term", "full", "memory")
 STREAMS = tuple(f"{which} {what}" for what in ("closed", "full", "gone", "ascii")
                 for which in ("stdout", "stderr", "both"))  # fmt: skip
 
@@ -553,12 +554,13 @@ def main():
         "without injury (or said that `OUT`, complete, is there already), left nothing hidden behind, and "
         "nothing outside `OUT` had changed.\n\n"
         "Kill: SIGKILL before every rename, exchange, unlink, mkdir, rmdir, fsync, truncation and write. "
-        "SIGTERM: at the same calls. Full disk: every write and fsync fails from the N-th write on. No "
+        "Torn: SIGKILL when half of the N-th write is done. SIGTERM: at the same calls as kill. Full disk: "
+        "every write and fsync fails from the N-th write on, half of which is done. No "
         "memory: the N-th write is a MemoryError. Streams: stdout, stderr or both closed, full, without a "
         "reader, or ASCII. Links: each file that is read or written, in turn, is a symbolic link or has a "
         "second name.\n\n"
-        "| command | kill -9 | SIGTERM | full disk | no memory | streams | links |\n"
-        "|---|---|---|---|---|---|---|\n"
+        "| command | kill -9 | torn | SIGTERM | full disk | no memory | streams | links |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
     (ROOT / "benchmarks/results/walks.md").write_text(
         head + "\n".join(lines) + f"\n\n{points:,} injuries.\n", encoding="utf-8"

@@ -2,7 +2,8 @@
 
 **Whole or not at all.** A file is written to a temporary name in the same folder, synced and renamed; a
 folder is filled beside its place and exchanged with what was there in one step of the system. Where there
-is no such step, what a crash between two renames leaves is found and put back by the next start.
+is no such step, what a crash between two renames leaves is found and put back by the next start. The one
+exception is a file of lines that each carry a digest: a line may be appended (`append`).
 
 **No link is followed.** A file in a folder is a regular file, and its name is no symbolic link (`opened`).
 What is written or locked has no second name, either. Only the path that the user gave may be a link:
@@ -208,12 +209,46 @@ def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
         clear(path)
         with temporary(path, create) as (temp, fd):
             for piece in [data] if isinstance(data, bytes) else data:
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(fd, view) :]
+                write_all(fd, piece)
             os.fsync(fd)
             os.replace(temp, path)
             sync_folder(path.parent)
+
+
+def append(path: Path | str, data: bytes) -> None:
+    """Add `data` to the end of the file `path`, durably, or leave it as it was and raise StorageError.
+
+    A file that is missing is made. A process that is killed here may leave a part of `data`, which is for
+    the reader to tell from the whole.
+    """
+    path = Path(path)
+    if not exists(path):
+        write_atomic(path, data)
+        return
+    strange = StorageError(f"{path}: is no regular file with one name; nothing is added to it")
+    with named_errors(path, "not written"):
+        if not plain(os.lstat(path)):
+            raise strange
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | SAFE)
+        try:
+            if not plain(before := os.fstat(fd)):  # it has been replaced since
+                raise strange
+            try:
+                write_all(fd, data)
+                os.fsync(fd)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, before.st_size)
+                raise
+        finally:
+            os.close(fd)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`; one call of the system may write less."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool = False) -> None:

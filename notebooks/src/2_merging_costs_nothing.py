@@ -186,10 +186,10 @@ holds(
 ml.unmerge(model)
 
 # %% [markdown]
-# Merged and unmerged differ by rounding, as the bound allows. `ml.train` and `ml.evaluate` save work: where rows
-# are many (here from about 100 rows on, or 140, by the shape of the map) two thin products beside $W$ cost more
-# than forming $W + \Delta W$, so they form it for the batch; there merged and unmerged are one computation,
-# equal to the bit.
+# Merged and unmerged differ by rounding, as the bound allows. `ml.train` and `ml.evaluate` save work: where
+# rows are many (here from about 100 rows on, or 140, by the shape of the map) two thin products beside $W$
+# cost more than forming $W + \Delta W$, so they form it for the batch; there merged and unmerged are one
+# computation, equal to the bit.
 #
 # Keeping both arrays takes memory, one more copy of each adapted weight while merged. `ml.fuse` is for those
 # who will not go back: it makes the model a plain one and drops base and adapter.

@@ -23,7 +23,7 @@ import numpy as np
 import minilora as ml
 from minilora import spectra
 from minilora.analysis import plotting
-from minilora.experiments import rank_figures, rank_sweep
+from minilora.experiments import rank_figures, rank_report, rank_sweep
 
 # %% [markdown]
 # The rows lie beside this notebook, or in the folder `figures` of the repository that it belongs to.
@@ -55,7 +55,7 @@ print(len(rows), "runs; targets:", ", ".join(targets))
 # everything. A gap closed by more than 100 % there is no merit of low rank: LoRA was told where to look.
 
 # %%
-print(rank_sweep.table(rows))
+print(rank_report.table(rows))
 
 # %% tags=["claims"]
 configs = [row["config"] for row in rows]

@@ -161,7 +161,9 @@ ml.inject(model, ml.LoraConfig(r=8, alpha=16, init="both"), rng=np.random.defaul
 norms = {m.module: m.norm for m in seen.modules}
 for path, layer in adapted(model).items():
     pair = layer.adapters[layer.active]
-    pair.B.data = pair.B.data * np.float32(norms[path] / np.linalg.norm(spectra.singular_values(pair)))
+    pair.B.data = pair.B.data * np.float32(
+        norms[path] / np.linalg.norm(spectra.singular_values(pair.change(None)))
+    )
 ml.save_adapter(model, "twin", base="base")
 
 twin = ml.inspect("twin", base="base")

@@ -11,7 +11,8 @@ from minilora.analysis import figures, plotting, report
 from minilora.analysis.inspect import BesideBase, BesideOther, Module, Ranks
 from minilora.errors import InputError
 from minilora.experiments import merge_equivalence, rank_figures, rank_sweep
-from minilora.experiments.rank_sweep import Run, pictures, report_page, table, with_gaps
+from minilora.experiments.rank_report import pictures, report_page, table
+from minilora.experiments.rank_sweep import Run, with_gaps
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (12, 8),

@@ -1,6 +1,7 @@
 """Runs on other machines give the rows of this one, whatever dies; what would not is refused in one line."""
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -15,11 +16,11 @@ import pytest
 from test_rank_sweep import ROOT, TINY, held, plan_of, prose, wait
 
 from minilora import cli
-from minilora.data import corpora
 from minilora.errors import MismatchError, StateError
-from minilora.experiments import cluster, rank_sweep
+from minilora.experiments import cluster, harness, rank_sweep
+from minilora.experiments.harness import Job, do, read_inputs
 from minilora.experiments.rank_sweep import read_rows, sweep
-from minilora.formats.huggingface import load, read_json, save_model
+from minilora.formats.huggingface import read_json, save_model
 from minilora.model import llama
 from minilora.tree import digest
 
@@ -70,7 +71,7 @@ def test_rows_from_the_callers_own_processes_are_the_same_bytes(serial, tmp_path
 
 
 class Abroad(ThreadPoolExecutor):
-    """An executor whose third run is done in other surroundings."""
+    """An executor whose third run is done in another environment."""
 
     def __init__(self, **other):
         super().__init__(1)
@@ -78,9 +79,9 @@ class Abroad(ThreadPoolExecutor):
 
     def submit(self, call, run):
         def elsewhere():
-            row, surroundings = call(run)
+            row, environment = call(run)
             self.count += 1
-            return row, surroundings | (self.other if self.count == 3 else {})
+            return row, environment | (self.other if self.count == 3 else {})
 
         return super().submit(elsewhere)
 
@@ -100,21 +101,22 @@ def test_a_result_made_with_something_else_is_refused(name, serial, tmp_path):
     assert held(tmp_path / "out") == serial
 
 
-def test_a_run_on_a_stock_needs_no_file_and_leaves_it_as_it_was(tmp_path, monkeypatch):
-    stock = rank_sweep.Stock(load("./base"), {"./mine.txt": corpora.corpus("./mine.txt")})
-    before = digest(stock.base)
-    cells = rank_sweep.grid(plan(), stock.texts)
+def test_runs_on_inputs_that_were_sent_need_no_file_and_leave_them_as_they_were(tmp_path, monkeypatch):
+    inputs = read_inputs("./base", ["./mine.txt"])
+    before = digest(inputs.base)
+    cells = rank_sweep.grid(plan(), inputs.texts)
     runs = [*rank_sweep.references(cells), *(rank_sweep.replace(cell, lr=0.01) for cell in cells)]
-    from_files = [rank_sweep.job(run) for run in runs]
+    from_files = list(map(pickle.loads(pickle.dumps(Job(rank_sweep.work, inputs.source(), inputs))), runs))
     monkeypatch.chdir(tmp_path)
-    assert [rank_sweep.job(run, stock) for run in runs] == from_files
-    assert digest(stock.base) == before
+    sent = pickle.loads(pickle.dumps(inputs))
+    assert [do(rank_sweep.work, run, sent) for run in runs] == from_files
+    assert digest(sent.base) == before
 
 
 def test_the_backend_is_named_where_it_is_not_numpy(monkeypatch):
-    assert "backend" not in rank_sweep.versions()  # so that rows made before keep their bytes
-    monkeypatch.setattr(rank_sweep.backend, "name", "cupy")
-    assert rank_sweep.versions()["backend"] == "cupy"
+    assert "backend" not in harness.versions()  # so that rows made before keep their bytes
+    monkeypatch.setattr(harness.backend, "name", "cupy")
+    assert harness.versions()["backend"] == "cupy"
 
 
 # ---- without a cluster
@@ -284,13 +286,13 @@ def test_the_rows_of_a_cluster_are_those_of_one_process_though_workers_are_kille
 
 DEADLY = """
 import os
-from minilora.experiments import rank_sweep
+from minilora.experiments import harness, rank_sweep
 real = rank_sweep.real = getattr(rank_sweep, "real", rank_sweep.trained_run)  # a preload may run twice
 
-def trained_run(run):
+def trained_run(run, inputs):
     if run.rank == 2:
         os._exit(1)
-    return real(run)
+    return real(run, inputs)
 
 rank_sweep.trained_run = trained_run
 """

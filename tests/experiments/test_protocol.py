@@ -32,6 +32,7 @@ from minilora.data import batching, corpora
 from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import merge_equivalence, pretrain, rank_sweep
+from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
@@ -187,9 +188,9 @@ def test_train_never_sees_the_held_out_examples(method, cap):
 def test_a_sweep_trains_on_the_one_part_chooses_on_the_second_and_reports_the_third():
     (learned, valid, test), seen, real = split(corpora.corpus("./own.txt")), {}, rank_sweep.work
 
-    def work(run):
+    def work(run, inputs):
         with Seen().watching() as one:
-            row = real(run)
+            row = real(run, inputs)
         for part in ("trained", "measured"):
             seen.setdefault((run.kind, part), []).extend(getattr(one, part))
         return row
@@ -276,7 +277,7 @@ def swept(method):
         cell = Run("final", "folio", method, 2 * (method == "lora"), ("all-linear",), 5.0, seed, 0.02,
                    steps=9, batch=3, base="one", text=CORPORA["folio"].digest, test_windows=5,
                    valid_windows=3)  # fmt: skip
-        found = trained_from(rank_sweep, lambda: [rank_sweep.work(cell)[k] for k in ("test", "curve")])
+        found = trained_from(rank_sweep, lambda: [worked(cell)[k] for k in ("test", "curve")])
         kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
         assert len(kept) == (2 if method == "full" else 2 + 7)
         return {part: found[part] for part in kept}
@@ -485,9 +486,15 @@ def base_made_by_hand(recipe):
 PARTS = ("status", "source", "valid", "test", "parameters", "curve", "spectra", "shapes")
 
 
+def worked(run):
+    """The row of one run, on the texts that its plan would read."""
+    text = corpora.fallback(run.target) if run.fallback else corpora.corpus(run.target)
+    return rank_sweep.work(run, Inputs(run.base, load(run.base), {run.target: text}))
+
+
 def cell_done(run):
     try:
-        row = rank_sweep.work(run)
+        row = worked(run)
     except MismatchError:
         return dict.fromkeys(PARTS, "refused")
     return {part: row.get(part) for part in PARTS}
@@ -544,7 +551,7 @@ def planned(plan):
     """What the runs of a sweep are, as far as no number in them is trained for."""
     done = []
 
-    def work(run):
+    def work(run, inputs):
         done.append(run)
         return crafted(run)
 

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import backend, cli
+from minilora import cli
 from minilora.data import corpora
 from minilora.errors import (
     ConfigError,
@@ -32,9 +32,9 @@ from minilora.errors import (
     StateError,
     StorageError,
 )
-from minilora.experiments import rank_figures, rank_sweep
-from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sealed, sweep, with_gaps
-from minilora.experiments.rows import id_of
+from minilora.experiments import harness, rank_figures, rank_report, rank_sweep
+from minilora.experiments.harness import id_of, sealed
+from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sweep, with_gaps
 from minilora.formats import archives
 from minilora.formats.atomic import locked
 from minilora.formats.huggingface import load, save_model
@@ -212,7 +212,7 @@ def test_the_known_answer_of_a_permutation_needs_the_rank_of_its_swaps(place, tm
 def crafted(valid, test=lambda run: 1.0):
     """A stand-in for work(): losses as functions of the run; infinite means diverged."""
 
-    def work(run):
+    def work(run, inputs):
         row = {"id": run.id, "config": asdict(run), "source": "crafted"}
         if not math.isfinite(valid(run)):
             return row | {"status": "diverged", "error": "crafted"}
@@ -310,7 +310,7 @@ def test_a_diverging_run_is_recorded_and_the_others_go_on(steps, place, tmp_path
             assert row["error"]
             assert "test" not in row
     assert plain(read_rows(tmp_path / "out" / "rows.jsonl")) == plain(rows)
-    assert "diverged" in rank_sweep.table(rows)
+    assert "diverged" in rank_report.table(rows)
     if steps == 4:
         cli.draw(rows, tmp_path / "out")  # the report is written all the same
 
@@ -463,7 +463,7 @@ def test_a_folder_of_another_text_base_or_version_is_refused(what, place, tmp_pa
         shutil.rmtree(here / "base")
         save_model(llama(TINY, np.random.default_rng(1)), here / "base", "")
     else:
-        monkeypatch.setattr(rank_sweep, "__version__", "9.9")
+        monkeypatch.setattr(harness, "__version__", "9.9")
     named = {"text": "texts", "base": "base", "version": "versions.minilora"}
     with pytest.raises(MismatchError, match=named[what]):
         run(plan_of(here), tmp_path / "out")
@@ -498,8 +498,8 @@ def test_a_worker_that_is_killed_costs_only_a_retry(place, whole, tmp_path):
         if done in (2, 6):  # while others wait to be done
             killed += kill_workers()
 
-    sweep(plan_of(place), tmp_path / "out", jobs=1, progress=progress)
-    assert killed == 2
+    sweep(plan_of(place), tmp_path / "out", jobs=2, progress=progress)
+    assert killed == 4
     assert held(tmp_path / "out") == held(whole[0])
 
 
@@ -512,7 +512,7 @@ def test_a_worker_that_is_killed_between_two_stages_costs_only_a_retry(place, wh
             killed += kill_workers()
             time.sleep(0.5)  # the pool notices
 
-    sweep(plan_of(place), tmp_path / "out", jobs=1, progress=progress)
+    sweep(plan_of(place), tmp_path / "out", jobs=2, progress=progress)
     assert killed == 1
     assert held(tmp_path / "out") == held(whole[0])
 
@@ -523,7 +523,7 @@ def test_workers_that_keep_dying_are_an_error_that_keeps_what_is_done(place, tmp
         kill_workers()
 
     with pytest.raises(StateError, match="keep dying"):
-        sweep(plan_of(place), tmp_path / "out", jobs=1, progress=progress)
+        sweep(plan_of(place), tmp_path / "out", jobs=2, progress=progress)
     assert read_rows(tmp_path / "out" / "rows.jsonl")
     with locked(tmp_path / "out"):  # it is free again
         pass
@@ -704,9 +704,8 @@ def test_a_sweep_that_is_terminated_goes_on_to_the_same_bytes(place, undisturbed
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """The command line in this process, its workers threads."""
-    monkeypatch.setattr(rank_sweep, "ProcessPoolExecutor", lambda *a, **k: ThreadPoolExecutor(1))
+def here():
+    """The command line in this process, its runs too."""
     before = signal.getsignal(signal.SIGTERM)
     yield cli.main
     signal.signal(signal.SIGTERM, before)
@@ -781,18 +780,18 @@ def test_a_file_in_the_place_of_the_folder_is_a_storage_error(where, here, place
 
 def test_more_jobs_than_cores_is_said_and_capped(here, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "draw", lambda rows, out: None)
+    monkeypatch.setattr(cli, "cores", lambda: 1)
     assert call(here, place, tmp_path / "out", "--jobs", "1000") == 0
-    cores = backend.cores()
-    assert capsys.readouterr().err == f"minilora: 1000 jobs on {cores} cores; using {cores}\n"
+    assert capsys.readouterr().err == "minilora: 1000 jobs on 1 cores; using 1\n"
 
 
 def test_diverged_runs_are_exit_code_one_and_in_the_table(here, place, tmp_path, capsys, monkeypatch):
     real = rank_sweep.trained_run
 
-    def diverging(run):
+    def diverging(run, inputs):
         if run.rank == 2:
             raise NonFiniteError("step 1: the loss is nan")
-        return real(run)
+        return real(run, inputs)
 
     monkeypatch.setattr(rank_sweep, "trained_run", diverging)
     assert call(here, place, tmp_path / "out") == 1
@@ -826,7 +825,7 @@ def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_
     for row in rows:
         assert row["config"]["fallback"] is True
         assert row["source"].startswith("fallback:")
-    assert "fallback" in rank_sweep.report_page(rows, {})
+    assert "fallback" in rank_report.report_page(rows, {})
 
 
 def test_a_changed_loss_with_the_old_seal_does_not_count(place, whole, tmp_path):
@@ -842,9 +841,9 @@ def test_a_changed_loss_with_the_old_seal_does_not_count(place, whole, tmp_path)
 def test_the_search_never_reads_the_test_split(place, tmp_path, monkeypatch):
     real, seen = rank_sweep.windows, set()
 
-    def spy(run, split):
+    def spy(run, split, inputs):
         seen.add((run.kind, split))
-        return real(run, split)
+        return real(run, split, inputs)
 
     monkeypatch.setattr(rank_sweep, "windows", spy)
     run(plan_of(place), tmp_path / "out")
@@ -880,7 +879,7 @@ def test_the_committed_rows_are_those_of_the_default_plan():
 def test_a_table_says_of_each_method_what_its_rows_hold():
     rows = read_rows(ROOT / "figures/rows.jsonl")
     for target in ("permuted:4", "folio"):
-        found = {line[0]: line[1:] for line in rank_sweep.lines(rows, target)}
+        found = {line[0]: line[1:] for line in rank_report.lines(rows, target)}
         some = [row for row in rows if row["config"]["target"] == target]
         names = {"none": "frozen base", "full": "full fine-tuning"}
         of = {}

@@ -15,6 +15,7 @@ import minilora
 from minilora.errors import FormatError, LockedError, StorageError
 from minilora.formats import atomic
 from minilora.formats.atomic import (
+    append,
     check_free,
     clear,
     exchanged,
@@ -114,6 +115,46 @@ def test_the_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     write_atomic(tmp_path / "a", b"new")
     assert calls == ["write", "fsync", "replace", "fsync"]
+
+
+@given(pieces=st.lists(st.binary(max_size=300), max_size=9))
+def test_what_is_appended_stands_at_the_end(tmp_path_factory, pieces):
+    path = tmp_path_factory.mktemp("files") / "a"
+    for piece in pieces:
+        append(path, piece)
+    assert not pieces or read(path) == b"".join(pieces)
+
+
+def test_an_append_is_on_disk_when_it_is_over_and_goes_on_after_a_short_write(tmp_path, monkeypatch):
+    append(tmp_path / "a", b"old")
+    calls, write, fsync = [], os.write, os.fsync
+    monkeypatch.setattr(os, "write", lambda fd, data: (calls.append("write"), write(fd, data[:3]))[1])
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    append(tmp_path / "a", b"and new")
+    monkeypatch.undo()
+    assert calls == ["write", "write", "write", "fsync"]
+    assert read(tmp_path / "a") == b"oldand new"
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
+def test_an_append_that_fails_leaves_the_file_as_it_was(call, tmp_path, monkeypatch):
+    append(tmp_path / "a", b"old")
+    real, count = getattr(os, call), 0
+
+    def full(*args):
+        """A disk that takes three bytes more."""
+        nonlocal count
+        count += 1
+        if call == "write" and count == 1:
+            return real(args[0], args[1][:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(StorageError, match=r"a: not written: No space left on device"):
+        append(tmp_path / "a", b"and new")
+    monkeypatch.undo()
+    assert read(tmp_path / "a") == b"old"
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_missing_folder_is_a_storage_error(tmp_path):
@@ -352,8 +393,10 @@ def put_link(kind, path):
 
 @pytest.mark.parametrize("kind", LINKS)
 @pytest.mark.parametrize(
-    "call", [read, size_of, lambda p: read_at(p, 0, 1), lambda p: write_atomic(p, b"new")]
-)
+    "call",
+    [read, size_of, lambda p: read_at(p, 0, 1), lambda p: write_atomic(p, b"new"),
+     lambda p: append(p, b"new")],
+)  # fmt: skip
 def test_no_link_is_followed(call, kind, tmp_path):
     path = tmp_path / "f" / "a"
     path.parent.mkdir()
@@ -401,6 +444,28 @@ def test_what_has_two_names_is_read_and_not_replaced(tmp_path):
     assert read(tmp_path / "a") == b"mine"  # pip and uv put files into place so
     with pytest.raises(StorageError, match="one name"):
         write_atomic(tmp_path / "a", b"new")
+    with pytest.raises(StorageError, match="one name"):
+        append(tmp_path / "a", b"new")
+    assert (tmp_path / "v").read_bytes() == b"mine"
+
+
+def test_what_takes_the_place_of_a_file_before_it_is_opened_gets_nothing(tmp_path, monkeypatch):
+    """A link that somebody puts there just then is not followed, nor is a second name written."""
+    (tmp_path / "v").write_bytes(b"mine")
+    for put in (os.symlink, os.link):
+        (tmp_path / "a").write_bytes(b"old")
+        real = os.open
+
+        def meanwhile(path, *args, put=put, real=real, **how):
+            os.unlink(tmp_path / "a")
+            put(tmp_path / "v", tmp_path / "a")
+            return real(path, *args, **how)
+
+        monkeypatch.setattr(os, "open", meanwhile)
+        with pytest.raises(StorageError, match="a: "):
+            append(tmp_path / "a", b"new")
+        monkeypatch.undo()
+        os.unlink(tmp_path / "a")
     assert (tmp_path / "v").read_bytes() == b"mine"
 
 

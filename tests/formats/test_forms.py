@@ -19,9 +19,10 @@ from test_plotting import make_rows
 from test_training import STEPS, Run, Stopped, stop_at
 
 from minilora.errors import FormatError, MismatchError, UnsupportedError
-from minilora.experiments import rank_sweep
-from minilora.experiments.rank_sweep import check_plan, pictures, read_rows, report_page, sealed, table
-from minilora.experiments.rows import id_of
+from minilora.experiments import harness, rank_sweep
+from minilora.experiments.harness import check_plan, id_of, sealed
+from minilora.experiments.rank_report import pictures, report_page, table
+from minilora.experiments.rank_sweep import read_rows
 from minilora.formats import forms
 from minilora.formats.atomic import write_atomic
 from minilora.formats.checkpoint import save_checkpoint
@@ -91,7 +92,7 @@ def told(lines):
     rows = {}
     for line in lines:
         row = json.loads(line)
-        if isinstance(row, dict) and row.get("sha256") == rank_sweep.seal(row):
+        if isinstance(row, dict) and row.get("sha256") == harness.seal(row):
             rows.setdefault(row["id"], bare(row))
     return list(rows.values())
 

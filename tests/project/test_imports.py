@@ -17,8 +17,9 @@ ORDER = [  # a wing or a file stands above all that it imports
     "peft.patterns", "peft.kinds", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
     "compose.truncate", "compose.extract", "compose.export",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
-    "finetune", "experiments.rows", "experiments.cluster", "experiments.rank_figures",
-    "experiments.merge_equivalence", "experiments.pretrain", "experiments.rank_sweep", "cli", "__main__",
+    "finetune", "experiments.cluster", "experiments.harness", "experiments.rows",
+    "experiments.rank_figures", "experiments.merge_equivalence", "experiments.pretrain",
+    "experiments.rank_sweep", "experiments.rank_report", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")

@@ -100,19 +100,34 @@ ml.compress("a", "b", rank=1, overwrite=True), ml.compress("a", "b", rank=2, ove
 ml.extract("base", "m", "e", rank=2), ml.merge_checkpoint("base", "a", "n")
 ml.load_adapter(ml.load(), "e"), ml.count("llama-3-8b", 4), ml.modules("base")
 open("own.txt", "w").write("It is a truth universally acknowledged.\\n" * 60)
+open("long.txt", "w").write("It is a truth universally acknowledged.\\n" * 99)
 recipe = ml.finetune.Recipe("own.txt", steps=2, batch=2, length=16, eval_every=1)
-print("peak" in str(ml.finetune.run(recipe, "f")), *sorted(os.listdir()))
+assert "peak" not in str(ml.finetune.run(recipe, "f"))
+small = {"ranks": (1,), "seeds": 1, "steps": 2, "search_steps": 1, "test_windows": 1, "valid_windows": 1}
+plan = ml.Plan(("./long.txt",), **small)
+rows = ml.sweep(plan, "s", jobs=1)
+assert ml.sweep(plan, "s") == rows  # as many jobs as there are cores, or as there can be
+os.sched_getaffinity = lambda pid: {0, 1}
+assert ml.sweep(plan, "t") == rows
+assert open("s/rows.jsonl").read() == open("t/rows.jsonl").read()
+try:
+    ml.sweep(plan, "u", jobs=2)
+except ml.errors.UnsupportedError as e:
+    print(e)
+print(*sorted(os.listdir()))
 """
 
 
-def test_all_but_the_sweep_works_without_locks_threads_and_processes(tmp_path):
+def test_everything_works_without_locks_threads_and_processes(tmp_path):
     """As in a browser."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", POOR], capture_output=True, text=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "False a b c.safetensors e f m n own.txt\n"
+    assert done.stdout == (
+        "jobs is 2; there are no processes here; expected 1\na b c.safetensors e f long.txt m n own.txt s t\n"
+    )
 
 
 def test_every_name_that_is_offered_is_there_and_documented():

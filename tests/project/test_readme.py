@@ -14,7 +14,8 @@ from wings import PACKAGE, imports
 
 from minilora.data import corpora
 from minilora.errors import StorageError
-from minilora.experiments.rank_sweep import HEAD, lines, read_rows, summary
+from minilora.experiments.rank_report import HEAD, lines, summary
+from minilora.experiments.rank_sweep import read_rows
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

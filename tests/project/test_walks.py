@@ -66,8 +66,15 @@ def test_no_moment_of_an_overwriting_loses_the_name(walk):
     assert states.count("absent") == 1
 
 
-@pytest.mark.parametrize("injury", INJURIES[1:])
-@pytest.mark.parametrize("name", ["extract", "train", "data"])
+@pytest.mark.parametrize("name", ["extract", "sweep"])
+def test_a_command_that_is_killed_in_the_middle_of_a_write_leaves_the_old_or_the_new_one(name, walk):
+    here = walk(name)
+    for at in some(here.points("torn"), 4):
+        here.hurt("torn", at)
+
+
+@pytest.mark.parametrize("injury", INJURIES[2:])
+@pytest.mark.parametrize("name", ["extract", "train", "data", "sweep"])
 def test_a_command_that_ends_in_order_leaves_nothing(injury, name, walk):
     here = walk(name)
     for at in some(here.points(injury)):

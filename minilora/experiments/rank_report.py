@@ -1,0 +1,135 @@
+"""What a rank sweep found: rows -> a table for the terminal, and one HTML page with all figures."""
+
+import math
+import re
+from pathlib import Path
+
+from ..analysis import plotting, report
+from ..data import corpora
+from ..table import aligned, printed
+from . import rank_figures
+from .harness import Row
+from .rank_sweep import LENGTH, TABLE
+
+FIGURES = ("loss_against_rank", "known_rank", "spectra", "energy", "curves")  # of one target
+HEAD = ("method", "parameters", "learning rate", "test loss", "range over seeds", "gap closed")
+CAVEAT = (
+    "The learning rate falls to zero over a run, so a part of this is the schedule's doing; "
+    "a sweep with twice the --steps tells how large a part."
+)
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """One line for each target and method: mean and range of the test loss, gap closed, parameters, lr."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        c = row["config"]
+        if c["kind"] in ("base", "final"):
+            groups.setdefault((c["target"], c["method"], c["rank"]), []).append(row)
+    lines = []
+    for (target, method, rank), group in groups.items():
+        done = [row for row in group if row["status"] == "done"]
+        line: Row = {"target": target, "method": method, "rank": rank, "lr": group[0]["config"]["lr"]}
+        line |= {"seeds": len(done), "diverged": len(group) - len(done)}
+        if done:
+            tests = [row["test"] for row in done]
+            gaps = [row["gap_closed"] for row in done if row.get("gap_closed") is not None]
+            line |= {"parameters": done[0]["parameters"], "test": math.fsum(tests) / len(tests)}
+            line |= {"low": min(tests), "high": max(tests), "floor": done[0].get("floor")}
+            line["gap_closed"] = math.fsum(gaps) / len(gaps) if gaps else None
+        lines.append(line)
+    return lines
+
+
+def figure_names(rows: list[Row]) -> dict[str, str]:
+    """Target -> the end of its figures' file names, another one for each target."""
+    names: dict[str, str] = {}
+    for target in dict.fromkeys(row["config"]["target"] for row in rows):
+        stem = name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem)[:100]  # a file's name has an end
+        while name in names.values():
+            name = f"{stem}_{len(names) + 1}"
+        names[target] = name
+    return names
+
+
+def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
+    """All figures that the rows have the runs for, by file name."""
+    drawn = {}
+    complete = rank_figures.targets(rows)
+    names = figure_names(rows)
+    for target in complete:
+        name = names[target]
+        drawn[f"loss_against_rank_{name}"] = rank_figures.loss_against_rank(rows, target)
+        if corpora.swaps_of(target) and TABLE.modules[0] in rank_figures.kinds(
+            rank_figures.final(rows, target)
+        ):
+            drawn[f"known_rank_{name}"] = rank_figures.known_rank(rows, target)
+        drawn[f"spectra_{name}"] = rank_figures.spectra(rows, target)
+        drawn[f"energy_{name}"] = rank_figures.energy_and_effective_rank(rows, target)
+        drawn[f"curves_{name}"] = rank_figures.learning_curves(rows, target)
+    if complete:
+        drawn["gap_against_parameters"] = rank_figures.gap_against_parameters(rows)
+    return drawn
+
+
+def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
+    """The table of one target, in words."""
+    table: list[tuple[str, ...]] = []
+    for line in summary(rows):
+        if line["target"] == target:
+            names = {"none": "frozen base", "full": "full fine-tuning", "lora": f"LoRA r = {line['rank']}"}
+            name = names[line["method"]] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
+            if not line["seeds"]:
+                table.append((name, "", f"{line['lr']:.2g}", "diverged", "", ""))
+                continue
+            rate = f"{line['lr']:.2g}" if line["lr"] else ""
+            spread = f"{line['low']:.4f} to {line['high']:.4f}" if line["lr"] else ""
+            gap = f"{line['gap_closed']:.0%}" if line["gap_closed"] is not None else ""
+            table.append((name, f"{line['parameters']:,}", rate, f"{line['test']:.4f}", spread, gap))
+    return table
+
+
+def table(rows: list[Row]) -> str:
+    """The results as a table for the terminal."""
+    out: list[str] = []
+    for target in dict.fromkeys(line["target"] for line in summary(rows)):
+        fallback = any(r["config"]["fallback"] for r in rows if r["config"]["target"] == target)
+        note = "; fallback text, not the one named" if fallback else ""
+        out += [
+            f"{target}  (test loss in nats per character{note})",
+            *aligned([HEAD, *lines(rows, target)]),
+            "",
+        ]
+    return printed(*out)
+
+
+def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
+    """The whole sweep as one HTML page."""
+    parts = []
+    names = figure_names(rows)
+    for target in names:
+        some = [row for row in rows if row["config"]["target"] == target]
+        full = rank_figures.select(some, kind="final", method="full")
+        parts.append(report.heading(rank_figures.title(target)))
+        parts.append(report.paragraph(f"Text: {some[0]['source']}."))
+        parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
+        if full:
+            parts.append(
+                report.paragraph(f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}")
+            )
+        drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
+        parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]
+    if "gap_against_parameters" in pictures:
+        parts.append(report.heading("What the parameters buy"))
+        parts.append(report.drawing("gap", pictures["gap_against_parameters"]))
+    made: Row = {}
+    for target in names:
+        last = [row["config"] for row in rows if row["config"]["target"] == target][-1]
+        made[target] = (
+            f"{last['steps']} steps of {last['batch']} windows of {LENGTH} characters; LoRA on "
+            f"{', '.join(last['modules'])} with alpha {last['alpha']:g}; AdamW eps {last['eps']:g}; "
+            f"tested on at most {last['test_windows']} windows, evenly over the held-out text"
+        )
+    made["learning rate"] = "chosen on the validation split by short runs with a seed of their own"
+    parts.append(report.facts(made | rows[0]["versions"]))
+    return report.page("Which rank does a task need?", parts)
