@@ -335,16 +335,12 @@ holds("each takes two more products", products["unmerged"] - products["base"] ==
 holds("thin ones: few multiplications", work["unmerged"][1] < 1.2 * work["base"][1])
 holds("Merged, the work is that of the base, call for call.", work["merged"] == work["base"])
 holds("Merged, the adapted model does the products of the base and no other.", work["merged"] == work["base"])
-many = count(ids)[0]
-with ml.disabled(model):
-    holds("With 512 rows it is one more for each map, that which forms", many - count(ids)[0] == maps)
 holds("check the count with what the model is made of", products["base"] == maps + 2 * blocks + 1)
 
 # %% [markdown]
 # The base makes 28 products. The model has 21 adapted maps. Unmerged, each takes two more products, thin
 # ones: few multiplications, but 42 more calls, 70 in all, and on a small batch calls are what one waits for.
-# Merged, the work is that of the base, call for call. (With 512 rows it is one more for each map, that which
-# forms $B A$.)
+# Merged, the work is that of the base, call for call.
 #
 # The function below measures on your machine. It takes the best of several interleaved tries, because
 # anything else that runs there can only make a try slower. Call `seconds()` for the numbers; here we ask for
