@@ -10,7 +10,6 @@ packing, chat templates and preference data.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,9 @@ import numpy as np
 from .data import batching, corpora, user_files
 from .data.batching import Batch
 from .data.examples import draws, examples, padded
+from .digests import of_bytes, of_json
 from .errors import ConfigError, InputError, check_float, check_int, nearest, short
-from .formats import archives, tokenizer
+from .formats import tokenizer
 from .formats.atomic import check_free, exists
 from .formats.huggingface import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
 from .formats.tokenizer import Tokenizer
@@ -215,7 +215,7 @@ def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Genera
             return of_examples(recipe, words, length, rng, rows)
     ids, held_ids = (encoded(recipe.data, text, words) for text in texts(recipe.data))
     batches = batching.eval_batches(held_ids, rows, length, recipe.eval_tokens)
-    digest = archives.sha256(ids.tobytes() + held_ids.tobytes())
+    digest = of_bytes(ids.tobytes() + held_ids.tobytes())
     return Text(batching.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
 
 
@@ -229,7 +229,7 @@ def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Ge
     n = max(1, int(len(found) * HELD_OUT))
     held = found[-n:][: max(1, recipe.eval_tokens // length)]
     batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]
-    digest = archives.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
+    digest = of_json([[ids.tolist(), start] for ids, start in found])
     return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
 
 

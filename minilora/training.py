@@ -9,7 +9,6 @@ go on as if nothing had happened, to the bit.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .backend import floats, keep_memory, quiet_overflow, to_host
+from .digests import of_json
 from .errors import InputError, NonFiniteError, StateError, UnsupportedError, check_int
 from .fast.parallel import Batch, lanes
 from .formats.atomic import exists
@@ -126,16 +126,14 @@ def about(
 
     A schedule that is no Schedule is not compared: a function does not say what it does.
     """
-    import hashlib
-
     o = optimizer
     frozen = {path.replace(".", "/"): p for path, p in named_params(model).items() if not p.trainable}
     groups = {path: [o.rate(path), bool(o.decays(path, p))] for path, p in trained(model).items()}
     return {
         "base": digest(frozen),
-        "model": hashlib.sha256(json.dumps(settings(model)).encode()).hexdigest(),
+        "model": of_json(settings(model)),
         "optimizer": [o.lr, *o.betas, o.eps, o.weight_decay, o.clip],
-        "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
+        "groups": of_json(groups),
         "schedule": repr(schedule) if isinstance(schedule, Schedule) else None,
         "accumulate": accumulate,
     }

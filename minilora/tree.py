@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
-
-from .backend import to_host
+from .digests import of_arrays
 from .errors import MismatchError, nearest
 from .layers import Param
 
@@ -79,14 +77,7 @@ def settings(tree: Any) -> dict[str, Any]:
 
 def digest(tree: Any) -> str:
     """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name."""
-    import hashlib  # brings in OpenSSL, which a mere import of minilora need not
-
-    h = hashlib.sha256()
-    for path, p in sorted(named_params(tree).items()):
-        a = np.ascontiguousarray(to_host(p.dense()))
-        h.update(f"{path} {a.shape} {a.dtype.str}\n".encode())
-        h.update(a.tobytes())
-    return h.hexdigest()
+    return of_arrays((path, p.dense()) for path, p in sorted(named_params(tree).items()))
 
 
 def get(tree: Any, path: str) -> Any:

@@ -18,6 +18,7 @@ from test_plotting import make_rows
 import minilora
 from minilora import cli
 from minilora.data import corpora
+from minilora.digests import of_bytes
 from minilora.errors import MismatchError, StorageError
 from minilora.experiments import pretrain, rank_sweep
 from minilora.experiments.pretrain import Recipe
@@ -64,7 +65,7 @@ def texts(tmp_path, monkeypatch):
     for name in corpora.MANIFEST:  # of the three parts no two are alike: 11 windows to validate, 5 to test
         text = "".join(f"{name} {i}: now is the winter of our discontent.\n" for i in range(150)).encode()
         cuts = len(text) - 2200, len(text) - 700
-        known[name] = corpora.Known(cuts, corpora.sha256(text), f"the test's {name}")
+        known[name] = corpora.Known(cuts, of_bytes(text), f"the test's {name}")
         (folder / f"{name}.txt").write_bytes(text)
     monkeypatch.setattr(corpora, "MANIFEST", known)
     return folder

@@ -342,6 +342,21 @@ def test_a_copy_with_the_same_metadata_is_accepted(saved, tmp_path):
     assert len(history.loss) == 3
 
 
+def test_half_precision_comes_back_as_it_was(tmp_path):
+    run = Run()
+    params = trained(run.model)
+    for p in params.values():
+        p.data = (p.data + 0.1).astype(np.float16)
+    saved = {k: p.data.copy() for k, p in params.items()}
+    save_checkpoint(tmp_path / "c", run.model, run.optimizer, run.rngs, History([1.0]), run.about())
+    for p in params.values():
+        p.data[:] = 0
+    run.load(tmp_path / "c")
+    for k, p in params.items():
+        assert p.data.dtype == np.float16
+        np.testing.assert_array_equal(p.data, saved[k])
+
+
 @pytest.mark.parametrize("kind", ["m.", "v.", "p."])
 def test_a_checkpoint_without_one_of_its_arrays_is_refused(kind, saved, tmp_path):
     def drop(tensors):

@@ -64,6 +64,7 @@ def prepare():
 
     from minilora.analysis import inspect, plotting
     from minilora.data import corpora
+    from minilora.digests import of_bytes
     from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_sweep
     from minilora.model import Config
 
@@ -82,7 +83,7 @@ def prepare():
     pictures = {name: plotting.Picture(None, name) for name in ("a", "b")}
     text = TEXT.encode()
     cuts = len(text) * 8 // 10, len(text) * 9 // 10
-    known = corpora.Known(cuts, corpora.sha256(text), "a text of the test's")
+    known = corpora.Known(cuts, of_bytes(text), "a text of the test's")
     corpora.MANIFEST = dict.fromkeys(corpora.MANIFEST, known)
     corpora.unpack = lambda tree: dict.fromkeys(corpora.MANIFEST, TEXT)
     merge_equivalence.run = lambda: drawn

@@ -5,14 +5,13 @@ kind leaves, of which types and sizes, what follows from its config, and what th
 Whatever passes can be tabled and drawn.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..data import corpora
+from ..digests import of_json
 from ..errors import FormatError, MismatchError, short
 from ..formats import forms
 
@@ -48,7 +47,7 @@ class Run:
 
 def id_of(config: Row) -> str:
     """The id of the run with this config."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    return of_json(config, sort=True)[:16]
 
 
 def every(steps: int) -> int:
