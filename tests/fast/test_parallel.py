@@ -163,7 +163,7 @@ def test_blas_is_held_at_one_thread_and_given_back(openblas):
 class Blas:
     """A BLAS library as threadpoolctl shows it; it has at least so many threads."""
 
-    user_api = "blas"
+    user_api, prefix = "blas", "libfake"
 
     def __init__(self, threads, least=1):
         self.num_threads, self.least, self.filepath = threads, least, str(id(self))
