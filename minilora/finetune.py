@@ -32,7 +32,7 @@ from .lora import LoraConfig, inject
 from .optim import AdamW, Schedule
 from .peft.loading import save_adapter
 from .session import tidy, workshop
-from .table import plain, printed
+from .table import plain, report
 from .training import evaluate, train
 from .tree import freeze, trained, unfreeze
 
@@ -79,6 +79,7 @@ class Recipe:
         return LoraConfig(r=self.r, alpha=self.alpha, targets=self.targets, dora=dora, detach=dora)
 
 
+@report
 @dataclass(frozen=True)
 class Outcome:
     """What `run` reached; prints as a few lines."""
@@ -96,15 +97,16 @@ class Outcome:
         """The same as JSON holds it."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
+        """Lines of the report."""
         per = [x / self.characters for x in (self.before, self.after)]
         memory = f", peak memory {self.peak / 1e9:.2f} GB" if self.peak else ""
-        return printed(
+        return [
             f"{self.out}: held-out loss {self.before:.4f} -> {self.after:.4f} nats per token, "
             f"{per[0]:.4f} -> {per[1]:.4f} per character",
             f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second"
             f"{memory}",
-        )
+        ]
 
 
 def run(

@@ -525,6 +525,8 @@ def walker():
 
 def main():
     """Walk everything and write the table."""
+    from minilora.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only at every N-th call")
     every, start = parser.parse_args().every, time.monotonic()
@@ -543,8 +545,8 @@ def main():
             linked = collections.Counter(outcome for _, outcome in walk_links(walk))
             cells.append(", ".join(f"{count} {state}" for state, count in sorted(linked.items())) or "-")
             points += len(found) + sum(linked.values())
-            lines.append(f"| {place.name} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
+            lines.append((place.name, *cells))
+            print(*lines[-1], sep=" | ", flush=True)
     head = (
         "# Every command, injured at every call that changes a file\n\n"
         f"`{command}`: each cell says how often `OUT` was the old one, the new one, absent, or "
@@ -557,11 +559,10 @@ def main():
         "memory: the N-th write is a MemoryError. Streams: stdout, stderr or both closed, full, without a "
         "reader, or ASCII. Links: each file that is read or written, in turn, is a symbolic link or has a "
         "second name.\n\n"
-        "| command | kill -9 | SIGTERM | full disk | no memory | streams | links |\n"
-        "|---|---|---|---|---|---|---|\n"
     )
+    table = Table(("command", "kill -9", "SIGTERM", "full disk", "no memory", "streams", "links"), lines)
     (ROOT / "benchmarks/results/walks.md").write_text(
-        head + "\n".join(lines) + f"\n\n{points:,} injuries.\n", encoding="utf-8"
+        head + table.markdown("l" * 7) + f"\n\n{points:,} injuries.\n", encoding="utf-8"
     )
     print(f"{points:,} injuries, {time.monotonic() - start:.0f} s")
 

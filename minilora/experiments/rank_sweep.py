@@ -50,7 +50,7 @@ from ..formats.safetensors import unique
 from ..lora import LoraConfig, inject
 from ..model import Llama
 from ..optim import AdamW, Schedule
-from ..table import aligned, plain, printed
+from ..table import Table, plain, printed
 from ..training import evaluate, train
 from ..tree import digest, get, trained, unfreeze
 from . import cluster, rank_figures
@@ -752,7 +752,7 @@ def table(rows: list[Row]) -> str:
         note = "; fallback text, not the one named" if fallback else ""
         out += [
             f"{target}  (test loss in nats per character{note})",
-            *aligned([HEAD, *lines(rows, target)]),
+            *Table(HEAD, lines(rows, target)).lines(),
             "",
         ]
     return printed(*out)
@@ -767,7 +767,7 @@ def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
         full = rank_figures.select(some, kind="final", method="full")
         parts.append(report.heading(rank_figures.title(target)))
         parts.append(report.paragraph(f"Text: {some[0]['source']}."))
-        parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
+        parts.append(Table(HEAD, lines(rows, target), "Test loss in nats per character").html())
         if full:
             parts.append(
                 report.paragraph(f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}")

@@ -10,6 +10,7 @@ import pytest
 from minilora.data import corpora
 from minilora.errors import StorageError
 from minilora.experiments.rank_sweep import HEAD, lines, read_rows, summary
+from minilora.table import Table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -19,9 +20,7 @@ def markdown(rows):
     """The results of a sweep as one table in Markdown for each target."""
     parts = []
     for target in dict.fromkeys(line["target"] for line in summary(rows)):
-        cells = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *lines(rows, target)]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in cells)
-        parts.append(f"`{target}`\n\n{table}")
+        parts.append(f"`{target}`\n\n{Table(HEAD, lines(rows, target)).markdown()}")
     return "\n\n".join(parts)
 
 
