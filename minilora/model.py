@@ -33,7 +33,8 @@ from .ops import (
     swiglu,
     unheads,
 )
-from .tree import named_params, trains, walk
+from .table import settings
+from .tree import named_params, outline, trains, walk
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ class Config:
     def E(self) -> int:
         """Width of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def _repr_html_(self) -> str:
+        return settings(self).html()
 
 
 @dataclass(eq=False)
@@ -310,6 +314,9 @@ class Llama:
     model: Decoder
     lm_head: Any = None  # (V, D)
     recompute: bool = False  # when training, keep two activations per block and compute the rest again
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def __call__(self, ids: Array, train: bool = False) -> tuple[Array, Back]:
         """Logits, and when training the `back` that takes their gradient.

@@ -132,7 +132,7 @@ def build(kind, name):
         return name if kind is str else kind(2)
     if origin in (types.UnionType, typing.Union):
         return build(parts[0], name)
-    if origin is Sequence:
+    if origin in (Sequence, list):
         return (build(parts[0], name),) * 2
     if origin is tuple:
         return tuple(build(p, name) for p in ((parts[0],) * 2 if parts[-1] is ... else parts))
@@ -149,7 +149,17 @@ def test_all_reports_are_looked_at():
     named = {kind.__name__ for kind in REPORTS}
     assert named >= {"Attached", "Compression", "Counts", "Inspection", "Merge", "Outcome", "Report", "Tree"}
     shown = {kind.__name__ for kind in REPORTS if "_repr_html_" in vars(kind)}
-    assert shown >= {"Attached", "Compression", "Counts", "Inspection", "Merge", "Outcome", "Tree"}
+    assert shown >= {
+        "Attached",
+        "Compression",
+        "Counts",
+        "History",
+        "Inspection",
+        "Merge",
+        "Outcome",
+        "Table",
+        "Tree",
+    }
 
 
 @pytest.mark.parametrize("kind", REPORTS, ids=lambda kind: kind.__qualname__)

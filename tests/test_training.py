@@ -510,3 +510,17 @@ def test_a_run_is_finished_when_its_checkpoint_has_all_its_steps_and_is_older(st
     assert [finished(path, written + more) for more in (-1, 0, 1)] == [False, steps == 300, steps == 300]
     path.write_bytes(b"no checkpoint")
     assert not finished(path, written + 10**18)
+
+
+def test_a_history_prints_what_it_began_and_ended_with():
+    assert str(History()) == "no steps"
+    assert str(History([2.0])) == "1 step, loss 2.0000 -> 2.0000"
+    assert str(History([3.0, 2.0], [(0, 3.5), (2, 1.25)])).splitlines() == [
+        "2 steps, loss 3.0000 -> 2.0000", "step  evaluation", "0         3.5000", "2         1.2500",
+    ]  # fmt: skip
+    for n in (10, 11, 999):  # of many evaluations the first and the last
+        said = str(History([1.0], [(step, float(step)) for step in range(n)])).splitlines()[2:]
+        assert len(said) == min(n, 11)
+        assert said[4].split() == ["4", "4.0000"]
+        assert said[-1].split() == [str(n - 1), f"{n - 1}.0000"]
+        assert ("..." in said) is (n > 10)

@@ -14,11 +14,13 @@ from ..backend import to_device, to_host
 from ..digests import of_arrays
 from ..errors import FormatError, MismatchError, StorageError, short
 from ..optim import AdamW
+from ..table import Table, counted, report
 from ..tree import trained
 from .atomic import size_of, write_atomic
 from .forms import anything, named, number, one, real, record, several, text, tuple_of, whole, wrong
 from .safetensors import FLOATS, layout, open_tensors, unique
 
+FEW = 5  # evaluations from either end of a history that are shown
 GENERATORS = ("PCG64", "PCG64DXSM")  # whose states are numbers; default_rng's is the first
 
 
@@ -41,12 +43,24 @@ META = record({  # what a checkpoint says beside its arrays
 })  # fmt: skip
 
 
+@report
 @dataclass
 class History:
-    """The mean loss of every step, and the (step, value) of every evaluation."""
+    """The mean loss of every step, and the (step, value) of every evaluation; prints as a short table."""
 
     loss: list[float] = field(default_factory=list)
     evals: list[tuple[int, float]] = field(default_factory=list)
+
+    def parts(self) -> list[str | Table]:
+        """Lines and a table: of many evaluations the first and the last few."""
+        if not self.loss:
+            return ["no steps"]
+        rows = [(str(step), f"{value:.4f}") for step, value in self.evals]
+        if len(rows) > 2 * FEW:
+            rows = [*rows[:FEW], ("...", ""), *rows[-FEW:]]
+        steps = counted(len(self.loss), "step", "steps")
+        said = f"{steps}, loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}"
+        return [said, Table(("step", "evaluation"), rows)] if rows else [said]
 
 
 def sealed(meta: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
