@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .analysis import plotting as plots
     from .analysis.count import count, modules
     from .analysis.inspect import inspect
+    from .completion import complete
     from .compose.export import merge_checkpoint
     from .compose.extract import extract
     from .compose.truncate import compress
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 LATER = {  # imported when first asked for
     "analysis.count": ("count", "modules"),
     "analysis.inspect": ("inspect",),
+    "completion": ("complete",),
     "compose.export": ("merge_checkpoint",),
     "compose.extract": ("extract",),
     "compose.truncate": ("compress",),
@@ -74,7 +76,7 @@ MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "compress",
+    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "complete", "compress",
     "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
     "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
     "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",

@@ -11,7 +11,6 @@ packing, chat templates and preference data.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +24,15 @@ from .data.examples import draws, examples, padded
 from .digests import of_bytes, of_json
 from .errors import ConfigError, InputError, check_float, check_int, nearest, short
 from .formats import tokenizer
-from .formats.atomic import check_free, exists
+from .formats.atomic import exists
 from .formats.huggingface import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
 from .formats.tokenizer import Tokenizer
 from .lora import LoraConfig, inject
-from .optim import AdamW, Schedule
+from .optim import AdamW
 from .peft.loading import save_adapter
-from .session import tidy, workshop
+from .session import begin, fit, workshop
 from .table import plain, report
-from .training import evaluate, train
+from .training import evaluate
 from .tree import freeze, trained, unfreeze
 
 CORPORA = (*corpora.MANIFEST, corpora.STDLIB)  # what --data takes by name
@@ -50,8 +49,8 @@ class Recipe:
     data: str  # text or examples, in a file or a folder of files, or a built-in corpus
     base: str = "base"  # a name, folder or GGUF file
     method: str = "lora"  # or "dora", or "full" fine-tuning
-    r: int = 8
-    alpha: float = 16
+    r: int = LoraConfig.r
+    alpha: float = LoraConfig.alpha
     targets: str | tuple[str, ...] = "all-linear"
     lr: float | None = None  # RATES of the method
     steps: int = 200
@@ -124,9 +123,7 @@ def run(
     runs, a folder beside `out` holds its checkpoint. StorageError if `out` exists, unless `overwrite`; all
     that loading base and data raise.
     """
-    out = Path(out)
-    tidy(out, "train")
-    check_free(out, overwrite)
+    out = begin(out, "train", overwrite)
     given = checkpoint(recipe.base)
     words = tokenizer_of(given)
     length = min(recipe.length, given.config.max_position_embeddings)
@@ -140,40 +137,18 @@ def run(
         inject(model, recipe.lora(), rng=np.random.default_rng(recipe.seed))
     count = sum(p.data.size for p in trained(model).values())
     optimizer = AdamW(recipe.lr or RATES[recipe.method], betas=(0.9, 0.99))
-    start, done = time.monotonic(), 0
 
     def measure() -> float:
-        nonlocal start
-        before = time.monotonic()
         loss = evaluate(model, text.held_out)
-        start += time.monotonic() - before  # the clock of training stands still
         if told:
             told(optimizer.t, loss)
         return loss
 
-    def watch(step: int, loss: float) -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(step, loss)
-
     with workshop(out, "train") as saved:
-        history = train(
-            model,
-            text.batches,
-            optimizer,
-            steps=recipe.steps,
-            schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
-            evaluate=measure,
-            eval_every=recipe.eval_every,
-            checkpoint=saved,
-            checkpoint_every=recipe.eval_every,
-            rngs={"batches": rng},
-            identity={"text": text.digest, "recipe": asdict(recipe)},
-            progress=watch,
-            threads=threads,
-        )
-        speed = done * recipe.batch * length / (time.monotonic() - start)
+        history, speed = fit(
+            model, text.batches, optimizer, recipe, length=length, text=text.digest, rng=rng, saved=saved,
+            every=recipe.eval_every, measure=measure, progress=progress, threads=threads,
+        )  # fmt: skip
         if recipe.method == "full":
             freeze(model)
             name, text_name = given.where.name, Path(recipe.data).name

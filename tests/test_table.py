@@ -366,7 +366,7 @@ def test_no_name_of_a_file_leads_a_terminal(tmp_path, said):
         ["train", "--data", missing, "--out", missing],
         ["train", "--data", missing, "--out", missing, "--base", name],
         ["generate", "x", "--base", missing], ["generate", name, "--base", "base"],
-        ["sweep", "--data", missing], ["sweep", "--target", name], ["sweep", "--base", missing],
+        ["sweep", "--data", missing], ["sweep", "--targets", name], ["sweep", "--base", missing],
         ["pretrain", "--out", tmp_path / "no" / name, "--steps", 0],
         ["inspect", "x", name], [name], [f"--{name}"], ["data", name], ["sweep", "--ranks", name],
     ):  # fmt: skip
