@@ -76,10 +76,10 @@ MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "complete", "compress",
-    "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
-    "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
-    "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
+    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "complete",
+    "compress", "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches",
+    "evaluate", "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load",
+    "load_adapter", "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
     "participation_ratio", "plots", "remove", "save_adapter", "save_model", "scales", "set_adapter",
     "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "trained", "unfreeze",
     "unmerge", "use",

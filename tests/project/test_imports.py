@@ -11,13 +11,15 @@ PACKAGE = Path(minilora.__file__).parent
 ORDER = [  # a wing or a file stands above all that it imports
     "table", "errors", "backend", "digests", "ops", "layers", "tree", "model", "decoding", "lora", "optim",
     "spectra", "fast", "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors",
-    "formats.gguf", "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
+    "formats.gguf", "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session",
+    "completion",
     "data.batching", "data.user_files", "data.corpora", "data.examples",
     "peft.patterns", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
     "compose.truncate", "compose.extract", "compose.export",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
     "finetune", "experiments.rows", "experiments.cluster", "experiments.rank_figures",
-    "experiments.merge_equivalence", "experiments.pretrain", "experiments.rank_sweep", "console", "flags", "cli", "__main__",
+    "experiments.merge_equivalence", "experiments.pretrain", "experiments.rank_sweep", "console", "flags",
+    "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
