@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .backend import floats, keep_memory, quiet_overflow, to_host
+from .backend import floats, keep_memory, quiet_overflow, to_host, xp
 from .digests import of_json
-from .errors import InputError, NonFiniteError, StateError, UnsupportedError, check_int
+from .errors import InputError, NonFiniteError, StateError, UnsupportedError, check_int, short
 from .fast.parallel import Batch, lanes
 from .formats.atomic import exists
 from .formats.checkpoint import GENERATORS, History, load_checkpoint, save_checkpoint
@@ -55,6 +55,7 @@ def train(
     NonFiniteError when loss or gradient is not finite: the parameters are then those of the last good
     step.
     """
+    check_batches(batches, "ml.batches(ml.encode(text), rng, batch_size, length)")
     check_int("steps", steps, 1)
     check_int("accumulate", accumulate, 1)
     if threads is not None:
@@ -109,6 +110,7 @@ def train(
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     """Mean loss in nats per token over batches, each weighted by its count of labels."""
+    check_batches(batches, "ml.eval_batches(ml.encode(text), batch_size, length)")
     total, count = 0.0, 0
     for ids, labels in batches:
         n = int((to_host(labels) >= 0).sum())
@@ -117,6 +119,25 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     if not count:
         raise InputError("there is nothing to evaluate; expected at least one label")
     return total / count
+
+
+def check_batches(batches: Any, how: str) -> None:
+    """InputError, saying `how` batches are made, for what is often taken for them: a text, its path, ids."""
+    first = batches[0] if isinstance(batches, list | tuple) and batches else None
+    pair = isinstance(first, list | tuple) and len(first) == 2
+    kind = ""
+    if isinstance(batches, str | Path):
+        kind = f"{short(str(batches))}, a text or a path"
+    elif isinstance(batches, np.ndarray | xp.ndarray):
+        kind = f"one array of shape {batches.shape}"
+    elif isinstance(first, np.ndarray | xp.ndarray) and isinstance(batches, tuple):
+        kind = "one batch"
+    elif isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        kind = f"of type {type(batches).__name__}"
+    elif first is not None and not pair:
+        kind = f"a {type(batches).__name__} of {type(first).__name__}"
+    if kind:
+        raise InputError(f"batches is {kind}; expected (ids, labels) pairs, one after the other, as of {how}")
 
 
 def about(

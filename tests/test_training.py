@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from library import np
 from safetensors.numpy import load, save
 
+from minilora.backend import to_host
 from minilora.errors import (
     ConfigError,
     FormatError,
@@ -347,14 +349,14 @@ def test_half_precision_comes_back_as_it_was(tmp_path):
     params = trained(run.model)
     for p in params.values():
         p.data = (p.data + 0.1).astype(np.float16)
-    saved = {k: p.data.copy() for k, p in params.items()}
+    saved = {k: to_host(p.data).tobytes() for k, p in params.items()}
     save_checkpoint(tmp_path / "c", run.model, run.optimizer, run.rngs, History([1.0]), run.about())
     for p in params.values():
         p.data[:] = 0
     run.load(tmp_path / "c")
     for k, p in params.items():
         assert p.data.dtype == np.float16
-        np.testing.assert_array_equal(p.data, saved[k])
+        assert to_host(p.data).tobytes() == saved[k]
 
 
 @pytest.mark.parametrize("kind", ["m.", "v.", "p."])
@@ -524,3 +526,36 @@ def test_a_history_prints_what_it_began_and_ended_with():
         assert said[4].split() == ["4", "4.0000"]
         assert said[-1].split() == [str(n - 1), f"{n - 1}.0000"]
         assert ("..." in said) is (n > 10)
+
+
+IDS = np.zeros((2, 5), np.int64)
+NO_BATCHES = {
+    "a text": ("To be", "'To be', a text or a path"),
+    "a path": (Path("my.txt"), "'my.txt', a text or a path"),
+    "ids": (IDS, r"one array of shape \(2, 5\)"), "one batch": ((IDS, IDS), "one batch"),
+    "texts": (["To be"], "a list of str"), "arrays": ([IDS, IDS], r"a list of \w+"),
+    "dicts": ([{"input_ids": [1]}], "a list of dict"), "a dict": ({"input_ids": IDS}, "of type dict"),
+    "nothing": (None, "of type NoneType"), "a number": (3, "of type int"),
+    "triples": ([(IDS, IDS, IDS)], "a list of tuple"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_BATCHES)
+def test_what_is_no_batches_is_told_how_they_are_made(kind):
+    given, said = NO_BATCHES[kind]
+    run = Run()
+    before = digest(run.model)
+    with pytest.raises(InputError, match=rf"^batches is {said}; expected \(ids, labels\) .* ml.batches\("):
+        train(run.model, given, run.optimizer, steps=1)
+    with pytest.raises(InputError, match=rf"^batches is {said}; expected .* ml.eval_batches\("):
+        evaluate(run.model, given)
+    assert digest(run.model) == before
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_batches_may_be_any_iterable_of_pairs(kind):
+    run = Run()
+    rng = np.random.default_rng(0)
+    pairs = [batch(rng), list(batch(rng))]
+    assert math.isfinite(evaluate(run.model, kind(pairs)))
+    assert len(train(run.model, kind(pairs), run.optimizer, steps=2).loss) == 2
