@@ -272,7 +272,7 @@ def sweep(options: Options) -> int:
 
     chosen: dict[str, Any] = dict(rank_sweep.QUICK) if options.quick else {}
     chosen |= typed(options, rank_sweep.Plan)
-    if hasattr(options, "data"):
+    if "data" in options:
         chosen["targets"] = tuple(
             f"./{text}" if os.path.exists(text) and os.sep not in text and not built_in(text) else text
             for text in options.data

@@ -60,7 +60,8 @@ def defaults(of: Callable[..., Any]) -> dict[str, Any]:
 
 def typed(options: Options, of: Callable[..., Any]) -> dict[str, Any]:
     """What was typed, of a function's or dataclass's arguments."""
-    return {name: getattr(options, name) for name in signature(of).parameters if hasattr(options, name)}
+    given = vars(options)
+    return {name: given[name] for name in signature(of).parameters if name in given}
 
 
 @dataclass(frozen=True)

@@ -800,7 +800,7 @@ MUTANTS = (
     Mutant("one-batch-is-batches", "training.py", "        kind = \"one batch\"\n", "        pass\n", "training"),
     Mutant("a-text-is-batches", "training.py", "isinstance(batches, str | Path)", "isinstance(batches, Path)",
            "training"),
-    Mutant("zero-is-not-typed", "flags.py", "if hasattr(options, name)}", "if getattr(options, name, None)}",
+    Mutant("zero-is-not-typed", "flags.py", "if name in given}", "if given.get(name)}",
            "flags"),
     Mutant("default-not-said", "flags.py", "action.nargs == 0 or action.required", "action.nargs == 0 or action.default",
            "flags"),
