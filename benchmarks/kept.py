@@ -19,6 +19,7 @@ from minilora.fast.parallel import MICRO_BATCH
 from minilora.fast.recompute import recompute
 from minilora.layers import Need
 from minilora.ops import saved
+from minilora.table import Table
 
 KINDS = ("frozen base", "LoRA", "LoRA, recomputed", "everything trained")
 PARTS = {"back_a": "attention", "back_m": "MLP"}
@@ -57,10 +58,7 @@ def main() -> None:
     size = next(size for size in SIZES if size[0] == D)
     found = {kind: kept(kind, size) for kind in KINDS}
     rows: list[dict[str, Any]] = []
-    lines = [
-        f"| half | array | shape | {' | '.join(KINDS)} |",
-        "| --- | --- | ---" + " | ---:" * len(KINDS) + " |",
-    ]
+    lines = []
     for name in dict.fromkeys(name for arrays in found.values() for name in arrays):
         half, _, rest = name.partition(".")
         arrays = [found[kind].get(name) for kind in KINDS]
@@ -69,13 +67,14 @@ def main() -> None:
             kind: a.nbytes for kind, a in zip(KINDS, arrays, strict=True) if a is not None
         }})  # fmt: skip
         cells = ["" if a is None else f"{a.nbytes / 1024:,.0f}" for a in arrays]
-        lines.append(f"| {PARTS[half]} | `{rest}` | {' x '.join(map(str, shape))} | {' | '.join(cells)} |")
+        lines.append((PARTS[half], f"`{rest}`", " x ".join(map(str, shape)), *cells))
     totals = [sum(a.nbytes for a in arrays.values()) / 1024 for arrays in found.values()]
-    lines.append(f"| | **all** | | {' | '.join(f'**{total:,.0f}**' for total in totals)} |")
-    print("\n".join(lines))
+    lines.append(("", "**all**", "", *(f"**{total:,.0f}**" for total in totals)))
+    table = Table(("half", "array", "shape", *KINDS), lines).markdown("lll" + "r" * len(KINDS))
+    print(table)
     write("kept", rows)
     title = f"What the way back of one block keeps alive, in KiB (D = {D}; `python benchmarks/kept.py`)"
-    (RESULTS / "kept.md").write_text(f"# {title}\n\n" + "\n".join(lines) + "\n")
+    (RESULTS / "kept.md").write_text(f"# {title}\n\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from mutants import attempt, copies, not_green  # noqa: E402
 
+from minilora.table import Table  # noqa: E402
+
 FILES = {  # below minilora/: the tests that should see a change
     "ops.py": "ops layers model",
     "layers.py": "layers model lora",
@@ -166,26 +168,25 @@ def main() -> int:
 
 def table(rows: list[dict[str, Any]], seed: int) -> list[str]:
     """The scores by file, and what survived, as markdown."""
-    lines = [
-        "# Which small changes the tests see", "",
-        f"Drawn by `python benchmarks/mutation.py --seed {seed}`, which says how. A file whose source has "
-        "changed was drawn again; the laws that its first draw led to were there already.", "",
-        "| file | places | drawn | equivalent | seen | share |", "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    scores, left = [], []
     names = list(dict.fromkeys(row["file"] for row in rows))
     for name in [*names, "all"]:
         some = [row for row in rows if name in (row["file"], "all")]
         held = {row["file"]: row["places"] for row in some}
         equal, seen = (sum(row["outcome"] == what for row in some) for what in ("equivalent", "seen"))
         share = seen / max(len(some) - equal, 1)
-        lines.append(f"| {name} | {sum(held.values())} | {len(some)} | {equal} | {seen} | {share:.0%} |")
-    lines += ["", "| what survived | becomes | why |", "| --- | --- | --- |"]
+        scores.append((name, *map(str, (sum(held.values()), len(some), equal, seen)), f"{share:.0%}"))
     for row in rows:
         if row["outcome"] != "seen":
-            old, new = (row[key].replace("|", "\\|") for key in ("old", "new"))
             why = row["reason"] or "not looked at yet"
-            lines.append(f"| {row['file']}: `{old}` | `{new}` | {row['outcome']}: {why} |")
-    return lines
+            left.append((f"{row['file']}: `{row['old']}`", f"`{row['new']}`", f"{row['outcome']}: {why}"))
+    return [
+        "# Which small changes the tests see", "",
+        f"Drawn by `python benchmarks/mutation.py --seed {seed}`, which says how. A file whose source has "
+        "changed was drawn again; the laws that its first draw led to were there already.", "",
+        Table(("file", "places", "drawn", "equivalent", "seen", "share"), scores).markdown(), "",
+        Table(("what survived", "becomes", "why"), left).markdown("lll"),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import minilora as ml
 from minilora.backend import Array, floats, keep_memory, to_device, xp
 from minilora.fast import parallel
 from minilora.optim import squared_norm
+from minilora.table import Table
 
 ROUNDS = {64: 40, 128: 15, 256: 7, 512: 5}
 OURS = ("products", "lora", "full", "recomputed")
@@ -212,7 +213,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown; times in ms, peaks in MiB."""
     head = ("D", "threads", "step", "PEFT", "times faster than PEFT", "by hand", "torch.compile",
             "products / step", "step / full", "peak", "recomputed", "PEFT's")  # fmt: skip
-    lines = [head, ("---:",) * len(head)]
+    lines = []
     for row in rows:
         ms, faster, peaks = row["ms"], row["times_faster"], row["peak_bytes"]
         lines.append((
@@ -220,7 +221,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(f"{faster[name]:.2f}" for name in THEIRS), f"{row['floor']:.2f}", f"{row['to_full']:.2f}",
             *(f"{peaks[name] / 2**20:.0f}" for name in ("lora", "recomputed", "peft")),
         ))  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return Table(head, lines).markdown("r" * len(head))
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py [--steps 150] [--seeds 1]
 
-The grid is the default sweep's on the First Folio (`minilora sweep --target folio`): every rank, full
+The grid is the default sweep's on the First Folio (`minilora sweep --data folio`): every rank, full
 fine-tuning and the search for the learning rates, with fewer steps and seeds (the default has 300 and 3),
 so that it ends within minutes. Ours: the whole command but the drawing, start of processes and writing
 of rows included. Theirs: for every run of that grid transformers' Llama of the base's shape with PEFT's

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .analysis import plotting as plots
     from .analysis.count import count, modules
     from .analysis.inspect import inspect
+    from .completion import complete
     from .compose.export import merge_checkpoint
     from .compose.extract import extract
     from .compose.truncate import compress
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 LATER = {  # imported when first asked for
     "analysis.count": ("count", "modules"),
     "analysis.inspect": ("inspect",),
+    "completion": ("complete",),
     "compose.export": ("merge_checkpoint",),
     "compose.extract": ("extract",),
     "compose.truncate": ("compress",),
@@ -65,10 +67,10 @@ MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "compress",
-    "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
-    "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
-    "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
+    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "complete",
+    "compress", "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches",
+    "evaluate", "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load",
+    "load_adapter", "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
     "participation_ratio", "plots", "remove", "save_adapter", "save_model", "scales", "set_adapter",
     "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "trained", "unfreeze",
     "unmerge", "use",

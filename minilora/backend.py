@@ -151,27 +151,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@functools.cache
+def blas_libraries() -> Any:
+    """The BLAS libraries of this process, found once: looking for them takes a millisecond."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[bool]:
-    """Hold NumPy's BLAS at one thread within the context; whether that could be had.
+    """Hold BLAS at one thread within the context; whether it is held.
 
-    The OpenBLAS in NumPy's wheels can be asked; another says by its environment variables.
+    A BLAS that cannot be asked (Apple's Accelerate) says by its environment variables.
     """
-    import ctypes
-
-    said = {os.environ.get(f"{library}_NUM_THREADS") for library in ("OPENBLAS", "MKL", "OMP")}
-    try:
-        library = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
-        count = library.scipy_openblas_get_num_threads64_()
-        hold = library.scipy_openblas_set_num_threads64_
-    except (OSError, AttributeError, KeyError):
-        yield "1" in said
-        return
-    hold(1)
-    try:
-        yield True
-    finally:
-        hold(count)
+    libraries = blas_libraries()
+    with libraries.limit(limits=1):
+        if libraries.lib_controllers:
+            yield all(library.num_threads == 1 for library in libraries.lib_controllers)
+        else:
+            yield "1" in {os.environ.get(f"{library}_NUM_THREADS") for library in ("OPENBLAS", "MKL", "OMP")}
 
 
 install(np)

@@ -77,6 +77,7 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Continue the prompts ids (N, T), yielding the next token of each row (N,) one step at a time.
 
+    Ids in, ids out; `complete` takes and gives text, and `encode` and `decode` are between the two.
     Temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that hold that share
     of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for settings
     without a meaning or a text longer than the model takes.

@@ -10,9 +10,7 @@ packing, chat templates and preference data.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,18 +21,19 @@ import numpy as np
 from .data import batching, corpora, user_files
 from .data.batching import Batch
 from .data.examples import draws, examples, padded
+from .digests import of_bytes, of_json
 from .errors import ConfigError, InputError, check_float, check_int, nearest, short
-from .formats import archives, tokenizer
-from .formats.atomic import check_free, exists
+from .formats import tokenizer
+from .formats.atomic import exists
 from .formats.huggingface import assemble, beside, checkpoint, save_model, token_ids, tokenizer_of
 from .formats.tokenizer import Tokenizer
 from .lora import inject
 from .methods.lora_config import LoraConfig
-from .optim import AdamW, Schedule
+from .optim import AdamW
 from .peft.loading import save_adapter
-from .session import tidy, workshop
-from .table import plain, printed
-from .training import evaluate, train
+from .session import begin, fit, workshop
+from .table import plain, report
+from .training import evaluate
 from .tree import freeze, trained, unfreeze
 
 CORPORA = (*corpora.MANIFEST, corpora.STDLIB)  # what --data takes by name
@@ -51,8 +50,8 @@ class Recipe:
     data: str  # text or examples, in a file or a folder of files, or a built-in corpus
     base: str = "base"  # a name, folder or GGUF file
     method: str = "lora"  # or "dora", or "full" fine-tuning
-    r: int = 8
-    alpha: float = 16
+    r: int = LoraConfig.r
+    alpha: float = LoraConfig.alpha
     targets: str | tuple[str, ...] = "all-linear"
     lr: float | None = None  # RATES of the method
     steps: int = 200
@@ -80,6 +79,7 @@ class Recipe:
         return LoraConfig(r=self.r, alpha=self.alpha, targets=self.targets, dora=dora, detach=dora)
 
 
+@report
 @dataclass(frozen=True)
 class Outcome:
     """What `run` reached; prints as a few lines."""
@@ -97,15 +97,16 @@ class Outcome:
         """The same as JSON holds it."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
+        """Lines of the report."""
         per = [x / self.characters for x in (self.before, self.after)]
         memory = f", peak memory {self.peak / 1e9:.2f} GB" if self.peak else ""
-        return printed(
+        return [
             f"{self.out}: held-out loss {self.before:.4f} -> {self.after:.4f} nats per token, "
             f"{per[0]:.4f} -> {per[1]:.4f} per character",
             f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second"
             f"{memory}",
-        )
+        ]
 
 
 def run(
@@ -123,9 +124,7 @@ def run(
     runs, a folder beside `out` holds its checkpoint. StorageError if `out` exists, unless `overwrite`; all
     that loading base and data raise.
     """
-    out = Path(out)
-    tidy(out, "train")
-    check_free(out, overwrite)
+    out = begin(out, "train", overwrite)
     given = checkpoint(recipe.base)
     words = tokenizer_of(given)
     length = min(recipe.length, given.config.max_position_embeddings)
@@ -139,40 +138,18 @@ def run(
         inject(model, recipe.lora(), rng=np.random.default_rng(recipe.seed))
     count = sum(p.data.size for p in trained(model).values())
     optimizer = AdamW(recipe.lr or RATES[recipe.method], betas=(0.9, 0.99))
-    start, done = time.monotonic(), 0
 
     def measure() -> float:
-        nonlocal start
-        before = time.monotonic()
         loss = evaluate(model, text.held_out)
-        start += time.monotonic() - before  # the clock of training stands still
         if told:
             told(optimizer.t, loss)
         return loss
 
-    def watch(step: int, loss: float) -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(step, loss)
-
     with workshop(out, "train") as saved:
-        history = train(
-            model,
-            text.batches,
-            optimizer,
-            steps=recipe.steps,
-            schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
-            evaluate=measure,
-            eval_every=recipe.eval_every,
-            checkpoint=saved,
-            checkpoint_every=recipe.eval_every,
-            rngs={"batches": rng},
-            identity={"text": text.digest, "recipe": asdict(recipe)},
-            progress=watch,
-            threads=threads,
-        )
-        speed = done * recipe.batch * length / (time.monotonic() - start)
+        history, speed = fit(
+            model, text.batches, optimizer, recipe, length=length, text=text.digest, rng=rng, saved=saved,
+            every=recipe.eval_every, measure=measure, progress=progress, threads=threads,
+        )  # fmt: skip
         if recipe.method == "full":
             freeze(model)
             name, text_name = given.where.name, Path(recipe.data).name
@@ -216,7 +193,7 @@ def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Genera
             return of_examples(recipe, words, length, rng, rows)
     ids, held_ids = (encoded(recipe.data, text, words) for text in texts(recipe.data))
     batches = batching.eval_batches(held_ids, rows, length, recipe.eval_tokens)
-    digest = archives.sha256(ids.tobytes() + held_ids.tobytes())
+    digest = of_bytes(ids.tobytes() + held_ids.tobytes())
     return Text(batching.batches(ids, rng, recipe.batch, length), batches, per_token(batches, words), digest)
 
 
@@ -230,7 +207,7 @@ def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Ge
     n = max(1, int(len(found) * HELD_OUT))
     held = found[-n:][: max(1, recipe.eval_tokens // length)]
     batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]
-    digest = archives.sha256(json.dumps([[ids.tolist(), start] for ids, start in found]).encode())
+    digest = of_json([[ids.tolist(), start] for ids, start in found])
     return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
 
 

@@ -6,10 +6,9 @@ With H = s X Aᵀ and the incoming gradient dY the chain rule gives, for the row
 
     dB = dYᵀ H        dA = (s dY B)ᵀ X        dX = dY W + (s dY B) A
 
-B starts at zero, so the first step moves only B. Stands in for PEFT's tuners/lora (12,000 lines);
-leaves out quantized and convolution variants, hot-swapping and the other initialisations. A layer here
-knows nothing of the transformer: an adapter is put around any layer of a tree. What to adapt, and how,
-says a config (methods/lora_config.py); the other kinds of adapters stand beside it in methods/.
+B starts at zero, so the first step moves only B. Stands in for PEFT's tuners/lora (12,000 lines); leaves
+out convolutions, hot-swapping and the other initialisations. Nothing here knows the transformer: an adapter
+is put around any layer of a tree. A config says what to adapt, and how (methods/lora_config.py).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .backend import Array, xp
 from .errors import InputError, MismatchError, NonFiniteError, StateError, nearest, short
 from .layers import Adapter, AdapterConfig, Dropout, Factors, Layer, Linear, Need, Param, back_same
 from .ops import Back, rows
-from .table import aligned, printed
+from .table import Table, report
 from .targets import with_head
 from .tree import children, freeze, named_params, replace, size
 
@@ -123,6 +122,7 @@ class Row:
     parameters: int
 
 
+@report
 @dataclass(frozen=True)
 class Report:
     """What `inject` did; prints as a table."""
@@ -140,15 +140,15 @@ class Report:
         """Trained parameters over those of the base."""
         return self.parameters / self.base_parameters
 
-    def __str__(self) -> str:
-        head = ("module", "shape", "adapter", "r", "scale", "parameters")
+    def parts(self) -> tuple[Table, str]:
+        """The table, and what is trained of all."""
         cells = [
-            (w.module, " x ".join(map(str, w.shape)), w.kind, str(w.r or ""),
-             "" if w.scale is None else f"{w.scale:.4g}", f"{w.parameters:,}")
+            (w.module, " x ".join(map(str, w.shape)), w.kind,
+             *((str(w.r), f"{w.scale:.4g}") if w.r else ("", "")), f"{w.parameters:,}")
             for w in self.rows
         ]  # fmt: skip
         total = f"{self.parameters:,} of {self.base_parameters:,} parameters are trained ({self.share:.2%})"
-        return printed(*aligned([head, *cells]), total)
+        return Table(("module", "shape", "adapter", "r", "scale", "parameters"), cells), total
 
 
 def row_of(path: str, base: Any, adapter: Adapter) -> Row:
@@ -191,11 +191,11 @@ def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name:
     check_name(model, name)
     layers = with_head(model, bases(model))
     new = config.fresh(layers, rng)
-    report = Report(tuple(row_of(path, layers[path], a) for path, a in new.items()), size(layers))
+    done = Report(tuple(row_of(path, layers[path], a) for path, a in new.items()), size(layers))
     if "lm_head" in new and model.lm_head is None:
         untie(model)
     attach(model, new, name)
-    return report
+    return done
 
 
 def check_name(model: Any, name: str) -> None:
@@ -251,9 +251,8 @@ def known(layers: Mapping[str, Adapted], name: str) -> None:
 
 def set_adapter(model: Any, name: str) -> None:
     """Make one adapter the active and the only trained one; MismatchError if there is none such."""
-    layers = adapted(model)
-    known(layers, name)
-    unmerged(model, "before switching")
+    known(adapted(model), name)
+    layers = unmerged(model, "before switching")
     freeze(model)
     for layer in layers.values():
         layer.active = name if name in layer.adapters else None

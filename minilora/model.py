@@ -32,7 +32,8 @@ from .ops import (
     swiglu,
     unheads,
 )
-from .tree import trains
+from .table import settings
+from .tree import outline, trains
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ class Config:
     def E(self) -> int:
         """Width of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def _repr_html_(self) -> str:
+        return settings(self).html()
 
 
 Turn = tuple[Array, Array]  # rope's cos and sin of some positions (T, H*E)
@@ -257,6 +261,9 @@ class Llama:
     config: Config
     model: Decoder
     lm_head: Layer | None = None  # (V, D)
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def __call__(self, ids: Array, train: bool = False) -> tuple[Array, Back]:
         """Logits, and when training the `back` that takes their gradient.

@@ -6,7 +6,11 @@ text is made a text, whatever shows it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import Any, TypeVar
 
+Kind = TypeVar("Kind")
 WIDEST = 60  # characters of a foreign text in a figure
 
 
@@ -38,14 +42,79 @@ def counted(n: int, one: str, more: str) -> str:
     return f"{n} {one if n == 1 else more}"
 
 
-def printed(*lines: str) -> str:
-    """The lines of a report, each plain, so that no foreign text in one can end it or begin another."""
-    return "\n".join(map(plain, lines))
+@dataclass(frozen=True)
+class Table:
+    """Cells of text below a head, each line named by its first; all text in it may be foreign."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def lines(self) -> list[str]:
+        """Its lines for a terminal, without the caption; the first column stands flush left."""
+        cells = [[plain(cell) for cell in line] for line in (self.head, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells)
+        return ["  ".join(line).rstrip() for line in padded]
+
+    def __str__(self) -> str:
+        return printed(self.caption, self) if self.caption else printed(self)
+
+    def html(self) -> str:
+        """The table in HTML, with a header line; the first cell of each line names it."""
+        caption = f"<caption>{markup(self.caption)}</caption>" if self.caption else ""
+        head = "".join(f'<th scope="col">{markup(cell)}</th>' for cell in self.head)
+        body = "\n".join(
+            f'<tr><th scope="row">{markup(line[0])}</th>'
+            + "".join(f"<td>{markup(cell)}</td>" for cell in line[1:])
+            + "</tr>"
+            for line in self.rows
+        )
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return self.html()
+
+    def markdown(self, align: str = "") -> str:
+        """The table in Markdown, without the caption; cells may hold Markdown of their own.
+
+        `align` has one letter for each column, l or r; unless given, the first stands left and all else
+        right.
+        """
+        align = align or "l".ljust(len(self.head), "r")
+        rule = ["---:" if side == "r" else "---" for side in align]
+        cells = [[plain(cell).replace("|", "\\|") for cell in line] for line in (self.head, *self.rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))
 
 
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, its first column flush left."""
-    cells = [[plain(cell) for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells)
-    return ["  ".join(line).rstrip() for line in padded]
+def printed(*parts: str | Table) -> str:
+    """A report for a terminal: lines and tables, all plain, so that no foreign text can end a line."""
+    return "\n".join(
+        line for part in parts for line in (part.lines() if isinstance(part, Table) else [plain(part)])
+    )
+
+
+def html(*parts: str | Table) -> str:
+    """The same report for a notebook: the lines between two tables stand together, spaces as they are."""
+    made = []
+    for table, group in groupby(parts, lambda part: isinstance(part, Table)):
+        if table:
+            made += [part.html() for part in group if isinstance(part, Table)]
+        elif text := "\n".join(markup(line) for line in group if isinstance(line, str) and line):
+            made.append(f'<div style="white-space: pre-wrap">{text}</div>')
+    return "\n".join(made)
+
+
+def report(kind: type[Kind]) -> type[Kind]:
+    """A class whose `parts()`, tables and lines, are what it prints and what a notebook shows."""
+    methods: Any = kind
+    methods.__str__ = lambda self: printed(*self.parts())
+    methods._repr_html_ = lambda self: html(*self.parts())
+    return kind
+
+
+def settings(config: Any) -> Table:
+    """The fields of a dataclass and their values."""
+    rows = [(f.name, repr(getattr(config, f.name))) for f in fields(config)]
+    return Table(("field", "value"), rows, type(config).__name__)

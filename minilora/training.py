@@ -9,7 +9,6 @@ go on as if nothing had happened, to the bit.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby, islice
@@ -18,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .backend import floats, keep_memory, quiet_overflow, to_host
-from .errors import InputError, NonFiniteError, StateError, UnsupportedError, check_int
+from .backend import floats, keep_memory, quiet_overflow, to_host, xp
+from .digests import of_json
+from .errors import InputError, NonFiniteError, StateError, UnsupportedError, check_int, short
 from .fast.folded import folded, places
 from .fast.parallel import Batch, on_threads
 from .formats.atomic import exists
@@ -58,6 +58,7 @@ def train(
     NonFiniteError when loss or gradient is not finite: the parameters are then those of the last good
     step.
     """
+    check_batches(batches, "ml.batches(ml.encode(text), rng, batch_size, length)")
     check_int("steps", steps, 1)
     check_int("accumulate", accumulate, 1)
     if threads is not None:
@@ -112,6 +113,7 @@ def train(
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     """Mean loss in nats per token over batches, each weighted by its count of labels."""
+    check_batches(batches, "ml.eval_batches(ml.encode(text), batch_size, length)")
     total, count = 0.0, 0
     copy = replica(model)
     adapters = places(copy)
@@ -126,6 +128,25 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     return total / count
 
 
+def check_batches(batches: Any, how: str) -> None:
+    """InputError, saying `how` batches are made, for what is often taken for them: a text, its path, ids."""
+    first = batches[0] if isinstance(batches, list | tuple) and batches else None
+    pair = isinstance(first, list | tuple) and len(first) == 2
+    kind = ""
+    if isinstance(batches, str | Path):
+        kind = f"{short(str(batches))}, a text or a path"
+    elif isinstance(batches, np.ndarray | xp.ndarray):
+        kind = f"one array of shape {batches.shape}"
+    elif isinstance(first, np.ndarray | xp.ndarray) and isinstance(batches, tuple):
+        kind = "one batch"
+    elif isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        kind = f"of type {type(batches).__name__}"
+    elif first is not None and not pair:
+        kind = f"a {type(batches).__name__} of {type(first).__name__}"
+    if kind:
+        raise InputError(f"batches is {kind}; expected (ids, labels) pairs, one after the other, as of {how}")
+
+
 def about(
     model: Any, optimizer: AdamW, schedule: Callable[[int], float] | None, accumulate: int
 ) -> dict[str, Any]:
@@ -133,16 +154,14 @@ def about(
 
     A schedule that is no Schedule is not compared: a function does not say what it does.
     """
-    import hashlib
-
     o = optimizer
     frozen = {path.replace(".", "/"): p for path, p in named_params(model).items() if not p.trainable}
     groups = {path: [o.rate(path), bool(o.decays(path, p))] for path, p in trained(model).items()}
     return {
         "base": digest(frozen),
-        "model": hashlib.sha256(json.dumps(settings(model)).encode()).hexdigest(),
+        "model": of_json(settings(model)),
         "optimizer": [o.lr, *o.betas, o.eps, o.weight_decay, o.clip],
-        "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
+        "groups": of_json(groups),
         "schedule": repr(schedule) if isinstance(schedule, Schedule) else None,
         "accumulate": accumulate,
     }

@@ -11,11 +11,10 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
-from .backend import to_host
+from .digests import of_arrays
 from .errors import MismatchError, nearest
 from .layers import Dropout, Param
+from .table import printed
 
 T = TypeVar("T")
 
@@ -89,14 +88,38 @@ def settings(tree: Any) -> dict[str, Any]:
 
 def digest(tree: Any) -> str:
     """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name."""
-    import hashlib  # brings in OpenSSL, which a mere import of minilora need not
+    return of_arrays((path, p.dense()) for path, p in sorted(named_params(tree).items()))
 
-    h = hashlib.sha256()
-    for path, p in sorted(named_params(tree).items()):
-        a = np.ascontiguousarray(to_host(p.dense()))
-        h.update(f"{path} {a.shape} {a.dtype.str}\n".encode())
-        h.update(a.tobytes())
-    return h.hexdigest()
+
+def outline(tree: Any) -> str:
+    """A tree of shapes, a line for each layer; * is trained, and equal neighbours in a list stand once."""
+    params = named_params(tree).values()
+    total, changing = (sum(p.data.size for p in params if p.trainable or every) for every in (True, False))
+    return printed(f"{type(tree).__name__}: {total:,} parameters, {changing:,} trained (*)", *branches(tree))
+
+
+def branches(node: Any) -> list[str]:
+    """The lines of an outline for what is below a node."""
+    groups: list[tuple[str, str, list[str]]] = []  # first name, last name, lines
+    for name, part in children(node):
+        if isinstance(part, Param) or not any(isinstance(below, Param) for _, below in walk(part)):
+            continue
+        kind = "" if isinstance(part, list | dict) else f": {type(part).__name__}"
+        shapes = [
+            f"{own} {' x '.join(map(str, p.data.shape))}{' *' * p.trainable}"
+            for own, p in children(part)
+            if isinstance(p, Param)
+        ]
+        lines = [f"{kind}  {', '.join(shapes)}".rstrip(), *branches(part)]
+        if isinstance(node, list) and groups and groups[-1][2] == lines:
+            groups[-1] = (groups[-1][0], name, lines)
+        else:
+            groups.append((name, name, lines))
+    return [
+        f"  {line}"
+        for first, last, (title, *below) in groups
+        for line in ((first if first == last else f"{first} to {last}") + title, *below)
+    ]
 
 
 def get(tree: Any, path: str) -> Any:

@@ -257,18 +257,18 @@ def table():
     """Every stand-in as a row of Markdown: how much is in the file, what is said, what compression leaves."""
     from minilora.analysis.inspect import inspect
     from minilora.compose.truncate import compress
+    from minilora.table import Table
 
-    lines = ["| adapter | tensors | modules | read with the notes | compressed to rank 1 |",
-             "| --- | ---: | ---: | --- | ---: |"]  # fmt: skip
+    lines = []
     for name, this in STAND_INS.items():
         with tempfile.TemporaryDirectory() as root:
             _, tensors = write(name, Path(root, "in"))
             seen, small = inspect(Path(root, "in")), compress(Path(root, "in"), Path(root, "out"), rank=1)
-        said = "; ".join(seen.notes).replace("|", r"\|") or "none"
-        lines.append(
-            f"| {name} | {len(tensors):,} | {len(this.modules):,} | {said} | residual {small.residual:.2f} |"
-        )
-    return "\n".join(lines)
+        said = "; ".join(seen.notes) or "none"
+        left = f"residual {small.residual:.2f}"
+        lines.append((name, f"{len(tensors):,}", f"{len(this.modules):,}", said, left))
+    head = ("adapter", "tensors", "modules", "read with the notes", "compressed to rank 1")
+    return Table(head, lines).markdown("lrrlr")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from test_plotting import make_rows
 import minilora
 from minilora import cli
 from minilora.data import corpora
+from minilora.digests import of_bytes
 from minilora.errors import MismatchError, StorageError
 from minilora.experiments import pretrain, rank_report, rank_sweep
 from minilora.experiments.harness import sealed
@@ -64,7 +67,7 @@ def texts(tmp_path, monkeypatch):
     for name in corpora.MANIFEST:  # of the three parts no two are alike: 11 windows to validate, 5 to test
         text = "".join(f"{name} {i}: now is the winter of our discontent.\n" for i in range(150)).encode()
         cuts = len(text) - 2200, len(text) - 700
-        known[name] = corpora.Known(cuts, corpora.sha256(text), f"the test's {name}")
+        known[name] = corpora.Known(cuts, of_bytes(text), f"the test's {name}")
         (folder / f"{name}.txt").write_bytes(text)
     monkeypatch.setattr(corpora, "MANIFEST", known)
     return folder
@@ -103,7 +106,7 @@ def test_the_version_is_that_of_the_package(main, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["--nonsense"], ["data", "--nonsense"], ["pretrain", "--steps"],
+    [["nonsense"], ["--nonsense"], ["data", "--nonsense"], ["pretrain", "--steps"],
      ["pretrain", "--steps", "x"], ["figures", "extra"]],
     ids=" ".join,
 )  # fmt: skip
@@ -118,7 +121,7 @@ def test_what_is_no_command_or_option_is_exit_code_two(arguments, main, capsys):
     ("arguments", "missing"),
     [(["train", "--data", "d"], "--out"), (["train", "--out", "o"], "--data"), (["generate"], "prompt"),
      (["inspect"], "ADAPTER"), (["compress", "a"], "OUT"), (["extract", "b", "t"], "OUT"),
-     (["merge", "b", "a"], "OUT"), (["params"], "MODEL"), ([], "COMMAND")],
+     (["merge", "b", "a"], "OUT"), (["params"], "MODEL")],
     ids=str,
 )  # fmt: skip
 def test_what_is_missing_is_named(arguments, missing, main, capsys):
@@ -128,9 +131,20 @@ def test_what_is_missing_is_named(arguments, missing, main, capsys):
     assert f"arguments are required: {missing}" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_is_not_given_is_answered_with_what_to_do_first(main, capsys):
+    assert main() == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    commands = re.findall(r"^  minilora (\w+) ", said.out, re.M)
+    assert commands == ["sweep", "train", "inspect", "generate"]
+    assert len(said.out.splitlines()) < 12
+    for line in re.findall(r"^  minilora (.+?)  ", said.out, re.M):  # each of them is one
+        cli.parser().parse_args(shlex.split(line))
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "sweep"])
 def test_help_needs_no_library(name):
-    """--help is quick: none of the heavy libraries is loaded to say it."""
+    """--help is quick: none of the heavy libraries is loaded to say it, but by a sweep, which draws."""
     code = "import sys; from minilora import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "print(sorted({'matplotlib', 'tqdm', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, name, "--help"], capture_output=True, text=True,
@@ -210,7 +224,7 @@ def test_a_message_that_nobody_takes_does_not_end_the_work(main, capsys, monkeyp
 
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     """Else what a library says on stderr would go into it."""
-    code = "import os; from minilora import cli\nwith cli.streams(): fd = os.open('f', os.O_CREAT)\n"
+    code = "import os; from minilora import console\nwith console.streams(): fd = os.open('f', os.O_CREAT)\n"
     line = f"exec '{sys.executable}' -c \"{code}assert fd > 2\nopen('ok', 'w')\" >&- 2>&-"
     done = subprocess.run(["sh", "-c", line], env=environment(), cwd=tmp_path, check=False)
     assert (done.returncode, (tmp_path / "ok").exists()) == (0, True)

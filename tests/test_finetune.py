@@ -199,7 +199,7 @@ def test_a_folder_that_is_there_is_found_out_before_training(text, base, tmp_pat
 def test_the_speed_is_of_the_steps_of_this_run_alone(text, base, tmp_path, monkeypatch):
     """A step takes 3 s on the test's clock, and a measurement 100 s, which do not count."""
     clock = [7.0]
-    monkeypatch.setattr(finetune, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     measured = finetune.evaluate
 
     def evaluate(*given):

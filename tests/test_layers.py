@@ -1,5 +1,7 @@
 """The layers that own parameters: gradients, what a frozen one costs, and the tree that they form."""
 
+from dataclasses import fields
+
 import pytest
 from helpers import assert_layer_gradient, dtypes, linear, seeds, sizes, tiny
 from hypothesis import given
@@ -14,6 +16,7 @@ from minilora.tree import (
     freeze,
     get,
     named_params,
+    outline,
     replace,
     settings,
     trained,
@@ -193,6 +196,32 @@ def test_the_digest_sees_every_bit_name_shape_and_dtype(seed, bit):
         assert digest(other) != before
     layer.weight.data = np.asfortranarray(layer.weight.data)  # strides are of no matter
     assert digest(layer) == before
+
+
+def test_an_outline_says_every_shape_and_what_is_trained_and_equal_layers_once():
+    layers = [Linear(Param(np.zeros((3, 2))), Param(np.zeros(3))) for _ in range(3)]
+    tree = {"a": [*layers, RMSNorm(Param(np.zeros(2)))], "b": {"\x1b": Embedding(Param(np.zeros((5, 2))))}}
+    freeze(tree, keep=lambda path: path == "a.2.bias")
+    layers[1].weight, layers[0].bias = layers[0].weight, layers[1].bias  # shared: counted once
+    assert outline(tree).splitlines() == [
+        "dict: 30 parameters, 3 trained (*)",
+        "  a",
+        "    0 to 1: Linear  weight 3 x 2, bias 3",
+        "    2: Linear  weight 3 x 2, bias 3 *",
+        "    3: RMSNorm  weight 2",
+        "  b",
+        "    \\x1b: Embedding  weight 5 x 2",
+    ]
+
+
+def test_a_model_prints_as_its_outline():
+    small, large = (tiny(num_hidden_layers=n)[0] for n in (1, 9))
+    assert repr(small) == str(small) == outline(small)
+    assert f"Llama: {sum(p.data.size for p in named_params(small).values()):,} parameters" in repr(small)
+    assert len(repr(large).splitlines()) == len(repr(small).splitlines()) < 20
+    assert "0 to 8: Block" in repr(large)
+    shown = small.config._repr_html_()
+    assert all(f.name in shown for f in fields(small.config))
 
 
 def test_settings_are_the_plain_values_of_a_tree_and_nothing_else():

@@ -8,7 +8,7 @@ import re
 import types
 import typing
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,11 +27,11 @@ from minilora.experiments import merge_equivalence, rank_figures
 from minilora.experiments.harness import sealed
 from minilora.experiments.rank_report import figure_names, pictures, report_page, table
 from minilora.formats import huggingface, tokenizer
-from minilora.table import aligned, counted, drawn, markup, plain
+from minilora.table import Table, counted, drawn, html, markup, plain, printed
 
 PIECES = (
     "a", "B7", " ", ".", "é", "語", "😀", "$", "$x^$", "^", "_", "{", "}", "\\", "\\$", "%", "&", "&lt;", "<",
-    ">", '"', "'", "<b>", "</title>", "-->", 'id="', 'href="#', "url(#", "\x1b[2J", "\x1b]0;x\x07", "\0",
+    ">", '"', "'", "<b>", "|", "</title>", "-->", 'id="', 'href="#', "url(#", "\x1b[2J", "\x1b]0;x\x07", "\0",
     "\n", "\r", "\t", "\x7f", "\x85", "\x9b", "\u2028", "\u202e", "\u2066", "\u200b", "\ufeff", "\ud800",
 )  # fmt: skip
 names = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
@@ -64,15 +64,54 @@ def test_what_is_escaped_can_be_read(text):
         assert pieces.encode("ascii").decode("unicode-escape") == text
 
 
-@given(cells=st.lists(st.tuples(names, names, names), min_size=1, max_size=4))
+rows_of_cells = st.lists(st.tuples(names, names, names), min_size=1, max_size=4)
+
+
+@given(cells=rows_of_cells)
 def test_a_table_has_a_line_for_each_line_and_columns_that_stand(cells):
-    lines = aligned(cells)
+    lines = Table(cells[0], cells[1:]).lines()
     assert len(lines) == len(cells)
     assert all(line.isprintable() for line in lines)
     wide = max(len(plain(first)) for first, _, _ in cells)
     for line, (first, second, _) in zip(lines, cells, strict=True):
         assert line.startswith(plain(first).ljust(wide)[: len(line)])
         assert plain(second).strip() in line
+
+
+@given(cells=rows_of_cells, caption=names)
+def test_a_table_is_the_same_table_wherever_it_is_shown(cells, caption):
+    table = Table(cells[0], cells[1:], caption)
+    assert str(table).splitlines() == [plain(caption), *table.lines()]
+    assert str(Table(cells[0], cells[1:])) == printed(table) == "\n".join(table.lines())
+    read = Texts(table.html())
+    assert read.of("caption") == [plain(caption)]
+    assert read.of("th") == [*map(plain, cells[0]), *(plain(line[0]) for line in cells[1:])]
+    assert read.of("td") == [plain(cell) for line in cells[1:] for cell in line[1:]]
+    assert table._repr_html_() == table.html()
+    assert "<caption>" not in Table(cells[0], cells[1:]).html()
+
+
+@given(cells=rows_of_cells)
+def test_a_table_in_markdown_has_its_cells_and_no_others(cells):
+    made = Table(cells[0], cells[1:]).markdown().split("\n")
+    assert made.pop(1) == "| --- | ---: | ---: |"
+    for line, texts in zip(made, cells, strict=True):
+        assert line.isprintable()
+        found = re.split(r"(?<!\\)\|", line.removeprefix("|").removesuffix("|"))
+        if not any(cell.endswith("\\") for cell in texts):
+            assert [cell[1:-1].replace(r"\|", "|") for cell in found] == list(map(plain, texts))
+    assert Table(cells[0], []).markdown("rll").split("\n")[1] == "| ---: | --- | --- |"
+
+
+@given(cells=rows_of_cells, line=names)
+def test_a_report_in_a_notebook_says_what_it_prints(cells, line):
+    table = Table(cells[0], cells[1:])
+    page = html(line, "", table, f"  {line}", line, table)
+    assert calm(page)
+    read = Texts(page)
+    assert read.of("div") == [plain(line), f"  {plain(line)}\n{plain(line)}"]
+    assert len(read.of("th")) == 2 * (2 + len(cells))
+    assert printed(line, table) == "\n".join([plain(line), *table.lines()])
 
 
 # ---- reports
@@ -94,6 +133,8 @@ def build(kind, name):
         return name if kind is str else kind(2)
     if origin in (types.UnionType, typing.Union):
         return build(parts[0], name)
+    if origin in (Sequence, list):
+        return (build(parts[0], name),) * 2
     if origin is tuple:
         return tuple(build(p, name) for p in ((parts[0],) * 2 if parts[-1] is ... else parts))
     if origin in (dict, Mapping):
@@ -108,6 +149,18 @@ REPORTS = sorted(set(reports()), key=lambda kind: kind.__qualname__)
 def test_all_reports_are_looked_at():
     named = {kind.__name__ for kind in REPORTS}
     assert named >= {"Attached", "Compression", "Counts", "Inspection", "Merge", "Outcome", "Report", "Tree"}
+    shown = {kind.__name__ for kind in REPORTS if "_repr_html_" in vars(kind)}
+    assert shown >= {
+        "Attached",
+        "Compression",
+        "Counts",
+        "History",
+        "Inspection",
+        "Merge",
+        "Outcome",
+        "Table",
+        "Tree",
+    }
 
 
 @pytest.mark.parametrize("kind", REPORTS, ids=lambda kind: kind.__qualname__)
@@ -118,6 +171,11 @@ def test_no_name_in_a_report_ends_a_line_or_leads_a_terminal(kind, name):
     assert calm(said), ascii(said)
     if len(name) < 20:  # a note may be folded
         assert said.count("\n") == str(build(kind, "n" * len(plain(name)))).count("\n") or " " in name
+    if "_repr_html_" not in vars(kind):
+        return
+    shown = build(kind, name)._repr_html_()
+    assert calm(shown)
+    assert set(Texts(shown).tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "div"}
 
 
 @pytest.mark.parametrize("kind", [c for c in vars(errors).values() if isinstance(c, type)
@@ -225,7 +283,7 @@ class Texts(HTMLParser):
 
 @given(a=names, b=names, c=names, d=names)
 def test_a_page_says_what_it_is_given(a, b, c, d):
-    parts = [report.heading(a), report.paragraph(b), report.table(c, [d, a], [[b, c]]), report.facts({a: b})]
+    parts = [report.heading(a), report.paragraph(b), Table([d, a], [[b, c]], c).html(), report.facts({a: b})]
     page = report.page(d, parts)
     assert calm(page)
     page.encode()
@@ -309,7 +367,7 @@ def test_no_name_of_a_file_leads_a_terminal(tmp_path, said):
         ["train", "--data", missing, "--out", missing],
         ["train", "--data", missing, "--out", missing, "--base", name],
         ["generate", "x", "--base", missing], ["generate", name, "--base", "base"],
-        ["sweep", "--data", missing], ["sweep", "--target", name], ["sweep", "--base", missing],
+        ["sweep", "--data", missing], ["sweep", "--targets", name], ["sweep", "--base", missing],
         ["pretrain", "--out", tmp_path / "no" / name, "--steps", 0],
         ["inspect", "x", name], [name], [f"--{name}"], ["data", name], ["sweep", "--ranks", name],
     ):  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from library import np
 from safetensors.numpy import load, save
 
+from minilora.backend import to_host
 from minilora.errors import (
     ConfigError,
     FormatError,
@@ -344,6 +346,21 @@ def test_a_copy_with_the_same_metadata_is_accepted(saved, tmp_path):
     assert len(history.loss) == 3
 
 
+def test_half_precision_comes_back_as_it_was(tmp_path):
+    run = Run()
+    params = trained(run.model)
+    for p in params.values():
+        p.data = (p.data + 0.1).astype(np.float16)
+    saved = {k: to_host(p.data).tobytes() for k, p in params.items()}
+    save_checkpoint(tmp_path / "c", run.model, run.optimizer, run.rngs, History([1.0]), run.about())
+    for p in params.values():
+        p.data[:] = 0
+    run.load(tmp_path / "c")
+    for k, p in params.items():
+        assert p.data.dtype == np.float16
+        assert to_host(p.data).tobytes() == saved[k]
+
+
 @pytest.mark.parametrize("kind", ["m.", "v.", "p."])
 def test_a_checkpoint_without_one_of_its_arrays_is_refused(kind, saved, tmp_path):
     def drop(tensors):
@@ -497,3 +514,50 @@ def test_a_run_is_finished_when_its_checkpoint_has_all_its_steps_and_is_older(st
     assert [finished(path, written + more) for more in (-1, 0, 1)] == [False, steps == 300, steps == 300]
     path.write_bytes(b"no checkpoint")
     assert not finished(path, written + 10**18)
+
+
+def test_a_history_prints_what_it_began_and_ended_with():
+    assert str(History()) == "no steps"
+    assert str(History([2.0])) == "1 step, loss 2.0000 -> 2.0000"
+    assert str(History([3.0, 2.0], [(0, 3.5), (2, 1.25)])).splitlines() == [
+        "2 steps, loss 3.0000 -> 2.0000", "step  evaluation", "0         3.5000", "2         1.2500",
+    ]  # fmt: skip
+    for n in (10, 11, 999):  # of many evaluations the first and the last
+        said = str(History([1.0], [(step, float(step)) for step in range(n)])).splitlines()[2:]
+        assert len(said) == min(n, 11)
+        assert said[4].split() == ["4", "4.0000"]
+        assert said[-1].split() == [str(n - 1), f"{n - 1}.0000"]
+        assert ("..." in said) is (n > 10)
+
+
+IDS = np.zeros((2, 5), np.int64)
+NO_BATCHES = {
+    "a text": ("To be", "'To be', a text or a path"),
+    "a path": (Path("my.txt"), "'my.txt', a text or a path"),
+    "ids": (IDS, r"one array of shape \(2, 5\)"), "one batch": ((IDS, IDS), "one batch"),
+    "texts": (["To be"], "a list of str"), "arrays": ([IDS, IDS], r"a list of \w+"),
+    "dicts": ([{"input_ids": [1]}], "a list of dict"), "a dict": ({"input_ids": IDS}, "of type dict"),
+    "nothing": (None, "of type NoneType"), "a number": (3, "of type int"),
+    "triples": ([(IDS, IDS, IDS)], "a list of tuple"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_BATCHES)
+def test_what_is_no_batches_is_told_how_they_are_made(kind):
+    given, said = NO_BATCHES[kind]
+    run = Run()
+    before = digest(run.model)
+    with pytest.raises(InputError, match=rf"^batches is {said}; expected \(ids, labels\) .* ml.batches\("):
+        train(run.model, given, run.optimizer, steps=1)
+    with pytest.raises(InputError, match=rf"^batches is {said}; expected .* ml.eval_batches\("):
+        evaluate(run.model, given)
+    assert digest(run.model) == before
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_batches_may_be_any_iterable_of_pairs(kind):
+    run = Run()
+    rng = np.random.default_rng(0)
+    pairs = [batch(rng), list(batch(rng))]
+    assert math.isfinite(evaluate(run.model, kind(pairs)))
+    assert len(train(run.model, kind(pairs), run.optimizer, steps=2).loss) == 2

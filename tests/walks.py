@@ -63,6 +63,7 @@ def prepare():
 
     from minilora.analysis import inspect, plotting
     from minilora.data import corpora
+    from minilora.digests import of_bytes
     from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
     from minilora.model import Config
 
@@ -70,7 +71,7 @@ def prepare():
     pictures = {name: plotting.Picture(None, name) for name in ("a", "b")}
     text = TEXT.encode()
     cuts = len(text) * 8 // 10, len(text) * 9 // 10
-    known = corpora.Known(cuts, corpora.sha256(text), "a text of the test's")
+    known = corpora.Known(cuts, of_bytes(text), "a text of the test's")
     corpora.MANIFEST = dict.fromkeys(corpora.MANIFEST, known)
     corpora.unpack = lambda tree: dict.fromkeys(corpora.MANIFEST, TEXT)
     merge_equivalence.run = lambda: drawn
@@ -526,6 +527,8 @@ def walker():
 
 def main():
     """Walk everything and write the table."""
+    from minilora.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only at every N-th call")
     every, start = parser.parse_args().every, time.monotonic()
@@ -544,8 +547,8 @@ def main():
             linked = collections.Counter(outcome for _, outcome in walk_links(walk))
             cells.append(", ".join(f"{count} {state}" for state, count in sorted(linked.items())) or "-")
             points += len(found) + sum(linked.values())
-            lines.append(f"| {place.name} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
+            lines.append((place.name, *cells))
+            print(*lines[-1], sep=" | ", flush=True)
     head = (
         "# Every command, injured at every call that changes a file\n\n"
         f"`{command}`: each cell says how often `OUT` was the old one, the new one, absent, or "
@@ -559,11 +562,12 @@ def main():
         "memory: the N-th write is a MemoryError. Streams: stdout, stderr or both closed, full, without a "
         "reader, or ASCII. Links: each file that is read or written, in turn, is a symbolic link or has a "
         "second name.\n\n"
-        "| command | kill -9 | torn | SIGTERM | full disk | no memory | streams | links |\n"
-        "|---|---|---|---|---|---|---|---|\n"
+    )
+    table = Table(
+        ("command", "kill -9", "torn", "SIGTERM", "full disk", "no memory", "streams", "links"), lines
     )
     (ROOT / "benchmarks/results/walks.md").write_text(
-        head + "\n".join(lines) + f"\n\n{points:,} injuries.\n", encoding="utf-8"
+        head + table.markdown("l" * 8) + f"\n\n{points:,} injuries.\n", encoding="utf-8"
     )
     print(f"{points:,} injuries, {time.monotonic() - start:.0f} s")
 

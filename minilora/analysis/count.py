@@ -31,7 +31,7 @@ from ..formats.huggingface import Outline, located, read_outline
 from ..layers import Embedding, Linear, Param, RMSNorm
 from ..methods.lora_config import LoraConfig
 from ..model import Config
-from ..table import aligned, printed
+from ..table import Table, report
 from ..targets import find_targets, names, resolve
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -98,6 +98,7 @@ class Memory(NamedTuple):
     optimizer: int  # a float32 master copy and Adam's two moments
 
 
+@report
 @dataclass(frozen=True)
 class Counts:
     """What `count` found; prints as a table."""
@@ -142,24 +143,25 @@ class Counts:
         memory = {how: m._asdict() for how, m in (self.memory or {}).items()}
         return asdict(self) | more | {"rows": rows, "memory": memory}
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str | Table]:
+        """Tables and lines of the report."""
         trained = f"{self.parameters:,} parameters are trained; the total is not known"
         if self.total:
             of = f"{self.parameters:,} of {self.total:,} parameters are trained"
             trained = f"{of}: {self.share:.3%}, 1 in {self.reduction:,.1f}"
         rows = [(w.kind, "{} x {}".format(*w.shape), str(w.number), f"{w.parameters:,}") for w in self.rows]
-        lines = [
+        parts: list[str | Table] = [
             f"{self.name}, {'DoRA' if self.dora else 'LoRA'} of rank {self.rank}", trained, "",
-            *aligned([("target", "shape", "number", "parameters"), *rows]), "",
+            Table(("target", "shape", "number", "parameters"), rows), "",
             f"adapter on disk: {human(self.float32_bytes)} in float32, {human(self.half_bytes)} in 16 bits",
         ]  # fmt: skip
         if self.memory:
             head = ("training, without activations", "weights", "gradients", "optimizer", "total")
             memory = [(kind, *map(human, m), human(sum(m))) for kind, m in self.memory.items()]
-            lines += ["", *aligned([head, *memory])]
+            parts += ["", Table(head, memory)]
         if self.note:
-            lines += ["", *textwrap.wrap("note: " + self.note, 88)]
-        return printed(*lines)
+            parts += ["", *textwrap.wrap("note: " + self.note, 88)]
+        return parts
 
 
 def human(size: int) -> str:
@@ -213,6 +215,7 @@ class Site(NamedTuple):
     adapted: bool
 
 
+@report
 @dataclass(frozen=True)
 class Tree:
     """All modules of a model; prints as a table."""
@@ -225,12 +228,13 @@ class Tree:
         """The same as JSON holds it."""
         return {"name": self.name, "tied": self.tied, "rows": [row._asdict() for row in self.rows]}
 
-    def __str__(self) -> str:
-        lines = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
+    def parts(self) -> list[str | Table]:
+        """Tables and lines of the report."""
+        rows = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
         found = sum(w.adapted for w in self.rows)
         total = f"{self.name}: {len(self.rows)} modules, {found} of them adapted (*)"
         total += "; lm_head is the table of embed_tokens" if self.tied else ""
-        return printed(*aligned([("module", "layer", "shape", ""), *lines]), total)
+        return [Table(("module", "layer", "shape", ""), rows), total]
 
 
 def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linear") -> Tree:

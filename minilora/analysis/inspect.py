@@ -46,7 +46,7 @@ from ..spectra import (
     thin_values,
     top_vectors,
 )
-from ..table import aligned, counted, printed
+from ..table import Table, counted, report
 from ..targets import LAYER
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class Module:
     other: BesideOther | None = None
 
 
+@report
 @dataclass(frozen=True)
 class Inspection:
     """What `inspect` saw; prints as a table."""
@@ -135,9 +136,10 @@ class Inspection:
         """The same as JSON holds it."""
         return asdict(self) | {"norm": self.norm, "parameters_at_99": self.needed}
 
-    def __str__(self) -> str:
-        lines = [line for _, head, rows in tables(self) for line in (*aligned([head, *rows]), "")]
-        return printed(*lines, self.summary(), *(f"note: {note}" for note in self.notes))
+    def parts(self) -> list[str | Table]:
+        """Tables and lines of the report."""
+        shown: list[str | Table] = [part for table in tables(self) for part in (table, "")]
+        return [*shown, self.summary(), *(f"note: {note}" for note in self.notes)]
 
     def summary(self) -> str:
         """The whole adapter in one line."""
@@ -326,18 +328,15 @@ def beside_other(U: Array, S: Array, Vt: Array, other: Adapter, name: str) -> Be
 # ---- the tables, for terminal and page alike: in brackets what chance would show
 
 
-def tables(seen: Inspection) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
-    """(caption, head, lines) of every table of an inspection."""
-    yield "Every module", HEAD, [cells(m) for m in seen.modules]
+def tables(seen: Inspection) -> Iterator[Table]:
+    """Every table of an inspection."""
+    yield Table(HEAD, [cells(m) for m in seen.modules], "Every module")
     if seen.base:
-        yield (
-            f"Against the base {seen.base}",
-            BASE_HEAD,
-            [base_cells(m.module, m.base) for m in seen.modules if m.base],
-        )
+        rows = [base_cells(m.module, m.base) for m in seen.modules if m.base]
+        yield Table(BASE_HEAD, rows, f"Against the base {seen.base}")
     if seen.against:
         rows = [other_cells(m.module, m.other) for m in seen.modules if m.other]
-        yield f"Against the adapter {seen.against}", OTHER_HEAD, rows
+        yield Table(OTHER_HEAD, rows, f"Against the adapter {seen.against}")
 
 
 HEAD = (
@@ -394,10 +393,10 @@ def pictures(seen: Inspection) -> dict[str, Picture]:
 
 def report_page(seen: Inspection, drawn: Mapping[str, Picture]) -> str:
     """The whole inspection as one HTML page."""
-    from . import report
+    from . import report as pages
 
-    parts = [report.paragraph(seen.summary()), *(report.drawing(name, p) for name, p in drawn.items())]
-    parts += [report.table(*table) for table in tables(seen)]
-    parts += [report.paragraph(f"Note: {note}.") for note in seen.notes]
-    parts.append(report.facts({"adapter": seen.adapter, "base": seen.base, "against": seen.against}))
-    return report.page("An adapter under the microscope", parts)
+    parts = [pages.paragraph(seen.summary()), *(pages.drawing(name, p) for name, p in drawn.items())]
+    parts += [table.html() for table in tables(seen)]
+    parts += [pages.paragraph(f"Note: {note}.") for note in seen.notes]
+    parts.append(pages.facts({"adapter": seen.adapter, "base": seen.base, "against": seen.against}))
+    return pages.page("An adapter under the microscope", parts)

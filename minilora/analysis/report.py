@@ -43,22 +43,6 @@ def page(title: str, parts: Sequence[str]) -> str:
     return PAGE.format(title=markup(title), body="\n".join(parts))
 
 
-def table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table with a header line; the first cell of each line names it."""
-    top = "".join(f'<th scope="col">{markup(cell)}</th>' for cell in head)
-    body = "\n".join(
-        "<tr>"
-        + f'<th scope="row">{markup(line[0])}</th>'
-        + "".join(f"<td>{markup(cell)}</td>" for cell in line[1:])
-        + "</tr>"
-        for line in lines
-    )
-    caption = markup(caption)
-    return (
-        f"<table><caption>{caption}</caption><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table>"
-    )
-
-
 def drawing(name: str, picture: Picture) -> str:
     """The figure as inline SVG that names and describes itself."""
     svg = picture.encoded("svg").decode()

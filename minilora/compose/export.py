@@ -25,7 +25,7 @@ from ..model import Llama
 from ..peft.loading import load_adapter
 from ..peft.recognise import adapter_folder
 from ..spectra import quotient
-from ..table import aligned, plain, printed
+from ..table import Table, plain, report
 from ..tree import named_params
 from .truncate import refuse_same
 
@@ -40,6 +40,7 @@ class Change:
     lost: float  # |stored(W + ΔW) - (W + ΔW)| / |ΔW|: of the change, by rounding to the stored dtype
 
 
+@report
 @dataclass(frozen=True)
 class Merge:
     """What `merge_checkpoint` wrote; prints as a table."""
@@ -57,17 +58,17 @@ class Merge:
         """The same as JSON holds it."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str | Table]:
+        """Tables and lines of the report."""
         rows = [(w.module, f"{w.largest:.2e}", f"{w.relative:.2e}", f"{w.lost:.1e}") for w in self.rows]
-        lines = [
-            *aligned([("module", "max |ΔW|", "|ΔW|/|W|", "lost"), *rows]),
+        return [
+            Table(("module", "max |ΔW|", "|ΔW|/|W|", "lost"), rows),
             f"{self.out}: written in {self.dtype}",
             f"largest difference of logits (up to {self.logits:.3g}), merged against unmerged:",
             f"  float32            {self.float32:.1e}   (rounding alone: {self.rounding:.1e})",
             f"  float64            {self.float64:.1e}",
             f"  as written         {self.written:.1e}",
         ]
-        return printed(*lines)
 
 
 @quiet_overflow()  # of logits, which the report tells; what is written is looked at

@@ -39,7 +39,7 @@ from ..peft.folder import (
 from ..peft.kinds import KINDS
 from ..peft.recognise import CONFIG
 from ..spectra import norm, quotient, rank_at, thin_svd, thin_values
-from ..table import aligned, printed
+from ..table import Table, report
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Shrunk:
     spectral: float  # the largest singular value left out, their optimum in the spectral norm
 
 
+@report
 @dataclass(frozen=True)
 class Compression:
     """What `compress` or `extract` wrote; prints as a table."""
@@ -81,22 +82,23 @@ class Compression:
         """The same as JSON holds it."""
         return asdict(self) | {"residual": self.residual, "optimum": self.optimum}
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str | Table]:
+        """Tables and lines of the report."""
         rows = []
         for w in self.rows:
             rank = f"{w.r} -> {w.rank}" if w.r else str(w.rank)
             lost = (part / w.norm if w.norm else 0.0 for part in (w.residual, w.optimum))
             rows.append((w.module, rank, *(f"{x:.2e}" for x in (w.norm, *lost))))
         of = f" of {self.before:,}" if self.before else ""
-        lines = [
-            *aligned([("module", "rank", "|ΔW|", "residual", "optimum"), *rows]),
+        parts: list[str | Table] = [
+            Table(("module", "rank", "|ΔW|", "residual", "optimum"), rows),
             f"{self.out}: {self.parameters:,}{of} parameters, residual {self.residual:.3e} of |ΔW|, "
             f"Eckart-Young optimum {self.optimum:.3e}",
         ]
         if self.left:
-            lines.append("not in it, for a LoRA on linear maps cannot hold it:")
-            lines += [f"  {name}  |change| {norm:.3g}" for name, norm in self.left.items()]
-        return printed(*lines, *(f"note: {note}" for note in self.notes))
+            parts.append("not in it, for a LoRA on linear maps cannot hold it:")
+            parts += [f"  {name}  |change| {norm:.3g}" for name, norm in self.left.items()]
+        return [*parts, *(f"note: {note}" for note in self.notes)]
 
 
 def ratio(rows: Sequence[Shrunk], part: str) -> float:

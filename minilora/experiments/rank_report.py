@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..analysis import plotting, report
 from ..data import corpora
-from ..table import aligned, printed
+from ..table import Table, printed
 from . import rank_figures
 from .harness import Row
 from .rank_sweep import LENGTH, TABLE
@@ -91,13 +91,13 @@ def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
 
 def table(rows: list[Row]) -> str:
     """The results as a table for the terminal."""
-    out: list[str] = []
+    out: list[str | Table] = []
     for target in dict.fromkeys(line["target"] for line in summary(rows)):
         fallback = any(r["config"]["fallback"] for r in rows if r["config"]["target"] == target)
         note = "; fallback text, not the one named" if fallback else ""
         out += [
             f"{target}  (test loss in nats per character{note})",
-            *aligned([HEAD, *lines(rows, target)]),
+            Table(HEAD, lines(rows, target)),
             "",
         ]
     return printed(*out)
@@ -112,7 +112,7 @@ def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
         full = rank_figures.select(some, kind="final", method="full")
         parts.append(report.heading(rank_figures.title(target)))
         parts.append(report.paragraph(f"Text: {some[0]['source']}."))
-        parts.append(report.table("Test loss in nats per character", HEAD, lines(rows, target)))
+        parts.append(Table(HEAD, lines(rows, target), "Test loss in nats per character").html())
         if full:
             parts.append(
                 report.paragraph(f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}")

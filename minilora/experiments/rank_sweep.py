@@ -332,13 +332,12 @@ def with_gaps(rows: list[Row]) -> list[Row]:
             tests.setdefault((row["config"]["target"], row["config"]["method"]), []).append(row["test"])
     out = []
     for row in rows:
-        target = row["config"]["target"]
-        base, full = tests.get((target, "none")), tests.get((target, "full"))
+        base, full = (tests.get((row["config"]["target"], method)) for method in ("none", "full"))
         if row["config"]["kind"] == "final" and row["status"] == "done" and base and full:
             gap = base[0] - math.fsum(full) / len(full)
-            row = {k: v for k, v in row.items() if k != "sha256"}
             share = (base[0] - row["test"]) / gap if gap > 0 else math.inf
-            row["gap_closed"] = share if math.isfinite(share) else None
+            kept = {k: v for k, v in row.items() if k != "sha256"}
+            row = kept | {"gap_closed": share if math.isfinite(share) else None}
         out.append(row)
     return out
 

@@ -9,7 +9,6 @@ its own would have that asked, so a test sees to it that none of the pinned arch
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from ..digests import of_bytes
 from ..errors import FormatError, StorageError
 from .atomic import listed, read, write_atomic
 
@@ -38,11 +38,6 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
 
 __legacy__ = sys.modules[__name__]
 '''
-
-
-def sha256(data: bytes) -> str:
-    """The digest by which archives and texts are compared."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def pins(requirements: Path) -> dict[str, tuple[str, str]]:
@@ -109,7 +104,7 @@ def members(
     if not archives:
         return {name: read(place / top / name) for name in listed(place / top, endings)}
     for path in archives:
-        if sha256(raw := read(path, MOST)) == digest:
+        if of_bytes(raw := read(path, MOST)) == digest:
             return dict(sorted(taken(path, raw, f"{top}/", endings)))
     raise FormatError(f"{archives[0]}: is not the archive that {requirements.name} pins: its sha256 differs")
 
@@ -154,4 +149,4 @@ def kept(kind: str, requirements: Path, cache: Path | None = None) -> Path:
     if cache is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         cache = Path(os.environ.get("MINILORA_CACHE") or home / "minilora")
-    return cache / f"{kind}-{sha256(read(requirements))[:12]}"
+    return cache / f"{kind}-{of_bytes(read(requirements))[:12]}"

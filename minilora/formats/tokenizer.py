@@ -146,6 +146,9 @@ class Tokenizer:
         return ids, lost(text, plain) if self.fold else int(np.count_nonzero(ids == self.unknown))
 
 
+ALPHABET = Tokenizer(encode, decode, fold=True)  # of the base that ships: a character is its code point
+
+
 def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     """The tokenizer of a model's folder or GGUF file; `settings` is its config.json.
 
@@ -158,7 +161,7 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
         refuse_pointer(where / "tokenizer.json", raw := read(where / "tokenizer.json"))
         text = utf8(where / "tokenizer.json", raw)
     elif vocab_size == VOCAB:
-        return Tokenizer(encode, decode, fold=True)
+        return ALPHABET
     else:
         raise StorageError(f"{where}: has no tokenizer.json; expected one for a vocabulary of {vocab_size}")
     package = needed("tokenizers", "tokenizers")

@@ -26,7 +26,7 @@ from ..methods.bias import WithBias
 from ..methods.embedding import LowRankEmbedding
 from ..methods.full_copy import FullCopy
 from ..model import Llama
-from ..table import counted, printed
+from ..table import counted, report
 from ..targets import with_head
 from ..tree import named_params
 from .config import alphas_of, chosen, meant, peft_config, targets
@@ -46,6 +46,7 @@ from .kinds import of_adapter, of_vectors
 from .recognise import WEIGHTS
 
 
+@report
 @dataclass(frozen=True)
 class Attached:
     """What `load_adapter` did; prints as two lines and the notes."""
@@ -62,11 +63,12 @@ class Attached:
         change, base = (math.fsum(pair[i] ** 2 for pair in self.norms.values()) for i in (0, 1))
         return math.sqrt(change / base) if base else 0.0
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
+        """Lines of the report."""
         lines = [f"{self.where}: {len(self.norms)} of {self.modules} modules, |ΔW| / |W| = {self.share:.3g}"]
         if self.replaced:
             lines.append(f"replaced: {', '.join(self.replaced)}")
-        return printed(*lines, *(f"note: {note}" for note in self.notes))
+        return [*lines, *(f"note: {note}" for note in self.notes)]
 
 
 def load_adapter(

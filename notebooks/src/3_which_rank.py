@@ -430,7 +430,7 @@ verdict(check)
 # - Put noise beside every spectrum.
 # - Try a method first on a task whose answer you know.
 #
-# To make your own sweep: `minilora sweep --data FILE --target permuted:4 --out mine`, then copy
+# To make your own sweep: `minilora sweep --data FILE --data permuted:4 --out mine`, then copy
 # `mine/rows.jsonl` beside this notebook and run it again.
 #
 # Next: [An adapter under the microscope](4_under_the_microscope.ipynb)

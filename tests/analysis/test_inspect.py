@@ -497,7 +497,7 @@ def test_the_page_holds_every_module_every_figure_and_every_note(seen, drawn):
 def test_without_base_and_another_there_are_neither_tables_nor_figures_of_them():
     alone = inspect(PATTERNS)
     assert list(pictures(alone)) == ["heat_map", "spectra"]
-    assert [caption for caption, _, _ in tables(alone)] == ["Every module"]
+    assert [table.caption for table in tables(alone)] == ["Every module"]
     assert report_page(alone, {}).count("<table>") == 1
 
 

@@ -7,12 +7,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from minilora.analysis import figures, plotting, report
+from minilora.analysis import figures, plotting
 from minilora.analysis.inspect import BesideBase, BesideOther, Module, Ranks
 from minilora.errors import InputError
 from minilora.experiments import merge_equivalence, rank_figures, rank_sweep
 from minilora.experiments.rank_report import pictures, report_page, table
 from minilora.experiments.rank_sweep import Run, with_gaps
+from minilora.table import Table
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (12, 8),
@@ -650,6 +651,6 @@ def test_the_names_of_figures_follow_from_the_rows_alone(tmp_path):
 
 
 def test_a_table_escapes_what_it_is_given():
-    found = report.table("<a>", ["<b>"], [["<c>", "<d>"]])
+    found = Table(["<b>"], [["<c>", "<d>"]], "<a>").html()
     for letter in "abcd":
         assert f"&lt;{letter}&gt;" in found

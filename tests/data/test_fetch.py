@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.data import corpora
+from minilora.digests import of_bytes
 from minilora.errors import FormatError, StorageError
 from minilora.formats import archives, huggingface
-from minilora.formats.archives import PIN, download, fetched, members, pins, sha256
+from minilora.formats.archives import PIN, download, fetched, members, pins
 
 CANARY = "import os, pathlib\npathlib.Path(os.environ['CANARY']).write_text(__file__)\n"
 INFO = "Metadata-Version: 1.0\nName: {0}\nVersion: {1}\nSummary: nothing\n"
@@ -45,7 +46,7 @@ def wheel(content):
 
 def requirements(folder, pinned):
     """A requirements file that pins archives: (name, version) -> bytes."""
-    lines = [f"{name}=={version} --hash=sha256:{sha256(raw)}\n" for (name, version), raw in pinned.items()]
+    lines = [f"{name}=={version} --hash=sha256:{of_bytes(raw)}\n" for (name, version), raw in pinned.items()]
     (folder / "pinned.txt").write_text("".join(lines))
     return folder / "pinned.txt"
 

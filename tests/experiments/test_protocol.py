@@ -25,7 +25,7 @@ from helpers import SIZES, batch, gradients, tiny, tiny_lora
 from library import np
 
 import minilora
-from minilora import cli, finetune, spectra
+from minilora import cli, finetune, session, spectra
 from minilora.adapters import scales
 from minilora.backend import to_host
 from minilora.data import batching, corpora
@@ -262,7 +262,7 @@ def fine_tuned(method):
     def run(seed):
         losses = []
         recipe = finetune.Recipe("own.txt", "one", method, **SMALL, seed=seed)
-        found = trained_from(finetune, lambda: [
+        found = trained_from(session, lambda: [
             finetune.run(recipe, next(outs), progress=lambda step, loss: losses.append(loss)).after, *losses
         ])  # fmt: skip
         kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
@@ -287,7 +287,7 @@ def swept(method):
 
 def pretrained(seed):
     recipe = pretrain.Recipe("folio", steps=3, batch=2, warmup=1, seed=seed, test_windows=4)
-    found = trained_from(pretrain, lambda: pretrain.run(recipe, next(outs), config=TINY))
+    found = trained_from(session, lambda: pretrain.run(recipe, next(outs), config=TINY))
     found["losses"] = [found["losses"].test, found["losses"].valid]
     assert len(found) == 2 + 1 + 7  # the table and the linear maps; norms start as ones
     return found
@@ -1074,6 +1074,6 @@ def test_the_threads_that_are_given_compute():
         given.append(threads)
         raise StopIteration
 
-    with mock.patch.object(finetune, "train", train), pytest.raises(StopIteration):
+    with mock.patch.object(session, "train", train), pytest.raises(StopIteration):
         finetune.run(CASES[finetune.Recipe].usual, next(outs), threads=3)
     assert given == [3]

@@ -533,7 +533,7 @@ def test_workers_that_keep_dying_are_an_error_that_keeps_what_is_done(place, tmp
 def command(place, out, *more, steps=4):
     return [
         sys.executable, "-m", "minilora", "sweep", "--quick", "--data", str(place / "mine.txt"),
-        "--ranks", "1,2", "--modules", "q_proj", "--base", str(place / "base"), "--steps", str(steps),
+        "--ranks", "1,2", "--targets", "q_proj", "--base", str(place / "base"), "--steps", str(steps),
         "--jobs", "2", "--out", str(out), *more,
     ]  # fmt: skip
 
@@ -720,10 +720,10 @@ WRONG = {
     "a rank too large": (["--ranks", "1,9"], 2, "r is 9 for .*q_proj"),
     "no seeds": (["--seeds", "0"], 2, "seeds is 0"),
     "no steps": (["--steps", "0"], 2, "steps is 0"),
-    "no module": (["--modules", ""], 2, "expected a name"),
-    "unknown module": (["--modules", "q_prj"], 2, "'q_prj' matches no module; nearest: 'q_proj'"),
-    "unknown target": (["--target", "foliot"], 2, "corpus is 'foliot'.*nearest: 'folio'"),
-    "too many swaps": (["--target", "permuted:14"], 2, "14; expected at most 13"),
+    "no module": (["--targets", ""], 2, "expected a name"),
+    "unknown module": (["--targets", "q_prj"], 2, "'q_prj' matches no module; nearest: 'q_proj'"),
+    "unknown target": (["--data", "foliot"], 2, "corpus is 'foliot'.*nearest: 'folio'"),
+    "too many swaps": (["--data", "permuted:14"], 2, "14; expected at most 13"),
     "a target twice": (["--data", "MINE"], 2, "expected each once"),
     "no such file": (["--data", "/none.txt"], 4, "/none.txt"),
     "no such base": (["--base", "/none"], 4, "/none"),

@@ -7,7 +7,9 @@ import pytest
 from helpers import assert_precision_scales, batch, seeds, tiny, tiny_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import ThreadpoolController
 
+from minilora import backend
 from minilora.backend import cores, one_blas_thread
 from minilora.errors import InputError
 from minilora.fast import parallel
@@ -136,18 +138,65 @@ def test_bad_input_is_refused_whole_and_the_replicas_go_on():
         assert gradient([(ids, labels)]) > 0
 
 
-def test_blas_is_held_at_one_thread_and_given_back():
+@pytest.fixture
+def openblas():
+    """The functions of NumPy's own OpenBLAS: how many threads it has, and to set that."""
     try:
         library = ctypes.CDLL(np._core._multiarray_umath.__file__)
         count, hold = library.scipy_openblas_get_num_threads64_, library.scipy_openblas_set_num_threads64_
     except AttributeError:
         pytest.skip("this NumPy has another BLAS")
     before = count()
+    yield count, hold
+    hold(before)
+
+
+def test_blas_is_held_at_one_thread_and_given_back(openblas):
+    count, hold = openblas
     hold(2)
-    try:
-        with one_blas_thread() as held:
-            assert held
-            assert count() == 1
-        assert count() == min(2, cores())
-    finally:
-        hold(before)
+    with one_blas_thread() as held:
+        assert held
+        assert count() == 1
+    assert count() == min(2, cores())
+    with pytest.raises(KeyError), one_blas_thread():
+        raise KeyError
+    assert count() == min(2, cores())
+
+
+class Blas:
+    """A BLAS library as threadpoolctl shows it; it has at least so many threads."""
+
+    user_api, prefix = "blas", "libfake"
+
+    def __init__(self, threads, least=1):
+        self.num_threads, self.least, self.filepath = threads, least, str(id(self))
+
+    def set_num_threads(self, n):
+        self.num_threads = max(n, self.least)
+
+    def info(self, debugging_info=False):
+        return {"user_api": "blas", "num_threads": self.num_threads, "filepath": self.filepath}
+
+
+@pytest.mark.parametrize(
+    ("threads", "least", "held"), [((4, 2), 1, True), ((1,), 1, True), ((4, 2), 2, False)]
+)
+def test_every_blas_is_held_and_one_that_cannot_be_is_told(threads, least, held, monkeypatch):
+    libraries = [Blas(n, least if i == 0 else 1) for i, n in enumerate(threads)]
+    monkeypatch.setattr(backend, "blas_libraries", lambda: ThreadpoolController._from_controllers(libraries))
+    with one_blas_thread() as said:
+        assert said is held
+        assert all(library.num_threads == library.least for library in libraries)
+    assert [library.num_threads for library in libraries] == list(threads)
+
+
+@pytest.mark.parametrize(
+    ("variable", "held"), [("OPENBLAS", True), ("MKL", True), ("OMP", True), ("ELSE", False)]
+)
+def test_a_blas_that_cannot_be_asked_says_by_the_environment(variable, held, monkeypatch):
+    monkeypatch.setattr(backend, "blas_libraries", lambda: ThreadpoolController._from_controllers([]))
+    for name in ("OPENBLAS", "MKL", "OMP"):
+        monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
+    monkeypatch.setenv(f"{variable}_NUM_THREADS", "1")
+    with one_blas_thread() as said:
+        assert said is held

@@ -56,6 +56,7 @@ from minilora.lora import Adapted, adapted, fuse, inject, merge, owners, set_ada
 from minilora.methods.lora_config import LoraConfig
 from minilora.peft.folder import CONFIG, WEIGHTS, open_adapter
 from minilora.peft.loading import load_adapter, save_adapter
+from minilora.table import Table
 from minilora.tree import named_params
 
 GOOD, BASE = FIXTURES / "adapters" / "untied--q-and-v", FIXTURES / "bases" / "untied"
@@ -1080,9 +1081,8 @@ def table():
         (54, "every single bit of the header", "all", "one of these, or the same factors"),
         (78, "every write that the disk refuses", "all", "StorageError"),
     ]
-    head = ["| row | what is tried | ways | error |", "| ---: | --- | ---: | --- |"]
-    cells = [" | ".join(map(str, line)) for line in sorted(lines, key=lambda line: line[0])]
-    return "\n".join([*head, *(f"| {line} |" for line in cells)])
+    cells = [tuple(map(str, line)) for line in sorted(lines, key=lambda line: line[0])]
+    return Table(("row", "what is tried", "ways", "error"), cells).markdown("rlrl")
 
 
 def test_the_table_of_bad_files_is_that_of_the_tests():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_plotting import make_rows
 from test_training import STEPS, Run, Stopped, stop_at
 
-from minilora.errors import FormatError, MismatchError, UnsupportedError
+from minilora.errors import FormatError, MismatchError, StorageError, UnsupportedError
 from minilora.experiments import harness, rank_sweep
 from minilora.experiments.harness import check_plan, id_of, sealed
 from minilora.experiments.rank_report import pictures, report_page, table
@@ -422,11 +422,13 @@ def test_a_generator_that_no_checkpoint_holds_is_told_before_the_first_step(tmp_
 
 def test_a_checkpoint_may_be_as_large_as_its_run(checkpoint, tmp_path, monkeypatch):
     """Full fine-tuning of a model of 135 million parameters saves 1.6 GB."""
-    limits, module = [], sys.modules[save_checkpoint.__module__]
-    monkeypatch.setattr(module, "read", lambda path, limit=0: (limits.append(limit), checkpoint)[1])
     (tmp_path / "c").write_bytes(checkpoint)
-    run = Run(seed=7)
-    run.load(tmp_path / "c")
-    size = sum(a.nbytes for a in opened(checkpoint)[1].values())
-    assert limits
-    assert size < limits[0] < size + (1 << 27)
+    size, module = (
+        sum(a.nbytes for a in opened(checkpoint)[1].values()),
+        sys.modules[save_checkpoint.__module__],
+    )
+    monkeypatch.setattr(module, "size_of", lambda path: size + (1 << 25))
+    Run(seed=7).load(tmp_path / "c")
+    monkeypatch.setattr(module, "size_of", lambda path: size + (1 << 27))
+    with pytest.raises(StorageError, match="bytes; at most"):
+        Run(seed=7).load(tmp_path / "c")

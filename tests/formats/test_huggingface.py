@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from minilora.backend import to_device, to_host
 from minilora.data import batching, corpora
+from minilora.digests import of_bytes
 from minilora.errors import (
     ConfigError,
     FormatError,
@@ -365,7 +366,7 @@ def test_the_layout_of_the_hubs_cache_is_read_and_no_other_link_is(folder, tmp_p
     (home / "blobs").mkdir()
     os.rename(folder, snapshot)
     for file in list(snapshot.iterdir()):
-        blob = home / "blobs" / corpora.sha256(file.name.encode())
+        blob = home / "blobs" / of_bytes(file.name.encode())
         os.rename(file, blob)
         file.symlink_to(f"../../blobs/{blob.name}")
     assert same_bits(arrays(load(snapshot)), want)

@@ -31,6 +31,7 @@ from minilora.methods.full_copy import FullCopy
 from minilora.methods.lora_config import LoraConfig
 from minilora.optim import AdamW
 from minilora.peft.loading import load_adapter, save_adapter
+from minilora.table import Table
 from minilora.training import train
 from minilora.tree import named_params, trained
 
@@ -314,21 +315,22 @@ def table():
     """At the end, the figures: for each option the case that came nearest to its bound."""
     yield
     head = ["option", "cases", "float64: difference", "bound", "float32: difference", "bound"]
-    lines = [f"| {' | '.join(head)} |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = []
     for option, cases in OPTIONS.items():
         found = [figure for case in cases for figure in figures[case]]
         row = [option, str(len(found))]
         for dtype in ("float64", "float32"):
             of = [(a, b) for kind, a, b in found if kind == dtype]
             row += [f"{x:.1e}" for x in max(of, key=lambda ab: ab[0] / ab[1])] if of else ["", ""]
-        lines.append(f"| {' | '.join(row)} |")
-    print("\n" + "\n".join(lines))
+        lines.append(row)
+    made = Table(head, lines).markdown()
+    print(f"\n{made}")
     complete = all(figures[case] for cases in OPTIONS.values() for case in cases)
     if complete and os.environ.get("MINILORA_WRITE_PARITY") == "1":
         versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft))
         text = ["# Agreement with transformers and PEFT through files", "", f"{ABOUT} With {versions}.", ""]
         to = Path(__file__).parents[2] / "benchmarks" / "results" / "parity.md"
-        to.write_text("\n".join([*text, *lines]) + "\n")
+        to.write_text("\n".join([*text, made]) + "\n")
 
 
 ABOUT = """\

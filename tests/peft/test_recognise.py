@@ -18,6 +18,7 @@ from minilora.errors import FormatError, MismatchError, StorageError, Unsupporte
 from minilora.formats.huggingface import load
 from minilora.peft.folder import open_adapter
 from minilora.peft.loading import load_adapter
+from minilora.table import Table
 
 GOOD, BASE = FIXTURES / "adapters/untied--q-and-v", FIXTURES / "bases/untied"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 160069389\n"
@@ -204,8 +205,8 @@ KINDS = {  # what it is -> error, what it says, how to get there
 
 def table():
     """What may lie where an adapter is expected, and the error that says so, as Markdown."""
-    lines = [f"| {kind} | {error.__name__} | {says} |" for kind, (error, says, _) in KINDS.items()]
-    return "\n".join(["| what lies there | error | what it says |", "| --- | --- | --- |", *lines])
+    lines = [(kind, error.__name__, says) for kind, (error, says, _) in KINDS.items()]
+    return Table(("what lies there", "error", "what it says"), lines).markdown("lll")
 
 
 def test_the_second_table_of_bad_files_is_that_of_the_tests():

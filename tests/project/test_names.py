@@ -14,16 +14,16 @@ from minilora.formats import huggingface
 @pytest.mark.parametrize(
     ("line", "names"),
     [
-        ("sweep", ["base"]), ("sweep --base ./base", []), ("sweep --data folio", ["base"]),
-        ("sweep --base mine --target folio --target permuted:3 --target mine", ["folio", "permuted:3"]),
-        ("train --data folio --out a", ["folio"]),
+        ("sweep", ["base"]), ("sweep --base ./base", []), ("sweep --data folio", ["base", "folio"]),
+        ("sweep --base mine --data folio --data permuted:3 --data mine", ["folio", "permuted:3"]),
+        ("train --data folio --out a", ["base", "folio"]),
         ("train --data smollm2 --out a --base smollm2", ["smollm2"]),
         ("train --data ./folio --out base --base mine", []), ("generate base --base ./base", []),
         ("generate folio", ["base"]), ("inspect base --base base", ["base"]),
         ("extract base smollm2 a --rank 1", ["base", "smollm2"]), ("merge base a b", ["base"]),
         ("modules", ["base"]), ("params mine", []),
         ("params llama-3-8b", ["llama-3-8b"]), ("compress base smollm2 --rank 1", []), ("figures", []),
-        ("inspect a --base kjv", []), ("train --data kjv --out a", []),
+        ("inspect a --base kjv", []), ("train --data kjv --out a", ["base"]),
     ],
 )  # fmt: skip
 def test_a_name_that_hides_what_is_called_so_here_is_said(line, names, tmp_path, monkeypatch, capsys):

@@ -250,7 +250,7 @@ HARMLESS = {
         "(Roy and Vetterli 2007)",
         '*"10,000 times less memory."*',  # what not to claim
         "How many singular values hold 90 % of the energy?",
-        "`minilora sweep --data FILE --target permuted:4 --out mine`",
+        "`minilora sweep --data FILE --data permuted:4 --out mine`",
     ],
     "4_under_the_microscope": [
         "SmolLM2-135M",

@@ -16,6 +16,7 @@ from minilora.data import corpora
 from minilora.errors import StorageError
 from minilora.experiments.rank_report import HEAD, lines, summary
 from minilora.experiments.rank_sweep import read_rows
+from minilora.table import Table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,9 +31,7 @@ def markdown(rows):
     """The results of a sweep as one table in Markdown for each target."""
     parts = []
     for target in dict.fromkeys(line["target"] for line in summary(rows)):
-        cells = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *lines(rows, target)]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in cells)
-        parts.append(f"`{target}`\n\n{table}")
+        parts.append(f"`{target}`\n\n{Table(HEAD, lines(rows, target)).markdown()}")
     return "\n\n".join(parts)
 
 

@@ -1,0 +1,92 @@
+"""Ctrl-C, and stdout and stderr in whatever state they are: the process around a command."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C, SIGTERM and SIGHUP be one KeyboardInterrupt; a second one ends the process at once.
+
+    So does one after the call of what this gives. Signals that are ignored (nohup) stay so.
+    """
+    which = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in which}
+    heard = [number for number in which if before[number] not in (signal.SIG_IGN, None)]
+
+    def stop() -> None:
+        listen(lambda number, frame: os._exit(130))
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        stop()
+        raise KeyboardInterrupt
+
+    def listen(handler: Any) -> None:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in heard:
+                signal.signal(number, handler)
+
+    listen(interrupt)
+    try:
+        yield stop
+    finally:
+        with contextlib.suppress(ValueError):
+            for number in heard:
+                signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    """Let stdout and stderr take whatever is printed, closed or not, in any encoding.
+
+    What an encoding lacks is escaped. What stderr does not take is lost, for a message on the way must not
+    end the work; what stdout does not take is an error (`drain`).
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:  # or a file of ours would be stdout for a library
+        pass
+    os.close(fd)
+    with open(os.devnull, "w") as nowhere:
+        out, err = sys.stdout or nowhere, sys.stderr or nowhere
+        for stream in (out, err):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        lossy: Any = Lossy(err)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(lossy):
+            yield
+
+
+class Lossy:
+    """A stream that drops what cannot be written."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, if that can be."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if that can be."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def drain() -> OSError | None:
+    """Flush stdout; if that fails, the error, and what it still holds is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return e
+    return None

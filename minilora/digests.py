@@ -1,0 +1,39 @@
+"""sha256 of what is compared: bytes, JSON values, arrays by name. The only file that hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from .backend import quiet_overflow, to_host
+
+
+def of_bytes(data: bytes) -> str:
+    """The sha256 of bytes, in hexadecimal."""
+    import hashlib  # brings in OpenSSL, which a mere import of minilora need not
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def of_json(value: Any, *, sort: bool = False) -> str:
+    """That of a value as JSON writes it, keys in their order or sorted."""
+    return of_bytes(json.dumps(value, sort_keys=sort).encode())
+
+
+def of_arrays(arrays: Iterable[tuple[str, Any]], dtype: Any = None, *, before: bytes = b"") -> str:
+    """That of names, shapes, dtypes and numbers, in the order given, each array as it is or as `dtype`.
+
+    `before` is hashed first. One array is held at a time.
+    """
+    import hashlib
+
+    h = hashlib.sha256(before)
+    for name, array in arrays:
+        with quiet_overflow():
+            a = np.asarray(to_host(array), dtype, order="C")
+        h.update(f"{name} {a.shape} {a.dtype.str}\n".encode())
+        h.update(a.data)
+    return h.hexdigest()

@@ -1,0 +1,128 @@
+"""A function's arguments as the options of a command: what is not typed is the function's own default.
+
+Defaults stand in one place, the signature of the function or dataclass. The help reads them there when it is
+asked for, so building the parser imports nothing.
+"""
+
+import argparse
+import json
+import math
+from argparse import SUPPRESS
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from inspect import signature
+from typing import Any, NoReturn
+
+from .session import bar
+from .table import plain
+
+Options = argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are plain, whatever a glob has put there, and whose help says the defaults."""
+
+    usual: Callable[[], Mapping[str, Any]] = dict  # gives the default of each option that is not argparse's
+
+    def format_help(self) -> str:
+        """As argparse's, with the default beside each option that takes a value."""
+        usual = self.usual()
+        for action in self._actions:
+            if action.nargs == 0 or action.required or action.help in (None, SUPPRESS):
+                continue
+            if "(default" not in action.help:
+                value = usual.get(action.dest) if action.default is SUPPRESS else action.default
+                action.help += f" (default: {said(value)})".replace("%", "%%")
+        return super().format_help()
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, which takes a full disk for done."""
+        print(self.format_help(), end="", file=file)
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's."""
+        super().error(plain(message))
+
+
+def said(value: Any) -> str:
+    """A default as one would type it."""
+    if isinstance(value, tuple):
+        return ",".join(map(said, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def defaults(of: Callable[..., Any]) -> dict[str, Any]:
+    """The defaults of a function's or dataclass's arguments."""
+    parameters = signature(of).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def typed(options: Options, of: Callable[..., Any]) -> dict[str, Any]:
+    """What was typed, of a function's or dataclass's arguments."""
+    given = vars(options)
+    return {name: given[name] for name in signature(of).parameters if name in given}
+
+
+@dataclass(frozen=True)
+class Of:
+    """A function or dataclass of the package, imported when it is needed."""
+
+    module: str
+    name: str
+    words: Mapping[str, Any] = field(default_factory=dict)  # what the help says in the place of a default
+
+    def get(self) -> Callable[..., Any]:
+        """The function itself."""
+        return getattr(import_module(f".{self.module}", __package__), self.name)
+
+    def usual(self) -> dict[str, Any]:
+        """The defaults of its arguments."""
+        return {**defaults(self.get()), **self.words}
+
+    def report(self, options: Options) -> int:
+        """Call it with what was typed and print what it returns."""
+        function = self.get()
+        if "progress" not in signature(function).parameters:
+            return show(options, function(**typed(options, function)))
+        with bar("tensors") as line:
+            found = function(**typed(options, function), progress=line)
+        return show(options, found)
+
+
+def show(options: Options, found: Any) -> int:
+    """Print what was found, as a table or as JSON, which has no infinity: null."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strict(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [strict(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    print(json.dumps(strict(found.data()), indent=1) if options.json else found)
+    return 0
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """A list such as 1,2,4."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A list such as q_proj,v_proj."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def target_spec(text: str) -> str | tuple[str, ...]:
+    """The same; all-linear alone is a word of its own."""
+    return text if text == "all-linear" else words(text)
+
+
+def renamed(old: str, new: str) -> dict[str, Any]:
+    """How an option is added whose word has changed: who types it is told the new one."""
+
+    def refuse(text: str) -> NoReturn:
+        raise argparse.ArgumentTypeError(f"{old} is now {new}")
+
+    return {"type": refuse}
