@@ -16,7 +16,6 @@ retries of runs that fail, priorities, and runs that need each other's weights.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -33,6 +32,7 @@ import numpy as np
 from .. import __version__, backend
 from ..backend import cores, one_blas_thread, quiet_overflow
 from ..data import corpora
+from ..digests import of_json
 from ..errors import (
     ConfigError,
     FormatError,
@@ -70,7 +70,7 @@ class Cell(Protocol):
 
 def id_of(config: Row) -> str:
     """A short name that follows from the config of a cell."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    return of_json(config, sort=True)[:16]
 
 
 # ---- what the runs read
@@ -276,7 +276,7 @@ HEAD = forms.has({"id": forms.text, "config": forms.has({}), "versions": forms.n
 
 def seal(row: Row) -> str:
     """The sha256 of a row without its seal."""
-    return hashlib.sha256(json.dumps({k: v for k, v in row.items() if k != "sha256"}).encode()).hexdigest()
+    return of_json({k: v for k, v in row.items() if k != "sha256"})
 
 
 def sealed(row: Row) -> bytes:

@@ -57,7 +57,7 @@ def test_each_library_has_one_door():
         names = {item.module for item in imports(file) if not item.ours}
         assert "cupy" not in names
         assert "threadpoolctl" not in names or module(file) == "backend"
-        assert "hashlib" not in names or module(file) in ("digests", "experiments.rank_sweep")
+        assert "hashlib" not in names or module(file) == "digests"
         assert "matplotlib" not in names or module(file) == "analysis.plotting"
         assert not names & {"dask", "distributed"} or module(file) == "experiments.cluster"
         assert not names & {
