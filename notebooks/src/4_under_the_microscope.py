@@ -32,7 +32,7 @@ from minilora.experiments import rank_figures
 from minilora.formats import huggingface
 from minilora.formats.safetensors import stored
 from minilora.lora import adapted
-from minilora.table import aligned
+from minilora.table import Table
 
 home = tempfile.TemporaryDirectory()
 os.chdir(home.name)  # what is written below is gone when the kernel is
@@ -91,7 +91,7 @@ def show(seen, which, block="model.layers.2."):
     """One table of an inspection, the modules of one block."""
     _, head, rows = list(inspect.tables(seen))[which]
     rows = ((row[0].removeprefix(block), *row[1:]) for row in rows if block in row[0])
-    print(*aligned([head, *rows]), sep="\n")
+    print(Table(head, rows))
 
 
 seen = ml.inspect("r8", base="base")
