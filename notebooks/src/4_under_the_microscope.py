@@ -89,9 +89,9 @@ for tensor in sorted(r8.tensors)[:2]:
 # %% tags=["corpus", "trained"]
 def show(seen, which, block="model.layers.2."):
     """One table of an inspection, the modules of one block."""
-    _, head, rows = list(inspect.tables(seen))[which]
-    rows = ((row[0].removeprefix(block), *row[1:]) for row in rows if block in row[0])
-    print(Table(head, rows))
+    table = list(inspect.tables(seen))[which]
+    rows = [(row[0].removeprefix(block), *row[1:]) for row in table.rows if block in row[0]]
+    print(Table(table.head, rows))
 
 
 seen = ml.inspect("r8", base="base")
