@@ -44,14 +44,14 @@ FILES = {  # below minilora/: the tests that should see a change
     "ops.py": "ops layers model",
     "layers.py": "layers model lora",
     "model.py": "model inference",
-    "lora.py": "lora merging",
-    "optim.py": "optim train",
-    "train.py": "train protocol forms",
+    "lora.py": "lora export",
+    "optim.py": "optim training",
+    "training.py": "training protocol forms",
     "spectra.py": "spectra",
     "finetune.py": "finetune examples protocol flags",
     "experiments/harness.py": "harness rank_sweep cluster forms",
     "experiments/rank_sweep.py": "rank_sweep protocol flags forms",
-    "compose.py": "compose reading",
+    "compose/truncate.py": "truncate reading",
     "cli.py": "cli flags finetune names",
 }
 SURVIVORS = RESULTS / "mutation_survivors.json"  # file -> changed line -> [equivalent?, reason]

@@ -935,6 +935,7 @@ MUTANTS = (
     Mutant("recomputed-block-stays-broken", "fast/recompute.py", "            last.again = False\n", "", "recompute"),
     Mutant("replicas-draw-masks-of-their-own", "tree.py", "    shared |= {id(node.rng): node.rng for _, node in walk(tree) if isinstance(node, Dropout)}\n", "", "recompute training"),
     Mutant("recompute-is-forgotten", "training.py", "on_threads(model, threads, recompute)", "on_threads(model, threads)", "recompute"),
+    Mutant("a-name-of-peft-is-a-type-error", "methods/lora_config.py", "for name in PEFT.keys() & given.keys():", "for name in ():", "lora"),
 )
 # fmt: on
 

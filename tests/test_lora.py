@@ -1,5 +1,6 @@
 """LoRA's laws: exact at the start, exact when merged up to rounding, exact when taken away."""
 
+import copy
 import math
 import re
 from dataclasses import replace
@@ -1022,3 +1023,16 @@ def test_a_detached_norm_is_a_constant_on_the_way_back(seed, o, i, r):
     f.A.grad = f.B.grad = None
     f(base, x)[1](dora.magnitude.data / row_norms(V) * dy)  # plain LoRA, told m / |V| times as much
     assert same_bits({"A": f.A.grad, "B": f.B.grad}, {k: detached[k] for k in "AB"})
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("target_modules", "targets"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout"),
+     ("use_rslora", "rslora"),
+     ("use_dora", "dora"), ("init_lora_weights", "init")],
+)  # fmt: skip
+def test_a_name_of_peft_is_answered_with_ours(name, ours):
+    with pytest.raises(ConfigError, match=f"{name} is PEFT's name; expected {ours}"):
+        LoraConfig(**{name: 1})
+    assert ours in LoraConfig.__dataclass_fields__
+    assert copy.deepcopy(LoraConfig(r=3)) == replace(LoraConfig(), r=3)

@@ -20,6 +20,7 @@ from ..backend import normal, uniform, xp
 from ..errors import ConfigError, check_float, check_int, nearest, short
 from ..layers import Adapter, Dropout, Embedding, Linear, Param
 from ..lora import LowRank
+from ..table import settings
 from ..targets import check_targets, find_targets, names, pick, resolve
 from .bias import WithBias
 from .dora import DoRA, row_norms
@@ -28,6 +29,10 @@ from .full_copy import FullCopy
 
 BIASES = ("none", "lora_only", "all")
 INITS = ("kaiming", "gaussian", "both")
+PEFT = {  # PEFT's name -> the one here
+    "target_modules": "targets", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora",
+    "use_dora": "dora", "init_lora_weights": "init ('kaiming' is PEFT's True)",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class LoraConfig:
     """
 
     r: int = 8
-    alpha: float = 8
+    alpha: float = 16
     targets: str | re.Pattern[str] | Sequence[str] = "all-linear"  # all but lm_head; a compiled regex
     rank_pattern: Mapping[str, int] = field(default_factory=dict)  # name -> r where it differs
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -52,6 +57,12 @@ class LoraConfig:
     init: str = "kaiming"  # A ~ U(-1/sqrt(I), 1/sqrt(I)); "gaussian" N(0, 1/r²); "both": B random too
     dora: bool = False
     detach: bool = False  # DoRA's norm as a constant on the way back
+
+    def __new__(cls, *args: Any, **given: Any) -> LoraConfig:
+        """Answer PEFT's names with the ones here."""
+        for name in PEFT.keys() & given.keys():
+            raise ConfigError(f"{name} is PEFT's name; expected {PEFT[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_int("r", self.r, 1)
@@ -82,6 +93,9 @@ class LoraConfig:
                 raise ConfigError(f"layers_to_transform is {given}; expected a list of layer numbers")
             for number in self.layers_to_transform:
                 check_int("layers_to_transform", number, 0)
+
+    def _repr_html_(self) -> str:
+        return settings(self).html()
 
     def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
         """Path -> a fresh adapter for every target, then for what is saved in full and for other biases.

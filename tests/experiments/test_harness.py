@@ -27,7 +27,7 @@ from minilora.experiments.harness import Inputs, Job, RowForm, Store, id_of, rea
 from minilora.formats import atomic, forms, huggingface
 from minilora.formats.huggingface import save_model
 from minilora.model import Config, llama
-from minilora.table import aligned
+from minilora.table import Table
 from minilora.training import evaluate
 from minilora.tree import named_params
 
@@ -93,7 +93,7 @@ def wobble(base, target, out, **how):
 def table(rows):
     """Noise and loss, in words."""
     lines = [(f"{row['config']['size']:g}", f"{row.get('test', np.inf):.3f}") for row in rows]
-    return "\n".join(aligned([("noise", "test loss"), *lines]))
+    return str(Table(("noise", "test loss"), lines))
 
 
 @pytest.fixture(scope="module")
