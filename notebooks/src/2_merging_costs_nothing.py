@@ -21,7 +21,6 @@ import numpy as np
 import minilora as ml
 from minilora.analysis import plotting
 from minilora.experiments import merge_equivalence, rank_figures
-from minilora.fast.folded import pays
 from minilora.layers import Linear, Need, Param
 from minilora.lora import Adapted, LowRank, adapted
 from minilora.tree import named_params
@@ -173,8 +172,10 @@ holds(
 holds(
     "one short text of 32 characters, and four texts of 128 at once", few.size == 32 and ids.shape == (4, 128)
 )
+from minilora.fast import folded
+
 sizes = {layer.base.weight.data.shape: layer.adapters[layer.active] for layer in adapted(model).values()}
-least = {shape: next(M for M in range(1, 1000) if pays(pair, M)) for shape, pair in sizes.items()}
+least = {shape: next(M for M in range(1, 1000) if folded.pays(pair, M)) for shape, pair in sizes.items()}
 holds("from about 100 rows on, or 140, by the shape of the map", {*least.values()} == {97, 140})
 many = [(ids, ids)]
 unmerged_loss = ml.evaluate(model, many)
