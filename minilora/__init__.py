@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-LATER = {  # imported when first asked for
+LATER = {  # imported on first use
     "analysis.count": ("count", "modules"),
     "analysis.inspect": ("inspect",),
     "completion": ("complete",),

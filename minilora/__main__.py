@@ -1,18 +1,18 @@
-"""`python -m minilora` is `minilora`. Little is imported here, for a Ctrl-C during imports is no accident."""
+"""`python -m minilora` is `minilora`. It imports little, so that Ctrl-C leaves no traceback."""
 
 import signal
 import sys
 
 
 def main() -> int:
-    """The exit code of the command in sys.argv."""
+    """Run the command in sys.argv and return its exit code."""
     try:
         from .cli import main as command
 
         return command()
     except KeyboardInterrupt:
         return 130
-    finally:  # what is left is the end of the interpreter
+    finally:  # only the interpreter's shutdown remains
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 

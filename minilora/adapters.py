@@ -1,6 +1,6 @@
 """Several adapters over one base: take one away, turn all off, scale them.
 
-Which one acts is `set_adapter`'s (lora.py). The base is shared and never written.
+`set_adapter` (lora.py) chooses the active one. The base is shared and never written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tree import replace
 
 @contextlib.contextmanager
 def disabled(model: Any) -> Iterator[None]:
-    """Within the context the model is its base, to the bit."""
+    """Within the context the model computes what its base computes, bit for bit."""
     layers = adapted(model).values()
     before = [(layer.active, layer.merged) for layer in layers]
     for layer in layers:
@@ -35,7 +35,11 @@ def scales(model: Any) -> dict[str, float]:
 
 
 def set_scale(model: Any, scale: float | Mapping[str, float]) -> None:
-    """Set s of the active low-rank adapters: one number, or path -> number as `scales` returns it."""
+    """Set s of the active low-rank adapters: one number, or path -> number as `scales` returns it.
+
+    MismatchError for a path without such an adapter, ConfigError for a number that is not finite, StateError
+    while the model is merged.
+    """
     current = scales(model)
     wanted = scale if isinstance(scale, Mapping) else dict.fromkeys(current, scale)
     for path, s in wanted.items():
@@ -50,7 +54,10 @@ def set_scale(model: Any, scale: float | Mapping[str, float]) -> None:
 
 
 def remove(model: Any, name: str) -> None:
-    """Take an adapter away; a layer that has none left is the plain base layer again."""
+    """Remove an adapter; a layer with none left becomes the plain base layer again.
+
+    MismatchError if no adapter has that name, StateError while the model is merged.
+    """
     known(adapted(model), name)
     for path, layer in unmerged(model, "first").items():
         layer.adapters.pop(name, None)

@@ -1,7 +1,7 @@
 """Which array library is in use, and the few things in which the two differ.
 
 Numeric files write `xp.` where they would write `np.`; `use("cupy")` refills that one namespace, so
-the same code runs on a GPU. Moves between host and device are explicit (`to_device`, `to_host`), and
+the same code runs on a GPU. Transfers between host and device are explicit (`to_device`, `to_host`);
 random numbers are drawn on the host from the caller's generator, so both libraries see the same ones.
 This is the only file that names CuPy. Stands in for the dispatchers of array-API layers; leaves out
 every other array library.
@@ -36,14 +36,14 @@ def install(module: Any) -> None:
 
 
 def as_written(chain: Chain) -> Chain:
-    """What `fuse` is in a library that compiles nothing."""
+    """`fuse` for a library that compiles nothing: the chain itself."""
     return chain
 
 
 def use(library: str) -> None:
     """Switch to "numpy" or "cupy" for arrays made from now on (also: MINILORA_BACKEND).
 
-    ConfigError, with NumPy left in use, when the library is unknown or cannot reach a GPU.
+    ConfigError, with no switch made, when the library is unknown or cannot reach a GPU.
     """
     global name
     if library not in ("numpy", "cupy"):
@@ -63,7 +63,7 @@ def use(library: str) -> None:
 
 
 def on_host() -> bool:
-    """Whether arrays are NumPy's own."""
+    """Whether NumPy is the library in use."""
     return xp.ndarray is np.ndarray
 
 
@@ -73,7 +73,7 @@ def to_device(a: Any, dtype: Any = None) -> Array:
 
 
 def to_host(a: Any) -> np.ndarray:
-    """The same numbers as a NumPy array; lists are taken too."""
+    """The same numbers as a NumPy array; also takes lists."""
     if isinstance(a, np.ndarray) or not isinstance(a, xp.ndarray):
         return np.asarray(a)
     host: np.ndarray = a.get()
@@ -81,18 +81,18 @@ def to_host(a: Any) -> np.ndarray:
 
 
 def floats(*scalars: Any) -> list[float]:
-    """Scalars as Python's numbers, brought to the host together: one transfer, one wait for the device."""
+    """Scalars as Python floats, copied to the host together: one transfer, one wait for the device."""
     numbers: list[float] = to_host(xp.stack([xp.asarray(s, dtype=xp.float64) for s in scalars])).tolist()
     return numbers
 
 
 def fused(chain: Chain) -> Chain:
-    """An elementwise chain of `xp`, made one kernel by a library that compiles (`cupy.fuse`).
+    """Decorate an elementwise chain of `xp`: one kernel if the library compiles (`cupy.fuse`).
 
-    It takes arrays, scalars of their dtype (for a Python float the kernel would compute in float64) and
-    None, by position. Under NumPy it runs as it is written.
+    The chain takes arrays, scalars of their dtype (with a Python float the kernel would compute in
+    float64) and None, all by position. Under NumPy it runs as written.
     """
-    kernel = functools.cache(lambda fuse: fuse(chain))  # one for each library that comes into use
+    kernel = functools.cache(lambda fuse: fuse(chain))  # one per library
 
     @functools.wraps(chain)
     def call(*operands: Any) -> Any:
@@ -102,12 +102,12 @@ def fused(chain: Chain) -> Chain:
 
 
 def scatter_add(rows: int, ids: Array, values: Array) -> Array:
-    """(rows, D) whose row i is the sum of all values[m] (M, D) with ids[m] (M,) equal to i.
+    """(rows, D): row i is the sum of values[m] (M, D) over all m with ids[m] (M,) equal to i.
 
-    NumPy's `add.at` takes six times as long as sorting the ids and summing each run of equal ones.
+    NumPy's `add.at` takes six times as long as sorting the ids and summing each run of equal ids.
     """
     out = xp.zeros((rows, values.shape[1]), values.dtype)
-    if name == "cupy":  # which has no reduceat; its add.at sums atomically, in any order
+    if name == "cupy":  # CuPy has no reduceat; its add.at sums atomically, in any order
         xp.add.at(out, ids, values)
         return out
     order = xp.argsort(ids, kind="stable")
@@ -118,7 +118,7 @@ def scatter_add(rows: int, ids: Array, values: Array) -> Array:
 
 
 def quiet_overflow() -> np.errstate:
-    """A context in which overflow is meant, or looked for by other means (CuPy never speaks of any)."""
+    """A context where overflow is intended, or checked by other means (CuPy never warns about it)."""
     return np.errstate(over="ignore", invalid="ignore")
 
 
@@ -133,10 +133,10 @@ def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtyp
 
 
 def keep_memory() -> None:
-    """Ask the C allocator to keep freed pages, where it can be asked (glibc).
+    """Tell the C allocator to keep freed pages, where it has an option for that (glibc).
 
-    A step, or a token, frees and takes the same megabytes again and again; given back to the system each
-    time, they come back as page faults, a third of a step's time.
+    Every step, or token, frees and allocates the same megabytes. If they go back to the system each time,
+    page faults bring them back, which takes a third of a step's time.
     """
     import ctypes
 
@@ -153,7 +153,7 @@ def cores() -> int:
 
 @functools.cache
 def blas_libraries() -> Any:
-    """The BLAS libraries of this process, found once: looking for them takes a millisecond."""
+    """The BLAS libraries of this process, cached because the search takes a millisecond."""
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController().select(user_api="blas")
@@ -161,9 +161,9 @@ def blas_libraries() -> Any:
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[bool]:
-    """Hold BLAS at one thread within the context; whether it is held.
+    """Hold BLAS to one thread within the context; yields whether that worked.
 
-    A BLAS that cannot be asked (Apple's Accelerate) says by its environment variables.
+    For a BLAS that cannot be asked (Apple's Accelerate) the environment variables decide.
     """
     libraries = blas_libraries()
     with libraries.limit(limits=1):

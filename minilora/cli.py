@@ -1,7 +1,7 @@
 """The command line: flags -> one call. Results go to files first, then a table to the terminal.
 
 Exit codes: 0 done; 1 some runs diverged; 2 bad input; 3 the folder is in use; 4 the file system said no;
-130 interrupted. No memory is 4, too.
+130 interrupted. Out of memory is 4, too.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from .table import plain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; what goes wrong is one line on stderr, never a traceback."""
+    """Run one command and return its exit code; an error is one line on stderr, never a traceback."""
     with signals() as stop, streams():
         asked: SystemExit | None = None
         try:
             code, said = attempt(argv)
-        except SystemExit as e:  # --help, or what is no command, which argparse has said
+        except SystemExit as e:  # --help, or a bad command, which argparse has reported
             asked, code, said = e, int(e.code or 0), ""
         stop()
         lost = drain()
-        if isinstance(lost, BrokenPipeError):  # its reader has seen enough; the files are written
+        if isinstance(lost, BrokenPipeError):  # the reader closed the pipe; the files are written
             code, said = (0, "") if said == str(lost) else (code, said)
         elif lost:
             code, said = code or 4, said or str(lost)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def attempt(argv: Sequence[str] | None) -> tuple[int, str]:
-    """Run one command: its exit code, and in words what went wrong, if anything did."""
+    """Run one command; return its exit code and the error in words, empty if there is none."""
     try:
         options = parser().parse_args(argv)
         told_apart(options)
@@ -60,7 +60,7 @@ def attempt(argv: Sequence[str] | None) -> tuple[int, str]:
 
 
 def told_apart(options: Options) -> None:
-    """Say that a name means what is built in, where something in the working folder has that name, too."""
+    """Say that a name means the built-in one, where a file in the working folder has the same name."""
     given = vars(options)
     texts = given["data"] if isinstance(given.get("data"), list) else []  # of a sweep
     here = {name for name in ("base", "tuned", "data", "model") if os.path.exists(str(given.get(name)))}
@@ -86,7 +86,7 @@ def told_apart(options: Options) -> None:
 
 
 def usual_sweep() -> dict[str, Any]:
-    """Those of a sweep; what depends on the text, in words."""
+    """The defaults of a sweep; those that depend on the text, in words."""
     from .experiments.rank_sweep import RANKS, TABLE, TEXT, Plan
 
     return defaults(Plan) | {
@@ -100,7 +100,7 @@ def usual_sweep() -> dict[str, Any]:
 
 
 def usual_train() -> dict[str, Any]:
-    """Those of a fine-tuning."""
+    """The defaults of fine-tuning."""
     from .finetune import RATES, Recipe
 
     return defaults(Recipe) | {"lr": f"{RATES['lora']:g}; in full {RATES['full']:g}"}
@@ -118,7 +118,7 @@ minilora --help lists all commands, minilora COMMAND --help the options of one.
 
 
 def first(options: Options) -> int:
-    """Say what to do first."""
+    """Print what to do first."""
     print(FIRST, end="")
     return 0
 
@@ -126,8 +126,8 @@ def first(options: Options) -> int:
 def parser() -> argparse.ArgumentParser:
     """All commands and their options.
 
-    An option that is not typed is absent, so that the function's own default counts; the help asks the
-    function for it.
+    An omitted option is absent from the namespace, so the function's own default applies; the help asks
+    the function for it.
     """
     top = Parser(prog="minilora", description="LoRA from scratch in NumPy.")
     top.add_argument("--version", action="version", version=f"minilora {__version__}")
@@ -303,7 +303,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def figures(options: Options) -> int:
-    """Draw what a sweep found, and the merge experiment, into a folder."""
+    """Draw the results of a sweep, and of the merge experiment, into a folder."""
     from .analysis import plotting
     from .experiments import harness, merge_equivalence, rank_figures, rank_sweep
     from .formats.atomic import make_folder, named, write_atomic
@@ -347,7 +347,7 @@ def fetch(options: Options) -> int:
 
 
 def train(options: Options) -> int:
-    """Fine-tune, telling the held-out loss as it falls."""
+    """Fine-tune, and print the held-out loss along the way."""
     from . import finetune
 
     recipe = finetune.Recipe(**typed(options, finetune.Recipe))
@@ -366,7 +366,7 @@ def train(options: Options) -> int:
 
 
 def generate(options: Options) -> int:
-    """Print a continuation as it comes."""
+    """Print a continuation piece by piece."""
     import numpy as np
 
     from . import completion, lora

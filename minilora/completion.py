@@ -26,11 +26,12 @@ def complete(
     top_k: int | None = None,
     top_p: float = 1.0,
 ) -> str:
-    """How the model goes on after a prompt: the new text alone, of at most so many tokens.
+    """Continue a prompt; returns the new text alone, of at most `max_tokens` tokens.
 
-    The model is a Llama, or what `load` takes. A Llama does not know its tokenizer: `base` is the model whose
-    tokenizer it has; none is needed for the base that ships, where a character is a token. The rest is as in
-    `generate`. InputError for a Llama whose tokenizer is not known, and all that loading raises.
+    `model` is a Llama, or anything that `load` takes. A Llama does not know its tokenizer, so `base` names
+    the model that has it; the base that ships needs none, since its tokens are characters. The other
+    arguments are as in `generate`. InputError for a Llama whose tokenizer is unknown, and every error of
+    loading.
     """
     if base is None and isinstance(model, Llama):
         if model.config.vocab_size != VOCAB:
@@ -54,7 +55,7 @@ def pieces(
     top_k: int | None,
     top_p: float,
 ) -> Iterator[str]:
-    """The same piece by piece, as it comes; fewer tokens where the model takes no longer text."""
+    """As `complete`, piece by piece as they come; stops early at the longest text the model takes."""
     ids = words.begun(words.encode(prompt))[None, :]
     room = model.config.max_position_embeddings - ids.shape[1]
     tokens = decoding.generate(

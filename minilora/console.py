@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 @contextlib.contextmanager
 def signals() -> Iterator[Callable[[], None]]:
-    """Let Ctrl-C, SIGTERM and SIGHUP be one KeyboardInterrupt; a second one ends the process at once.
+    """Turn Ctrl-C, SIGTERM and SIGHUP into one KeyboardInterrupt; a second signal ends the process at once.
 
-    So does one after the call of what this gives. Signals that are ignored (nohup) stay so.
+    Yields a function; once it is called, the first signal ends the process, too. Ignored signals (nohup)
+    stay ignored.
     """
     which = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in which}
@@ -41,12 +42,12 @@ def signals() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
-    """Let stdout and stderr take whatever is printed, closed or not, in any encoding.
+    """Make stdout and stderr take any text, closed or not, in any encoding.
 
-    What an encoding lacks is escaped. What stderr does not take is lost, for a message on the way must not
-    end the work; what stdout does not take is an error (`drain`).
+    Characters that the encoding lacks are escaped. A failed write to stderr is dropped, since a progress
+    message must not end the work; a failed write to stdout is an error (`drain`).
     """
-    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:  # or a file of ours would be stdout for a library
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:  # else a library might take one of our files for stdout
         pass
     os.close(fd)
     with open(os.devnull, "w") as nowhere:
@@ -60,19 +61,19 @@ def streams() -> Iterator[None]:
 
 
 class Lossy:
-    """A stream that drops what cannot be written."""
+    """A stream that drops text it cannot write."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write, if that can be."""
+        """Write; drop the text if that fails."""
         with contextlib.suppress(OSError, ValueError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if that can be."""
+        """Flush; ignore a failure."""
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
 
@@ -81,7 +82,7 @@ class Lossy:
 
 
 def drain() -> OSError | None:
-    """Flush stdout; if that fails, the error, and what it still holds is dropped."""
+    """Flush stdout; if that fails, drop the text it still holds and return the error."""
     try:
         sys.stdout.flush()
     except OSError as e:

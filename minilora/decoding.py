@@ -27,14 +27,14 @@ class KVCache:
     seen: int = 0
 
     def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Write the next positions (N, G, T, E) and return all that are filled, as views."""
+        """Write the next positions (N, G, T, E) and return all filled ones, as views."""
         start, self.seen = self.seen, self.seen + k.shape[2]
         self.k[:, :, start : self.seen] = k
         self.v[:, :, start : self.seen] = v
         return self.k[:, :, : self.seen], self.v[:, :, : self.seen]
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """The attention of the next positions, which see themselves and all before."""
+        """The attention (N, H, T, E) of the next positions over themselves and all earlier ones."""
         k, v = self.extend(k, v)
         return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0]
 
@@ -43,12 +43,12 @@ class KVCache:
 class Past:
     """The caches of N texts of up to S positions: 2 L N G S E numbers, and the rotary tables' 2 S H E.
 
-    All of it is made once: appending would copy every key and value for every token, which takes as
+    All of it is allocated once: appending would copy every key and value at every token, which takes as
     long as attention itself.
     """
 
     tables: Turn  # cos and sin (S, H*E)
-    caches: list[KVCache]  # one a layer
+    caches: list[KVCache]  # one per layer
 
     def turn(self, T: int) -> Turn:
         """The tables of the next T positions."""
@@ -58,7 +58,7 @@ class Past:
 
 
 def past_of(model: Llama, N: int, S: int) -> Past:
-    """The empty caches of N texts of at most S positions."""
+    """Empty caches for N texts of at most S positions."""
     c = model.config
     dtype = next(iter(named_params(model).values())).dense().dtype
     shape = (c.num_hidden_layers, 2, N, c.num_key_value_heads, S, c.E)
@@ -77,10 +77,10 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Continue the prompts ids (N, T), yielding the next token of each row (N,) one step at a time.
 
-    Ids in, ids out; `complete` takes and gives text, and `encode` and `decode` are between the two.
-    Temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that hold that share
-    of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for settings
-    without a meaning or a text longer than the model takes.
+    Ids in, ids out; `complete` takes and returns text, and `encode` and `decode` convert between the
+    two. Temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that hold that
+    share of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for a
+    meaningless setting or a text longer than the model takes.
     """
     limit = model.config.max_position_embeddings
     if type(max_new_tokens) is not int or max_new_tokens < 1:
@@ -129,7 +129,7 @@ def sample(
     p /= p.sum(-1, keepdims=True)
     if top_k is not None:
         p[:, top_k:] = 0
-    p[np.cumsum(p, -1) - p >= top_p * p.sum(-1, keepdims=True)] = 0  # what came before was enough
+    p[np.cumsum(p, -1) - p >= top_p * p.sum(-1, keepdims=True)] = 0  # likelier tokens hold the share already
     c = np.cumsum(p, -1)
     choice = (c < rng.random((len(p), 1)) * c[:, -1:]).sum(-1)
     return np.take_along_axis(order, choice[:, None], -1)[:, 0]

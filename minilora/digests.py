@@ -1,4 +1,4 @@
-"""sha256 of what is compared: bytes, JSON values, arrays by name. The only file that hashes."""
+"""sha256 of bytes, JSON values and named arrays. The only file that hashes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .backend import quiet_overflow, to_host
 
 def of_bytes(data: bytes) -> str:
     """The sha256 of bytes, in hexadecimal."""
-    import hashlib  # brings in OpenSSL, which a mere import of minilora need not
+    import hashlib  # loads OpenSSL, which importing minilora does not need
 
     return hashlib.sha256(data).hexdigest()
 
 
 def of_json(value: Any, *, sort: bool = False) -> str:
-    """That of a value as JSON writes it, keys in their order or sorted."""
+    """The sha256 of a value's JSON text, keys in their order or sorted."""
     return of_bytes(json.dumps(value, sort_keys=sort).encode())
 
 
 def of_arrays(arrays: Iterable[tuple[str, Any]], dtype: Any = None, *, before: bytes = b"") -> str:
-    """That of names, shapes, dtypes and numbers, in the order given, each array as it is or as `dtype`.
+    """The sha256 of names, shapes, dtypes and numbers, in this order, each array as it is or as `dtype`.
 
-    `before` is hashed first. One array is held at a time.
+    `before` is hashed first. Only one array is held at a time.
     """
     import hashlib
 

@@ -1,7 +1,7 @@
-"""What can be wrong with what a user gives, one class for each kind.
+"""The errors that minilora raises, one class for each kind.
 
-Every message is one line: what was given, what was expected, the nearest valid choice. The command
-line prints that line and exits with the class's `exit_code`; nothing has been written by then.
+Every message is one line: the value given, the value expected, the nearest valid choice. The command
+line prints it and exits with the class's `exit_code`; nothing has been written by then.
 """
 
 import math
@@ -33,7 +33,7 @@ class FormatError(MiniloraError, ValueError):
 
 
 class UnsupportedError(MiniloraError, ValueError):
-    """Something well-formed that minilora does not do."""
+    """Well-formed input that minilora does not support."""
 
 
 class MismatchError(MiniloraError, ValueError):
@@ -70,7 +70,7 @@ def short(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names most like `name`, as the tail of an error message."""
+    """The known names most like `name`, as the end of an error message."""
     import difflib
 
     known = sorted(set(known))
@@ -79,7 +79,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def needed(package: str, extra: str) -> Any:
-    """An optional package, or UnsupportedError with the line that installs it."""
+    """Import an optional package; UnsupportedError, with the line that installs it, if it is missing."""
     from importlib import import_module
 
     try:
@@ -109,7 +109,7 @@ def check_float(name: str, value: object, low: float, high: float, *, open_low: 
 
 
 def check_same(who: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """MismatchError, naming the first difference, unless `who` reports all that is expected."""
+    """MismatchError, naming the first difference, unless `who` reports every expected value."""
     for name, value in expected.items():
         if found.get(name) != value:
             raise MismatchError(

@@ -2,10 +2,10 @@
 
 Text is cut into windows at random places; JSON lines or a JSON array hold examples, {"prompt": ...,
 "completion": ...} with the loss on the completion alone, or {"text": ...}. The tokens that a tokenizer puts
-before a text stand once at the beginning of each example, and of a whole text, not of its windows. The loss
-on held-out text is told in nats per token and per character, since tokens of two models are not the same
-thing. A killed run goes on from its checkpoint to the same bytes. Stands in for a trainer script; leaves out
-packing, chat templates and preference data.
+before a text come once, at the start of each example or of a whole text, not of each window. The held-out
+loss is given in nats per token and per character, since tokens differ between models. A killed run resumes
+from its checkpoint and writes the same bytes. Stands in for a trainer script; leaves out packing, chat
+templates and preference data.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .table import plain, report
 from .training import evaluate
 from .tree import freeze, trained, unfreeze
 
-CORPORA = (*corpora.MANIFEST, corpora.STDLIB)  # what --data takes by name
+CORPORA = (*corpora.MANIFEST, corpora.STDLIB)  # names that --data takes
 METHODS = ("lora", "dora", "full")
-RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}  # LoRA's best rate is about ten times that of the whole
+RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}  # LoRA's best rate is about ten times the full one
 HELD_OUT = 0.05  # of the user's text or examples, from the end
-LOGITS = 1 << 24  # numbers that are held at once when measuring
+LOGITS = 1 << 24  # logits held at once when measuring
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Recipe:
     r: int = LoraConfig.r
     alpha: float = LoraConfig.alpha
     targets: str | tuple[str, ...] = "all-linear"
-    lr: float | None = None  # RATES of the method
+    lr: float | None = None  # None: RATES[method]
     steps: int = 200
     batch: int = 8
-    length: int = 128  # tokens of a window, or of an example at most
+    length: int = 128  # tokens of a window; of an example, at most
     warmup: int = 10
     seed: int = 0
     eval_every: int = 50
-    eval_tokens: int = 4096  # of held-out text, evenly over it
+    eval_tokens: int = 4096  # of held-out text, spread evenly over it
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -74,7 +74,7 @@ class Recipe:
         self.lora()
 
     def lora(self) -> LoraConfig:
-        """The adapter; DoRA's norm is a constant on the way back, as in PEFT."""
+        """The adapter's config; DoRA's norm is a constant in the backward, as in PEFT."""
         dora = self.method == "dora"
         return LoraConfig(r=self.r, alpha=self.alpha, targets=self.targets, dora=dora, detach=dora)
 
@@ -82,7 +82,7 @@ class Recipe:
 @report
 @dataclass(frozen=True)
 class Outcome:
-    """What `run` reached; prints as a few lines."""
+    """The result of `run`; prints as a few lines."""
 
     out: str
     before: float  # held-out loss of the base, nats per token
@@ -90,15 +90,15 @@ class Outcome:
     characters: float  # per token of the held-out text
     parameters: int
     tokens_per_second: float
-    peak: int  # bytes of memory of this process at most; 0 if nobody knows
+    peak: int  # the most memory of this process, in bytes; 0 if unknown
     evals: tuple[tuple[int, float], ...]
 
     def data(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """The fields as a dict, for JSON."""
         return asdict(self)
 
     def parts(self) -> list[str]:
-        """Lines of the report."""
+        """The lines of the report."""
         per = [x / self.characters for x in (self.before, self.after)]
         memory = f", peak memory {self.peak / 1e9:.2f} GB" if self.peak else ""
         return [
@@ -118,11 +118,11 @@ def run(
     progress: Callable[[int, float], None] | None = None,
     told: Callable[[int, float], None] | None = None,
 ) -> Outcome:
-    """Train and write the adapter's folder (or, in full, the model's) at `out`.
+    """Train, and write the adapter's folder (with method "full", the model's) at `out`.
 
     `progress(step, loss)` is called after every step, `told(step, loss)` after every evaluation. While it
-    runs, a folder beside `out` holds its checkpoint. StorageError if `out` exists, unless `overwrite`; all
-    that loading base and data raise.
+    runs, a folder next to `out` holds its checkpoint. StorageError if `out` exists, unless `overwrite`; also
+    every error of loading the base and the data.
     """
     out = begin(out, "train", overwrite)
     given = checkpoint(recipe.base)
@@ -175,7 +175,7 @@ def peak() -> int:
 
 @dataclass(frozen=True)
 class Text:
-    """What is trained and measured on."""
+    """The batches to train on and to measure on."""
 
     batches: Iterator[Batch]
     held_out: Sequence[Batch]
@@ -184,7 +184,7 @@ class Text:
 
 
 def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Generator, rows: int) -> Text:
-    """The batches of the recipe's data, in the tokens of its base; the held-out ones have so many `rows`."""
+    """The batches of the recipe's data, in the tokens of its base; a held-out batch has `rows` rows."""
     if recipe.data not in CORPORA:
         if not exists(recipe.data):
             near = nearest(recipe.data, CORPORA)
@@ -198,7 +198,7 @@ def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Genera
 
 
 def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Generator, rows: int) -> Text:
-    """As `prepare`, for examples: the last of them are held out."""
+    """As `prepare`, for examples: the last ones are held out."""
     found = examples(Path(recipe.data), words, length)
     if len(found) < 2:
         raise InputError(
@@ -212,7 +212,7 @@ def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Ge
 
 
 def encoded(where: str, text: str, words: Tokenizer) -> np.ndarray:
-    """The ids (T,) of a whole text, which begins one sequence; InputError if too much of it is lost."""
+    """The ids (T,) of a whole text as one sequence; InputError if the tokenizer loses too much of it."""
     parts = [words.learn(piece) for piece in pieces(text)]
     ids = words.begun(np.concatenate([ids for ids, _ in parts]))
     user_files.check_lost(where, sum(lost for _, lost in parts), len(ids))
@@ -220,7 +220,7 @@ def encoded(where: str, text: str, words: Tokenizer) -> np.ndarray:
 
 
 def pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
-    """A text in pieces that end with a line, where they can: a tokenizer takes some 400 bytes a character."""
+    """A text in pieces, cut at line ends where possible: a tokenizer takes some 400 bytes per character."""
     while len(text) > size:
         cut = text.rfind("\n", 0, size) + 1 or size
         yield text[:cut]
@@ -235,7 +235,7 @@ def per_token(batches: Sequence[Batch], words: Tokenizer) -> float:
 
 
 def texts(spec: str) -> tuple[str, str]:
-    """The text to train on and the one held out: a built-in corpus's, or the user's, cut near its end."""
+    """The training text and the held-out text: a built-in corpus's, or the user's text cut near its end."""
     if spec in CORPORA:
         corpus = corpora.corpus(spec)
         return tokenizer.decode(corpus.train), tokenizer.decode(corpus.test)

@@ -1,7 +1,7 @@
-"""A function's arguments as the options of a command: what is not typed is the function's own default.
+"""A function's arguments as the options of a command; an omitted option keeps the function's own default.
 
-Defaults stand in one place, the signature of the function or dataclass. The help reads them there when it is
-asked for, so building the parser imports nothing.
+Defaults are written once, in the signature of the function or dataclass. The help reads them there only when
+it is printed, so building the parser imports nothing.
 """
 
 import argparse
@@ -21,12 +21,12 @@ Options = argparse.Namespace
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are plain, whatever a glob has put there, and whose help says the defaults."""
+    """A parser with plain errors, even for odd file names from a glob, and with the defaults in its help."""
 
-    usual: Callable[[], Mapping[str, Any]] = dict  # gives the default of each option that is not argparse's
+    usual: Callable[[], Mapping[str, Any]] = dict  # gives the defaults that argparse does not hold
 
     def format_help(self) -> str:
-        """As argparse's, with the default beside each option that takes a value."""
+        """As argparse's, with the default after each option that takes a value."""
         usual = self.usual()
         for action in self._actions:
             if action.nargs == 0 or action.required or action.help in (None, SUPPRESS):
@@ -37,16 +37,16 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def print_help(self, file: Any = None) -> None:
-        """As argparse's, which takes a full disk for done."""
+        """As argparse's, which hides a failed write; this one does not."""
         print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
-        """As argparse's."""
+        """As argparse's, in plain text."""
         super().error(plain(message))
 
 
 def said(value: Any) -> str:
-    """A default as one would type it."""
+    """A default as a user would type it."""
     if isinstance(value, tuple):
         return ",".join(map(said, value))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -59,7 +59,7 @@ def defaults(of: Callable[..., Any]) -> dict[str, Any]:
 
 
 def typed(options: Options, of: Callable[..., Any]) -> dict[str, Any]:
-    """What was typed, of a function's or dataclass's arguments."""
+    """The arguments of a function or dataclass that the user typed."""
     given = vars(options)
     return {name: given[name] for name in signature(of).parameters if name in given}
 
@@ -70,7 +70,7 @@ class Of:
 
     module: str
     name: str
-    words: Mapping[str, Any] = field(default_factory=dict)  # what the help says in the place of a default
+    words: Mapping[str, Any] = field(default_factory=dict)  # shown in the help instead of a default
 
     def get(self) -> Callable[..., Any]:
         """The function itself."""
@@ -81,7 +81,7 @@ class Of:
         return {**defaults(self.get()), **self.words}
 
     def report(self, options: Options) -> int:
-        """Call it with what was typed and print what it returns."""
+        """Call it with the typed options and print its result."""
         function = self.get()
         if "progress" not in signature(function).parameters:
             return show(options, function(**typed(options, function)))
@@ -91,7 +91,7 @@ class Of:
 
 
 def show(options: Options, found: Any) -> int:
-    """Print what was found, as a table or as JSON, which has no infinity: null."""
+    """Print a result as a table, or as JSON with null for infinity and NaN."""
 
     def strict(value: Any) -> Any:
         if isinstance(value, dict):
@@ -115,12 +115,12 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def target_spec(text: str) -> str | tuple[str, ...]:
-    """The same; all-linear alone is a word of its own."""
+    """A list such as q_proj,v_proj, or the word all-linear."""
     return text if text == "all-linear" else words(text)
 
 
 def renamed(old: str, new: str) -> dict[str, Any]:
-    """How an option is added whose word has changed: who types it is told the new one."""
+    """The settings of a renamed option: typing it is an error that tells the new name."""
 
     def refuse(text: str) -> NoReturn:
         raise argparse.ArgumentTypeError(f"{old} is now {new}")

@@ -1,7 +1,7 @@
-"""What owns a parameter: Linear, RMSNorm, LayerNorm, Embedding; and the contract that every layer keeps.
+"""Layers with parameters: Linear, RMSNorm, LayerNorm, Embedding; and the contract that every layer keeps.
 
 For y = x Wᵀ + b the gradients are dW = dYᵀ X, db = sum of dY, dx = dY W. A frozen weight costs only
-the last: its `back` is one line, and no closure holds x. Stands in for torch.nn's modules; leaves out
+dx: its `back` is one line, and no closure holds x. Stands in for torch.nn's modules; leaves out
 hooks, buffers and modes: a layer is a dataclass of parameters and layers, and its attribute path is its
 name, which is Hugging Face's.
 """
@@ -31,7 +31,7 @@ class Layer(Protocol):
     """y, back = layer(x, need): the value, and the backward that takes dy and returns dx.
 
     `back` runs at most once. It adds to the gradient of every trained parameter, and returns dx if
-    `need` is ALL; if it is NONE there is no gradient to ask for.
+    `need` is ALL; if `need` is NONE there is no gradient to ask for.
     """
 
     def __call__(self, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]: ...
@@ -67,7 +67,7 @@ class Param:
 
 
 class Pair(Protocol):
-    """What has trained factors A and B, of which ΔW = s B A (of an embedding its transpose)."""
+    """Trained factors A and B with ΔW = s B A (for an embedding, its transpose)."""
 
     A: Param
     B: Param
@@ -83,10 +83,10 @@ class Factors(NamedTuple):
 
 
 class Adapter(Protocol):
-    """What changes a frozen layer: the contract of everything in methods/ and of LowRank."""
+    """A change of a frozen layer: the contract of LowRank and of everything in methods/."""
 
     def __call__(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:
-        """The changed layer's output; as a Layer, with the base that it changes."""
+        """The changed layer's output and backward, as a Layer's; `base` is the layer that it changes."""
 
     def merged(self, base: Any, /) -> Layer:
         """A plain, frozen layer that does the same."""
@@ -100,7 +100,7 @@ class Adapter(Protocol):
 
 
 class TableAdapter(Adapter, Protocol):
-    """An adapter that an embedding can have: it changes the tied head, too."""
+    """An adapter for an embedding: it changes the tied head, too."""
 
     def attend(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:
         """The logits under the changed table."""
@@ -127,7 +127,7 @@ class Linear:
         return y.reshape(*x.shape[:-1], -1), self.backward(x, need)
 
     def backward(self, x: Array, need: Need) -> Back:
-        """The gradients without the value."""
+        """The backward without the value."""
         weight, bias = self.weight, self.bias
         back = self.back_to_x(x.shape) if need is Need.ALL else back_nothing
         if weight.trainable:
@@ -247,9 +247,9 @@ class Dropout:
 
 
 def back_same(dy: Array) -> Array:
-    """dx = dy: the backward of what leaves x as it is."""
+    """dx = dy: the backward of a layer that returns x itself."""
     return dy
 
 
 def back_nothing(dy: Array) -> None:
-    """The backward of what needs no gradient."""
+    """The backward where no gradient is needed."""

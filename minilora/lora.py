@@ -8,7 +8,7 @@ With H = s X Aᵀ and the incoming gradient dY the chain rule gives, for the row
 
 B starts at zero, so the first step moves only B. Stands in for PEFT's tuners/lora (12,000 lines); leaves
 out convolutions, hot-swapping and the other initialisations. Nothing here knows the transformer: an adapter
-is put around any layer of a tree. A config says what to adapt, and how (methods/lora_config.py).
+wraps any layer of a tree. A config says what to adapt, and how (methods/lora_config.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LowRank:
     A: Param  # (r, I)
     B: Param  # (O, r)
     scale: float  # s = alpha / r
-    dropout: Dropout | None = None  # of what A reads
+    dropout: Dropout | None = None  # on the input of A
 
     def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         A, B, s = self.A, self.B, self.scale
@@ -90,7 +90,7 @@ class Adapted:
     base: Any
     adapters: dict[str, Any] = field(default_factory=dict)
     active: str | None = None
-    merged: Any = None  # a plain layer beside the base, never written into it
+    merged: Any = None  # a plain layer next to the base, which is never written
 
     def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         if self.active is None or self.merged is not None:
@@ -98,13 +98,13 @@ class Adapted:
         return self.adapters[self.active](self.base, x, need)
 
     def attend(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
-        """The layer as a tied head."""
+        """The logits (..., V) of x (..., D): the layer as a tied head."""
         if self.active is None or self.merged is not None:
             return self.plain(need).attend(x, need)
         return self.adapters[self.active].attend(self.base, x, need)
 
     def plain(self, need: Need) -> Any:
-        """The merged layer, which cannot be trained, or the base."""
+        """The merged layer, or the base; StateError if a merged layer is to be trained."""
         if self.merged is not None and need is not Need.NONE:
             raise StateError("a merged model cannot be trained; unmerge it first")
         return self.base if self.merged is None else self.merged
@@ -125,7 +125,7 @@ class Row:
 @report
 @dataclass(frozen=True)
 class Report:
-    """What `inject` did; prints as a table."""
+    """The result of `inject`; prints as a table."""
 
     rows: tuple[Row, ...]
     base_parameters: int
@@ -137,11 +137,11 @@ class Report:
 
     @property
     def share(self) -> float:
-        """Trained parameters over those of the base."""
+        """Trained parameters divided by those of the base."""
         return self.parameters / self.base_parameters
 
     def parts(self) -> tuple[Table, str]:
-        """The table, and what is trained of all."""
+        """The table, and a line with the trained share of all parameters."""
         cells = [
             (w.module, " x ".join(map(str, w.shape)), w.kind,
              *((str(w.r), f"{w.scale:.4g}") if w.r else ("", "")), f"{w.parameters:,}")
@@ -152,14 +152,14 @@ class Report:
 
 
 def row_of(path: str, base: Any, adapter: Adapter) -> Row:
-    """The line of a report for one adapter."""
+    """The report's row for one adapter."""
     pair = adapter.low_rank
     r, scale = (len(pair.A.data), pair.scale) if pair else (None, None)
     return Row(path, tuple(base.weight.dense().shape), r, scale, type(adapter).__name__, size(adapter))
 
 
 def owners(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The (path, layer) of all layers that own parameters, adapted ones as a whole."""
+    """(path, layer) of every layer that owns parameters; an adapted layer counts as one."""
     for name, child in children(tree):
         at = f"{path}.{name}" if path else name
         if isinstance(child, Adapted) or any(isinstance(p, Param) for _, p in children(child)):
@@ -169,12 +169,12 @@ def owners(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def bases(model: Any) -> dict[str, Any]:
-    """Path -> layer, beneath its adapters, of all layers that own parameters."""
+    """Path -> layer, without its adapters, of every layer that owns parameters."""
     return {path: layer.base if isinstance(layer, Adapted) else layer for path, layer in owners(model)}
 
 
 def untie(model: Any) -> None:
-    """Give a tied head a layer of its own on the same table, as PEFT does when one of the two is adapted."""
+    """Make a tied head a separate layer on the same table, as PEFT does when one of the two is adapted."""
     if isinstance(model.model.embed_tokens, Adapted):
         raise StateError("the head is tied to an embedding that has adapters; take a fresh model")
     model.lm_head = Linear(model.model.embed_tokens.weight)
@@ -183,10 +183,10 @@ def untie(model: Any) -> None:
 def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name: str = "default") -> Report:
     """Freeze the model and put a fresh, active adapter beside every target.
 
-    The base is only ever read. `rng` draws A and, later, the dropout masks. A tied head that is adapted
-    becomes a layer of its own on the same table, as in PEFT. ConfigError, MismatchError, InputError or
-    StateError, with the model as it was, for a rank that does not fit, a name that matches nothing, an
-    adapter name in use, or a tied head whose embedding is adapted already.
+    The base is only read. `rng` draws A and, later, the dropout masks. An adapted tied head becomes a
+    separate layer on the same table, as in PEFT. An error leaves the model as it was: ConfigError for a rank
+    that does not fit, MismatchError for a name that matches nothing, InputError for an adapter name in use,
+    StateError for a merged model or a tied head whose embedding is already adapted.
     """
     check_name(model, name)
     layers = with_head(model, bases(model))
@@ -210,7 +210,7 @@ def check_name(model: Any, name: str) -> None:
 
 
 def attach(model: Any, new: Mapping[str, Any], name: str) -> None:
-    """Put adapters (path -> adapter) beside their layers, under one name, and make it the active one."""
+    """Put adapters (path -> adapter) next to their layers, under one name, and activate it."""
     layers = dict(owners(model))
     for path, adapter in new.items():
         layer = layers[path]
@@ -238,7 +238,7 @@ def unmerged(model: Any, todo: str) -> dict[str, Adapted]:
 
 
 def active(model: Any) -> dict[str, Adapter]:
-    """Path -> the active adapter of all adapted layers that have one."""
+    """Path -> active adapter of every adapted layer that has one."""
     return {path: layer.adapters[layer.active] for path, layer in adapted(model).items() if layer.active}
 
 
@@ -250,7 +250,10 @@ def known(layers: Mapping[str, Adapted], name: str) -> None:
 
 
 def set_adapter(model: Any, name: str) -> None:
-    """Make one adapter the active and the only trained one; MismatchError if there is none such."""
+    """Activate one adapter and train it alone.
+
+    MismatchError if no adapter has that name, StateError while the model is merged.
+    """
     known(adapted(model), name)
     layers = unmerged(model, "before switching")
     freeze(model)
@@ -261,7 +264,7 @@ def set_adapter(model: Any, name: str) -> None:
 
 
 def merged_layers(model: Any) -> dict[str, Layer]:
-    """Path -> the plain layer that base and active adapter make; NonFiniteError names a bad one."""
+    """Path -> base and active adapter as one plain layer; NonFiniteError names one that is not finite."""
     plain = {}
     with np.errstate(all="ignore"):
         for path, layer in adapted(model).items():
@@ -276,7 +279,8 @@ def merged_layers(model: Any) -> dict[str, Layer]:
 def merge(model: Any) -> None:
     """Compute W + ΔW once for every adapted layer, so that the adapter costs nothing (section 4.1).
 
-    All or nothing: NonFiniteError leaves the model unmerged. The base stays as it is, beside.
+    All or nothing: NonFiniteError leaves the model unmerged. The base keeps its weights. StateError if
+    the model is merged already.
     """
     layers = unmerged(model, "first")
     for path, plain in merged_layers(model).items():
@@ -284,7 +288,7 @@ def merge(model: Any) -> None:
 
 
 def unmerge(model: Any) -> None:
-    """Drop the merged weights: the base is what it was, to the bit."""
+    """Drop the merged weights: the base is unchanged, bit for bit. StateError if nothing is merged."""
     layers = adapted(model).values()
     if all(layer.merged is None for layer in layers):
         raise StateError("the model is not merged")
@@ -293,7 +297,7 @@ def unmerge(model: Any) -> None:
 
 
 def fuse(model: Any) -> None:
-    """Make the model a plain one with W + ΔW in its layers; the adapters are gone from it."""
+    """Make the model a plain one with W + ΔW in its layers and no adapters; NonFiniteError as in `merge`."""
     layers = adapted(model)
     plain = merged_layers(model)
     for path, layer in layers.items():

@@ -4,8 +4,8 @@
 
 Attribute paths are Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so a checkpoint
 needs no mapping table. Stands in for transformers' modeling_llama.py; leaves out padding masks, other
-attention kernels and distributed layers. A layer knows nothing of LoRA: what is adapted is replaced in
-the tree from outside.
+attention kernels and distributed layers. A layer knows nothing of LoRA: `inject` replaces it in the tree
+from outside.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from .tree import outline, trains
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the slow rotary frequencies, in the words of config.json.
+    """Llama 3.1's stretching of the slow rotary frequencies, with config.json's names.
 
-    A pair whose wavelength is longer than L / low turns `factor` times slower, one shorter than
-    L / high as before, and between them the two are mixed; L is original_max_position_embeddings.
+    A pair with a wavelength above L / low turns `factor` times slower, one below L / high turns as before,
+    and in between the two are mixed; L is original_max_position_embeddings.
     """
 
     factor: float
@@ -68,7 +68,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a Llama, in the words of Hugging Face's config.json. ConfigError if it has none."""
+    """The shape of a Llama, with the names of Hugging Face's config.json. ConfigError if it is impossible."""
 
     vocab_size: int = 128  # V
     hidden_size: int = 96  # D
@@ -116,18 +116,18 @@ class Config:
         return settings(self).html()
 
 
-Turn = tuple[Array, Array]  # rope's cos and sin of some positions (T, H*E)
+Turn = tuple[Array, Array]  # rope's cos and sin (T, H*E) of T positions
 
 
 class Cache(Protocol):
-    """Keys and values of the positions before, in one layer (decoding.py)."""
+    """Keys and values of earlier positions, in one layer (decoding.py)."""
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """The attention of the next positions, which see themselves and all before."""
+        """The attention (N, H, T, E) of the next positions over themselves and all earlier ones."""
 
 
 class Past(Protocol):
-    """The caches of all layers, and the rotary tables of the positions after them."""
+    """The caches of all layers, and the rotary tables of the next positions."""
 
     @property
     def caches(self) -> Sequence[Cache]:
@@ -138,7 +138,7 @@ class Past(Protocol):
 
 
 def after(need: Need, layer: Any) -> Need:
-    """What is needed behind `layer`: the gradient of its output too, once something in it is trained."""
+    """The need of the layers after `layer`: once something in it is trained, they must return dx, too."""
     return Need.ALL if need is Need.WEIGHTS and trains(layer) else need
 
 
@@ -256,7 +256,7 @@ class Decoder:
 
 @dataclass(eq=False)
 class Llama:
-    """ids (N, T) of ints -> logits (N, T, V). With lm_head None the head is the embedding's own table."""
+    """ids (N, T) of ints -> logits (N, T, V). With lm_head None the head is the embedding table."""
 
     config: Config
     model: Decoder
@@ -266,16 +266,16 @@ class Llama:
         return outline(self)
 
     def __call__(self, ids: Array, train: bool = False) -> tuple[Array, Back]:
-        """Logits, and when training the `back` that takes their gradient.
+        """Logits (N, T, V), and when training the `back` that takes their gradient.
 
-        InputError for ids that are not a 2-D array of ints in [0, V), or too many.
+        InputError for ids that are not a 2-D array of ints in [0, V), or longer than the model takes.
         """
         return self.forward(self.check(ids), train)
 
     def forward(self, ids: Array, train: bool = False, past: Past | None = None) -> tuple[Array, Back]:
-        """The same for ids that are checked and on the device.
+        """As `__call__`, for ids that are checked and on the device.
 
-        After a `past` they are its next positions, and only the last has logits: (N, 1, V).
+        With a `past` the ids continue it, and only the last position gets logits: (N, 1, V).
         """
         decoder = self.model
         need = Need.WEIGHTS if train else Need.NONE
@@ -301,12 +301,12 @@ class Llama:
         def back_all(dlogits: Array) -> None:
             d = back_head(dlogits)
             while backs:
-                d = backs.pop()(d)  # what a layer kept dies here
+                d = backs.pop()(d)  # frees the arrays that the layer kept
 
         return logits, back_all if train else back_untrained
 
     def loss(self, ids: Array, labels: Array, train: bool = False) -> tuple[Array, Back]:
-        """Mean cross-entropy in nats per token; labels (N, T), -100 to ignore. back() starts at 1.
+        """Mean cross-entropy in nats per token; labels (N, T), -100 to ignore. back() means back(1).
 
         InputError for labels of another shape or outside the vocabulary.
         """
@@ -365,9 +365,10 @@ def check_range(what: str, values: np.ndarray, V: int) -> None:
 
 
 def llama(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> Llama:
-    """A fresh model: every W ~ N(0, 1/inputs), the two that write to the stream 1/sqrt(2L) of that.
+    """A fresh model with W ~ N(0, 1/inputs).
 
-    The embedding is N(0, 1/D), so that a tied head starts with logits of order one.
+    In each block the two maps that write to the residual stream are scaled by 1/sqrt(2L). The embedding is
+    N(0, 1/D), so that a tied head starts with logits of order one.
     """
 
     def draw(shape: tuple[int, int], gain: float) -> Array:
@@ -379,7 +380,7 @@ def llama(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> 
 
 
 def blank(config: Config, dtype: Any = np.float32) -> Llama:
-    """A model of that shape to be filled: each of its matrices is a view of one zero, whatever its size."""
+    """A model of that shape to fill: every matrix is a view of a single zero, whatever its size."""
     zero = xp.zeros((), dtype)
     return build(config, lambda shape, gain: xp.broadcast_to(zero, shape), dtype)
 

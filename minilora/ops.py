@@ -1,11 +1,12 @@
-"""Functions without weights: each returns its value and `back`, the way home for the gradient.
+"""Functions without weights: each returns its value and `back`, its backward.
 
-    y, back = op(x)        back(dy) -> dx, of the shape of x; to be called at most once
+    y, back = op(x)        back(dy) -> dx, of the shape of x; call it at most once
 
-A `back` may overwrite what its forward kept, for nobody else holds it. Softmax p = exp(x - max) / sum
-has dx = p * (dp - sum(dp * p)); cross-entropy after softmax has dlogits = (p - onehot) / count.
-Stands in for the autograd of torch.nn.functional. All functions follow the dtype of their operands and
-are analytic where they are smooth, so that a complex step measures their derivative to the last digits.
+A `back` may overwrite the arrays that its forward kept: nothing else holds them.
+Softmax p = exp(x - max) / sum has dx = p * (dp - sum(dp * p)); cross-entropy after softmax has
+dlogits = (p - onehot) / count. Stands in for the autograd of torch.nn.functional. All functions follow the
+dtype of their operands and are analytic where they are smooth, so that a complex step measures their
+derivative to the last digits.
 """
 
 import math
@@ -17,7 +18,7 @@ from .backend import Array, fused, quiet_overflow, xp
 
 Back = Callable[..., Any]
 
-IGNORE = -100  # the label that counts for nothing, as in PyTorch
+IGNORE = -100  # the label to ignore, as in PyTorch
 
 
 def rows(x: Array) -> Array:
@@ -51,7 +52,7 @@ def _softmax_back_(p: Array, dp: Array) -> Array:
 
 @fused
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)); an exp that overflows gives the right 0 and says nothing."""
+    """1 / (1 + exp(-x)); where exp overflows it is the right 0, without a warning."""
     y = -x
     with quiet_overflow():
         xp.exp(y, out=y)
@@ -140,7 +141,7 @@ def rope_frequencies(width: int, theta: float) -> Array:
 def rope_tables(positions: Array, heads: int, inverse: Array, dtype: Any) -> tuple[Array, Array]:
     """cos and signed sin (T, H*E) of position * frequency (E/2,), for H heads.
 
-    Each head has its cosines twice, and its sines first with a minus: as `rope` wants them.
+    Each head has its cosines twice, and its sines first negated, then as they are: the layout of `rope`.
     """
     angle = positions[:, None] * inverse  # float64 until the end: large positions lose no digits
     cos, sin = xp.cos(angle), xp.sin(angle)
@@ -155,7 +156,7 @@ def rope(x: Array, cos: Array, sin: Array, width: int) -> tuple[Array, Back]:
     memory and one that swaps the halves: heads, of E numbers, are too short to loop over.
     """
     N, T, W = x.shape
-    cos, sin = cos[:, :W], sin[:, :W]  # fewer heads, where keys have fewer
+    cos, sin = cos[:, :W], sin[:, :W]  # keys may have fewer heads
 
     def turn(x: Array, sin: Array) -> Array:
         swapped = x.reshape(N, T, W // width, 2, width // 2)[..., ::-1, :].reshape(N, T, W)
@@ -181,7 +182,7 @@ def unheads(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(N, T, -1)
 
 
-TILE = 64  # queries that attention takes at once: few enough to skip, many enough for long products
+TILE = 64  # queries per step of attention: few, to skip masked keys; many, for long products
 
 
 def attention(q: Array, k: Array, v: Array, tile: int = TILE) -> tuple[Array, Back]:
@@ -190,9 +191,9 @@ def attention(q: Array, k: Array, v: Array, tile: int = TILE) -> tuple[Array, Ba
     q (N, H, T, E); k, v (N, G, S, E), where head h reads group h // (H/G) and the T queries are the
     last of the S positions. Returns (N, H, T, E); back gives (dq, dk, dv).
 
-    Queries go in tiles of `tile`, each against the keys up to its own last position: up to half of the
-    products and exponentials are never computed. With e = exp(scores) the sums l = e 1 come out of the
-    product e [v, 1], and y = e v / l: no pass divides e. On the way back, with dy' = dy / l,
+    Queries go in tiles of `tile`, each against the keys up to its last position, which skips up to half of
+    the products and exponentials. With e = exp(scores) the sums l = e 1 come out of the product e [v, 1],
+    and y = e v / l: no pass divides e. In the backward, with dy' = dy / l,
 
         dv = eᵀ dy'        ds = e * (dy' vᵀ - δ)        δ = sum(dy' * y) over E = sum(p * dp) over S
 
@@ -250,9 +251,9 @@ def _add(total: Array, seen: int, part: Array) -> Array:
 
 
 def attend_one(q: Array, k: Array, v: Array) -> Array:
-    """`attention` of a single query (T = 1), the newest: nothing is masked, and no gradient is wanted.
+    """`attention` of a single query (T = 1), the newest, without mask or backward.
 
-    The H/G heads that read one group stand where the T queries stood: one product for all of them.
+    The H/G heads that read one group take the place of the T queries: one product for all of them.
     """
     N, G, _, E = k.shape
     scores = (q.reshape(N, G, -1, E) / math.sqrt(E)) @ k.swapaxes(-1, -2)  # (N, G, H/G, S)
@@ -270,10 +271,10 @@ def dropout(x: Array, keep: Array) -> tuple[Array, Back]:
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Back]:
-    """Mean over labels of -log softmax(logits)[label], in nats; a label of -100 counts for nothing.
+    """Mean over labels of -log softmax(logits)[label], in nats; a label of -100 is ignored.
 
-    logits (..., V), labels (...) of ints. back(d) takes the scalar's gradient. With no label that
-    counts, the loss and its gradient are 0.
+    logits (..., V), labels (...) of ints. back(d) takes the scalar's gradient. If every label is
+    ignored, the loss and its gradient are 0.
     """
     z, labels = rows(logits), labels.reshape(-1)
     counted = labels != IGNORE
@@ -300,7 +301,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Back]:
 def saved(back: Back) -> dict[str, Array]:
     """The arrays that a `back` keeps alive, by the name of the variable that holds each.
 
-    Only what closures hold counts; a parameter belongs to its layer.
+    Only arrays in closures count; a parameter belongs to its layer.
     """
     found: dict[str, Array] = {}
 

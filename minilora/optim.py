@@ -4,8 +4,8 @@
     p <- p - lr (mhat / (sqrt(vhat) + eps) + decay p)
 
 Kingma and Ba 2015, algorithm 1; decay decoupled from the gradient as in Loshchilov and Hutter 2019.
-Stands in for torch.optim.AdamW; leaves out amsgrad and fused kernels. A group is a predicate on names:
-what decays, and how much faster one kind of parameter learns (LoRA+ is such a rule).
+Stands in for torch.optim.AdamW; leaves out amsgrad and fused kernels. Groups are functions of a
+parameter's path: whether it decays, and how much faster it learns (LoRA+ is such a rule).
 """
 
 import math
@@ -19,7 +19,7 @@ from .layers import Param
 
 
 def decay_matrices(path: str, p: Param) -> bool:
-    """Decay what has two axes: matrices, but neither norms nor biases."""
+    """Decay parameters with two axes: matrices, but neither norms nor biases."""
     return p.data.ndim >= 2
 
 
@@ -61,10 +61,10 @@ class AdamW:
             check_float("clip", self.clip, 0, math.inf, open_low=True)
 
     def step(self, params: Mapping[str, Param], lr: float | None = None, norm: float | None = None) -> float:
-        """Update all params that have a gradient and clear it; returns the gradient's global norm.
+        """Update every param that has a gradient, and clear it; returns the global norm of the gradient.
 
-        A caller that has brought the norm to the host passes it in. NonFiniteError, with nothing changed,
-        when a gradient is not finite.
+        Pass `norm` if it is on the host already. NonFiniteError, with nothing changed, when a gradient is
+        not finite.
         """
         lr = self.lr if lr is None else lr
         norm = global_norm(params) if norm is None else norm
@@ -96,7 +96,7 @@ class AdamW:
         return {f"{k}.{path}": to_host(a) for k, d in moments.items() for path, a in d.items()}
 
     def load(self, state: Mapping[str, Array], t: int) -> None:
-        """Continue from what `state` returned after `t` steps; MismatchError if a moment lacks its other."""
+        """Restore what `state` returned after `t` steps; MismatchError if an m lacks its v, or a v its m."""
         for name, a in state.items():
             if name[:2] not in ("m.", "v."):
                 raise MismatchError(f"optimizer state has {short(name)}; expected names in 'm.' or 'v.'")
@@ -112,7 +112,7 @@ def _update(
     p: Array, m: Array, v: Array, g: Array, shrink: Any, decay: Any, b1: Any, c1: Any, b2: Any, c2: Any,
     rate: Any, correct2: Any, eps: Any,
 ) -> None:  # fmt: skip
-    """The formulas above on one parameter in place; c = 1 - b, and the first correction is in the rate."""
+    """The formulas above for one parameter, in place; c = 1 - b, and `rate` includes the first correction."""
     if shrink is not None:
         g = g * shrink
     m *= b1

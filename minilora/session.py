@@ -1,4 +1,4 @@
-"""What long commands share: a folder of work with a checkpoint, training that goes on, a progress bar."""
+"""Shared by long commands: a work folder with a checkpoint, training that resumes, a progress bar."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from .formats.safetensors import open_tensors
 from .optim import AdamW, Schedule
 from .training import train
 
-CHECKPOINT = "checkpoint.safetensors"  # its name in a folder of work
+CHECKPOINT = "checkpoint.safetensors"  # its name in a work folder
 
 
 class Recipe(Protocol):
-    """What `fit` reads of a command's recipe, a frozen dataclass."""
+    """The fields that `fit` reads of a command's recipe, a frozen dataclass."""
 
     @property
     def steps(self) -> int:
-        """Updates."""
+        """Number of updates."""
 
     @property
     def batch(self) -> int:
-        """Windows or examples in each."""
+        """Windows or examples per update."""
 
     @property
     def warmup(self) -> int:
-        """Steps in which the learning rate rises, at most all."""
+        """Steps over which the learning rate rises, at most all."""
 
 
 def begin(out: Path | str, kind: str, overwrite: bool = False) -> Path:
-    """Where a command will write, once a dead run's folder is cleared; StorageError if it is taken."""
+    """Clear a dead run's folder and return the path to write; StorageError if it is taken."""
     out = Path(out)
     tidy(out, kind)
     check_free(out, overwrite)
@@ -63,10 +63,10 @@ def fit(
     progress: Callable[[int, float], None] | None = None,
     threads: int | None = None,
 ) -> tuple[History, float]:
-    """Train by a recipe, on from the checkpoint `saved` if it is there: the history, and tokens per second.
+    """Train by a recipe, from the checkpoint `saved` if it exists; returns history and tokens per second.
 
-    `rng` draws the batches, of windows of `length` tokens; `text` is the digest of what they are drawn from.
-    A checkpoint is written `every` so many steps, after `measure()`, whose time does not count.
+    `rng` draws the batches, of windows of `length` tokens; `text` is the digest of the text they come from.
+    A checkpoint is written every `every` steps, after `measure()`, whose time does not count.
     """
     start, done = time.monotonic(), 0
 
@@ -104,7 +104,7 @@ def fit(
 
 @contextlib.contextmanager
 def bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, if that is a terminal: called with what is done and what there is."""
+    """A progress bar on stderr, if that is a terminal; call it with the count done and the total."""
     from tqdm import tqdm
 
     with tqdm(unit=f" {unit}", disable=None, dynamic_ncols=True) as line:
@@ -118,10 +118,10 @@ def bar(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def workshop(out: Path, kind: str) -> Iterator[Path]:
-    """The path of a checkpoint, in a locked folder beside `out` that goes when the body has written `out`.
+    """A checkpoint's path, in a locked folder next to `out` that is removed once the body has written `out`.
 
-    After an error it stays for the next run, if a checkpoint is in it. LockedError if another process is
-    at it.
+    After an error the folder stays for the next run, if it holds a checkpoint. LockedError if another process
+    is using it.
     """
     work = folder_of_work(out, kind)
     try:
@@ -129,16 +129,16 @@ def workshop(out: Path, kind: str) -> Iterator[Path]:
             yield work / CHECKPOINT
             discard(work, out)
     except BaseException:
-        with contextlib.suppress(MiniloraError):  # the other error is the one to tell
+        with contextlib.suppress(MiniloraError):  # the first error is the one to report
             tidy(out, kind)
         raise
 
 
 def tidy(out: Path, kind: str) -> None:
-    """Remove the folder of a run's checkpoint from which no run goes on; what can go on stays.
+    """Remove a work folder that no run can resume from; keep it if one can.
 
-    So it is if there is no checkpoint, or one that has all its steps and is older than `out`: the run died
-    after it had written that.
+    None can if there is no checkpoint, or one that has all its steps and is older than `out`: that run died
+    after it had written `out`.
     """
     work = folder_of_work(out, kind)
     if exists(work):
@@ -149,7 +149,7 @@ def tidy(out: Path, kind: str) -> None:
 
 
 def finished(checkpoint: Path, written: int) -> bool:
-    """Whether a run had made all its steps when something was written, at a time in nanoseconds."""
+    """Whether a run had done all its steps by the time `written`, in nanoseconds."""
     try:
         meta = json.loads(open_tensors(checkpoint).metadata["minilora"])
         over = len(meta["history"]["loss"]) == meta["run"]["recipe"]["steps"]
@@ -159,5 +159,5 @@ def finished(checkpoint: Path, written: int) -> bool:
 
 
 def folder_of_work(out: Path, kind: str) -> Path:
-    """Where a run that makes `out` keeps its checkpoint."""
+    """The folder where a run that makes `out` keeps its checkpoint."""
     return out.with_name(f".{out.name}.{kind}")

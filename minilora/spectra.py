@@ -4,9 +4,9 @@
 
     ΔW = Q (s R Tᵀ) Pᵀ        so its singular values are those of the r x r core s R Tᵀ.
 
-A spectrum means nothing without that of noise beside it: a Gaussian n x n matrix has a participation
-ratio of n/2 and an effective rank of 0.8 n. The same holds for the overlap of two subspaces, for what
-ΔW amplifies and for its intruders, so each has its null beside it. All numbers are computed in float64.
+A spectrum means nothing without that of noise next to it: a Gaussian n x n matrix has a participation
+ratio of n/2 and an effective rank of 0.8 n. The same holds for the overlap of two subspaces, the
+amplification and the intruders, so each has its null next to it. All numbers are computed in float64.
 """
 
 from __future__ import annotations
@@ -43,21 +43,27 @@ def thin_values(B: Array, A: Array, scale: float = 1.0) -> np.ndarray:
 
 
 def singular_values(change: Factors | Array) -> np.ndarray:
-    """The singular values of ΔW, from its thin factors or dense, falling."""
+    """The singular values of ΔW, largest first, from its thin factors or a dense matrix."""
     if isinstance(change, Factors):
         return thin_values(*change)
     return to_host(xp.linalg.svd(change.astype(xp.float64), compute_uv=False))
 
 
 def spectrum(model: Any) -> dict[str, np.ndarray]:
-    """Path -> singular values of ΔW for every adapted matrix: thin for LoRA, dense for the others."""
+    """Path -> singular values of ΔW for every adapted matrix: thin for LoRA, dense for the others.
+
+    StateError if the model has no adapter.
+    """
     layers = adapted(model)
     changes = {path: adapter.change(layers[path].base) for path, adapter in active(model).items()}
     return {path: singular_values(change) for path, change in changes.items() if change is not None}
 
 
 def spectrum_between(base: Any, tuned: Any) -> dict[str, np.ndarray]:
-    """Path of the layer -> singular values of W_tuned - W_base for every matrix of two plain models."""
+    """Path of the layer -> singular values of W_tuned - W_base for every matrix of two plain models.
+
+    MismatchError if their names differ.
+    """
     before, after = named_params(base), named_params(tuned)
     if before.keys() != after.keys():
         raise MismatchError("the two models have other parameters; expected the same names")
@@ -69,12 +75,12 @@ def spectrum_between(base: Any, tuned: Any) -> dict[str, np.ndarray]:
 
 
 def norm(s: np.ndarray) -> float:
-    """|ΔW|, Frobenius, from its singular values, whose squares may be too small for float64."""
+    """The Frobenius norm |ΔW| from its singular values, whose squares may underflow float64."""
     return math.hypot(*s.tolist())
 
 
 def relative(s: np.ndarray) -> np.ndarray:
-    """Singular values over the largest, whose squares are no less than they should be; zeros stay."""
+    """Singular values over the largest, so that their squares do not underflow; zeros stay."""
     return s / s.max() if s.any() else s
 
 
@@ -115,7 +121,7 @@ def noise_spectrum(
 ) -> np.ndarray:
     """The mean spectrum of pure noise with Frobenius norm 1: a Gaussian (m, n), or a product of rank r.
 
-    What a flat spectrum looks like: not a sign of anything learned.
+    A flat spectrum looks like this: it is no sign of learning.
     """
     m, n = shape
     total = 0.0
@@ -129,7 +135,7 @@ def noise_spectrum(
     return np.asarray(total) / draws
 
 
-# ---- two subspaces, and a change against what it changes
+# ---- two subspaces, and a change against its base
 
 
 def similarity(U: Array, V: Array) -> np.ndarray:
@@ -145,12 +151,12 @@ def similarity(U: Array, V: Array) -> np.ndarray:
 
 
 def random_similarity(i: int, j: int, D: int) -> float:
-    """The mean of phi(i, j) for random subspaces of R^D: max(i, j) / D, not small where D is."""
+    """The mean of phi(i, j) for random subspaces of R^D: max(i, j) / D, not small where D is small."""
     return max(i, j) / D
 
 
 def amplification(W: Array, U: Array, S: Array, Vt: Array) -> tuple[float, float]:
-    """|ΔW| / |Uᵀ W V|: by how much ΔW is stronger than W along its own directions, and that of random ones.
+    """|ΔW| / |Uᵀ W V|: how much stronger ΔW is than W along ΔW's directions, and along random ones.
 
     U (O, r), S (r,), Vᵀ (r, I) are those of ΔW (Hu et al. 2021, section 7.3 and definition H.4). Along
     random directions |Uᵀ W V| is |W| r / sqrt(O I).
@@ -162,15 +168,15 @@ def amplification(W: Array, U: Array, S: Array, Vt: Array) -> tuple[float, float
 
 
 def quotient(a: float, b: float) -> float:
-    """a / b of two norms: 0 where a is 0, infinite where b alone is."""
+    """a / b of two norms: 0 where a is 0, infinite where only b is 0."""
     return a / b if b else math.inf if a else 0.0
 
 
 def intruders(W: Array, delta: Array, k: int = 10) -> np.ndarray:
     """max |cos| (k,) of each of the first k left singular vectors of W + ΔW with all those of W.
 
-    A vector that resembles none of the base's is an intruder (Shuttleworth et al. 2024). How small is
-    small depends on the dimension: `intruder_threshold`.
+    A vector that resembles none of the base's is an intruder (Shuttleworth et al. 2024). The
+    threshold depends on the dimension: `intruder_threshold`.
     """
     before = xp.linalg.svd(W, full_matrices=False)[0]
     after = xp.linalg.svd(W + delta, full_matrices=False)[0][:, :k]
@@ -179,15 +185,15 @@ def intruders(W: Array, delta: Array, k: int = 10) -> np.ndarray:
 
 @functools.cache
 def intruder_threshold(D: int, n: int | None = None, share: float = 0.99, draws: int = 1000) -> float:
-    """What max |cos| of a random unit vector of R^D with n orthonormal ones stays below with this chance.
+    """The `share` quantile of max |cos| of a random unit vector of R^D with n orthonormal ones.
 
-    The paper's bare 0.5 is passed by more than half of all random vectors where D is 16. For D = 64, 256,
+    With D = 16 more than half of all random vectors exceed the paper's fixed 0.5. For D = 64, 256,
     768, 4096 this is 0.46, 0.25, 0.16, 0.07: a vector below it resembles the base no more than chance does.
     """
     rng = np.random.default_rng(0)
     n = D if n is None else n
 
-    def one() -> float:  # outside the n only the length counts, and a head has a D of 100,000
+    def one() -> float:  # outside the n only the length counts; a head has D = 100,000
         x = rng.standard_normal(n)
         rest = rng.chisquare(D - n) if n < D else 0.0
         return float(abs(x).max() / math.sqrt(x @ x + rest))
@@ -199,7 +205,7 @@ def top_vectors(W: Array, k: int, rounds: int = 6) -> tuple[Array, Array]:
     """The first k left (O, k) and right (I, k) singular vectors of W, by subspace iteration.
 
     With 10 spare directions and 6 rounds the error of a vector falls as (s_{k+11} / s_i)^13 (Halko et al.
-    2011, section 4.5): as good as needed for an overlap, and far cheaper than a whole decomposition.
+    2011, section 4.5): accurate enough for an overlap, and far cheaper than a full decomposition.
     """
     rng = np.random.default_rng(0)
     n = min(k + 10, *W.shape)

@@ -1,8 +1,7 @@
-"""Foreign text where it is shown: a terminal, a figure, a page; and the lines of a report.
+"""Foreign text made safe for a terminal, a figure or a page; and the lines of a report.
 
 The name of a file, of a module or of anything else from outside may hold escape codes, line breaks,
-characters that turn the direction of a line, and signs that mean something where they are shown. Here a
-text is made a text, whatever shows it.
+characters that reverse a line, and markup. The functions here make it plain text wherever it is shown.
 """
 
 from collections.abc import Sequence
@@ -15,14 +14,14 @@ WIDEST = 60  # characters of a foreign text in a figure
 
 
 def plain(text: str, keep: str = "") -> str:
-    r"""A text without characters that cannot be printed: they stand as in Python, \x1b or \u202e."""
+    r"""A text with unprintable characters escaped as in Python, \x1b or \u202e, except those in `keep`."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def drawn(text: str) -> str:
-    """A text for matplotlib, plain and cut: a $ is no formula there, and a label with _ is no secret."""
+    """A text for matplotlib, plain and cut: $ starts no formula there, and a leading _ hides no label."""
     text = plain(text)
     if len(text) > WIDEST:
         text = f"{text[: WIDEST // 2]}…{text[1 - WIDEST // 2 :]}"
@@ -31,27 +30,27 @@ def drawn(text: str) -> str:
 
 
 def markup(text: str) -> str:
-    """A text for HTML, plain, in an element or an attribute."""
+    """A text as HTML, plain and escaped, for an element or an attribute."""
     from html import escape
 
     return escape(plain(text), quote=True)
 
 
 def counted(n: int, one: str, more: str) -> str:
-    """A number and what is counted, "1 tensor is" or "3 tensors are"."""
+    """A number and its noun, "1 tensor is" or "3 tensors are"."""
     return f"{n} {one if n == 1 else more}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text below a head, each line named by its first; all text in it may be foreign."""
+    """Lines of cells below a head, each named by its first cell; any text in it may be foreign."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
 
     def lines(self) -> list[str]:
-        """Its lines for a terminal, without the caption; the first column stands flush left."""
+        """Its lines for a terminal, without the caption; the first column is flush left."""
         cells = [[plain(cell) for cell in line] for line in (self.head, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells)
@@ -77,10 +76,9 @@ class Table:
         return self.html()
 
     def markdown(self, align: str = "") -> str:
-        """The table in Markdown, without the caption; cells may hold Markdown of their own.
+        """The table in Markdown, without the caption; cells may hold Markdown.
 
-        `align` has one letter for each column, l or r; unless given, the first stands left and all else
-        right.
+        `align` has one letter per column, l or r; by default the first is flush left and the others right.
         """
         align = align or "l".ljust(len(self.head), "r")
         rule = ["---:" if side == "r" else "---" for side in align]
@@ -89,14 +87,14 @@ class Table:
 
 
 def printed(*parts: str | Table) -> str:
-    """A report for a terminal: lines and tables, all plain, so that no foreign text can end a line."""
+    """A report for a terminal: lines and tables, all plain, so that no foreign text can break a line."""
     return "\n".join(
         line for part in parts for line in (part.lines() if isinstance(part, Table) else [plain(part)])
     )
 
 
 def html(*parts: str | Table) -> str:
-    """The same report for a notebook: the lines between two tables stand together, spaces as they are."""
+    """The same report for a notebook: the lines between two tables form one block, spaces as they are."""
     made = []
     for table, group in groupby(parts, lambda part: isinstance(part, Table)):
         if table:
@@ -107,7 +105,7 @@ def html(*parts: str | Table) -> str:
 
 
 def report(kind: type[Kind]) -> type[Kind]:
-    """A class whose `parts()`, tables and lines, are what it prints and what a notebook shows."""
+    """Decorate a class so that it prints, and shows in a notebook, the tables and lines of its `parts()`."""
     methods: Any = kind
     methods.__str__ = lambda self: printed(*self.parts())
     methods._repr_html_ = lambda self: html(*self.parts())
@@ -115,6 +113,6 @@ def report(kind: type[Kind]) -> type[Kind]:
 
 
 def settings(config: Any) -> Table:
-    """The fields of a dataclass and their values."""
+    """A table of a dataclass's fields and their values."""
     rows = [(f.name, repr(getattr(config, f.name))) for f in fields(config)]
     return Table(("field", "value"), rows, type(config).__name__)

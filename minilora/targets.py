@@ -1,7 +1,7 @@
 """Which modules a name means: targets, exclusions and saved modules -> the paths of a model.
 
-A name means the module whose path is that name, or ends with "." and that name. Every name must mean
-something: one that matches nothing is an error with the nearest names.
+A name means the module whose path is that name, or ends with "." and that name. A name that matches
+nothing is an error, which lists the nearest names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def matches(entry: str, path: str) -> bool:
 
 
 def resolve(what: str, entries: Sequence[str], among: Sequence[str]) -> list[str]:
-    """The paths that the entries mean, in the order of the model; MismatchError for an idle entry."""
+    """The paths that the entries mean, in the model's order; MismatchError for one that matches nothing."""
     for entry in entries:
         if not any(matches(entry, path) for path in among):
             known = {path.rpartition(".")[2] for path in among} | (set(among) if "." in entry else set())
@@ -42,7 +42,7 @@ def resolve(what: str, entries: Sequence[str], among: Sequence[str]) -> list[str
 
 
 def pick(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
-    """The value of the first pattern entry that means this path."""
+    """The value of the first pattern entry that means this path, else `default`."""
     return next((value for entry, value in pattern.items() if matches(entry, path)), default)
 
 
@@ -62,10 +62,11 @@ def find_targets(
     numbers: Sequence[int] | None = None,
     saved: Sequence[str] = (),
 ) -> list[str]:
-    """The paths, among `layers` (path -> base layer), of the linear maps and embeddings that are meant.
+    """The paths, among `layers` (path -> base layer), of the linear maps and embeddings that `targets` means.
 
-    "all-linear" means every Linear but lm_head and what is `saved`; a compiled regex matches whole paths.
-    `exclude` wins, and of what is left only that in the layers of these `numbers` counts (None: in any).
+    "all-linear" means every Linear except lm_head and those `saved`; a compiled regex matches whole paths.
+    `exclude` wins over `targets`; of the rest, only modules in the layers `numbers` count (None: in any).
+    MismatchError for a name that matches nothing, ConfigError if no module is left.
     """
     check_targets(targets)
     adaptable = [path for path, layer in layers.items() if isinstance(layer, Linear | Embedding)]
@@ -87,7 +88,7 @@ def find_targets(
 
 
 def in_layers(path: str, wanted: Sequence[int] | None, among: Sequence[str]) -> bool:
-    """Whether a module lies in one of the wanted layers, each of which must be there; None: in any."""
+    """Whether a module lies in one of the `wanted` layers (None: in any); ConfigError if one is missing."""
     if wanted is None:
         return True
     numbers = {int(match[1]) for p in among if (match := LAYER.match(p))}
@@ -99,7 +100,7 @@ def in_layers(path: str, wanted: Sequence[int] | None, among: Sequence[str]) -> 
 
 
 def with_head(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers, and for a tied head the one that it becomes when it is adapted: a Linear on the table."""
-    if getattr(model, "lm_head", model) is not None:  # it has its own, or is no language model
+    """The layers, and the one that a tied head becomes when it is adapted: a Linear on the table."""
+    if getattr(model, "lm_head", model) is not None:  # an untied head, or no language model
         return dict(layers)
     return {**layers, "lm_head": Linear(layers["model.embed_tokens"].weight)}

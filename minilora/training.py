@@ -2,9 +2,9 @@
 
     for each batch: loss = gradient(batch); optimizer.step
 
-Stands in for a trainer; leaves out callbacks, devices and distributed anything. Whatever is trainable is
-trained, so LoRA and full fine-tuning are the same call. One checkpoint file holds all that is needed to
-go on as if nothing had happened, to the bit.
+Stands in for a trainer; leaves out callbacks, devices and distributed training. `train` trains every
+trainable parameter, so LoRA and full fine-tuning are the same call. One checkpoint file holds all that a run
+needs to resume bit for bit.
 """
 
 from __future__ import annotations
@@ -46,17 +46,16 @@ def train(
     threads: int | None = None,
     recompute: bool = False,
 ) -> History:
-    """Train what is trainable for `steps` updates; each averages `accumulate` batches of equal weight.
+    """Train all trainable parameters for `steps` updates; each averages `accumulate` batches of equal weight.
 
-    `schedule(step)` is the factor on the learning rate (constant 1 unless given); `evaluate` runs before
-    the first update, every `eval_every` and after the last. With a `checkpoint` path, the run continues
-    from the file if it is there and keeps it up to date; `rngs` names the generators that the batches
-    and the dropout draw from, whose states belong to it, and `identity` what else a run must share to
-    go on (the data, say). `threads` compute micro-batches, one for each
-    core unless given; `recompute` keeps two activations per block and computes the rest again. Neither
-    changes a bit (fast/). StateError when nothing is trainable, InputError when the batches run out,
-    NonFiniteError when loss or gradient is not finite: the parameters are then those of the last good
-    step.
+    `schedule(step)` is the factor on the learning rate (default: 1); `evaluate` runs before the first update,
+    every `eval_every` updates and after the last. With a `checkpoint` path, the run resumes from the file if
+    it exists and keeps it up to date. `rngs` names the generators of batches and dropout, whose states the
+    file holds; `identity` is what else a resumed run must share (the data, say). `threads` compute
+    micro-batches (default: one per core); `recompute` keeps two activations per block and recomputes the
+    rest. Neither changes a bit of the result (fast/). StateError when nothing is trainable, InputError when
+    the batches run out, NonFiniteError when loss or gradient is not finite: the parameters are then those of
+    the last good step.
     """
     check_batches(batches, "ml.batches(ml.encode(text), rng, batch_size, length)")
     check_int("steps", steps, 1)
@@ -79,7 +78,7 @@ def train(
         history = load_checkpoint(checkpoint, model, optimizer, rngs, run, steps)
     done = len(history.loss)
     source = iter(batches)
-    if not rngs:  # batches that no generator draws, a list say, are passed over as far as they were used
+    if not rngs:  # batches that no generator draws, a list say: skip those already used
         source = islice(source, done * accumulate, None)
     if evaluate and not done:
         history.evals.append((0, evaluate()))
@@ -90,9 +89,9 @@ def train(
                 if len(some) < accumulate:
                     missing = accumulate - len(some)
                     raise InputError(f"the batches ran out; expected {missing} more for step {step + 1}")
-                with quiet_overflow():  # a loss or gradient that is not finite is an error of its own
+                with quiet_overflow():  # a loss or gradient that is not finite raises below
                     mean = gradient(some)
-                    loss, square = floats(mean, squared_norm(params))  # all that a step brings to the host
+                    loss, square = floats(mean, squared_norm(params))  # a step's only copy to the host
                     if not math.isfinite(loss):
                         raise NonFiniteError(f"step {step + 1}: the loss is {loss}; step {step} is kept")
                     lr = optimizer.lr * (schedule(step) if schedule else 1.0)
@@ -112,7 +111,10 @@ def train(
 
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> float:
-    """Mean loss in nats per token over batches, each weighted by its count of labels."""
+    """Mean loss in nats per token over batches, each weighted by its count of labels.
+
+    InputError if there is no label.
+    """
     check_batches(batches, "ml.eval_batches(ml.encode(text), batch_size, length)")
     total, count = 0.0, 0
     copy = replica(model)
@@ -129,7 +131,7 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
 
 
 def check_batches(batches: Any, how: str) -> None:
-    """InputError, saying `how` batches are made, for what is often taken for them: a text, its path, ids."""
+    """InputError, saying `how` to make batches, for common mistakes: a text, its path, an array of ids."""
     first = batches[0] if isinstance(batches, list | tuple) and batches else None
     pair = isinstance(first, list | tuple) and len(first) == 2
     kind = ""
@@ -150,9 +152,9 @@ def check_batches(batches: Any, how: str) -> None:
 def about(
     model: Any, optimizer: AdamW, schedule: Callable[[int], float] | None, accumulate: int
 ) -> dict[str, Any]:
-    """What a resumed run must share with the one that it goes on from, beside its trained parameters.
+    """The settings that a resumed run must share with the run it continues, besides the trained parameters.
 
-    A schedule that is no Schedule is not compared: a function does not say what it does.
+    Of schedules only a Schedule is compared: another function does not say what it does.
     """
     o = optimizer
     frozen = {path.replace(".", "/"): p for path, p in named_params(model).items() if not p.trainable}

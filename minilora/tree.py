@@ -47,7 +47,7 @@ def named_params(tree: Any) -> dict[str, Param]:
 
 
 def trained(tree: Any) -> dict[str, Param]:
-    """Path -> Param of those that are trained."""
+    """Path -> Param of the trained parameters."""
     return {path: p for path, p in named_params(tree).items() if p.trainable}
 
 
@@ -57,7 +57,7 @@ def trains(tree: Any) -> bool:
 
 
 def freeze(tree: Any, keep: Callable[[str], bool] = lambda path: False) -> None:
-    """Train nothing in the tree but the parameters whose path `keep` accepts."""
+    """Freeze the tree, except the parameters whose path `keep` accepts; those are trained."""
     for path, p in named_params(tree).items():
         p.trainable = keep(path)
         p.grad = None
@@ -70,14 +70,14 @@ def unfreeze(tree: Any) -> None:
 
 
 def replica(tree: T) -> T:
-    """A copy of a tree that shares every array, and every generator, and has gradients of its own."""
+    """A copy of a tree that shares every array and generator but not the gradients."""
     shared: dict[int, Any] = {id(p): Param(p.data, p.trainable) for p in named_params(tree).values()}
     shared |= {id(node.rng): node.rng for _, node in walk(tree) if isinstance(node, Dropout)}
     return deepcopy(tree, shared)
 
 
 def settings(tree: Any) -> dict[str, Any]:
-    """Path -> value of every plain number, flag and name in a tree: what it is beside its parameters."""
+    """Path -> value of every plain number, flag and name in a tree: all of it except its parameters."""
     return {
         f"{path}.{name}": part
         for path, node in walk(tree)
@@ -92,14 +92,14 @@ def digest(tree: Any) -> str:
 
 
 def outline(tree: Any) -> str:
-    """A tree of shapes, a line for each layer; * is trained, and equal neighbours in a list stand once."""
+    """A tree of shapes, one line per layer; * means trained, and equal neighbours in a list appear once."""
     params = named_params(tree).values()
     total, changing = (sum(p.data.size for p in params if p.trainable or every) for every in (True, False))
     return printed(f"{type(tree).__name__}: {total:,} parameters, {changing:,} trained (*)", *branches(tree))
 
 
 def branches(node: Any) -> list[str]:
-    """The lines of an outline for what is below a node."""
+    """The outline's lines for everything below a node."""
     groups: list[tuple[str, str, list[str]]] = []  # first name, last name, lines
     for name, part in children(node):
         if isinstance(part, Param) or not any(isinstance(below, Param) for _, below in walk(part)):

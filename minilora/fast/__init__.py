@@ -1,1 +1,1 @@
-"""What changes only time and memory; without it the results are the same."""
+"""Optimizations of time and memory alone; without them the results are the same."""

@@ -2,8 +2,8 @@
 
     y = x (W + ΔW)ᵀ        dx = dY (W + ΔW)        dA and dB as ever, from the thin factors
 
-A rewrite of a replica: LowRank adapters are swapped for Folded ones, and back. It is the same function, up to
-rounding; deleting this file changes times and nothing else.
+A rewrite of a replica: LowRank adapters are swapped for Folded ones, and back. The function is the same, up
+to rounding; deleting this file changes times and nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Folded:
         return Linear(self.weight, base.bias)(x, Need.NONE)[0], self.backward(base, x, need)
 
     def backward(self, base: Linear, x: Array, need: Need) -> Back:
-        """The gradients without the value."""
+        """The backward without the value."""
         adapter, z = self.adapter, rows(x)  # (M, I)
         back_x = Linear(self.weight, base.bias).backward(x, need)
 
@@ -44,7 +44,7 @@ class Folded:
 
 
 class Place(NamedTuple):
-    """Where an active LowRank stands in a tree, and beside which base."""
+    """The place of an active LowRank in a tree, and its base."""
 
     parent: Any
     name: str
@@ -67,10 +67,10 @@ def places(model: Any) -> list[Place]:
 
 
 def pays(adapter: LowRank, M: int) -> bool:
-    """Whether M rows are cheaper through W + ΔW, formed for them, than beside W.
+    """Whether M rows are cheaper with W + ΔW, formed for them, than with W and the factors apart.
 
-    2 O I r operations, and as many again in time for writing and reading O I numbers, save
-    2 M (O + I) r: those of H Bᵀ in the forward and of (s dY B) A in the backward.
+    Forming it costs 2 O I r operations, and the time of as many again to write and read O I numbers. It
+    saves 2 M (O + I) r: H Bᵀ in the forward and (s dY B) A in the backward.
     """
     O, I = len(adapter.B.data), adapter.A.data.shape[1]  # noqa: E741
     return M * (O + I) > 2 * O * I
@@ -80,7 +80,7 @@ def pays(adapter: LowRank, M: int) -> bool:
 def folded(replicas: Sequence[Sequence[Place]], M: int) -> Iterator[None]:
     """Within the context replicas of one model share each W + ΔW, formed once, where it pays for M rows.
 
-    `replicas` are their `places`. A and B must not change meanwhile.
+    `replicas` holds the `places` of each. A and B must not change within the context.
     """
     swapped = [same for same in zip(*replicas, strict=True) if pays(same[0].adapter, M)]
     try:

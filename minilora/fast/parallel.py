@@ -2,12 +2,12 @@
 
     loss = sum of (n_i / n) loss_i,   n_i of the batch's n labels in micro-batch i; the gradient likewise
 
-Llama.loss on a whole batch means the same; micro-batches mean less memory, and NumPy lets go of the
-interpreter's lock inside its functions, so threads keep as many cores busy, if each call is long enough.
-Each thread works on a replica: a model that shares every array with the first and has gradients of its own.
-The cut depends on shapes alone and gradients are added in the order of the micro-batches: the number of
-threads changes no bit. Stands in for torch's data parallelism; leaves out processes and machines, over which
-a sweep spreads whole runs instead.
+Llama.loss on a whole batch gives the same. Micro-batches need less memory, and NumPy releases the
+interpreter's lock inside its functions, so threads keep as many cores busy if each call is long enough. Each
+thread works on a replica: a model that shares every array with the first but not the gradients. The cut
+depends on shapes alone and gradients are added in the order of the micro-batches, so the number of threads
+changes no bit. Stands in for torch's data parallelism; leaves out processes and machines: a sweep spreads
+whole runs over those.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ..tree import replica, trained, walk
 from .folded import folded, places
 from .recompute import recompute as wrap
 
-MICRO_BATCH = 1 << 17  # numbers (tokens x width) at most: where calls are shorter, threads wait in turn
+MICRO_BATCH = 1 << 17  # numbers (tokens x width) at most; with shorter calls threads wait for the lock
 
 Batch = tuple[Array, Array]  # ids (N, T) and labels (N, T)
-Weighted = tuple[Array, Array, float]  # the same of some rows, and their weight
+Weighted = tuple[Array, Array, float]  # ids and labels of some rows, and their weight
 
 
 def micro_batches(ids: Array, labels: Array, width: int) -> Iterator[Weighted]:
     """A batch cut by rows into equal micro-batches, each weighted by its share of the labels.
 
-    A batch that is not a pair of equal shapes stays whole, and the model refuses it; so does any batch on a
-    GPU, where many small calls are what costs.
+    A batch that is not a pair of equal shapes stays whole, and the model refuses it. On a GPU every batch
+    stays whole, since many small calls are slow there.
     """
     shape: tuple[int, ...] = getattr(ids, "shape", ())
     if len(shape) != 2 or 0 in shape or shape != getattr(labels, "shape", ()) or not on_host():
@@ -48,7 +48,7 @@ def micro_batches(ids: Array, labels: Array, width: int) -> Iterator[Weighted]:
 
 
 def add(total: Array | None, g: Array | None) -> Array | None:
-    """One gradient more; None is that of a parameter which the loss does not reach."""
+    """Add one gradient; None means that the loss does not reach the parameter."""
     if total is None or g is None:
         return g if total is None else total
     total += g
@@ -59,10 +59,10 @@ def add(total: Array | None, g: Array | None) -> Array | None:
 def on_threads(
     model: Any, threads: int | None = None, recompute: bool = False
 ) -> Iterator[Callable[[list[Batch]], Array]]:
-    """A function: batches -> their mean loss, on the device; its gradient is left in the model's parameters.
+    """Yields a function: batches -> their mean loss, on the device; it leaves the gradient in the parameters.
 
-    `threads` None means one for each core. There is one only where BLAS cannot be held to one thread, on a
-    GPU, and for a model with dropout, whose masks come from one generator in one order. `recompute` trades
+    `threads` None means one per core. Only one is used where BLAS cannot be held to one thread, on a GPU,
+    and for a model with dropout, whose masks come from one generator in one order. `recompute` trades
     time for memory (recompute.py).
     """
     threads = cores() if threads is None else threads
@@ -105,7 +105,7 @@ def on_threads(
                 for batch in batches
                 for ids, labels, w in micro_batches(*batch, width)
             ]  # fmt: skip
-            M = sum(getattr(ids, "size", 0) for ids, *_ in jobs)  # the model refuses what is no array
+            M = sum(getattr(ids, "size", 0) for ids, *_ in jobs)  # the model refuses anything else
             with folded(adapters, M):
                 results = run_all(run, jobs)
                 loss, grads = next(results)

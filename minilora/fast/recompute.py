@@ -1,8 +1,8 @@
 """Activation checkpointing: a block keeps what enters its two halves and runs each again in the backward.
 
-Time for memory (Chen et al. 2016): one more forward, without the last product of each half, whose value
-nobody needs the second time. The dropout generators are set back, so the gradients are the same bits.
-A rewrite of a replica: every block is wrapped.
+Trades time for memory (Chen et al. 2016): one more forward, without the last product of each half, whose
+value is not needed again. The dropout generators are rewound, so the gradients are the same bits. A rewrite
+of a replica: every block is wrapped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .folded import Folded
 
 @dataclass(eq=False)
 class Last:
-    """The last linear map of a half: the second time, its value is not needed."""
+    """The last linear map of a half: in the second run its value is not needed."""
 
     layer: Layer
     again: bool = False
@@ -30,7 +30,7 @@ class Last:
         return (0, self.backward(x, need)) if self.again else self.layer(x, need)
 
     def backward(self, x: Array, need: Need) -> Back:
-        """The gradients, without the value where that can be left out."""
+        """The backward, without the value where that can be skipped."""
         match self.layer:
             case Linear():
                 return self.layer.backward(x, need)
@@ -60,7 +60,7 @@ class Recomputed:
 
 
 def half(norm: Any, inner: Any, last: Any, x: Array, need: Need, *how: Any) -> tuple[Array, Back]:
-    """x + inner(norm(x)), which runs once more in the backward; `last` is its last map."""
+    """x + inner(norm(x)), which runs again in the backward; `last` is its last map."""
     rngs = [node.rng.bit_generator for _, node in walk(inner) if isinstance(node, Dropout)]
     before = [rng.state for rng in rngs]
     y, back_once = residual(norm, inner, x, need, *how)

@@ -1,1 +1,1 @@
-"""Kinds of adapters beside LoRA: one idea a file. Each keeps the contract `Adapter` of layers.py."""
+"""Kinds of adapters other than LoRA: one idea per file. Each keeps the contract `Adapter` of layers.py."""

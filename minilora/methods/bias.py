@@ -27,14 +27,14 @@ class WithBias:
 
     @property
     def low_rank(self) -> Pair | None:
-        """The factors of the adapter beside it."""
+        """The factors of the other adapter, if there is one."""
         return self.adapter.low_rank if self.adapter else None
 
     def change(self, base: Linear) -> Any:
-        """ΔW of the adapter beside it; alone, zeros (O, I)."""
+        """ΔW (O, I) of the other adapter; zeros if there is none."""
         return self.adapter.change(base) if self.adapter else xp.zeros_like(base.weight.dense())
 
     def merged(self, base: Linear) -> Linear:
-        """A plain Linear with a copy of the bias."""
+        """A plain, frozen Linear with a copy of the bias."""
         weight = self.adapter.merged(base).weight if self.adapter else base.weight  # type: ignore[attr-defined]
         return Linear(weight, Param(self.bias.data.copy(), trainable=False))

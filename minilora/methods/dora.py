@@ -42,7 +42,7 @@ class DoRA:
             m.add_grad(dm)
             dz = g * dy_
             self.low_rank.learn(dz, h, x_)
-            if not self.detach:  # d|V| = -m dm / |V|, and |V| pulls along V / |V|
+            if not self.detach:  # d|V| = -m dm / |V|, and the gradient of |V| is V / |V|
                 dV = (-g * dm / n)[:, None] * V
                 B.add_grad(s * (dV @ A.data.T))
                 A.add_grad(s * (B.data.T @ dV))
@@ -52,7 +52,7 @@ class DoRA:
         return y, Linear.back_to_bias(bias, back) if bias is not None and bias.trainable else back
 
     def change(self, base: Linear) -> Array:
-        """W' - W, (O, I): of full rank, as the rows have scales of their own."""
+        """W' - W, (O, I): of full rank, since each row is scaled separately."""
         return self.merged(base).weight.data - base.weight.dense()
 
     def merged(self, base: Linear) -> Linear:

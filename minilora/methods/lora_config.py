@@ -29,7 +29,7 @@ from .full_copy import FullCopy
 
 BIASES = ("none", "lora_only", "all")
 INITS = ("kaiming", "gaussian", "both")
-PEFT = {  # PEFT's name -> the one here
+PEFT = {  # PEFT's name -> ours
     "target_modules": "targets", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora",
     "use_dora": "dora", "init_lora_weights": "init ('kaiming' is PEFT's True)",
 }  # fmt: skip
@@ -40,7 +40,7 @@ class LoraConfig:
     """What to adapt, and how. Every entry of `targets` and the like must match something.
 
     A name matches a module whose path is that name or ends with "." and that name. s = alpha / r, or
-    alpha / sqrt(r) with `rslora` (Kalajdzievski 2023). What is excluded wins over what is named.
+    alpha / sqrt(r) with `rslora` (Kalajdzievski 2023). Exclusions win over targets.
     """
 
     r: int = 8
@@ -53,13 +53,13 @@ class LoraConfig:
     bias: str = "none"  # "lora_only": the biases of the targets are trained too; "all": all biases
     modules_to_save: Sequence[str] = ()  # trained in full beside LoRA: norms, embedding, head
     rslora: bool = False
-    dropout: float = 0.0  # of what A reads; an embedding's lookup has none
+    dropout: float = 0.0  # on the input of A; an embedding's lookup has none
     init: str = "kaiming"  # A ~ U(-1/sqrt(I), 1/sqrt(I)); "gaussian" N(0, 1/r²); "both": B random too
     dora: bool = False
-    detach: bool = False  # DoRA's norm as a constant on the way back
+    detach: bool = False  # DoRA's norm is a constant in the backward
 
     def __new__(cls, *args: Any, **given: Any) -> LoraConfig:
-        """Answer PEFT's names with the ones here."""
+        """ConfigError for PEFT's name of an option, with ours."""
         for name in PEFT.keys() & given.keys():
             raise ConfigError(f"{name} is PEFT's name; expected {PEFT[name]}")
         return super().__new__(cls)
@@ -98,7 +98,7 @@ class LoraConfig:
         return settings(self).html()
 
     def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
-        """Path -> a fresh adapter for every target, then for what is saved in full and for other biases.
+        """Path -> a fresh adapter for every target, then for modules saved in full and for other biases.
 
         ConfigError or MismatchError for a rank that does not fit, or a name that matches nothing.
         """
@@ -125,7 +125,7 @@ class LoraConfig:
         return new
 
     def low_rank(self, path: str, base: Any, rng: np.random.Generator) -> Adapter:
-        """A fresh low-rank adapter for one layer, DoRA's if that is wanted."""
+        """A fresh low-rank adapter for one layer: LoRA, or DoRA if `dora` is set."""
         r, alpha = pick(path, self.rank_pattern, self.r), pick(path, self.alpha_pattern, self.alpha)
         W = base.weight.dense()
         O, I = W.shape if isinstance(base, Linear) else W.shape[::-1]  # noqa: E741
