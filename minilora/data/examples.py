@@ -19,15 +19,15 @@ from ..ops import IGNORE
 from . import user_files
 from .batching import Batch
 
-Example = tuple[np.ndarray, int]  # ids, and where the loss begins
+Example = tuple[np.ndarray, int]  # ids, and the index where the loss begins
 
 
 def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
     """The examples of a file of JSON lines or a JSON array, or of a folder of such files in order of name.
 
-    Of a long prompt its end is kept. Each begins with what the tokenizer puts before a text, and ends with
-    the token that ends one, where there are such. FormatError or InputError counts the examples that cannot
-    be used, and names the first; InputError if too much of their text is lost.
+    A prompt that is too long keeps its end. Each example begins with the tokenizer's start tokens and ends
+    with a stop token, if it has any. FormatError or InputError counts the examples that cannot be used and
+    names the first; InputError if too much of their text is lost.
     """
     rows: list[Example] = []
     bad: list[tuple[str, MiniloraError]] = []
@@ -50,10 +50,10 @@ def examples(path: Path, words: Tokenizer, length: int) -> list[Example]:
 
 
 def entries(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Where each example of a file stands, a line or an item of the array, and what reads it there."""
+    """The place of each example in a file, a line or an item of the array, and a function that reads it."""
     text = user_files.text_of(path)
     if path.suffix.lower() != ".json":
-        for number, line in enumerate(text.split("\n"), 1):  # nowhere else: U+2028 may stand in a string
+        for number, line in enumerate(text.split("\n"), 1):  # only there: U+2028 may be in a string
             if line.strip():
                 yield f"{path}: line {number}", partial(parsed, line)
         return
@@ -68,7 +68,7 @@ def entries(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def parsed(text: str) -> Any:
-    """What a JSON text holds; FormatError if it is none, or gives a key twice."""
+    """The value of a JSON text; FormatError if it is invalid or gives a key twice."""
     try:
         return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
@@ -86,8 +86,8 @@ def strings(row: Any) -> list[str]:
 
 
 def example(parts: Sequence[np.ndarray], words: Tokenizer, length: int) -> Example:
-    """The ids of a prompt and its completion, or of a text, which is learnt from its first token on."""
-    n = max(1, len(words.start))  # what has no loss at least
+    """The ids of a prompt and its completion, or of a text, learnt from its first token on; InputError."""
+    n = max(1, len(words.start))  # so many tokens at least have no loss
     begun = words.begun(parts[0])
     prompt, answer = (begun, parts[1]) if len(parts) == 2 else (begun[:n], begun[n:])
     answer = np.concatenate([answer, sorted(words.stops)[:1]]).astype(np.int64)
@@ -104,7 +104,7 @@ def example(parts: Sequence[np.ndarray], words: Tokenizer, length: int) -> Examp
 
 
 def padded(rows: Sequence[Example]) -> Batch:
-    """Inputs and labels (N, T) of examples; what is prompt or beyond the end has no loss."""
+    """Inputs and labels (N, T) int64 of examples; prompts and padding have no loss."""
     T = max(len(ids) for ids, _ in rows) - 1
     inputs = np.zeros((len(rows), T), np.int64)
     labels = np.full((len(rows), T), IGNORE, np.int64)
@@ -115,6 +115,6 @@ def padded(rows: Sequence[Example]) -> Batch:
 
 
 def draws(rows: Sequence[Example], rng: np.random.Generator, batch: int) -> Iterator[Batch]:
-    """Endless batches of random examples, one draw of integers each, so that a saved `rng` goes on."""
+    """Endless batches of random examples, one draw of integers each, so a saved `rng` resumes the stream."""
     while True:
         yield padded([rows[i] for i in rng.integers(len(rows), size=batch)])

@@ -1,4 +1,4 @@
-"""A user's files: text or examples, and the errors that say what a file is that is neither."""
+"""A user's files: text or examples, or an error that says what else a file is."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..formats.tokenizer import MOST_LOST, utf8
 TEXT = {".txt", ".md", ".rst", ".py", ".c", ".h", ".js", ".html", ".tex", ".csv", ".json"}
 
 
-EXAMPLES = {".jsonl", ".ndjson", ".json"}  # in a file of its own, .json is no text
+EXAMPLES = {".jsonl", ".ndjson", ".json"}  # a .json outside a folder of text holds examples
 
 
 LEAST = 1000  # characters of a user's text
 
 
 def own_text(path: Path) -> str:
-    """The text of a user's file or folder, LEAST characters of it or more.
+    """The text of a user's file or folder, at least LEAST characters.
 
-    StorageError, FormatError or InputError if it cannot be read, is no text, or holds examples.
+    StorageError, FormatError or InputError if it cannot be read, is not text, is too short or holds examples.
     """
     examples, files = source(path)
     if examples:
@@ -34,7 +34,7 @@ def own_text(path: Path) -> str:
 
 
 def check_lost(where: Path | str, count: int, whole: int) -> None:
-    """InputError if the alphabet or vocabulary has nothing for more than MOST_LOST of a text."""
+    """InputError if more than MOST_LOST of a text is outside the alphabet or vocabulary."""
     if count > MOST_LOST * whole:
         raise InputError(
             f"{where}: {count / whole:.1%} of it is not in the base's alphabet; at most {MOST_LOST:.0%} may"
@@ -44,8 +44,9 @@ def check_lost(where: Path | str, count: int, whole: int) -> None:
 def source(path: Path) -> tuple[bool, list[Path]]:
     """Whether a user's file or folder holds examples, and its files, in order of name.
 
-    A file holds examples if its ending says so (EXAMPLES), else text. A folder with text in it holds text,
-    its .json too; without, or with .jsonl or .ndjson, it holds examples. InputError if it has both.
+    A file holds examples if its ending is in EXAMPLES, else text. A folder with a text file holds text,
+    its .json files too; without one it holds examples. InputError if text is beside .jsonl or .ndjson, or if
+    there is no such file.
     """
     if not os.path.isdir(path):
         return path.suffix.lower() in EXAMPLES, [path]
@@ -61,10 +62,10 @@ def source(path: Path) -> tuple[bool, list[Path]]:
 
 
 def text_of(path: Path) -> str:
-    """The text of a file; errors as `read` and `utf8`."""
+    """The text of a file; errors as in `read` and `utf8`."""
     return utf8(path, read(named(path)))
 
 
 def joined(texts: Iterable[str]) -> str:
-    """Texts one after the other, each with an empty line after it."""
+    """Texts concatenated, each with an empty line after it."""
     return "".join(text.strip() + "\n\n" for text in texts if text.strip())

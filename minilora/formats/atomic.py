@@ -1,18 +1,19 @@
 """The one way in which minilora reads and writes files. Three rules, each in one place.
 
-**Whole or not at all.** A file is written to a temporary name in the same folder, synced and renamed; a
-folder is filled beside its place and exchanged with what was there in one step of the system. Where there
-is no such step, what a crash between two renames leaves is found and put back by the next start. The one
-exception is a file of lines that each carry a digest: a line may be appended (`append`).
+**Whole or not at all.** A file is written under a temporary name in the same folder, synced and renamed. A
+folder is filled next to its final place and exchanged with the old one in a single system call. Where there
+is no such call, a crash between two renames may leave the old folder under another name; the next start
+finds it and puts it back. The one exception is a file whose lines each carry a digest: a line may be
+appended (`append`).
 
-**No link is followed.** A file in a folder is a regular file, and its name is no symbolic link (`opened`).
-What is written or locked has no second name, either. Only the path that the user gave may be a link:
-whoever takes a path from him calls `named`.
+**No link is followed.** A file in a folder is a regular file and not a symbolic link (`opened`). A file
+that is written or locked has no hard links, either. Only a path that the user gave may be a link: code that
+takes a path from the user calls `named`.
 
-**What is held is locked** by the kernel, folders that are in use and temporary names alike, and a lock is
-free the moment its holder dies. So what a dead process left can be told from what is being made, whatever
-became of its process id, and the next write to the same name clears it (`clear`). Where a system or a file
-system has no locks, it stays.
+**Folders in use and temporary files are locked** by the kernel, which frees a lock the moment its holder
+dies. So the leftovers of a dead process can be told from work in progress, whatever became of its process
+id, and the next write to the same name clears them (`clear`). Where a system or file system has no locks,
+they stay.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from typing import NamedTuple
 
 from ..errors import LockedError, MiniloraError, StorageError
 
-MARKS = ("config.json", "adapter_config.json")  # of a folder that may be overwritten
-BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and what may be in it
+MARKS = ("config.json", "adapter_config.json")  # one of them is in a folder that may be overwritten
+BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and only such files are in it
 OURS = re.compile(r"\.(?P<name>.+)\.\d+\.[0-9a-f]{8}\.(?P<kind>tmp|old)")  # the names that `temporary` makes
 BLOB = re.compile(r"(?P<up>(?:\.\./){2,9})blobs/(?P<hash>[0-9A-Za-z_-]{1,255})")
 EXCHANGE, AT_FDCWD = 2, -100  # Linux's renameat2
 
 
 class Stamp(NamedTuple):
-    """What tells a file from another one that is put in its place, and from itself when it is changed."""
+    """Identity and state of a file: another stamp means that the file was replaced or changed."""
 
     device: int
     inode: int
@@ -46,22 +47,22 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, found: os.stat_result) -> Stamp:
-        """The stamp of what the system says of a file."""
+        """The stamp of an `os.stat` result."""
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def flags(*names: str) -> int:
-    """Flags of `os.open` together, as far as the system has them."""
+    """These flags of `os.open`, combined; a flag that the system lacks counts as 0."""
     return sum(getattr(os, name, 0) for name in names)
 
 
 NOFOLLOW = flags("O_NOFOLLOW")
-SAFE = NOFOLLOW | flags("O_CLOEXEC", "O_NONBLOCK")  # a FIFO must not hold us up, either
+SAFE = NOFOLLOW | flags("O_CLOEXEC", "O_NONBLOCK")  # opening a FIFO must not block
 FOLDER = flags("O_RDONLY", "O_DIRECTORY", "O_CLOEXEC")
 
 
 def named(path: Path | str) -> Path:
-    """A path that the user gave: if it is a link, the file or folder that it means, or StorageError."""
+    """A path that the user gave; a link is resolved to its regular file or folder, or StorageError."""
     with named_errors(path):
         if not os.path.islink(path):
             return Path(path)
@@ -76,10 +77,10 @@ def named(path: Path | str) -> Path:
 
 @contextlib.contextmanager
 def opened(path: Path | str) -> Iterator[int]:
-    """A descriptor of the regular file at `path`; StorageError says what else is there.
+    """A descriptor of the regular file at `path`; StorageError if it is anything else.
 
-    The last step of the path is no link, but for those of the hub's cache (`blob`). Other names of the same
-    file are allowed where one only reads: pip and uv put files into place so.
+    The last component of the path may not be a link, except one in the hub's cache (`blob`). Hard links are
+    allowed for reading: pip and uv install files that way.
     """
     with named_errors(path):
         try:
@@ -97,10 +98,10 @@ def opened(path: Path | str) -> Iterator[int]:
 
 
 def blob(path: Path) -> int:
-    """Open what a link of the hub's own cache means, the only kind that is followed.
+    """Open the target of a link in the hub's cache, the only kind of link that is followed.
 
-    `snapshots/COMMIT/FILE` is there a link to `../../blobs/HASH` (one `../` more for each folder between):
-    so `snapshots` and `blobs` lie side by side, and neither they nor the blob are links.
+    There `snapshots/COMMIT/FILE` links to `../../blobs/HASH` (one more `../` for each folder between). So
+    `snapshots` and `blobs` must lie side by side, and neither they nor the blob may be links.
     """
     with contextlib.ExitStack() as stack:
         here = os.open(path.parent, FOLDER)
@@ -119,7 +120,7 @@ def blob(path: Path) -> int:
 
 
 def exists(path: Path | str) -> bool:
-    """Whether there is something at `path`, be it a link to nowhere; StorageError if that cannot be told."""
+    """Whether anything is at `path`, even a dangling link; StorageError if the system does not say."""
     with named_errors(path):
         try:
             os.lstat(path)
@@ -129,7 +130,7 @@ def exists(path: Path | str) -> bool:
 
 
 def size_of(path: Path | str) -> int:
-    """The size of a regular file in bytes; StorageError names what else it is."""
+    """The size of a regular file in bytes; StorageError if it is anything else."""
     with opened(path) as fd:
         return os.fstat(fd).st_size
 
@@ -143,7 +144,7 @@ def read(path: Path | str, limit: int = 1 << 30) -> bytes:
 
 
 def listed(folder: Path, endings: Collection[str]) -> list[str]:
-    """The regular files below a folder by relative path, in code-point order; no hidden ones, no links."""
+    """Relative paths of the regular files below a folder, in code-point order; no hidden files, no links."""
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
     plain = (path for path in paths if os.path.isfile(path) and not os.path.islink(path))
     names = sorted(path.relative_to(folder).as_posix() for path in plain)
@@ -151,22 +152,22 @@ def listed(folder: Path, endings: Collection[str]) -> list[str]:
 
 
 def stamp_of(path: Path | str) -> Stamp:
-    """Which regular file it is, and in what state; StorageError names what else it is."""
+    """The stamp of a regular file; StorageError if it is anything else."""
     with opened(path) as fd:
         return Stamp.of(os.fstat(fd))
 
 
 def read_at(path: Path | str, start: int, count: int, stamp: Stamp | None = None) -> bytes:
-    """`count` bytes of a file from `start` on; StorageError if it is not as it was by the `stamp`."""
+    """`count` bytes of a file from `start` on; StorageError if the file no longer matches `stamp`."""
     with opened(path) as fd:
         data = part(path, fd, start, count)
-        if stamp and stamp != Stamp.of(os.fstat(fd)):  # after reading: it may have changed on the way
+        if stamp and stamp != Stamp.of(os.fstat(fd)):  # after reading: it may have changed meanwhile
             raise StorageError(f"{path}: has been changed or replaced since it was opened; open it again")
         return data
 
 
 def part(path: Path | str, fd: int, start: int, count: int) -> bytes:
-    """`count` bytes of an open file from `start` on; one call of the system gives at most 2 GiB."""
+    """`count` bytes of an open file from `start` on; one system call returns at most 2 GiB."""
     with named_errors(path):
         os.lseek(fd, start, os.SEEK_SET)
         data = os.read(fd, count)
@@ -180,7 +181,7 @@ def part(path: Path | str, fd: int, start: int, count: int) -> bytes:
 
 @contextlib.contextmanager
 def named_errors(path: Path | str, what: str = "cannot be read") -> Iterator[None]:
-    """An error of the system, inside, is a StorageError that names the file."""
+    """Turn a system error inside the block into a StorageError that names the file."""
     try:
         yield
     except MiniloraError:
@@ -216,10 +217,10 @@ def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
 
 
 def append(path: Path | str, data: bytes) -> None:
-    """Add `data` to the end of the file `path`, durably, or leave it as it was and raise StorageError.
+    """Append `data` to the file `path`, durably, or leave it as it was and raise StorageError.
 
-    A file that is missing is made. A process that is killed here may leave a part of `data`, which is for
-    the reader to tell from the whole.
+    A missing file is created. A process that is killed here may leave part of `data`; the reader must
+    detect that.
     """
     path = Path(path)
     if not exists(path):
@@ -245,17 +246,17 @@ def append(path: Path | str, data: bytes) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data`; one call of the system may write less."""
+    """Write all of `data`; one system call may write less."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
 def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool = False) -> None:
-    """Make the folder `path` by filling a temporary one beside it and putting that in its place.
+    """Make the folder `path`: fill a temporary one beside it, then move that into place.
 
-    StorageError if there is something at `path`; with `overwrite` a model or adapter there goes, once the
-    new one is complete and on disk. Whatever fails before, `path` is as it was.
+    StorageError if anything is at `path`. With `overwrite`, a model or adapter there is removed once the new
+    one is complete and on disk. If anything fails before that, `path` is unchanged.
     """
     path = Path(path)
     check_free(path, overwrite)
@@ -285,13 +286,13 @@ def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool
 
 @contextlib.contextmanager
 def temporary(path: Path, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """A new name beside `path` and its descriptor, locked while that is open; what is left there goes."""
+    """A new temporary name beside `path` and its descriptor, locked while open and removed afterwards."""
     temp, fd = path, -1
     try:
         while fd < 0:
             temp = beside(path)
             fd = create(temp)
-            if not claimed(fd, temp):  # another process took it for left behind, and clears it
+            if not claimed(fd, temp):  # another process took it for a leftover and clears it
                 os.close(fd)
                 fd = -1
         yield temp, fd
@@ -309,7 +310,7 @@ def beside(path: Path) -> Path:
 
 
 def claimed(fd: int, temp: Path) -> bool:
-    """Lock what was just made; False if it is another process's or gone. Without locks it is ours."""
+    """Lock a new temporary; False if another process has it or it is gone. Without locks it is ours."""
     try:
         lock(fd)
         return os.path.samestat(os.fstat(fd), os.lstat(temp))
@@ -320,10 +321,10 @@ def claimed(fd: int, temp: Path) -> bool:
 
 
 def swap(temp: Path, path: Path) -> None:
-    """Put `temp` in the place of `path`, and what was there at `temp`: at no moment is there nothing.
+    """Exchange `temp` and `path` in one step, so that `path` is never missing.
 
-    Where the system cannot do it in one step, what was there has the name `.old` for a moment, under a
-    lock; if the process dies then, `clear` puts it back.
+    Where the system has no such step, the old folder is called `.old` for a moment, under a lock; if the
+    process dies then, `clear` puts it back.
     """
     if exchanged(temp, path):
         return
@@ -347,7 +348,7 @@ def swap(temp: Path, path: Path) -> None:
 
 
 def exchanged(a: Path, b: Path) -> bool:
-    """Exchange two names in one step; False where system or file system has none."""
+    """Exchange two names in one step; False where the system or file system cannot."""
     try:
         import ctypes
 
@@ -357,21 +358,21 @@ def exchanged(a: Path, b: Path) -> bool:
     if call(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):  # the last: old containers
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):  # EPERM: old containers
         return False
     raise OSError(number, os.strerror(number))
 
 
 def make_folder(path: Path | str) -> None:
-    """See to it that `path` is a folder, or StorageError."""
+    """Make the folder `path` if it is missing, or raise StorageError."""
     with named_errors(path, "cannot be a folder"):
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def check_free(path: Path | str, overwrite: bool = False) -> None:
-    """StorageError if there is something at `path`, or, with `overwrite`, anything but a model or adapter.
+    """StorageError if anything is at `path` or, with `overwrite`, anything but a model or adapter.
 
-    Before that, what dead processes left beside it is cleared.
+    First clears what dead processes left beside it.
     """
     path = Path(path)
     clear(path)
@@ -393,11 +394,11 @@ def plain(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
 
 
-# ---- what dead processes left
+# ---- leftovers of dead processes
 
 
 def clear(path: Path) -> None:
-    """Remove what dead processes left in the making of `path`, and put back what one had moved away."""
+    """Remove what dead processes left while writing `path`, and put back a folder that one had moved away."""
     if path.name:
         for left in leftovers(path.parent):
             match = OURS.fullmatch(left.name)
@@ -406,7 +407,7 @@ def clear(path: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """The temporary names in a folder; of one overwriting `.old` before `.tmp`."""
+    """The temporary names in a folder; those of one overwrite with `.old` before `.tmp`."""
     with named_errors(folder):
         try:
             return sorted(folder / name for name in os.listdir(folder) if OURS.fullmatch(name))
@@ -415,7 +416,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def clear_one(left: Path, home: Path | None = None) -> None:
-    """Remove a temporary name if nobody holds it; if its `home` is empty, put it there instead."""
+    """Remove a temporary name that nobody holds; if nothing is at its `home`, move it there instead."""
     try:
         fd = os.open(left, os.O_RDONLY | SAFE)
     except OSError:  # it is gone, a link, or somebody else's
@@ -435,9 +436,9 @@ def clear_one(left: Path, home: Path | None = None) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a folder of ours and all in it, if it is there."""
+    """Delete one of our folders with all its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
-        with contextlib.suppress(FileNotFoundError):  # another process does it, too
+        with contextlib.suppress(FileNotFoundError):  # another process deletes it, too
             for child in path.iterdir():
                 remove_tree(child)
             path.rmdir()
@@ -446,7 +447,7 @@ def remove_tree(path: Path) -> None:
 
 
 def discard(path: Path, home: Path) -> None:
-    """Delete a folder under a temporary name of `home`, so that a crash on the way leaves nothing of it."""
+    """Delete a folder under a temporary name of `home`, so that a crash leaves no half of it behind."""
     with named_errors(path, "not written"):
         temp = beside(home)
         try:
@@ -485,9 +486,9 @@ def lock(fd: int) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
-    """Hold `folder` (made if missing, no link) for this process; LockedError if another one holds it.
+    """Lock `folder` (made if missing, no link) for this process; LockedError if another process holds it.
 
-    In a browser, which has no locks, nobody else can be at it.
+    A browser has no locks and only this process.
     """
     folder = Path(folder)
     with named_errors(folder, "cannot be used"):
@@ -511,7 +512,7 @@ def locked(folder: Path | str) -> Iterator[None]:
                 raise LockedError(
                     f"{folder}: is in use by {holder}; wait for it, or use --out with another folder"
                 ) from None
-        with contextlib.suppress(OSError):  # a full disk: the lock is held, whatever it says
+        with contextlib.suppress(OSError):  # a full disk: the lock is held, whatever the file says
             os.ftruncate(fd, 0)
             os.write(fd, f"process {os.getpid()} on {os.uname().nodename}".encode())
         for left in leftovers(folder):

@@ -1,4 +1,4 @@
-"""All that a training run needs to go on, to the bit, in one safetensors file with its digest."""
+"""All that a training run needs to resume bit for bit, in one safetensors file with its digest."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .atomic import size_of, write_atomic
 from .forms import anything, named, number, one, real, record, several, text, tuple_of, whole, wrong
 from .safetensors import FLOATS, layout, open_tensors, unique
 
-FEW = 5  # evaluations from either end of a history that are shown
-GENERATORS = ("PCG64", "PCG64DXSM")  # whose states are numbers; default_rng's is the first
+FEW = 5  # evaluations shown from either end of a history
+GENERATORS = ("PCG64", "PCG64DXSM")  # their states are numbers; default_rng uses the first
 
 
 STATE = {"state": whole(high=2**128 - 1), "inc": whole(high=2**128 - 1)}
 
 
-META = record({  # what a checkpoint says beside its arrays
+META = record({  # the metadata of a checkpoint
     "history": record({
         "loss": several(number(), least=1),
-        "evals": several(tuple_of(whole(), real)),  # a user's measure may be infinite
+        "evals": several(tuple_of(whole(), real)),  # a user's metric may be infinite
     }),
     "rngs": named(record({
         "bit_generator": one(*GENERATORS),
@@ -38,7 +38,7 @@ META = record({  # what a checkpoint says beside its arrays
         "has_uint32": whole(high=1),
         "uinteger": whole(high=2**32 - 1),
     })),
-    "run": named(anything),  # compared with that of the run, whole
+    "run": named(anything),  # compared as a whole with the current run's
     "sha256": text,
 })  # fmt: skip
 
@@ -52,7 +52,7 @@ class History:
     evals: list[tuple[int, float]] = field(default_factory=list)
 
     def parts(self) -> list[str | Table]:
-        """Lines and a table: of many evaluations the first and the last few."""
+        """A line and a table; of many evaluations, the first and last few."""
         if not self.loss:
             return ["no steps"]
         rows = [(str(step), f"{value:.4f}") for step, value in self.evals]
@@ -77,10 +77,10 @@ def save_checkpoint(
     history: History,
     run: Mapping[str, Any],
 ) -> None:
-    """All that a run needs to go on, in one safetensors file with its digest, complete or not there."""
+    """Write all that a run needs to resume to one safetensors file with its digest, whole or not at all."""
     params, state = trained(model), optimizer.state()
     tensors = {f"p.{k}": to_host(p.data) for k, p in params.items()}
-    for name in [f"{part}.{k}" for k in params for part in "mv"]:  # what had no gradient yet has moments of 0
+    for name in [f"{part}.{k}" for k in params for part in "mv"]:  # without a gradient so far, moments are 0
         tensors[name] = state.get(name, np.zeros_like(tensors[f"p{name[1:]}"]))
     meta = {
         "history": {"loss": history.loss, "evals": [(step, float(value)) for step, value in history.evals]},
@@ -99,10 +99,10 @@ def load_checkpoint(
     run: Mapping[str, Any],
     steps: int,
 ) -> History:
-    """Put model, optimizer and generators where the file's run was, after at most `steps`.
+    """Restore model, optimizer and generators from a file, and return the history, of at most `steps`.
 
-    FormatError if one bit of the file has changed, or if it says what no run can; MismatchError if it was
-    another run. All of it is checked before anything is changed.
+    FormatError if one bit of the file has changed or if its content is impossible; MismatchError if it is
+    another run's; StorageError if it is too large. Everything is checked before anything is changed.
     """
     params = trained(model)
     most = 3 * sum(p.data.nbytes for p in params.values()) + (1 << 26)
@@ -143,10 +143,10 @@ def check_run(
     rngs: Mapping[str, np.random.Generator],
     steps: int,
 ) -> None:
-    """MismatchError unless a checkpoint's run is this one, and has not gone beyond it."""
+    """MismatchError unless a checkpoint is from this run and not beyond its `steps`."""
 
     def same(a: Any, b: Any) -> bool:
-        return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)  # true is not 1 there
+        return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)  # in JSON, true is not 1
 
     for k in dict(run) | meta["run"]:
         was, now = meta["run"].get(k), run.get(k)

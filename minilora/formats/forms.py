@@ -1,7 +1,7 @@
-"""What our own files must hold, said as data: forms, built from each other, that a JSON value has or not.
+"""Schemas of our own JSON files: forms, built from each other, that a value must match.
 
-A form is called with the name of a value and the value, and raises FormatError, naming the very part, if
-that is not as it says. A digest tells that a file is as it was written; a form, that it means something.
+A form is a function of a value's name and the value. It raises FormatError, naming the exact element, if the
+value does not match. A digest shows that a file is as it was written; a form, that its content makes sense.
 """
 
 import sys
@@ -15,7 +15,7 @@ LARGEST = sys.float_info.max
 
 
 def wrong(name: str, value: Any, expected: str) -> FormatError:
-    """What a form raises."""
+    """The error that a form raises."""
     return FormatError(f"{name} is {short(value)}; expected {expected}")
 
 
@@ -63,7 +63,7 @@ def one(*values: str | int | None) -> Form:
 
 
 def maybe(part: Form) -> Form:
-    """Null, or a value of a form."""
+    """Null, or a value of this form."""
 
     def form(name: str, value: Any) -> None:
         if value is not None:
@@ -73,11 +73,11 @@ def maybe(part: Form) -> Form:
 
 
 def anything(name: str, value: Any) -> None:
-    """Any value: it is compared elsewhere."""
+    """Any value; it is compared elsewhere."""
 
 
 def several(part: Form, least: int = 0) -> Form:
-    """Lists of any length, at least `least`, of one form."""
+    """Lists of `least` or more values of one form."""
 
     def form(name: str, value: Any) -> None:
         if type(value) is not list or len(value) < least:
@@ -89,7 +89,7 @@ def several(part: Form, least: int = 0) -> Form:
 
 
 def tuple_of(*parts: Form) -> Form:
-    """Lists of as many values as there are forms."""
+    """Lists with one value for each form, in order."""
 
     def form(name: str, value: Any) -> None:
         if type(value) is not list or len(value) != len(parts):
@@ -101,7 +101,7 @@ def tuple_of(*parts: Form) -> Form:
 
 
 def named(part: Form) -> Form:
-    """Objects with any names, and values of one form."""
+    """Objects with any keys and values of one form."""
 
     def form(name: str, value: Any) -> None:
         if type(value) is not dict:
@@ -113,7 +113,7 @@ def named(part: Form) -> Form:
 
 
 def has(parts: Mapping[str, Form]) -> Form:
-    """Objects with at least these names, each with a form of its own."""
+    """Objects with at least these keys, each with its form."""
 
     def form(name: str, value: Any) -> None:
         if type(value) is not dict:
@@ -127,7 +127,7 @@ def has(parts: Mapping[str, Form]) -> Form:
 
 
 def record(parts: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
-    """Objects with exactly these names, and the optional ones or not, each with a form of its own."""
+    """Objects with exactly these keys, and any of the optional ones, each with its form."""
     every = {**parts, **(optional or {})}
 
     def form(name: str, value: Any) -> None:

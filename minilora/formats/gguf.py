@@ -2,11 +2,11 @@
 
     4-bit weights in blocks of 32:  w = q d + m (Q4_1), w = q d (Q8_0), ...  decoded to float32
 
-llama.cpp turns neighbouring pairs (2j, 2j+1) of a query by rotary's angle, Hugging Face the pairs
-(j, j + E/2); the rows of q_proj and k_proj lie accordingly and are put back here. The wrong order is no
-error but a much worse model. The blocks are decoded by the package `gguf` (extra `gguf`). What stands
-before them is read here: the package walks a damaged length until no memory is left. Left out are other
-architectures, stretched rotary positions and tokenizers that are not byte-level BPE.
+llama.cpp rotates neighbouring pairs (2j, 2j+1) of a query, Hugging Face the pairs (j, j + E/2). A GGUF file
+has the rows of q_proj and k_proj in llama.cpp's order; they are put back here. The wrong order raises no
+error but gives a much worse model. The package `gguf` (extra `gguf`) decodes the blocks. The header is read
+here, because the package follows a damaged length until memory runs out. Leaves out other architectures,
+scaled rotary positions and tokenizers other than byte-level BPE.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 BLOCK = re.compile(r"(?:blk\.([0-9]{1,6})\.)?([a-z_]+)\.(weight|bias)")
-CONTROL = 3  # the token type of those that no text contains, such as the end of a turn
-SCALARS = "BbHhIif?--Qqd"  # by number, in the words of struct
+CONTROL = 3  # the type of tokens that no text contains, such as the end of a turn
+SCALARS = "BbHhIif?--Qqd"  # struct's format characters, by GGUF's type number
 STRING, ARRAY = 8, 9
 LONGEST = 1 << 26  # bytes of header
 
@@ -59,14 +59,14 @@ def hf_name(name: str) -> str:
 
 
 def half_split(W: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (H*E, ...) from neighbouring pairs to (j, j + E/2), within each head."""
+    """Reorder rows (H*E, ...) from pairs (2j, 2j+1) to pairs (j, j + E/2) within each head."""
     half = len(W) // heads // 2
     return W.reshape(heads, half, 2, *W.shape[1:]).swapaxes(1, 2).reshape(W.shape)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A tensor in the file: its numbers are blocks of a kind of ggml's, from byte `start` on."""
+    """A tensor in the file: blocks of one of ggml's types, from byte `start` on."""
 
     shape: tuple[int, ...]
     kind: int
@@ -76,7 +76,7 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """All that a GGUF file says before its numbers."""
+    """Everything in a GGUF file before the tensors' numbers."""
 
     values: Mapping[str, Any]
     tensors: Mapping[str, Blocks]
@@ -84,7 +84,7 @@ class Header:
 
 
 class Cursor:
-    """The bytes of a file one after the other, and none beyond its end: FormatError."""
+    """Reads the bytes of a header in order; FormatError beyond the end of the file."""
 
     def __init__(self, path: Path, stamp: Stamp) -> None:
         self.path, self.stamp, self.size, self.at, self.seen = path, stamp, stamp.size, 0, bytearray()
@@ -100,7 +100,7 @@ class Cursor:
         return bytes(self.seen[start : self.at])
 
     def numbers(self, kind: str, count: int = 1) -> list[Any]:
-        """The next numbers of a kind."""
+        """The next `count` numbers of one of struct's types."""
         return list(struct.unpack(f"<{count}{kind}", self.take(count * struct.calcsize(f"<{kind}"))))
 
     def number(self, kind: str = "Q") -> Any:
@@ -115,7 +115,7 @@ class Cursor:
             raise FormatError(f"{self.path}: the text before byte {self.at} is not UTF-8") from e
 
     def value(self) -> Any:
-        """The next metadata value, after its type."""
+        """The next metadata value; its type comes first."""
         kind = self.number("I")
         if kind == STRING:
             return self.text()
@@ -127,7 +127,7 @@ class Cursor:
         return self.numbers(self.scalar(kind), count)
 
     def scalar(self, kind: int) -> str:
-        """The word for numbers of a type."""
+        """struct's format character for a type, or FormatError."""
         if kind < len(SCALARS) and SCALARS[kind] != "-":
             return SCALARS[kind]
         raise FormatError(f"{self.path}: has a value of type {kind} before byte {self.at}; there is none")
@@ -140,7 +140,7 @@ def package() -> Any:
 
 @functools.lru_cache(maxsize=1)
 def header(path: Path, stamp: Stamp) -> Header:
-    """The header of a file in that state, checked as llama.cpp does."""
+    """The header of a file in the state `stamp`, checked as llama.cpp does."""
     sizes = package().GGML_QUANT_SIZES
     file = Cursor(path, stamp)
     if file.size < 4 or file.take(4) != b"GGUF":
@@ -176,7 +176,7 @@ def header(path: Path, stamp: Stamp) -> Header:
 
 
 def opened(path: Path) -> Header:
-    """The header of a GGUF file of a Llama; StorageError, FormatError or UnsupportedError."""
+    """The header of a Llama's GGUF file; StorageError, FormatError or UnsupportedError."""
     path = named(path)
     found = header(path.absolute(), stamp_of(path))
     if (kind := found.values.get("general.architecture")) != "llama":
@@ -185,7 +185,7 @@ def opened(path: Path) -> Header:
 
 
 def open_gguf(path: Path) -> tuple[Config, Tensors]:
-    """Shape and tensors of a Llama, by Hugging Face's names and in its order of rows."""
+    """Config and tensors of a Llama, with Hugging Face's names and row order."""
     file = opened(path)
     places = {}
     for name, blocks in file.tensors.items():
@@ -231,7 +231,7 @@ def beyond(path: Path) -> str:
 
 
 def shape(values: Mapping[str, Any], places: Mapping[str, Blocks]) -> Config:
-    """The Config of a GGUF file's metadata; ConfigError, also for what is missing."""
+    """The Config from a GGUF file's metadata; ConfigError for a wrong or missing value."""
     keys = {
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
@@ -255,14 +255,14 @@ def shape(values: Mapping[str, Any], places: Mapping[str, Blocks]) -> Config:
 
 
 def special(path: Path) -> dict[str, int]:
-    """bos_token_id and eos_token_id, as config.json has them."""
+    """bos_token_id and eos_token_id, as in a config.json."""
     values = opened(path).values
     given = {f"{k}_token_id": values.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
     return {name: number for name, number in given.items() if number is not None}
 
 
 def tokenizer_json(path: Path) -> str:
-    """The tokenizer of a GGUF file in the form of the package `tokenizers`, or UnsupportedError."""
+    """A GGUF file's tokenizer as the text of a tokenizer.json; UnsupportedError or FormatError."""
     values = opened(path).values
     kind = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
@@ -295,7 +295,7 @@ def tokenizer_json(path: Path) -> str:
 
 
 def template(path: Path, tokens: list[str]) -> dict[str, Any] | None:
-    """What puts bos before a text, if the file says that it stands there."""
+    """The post-processor that puts bos before a text, or None if the file does not ask for it."""
     if opened(path).values.get("tokenizer.ggml.add_bos_token") is not True:
         return None
     bos = special(path).get("bos_token_id")

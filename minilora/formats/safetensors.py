@@ -2,10 +2,10 @@
 
     8 bytes N, little-endian | N bytes of JSON: name -> dtype, shape, [begin, end) | the numbers, row-major
 
-The package `safetensors` cannot give bfloat16 to NumPy, takes a name that is given twice, and orders
-two entries of metadata by chance, so the container is read and written here: strictly, and with the
-same bytes for the same tensors. Its own writer and reader are the oracle in the tests. Integers,
-booleans and 8-bit floats are not read: who asks for one is told its name. No pickle is ever opened.
+The package `safetensors` cannot give bfloat16 to NumPy, accepts a name that is given twice, and orders
+two entries of metadata at random. So the container is read and written here: strictly, and with the same
+bytes for the same tensors. The package's writer and reader are the oracle in the tests. Integers, booleans
+and 8-bit floats are not read; the error names the tensor and its dtype. No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from ..digests import of_arrays
 from ..errors import FormatError, MismatchError, UnsupportedError, short
 from .atomic import read_at, stamp_of
 
-FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # as they lie in a file, in this order
+FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # in a file, and in this order
 OTHERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
 OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]{1,20}|F4|F8")
 CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LONGEST = 100_000_000  # bytes of header
 MOST = 100_000  # tensors; factors of every expert of DeepSeek-V3 (58 layers, 256 experts) are 89,088
-POINTER = b"version https://git-lfs."  # how what Git LFS leaves in the place of a file begins
-BRIEF = 1024  # bytes, of which it has fewer
+POINTER = b"version https://git-lfs."  # the beginning of a Git LFS pointer file
+BRIEF = 1024  # bytes; a pointer has fewer
 PRINTABLE = re.compile(r"[!-~]{1,500}")
 
 
 @dataclass(frozen=True, eq=False)
 class Tensors(Mapping[str, np.ndarray]):
-    """Name -> array, read when it is asked for: float64 as it is, all narrower ones as float32."""
+    """Name -> array, read on access: float64 as it is, all narrower dtypes as float32."""
 
     where: str  # the file or folder, for messages
     shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]  # F64, F32, F16, BF16, or what a GGUF file calls its own
+    dtypes: Mapping[str, str]  # F64, F32, F16, BF16, or a type of GGUF
     fetch: Callable[[str], np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what is otherwise here than in the file
+    notes: tuple[str, ...] = ()  # differences from the file
 
     def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
-        """Some of the tensors under other names, name here -> name there, and what is to be said of that."""
+        """Some of the tensors under new names (new name -> old name), with notes on the change."""
         shapes = {new: self.shapes[old] for new, old in names.items()}
         dtypes = {new: self.dtypes[old] for new, old in names.items()}
         return Tensors(self.where, shapes, dtypes, lambda new: self.fetch(names[new]), self.metadata, notes)
@@ -69,10 +69,10 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def open_tensors(path: Path | str) -> Tensors:
-    """The tensors of a safetensors file, of which only the header is read now.
+    """Open a safetensors file; only its header is read now.
 
-    Tensors of other numbers (a base's positions or masks) may be in it and are refused when they are asked
-    for. StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
+    It may hold tensors of other dtypes (a base's positions or masks), which are refused on access.
+    StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
     """
     stamp = stamp_of(path)
     size = stamp.size
@@ -84,7 +84,7 @@ def open_tensors(path: Path | str) -> Tensors:
         most = min(LONGEST, size - 8)
         raise FormatError(f"{path}: header length {length}; expected at most {most} in {size} bytes")
     raw = read_at(path, 8, length, stamp)
-    if (count := raw.count(b'"data_offsets"')) > MOST:  # before an object is made of each
+    if (count := raw.count(b'"data_offsets"')) > MOST:  # before an object is made for each
         raise FormatError(f"{path}: header has {count} tensors; expected at most {MOST}")
     header = parse(path, raw)
     metadata = header.pop("__metadata__", {})
@@ -118,7 +118,7 @@ def open_tensors(path: Path | str) -> Tensors:
 
 
 def refuse_pointer(path: Path | str, start: bytes) -> None:
-    """FormatError if the first BRIEF bytes of a file are what Git LFS leaves until it is fetched."""
+    """FormatError if `start`, the first BRIEF bytes of a file, is a Git LFS pointer: it was never fetched."""
     if len(start) < BRIEF and start.startswith(POINTER):
         size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
         number = f" of {int(size[1]):,} bytes" if size else ""
@@ -129,7 +129,7 @@ def refuse_pointer(path: Path | str, start: bytes) -> None:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The members of a JSON object, none of them given twice."""
+    """The members of a JSON object; ValueError if a key is given twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -149,13 +149,13 @@ def parse(path: Path | str, raw: bytes) -> dict[str, Any]:
 
 
 def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, begin, end) of one tensor's entry, or the error that `open_tensors` promises."""
+    """(dtype, shape, begin, end) of one tensor's entry; errors as in `open_tensors`."""
 
     def wrong(what: str, value: object, expected: str) -> FormatError:
         return FormatError(f"{path}: {short(name)}: {what} is {short(value)}; expected {expected}")
 
     if not PRINTABLE.fullmatch(name):
-        kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # with any module
+        kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # it fits no module
         raise kind(f"{path}: the tensor name {ascii(name)[:120]} is none; expected printable ASCII")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("entry", entry, "dtype, shape and data_offsets")
@@ -164,7 +164,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
         raise wrong("dtype", dtype, f"one of {', '.join(FLOATS)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
         raise wrong("shape", shape, "a list of at most 8 ints, at least 0")
-    if math.prod(max(n, 1) for n in shape) >= 1 << 60:  # which NumPy refuses, be it empty or not
+    if math.prod(max(n, 1) for n in shape) >= 1 << 60:  # NumPy refuses it, even an empty one
         raise wrong("shape", shape, "the shape of something that can be")
     if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
         raise wrong("data_offsets", offsets, "two ints")
@@ -177,14 +177,14 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
-    """bfloat16, given as uint16, as float32: its upper half. Exact."""
+    """bfloat16 (as uint16) to float32, whose upper half it is. Exact."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
 
 
 def narrowed(a: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16 of each float32 as uint16, ties to even; NaN stays NaN."""
+    """float32 to the nearest bfloat16 (as uint16), ties to even; NaN stays NaN."""
     with np.errstate(over="ignore", invalid="ignore"):
         u = np.ascontiguousarray(a, np.float32).view(np.uint32)
     upper = (u >> 16).astype(np.uint16)
@@ -193,7 +193,7 @@ def narrowed(a: np.ndarray) -> np.ndarray:
 
 
 def stored(a: np.ndarray, dtype: str) -> np.ndarray:
-    """What an array is after it was written as "float32", "float16", ... and read again."""
+    """An array as it is after it was written as "float32", "float16", ... and read back."""
     if dtype == "bfloat16":
         return widened(narrowed(a))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -205,7 +205,7 @@ def layout(
 ) -> Iterator[bytes]:
     """The bytes of a safetensors file, piece by piece: each array as it is, or all as `dtype`.
 
-    The order is that of the reference: wider dtypes first, then names; the metadata is sorted.
+    The order is the package's: wider dtypes first, then by name; the metadata is sorted.
     """
     kinds = {name: CALLED[dtype or a.dtype.name] for name, a in tensors.items()}
     order = sorted(tensors, key=lambda name: (list(FLOATS).index(kinds[name]), name))
@@ -227,5 +227,5 @@ def layout(
 
 
 def sealed(tensors: Mapping[str, Any], dtype: Any = None) -> str:
-    """sha256 over the names, shapes and values, in order of name: each as it is, or as `dtype`."""
+    """sha256 over names, shapes and values, sorted by name; values as they are, or as `dtype`."""
     return of_arrays(((name, tensors[name]) for name in sorted(tensors)), dtype)

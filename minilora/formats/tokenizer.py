@@ -1,11 +1,11 @@
-"""Text -> ids and back, as the model's folder says: its tokenizer.json, or the alphabet of data.py.
+"""Text -> ids and back, by the tokenizer.json in a model's folder, or by our ASCII alphabet.
 
-Byte-level BPE and all else that a tokenizer.json can hold is done by the package `tokenizers` (extra
-`tokenizers`). A folder without that file and with a vocabulary of 128 is one of ours: a character's id
-is its code point. Leaves out chat templates: a prompt is given as the model should see it, and the names
-of special tokens in it (`<|im_start|>`) mean those tokens. Tokens that the file puts before a text (BOS) are
-`start`: who begins a sequence adds them, once; what it puts after one is left out. A byte for which the
-vocabulary has no token is dropped, as upstream (SmolLM2 has none for six control characters).
+The package `tokenizers` (extra `tokenizers`) does byte-level BPE and everything else that a tokenizer.json
+can hold. A folder without that file and with a vocabulary of 128 is one of ours: a character's id is its
+code point. Leaves out chat templates: write a prompt as the model should see it; the names of special tokens
+in it (`<|im_start|>`) mean those tokens. `start` holds the tokens that the file puts before a text (BOS);
+the caller that begins a sequence adds them once. Tokens that the file puts after a text are left out. A byte
+without a token in the vocabulary is dropped, as upstream (SmolLM2 has none for six control characters).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .safetensors import refuse_pointer
 VOCAB = 128  # ASCII; of the ids below 32 only the newline, 10, ever occurs in a text
 
 
-STRANGE = re.compile(r"[^\n -~]")  # a character that is not in the alphabet
+STRANGE = re.compile(r"[^\n -~]")  # a character outside the alphabet
 
 
 PLAIN = dict(zip("‘’‚‛′“”„‟«»‐‑‒–—―−⁄øØłŁ", "'" * 5 + '"' * 6 + "-" * 7 + "/oOlL", strict=True))
@@ -55,7 +55,7 @@ def decode(ids: Array) -> str:
 
 
 def fold(text: str) -> str:
-    """The nearest text in the alphabet: no accents, plain quotes, "?" for what is left."""
+    """The nearest text in the alphabet: no accents, plain quotes, "?" for anything else."""
     import unicodedata
 
     def plain(strange: re.Match[str]) -> str:
@@ -70,13 +70,13 @@ def lost(text: str, plain: str) -> int:
     return plain.count("?") - text.count("?")
 
 
-MOST_LOST = 0.05  # of them: no letters of the alphabet, tokens that mean "unknown", control characters
+MOST_LOST = 0.05  # the largest share of characters outside the alphabet, unknown tokens or control characters
 
 
 CONTROLS = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")
 
 
-NO_TEXT = (  # what it is, its endings, and how it begins
+NO_TEXT = (  # kind, endings, first bytes
     ("a PDF", ".pdf", b"%PDF-"),
     ("an RTF document", ".rtf", rb"{\rtf"),
     ("a zip archive or an office document", ".zip .docx .xlsx .pptx .odt .ods .epub .npz", b"PK\3\4"),
@@ -100,7 +100,7 @@ NO_TEXT = (  # what it is, its endings, and how it begins
 
 
 def utf8(path: Path, data: bytes) -> str:
-    """The text of a file's bytes, without a byte order mark; FormatError says what it is if it is no text."""
+    """The text of a file's bytes without a byte order mark; FormatError says what it is if it is not text."""
     for kind, endings, start in NO_TEXT:
         if data.startswith(start) or path.suffix.lower() in endings.split():
             raise FormatError(f"{path}: is {kind}; expected a file of UTF-8 text")
@@ -117,7 +117,7 @@ def utf8(path: Path, data: bytes) -> str:
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-FILES = (  # what is copied beside a model that is made from another
+FILES = (  # copied from a base to a model made from it
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
@@ -132,21 +132,21 @@ class Tokenizer:
     stops: frozenset[int] = frozenset()
     fold: bool = False  # whether text must be folded into the alphabet first
     start: tuple[int, ...] = ()  # the ids that stand before a text, once
-    unknown: int | None = None  # the id of what the vocabulary has not
+    unknown: int | None = None  # the id of the unknown token
 
     def begun(self, ids: np.ndarray) -> np.ndarray:
-        """The ids (T,) of a text as a sequence begins, with `start` before them unless it is there."""
+        """The ids (T,) with `start` before them, unless they begin with it already."""
         n = len(self.start)
         return ids if tuple(ids[:n].tolist()) == self.start else np.concatenate([self.start, ids])
 
     def learn(self, text: str) -> tuple[np.ndarray, int]:
-        """The ids (T,) of any text, and how many of them stand for what has none."""
+        """The ids (T,) of any text, and how many of them stand for something unknown."""
         plain = fold(text) if self.fold else text
         ids = self.encode(plain)
         return ids, lost(text, plain) if self.fold else int(np.count_nonzero(ids == self.unknown))
 
 
-ALPHABET = Tokenizer(encode, decode, fold=True)  # of the base that ships: a character is its code point
+ALPHABET = Tokenizer(encode, decode, fold=True)  # of the base that ships: an id is a code point
 
 
 def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
@@ -175,7 +175,7 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
     bpe.no_padding()
 
     def to_ids(text: str) -> np.ndarray:
-        if half := SURROGATE.search(text):  # of bytes that were no UTF-8
+        if half := SURROGATE.search(text):  # from bytes that were not UTF-8
             raise InputError(f"character {half.start()} of the text is {half[0]!a}; expected Unicode text")
         return np.array(bpe.encode(text, add_special_tokens=False).ids, np.int64)
 
@@ -195,7 +195,7 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
 
 
 def stream(words: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as it grows, up to one that ends it; what is half a character waits for the rest."""
+    """The text of tokens as it grows, up to a stop token; an incomplete character waits for its rest."""
     ids: list[int] = []
     shown = 0
     for token in tokens:

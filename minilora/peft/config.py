@@ -1,9 +1,9 @@
 """PEFT's adapter_config.json: what it says, which modules it means, and how ours is written.
 
-Every field that changes the numbers is honoured or refused by name, and has its exact type: PEFT takes
-"false" for true and NaN for an alpha. Its patterns are regular expressions (patterns.py), and none is
-needed to write one: each module that differs gets a key of its own, since PEFT sorts the keys on saving
-and takes the first that fits on reading. They are gone through when it is asked what they mean.
+Every field that changes the numbers is honoured or refused by name, and its exact type is checked: PEFT
+takes "false" for true and NaN for an alpha. Its patterns are regular expressions (patterns.py), matched only
+when their modules are needed. Ours have one key for each module that differs and no wildcards, since PEFT
+sorts the keys on saving and takes the first match on reading.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from . import patterns
 from .kinds import KINDS
 
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-REFUSED = (  # what changes what B A means, in a way that is not done here
+REFUSED = (  # fields that change what B A means, in ways not done here
     "use_qalora", "arrow_config", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
     "megatron_config", "target_parameters",
 )  # fmt: skip
-BESIDE = (  # what acts beside B A, or not on every token: it can be looked at, but not loaded
+BESIDE = (  # fields that act beside B A, or not on every token: shown, but not loaded
     "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
     "ensure_weight_tying",
 )  # fmt: skip
@@ -44,11 +44,11 @@ USED = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "fan_in_fan_out", "init_lora_weights", "lora_dropout",
 )  # fmt: skip
-SWITCHES = ("lora_bias", "use_qalora", "ensure_weight_tying")  # of both, those that are true or false
+SWITCHES = ("lora_bias", "use_qalora", "ensure_weight_tying")  # the booleans in both lists
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base
 HIGHEST = 1 << 20  # rank
 MOST = safetensors.MOST // 2  # keys of a pattern: one for each module that a file can hold
-LARGEST = 1 << 23  # bytes: such a key in two patterns, 80 bytes each
+LARGEST = 1 << 23  # bytes of a config: so many keys in both patterns, 80 bytes each
 FEW = 1000  # names in a list that is compared with every module
 
 
@@ -70,22 +70,22 @@ class Settings:
     bias: str = "none"
     fan_in_fan_out: bool = False
     lora_dropout: float = 0.0
-    base: str | None = None  # base_model_name_or_path, which nothing compares
-    beside: tuple[str, ...] = ()  # what acts beside B A, as "lora_bias is True"
+    base: str | None = None  # base_model_name_or_path, never compared
+    beside: tuple[str, ...] = ()  # fields that act beside B A, as "lora_bias is True"
     where: str = "adapter_config.json"  # the file, for messages
 
     def scale(self, alpha: float, r: int) -> float:
-        """s of a module of this alpha and rank."""
+        """The scale s for this alpha and rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What rank_pattern or alpha_pattern says about some modules: of each the value of the first key."""
+    """What rank_pattern or alpha_pattern says about some modules: the value of the first key that matches."""
 
-    values: Mapping[str, Any]  # by module; one that no key means has the usual value
-    contested: tuple[str, ...]  # modules for which a later key has another value: the order decides
-    idle: tuple[str, ...]  # keys that mean none of the modules
+    values: Mapping[str, Any]  # by module; one that no key matches has the default
+    contested: tuple[str, ...]  # modules that a later key gives another value: the order decides
+    idle: tuple[str, ...]  # keys that match none of the modules
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -94,14 +94,14 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
-    """The settings in an adapter_config.json, and notes on what is beside; ConfigError names the field."""
+    """The settings in an adapter_config.json, and notes; ConfigError or UnsupportedError names the field."""
     given = read_fields(path)
 
     def wrong(name: str, expected: str) -> ConfigError:
         return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")
 
     kind = given.get("peft_type")
-    if not isinstance(kind, str) or not re.fullmatch("[A-Z0-9_]+", kind):  # a method has a name like that
+    if not isinstance(kind, str) or not re.fullmatch("[A-Z0-9_]+", kind):  # as all methods' names do
         raise wrong("peft_type", "'LORA'")
     if kind != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {short(kind)}; expected 'LORA'")
@@ -201,7 +201,7 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
 
 
 def check_targets(settings: Settings) -> None:
-    """ConfigError unless it can be told which modules of a base the config means."""
+    """ConfigError unless the config makes clear which modules of a base it means."""
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         entries = getattr(settings, name)
         for word in () if isinstance(entries, str) else entries:
@@ -216,7 +216,7 @@ def check_targets(settings: Settings) -> None:
 
 
 def chosen(settings: Settings, name: str, modules: Sequence[str]) -> Chosen:
-    """What rank_pattern or alpha_pattern says: in PEFT the first key counts that means the name's end."""
+    """What rank_pattern or alpha_pattern says: as in PEFT, the first key that matches a name's end counts."""
     pattern = getattr(settings, name)
     fits = patterns.fitting(pattern, modules, f"{settings.where}: {name}")
     keys, numbers = list(pattern), list(pattern.values())
@@ -229,7 +229,7 @@ def chosen(settings: Settings, name: str, modules: Sequence[str]) -> Chosen:
 
 
 def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) -> list[str]:
-    """Which of a base's modules the config means to adapt, by PEFT's rules."""
+    """The modules of a base that the config adapts, by PEFT's rules."""
     excluded = set(named(settings, "exclude_modules", modules))
     free = [m for m in modules if m not in excluded]
     free = [m for m in free if not any(f".{entry}." in f".{m}." for entry in settings.modules_to_save)]
@@ -249,7 +249,7 @@ def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) ->
 
 
 def named(settings: Settings, name: str, modules: Sequence[str]) -> list[str]:
-    """The modules that target_modules or exclude_modules names: by names, or by one regular expression."""
+    """The modules in target_modules or exclude_modules, a list of names or one regular expression."""
     entries = getattr(settings, name)
     if isinstance(entries, str):
         return patterns.whole(entries, modules, f"{settings.where}: {name}")
@@ -260,7 +260,7 @@ def named(settings: Settings, name: str, modules: Sequence[str]) -> list[str]:
 def peft_config(
     sizes: Mapping[str, tuple[int, float]], targets: Sequence[str], rslora: bool = False
 ) -> dict[str, Any]:
-    """A config for modules of these ranks and alphas: what they share, and where they differ."""
+    """A config for modules of these (rank, alpha): the most common pair, and patterns where others differ."""
     (r, alpha), _ = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))
 
     def differing(i: int, usual: float) -> dict[str, float]:
@@ -287,7 +287,7 @@ def peft_config(
 
 
 def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:
-    """The shortest list that means these modules and no other: last names where they do, else full ones."""
+    """The shortest list for exactly these modules: last names if they suffice, else full names."""
     short_names = {m.rpartition(".")[2] for m in wanted}
     return sorted(
         short_names if {m for m in modules if m.rpartition(".")[2] in short_names} == wanted else wanted
@@ -295,10 +295,10 @@ def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:
 
 
 def alphas_of(scales: Mapping[str, tuple[float, int]]) -> tuple[dict[str, float], bool]:
-    """The alphas of modules of these scales and ranks, and whether they are rsLoRA's, s = alpha / sqrt(r).
+    """The alphas of modules of these (scale, rank), and whether they are rsLoRA's, s = alpha / sqrt(r).
 
-    That way which gives every scale to the last bit, with whole alphas if it can be; else the nearest of
-    alpha / r.
+    Takes the rule that gives every scale to the last bit, with whole alphas if possible; else the nearest
+    alphas for s = alpha / r.
     """
     ways = []
     for rslora in (False, True):
@@ -312,7 +312,7 @@ def alphas_of(scales: Mapping[str, tuple[float, int]]) -> tuple[dict[str, float]
 
 
 def alpha_of(scale: float, over: float) -> float:
-    """The alpha whose quotient by `over` is the scale, to the last bit if there is one; a whole one first."""
+    """The alpha with alpha / over = scale to the last bit, a whole one if possible; else the nearest."""
     near = scale * over
     candidates = (round(near), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
     return next((alpha for alpha in candidates if alpha / over == scale), near)

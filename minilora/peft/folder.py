@@ -2,13 +2,12 @@
 
     base_model.model.MODULE.lora_A.weight (r, I)   .lora_B.weight (O, r)   s = alpha / r of the config
 
-Reading is generous: what is in the file counts, its ranks are those of the shapes, and where the config says
-otherwise a note tells it. Loading beside a base is strict where PEFT is not: a tensor without its module, a
-module without its tensors, a rank that is not the config's, a value that is not finite and another base are
-errors, each with the name of module and file. An adapter of any architecture can be opened; only its header
-is read until a matrix is asked for. Stands in for PeftModel.from_pretrained and save_pretrained; what they
-can do and this cannot is refused by name. No pickle is ever opened, and no
-regular expression of a file can take long.
+Reading is lenient: the file counts, ranks come from the shapes, and a note says where the config disagrees.
+Loading onto a base is strict where PEFT is not: a tensor without its module, a module without its tensors, a
+rank that is not the config's, a value that is not finite and another base are errors that name module and
+file. An adapter of any architecture can be opened; only its header is read until a matrix is needed. Stands
+in for PeftModel.from_pretrained and save_pretrained; what they can do and this cannot is refused by name. No
+pickle is ever opened, and no regular expression from a file can take long.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 BEFORE = re.compile(r"((_forward_module|module|model)\.)*(base_model\.model\.)+")  # module: DDP, DeepSpeed
 FACTORS, OF_TABLE = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 COPY, BIAS = "base_layer.weight", "base_layer.bias"
-ADDED = ("lora_B.bias", "token_adapter.trainable_tokens_delta")  # what acts beside B A
-PARTS = (*FACTORS, *OF_TABLE, COPY, BIAS, *ADDED)  # of an adapted module, beside the vectors of its kind
-TABLES = ("embed_tokens", "lm_head")  # whose weights PEFT adds unasked, where the vocabulary was resized
+ADDED = ("lora_B.bias", "token_adapter.trainable_tokens_delta")  # tensors that act beside B A
+PARTS = (*FACTORS, *OF_TABLE, COPY, BIAS, *ADDED)  # of an adapted module, besides the vectors of its kind
+TABLES = ("embed_tokens", "lm_head")  # PEFT adds their weights unasked if the vocabulary was resized
 
 
 def key_form() -> re.Pattern[str]:
-    """The form of a tensor's name: a module, and what it is of it."""
+    """The pattern of a tensor's name: the module, then which of its tensors it is."""
     bare = "|".join(
         ["lora_embedding_[AB]", *map(re.escape, vectors()), r"token_adapter\.trainable_tokens_delta"]
     )
@@ -59,39 +58,39 @@ def key_form() -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Where the factors of one module lie in the file, and what they mean: ΔW = s B A, (O, I)."""
+    """The factors of one module, by tensor name, and what they mean: ΔW = s B A, (O, I)."""
 
     A: str
     B: str
-    shape: tuple[int, int]  # (O, I); of an embedding (D, V), as A and B have it
+    shape: tuple[int, int]  # (O, I); of an embedding (D, V), as in A and B
     r: int
     alpha: float
     scale: float
     embedding: bool = False
-    vectors: Mapping[str, str] = field(default_factory=dict)  # what its kind has besides (kinds.py)
-    bias: str | None = None  # in the place of the base's
+    vectors: Mapping[str, str] = field(default_factory=dict)  # further tensors of its kind (kinds.py)
+    bias: str | None = None  # replaces the base's
     copy: str | None = None  # the base's own weight, which PEFT adds for embedding and head
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter's folder: its config, and where the factors of each module lie.
+    """An opened adapter folder: its config, and where the factors of each module are.
 
-    Tensors are called as PEFT calls them, whatever the file does.
+    Tensors have PEFT's names, whatever the file calls them.
     """
 
     where: Path
     settings: Settings
     pairs: Mapping[str, Pair]  # by module
-    replaced: Mapping[str, str]  # parameter of the base -> the tensor in its place
+    replaced: Mapping[str, str]  # parameter of the base -> the tensor that replaces it
     tensors: Tensors
-    notes: tuple[str, ...] = ()  # what is unusual and was accepted
-    doubts: tuple[str, ...] = ()  # where config and file disagree, told by who reads, refused by who loads
+    notes: tuple[str, ...] = ()  # unusual, but accepted
+    doubts: tuple[str, ...] = ()  # where config and file disagree: shown on reading, refused on loading
     made: Mapping[str, str] = field(default_factory=dict)  # minilora's own: base (its fingerprint), sha256
 
     @property
     def said(self) -> tuple[str, ...]:
-        """All that is to be told to who only looks at it."""
+        """All notes to show when the adapter is only inspected."""
         beside = (f"{field}: acts beside B A and is not in the numbers" for field in self.settings.beside)
         return (*self.notes, *beside, *self.doubts)
 
@@ -116,9 +115,9 @@ class Adapter:
 
 
 def open_adapter(folder: Path | str) -> Adapter:
-    """The adapter in a folder (or of a file in it): what the file holds, and where the config disagrees.
+    """Open the adapter in a folder (or of a file in it): what it holds, and where the config disagrees.
 
-    Numbers are read now only to compare the digest that minilora's own files carry.
+    Numbers are read now only to check the digest in minilora's own files.
     StorageError, FormatError, ConfigError, UnsupportedError or MismatchError name file and field or tensor.
     """
     folder = adapter_folder(folder)
@@ -149,10 +148,10 @@ def open_adapter(folder: Path | str) -> Adapter:
 def sort_out(
     path: Path, tensors: Tensors
 ) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str], list[str]]:
-    """PEFT's name -> key in the file; module -> part -> that name; keys that are none; notes on the others.
+    """PEFT's name -> key in the file; module -> kind of tensor -> PEFT's name; unknown keys; notes.
 
-    What wraps a model in training leaves its name in the keys (torch.compile, DDP, FSDP, DeepSpeed), and so
-    does the adapter's own name. Two keys that mean one tensor are a MismatchError, and so are two adapters.
+    Wrappers used in training (torch.compile, DDP, FSDP, DeepSpeed) leave their names in the keys, and so can
+    the adapter's name. Two keys for one tensor are a MismatchError, and so are two adapters.
     """
     keys: dict[str, str] = {}
     parts: dict[str, dict[str, str]] = {}
@@ -191,7 +190,7 @@ def sort_out(
 
 
 def lora_like(bare: str) -> bool:
-    """Whether a key is that of something LoRA adds, and so none of a parameter of the base."""
+    """Whether a key is of something that LoRA adds, and so not of a parameter of the base."""
     return any(
         step.startswith("lora_") or step in ("base_layer", "token_adapter") for step in bare.split(".")
     )
@@ -200,7 +199,7 @@ def lora_like(bare: str) -> bool:
 def read_parts(
     path: Path, settings: Settings, tensors: Tensors, parts: Mapping[str, Mapping[str, str]]
 ) -> tuple[dict[str, Pair], dict[str, str]]:
-    """The pairs by module, and the tensors in the place of parameters of the base."""
+    """The pairs by module, and parameter of the base -> the tensor that replaces it."""
     pairs: dict[str, Pair] = {}
     replaced: dict[str, str] = {}
     alphas = chosen(settings, "alpha_pattern", list(parts)).values
@@ -219,7 +218,7 @@ def read_parts(
 def pair_up(
     path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors, alpha: float
 ) -> Pair:
-    """One module's pair; MismatchError if there is no product of its factors."""
+    """One module's pair; MismatchError if a factor is missing or their shapes do not fit."""
     embedding = any(half in part for half in OF_TABLE)
     a, b = OF_TABLE if embedding else FACTORS
     for half, other in ((a, b), (b, a)):
@@ -252,7 +251,7 @@ def pair_up(
 
 
 def peculiar(given: Adapter) -> list[str]:
-    """What is unusual and taken, each once with an example."""
+    """Notes on what is unusual but accepted, each once with an example."""
     settings = given.settings
     first: dict[str, str] = {}
     for module, pair in given.pairs.items():
@@ -278,7 +277,7 @@ def peculiar(given: Adapter) -> list[str]:
 
 
 def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
-    """Where config and file say different things, as far as that can be told without a base or a pattern."""
+    """Where config and file disagree, as far as it shows without a base or a pattern of targets."""
     settings, pairs = given.settings, given.pairs
     if strange:
         what = counted(len(strange), "tensor is", "tensors are")
@@ -305,7 +304,7 @@ def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
 
 
 def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tuple[str, str]]:
-    """(kind, what) the config, by which its rank is r, says otherwise of one pair than the file."""
+    """(kind, text) of every disagreement on one pair; r is its rank by the config."""
     settings, shapes = given.settings, given.tensors.shapes
     if pair.r != r:
         what = f"lora_A {shapes[pair.A]} and lora_B {shapes[pair.B]}"
@@ -319,7 +318,7 @@ def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tupl
 
 
 def about_targets(given: Adapter) -> Iterator[str]:
-    """What a list of target_modules means and the file has not, or the other way round; no pattern is run."""
+    """Where a list of target_modules and the file's modules differ; no pattern is run."""
     settings = given.settings
     wanted, excluded = settings.target_modules, settings.exclude_modules
     if isinstance(wanted, str) or isinstance(excluded, str) or not wanted:
@@ -349,12 +348,12 @@ def licensed(settings: Settings, parameter: str) -> bool:
 
 
 def unlisted(given: Adapter) -> list[str]:
-    """The parameters that the file replaces and the config does not mention."""
+    """The parameters that the file replaces but the config does not mention."""
     return [parameter for parameter in given.replaced if not licensed(given.settings, parameter)]
 
 
 def unsaid(given: Adapter) -> dict[str, str]:
-    """What acts beside B A in the file and not in the config: tensor -> the field that would say so."""
+    """Tensors that act beside B A although the config does not say so: tensor -> the field that would."""
     flags = {
         name: "lora_bias" if name.endswith(ADDED[0]) else "trainable_token_indices"
         for name in given.tensors
@@ -373,9 +372,9 @@ def is_table(parameter: str) -> bool:
 
 
 def check_agreement(given: Adapter) -> None:
-    """The strict reading, beside a base: whatever config and file do not agree on is an error.
+    """The strict check before loading: any disagreement of config and file is an error.
 
-    UnsupportedError for what acts beside B A, ConfigError or MismatchError that names the first.
+    UnsupportedError for what acts beside B A; ConfigError or MismatchError names the first disagreement.
     """
     settings, path = given.settings, given.where / WEIGHTS
     if settings.beside:
@@ -393,20 +392,20 @@ def check_agreement(given: Adapter) -> None:
         raise MismatchError(f"{path}: {given.doubts[0]}")
 
 
-# ---- beside a model
+# ---- the size of a change
 
 
 def change_norm(A: np.ndarray, B: np.ndarray, scale: float) -> float:
-    """|s B A|, Frobenius; inf if it, or B A, is too large for float64. No r x r product of a large r.
+    """|s B A|, Frobenius; inf if it, or B A, overflows float64. No r x r product for a large r.
 
-    |B A|² = tr(BᵀB AAᵀ), of factors whose largest entry is 1, so that no square underflows.
+    |B A|² = tr(BᵀB AAᵀ), with factors scaled to a largest entry of 1, so that no square underflows.
     """
     largest = [float(abs(factor).max()) for factor in (A, B)]
     if not all(largest):
         return 0.0
     a, b = A / np.float64(largest[0]), B / np.float64(largest[1])
     with np.errstate(over="ignore", invalid="ignore"):
-        if len(a) > min(len(b), a.shape[1]):  # then B A is no larger than the two
+        if len(a) > min(len(b), a.shape[1]):  # then B A is no larger than the factors
             size = float(np.linalg.norm(b @ a))
         else:
             size = math.sqrt(max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0))

@@ -1,7 +1,7 @@
-"""How each kind of adapter lies in a PEFT folder: a new kind adds a row here.
+"""How each kind of adapter is stored in a PEFT folder: a new kind adds a row here.
 
-Every kind has lora_A.weight (r, I) and lora_B.weight (O, r), of an embedding lora_embedding_A and _B. LoRA
-itself has nothing more. A row says what stands beside them.
+Every kind has lora_A.weight (r, I) and lora_B.weight (O, r), or lora_embedding_A and _B for an embedding.
+LoRA itself has nothing more. A row says what else a kind has.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..methods.embedding import LowRankEmbedding
 
 @dataclass(frozen=True)
 class Kind:
-    """An adapter of linear maps with one vector (O,) beside its factors."""
+    """A kind of adapter for linear maps, with one vector (O,) beside its factors."""
 
     adapter: type
     flag: str  # the field of adapter_config.json that is true where every module is of this kind
     vector: str  # the tensor's name in the file, after that of the module
-    field: str  # the adapter's Param that it is
+    field: str  # the adapter's Param that holds it
     build: Callable[[LowRank, Param], Adapter]
-    besides: str  # what it does that is not in ΔW = s B A, in words
+    besides: str  # its effect beyond ΔW = s B A, in words
 
 
 KINDS = [
@@ -38,12 +38,12 @@ KINDS = [
 
 
 def vectors() -> list[str]:
-    """The names of all vectors that a row knows."""
+    """The names of the vectors in all rows."""
     return [kind.vector for kind in KINDS]
 
 
 def of_adapter(adapter: Any) -> Kind | None:
-    """The row of an adapter, None for LoRA itself; UnsupportedError for what has no row."""
+    """The row of an adapter, None for LoRA itself; UnsupportedError if there is no row for it."""
     for kind in KINDS:
         if type(adapter) is kind.adapter:
             return kind

@@ -1,8 +1,8 @@
-"""An adapter's folder beside a model: load_adapter and save_adapter, all or nothing.
+"""An adapter folder -> a model and back: load_adapter and save_adapter, all or nothing.
 
 Stands in for PeftModel.from_pretrained and save_pretrained; what they can do and this cannot is refused by
 name. A tensor without its module, a module without its tensors, a rank that is not the config's, a value that
-is not finite and another base are errors, each with the name of module and file.
+is not finite and another base are errors that name module and file.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Attached:
 
     where: str
     norms: Mapping[str, tuple[float, float]]  # module -> |ΔW| and |W|, Frobenius
-    modules: int  # that the model has
-    replaced: tuple[str, ...]  # parameters in whose place the file has others
+    modules: int  # how many the model has
+    replaced: tuple[str, ...]  # parameters that the file replaces
     notes: tuple[str, ...]
 
     @property
@@ -79,12 +79,12 @@ def load_adapter(
     force: bool = False,
     rng: np.random.Generator | None = None,
 ) -> Attached:
-    """Put the adapter in a folder beside a model, active; the base is only read.
+    """Attach the adapter in a folder to a model and make it active; the base is only read.
 
-    All or nothing. Another base (by the fingerprint in minilora's own files, unless `force`; by names and
-    shapes in PEFT's) is a MismatchError; further errors as `open_adapter`, and NonFiniteError. With an
-    `rng` the config's dropout acts when training goes on. Where the head is tied and one of the two is
-    adapted, the head becomes a layer of its own on the same table, as in PEFT.
+    All or nothing. Another base is a MismatchError: by the fingerprint in minilora's own files (unless
+    `force`), by names and shapes in PEFT's. Other errors as in `open_adapter`, and NonFiniteError. With an
+    `rng`, the config's dropout acts in further training. If head and embedding are tied and one of them is
+    adapted, the head becomes a separate layer on the same table, as in PEFT.
     """
     given = open_adapter(folder)
     check_agreement(given)
@@ -146,13 +146,13 @@ def load_adapter(
 
 
 def touches_tied(given: Adapter) -> bool:
-    """Whether an adapter changes the embedding's table or the head, which a tied model has in common."""
+    """Whether an adapter changes the embedding or the head, which share one table in a tied model."""
     modules = {*given.pairs, *(name.rpartition(".")[0] for name in given.replaced)}
     return bool(modules & {"model.embed_tokens", "lm_head"})
 
 
 def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
-    """MismatchError, naming module and file, unless every tensor has its place in these layers."""
+    """MismatchError or UnsupportedError, naming module and file, unless every tensor fits these layers."""
     path = given.where / WEIGHTS
     for module, pair in given.pairs.items():
         layer = layers.get(module)
@@ -210,7 +210,7 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
 
 
 def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:
-    """MismatchError unless the base's weight that PEFT added to the file is this base's, in any dtype."""
+    """MismatchError unless the base's weight that PEFT put into the file is this base's, in any dtype."""
     if given.tensors.shapes[tensor] != W.shape:
         raise MismatchError(
             f"{given.where}: {tensor} has shape {given.tensors.shapes[tensor]}; the base's is {W.shape}"
@@ -238,11 +238,12 @@ def save_adapter(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Write the active adapter as a PEFT folder, complete or not at all, with the same bytes always.
+    """Write the active adapter as a PEFT folder, whole or not at all; the same adapter gives the same bytes.
 
-    `base` goes into the config as base_model_name_or_path, the fingerprint of the base into the file. An
-    adapted embedding with a tied head becomes two pairs, for in PEFT the head stays what it was. StorageError
-    if the folder exists, unless `overwrite`; UnsupportedError for what PEFT has no form for.
+    `base` goes into the config as base_model_name_or_path, the base's fingerprint into the file. An adapted
+    embedding with a tied head becomes two pairs, since PEFT leaves the head unchanged. StorageError if the
+    folder exists, unless `overwrite`; StateError if no adapter is active; NonFiniteError; UnsupportedError
+    for an adapter that PEFT's files cannot hold.
     """
     adapters = active(model)
     if not adapters:

@@ -1,13 +1,13 @@
-"""Which names a regular expression out of a file means, in a time that no expression can stretch.
+"""Which names a regular expression from a file matches, in bounded time for any expression.
 
-`re` tries one way through an expression after the other, and there can be more ways than seconds. Here an
-expression is a tree of steps from a set of positions to a set of positions. All names stand one behind the
-other in one text, a set of positions is the bits of one int, and a step is taken in all names at once. Only
-where a match can end is asked, so greedy and lazy are the same. Every step is counted, and too many are an
-error.
+`re` backtracks: it tries one path through an expression after the other, and there can be exponentially many.
+Here an expression is a tree of steps, each from a set of positions to a set of positions. All names are
+joined into one text, a set of positions is the bits of one int, and a step acts on all names at once. Only
+the possible ends of a match matter, so greedy and lazy are the same. Every step is counted, and too many are
+an error.
 
-What positions alone cannot decide is refused by name: backreferences, conditionals, atomic groups and
-possessive repeats; so are flags of a whole expression, escapes by number and letters beyond ASCII.
+Constructs that positions alone cannot decide are refused by name: backreferences, conditionals, atomic groups
+and possessive repeats. So are flags of a whole expression, numeric escapes and letters beyond ASCII.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 from ..errors import ConfigError, UnsupportedError, short
 
 LONGEST = 10_000  # characters of one expression
-DEEPEST = 50  # groups in groups
+DEEPEST = 50  # nested groups
 STEPS = 300_000  # a fraction of a second; and 5 more for each position
-GRAIN = 4096  # bits of a set: a step counts once for each so many
-READING = 3  # steps for a character of an expression, about as long
+GRAIN = 4096  # bits of a set: a step costs 1 for each so many
+READING = 3  # steps that take as long as parsing one character of an expression
 TOKEN = re.compile(
     r"(?P<group>\(\?(?:P<\w+>|<?[=!]|(?P<flags>[is]*):)|\((?!\?))|"
     r"(?P<repeat>(?:[*+?]|\{(?!\})\d*,?\d*\})\??)(?P<possessive>\+?)|(?P<between>[$^]|\\[AZbB])|"
@@ -33,14 +33,14 @@ TOKEN = re.compile(
     r"(?P<bar>\|)|(?P<end>\))",
     re.DOTALL | re.ASCII,
 )
-ODD = re.compile(r"\\[^\W_dDwWsSafnrtvAZbB]|[^ -~]", re.ASCII)  # once there is no \\ left
+ODD = re.compile(r"\\[^\W_dDwWsSafnrtvAZbB]|[^ -~]", re.ASCII)  # after every \\ is removed
 PLAIN = re.compile(r"(\^?)((?:[\w-]|\\?[.-])+)\$?", re.ASCII)  # a key that is a name: dots with or without \
 
 
 class Names:
-    """Names as one text in which they are matched, all at once; a position is a bit, before a character.
+    """Names joined into one text and matched all at once; a position before a character is a bit.
 
-    A name of n characters has n + 1 positions; the last of them is in front of nothing.
+    A name of n characters has n + 1 positions; the last one is its end.
     """
 
     def __init__(self, names: Sequence[str], where: str) -> None:
@@ -62,11 +62,11 @@ class Names:
 
     @staticmethod
     def bits(here: np.ndarray) -> int:
-        """A set of positions from a truth value for each."""
+        """A set of positions from one truth value per position."""
         return int.from_bytes(np.packbits(here, bitorder="little").tobytes(), "little")
 
     def before(self, atom: str, flags: int = 0) -> int:
-        """The positions in front of a character that an expression for one character means."""
+        """The positions before a character that `atom`, an expression for one character, matches."""
         if (atom, flags) not in self.known:
             self.spend(30 * self.price)
             meant = set(re.findall(atom, self.letters, flags))
@@ -75,7 +75,7 @@ class Names:
         return self.known[atom, flags]
 
     def spend(self, steps: int) -> None:
-        """Count steps; UnsupportedError if they become too many."""
+        """Count steps; UnsupportedError if there are too many."""
         self.left -= steps
         if self.left < 0:
             most = STEPS + 5 * len(self.codes)
@@ -84,7 +84,7 @@ class Names:
             )
 
     def holding(self, at: int) -> list[int]:
-        """Which names have a position of a set."""
+        """The numbers of the names that have a position in the set."""
         raw = np.frombuffer(at.to_bytes(len(self.codes) // 8 + 1, "little"), np.uint8)
         places = np.flatnonzero(np.unpackbits(raw, bitorder="little"))
         found = np.unique(np.searchsorted(self.ends, places)).tolist()
@@ -92,7 +92,7 @@ class Names:
         return found
 
 
-# ---- steps: from the positions where a match of a part begins to those where it can end, or back
+# ---- steps: from the positions where a match of a part begins to those where it can end, or backward
 
 
 Step = Callable[[Names, int, bool], int]
@@ -119,7 +119,7 @@ def between(token: str) -> Step:
 
 
 def look(inner: Step, behind: bool, absent: bool) -> Step:
-    """A part that must, or must not, begin here, or end here if it lies behind."""
+    """A part that must, or must not, match from here (lookahead) or up to here (lookbehind)."""
 
     def step(names: Names, at: int, back: bool) -> int:
         there = inner(names, names.every, not behind)
@@ -156,14 +156,14 @@ def either(steps: Sequence[Step]) -> Step:
 
 
 def repeat(inner: Step, least: int, most: float) -> Step:
-    """A part again and again: first as often as it must be, then from new positions only."""
+    """A part repeated: first `least` times, then from new positions only."""
 
     def step(names: Names, at: int, back: bool) -> int:
         count = 0
         while count < least:
             names.spend(names.price)
             was, at, count = at, inner(names, at, back), count + 1
-            if at == was:  # and so it stays
+            if at == was:  # no further change
                 count = least
         new = at
         while new and count < most:
@@ -179,7 +179,7 @@ def repeat(inner: Step, least: int, most: float) -> Step:
 
 
 def parse(pattern: str, where: str) -> Step:
-    """The steps of an expression; ConfigError if it is none, UnsupportedError if it is not for here."""
+    """The steps of an expression; ConfigError if it is invalid, UnsupportedError if it is refused here."""
 
     def refused(what: str) -> UnsupportedError:
         return UnsupportedError(f"{where} is {short(pattern)}: regular expressions {what} are not done here")
@@ -190,7 +190,7 @@ def parse(pattern: str, where: str) -> Step:
         raise refused(f"with {odd[0]!a}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what will mean another thing in a later Python
+            warnings.simplefilter("error")  # syntax that a later Python reads differently
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError, Warning) as e:
         raise ConfigError(f"{where} is {short(pattern)}: is no regular expression: {e}") from e
@@ -229,27 +229,27 @@ def parse(pattern: str, where: str) -> Step:
 
 
 def times(token: str) -> tuple[int, float]:
-    """How often at least and at most: of *, +, ? or {m,n}, lazy or not."""
+    """The least and most repeats of *, +, ? or {m,n}, lazy or not."""
     if token[0] in "*+?":
         return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[token[0]]
     least, comma, most = token.rstrip("?")[1:-1].partition(",")
     return int(least or 0), int(most) if most else math.inf if comma else int(least)
 
 
-# ---- what they mean
+# ---- matching
 
 
 def whole(pattern: str, names: Sequence[str], where: str) -> list[str]:
-    """The names that `re.fullmatch(pattern, name)` takes."""
+    """The names that `re.fullmatch(pattern, name)` matches."""
     text = Names(names, where)
     text.spend(READING * len(pattern))
     return [names[n] for n in text.holding(parse(pattern, where)(text, text.first, False) & text.last)]
 
 
 def fitting(keys: Iterable[str], names: Sequence[str], where: str) -> list[list[int]]:
-    r"""For each name the places of the keys that mean it: PEFT's `re.match(rf"(.*\.)?({key})$", name)`.
+    r"""For each name, the indices of the keys that match it, by PEFT's `re.match(rf"(.*\.)?({key})$", name)`.
 
-    A key that is a name is looked up by its length, its dots without a \ and the rest, not gone through.
+    A key that is a name is not run but looked up by its length, its dots without a \ and the rest.
     """
     text = Names(names, where)
     begin = parse(r"(?:.*\.)?", where)(text, text.first, False)
@@ -281,5 +281,5 @@ def fitting(keys: Iterable[str], names: Sequence[str], where: str) -> list[list[
 
 
 def starts(name: str) -> list[int]:
-    """Where a name begins and each part of it behind a dot."""
+    """The indices where a name begins and where each of its parts after a dot begins."""
     return [0, *(place for place, letter in enumerate(name, 1) if letter == ".")]

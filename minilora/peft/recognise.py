@@ -1,7 +1,7 @@
 """A path -> the folder of a PEFT adapter; or what lies there instead, and what to do with it.
 
 People give the file instead of its folder, a model, a name on the hub, the adapter of another tool, or a
-clone whose large files were never fetched. Each of these is told from names, and from a file's first bytes.
+clone whose large files were never fetched. Each is recognised by names and by a file's first bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HUB = re.compile(r"(?:https?:/+(?:huggingface|hf)\.co/)?([A-Za-z0-9][\w.-]*/[\w.
 STEP = re.compile(r"(.*?)(\d*)")  # checkpoint-500 after checkpoint-60
 WANTED = f"expected a folder with {CONFIG} and {WEIGHTS}"
 PICKLE = "a pickle runs code and is never opened"
-TOOLS = {  # how the tensors of others are called, and whose they are
+TOOLS = {  # what other tools call their tensors, and whose they are
     r"lora_(unet|te\d?|transformer)_.*|.*\.lora_(down|up)\.weight": "a LoRA of kohya's sd-scripts",
     r".*\.lora\.(down|up)\.weight|(unet|transformer|text_encoder)\..*\.lora_[AB]\.weight":
         "a LoRA of diffusers, without a config",
@@ -29,10 +29,10 @@ TOOLS = {  # how the tensors of others are called, and whose they are
 
 
 def adapter_folder(given: Path | str) -> Path:
-    """The folder of the adapter that a path means, which may be that of a file in it.
+    """The folder of the adapter that a path means; the path may be a file in it.
 
-    StorageError if there is nothing, FormatError for what Git LFS left, UnsupportedError for what is no
-    adapter of PEFT: each says what it is.
+    StorageError if nothing is there, FormatError for a pointer of Git LFS, UnsupportedError for anything that
+    is not a PEFT adapter; each says what it is.
     """
     path = named(given)
     with named_errors(path):
@@ -88,13 +88,13 @@ def no_config(path: Path, names: set[str]) -> Exception:
 
 
 def step(name: str) -> tuple[str, int]:
-    """Orders checkpoint-60 before checkpoint-500."""
+    """The sort key that puts checkpoint-60 before checkpoint-500."""
     match = STEP.fullmatch(name)
     return (match[1], int(match[2][:18] or 0)) if match else (name, 0)
 
 
 def told(names: set[str]) -> str | None:
-    """What a folder is that has no adapter of PEFT, from the names in it."""
+    """What a folder without a PEFT adapter is, by the names in it; None if that is unclear."""
     if "adapter_model.bin" in names:
         return f"has adapter_model.bin only: {PICKLE}"
     if "config.json" in names and any(
@@ -113,7 +113,7 @@ def told(names: set[str]) -> str | None:
 
 
 def of_names(names: Iterable[str]) -> str | None:
-    """Whose tensors these are, if they are those of another tool's LoRA or of a model."""
+    """Whose tensors these are: another tool's LoRA or a model's; None if neither."""
     names = sorted(names)
     for pattern, tool in TOOLS.items():
         if any(re.fullmatch(pattern, name) for name in names):
