@@ -243,7 +243,7 @@ def thin(given: Adapter, name: str) -> tuple[Array, Array, float]:
 
 
 def directions(U: Array, S: Array, Vt: Array) -> tuple[Array, Array, Array]:
-    """U, S and Vᵀ without the directions of singular value 0, which are arbitrary; one zero one for ΔW = 0."""
+    """U, S and Vᵀ without the arbitrary directions that carry no energy; for ΔW = 0, one zero direction."""
     k = max(rank_at(to_host(S), 1.0), 1)
     some = S[:k] > 0
     return U[:, :k] * some, S[:k], Vt[:k] * some[:, None]
