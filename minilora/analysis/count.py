@@ -1,14 +1,14 @@
 """The shape of a model -> how many numbers LoRA trains, and the memory it takes. No array is made.
 
-A map W (O, I) gets A (r, I) and B (O, r); DoRA adds a magnitude (O,). A Llama holds its embedding, an
-untied head of the same size, and L blocks of seven maps and two norms between:
+A map W (O, I) gets A (r, I) and B (O, r); DoRA adds a magnitude (O,). A Llama holds its
+embedding, L blocks of seven maps and two norms, a last norm, and an untied head as large as the embedding:
 
     trained = sum of r (O + I)        total = 2 V D + L (2 D H E + 2 D G E + 3 D F + 2 D) + D
 
-A tied head holds nothing of its own and is adapted as a map of its own, as in PEFT. Qwen 2 has biases
-besides, Qwen 3 norms of queries and keys. (Hu et al. 2021, section 5.1; Liu et al. 2024, section 4.)
-Stands in for PEFT's print_trainable_parameters, which needs the loaded model; leaves out activations,
-which depend on the batch, and what an allocator wastes.
+A tied head adds no weights but is adapted as a separate map, as in PEFT. Qwen 2 adds biases, Qwen 3 norms
+of queries and keys. (Hu et al. 2021, section 5.1; Liu et al. 2024, section 4.) Stands in for PEFT's
+print_trainable_parameters, which needs the loaded model; leaves out activations, which depend on the
+batch, and the allocator's overhead.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from ..targets import find_targets, names, resolve
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 QV = ("q_proj", "v_proj")
-MOST = 10**18  # parameters; beyond that it is a slip
-DEEPEST = 10_000  # blocks that are listed one by one
+MOST = 10**18  # parameters; more must be a typo
+DEEPEST = 10_000  # the most blocks that `modules` lists
 
 # fmt: off
 LLAMAS = {  # the released config.json: V, D, F, L, H, G
@@ -55,7 +55,7 @@ PAPER = {  # the models of Hu et al. 2021: D, L, and for a GPT its positions
     "roberta-base": (768, 12, None), "roberta-large": (1024, 24, None), "deberta-xxl": (1536, 48, None),
     "gpt-2-medium": (1024, 24, 1024), "gpt-2-large": (1280, 36, 1024), "gpt-3": (12288, 96, 2048),
 }
-PRINTED = {  # model, r, targets: what Hu et al. 2021 prints, where, and what that number is
+PRINTED = {  # model, r, targets: the number that Hu et al. 2021 prints, where, and what it counts
     ("deberta-xxl", 8, QV): ("4.7M", "Table 2, with the r of Table 10",
                              "4.7M is r = 16, as in the authors' scripts"),
     ("gpt-2-medium", 4, QV): ("0.35M", "Table 3, with the r of Table 11",
@@ -65,7 +65,7 @@ PRINTED = {  # model, r, targets: what Hu et al. 2021 prints, where, and what th
     ("gpt-3", 64, ATTENTION): ("603.8M", "Table 15", "603.8M is twice the 301.9M of q and v, cut short"),
     ("gpt-3", 2, ATTENTION): ("37.7M", "Appendix D.4", "37.7M is r = 4, as in Table 15"),
 }
-KEYS = {  # the words for dimensions, and Hugging Face's
+KEYS = {  # our words for dimensions, and Hugging Face's
     "d": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "kv": "num_key_value_heads", "ff": "intermediate_size", "vocab": "vocab_size", "head_dim": "head_dim",
     "tied": "tie_word_embeddings",
@@ -74,15 +74,15 @@ KEYS = {  # the words for dimensions, and Hugging Face's
 
 
 class Shape(NamedTuple):
-    """What of a model can be adapted, and how many parameters it has."""
+    """The maps of a model that can be adapted, and its number of parameters."""
 
     maps: dict[str, tuple[int, int, int]]  # kind -> O, I, how many
-    total: int | None  # None where it is not known
-    blocks: int = 0  # weights of the linear maps in the blocks: what QLoRA quantizes
+    total: int | None  # None if unknown
+    blocks: int = 0  # weights of the linear maps in the blocks, which QLoRA quantizes
 
 
 class Target(NamedTuple):
-    """One kind of adapted module: its weight (O, I), how many there are, what all of them train."""
+    """One kind of adapted module: its weight (O, I), how many there are, their trained parameters in all."""
 
     kind: str
     shape: tuple[int, int]
@@ -91,7 +91,7 @@ class Target(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of training."""
+    """Bytes that training needs."""
 
     weights: int
     gradients: int
@@ -107,9 +107,9 @@ class Counts:
     rank: int
     dora: bool
     rows: tuple[Target, ...]
-    total: int | None  # parameters of the base, None where they are not known
-    memory: dict[str, Memory] | None  # of "full", "LoRA" and "QLoRA", without activations; None as above
-    note: str = ""  # where the paper prints another number, or a trap lies
+    total: int | None  # parameters of the base, None if unknown
+    memory: dict[str, Memory] | None  # of "full", "LoRA" and "QLoRA", without activations; None as `total`
+    note: str = ""  # a number that the paper prints instead, or a common miscount
 
     @property
     def parameters(self) -> int:
@@ -137,7 +137,7 @@ class Counts:
         return 2 * self.parameters
 
     def data(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """The report as JSON data."""
         more = {"parameters": self.parameters, "share": self.share, "reduction": self.reduction}
         rows = [row._asdict() for row in self.rows]
         memory = {how: m._asdict() for how, m in (self.memory or {}).items()}
@@ -165,7 +165,7 @@ class Counts:
 
 
 def human(size: int) -> str:
-    """Bytes in the largest decimal unit below them."""
+    """A number of bytes in the largest decimal unit that fits, kB to TB."""
     power = min(max((len(str(size)) - 1) // 3, 1), 4)
     return f"{size / 1000**power:.2f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
@@ -173,13 +173,13 @@ def human(size: int) -> str:
 def count(
     model: str | Path | Config, rank: int = 8, targets: str | Sequence[str] = QV, dora: bool = False
 ) -> Counts:
-    """What LoRA (or DoRA) of one rank on these targets trains, of a model that is never loaded.
+    """The parameters that LoRA (or DoRA) of one rank trains on these targets; the model is never loaded.
 
-    The model is a Config, a name of LLAMAS or PAPER, dimensions ("d=768,layers=12"; see `dimensions`),
+    The model is a Config, a name in LLAMAS or PAPER, dimensions ("d=768,layers=12"; see `dimensions`),
     or a config.json or its folder. Targets are kinds (q_proj, ..., embed_tokens, lm_head) or "all-linear",
-    all maps of the blocks. ConfigError, MismatchError, or what reading the file raises.
+    all maps of the blocks. ConfigError, MismatchError, or whatever reading the file raises.
     """
-    LoraConfig(r=rank, targets=targets, dora=dora)  # says what has no meaning
+    LoraConfig(r=rank, targets=targets, dora=dora)  # refuses invalid values
     name = "Config" if isinstance(model, Config) else str(model)
     maps, total, blocks = llama_shape(Outline(model)) if isinstance(model, Config) else find_shape(name)
     if sum(map(math.prod, maps.values())) > MOST:
@@ -207,7 +207,7 @@ def count(
 
 
 class Site(NamedTuple):
-    """One module of a model: its name, what it is, its weight's shape, whether the targets mean it."""
+    """One module of a model: its name, kind of layer, weight's shape, and whether the targets select it."""
 
     module: str
     layer: str  # Linear, Embedding or RMSNorm
@@ -222,10 +222,10 @@ class Tree:
 
     name: str
     rows: tuple[Site, ...]
-    tied: bool  # whether the head is the embedding's table, adapted by itself though
+    tied: bool  # whether the head shares the embedding's table; it is still adapted separately
 
     def data(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """The report as JSON data."""
         return {"name": self.name, "tied": self.tied, "rows": [row._asdict() for row in self.rows]}
 
     def parts(self) -> list[str | Table]:
@@ -238,9 +238,9 @@ class Tree:
 
 
 def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linear") -> Tree:
-    """The modules of a base by Hugging Face's names, with what a target spec means; no weight is read.
+    """The modules of a base by Hugging Face's names, and which of them `targets` selects; reads no weight.
 
-    The base is a name of LLAMAS, or as in `load`. MismatchError for a target that means nothing.
+    The base is a name in LLAMAS, or as in `load`. MismatchError for a target that selects nothing.
     """
     outline = Outline(LLAMAS[str(base)]) if str(base) in LLAMAS else outline_of(base)
     if (L := outline.config.num_hidden_layers) > DEEPEST:
@@ -254,7 +254,7 @@ def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linea
 
 
 def outline_of(base: Path | str) -> Outline:
-    """Names and shapes of a checkpoint, from its config.json or GGUF header alone."""
+    """The names and shapes of a checkpoint, from its config.json or GGUF header only."""
     where = located(base)
     if where.suffix == ".gguf":
         return Outline(open_gguf(where)[0])
@@ -262,7 +262,7 @@ def outline_of(base: Path | str) -> Outline:
 
 
 def remark(name: str, rank: int, rows: Sequence[Target], queries: int, dora: bool) -> str:
-    """What is printed elsewhere for these counts, or would be with k and v as wide as the queries."""
+    """A note: the number that the paper prints instead, or the count if k and v were as wide as q."""
     trained = sum(row.parameters for row in rows)
     theirs = PRINTED.get((name, rank, tuple(row.kind for row in rows)))
     if theirs and not dora:
@@ -281,9 +281,9 @@ def remark(name: str, rank: int, rows: Sequence[Target], queries: int, dora: boo
 def training_memory(total: int, blocks: int, trained: int) -> dict[str, Memory]:
     """Bytes of weights, gradients and optimizer in mixed precision with Adam, without activations.
 
-    What is trained takes 2 + 2 + 12 bytes a parameter (Rajbhandari et al. 2020, section 3.1), what is
-    frozen 2. QLoRA holds the maps of the blocks in NF4 with double quantization, 4 + 8/64 + 32/(64*256) =
-    2113/512 bits a weight (Dettmers et al. 2023, section 3), the rest of the base in 16 bits.
+    A trained parameter takes 2 + 2 + 12 bytes (Rajbhandari et al. 2020, section 3.1), a frozen one 2. QLoRA
+    holds the maps of the blocks in NF4 with double quantization, 4 + 8/64 + 32/(64*256) = 2113/512 bits a
+    weight (Dettmers et al. 2023, section 3), and the rest of the base in 16 bits.
     """
     quantized = -(-blocks * 2113 // 4096)
     cases = {
@@ -295,14 +295,14 @@ def training_memory(total: int, blocks: int, trained: int) -> dict[str, Memory]:
 
 
 class Part(NamedTuple):
-    """One module: what it is, its weight's shape, whether it has a bias."""
+    """One module: its kind of layer, its weight's shape, whether it has a bias."""
 
     layer: str  # Linear, Embedding or RMSNorm
     shape: tuple[int, ...]
     bias: bool = False
 
 
-BLANK: dict[str, Any] = {  # one of each, to ask which can be adapted
+BLANK: dict[str, Any] = {  # one layer of each kind, to test which can be adapted
     "Linear": Linear(Param(np.zeros((1, 1)))),
     "Embedding": Embedding(Param(np.zeros((1, 1)))),
     "RMSNorm": RMSNorm(Param(np.zeros(1))),
@@ -310,7 +310,7 @@ BLANK: dict[str, Any] = {  # one of each, to ask which can be adapted
 
 
 def parts(outline: Outline) -> tuple[dict[str, Part], dict[str, Part], dict[str, Part]]:
-    """The modules of a model by name, in order: before the blocks, of each block, after them."""
+    """The modules of a model by name, in order: before the blocks, in each block, after them."""
     c, kind = outline.config, outline.kind
     V, D, F, E = c.vocab_size, c.hidden_size, c.intermediate_size, c.E
     Q, K = c.num_attention_heads * E, c.num_key_value_heads * E
@@ -357,10 +357,10 @@ def size(part: Part) -> int:
 
 
 def square_shape(D: int, L: int, positions: int | None = None) -> Shape:
-    """The four D x D maps of attention in each of L layers, all that Hu et al. 2021 adapts.
+    """The four D x D maps of attention in each of L layers: all that Hu et al. 2021 adapts.
 
-    The total of a GPT-2 or GPT-3 follows (Brown et al. 2020, section 2.1): 50,257 tokens, learned
-    positions, tied head, blocks of 12 D² weights and 13 D biases and norms, a last norm.
+    With `positions`, the total is that of a GPT-2 or GPT-3 (Brown et al. 2020, section 2.1): 50,257 tokens,
+    learned positions, a tied head, blocks of 12 D² weights and 13 D biases and norms, a last norm.
     """
     maps = dict.fromkeys(ATTENTION, (D, D, L))
     if positions is None:
@@ -370,7 +370,7 @@ def square_shape(D: int, L: int, positions: int | None = None) -> Shape:
 
 
 def find_shape(model: str) -> Shape:
-    """The shape of what `model` names: a known model, a file or folder, or dimensions."""
+    """The shape of a model given by a known name, a file, a folder or dimensions."""
     if model in LLAMAS:
         return llama_shape(Outline(LLAMAS[model]))
     if model in PAPER:
@@ -386,10 +386,10 @@ def find_shape(model: str) -> Shape:
 
 
 def dimensions(text: str) -> Shape:
-    """The shape in a text such as "d=4096,layers=32,heads=32,kv=8,ff=14336,vocab=128256".
+    """The shape described by a text such as "d=4096,layers=32,heads=32,kv=8,ff=14336,vocab=128256".
 
-    kv is heads unless given, head_dim d / heads, tied false. With d and layers alone, it is the square
-    maps of attention. ConfigError for anything else.
+    Defaults: kv is heads, head_dim is d / heads, tied is false. d and layers alone mean the square maps of
+    attention. ConfigError for anything else.
     """
     given: dict[str, Any] = {}
     for part in text.split(","):
@@ -399,7 +399,7 @@ def dimensions(text: str) -> Shape:
         if key in given:
             raise ConfigError(f"{key} is given twice in {short(text)}; expected it once")
         number = int(value) if re.fullmatch("[0-9]{1,99}", value) else value
-        given[key] = {"true": True, "false": False}.get(value, number)  # a wrong type is told below
+        given[key] = {"true": True, "false": False}.get(value, number)  # a wrong type is refused below
     square = given.keys() <= {"d", "layers"}
     needed = ("d", "layers") if square else ("d", "layers", "heads", "ff", "vocab")
     if missing := [key for key in needed if key not in given]:

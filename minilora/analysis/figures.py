@@ -13,9 +13,9 @@ from .plotting import BLUE, GREEN, GREY, KINDS, ORANGE, PINK, Picture, axes, sha
 
 
 def grid_of(modules: Sequence[Any], value: Callable[[Any], float]) -> tuple[np.ndarray, list[str], list[int]]:
-    """(kinds, layers) of a value, NaN where there is no module, and the names of both axes.
+    """A value as a grid (kinds, layers), NaN where there is no module, and the names of both axes.
 
-    Where several modules have one place, such as experts or the blocks of a U-Net, it is their mean.
+    Where several modules share a place, such as experts or the blocks of a U-Net, it is their mean.
     """
     inside = [m for m in modules if m.layer is not None] or list(modules)
     names = [k for k in KINDS if k in {m.kind for m in inside}]
@@ -32,7 +32,7 @@ def grid_of(modules: Sequence[Any], value: Callable[[Any], float]) -> tuple[np.n
 
 @styled
 def heat_map(modules: Sequence[Any]) -> Picture:
-    """Effective rank as a share of noise's, and |ΔW| (over |W| where that is known), layer by module."""
+    """Effective rank as a share of noise's, and |ΔW| (over |W| with a base), layer by kind of module."""
     related = all(m.base for m in modules)
     shares, names, layers = grid_of(modules, lambda m: 100 * m.ranks.effective / max(m.noise.effective, 1e-9))
     norms, _, _ = grid_of(modules, lambda m: m.base.relative if related else m.norm)
@@ -43,7 +43,7 @@ def heat_map(modules: Sequence[Any]) -> Picture:
         (top, shares, "effective rank\n(% of noise's)", "effective rank in % of noise's"),
         (bottom, norms, "|ΔW| / |W|" if related else "|ΔW|", "|ΔW| / |W|" if related else "|ΔW|"),
     ):
-        most = 100 if ax is top else None  # a share has its ends, so that noise looks like noise
+        most = 100 if ax is top else None  # a share has a fixed range, so noise looks like noise
         image = ax.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=most)
         ax.grid(False)
         ax.set_yticks(range(len(names)), list(map(drawn, names)))
@@ -58,7 +58,7 @@ def heat_map(modules: Sequence[Any]) -> Picture:
 
 @styled
 def adapter_spectra(modules: Sequence[Any]) -> Picture:
-    """The singular values of every ΔW over the largest, by kind of module, layers from dark to light."""
+    """The singular values s_i / s_1 of every ΔW: a panel per kind of module, layers from dark to light."""
     _, names, layers = grid_of(modules, lambda m: 0.0)
     names = [*names, *sorted({m.kind for m in modules} - {*names})]
     columns = min(4, len(names))
@@ -99,7 +99,7 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
 
 @styled
 def subspaces(modules: Sequence[Any]) -> Picture:
-    """phi(i, i) of two adapters by kind of module, mean over layers: inputs, outputs, chance dotted."""
+    """phi(i, i) of two adapters per kind of module, mean over layers: inputs, outputs; chance dotted."""
     found = [m for m in modules if m.other]
     names = list(dict.fromkeys(m.kind for m in found))
     figure, ((left, right),) = axes(2, 1, (10, 4))

@@ -2,12 +2,12 @@
 
     |ΔW|, singular values s_i, effective rank exp(H(s / sum s)), stable rank |ΔW|² / s_1², rank at 90 and 99 %
 
-With the base beside it: |ΔW| / |W|, how much ΔW amplifies its directions (Hu et al. 2021, section 7.3),
-intruder dimensions (Shuttleworth et al. 2024) and the overlap with W's own top directions; with a second
-adapter: their common subspace, phi. Every number that chance can produce has chance's value beside it.
-Only factors are read, one module at a time, so any PEFT LoRA of any architecture will do; what DoRA's
-magnitudes, biases and saved modules do is not in these numbers, and is said. So is all that config and
-file, or adapter and base, do not agree on: to look at an adapter, that need not be settled.
+With the base: |ΔW| / |W|, how much ΔW amplifies its directions (Hu et al. 2021, section 7.3), intruder
+dimensions (Shuttleworth et al. 2024) and the overlap with W's top directions. With a second adapter: their
+common subspace, phi. Every number that chance can produce comes with chance's value. Only factors are read,
+one module at a time, so any PEFT LoRA of any architecture works. The numbers leave out DoRA's magnitudes,
+biases and saved modules; notes say so. Notes also list where config and file, or adapter and base,
+disagree: looking at an adapter does not require settling that.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from ..targets import LAYER
 if TYPE_CHECKING:
     from .plotting import Picture
 
-FIRST = 10  # singular vectors of W + ΔW that are looked at for intruders
-WHOLE = 2048  # the largest side for which all singular vectors of W are computed
+FIRST = 10  # singular vectors of W + ΔW checked for intruders
+WHOLE = 2048  # all singular vectors of W are computed if its smaller side is at most this
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class BesideBase:
-    """A ΔW against its W."""
+    """A ΔW compared with its W."""
 
     relative: float  # |ΔW| / |W|
     amplification: float
@@ -76,24 +76,24 @@ class BesideBase:
     overlap: float  # phi(k, k) of the first k left singular vectors of ΔW and W, k the true rank of ΔW
     random_overlap: float
     intruders: int | None  # among the first 10 of W + ΔW; None where W is too large to decompose
-    cosines: tuple[float, ...]  # max |cos| of those with W's
+    cosines: tuple[float, ...]  # max |cos| of each of them with W's
     threshold: float  # below which a vector resembles W no more than 99 % of random ones
 
 
 @dataclass(frozen=True)
 class BesideOther:
-    """A ΔW against another adapter's of the same module."""
+    """A ΔW compared with another adapter's of the same module."""
 
     cosine: float  # <ΔW_1, ΔW_2> / (|ΔW_1| |ΔW_2|)
     inputs: tuple[float, ...]  # phi(i, i) of right singular vectors, up to the lesser true rank
-    outputs: tuple[float, ...]  # of left ones
+    outputs: tuple[float, ...]  # phi(i, i) of left ones
     random_inputs: tuple[float, ...]
     random_outputs: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted module under the microscope."""
+    """The numbers of one adapted module."""
 
     module: str
     kind: str  # the last part of its name
@@ -113,7 +113,7 @@ class Module:
 @report
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` saw; prints as a table."""
+    """What `inspect` found; prints as a table."""
 
     adapter: str
     base: str | None
@@ -133,7 +133,7 @@ class Inspection:
         return sum(max(m.ranks.at99, 1) * sum(m.shape) for m in self.modules)
 
     def data(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """The report as JSON data."""
         return asdict(self) | {"norm": self.norm, "parameters_at_99": self.needed}
 
     def parts(self) -> list[str | Table]:
@@ -163,12 +163,12 @@ def inspect(
     whole: int = WHOLE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Look at an adapter's folder; with a `base` (any checkpoint that holds its modules) and another adapter.
+    """Measure an adapter's folder, also `against` another and a `base` (any checkpoint with its modules).
 
-    Modules that the base has not, or in another shape, are told and not compared; one must be there.
-    Memory: the factors of one module for each core, or, with a base, of one and its weight; where the smaller
-    side of that is more than `whole`, its intruders are not computed. StorageError, FormatError, ConfigError,
-    UnsupportedError, MismatchError or NonFiniteError name file and module.
+    Modules that the base lacks, or has in another shape, are noted and not compared; at least one must match.
+    Memory: the factors of one module per core; with a base, the factors and the weight of one module.
+    Intruders are computed if the smaller side of the weight is at most `whole`. StorageError, FormatError,
+    ConfigError, UnsupportedError, MismatchError or NonFiniteError name file and module.
     """
     given = open_adapter(adapter)
     other = None if against is None else open_adapter(against)
@@ -184,7 +184,7 @@ def inspect(
         W = weight_of(tensors, *places[name]) if tensors is not None and name in places else None
         return look(given, name, W, other if other and name in common else None, whole)
 
-    with contextlib.ExitStack() as stack:  # a thin QR is too short for BLAS's own threads
+    with contextlib.ExitStack() as stack:  # a thin QR is too small for BLAS threads
         several = base is None and stack.enter_context(one_blas_thread())
         threads = cores() if several else 1
         each = stack.enter_context(ThreadPoolExecutor(threads)).map if threads > 1 else map
@@ -218,7 +218,7 @@ def inspect(
 
 
 def look(given: Adapter, name: str, W: np.ndarray | None, other: Adapter | None, whole: int) -> Module:
-    """One module; vectors are computed only if something is compared with them."""
+    """The numbers of one module; singular vectors are computed only for a comparison."""
     pair = given.pairs[name]
     if W is None and other is None:
         S = thin_values(*thin(given, name))
@@ -235,7 +235,7 @@ def look(given: Adapter, name: str, W: np.ndarray | None, other: Adapter | None,
 
 
 def thin(given: Adapter, name: str) -> tuple[Array, Array, float]:
-    """B, A and s of a module on the device, or NonFiniteError."""
+    """B (O, r), A (r, I) and scale s of a module on the device; NonFiniteError if its ΔW is not finite."""
     (A, B), s = given.factors(name), given.pairs[name].scale
     if not math.isfinite(change_norm(A, B, s)):
         raise NonFiniteError(f"{given.where}: the ΔW of {name} is not finite: its factors are too large")
@@ -243,7 +243,7 @@ def thin(given: Adapter, name: str) -> tuple[Array, Array, float]:
 
 
 def directions(U: Array, S: Array, Vt: Array) -> tuple[Array, Array, Array]:
-    """U, S and Vᵀ without the directions of no strength, which have no meaning; of ΔW = 0 a zero one."""
+    """U, S and Vᵀ without the arbitrary directions that carry no energy; for ΔW = 0, one zero direction."""
     k = max(rank_at(to_host(S), 1.0), 1)
     some = S[:k] > 0
     return U[:, :k] * some, S[:k], Vt[:k] * some[:, None]
@@ -256,14 +256,14 @@ def ranks(S: np.ndarray) -> Ranks:
 
 @functools.cache
 def noise(shape: tuple[int, int], r: int) -> Ranks:
-    """The same of noise: B A with Gaussian factors, mean of four draws."""
+    """The four measures of noise: B A with Gaussian factors, the mean spectrum of four draws."""
     return ranks(noise_spectrum(shape, np.random.default_rng(0), r, draws=4))
 
 
 def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
-    """Module -> its weight in the base, and whether that lies (I, O), for those whose shapes agree.
+    """Module -> its weight's name in the base, and whether that is stored (I, O), where the shapes agree.
 
-    MismatchError if none does, UnsupportedError where the base's layers are counted otherwise.
+    MismatchError if none do; UnsupportedError if the adapter numbers its layers unlike the base.
     """
     if beside := [field for field in given.settings.beside if field.startswith("layer_replication")]:
         raise UnsupportedError(f"{given.where}: {beside[0]}; its layers are not numbered as the base's")
@@ -273,7 +273,7 @@ def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
         O, *rest = base.shapes.get(key) or (0,)  # noqa: E741
         shape = O, math.prod(rest)
         turned = pair.embedding or transposed(base.shapes, key.removesuffix(".weight"))
-        if turned is None:  # nothing in the base tells
+        if turned is None:  # the base does not tell
             turned = given.settings.fan_in_fan_out and pair.shape == shape[::-1]
         if pair.shape == (shape[::-1] if turned else shape):
             found[name] = key, turned
@@ -286,14 +286,14 @@ def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
 
 
 def weight_of(base: Tensors, key: str, turned: bool) -> np.ndarray:
-    """W (O, I) of a module in float64, that of a convolution as a matrix."""
+    """W (O, I) of a module in float64; a convolution's is flattened to a matrix."""
     W = base[key].astype(np.float64)
     W = W.reshape(len(W), -1)
     return W.T if turned else W
 
 
 def beside_base(given: Adapter, name: str, W: Array, U: Array, S: Array, Vt: Array, whole: int) -> BesideBase:
-    """ΔW = U S Vᵀ against W (O, I)."""
+    """ΔW = U S Vᵀ compared with W (O, I)."""
     size = float(np.linalg.norm(W))
     if not math.isfinite(size):
         raise NonFiniteError(f"{given.where}: the base's {name}.weight has values that are not finite")
@@ -310,7 +310,7 @@ def beside_base(given: Adapter, name: str, W: Array, U: Array, S: Array, Vt: Arr
 
 
 def beside_other(U: Array, S: Array, Vt: Array, other: Adapter, name: str) -> BesideOther:
-    """ΔW = U S Vᵀ against another adapter's."""
+    """ΔW = U S Vᵀ compared with another adapter's."""
     O, I = len(U), Vt.shape[1]  # noqa: E741
     if (shape := other.pairs[name].shape) != (O, I):
         raise MismatchError(f"{other.where}: {name} is {shape}; the first adapter's is {O, I}")
@@ -325,7 +325,7 @@ def beside_other(U: Array, S: Array, Vt: Array, other: Adapter, name: str) -> Be
     )  # fmt: skip
 
 
-# ---- the tables, for terminal and page alike: in brackets what chance would show
+# ---- the tables, for terminal and page; chance's values in brackets
 
 
 def tables(seen: Inspection) -> Iterator[Table]:
@@ -352,7 +352,7 @@ OTHER_HEAD = (
 
 
 def cells(m: Module) -> Sequence[str]:
-    """A module's line."""
+    """The row of a module."""
     S, w, n = m.singular_values, m.ranks, m.noise
     return (
         m.module, "{} x {}".format(*m.shape), str(m.r), f"{m.scale:.4g}", f"{m.norm:.3g}", f"{S[0]:.3g}",
@@ -362,7 +362,7 @@ def cells(m: Module) -> Sequence[str]:
 
 
 def base_cells(module: str, b: BesideBase) -> Sequence[str]:
-    """The line that compares a module with its base."""
+    """The row that compares a module with its base."""
     found = "-" if b.intruders is None else f"{b.intruders} of {len(b.cosines)}"
     return (
         module, f"{b.relative:.2e}", f"{b.amplification:.3g}", f"({b.random_amplification:.3g})",
@@ -371,7 +371,7 @@ def base_cells(module: str, b: BesideBase) -> Sequence[str]:
 
 
 def other_cells(module: str, o: BesideOther) -> Sequence[str]:
-    """The line that compares a module with another adapter's."""
+    """The row that compares a module with another adapter's."""
     return (
         module, f"{o.cosine:.3f}", f"{o.inputs[0]:.3f}", f"({o.random_inputs[0]:.3f})", f"{o.inputs[-1]:.3f}",
         f"({o.random_inputs[-1]:.3f})", f"{o.outputs[-1]:.3f}", f"({o.random_outputs[-1]:.3f})",

@@ -1,8 +1,8 @@
 """Rows -> figures. The only file that imports matplotlib; it computes nothing but means and ranges.
 
-Every function returns a Picture: the figure, and one sentence that says what it shows, for those who
-cannot see it. Colours are Okabe and Ito's (ordered quantities in viridis), always with a marker or line
-style beside them. The same rows give the same bytes.
+Every figure is a Picture: the figure, and one sentence that says what it shows, for readers who cannot see
+it. Colours are Okabe and Ito's (viridis for ordered quantities), never without a marker or line style. The
+same rows give the same bytes.
 """
 
 import base64
@@ -38,7 +38,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "minilora",
     "svg.fonttype": "none",
 }
-styled = matplotlib.rc_context(STYLE)  # as a decorator: the style of one function's figure
+styled = matplotlib.rc_context(STYLE)  # a decorator: sets the style while a function draws
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Picture:
 
     figure: Figure
     says: str
-    made: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)  # by kind: drawn once
+    made: dict[str, bytes] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # kind -> bytes, drawn once
 
     def encoded(self, kind: str) -> bytes:
         """The figure as "png" or "svg", without dates."""
@@ -55,7 +57,7 @@ class Picture:
             stream = io.BytesIO()
             metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
             with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph ")  # the font lacks it: a box in PNG, itself in SVG
+                warnings.filterwarnings("ignore", "Glyph ")  # missing glyph: a box in PNG, text in SVG
                 self.figure.savefig(stream, format=kind, metadata=metadata)
             self.made[kind] = stream.getvalue()
         return self.made[kind]
@@ -76,23 +78,14 @@ class Picture:
 
 
 def made_with() -> dict[str, str]:
-    """What the bytes of a figure depend on beside the rows; text is laid out anew in every version."""
+    """What a figure's bytes depend on besides the rows: each matplotlib version lays out text differently."""
     return {"command": "minilora figures --rows figures/rows.jsonl", "matplotlib": matplotlib.__version__}
 
 
 def axes(columns: int = 1, lines: int = 1, size: tuple[float, float] | None = None) -> tuple[Figure, Any]:
-    """An empty figure of the house style and its axes."""
+    """An empty figure in the house style, and its axes (lines, columns)."""
     figure = Figure(figsize=size)
     return figure, figure.subplots(lines, columns, squeeze=False)
-
-
-# ---- rows
-
-
-# ---- figures
-
-
-# ---- an adapter under the microscope
 
 
 def shades(ranks: Sequence[int]) -> dict[int, Any]:

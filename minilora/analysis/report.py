@@ -39,7 +39,7 @@ pre {{ background: #f4f4f4; padding: 1rem; overflow-x: auto }}
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """The page of these parts, each a piece of HTML."""
+    """One HTML page of these parts, each a piece of HTML."""
     return PAGE.format(title=markup(title), body="\n".join(parts))
 
 
@@ -48,7 +48,7 @@ def drawing(name: str, picture: Picture) -> str:
     svg = picture.encoded("svg").decode()
     svg = svg[svg.index("<svg") :]
     says = markup(picture.says)
-    # every figure numbers its parts alike; on one page the names must differ, and no text may change
+    # all figures use the same ids, which must differ on one page; only tags may change, no text
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{name}-", tag[0]), svg)
     opened = f'<svg role="img" aria-labelledby="{name}-title" '
     svg = svg.replace("<svg ", opened, 1)
@@ -64,7 +64,7 @@ def facts(values: Mapping[str, Any]) -> str:
 
 
 def heading(text: str) -> str:
-    """The heading of a part."""
+    """A section heading."""
     return f"<h2>{markup(text)}</h2>"
 
 

@@ -1,8 +1,9 @@
-"""A base and an adapter -> one plain checkpoint, and what that cost: W + ΔW rounded to what is stored.
+"""A base and an adapter -> one plain checkpoint: W + ΔW in the stored dtype, and the rounding error.
 
-Merged and unmerged are one function in exact arithmetic. In floating point they differ by rounding, and the
-report says by how much beside what rounding alone does: the same unmerged model in float32 and in float64.
-In bfloat16 a weight has 8 bits, so a small ΔW can vanish in W; how much of it did is said per module.
+In exact arithmetic the merged and the unmerged model compute the same function. In floating point they
+differ by rounding. The report compares that difference with rounding alone: the unmerged model in float32
+against itself in float64. A bfloat16 weight has 8 significant bits, so a small ΔW can vanish in W; the
+report gives the loss per module.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Change:
     """What merging does to one matrix, in Frobenius norms."""
 
     module: str
-    largest: float  # of |ΔW|'s entries
+    largest: float  # max |ΔW| over the entries
     relative: float  # |ΔW| / |W|
-    lost: float  # |stored(W + ΔW) - (W + ΔW)| / |ΔW|: of the change, by rounding to the stored dtype
+    lost: float  # |stored(W + ΔW) - (W + ΔW)| / |ΔW|: what rounding to the stored dtype loses of ΔW
 
 
 @report
@@ -49,13 +50,13 @@ class Merge:
     dtype: str
     rows: tuple[Change, ...]
     float32: float  # largest |logits merged - unmerged| on the probe, both in float32
-    rounding: float  # largest |logits in float32 - in float64|, unmerged: what rounding alone does
-    float64: float  # merged - unmerged, both in float64
-    written: float  # what was written, in float32 (or the float64 that it is), against unmerged in float64
+    rounding: float  # largest |logits in float32 - in float64|, unmerged: rounding alone
+    float64: float  # largest |logits merged - unmerged|, both in float64
+    written: float  # the written model, in float32 (float64 if written so), against unmerged in float64
     logits: float  # the largest |logit|, to compare with
 
     def data(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """The report as JSON data."""
         return asdict(self)
 
     def parts(self) -> list[str | Table]:
@@ -81,10 +82,11 @@ def merge_checkpoint(
     probe: Sequence[int] | None = None,
     force: bool = False,
 ) -> Merge:
-    """Write W + ΔW as a new Hugging Face folder, in the base's dtype or the one given; the base is only read.
+    """Write W + ΔW as a new Hugging Face folder, in `dtype` or the base's; the base is only read.
 
-    `probe` are token ids (random ones unless given). The model is held in float32 and then in float64, whose
-    W + ΔW is written. All that loading and saving raise; InputError for a dtype that there is not.
+    Merged and unmerged logits are compared on the token ids in `probe` (default: up to 32 random ones). The
+    model is loaded in float32, then in float64; the float64 W + ΔW is written. InputError for an unknown
+    dtype, and whatever loading and saving raise.
     """
     given = checkpoint(base)
     kind = dtype or given.dtype
@@ -114,7 +116,7 @@ def merge_checkpoint(
     for p in named_params(model).values():
         p.data = to_device(stored(to_host(p.dense()), kind))
     save_model(model, out, card(given, adapter), token_ids(given.where), kind, beside(given.where))
-    written = logits(model, ids)  # last, for what is too large for the dtype has been refused by then
+    written = logits(model, ids)  # last: saving has refused values too large for the dtype
     return Merge(
         str(out), kind, rows,
         float32=largest(single),
@@ -126,7 +128,7 @@ def merge_checkpoint(
 
 
 def logits(model: Llama, ids: np.ndarray) -> np.ndarray:
-    """The logits (T, V) of token ids (1, T), read one by one, so that the adapter stays beside the base."""
+    """The logits (T, V) of token ids (1, T), fed one at a time, so that no ΔW is folded into its W."""
     ids = model.check(ids)
     past = past_of(model, *ids.shape)
     steps = (model.forward(ids[:, t : t + 1], past=past)[0] for t in range(ids.shape[1]))
@@ -139,7 +141,7 @@ def largest(a: np.ndarray) -> float:
 
 
 def changes(model: Llama, kind: str) -> Iterator[Change]:
-    """What merging did to each matrix of a merged float64 model, and what storing it in `kind` would lose."""
+    """The change of each matrix in a merged float64 model, and what storing it in `kind` would lose."""
     for module, layer in lora.adapted(model).items():
         W, whole = (to_host(x.weight.dense()) for x in (layer.base, layer.merged or layer.base))
         if W.ndim == 2 and (size := float(np.linalg.norm(change := whole - W))) > 0:

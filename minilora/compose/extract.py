@@ -21,7 +21,7 @@ from ..table import counted
 from ..targets import LAYER
 from .truncate import LARGEST, Compression, Shrunk, check_choice, choose, refuse_same, split, tail
 
-TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # beside what is called embed...
+TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # and any name with "embed" in it
 
 
 def extract(
@@ -37,11 +37,11 @@ def extract(
 ) -> Compression:
     """Write the LoRA nearest to the difference of two checkpoints, one matrix in memory at a time.
 
-    Every 2-D weight that differs is a module, but for embeddings and heads; those, norms and biases are
-    listed with the norm of their change, and what only one of the two has is listed, too. See `choose` for
-    the ranks; where a module's follows from those of the others, its difference is decomposed twice. The
-    residuals are those of the file, read again. MismatchError if a map has two shapes or nothing can be
-    compared, InputError if one checkpoint is but the other in fewer bits.
+    Every 2-D weight that differs becomes a module, except embeddings and heads. Those, norms and biases are
+    listed with the norm of their change; so are the tensors that only one checkpoint has, without a norm.
+    `choose` explains the ranks. Where a module's rank depends on the other modules, its difference is
+    decomposed twice. The residuals are measured on the written file. MismatchError if a map has two shapes
+    or nothing can be compared; InputError if one checkpoint is only the other, rounded to fewer bits.
     """
     check_choice(rank, energy)
     for source in (base, tuned):
@@ -110,14 +110,14 @@ def extract(
 
 
 def applied(given: Adapter, module: str) -> np.ndarray:
-    """What a reader adds to a module's weight, as that lies: ΔW in float64, turned by fan_in_fan_out."""
+    """ΔW of a module in float64, in the layout of its weight: (O, I), or (I, O) with fan_in_fan_out."""
     A, B = (factor.astype(np.float64) for factor in given.factors(module))
     change: np.ndarray = given.pairs[module].scale * (B @ A)
     return change.T if given.settings.fan_in_fan_out else change
 
 
 def comparable(before: Tensors, after: Tensors) -> tuple[list[str], list[str]]:
-    """The tensors that both checkpoints have, and notes on those that one has, or has of another shape."""
+    """The tensors in both checkpoints, and notes on those in only one or with two shapes."""
     names = [name for name in before if name in after]
     if not names:
         first = next(iter(before), "")
@@ -142,13 +142,13 @@ def comparable(before: Tensors, after: Tensors) -> tuple[list[str], list[str]]:
 
 
 def decomposed(change: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U, S and Vᵀ of a difference."""
+    """The thin SVD of a difference: U, S and Vᵀ."""
     U, S, Vt = xp.linalg.svd(to_device(change), full_matrices=False)
     return to_host(U), to_host(S), to_host(Vt)
 
 
 def known(S: np.ndarray, rank: int | None, energy: float | None, per_module: bool) -> int:
-    """The rank of a module by itself; 0 where it is known only from all of them."""
+    """The rank of a module if it depends on this module alone; else 0."""
     if energy is None:
         return 0 if per_module else min(rank or 1, len(S))
     return max(rank_at(S, energy), 1) if per_module else 0
@@ -162,12 +162,12 @@ def is_map(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def difference(before: Tensors, after: Tensors, name: str) -> tuple[np.ndarray, str]:
-    """tuned - base of one parameter in float64, and the dtype if it is but rounding to that, else "".
+    """tuned - base of one parameter in float64, and the dtype if it is only rounding to it, else "".
 
-    Where a table has grown, of the rows that both have.
+    For a table that has grown: the difference of the rows that both have.
     """
     one, two = before[name], after[name]
-    if one.ndim != two.ndim:  # nothing can be compared
+    if one.ndim != two.ndim:  # there is nothing to compare
         return np.zeros(0), ""
     both = tuple(slice(min(sizes)) for sizes in zip(one.shape, two.shape, strict=True))
     one, two = one[both], two[both]
@@ -179,10 +179,10 @@ def difference(before: Tensors, after: Tensors, name: str) -> tuple[np.ndarray, 
 
 
 def rounding(one: np.ndarray, two: np.ndarray) -> str:
-    """The dtype in which one of two arrays is but the other, written and read again; "" if in none."""
+    """The dtype such that rounding one of two arrays to it gives the other; "" if there is none."""
     for kind in ("float32", "bfloat16", "float16"):
         for wide, narrow in ((one, two), (two, one)):
-            first = slice(1000)  # which tell in nearly every case
+            first = slice(1000)  # these decide nearly every case
             same = np.array_equal(stored(wide.flat[first], kind), narrow.flat[first])
             if same and np.array_equal(stored(wide, kind), narrow):
                 return kind

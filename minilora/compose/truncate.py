@@ -1,13 +1,13 @@
 """Adapters -> adapter: a smaller one of the same ΔW, or one from the difference of two checkpoints.
 
-The best approximation of rank k of ΔW = U S Vᵀ keeps the first k singular values (Eckart and Young 1936):
+The best rank-k approximation of ΔW = U S Vᵀ keeps the first k singular values (Eckart and Young 1936):
 
     |ΔW - ΔW_k|² = sum of s_i² beyond k (Frobenius)        |ΔW - ΔW_k|_2 = s_{k+1}
 
 An adapter's ΔW is never formed: QR of B and Aᵀ and the SVD of an r x r core give U, S and V (spectra.py).
-What is written is B = U sqrt(S), A = sqrt(S) Vᵀ with scale 1, and read again to state the residual that it
-really has. Stands in for mergekit's extraction and PEFT's rank reduction; combining several adapters is not
-here yet.
+The file holds B = U sqrt(S) and A = sqrt(S) Vᵀ in float32 with scale 1; the residual is measured on these
+float32 factors. Stands in for mergekit's extraction and PEFT's rank reduction; leaves out combining several
+adapters.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from ..table import Table, report
 
 @dataclass(frozen=True)
 class Shrunk:
-    """One module: its rank before and after, |ΔW|, and what is lost beside the least that must be."""
+    """One module: its rank before and after, |ΔW|, the loss, and the least possible loss at that rank."""
 
     module: str
     shape: tuple[int, int]
@@ -65,21 +65,21 @@ class Compression:
     rows: tuple[Shrunk, ...]
     parameters: int
     before: int | None  # parameters of the adapter that was compressed
-    left: Mapping[str, float]  # what no LoRA on linear maps holds: parameter -> |change|
-    notes: tuple[str, ...] = ()  # what else was left aside
+    left: Mapping[str, float]  # parameter -> |change| where no LoRA on linear maps can hold it
+    notes: tuple[str, ...] = ()  # on everything else that was left out
 
     @property
     def residual(self) -> float:
-        """What is lost over all modules together, relative to |ΔW|."""
+        """The loss over all modules together, relative to |ΔW|."""
         return ratio(self.rows, "residual")
 
     @property
     def optimum(self) -> float:
-        """The least that must be lost with these ranks, relative to |ΔW|."""
+        """The least possible loss at these ranks, relative to |ΔW|."""
         return ratio(self.rows, "optimum")
 
     def data(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """The report as JSON data."""
         return asdict(self) | {"residual": self.residual, "optimum": self.optimum}
 
     def parts(self) -> list[str | Table]:
@@ -102,13 +102,13 @@ class Compression:
 
 
 def ratio(rows: Sequence[Shrunk], part: str) -> float:
-    """The root of the sum of squares of a part, relative to that of |ΔW|."""
+    """The root of the sum of squares of one field over the rows, relative to that of |ΔW|."""
     lost, whole = (math.hypot(*(getattr(row, name) for row in rows)) for name in (part, "norm"))
     return quotient(lost, whole)
 
 
 def split(U: np.ndarray, S: np.ndarray, Vt: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """A (k, I) and B (O, k) in float32 with B A the first k terms of U S Vᵀ."""
+    """A (k, I) and B (O, k) in float32; B A is the first k terms of U S Vᵀ."""
     root = np.sqrt(S[:k])
     return (root[:, None] * Vt[:k]).astype(np.float32), (U[:, :k] * root).astype(np.float32)
 
@@ -128,7 +128,7 @@ def tail(S: np.ndarray, k: int) -> float:
 
 
 def check_choice(rank: int | None, energy: float | None) -> None:
-    """ConfigError unless one of the two is given, and has a meaning."""
+    """ConfigError unless exactly one of the two is given, and is valid."""
     if (rank is None) == (energy is None):
         raise ConfigError("rank and energy are two ways to choose; expected exactly one of them")
     if rank is not None:
@@ -146,17 +146,18 @@ def choose(
 ) -> dict[str, int]:
     """The rank of every module, at least 1 each.
 
-    A rank: the same for all; per module, the budget of that rank spent where a singular value brings most
-    energy for its O + I parameters, unless the same for all keeps more. An energy: the least common rank that
-    keeps this share of the whole; per module, the least that keeps this share of each.
+    `rank`: the same for all modules. With `per_module`, the parameters that this rank costs are a budget. It
+    is spent on the singular values that bring the most energy for their O + I parameters, unless the same
+    rank for all keeps more. `energy`: the least common rank that keeps this share of the whole; with
+    `per_module`, each module's least rank that keeps this share of it.
 
-    What the budget keeps is never less than with the same rank for all, and less than the most that it could
-    keep by no more than the energy of the first value that did not fit: to fill a budget to the last
-    parameter is a knapsack problem. Where all modules cost the same it is the most.
+    The budget never keeps less energy than the same rank for all. It falls short of the most that it could
+    keep by at most the energy of the first value that did not fit: filling a budget to the last parameter
+    is a knapsack problem. Where all modules cost the same, it keeps the most.
     """
     check_choice(rank, energy)
     largest = max((float(S.max()) for S in spectra.values()), default=0.0) or 1.0
-    spectra = {m: S / largest for m, S in spectra.items()}  # whose squares are no less than they should be
+    spectra = {m: S / largest for m, S in spectra.items()}  # so that squares do not underflow
     if energy is not None and per_module:
         return {m: max(rank_at(S, energy), 1) for m, S in spectra.items()}
     if energy is not None:
@@ -170,11 +171,11 @@ def choose(
     worth = [(S[i] ** 2 / costs[m], m) for m, S in spectra.items() for i in range(1, len(S)) if S[i] > 0]
     chosen = dict.fromkeys(spectra, 1)
     spent = sum(costs.values())
-    for _, module in sorted(worth, key=lambda item: -item[0]):  # falling within each module, so in order
+    for _, module in sorted(worth, key=lambda item: -item[0]):  # values fall within a module, so in order
         if spent + costs[module] <= budget:
             chosen[module] += 1
             spent += costs[module]
-    # where a wide module's value did not fit any more, what is left is spent on narrow ones: it may be less
+    # once a wide module's value no longer fits, narrow modules get the rest, which may keep less
     return max(chosen, common, key=lambda ks: math.fsum(sum(S[: ks[m]] ** 2) for m, S in spectra.items()))
 
 
@@ -190,10 +191,10 @@ def compress(
     per_module: bool = False,
     overwrite: bool = False,
 ) -> Compression:
-    """Write the best approximation of an adapter of smaller rank; see `choose` for the ranks.
+    """Write the best approximation of an adapter at smaller rank; `choose` explains the ranks.
 
-    What is no low-rank pair (biases, saved modules, DoRA's magnitudes) is copied, under PEFT's names; what
-    is none of a LoRA's is left aside and told. ConfigError, and what opening and writing raise.
+    Biases, saved modules and DoRA's magnitudes are copied, under PEFT's names; tensors that no LoRA has are
+    left out and noted. ConfigError for the ranks, and whatever opening and writing raise.
     """
     check_choice(rank, energy)
     given = open_adapter(adapter)
@@ -222,13 +223,11 @@ def compress(
         lost = left_over(B, A, pair.scale, Bk, Ak)
         inner, outer = (
             given.tensors.shapes[name] for name in (pair.A, pair.B)
-        )  # of a convolution, with more
+        )  # a convolution's have more axes
         tensors[pair.A], tensors[pair.B] = Ak.reshape(k, *inner[1:]), Bk.reshape(-1, k, *outer[2:])
         spectral = float(S[k]) if k < len(S) else 0.0
         rows.append(Shrunk(module, pair.shape, pair.r, k, norm(S), lost, tail(S, k), spectral))
-        if (
-            bias := f"{PREFIX}{module}.lora_B.bias"
-        ) in tensors:  # which the scale multiplies, and that is 1 now
+        if (bias := f"{PREFIX}{module}.lora_B.bias") in tensors:  # the scale multiplies it, and is 1 now
             tensors[bias] = tensors[bias] * pair.scale
     sizes = peft_config({m: (k, k) for m, k in chosen.items()}, ())
     for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
@@ -240,9 +239,9 @@ def compress(
 
 
 def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
-    """The config of an adapter, true of its file, and the tensors that no config can mean.
+    """The config of an adapter, corrected to match its file, and the tensors that no config can describe.
 
-    MismatchError where only some of the modules have magnitudes, which PEFT has no form for.
+    MismatchError if only some modules have magnitudes: PEFT has no form for that.
     """
     config, settings = read_fields(given.where / CONFIG), given.settings
     for kind in KINDS:
@@ -273,9 +272,6 @@ def refuse_same(source: Path, out: Path | str) -> None:
     out, source = Path(out).resolve(), Path(source).resolve()
     if out == source or source in out.parents or out in source.parents:
         raise InputError(f"{out}: is the input, inside it or around it; expected another folder")
-
-
-# ---- two checkpoints
 
 
 LARGEST = float(np.finfo(np.float32).max)

@@ -1,9 +1,9 @@
 """Workers on other machines, behind a dask scheduler, as an executor of the standard library.
 
-What all runs read is sent once to each worker and not looked up in its files, so a worker needs nothing
-but the same installation. A run whose worker dies is done by another one. dask speaks pickle: whoever
-reaches the port of the scheduler can run code as its user. The only file that names dask; leaves out
-starting and stopping of machines, which is the work of `dask scheduler` and `dask worker`.
+The inputs of all runs are sent once to each worker, not looked up in its files, so a worker needs only the
+same installation. If a worker dies, another one does its run. dask speaks pickle: anyone who reaches the
+scheduler's port can run code as its user. The only file that imports dask; leaves out starting and
+stopping machines, which `dask scheduler` and `dask worker` do.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from typing import Any
 
 from ..errors import ConfigError, MismatchError, StateError, check_same
 
-PATIENCE = 10.0  # seconds within which a scheduler answers, a first worker is there, a free one gets work
-LONELY = 60.0  # seconds that a sweep waits while no worker works, because none is left, say
+PATIENCE = 10.0  # seconds for a scheduler to answer, a first worker to appear, a free one to get work
+LONELY = 60.0  # seconds that a sweep waits while no worker works, for example because none is left
 
 Survey = Callable[[], dict[str, Any]]
 
@@ -28,8 +28,8 @@ Survey = Callable[[], dict[str, Any]]
 def connect(address: str, survey: Survey, expected: dict[str, Any], shared: Any) -> Iterator[Executor]:
     """An executor at "tcp://HOST:PORT" that does each `call(run)` as `call(run, shared)` on a worker.
 
-    ConfigError for an address that is none or without dask; StateError if no scheduler or no worker is to
-    be had within 10 s each; MismatchError if `survey()` is not as `expected` on one of them.
+    ConfigError for an invalid address or without dask; StateError if no scheduler or no worker answers
+    within 10 s each; MismatchError if `survey()` differs from `expected` on one of them.
     """
     if not re.fullmatch(r"(tcp|tls)://[^\s/]+:[0-9]+", address):
         raise ConfigError(f"dask is {address!r}; expected tcp://HOST:PORT or tls://HOST:PORT")
@@ -39,12 +39,12 @@ def connect(address: str, survey: Survey, expected: dict[str, Any], shared: Any)
         raise ConfigError('dask is not installed; expected pip install "minilora[cluster]"') from e
     with contextlib.ExitStack() as stack:
         try:
-            with ThreadPoolExecutor(1) as thread:  # a notebook's own has a loop that runs already
+            with ThreadPoolExecutor(1) as thread:  # a notebook's thread already runs a loop
                 thread.submit(asyncio.run, greet(address)).result()
-            with warnings.catch_warnings():  # dask only warns of a mix; it is refused below
+            with warnings.catch_warnings():  # dask only warns of mixed versions; refused below
                 warnings.simplefilter("ignore", distributed.versions.VersionMismatchWarning)
                 client = distributed.Client(address, timeout=PATIENCE, set_as_default=False)
-        except Exception as e:  # whatever the network, TLS or another program at that port makes of it
+        except Exception as e:  # from the network, TLS or another program at that port
             why = (str(e).splitlines() or [type(e).__name__])[0]
             raise StateError(f"{address}: no dask scheduler answers within {PATIENCE:g} s: {why}") from e
         stack.callback(client.close, PATIENCE)
@@ -54,7 +54,7 @@ def connect(address: str, survey: Survey, expected: dict[str, Any], shared: Any)
         except TimeoutError as e:
             raise StateError(f"{address}: no worker, or not all, within {PATIENCE:g} s; "
                              f"start one by: dask worker {address} --nthreads 1") from e  # fmt: skip
-        try:  # it unpacks what is submitted, so it has to have minilora too
+        try:  # the scheduler unpickles what is submitted, so it needs minilora too
             client.run_on_scheduler(with_dask, survey)
         except Exception as e:
             found["scheduler"] = e
@@ -68,7 +68,7 @@ def connect(address: str, survey: Survey, expected: dict[str, Any], shared: Any)
 
 
 async def greet(address: str) -> None:
-    """Shake hands with a scheduler, in time: dask's own client would wait for a silent one without end."""
+    """Shake hands with a scheduler, within a limit: dask's own client would wait for a silent one forever."""
     from distributed import Security
     from distributed.comm import connect
 
@@ -78,7 +78,7 @@ async def greet(address: str) -> None:
 
 
 class Cluster(Executor):
-    """dask's own executor, with deaths told as the standard library tells them, and an end to waiting."""
+    """dask's own executor, with worker deaths reported as in the standard library, and a limit on waiting."""
 
     def __init__(self, client: Any, shared: Any) -> None:
         self.client, self.inner, self.closed = client, client.get_executor(pure=False), threading.Event()
@@ -87,7 +87,7 @@ class Cluster(Executor):
         threading.Thread(target=self.watch, daemon=True).start()
 
     def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Have a worker do `call(*args, shared)`."""
+        """Run `call(*args, shared)` on a worker."""
         outcome: Future[Any] = Future()
         outcome.set_running_or_notify_cancel()
         self.waiting[outcome] = True
@@ -97,7 +97,7 @@ class Cluster(Executor):
         return outcome
 
     def share(self) -> None:
-        """Send what is shared to the workers, if it is not there; as a task, so that it can be made again."""
+        """Send the shared data to the workers unless it is there; as a task, so that dask can remake it."""
         import dask
 
         if self.shared is None:
@@ -105,7 +105,7 @@ class Cluster(Executor):
                 self.shared = self.client.submit(itself, self.value, pure=False)
 
     def settle(self, outcome: Future[Any], done: Future[Any]) -> None:
-        """Pass on how a call went."""
+        """Pass on the result or the error of a call."""
         from distributed import KilledWorker
 
         if not self.waiting.pop(outcome, False):
@@ -113,7 +113,7 @@ class Cluster(Executor):
         try:
             outcome.set_result(done.result())
         except KilledWorker as e:
-            self.shared = None  # it may have died there too, and dask then waits for it without end
+            self.shared = None  # it may have died there too, and dask would wait for it forever
             outcome.set_exception(BrokenExecutor(str(e)))
         except CancelledError:
             outcome.set_exception(StateError("the scheduler is gone; what is done is kept"))
@@ -121,9 +121,9 @@ class Cluster(Executor):
             outcome.set_exception(e)
 
     def watch(self) -> None:
-        """Fail what waits once nobody works on any of it: with nobody there, or with dask having lost it.
+        """Fail the waiting calls once no worker works on any of them: none is left, or dask lost the calls.
 
-        It can lose a result whose worker dies while the result is on its way here.
+        dask can lose a result if the worker dies while the result is on its way here.
         """
         last = time.monotonic()
         while not self.closed.wait(1):
@@ -142,7 +142,7 @@ class Cluster(Executor):
                 self.fail(StateError(f"{gone}; what is done is kept"))
 
     def fail(self, error: Exception) -> None:
-        """Settle all that waits."""
+        """Settle all waiting calls with this error."""
         self.shared = None
         for outcome in list(self.waiting):
             if self.waiting.pop(outcome, False):
@@ -150,12 +150,12 @@ class Cluster(Executor):
 
 
 def itself(value: Any) -> Any:
-    """What is shared, as the outcome of a task."""
+    """The shared data, as the result of a task."""
     return value
 
 
 def with_dask(survey: Survey) -> dict[str, Any]:
-    """What a process says of itself, the version of dask with it."""
+    """The survey of a process, with its version of dask."""
     import distributed
 
     return survey() | {"dask": distributed.__version__}

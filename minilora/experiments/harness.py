@@ -1,18 +1,18 @@
 """A grid of cells -> rows: each cell is run once, wherever there is room for it, and no kill loses a row.
 
-An experiment is a question, and brings three things: its cells (frozen dataclasses with an `id`), a function
-`run(cell, inputs) -> row` of a module, and the form of its rows. What any grid needs is here: inputs that are
-read once, processes or executors or dask or none of them, and a file of sealed rows.
+An experiment is a question. It brings three things: its cells (frozen dataclasses with an `id`), a
+module-level function `run(cell, inputs) -> row`, and the form of its rows. What every grid needs is here:
+inputs that are read once; processes, an executor, dask or none of them; and a file of sealed rows.
 
     inputs = read_inputs(base, targets)
     with open_store(out, run, inputs, plan, form, jobs=2) as store:
-        store.finish(cells)  # as often as cells depend on rows
+        store.finish(cells)  # once more for cells that depend on rows
         rows = store.close()
 
-The file of rows is the state. A row is appended when its run is done, so it costs the same beside ten others
-and beside ten thousand; at the end the file is put into the plan's order. Rows hold no times and no machine
+The file of rows is the state. A row is appended when its run is done, so it costs the same after ten others
+as after ten thousand; at the end the file is put into the plan's order. Rows hold no times and no machine
 names: the same plan on the same machine gives the same bytes. Stands in for a workflow engine; leaves out
-retries of runs that fail, priorities, and runs that need each other's weights.
+retries of failed runs, priorities, and runs that need each other's weights.
 """
 
 import contextlib
@@ -52,12 +52,12 @@ from ..table import plain
 from ..tree import digest
 
 SCHEMA = 1
-ATTEMPTS = 4  # at runs whose worker dies
+ATTEMPTS = 4  # at a run whose worker dies
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 Row = dict[str, Any]
 Outcome = tuple[Row, Row]  # a row, and the environment in which it was made
-Progress = Callable[[int, int, Row], None]  # runs done, runs known of, the row of the last one
+Progress = Callable[[int, int, Row], None]  # runs done, runs known, the last row
 
 
 class Cell(Protocol):
@@ -73,26 +73,26 @@ def id_of(config: Row) -> str:
     return of_json(config, sort=True)[:16]
 
 
-# ---- what the runs read
+# ---- inputs
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all runs of a grid read, and none may change."""
+    """What all runs of a grid read and none may change."""
 
     path: str  # of the base
     base: Llama
     texts: dict[str, corpora.Corpus]  # by target
 
     def source(self) -> "Source":
-        """Where another process can read the same."""
+        """Where another process can read the same inputs."""
         texts = ((target, text.digest, is_fallback(text)) for target, text in self.texts.items())
         return Source(self.path, digest(self.base), tuple(texts))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where inputs are read and what they must be: small enough to go with every run."""
+    """Where to read inputs and which digests they must have: small enough to send with every run."""
 
     path: str
     digest: str
@@ -100,14 +100,14 @@ class Source:
 
 
 def read_inputs(path: str, targets: Iterable[str]) -> Inputs:
-    """The base at `path` and the text of each target, or the fallback of a text that cannot be fetched."""
+    """The base at `path` and the text of each target, or the fallback for a text that cannot be fetched."""
     texts = {target: corpora.corpus_or_fallback(target) for target in targets}
     return Inputs(path, huggingface.load(path), texts)
 
 
 @lru_cache(1)
 def read_again(source: Source) -> Inputs:
-    """The inputs, once in each process that was not sent them; MismatchError if they have changed."""
+    """The inputs, read once in each process that was not sent them; MismatchError if they have changed."""
     base = huggingface.load(source.path)
     if digest(base) != source.digest:
         raise MismatchError(f"{source.path}: the base is not the one that the sweep began with")
@@ -124,7 +124,7 @@ def is_fallback(text: corpora.Corpus) -> bool:
     return text.source.startswith("fallback:")
 
 
-# ---- one run, in whatever process it happens to be
+# ---- one run, in any process
 
 Runner = Callable[[Any, Inputs], Row]
 
@@ -136,7 +136,7 @@ def do(run: Runner, cell: Any, inputs: Inputs) -> Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """`do` for every cell of a grid. It travels to other processes without its inputs: they read them."""
+    """`do` for every cell of a grid. It is pickled without its inputs: other processes read them."""
 
     run: Runner
     source: Source
@@ -150,7 +150,7 @@ class Job:
 
 
 def row_of(cell: Any, source: str, measure: Callable[[], Row]) -> Row:
-    """The row of a cell: its config, the source of its text, and what was measured, or why it diverged."""
+    """The row of a cell: its config, the source of its text, and the measurements, or why it diverged."""
     row = {"id": cell.id, "config": asdict(cell), "source": source}
     try:
         with quiet_overflow():
@@ -160,7 +160,7 @@ def row_of(cell: Any, source: str, measure: Callable[[], Row]) -> Row:
 
 
 def versions() -> dict[str, str]:
-    """What the last digits of a row depend on; a backend is named only if it is not NumPy."""
+    """What the last digits of a row depend on; the backend only if it is not NumPy."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         "minilora": __version__,
@@ -172,7 +172,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> Row:
-    """What a worker must have in common with the process that started the grid."""
+    """What a worker must share with the process that started the grid."""
     return versions() | {"backend": backend.name} | {name: os.environ.get(name) for name in THREADS}
 
 
@@ -192,15 +192,16 @@ def open_store(
     dask: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator["Store"]:
-    """The rows of a plan in the folder `out`, which is locked, and the workers that make those not there yet.
+    """The rows of a plan in the folder `out`, which is locked, and the workers that make the missing rows.
 
     Runs go to `jobs` processes (default: one per core; a single one is this process itself) with one BLAS
     thread each; or to any executor whose workers have minilora and the same files at the same paths; or to
     the workers of the dask scheduler at "tcp://HOST:PORT", which are sent what they need.
     `progress(done, known, row)` is called after every run. LockedError if another process works in the
-    folder, MismatchError if the folder holds another plan or a worker has other versions or another base,
-    FormatError if it holds what no run writes (`read_rows`); StateError if workers keep dying or cannot be
-    reached; UnsupportedError if several processes are asked for where there are none.
+    folder; MismatchError if the folder holds another plan or a worker has other versions or another base;
+    FormatError if the folder holds a row that no run writes (`read_rows`); StateError if workers keep dying
+    or cannot be reached; UnsupportedError for several processes on a platform without processes; ConfigError
+    for more than one of `jobs`, `executor` and `dask`.
     """
     if sum(way is not None for way in (jobs, executor, dask)) > 1:
         raise ConfigError("jobs, an executor and dask are three ways to do the runs; expected one of them")
@@ -215,7 +216,7 @@ def open_store(
 
             ours = environment()
             executor = stack.enter_context(cluster.connect(dask, environment, ours, inputs))
-            job = partial(do, run)  # which a worker calls with the inputs that it was sent
+            job = partial(do, run)  # a worker calls it with the inputs that it was sent
         alone = executor is None and in_this_process(jobs, held)
         out = named(out)
         stack.enter_context(locked(out))
@@ -227,8 +228,8 @@ def open_store(
 
 
 def fingerprint(plan: Row, source: Source) -> Row:
-    """What a folder of rows belongs to: the plan, the texts, the base and the versions."""
-    return json.loads(json.dumps({  # as it is read back: lists for tuples
+    """The identity of a folder of rows: the plan, the texts, the base and the versions."""
+    return json.loads(json.dumps({  # as read back: tuples become lists
         "schema": SCHEMA,
         "plan": plan,
         "texts": {target: text for target, text, _ in source.texts},
@@ -238,7 +239,7 @@ def fingerprint(plan: Row, source: Source) -> Row:
 
 
 def check_plan(path: Path, wanted: Row) -> None:
-    """Write the plan of a new folder; MismatchError, naming the difference, if it holds another."""
+    """Write the plan of a new folder; MismatchError, naming the difference, if it holds another plan."""
     if not path.exists():
         if path.with_name("rows.jsonl").exists():
             raise MismatchError(f"{path.parent}: holds rows without their plan; expected another --out")
@@ -263,12 +264,12 @@ def check_plan(path: Path, wanted: Row) -> None:
 
 @dataclass(frozen=True)
 class RowForm:
-    """What the rows of an experiment are, beyond an id, a config and the versions."""
+    """The form of an experiment's rows, beyond an id, a config and the versions."""
 
     check: Callable[[str, Row], None] = forms.anything  # (name, row); FormatError names the field
     check_together: Callable[[str, Iterable[Row]], None] = forms.anything  # (file, rows)
-    derive: Callable[[list[Row]], list[Row]] = list  # rows -> rows with what follows from the others
-    derived: tuple[str, ...] = ()  # the names of that
+    derive: Callable[[list[Row]], list[Row]] = list  # rows -> rows with fields that follow from other rows
+    derived: tuple[str, ...] = ()  # the names of those fields
 
 
 HEAD = forms.has({"id": forms.text, "config": forms.has({}), "versions": forms.named(forms.text)})
@@ -286,18 +287,18 @@ def sealed(row: Row) -> bytes:
 
 
 def read_rows(path: Path | str, form: RowForm) -> list[Row]:
-    """The intact rows of a file with what is derived of them; a damaged line is named on stderr, no more.
+    """The intact rows of a file with their derived fields; a damaged line is only named on stderr.
 
-    A line with a right seal is as it was written. If it is no row all the same, or one of another sweep,
-    nobody can tell what it means: FormatError or MismatchError names line and field.
+    A line with a right seal is as it was written. If it is still no row, or belongs to another sweep, nobody
+    can tell what it means: FormatError or MismatchError names line and field.
     """
     return form.derive(list(intact_rows(path, form)[0].values()))
 
 
 def intact_rows(path: Path | str, form: RowForm) -> tuple[dict[str, Row], bytes]:
-    """The intact rows of a file by id, less what is derived, and the lines in which they stand.
+    """The intact rows of a file by id, without derived fields, and their lines.
 
-    A last line without an end is no damage: its process died while appending it.
+    A last line without an end does not count as damage: its process died while appending it.
     """
     rows: dict[str, Row] = {}
     kept = []
@@ -323,7 +324,7 @@ def intact_rows(path: Path | str, form: RowForm) -> tuple[dict[str, Row], bytes]
 
 
 def check_row(name: str, row: Row, form: RowForm) -> None:
-    """FormatError, naming the field, unless it is a row of this form, and of its own config."""
+    """FormatError, naming the field, unless the row has this form and its id follows from its config."""
     HEAD(name, row)
     form.check(name, row)
     if row["id"] != id_of(row["config"]):
@@ -331,7 +332,7 @@ def check_row(name: str, row: Row, form: RowForm) -> None:
 
 
 class Store:
-    """The rows of a plan, in memory and in a file to which each is appended when its run is done."""
+    """The rows of a plan, in memory and in a file; each is appended when its run is done."""
 
     def __init__(
         self, path: Path, form: RowForm, environment: Row, outcomes: "Outcomes", progress: Progress | None
@@ -348,7 +349,7 @@ class Store:
             self.replace(lines)  # a row cannot be appended to half a line
 
     def finish(self, cells: Iterable[Cell]) -> None:
-        """See to it that all these cells are done."""
+        """Do the runs of all these cells that are not done yet."""
         wanted = {cell.id: cell for cell in cells}
         self.order |= dict.fromkeys(wanted)
         self.count = sum(id in self.done for id in self.order)
@@ -357,7 +358,7 @@ class Store:
             self.add(row)
 
     def add(self, row: Row) -> None:
-        """Keep one finished row, durably."""
+        """Append one finished row to the file, durably."""
         line = sealed(row | {"versions": self.versions})
         append(self.path, line)
         self.done[row["id"]] = {k: v for k, v in json.loads(line).items() if k != "sha256"}  # as read back
@@ -366,25 +367,25 @@ class Store:
             self.progress(self.count, len(self.order), row)
 
     def close(self) -> list[Row]:
-        """Leave the rows of the plan and no others in the file, in the plan's order, and return them."""
+        """Rewrite the file as the plan's rows only, in the plan's order, and return them."""
         rows = self.form.derive([self.done[id] for id in self.order])
         self.replace(b"".join(map(sealed, rows)))
         return rows
 
     def replace(self, lines: bytes) -> None:
-        """Replace the file, if it holds anything else."""
+        """Replace the file unless it holds exactly these lines."""
         if not exists(self.path) or read(self.path) != lines:
             write_atomic(self.path, lines)
 
 
-# ---- where the runs are done: a function from cells to their outcomes, as they come
+# ---- where runs are done: a function from cells to outcomes, in the order in which they finish
 
 Outcomes = Callable[[list[Cell]], Iterable[Outcome]]
 
 
 @contextlib.contextmanager
 def one_blas_thread_each() -> Iterator[bool]:
-    """One BLAS thread in each process that is started within the context; whether this one has one, too."""
+    """One BLAS thread in each process started within the context; yields whether this one has one, too."""
     before = {name: os.environ.get(name) for name in THREADS}
     with one_blas_thread() as held:
         os.environ.update(dict.fromkeys(THREADS, "1"))  # read by BLAS when a worker starts
@@ -396,7 +397,7 @@ def one_blas_thread_each() -> Iterator[bool]:
 
 
 def in_this_process(jobs: int | None, held: bool) -> bool:
-    """Whether runs are done here, one by one: for one job, or where there are no processes."""
+    """Whether runs are done here, one by one: for one job, or on a platform without processes."""
     try:
         import multiprocessing.synchronize  # noqa: F401
     except ImportError as e:
@@ -417,12 +418,12 @@ class Pool:
         if self.executor is None:
             from multiprocessing import active_children
 
-            self.others = active_children()  # the caller's, if it has any
+            self.others = active_children()  # the caller's own
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.processes is not None:
-            if error[0] is not None:  # nobody would keep what they are at
+            if error[0] is not None:  # nobody would keep their results
                 from multiprocessing import active_children
 
                 for process in active_children():
@@ -431,7 +432,7 @@ class Pool:
             self.processes.shutdown(cancel_futures=True)
 
     def outcomes(self, cells: list[Cell]) -> Iterator[Outcome]:
-        """What comes of each cell, as it is done; a worker that dies costs only its run's work."""
+        """The outcome of each cell, as it finishes; a worker that dies costs only its run's work."""
         for _ in range(ATTEMPTS):
             died: BrokenExecutor | None = None
             futures: dict[Future[Outcome], Cell] = {}
@@ -452,11 +453,11 @@ class Pool:
             if not died:
                 return
             cells = [cell for cell in cells if cell not in done]
-            self.processes = None  # new ones, if they were ours
+            self.processes = None  # start new ones if they were ours
         raise StateError("worker processes keep dying; what is done is kept") from died
 
     def submit(self, cell: Cell) -> Future[Outcome]:
-        """Have one run done."""
+        """Submit one run."""
         if self.executor is not None:
             return self.executor.submit(self.job, cell)
         with uninterrupted():
@@ -470,7 +471,7 @@ class Pool:
 
 
 def interrupts() -> list[int]:
-    """The signals that end a command in order, as far as the system has them."""
+    """The signals that end a command cleanly, as far as the system has them."""
     import signal
 
     names = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -479,9 +480,9 @@ def interrupts() -> list[int]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let interrupts wait while a worker is started: they would cut that in two.
+    """Hold interrupts back while a worker starts: they would leave it half started.
 
-    The worker inherits the mask, so none reaches it before it can ignore them. The mask alone is not
+    The worker inherits the mask, so no interrupt reaches it before it can ignore them. The mask alone is not
     enough here: another thread may take the signal, and Python runs the handler in this one.
     """
     import signal
@@ -507,7 +508,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def follow_parent() -> None:
-    """In a worker: leave interrupts to the parent, and end when it ends, however it does."""
+    """In a worker: leave interrupts to the parent, and exit when the parent ends, for whatever reason."""
     import signal
     import threading
     from multiprocessing import parent_process

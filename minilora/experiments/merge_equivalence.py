@@ -1,8 +1,8 @@
 """Does merging change what the model says? The observed difference beside a bound that holds for sure.
 
 With unit roundoff u, a product of inner dimension k errs by at most g(k) = k u / (1 - k u) times the
-product of the absolute values (Higham, Accuracy and Stability, 3.1). For the unmerged
-y = fl(W x) + fl(s B (A x)) and the merged y = fl(W + s B A) x, each alone is within
+product of the absolute values (Higham, Accuracy and Stability, 3.1). The unmerged
+y = fl(W x) + fl(s B (A x)) and the merged y = fl(W + s B A) x are each within
 g(n+1) |W||x| + g(n+r+2) |s||B||A||x| of the exact value, so their difference is within twice that.
 """
 
@@ -20,9 +20,9 @@ Row = dict[str, Any]
 def merge_bound(
     W: np.ndarray, A: np.ndarray, B: np.ndarray, s: float, X: np.ndarray, dtype: Any
 ) -> np.ndarray:
-    """The most by which merged and unmerged outputs (M, O) can differ, for rows X (M, I).
+    """The bound (M, O) on the difference between merged and unmerged outputs, for rows X (M, I).
 
-    Evaluated in a wider type. The last term is underflow; it matters near the smallest numbers only.
+    Evaluated in a wider type. The last term is for underflow; it matters only near the smallest numbers.
     """
     info = np.finfo(dtype)
     wide = np.float64 if np.dtype(dtype) == np.float32 else np.longdouble
@@ -41,7 +41,7 @@ def merge_bound(
 
 
 def run(seed: int = 0, rank: int = 8, draws: int = 5) -> list[Row]:
-    """Rows over widths and dtypes: the largest difference of `draws` maps, and its bound, relative to |y|."""
+    """A row per dtype and width: the largest difference in `draws` maps, and its bound, relative to |y|."""
     rows = []
     for dtype in (np.float32, np.float64):
         for n in (16, 32, 64, 128, 256, 512, 1024, 2048):
@@ -60,7 +60,7 @@ def run(seed: int = 0, rank: int = 8, draws: int = 5) -> list[Row]:
 
 
 def one(rng: np.random.Generator, n: int, rank: int, dtype: Any) -> tuple[float, float, float]:
-    """Difference and bound relative to the largest output, and their largest ratio, for one random map."""
+    """For one random map: difference and bound relative to the largest output, and their largest ratio."""
 
     def draw(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(dtype)

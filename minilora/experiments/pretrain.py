@@ -1,7 +1,7 @@
 """The base: a tiny character-level Llama trained on Shakespeare in modern spelling, from seed to folder.
 
 All other experiments start from its checkpoint, which ships with the package. Five plays are held out in
-every spelling, so that what is learned of them later was not memorised here.
+every spelling, so the base has not memorised what later experiments learn from them.
 """
 
 import json
@@ -36,7 +36,7 @@ class Recipe:
     weight_decay: float = 0.1
     beta2: float = 0.99
     seed: int = 0
-    test_windows: int = 4096  # of LENGTH characters, evenly over the held-out plays
+    test_windows: int = 4096  # of LENGTH characters, spread evenly over the held-out plays
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0), ("test_windows", 4)):
@@ -45,7 +45,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: losses in nats per character, characters per second of training."""
+    """The result: losses in nats per character; speed in characters per second of training."""
 
     test: float
     valid: float
@@ -80,8 +80,8 @@ def run(
 ) -> Outcome:
     """Train, measure, and write the model as the new folder `out`.
 
-    Beside it a checkpoint is kept, from which a killed run goes on to the same bytes; it is deleted at
-    the end. StorageError if `out` exists.
+    A checkpoint is kept beside it; a killed run resumes from it and ends in the same bytes. It is deleted
+    at the end. StorageError if `out` exists.
     """
     out = begin(out, "pretrain")
     text = corpora.corpus_or_fallback(recipe.corpus)

@@ -47,7 +47,7 @@ def final(rows: Sequence[Row], target: str, method: str = "lora") -> list[Row]:
 
 
 def by_rank(rows: Sequence[Row], key: str) -> tuple[list[int], np.ndarray]:
-    """The ranks, and for each (mean, least, greatest) of a value over the seeds: (ranks, 3)."""
+    """The ranks, and for each the (mean, least, greatest) of a value over the seeds: (ranks, 3)."""
     ranks = sorted({row["config"]["rank"] for row in rows})
     values = [[row[key] for row in rows if row["config"]["rank"] == r] for r in ranks]
     return ranks, np.array([(math.fsum(v) / len(v), min(v), max(v)) for v in values]).reshape(-1, 3)
@@ -62,7 +62,7 @@ def band(
 
 
 def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
-    """Ranks on a log2 axis, labelled by themselves."""
+    """Ranks on a log2 axis, a labelled tick at each."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(ranks), [str(r) for r in ranks])
     ax.minorticks_off()
@@ -70,7 +70,7 @@ def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
 
 
 def level(ax: Axes, y: float, text: str, colour: str, line: str, above: bool = True) -> None:
-    """A horizontal line that carries its own name."""
+    """A horizontal line with its label on it."""
     ax.axhline(y, color=colour, linestyle=line, linewidth=1.5)
     offset = (-2, 3) if above else (-2, -3)
     ax.annotate(
@@ -123,7 +123,7 @@ def loss_against_rank(rows: Sequence[Row], target: str) -> Picture:
 
 @styled
 def gap_against_parameters(rows: Sequence[Row]) -> Picture:
-    """(b) The share of the gap between base and full fine-tuning that is closed, by trained parameters."""
+    """(b) The share of the gap from base to full fine-tuning that LoRA closes, against trained parameters."""
     figure, ((ax,),) = axes()
     says = []
     looks = zip(cycle((BLUE, GREEN, PINK, ORANGE)), cycle("osD^vPX"), strict=False)
@@ -153,7 +153,7 @@ def gap_against_parameters(rows: Sequence[Row]) -> Picture:
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    """The targets that have finished runs of the base, of LoRA and in full, in order."""
+    """The targets that have finished runs of the base, LoRA and full fine-tuning, in order."""
     names = dict.fromkeys(row["config"]["target"] for row in select(rows, kind="final", method="full"))
     others = ({"kind": "base"}, {"kind": "final", "method": "lora"})
     return [name for name in names if all(select(rows, target=name, **other) for other in others)]
@@ -174,7 +174,7 @@ def kinds(rows: Sequence[Row]) -> list[str]:
 
 @styled
 def spectra(rows: Sequence[Row], target: str) -> Picture:
-    """(c) Singular values of ΔW for each kind of module and rank, full fine-tuning and noise behind them."""
+    """(c) Singular values of ΔW for each kind of module and rank, with full fine-tuning and noise."""
     lora, full = final(rows, target), final(rows, target, "full")
     ranks = sorted({row["config"]["rank"] for row in lora})
     panels = kinds(lora)
@@ -297,7 +297,7 @@ def energy_and_effective_rank(rows: Sequence[Row], target: str) -> Picture:
 
 @styled
 def known_rank(rows: Sequence[Row], target: str) -> Picture:
-    """(e) Excess loss against rank beside the truncated true answer, and the spectrum of the learned ΔE."""
+    """(e) Excess loss against rank, with the truncated true answer, and the spectrum of the learned ΔE."""
     lora, base = final(rows, target), final(rows, target, "none")[0]
     oracle = select(rows, kind="oracle", target=target)
     floor, truth = base["floor"], np.array(base["spectra"]["model.embed_tokens"])
@@ -375,7 +375,7 @@ def learning_curves(rows: Sequence[Row], target: str) -> Picture:
 
 
 def flattening(full: Sequence[Row]) -> str:
-    """How one sees whether the curve has flattened: what its last quarter still brought."""
+    """Whether the curve has flattened, in words: how much the last quarter of the steps still gained."""
     c = np.array([row["curve"] for row in full]).mean(0)
     late = c[np.searchsorted(c[:, 0], 0.75 * c[-1, 0])]
     fall, last = c[0, 1] - c[-1, 1], late[1] - c[-1, 1]

@@ -42,10 +42,10 @@ def summary(rows: list[Row]) -> list[Row]:
 
 
 def figure_names(rows: list[Row]) -> dict[str, str]:
-    """Target -> the end of its figures' file names, another one for each target."""
+    """Target -> the suffix of its figures' file names, different for each target."""
     names: dict[str, str] = {}
     for target in dict.fromkeys(row["config"]["target"] for row in rows):
-        stem = name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem)[:100]  # a file's name has an end
+        stem = name = re.sub(r"[^A-Za-z0-9]+", "_", Path(target).stem)[:100]  # file names have a length limit
         while name in names.values():
             name = f"{stem}_{len(names) + 1}"
         names[target] = name
@@ -53,7 +53,7 @@ def figure_names(rows: list[Row]) -> dict[str, str]:
 
 
 def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
-    """All figures that the rows have the runs for, by file name."""
+    """All figures whose runs are in the rows, by file name."""
     drawn = {}
     complete = rank_figures.targets(rows)
     names = figure_names(rows)
@@ -73,7 +73,7 @@ def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
 
 
 def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
-    """The table of one target, in words."""
+    """The lines of one target's table, as text."""
     table: list[tuple[str, ...]] = []
     for line in summary(rows):
         if line["target"] == target:

@@ -1,8 +1,8 @@
 """Which rank does a task need? The main job: a frozen base, LoRA at every rank, full fine-tuning.
 
-For each target and method the learning rate is chosen by short runs on a validation split; then every
-seed is trained and measured on the test split. gap closed = (L_base - L) / (L_base - L_full), with L
-the test loss. Every run is one row. How runs are done and rows are kept is the harness's work.
+For each target and method, short runs choose the learning rate on a validation split; then every seed is
+trained, and measured on the test split. gap closed = (L_base - L) / (L_base - L_full), with L the test
+loss. Every run is one row. The harness does the runs and keeps the rows.
 """
 
 import copy
@@ -32,8 +32,8 @@ from .rows import Run, check_row, check_together, every
 SEARCH_SEED = 1000
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LENGTH = 128  # characters in a window
-STEP = math.sqrt(10)  # by which the search for a learning rate goes on beyond an edge
-EDGES = 2  # how often it may
+STEP = math.sqrt(10)  # factor by which the learning rate search extends beyond an edge
+EDGES = 2  # how often it may extend
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Setting:
 
 TEXT = Setting(("all-linear",), 16.0, 1e-8, (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3), 300, 100, 8)
 # An embedding's B starts at N(0, 1), so alpha is small. The larger eps keeps AdamW from moving the rows
-# of rare letters, whose gradient is next to nothing, as fast as all others: their noise hides the spectrum.
+# of rare letters, whose gradient is almost zero, as fast as all others: their noise would hide the spectrum.
 TABLE = Setting(("embed_tokens",), 0.25, 1e-4, (1e-1, 3e-1, 1.0), (1e-3, 3e-3, 1e-2), 200, 60, 4)
 
 
@@ -63,11 +63,11 @@ def setting(target: str) -> Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep is to do. ConfigError for an empty grid or a number without a meaning."""
+    """The plan of a sweep. ConfigError for an empty grid or an invalid number."""
 
     targets: tuple[str, ...] = ("permuted:4", "folio")
-    ranks: tuple[int, ...] | None = None  # None: RANKS, and for k swaps k - 1 and k too: the elbow
-    modules: tuple[str, ...] | None = None  # None here and below: as the target's setting says
+    ranks: tuple[int, ...] | None = None  # None: RANKS, and for k swaps also k - 1 and k, to show the elbow
+    modules: tuple[str, ...] | None = None  # None here and below: the target's setting
     alpha: float | None = None
     steps: int | None = None
     search_steps: int | None = None
@@ -141,7 +141,7 @@ def windows(run: Run, split: str, inputs: Inputs) -> list[tuple[np.ndarray, np.n
 
 
 def losses(model: Llama, run: Run, inputs: Inputs) -> Row:
-    """Validation loss, and the test loss of what is reported, in nats per character."""
+    """Validation loss, and test loss unless the run is a search, in nats per character."""
     splits = ("valid",) if run.kind == "search" else ("valid", "test")
     row = {split: evaluate(model, windows(run, split, inputs)) for split in splits}
     for split, loss in row.items():
@@ -151,7 +151,7 @@ def losses(model: Llama, run: Run, inputs: Inputs) -> Row:
 
 
 def baseline(run: Run, inputs: Inputs) -> Row:
-    """The frozen base on the target; for a permutation also on the plain text, which is the floor."""
+    """The frozen base on the target; for a permutation also on the plain text, which gives the floor."""
     model = inputs.base
     row = losses(model, run, inputs) | {"parameters": 0, "base_digest": digest(model)}
     if swaps := corpora.swaps_of(run.target):
@@ -162,7 +162,7 @@ def baseline(run: Run, inputs: Inputs) -> Row:
 
 
 def unpermuted(batch: tuple[np.ndarray, np.ndarray], swaps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same windows in plain letters: a swap undoes itself."""
+    """The same windows in plain letters: a swap is its own inverse."""
     perm = corpora.permutation(swaps)
     return perm[batch[0]], perm[batch[1]]
 
@@ -174,7 +174,7 @@ def true_delta(model: Llama, swaps: int) -> Any:
 
 
 def oracle(run: Run, inputs: Inputs) -> Row:
-    """The known answer cut to the run's rank (Eckart and Young), with no training at all."""
+    """The known answer cut to the run's rank (Eckart and Young), without training."""
     model = copy.deepcopy(inputs.base)
     table = model.model.embed_tokens.weight
     U, S, Vt = np.linalg.svd(to_host(true_delta(model, corpora.swaps_of(run.target))).astype(np.float64))
@@ -185,7 +185,7 @@ def oracle(run: Run, inputs: Inputs) -> Row:
 
 
 def trained_run(run: Run, inputs: Inputs) -> Row:
-    """Train LoRA or everything, and measure."""
+    """Train LoRA or all weights, and measure."""
     model = prepared(run, inputs)
     valid = windows(run, "valid", inputs)
     ids = text_of(run, inputs).train
@@ -197,7 +197,7 @@ def trained_run(run: Run, inputs: Inputs) -> Row:
         schedule=Schedule(run.steps, warmup=run.steps // 20),
         evaluate=None if run.kind == "search" else lambda: evaluate(model, valid),
         eval_every=every(run.steps),
-        threads=1,  # the other cores have runs of their own
+        threads=1,  # the other cores do other runs
     )
     row = losses(model, run, inputs) | {"parameters": sum(p.data.size for p in trained(model).values())}
     if run.kind == "final":
@@ -211,7 +211,7 @@ def trained_run(run: Run, inputs: Inputs) -> Row:
 
 
 def prepared(run: Run, inputs: Inputs) -> Llama:
-    """A copy of the base, ready to be trained as the run says."""
+    """A copy of the base, ready for the training of the run."""
     model = copy.deepcopy(inputs.base)
     if run.method == "full":
         unfreeze(model)
@@ -222,7 +222,7 @@ def prepared(run: Run, inputs: Inputs) -> Llama:
 
 
 def rounded(changes: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Spectra to six digits, as they go into a row."""
+    """Spectra rounded to six significant digits, as rows hold them."""
     return {path: [float(f"{x:.6g}") if x > 1e-12 * s[0] else 0.0 for x in s] for path, s in changes.items()}
 
 
@@ -238,18 +238,18 @@ def sweep(
     dask: str | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Do what is not done yet of a plan in the folder `out`, and return all rows in the plan's order.
+    """Do the runs of a plan that are missing in the folder `out`; return all rows in the plan's order.
 
     Runs go to `jobs` processes with one BLAS thread each (default: one per core; `jobs=1` starts none), to
     any executor, or to the dask scheduler at "tcp://HOST:PORT". `progress(done, known, row)` is called after
-    every run. ConfigError or MismatchError if base, texts and plan do not fit; all other errors, and what
-    the workers need, are those of `harness.open_store`.
+    every run. ConfigError, MismatchError or InputError if base, texts and plan do not fit; for all other
+    errors, and for what the workers need, see `harness.open_store`.
     """
     inputs = harness.read_inputs(plan.base, plan.targets)
     check_inputs(plan, inputs)
     cells = grid(plan, inputs.texts)
     for cell in cells:
-        prepared(cell, inputs)  # a rank or a module that does not fit is an error before any run
+        prepared(cell, inputs)  # refuses a rank or a module that does not fit, before any run
     with harness.open_store(
         out, work, inputs, asdict(plan), FORM, jobs=jobs, executor=executor, dask=dask, progress=progress
     ) as store:
@@ -275,7 +275,7 @@ def check_inputs(plan: Plan, inputs: Inputs) -> None:
 
 
 def grid(plan: Plan, texts: dict[str, corpora.Corpus]) -> list[Run]:
-    """One Run for each target and method, the full one first, with neither seed nor learning rate."""
+    """One Run for each target and method, full fine-tuning first, without seed or learning rate."""
     cells = []
     for target in plan.targets:
         how = plan.setting(target)
@@ -290,16 +290,16 @@ def grid(plan: Plan, texts: dict[str, corpora.Corpus]) -> list[Run]:
 
 
 def references(cells: list[Run]) -> list[Run]:
-    """What needs no training: the base on each target, and the known answer cut to each rank."""
+    """The runs without training: the base on each target, and the known answer cut to each rank."""
     plain = [replace(c, method="none", modules=(), alpha=0.0, eps=0.0, steps=0, batch=0) for c in cells]
     bases = dict.fromkeys(replace(c, kind="base", rank=0) for c in plain)
     return [*bases, *(replace(c, kind="oracle") for c in plain if c.rank and corpora.swaps_of(c.target))]
 
 
 def chosen_rates(plan: Plan, cells: list[Run], store: Store) -> dict[Run, float]:
-    """The learning rate of every cell, by validation loss after short runs with a seed of their own.
+    """The learning rate of every cell, by validation loss after short runs with a separate seed.
 
-    Where the best one lies at an edge the search goes on beyond it, at most EDGES times.
+    If the best rate lies at an edge, the search extends beyond it, at most EDGES times.
     """
     how = {cell: plan.setting(cell.target) for cell in cells}
     rates = {c: list(how[c].full_rates if c.method == "full" else how[c].lora_rates) for c in cells}
@@ -325,7 +325,7 @@ def chosen_rates(plan: Plan, cells: list[Run], store: Store) -> dict[Run, float]
 
 
 def with_gaps(rows: list[Row]) -> list[Row]:
-    """The rows, each final one with gap_closed = (L_base - L) / (L_base - L_full) where both are there."""
+    """The rows; final ones get gap_closed = (L_base - L) / (L_base - L_full) where both losses exist."""
     tests: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if row["status"] == "done" and row["config"]["kind"] in ("base", "final"):
@@ -346,5 +346,5 @@ FORM = RowForm(check_row, check_together, with_gaps, ("gap_closed",))
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a sweep's file, each with its share of the gap; errors as `harness.read_rows`."""
+    """The rows of a sweep's file, final ones with gap_closed; raises as `harness.read_rows`."""
     return harness.read_rows(path, FORM)

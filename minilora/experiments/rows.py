@@ -1,8 +1,8 @@
 """One run of a sweep, and the form of its row.
 
-A row's digest tells that it is as it was written. Here it is said what a row is: which fields a run of its
-kind leaves, of which types and sizes, what follows from its config, and what the rows of a target share.
-Whatever passes can be tabled and drawn.
+A row's digest shows that it is as it was written. This file defines a row: the fields that a run of its kind
+leaves, their types and sizes, what follows from its config, and what the rows of a target share. Every row
+that passes can be tabled and drawn.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,28 +32,28 @@ class Run:
     batch: int = 0
     base: str = "base"
     text: str = ""  # the digest of the target's corpus
-    fallback: bool = False  # the texts could not be fetched: the standard library's instead
+    fallback: bool = False  # the text could not be fetched: the standard library's instead
     test_windows: int = 512
     valid_windows: int = 64
 
     @property
     def id(self) -> str:
-        """A short name that follows from the content."""
+        """A short name derived from the content."""
         return id_of(asdict(self))
 
 
 def every(steps: int) -> int:
-    """The steps between two evaluations."""
+    """The number of steps between two evaluations."""
     return max(steps // 10, 1)
 
 
 def measured(steps: int) -> list[int]:
-    """The steps of a learning curve."""
+    """The steps at which a learning curve is measured."""
     return [*range(0, steps, every(steps)), steps]
 
 
 LARGEST = 1e39  # no float32 is larger, and no sum of such losses overflows
-SIDES = 1 << 27  # O x I of the largest matrix whose noise is drawn beside it
+SIDES = 1 << 27  # O x I of the largest matrix for which noise is drawn
 LOSS, SIZE = forms.number(-LARGEST, LARGEST), forms.number(0, LARGEST)
 RANK = forms.whole(0, 1 << 20)
 KINDS: dict[Any, forms.Form] = {
@@ -72,7 +72,7 @@ CONFIGS = {
 EVERY = {"id": forms.text, "source": forms.text, "versions": forms.named(forms.text)}
 SPECTRUM = forms.several(SIZE, least=1)
 LOSSES = {"valid": LOSS, "test": LOSS, "parameters": forms.whole()}
-RESULTS = {  # what a run of a kind leaves in its row
+RESULTS = {  # kind of run -> the results in its row
     "base": LOSSES | {"base_digest": forms.text},
     "oracle": LOSSES,
     "search": {"valid": LOSS, "parameters": forms.whole()},
@@ -83,7 +83,7 @@ RESULTS = {  # what a run of a kind leaves in its row
     },
 }  # fmt: skip
 TRUTH = {"floor": LOSS, "spectra": forms.record({"model.embed_tokens": SPECTRUM})}  # of a permutation's base
-VARIES = {"kind", "method", "rank", "seed", "lr", "modules", "alpha", "eps"}  # within a target
+VARIES = {"kind", "method", "rank", "seed", "lr", "modules", "alpha", "eps"}  # may vary within a target
 HEAD_OF_ROW = forms.has({
     "config": forms.has({"kind": forms.one(*METHODS), "target": forms.text}),
     "status": forms.one("done", "diverged"),
@@ -91,7 +91,7 @@ HEAD_OF_ROW = forms.has({
 
 
 def form_of(row: Row) -> forms.Form:
-    """The form of a row of its kind, target and status."""
+    """The form that a row of this kind, target and status must have."""
     kind = row["config"]["kind"]
     parts = EVERY | {"config": CONFIGS[kind], "status": forms.text}
     if row["status"] == "diverged":
@@ -102,7 +102,7 @@ def form_of(row: Row) -> forms.Form:
 
 
 def check_row(where: str, row: Row) -> None:
-    """FormatError, naming the field, unless a run has such a row."""
+    """FormatError, naming the field, unless a run could have left this row."""
     HEAD_OF_ROW(where, row)
     form_of(row)(where, row)
     config = row["config"]
@@ -121,7 +121,7 @@ def check_row(where: str, row: Row) -> None:
 
 
 def facts_of(row: Row) -> Iterator[tuple[str, Any]]:
-    """(What, value) that all measured runs on one target have in common."""
+    """(What, value) pairs that all final runs on one target must share."""
     config = row["config"]
     method = config["method"]
     yield "a setting", {k: v for k, v in config.items() if k not in VARIES}
@@ -133,7 +133,7 @@ def facts_of(row: Row) -> Iterator[tuple[str, Any]]:
 
 
 def check_together(path: str, rows: Iterable[Row]) -> None:
-    """MismatchError if the rows of a target are those of several sweeps, which cannot be compared."""
+    """MismatchError if the rows of a target come from several sweeps, which cannot be compared."""
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["config"]["kind"] == "final":
