@@ -73,7 +73,7 @@ def main() -> None:
     table = Table(("half", "array", "shape", *KINDS), lines).markdown("lll" + "r" * len(KINDS))
     print(table)
     write("kept", rows)
-    title = f"What the way back of one block keeps alive, in KiB (D = {D}; `python benchmarks/kept.py`)"
+    title = f"What the backward of one block keeps alive, in KiB (D = {D}; `python benchmarks/kept.py`)"
     (RESULTS / "kept.md").write_text(f"# {title}\n\n{table}\n")
 
 

@@ -7,7 +7,7 @@ step, as `train` makes them; transformers + PEFT; the same network written by ha
 through torch.compile (rivals.py); AdamW and clipping included everywhere; and the bare matrix products
 of the step, into ready buffers, nothing else. Those are forward's and those of the gradients that a step
 with a frozen base needs: y = x Wᵀ and dx = dy W for every map, without the dx that nobody wants (q, k,
-v of the first block), two in the attention forward and four on the way back, without regard to its mask,
+v of the first block), two in the attention forward and four in the backward, without regard to its mask,
 and the head. LoRA's own thin products are not among them. Each has `threads` of them: PyTorch and the
 products inside one operation, our steps for micro-batches. Ratios are medians over rounds.
 

@@ -57,7 +57,7 @@ def use(library: str) -> None:
             module.cuda.runtime.getDeviceCount()
         except Exception as e:  # ImportError, or whatever the CUDA runtime raises without a device
             reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise ConfigError(f"backend 'cupy' is not to be had, numpy stays in use: {reason}") from e
+            raise ConfigError(f"backend 'cupy' is not available, numpy stays in use: {reason}") from e
     install(module)
     name = library
 
