@@ -250,10 +250,7 @@ def known(layers: Mapping[str, Adapted], name: str) -> None:
 
 
 def set_adapter(model: Any, name: str) -> None:
-    """Activate one adapter and train it alone.
-
-    MismatchError if no adapter has that name, StateError while the model is merged.
-    """
+    """Activate one adapter and train it alone; MismatchError if none has that name, StateError if merged."""
     known(adapted(model), name)
     layers = unmerged(model, "before switching")
     freeze(model)
@@ -279,8 +276,7 @@ def merged_layers(model: Any) -> dict[str, Layer]:
 def merge(model: Any) -> None:
     """Compute W + ΔW once for every adapted layer, so that the adapter costs nothing (section 4.1).
 
-    All or nothing: NonFiniteError leaves the model unmerged. The base keeps its weights. StateError if
-    the model is merged already.
+    The base keeps its weights. NonFiniteError leaves the model unmerged; StateError if it is merged already.
     """
     layers = unmerged(model, "first")
     for path, plain in merged_layers(model).items():
