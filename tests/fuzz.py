@@ -157,7 +157,7 @@ class Adapters(Readers):
     def __init__(self, folder):
         super().__init__(folder)
         self.models = [huggingface.load(FIXTURES / "bases" / base) for base in BASES]
-        self.prints = [folder.base_print(model) for model in self.models]
+        self.prints = [loading.base_print(model) for model in self.models]
 
     def read(self, data):
         base, config, weights = split(data)
