@@ -152,7 +152,7 @@ class Readers:
 class Adapters(Readers):
     """A config and a file of tensors beside a base."""
 
-    modules = (config, folder, errors, huggingface, atomic, safetensors)
+    modules = (config, folder, loading, errors, huggingface, atomic, safetensors)
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -160,8 +160,8 @@ class Adapters(Readers):
         self.prints = [loading.base_print(model) for model in self.models]
 
     def read(self, data):
-        base, config, weights = split(data)
-        (self.folder / CONFIG).write_bytes(config)
+        base, settings, weights = split(data)
+        (self.folder / CONFIG).write_bytes(settings)
         (self.folder / WEIGHTS).write_bytes(weights)
         self.done(self.tensors)
         self.done(config.read_settings, self.folder / CONFIG)
