@@ -208,7 +208,7 @@ MUTANTS = (
     Mutant("micro-batches-weigh-the-same", "fast/parallel.py", "float(counts[some].sum() / max(counts.sum(), 1))", "len(ids[some]) / len(ids)", "parallel"),
     Mutant("replicas-share-gradients", "tree.py", "{id(p): Param(p.data, p.trainable)", "{id(p): p", "parallel"),
     Mutant("replicas-copy-the-base", "tree.py", "Param(p.data, p.trainable)", "Param(p.data.copy(), p.trainable)", "parallel"),
-    Mutant("lanes-draw-masks", "fast/parallel.py", "isinstance(node, Dropout)", "node is None", "parallel"),
+    Mutant("threads-draw-masks-at-once", "fast/parallel.py", "isinstance(node, Dropout)", "node is None", "parallel"),
     Mutant("blas-stays-at-one-thread", "backend.py", "with libraries.limit(limits=1):",
            "libraries.limit(limits=1)\n    with contextlib.nullcontext():", "parallel"),
     Mutant("one-blas-held-is-all-held", "backend.py", "yield all(library.num_threads", "yield any(library.num_threads",

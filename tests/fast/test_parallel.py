@@ -64,12 +64,16 @@ def test_the_number_of_threads_changes_no_bit(seed, n, dtype, recompute):
     assert results[0] == results[1] == results[2]
 
 
-def test_a_model_with_dropout_keeps_to_one_thread_and_one_order():
-    results = []
+def test_a_model_with_dropout_keeps_to_one_thread_and_one_order(monkeypatch):
+    """Its masks come from one generator: two threads would draw them in an order that chance decides."""
+    results, made = [], []
+    monkeypatch.setattr(parallel, "replica", lambda model: made.append(model) or replica(model))
     for threads in (1, 3):
         model, rng = tiny(0)
         inject(model, LoraConfig(r=2, dropout=0.5, init="both"), rng=rng)
+        made.clear()
         with on_threads(model, threads) as gradient:
+            assert len(made) == 1
             results.append((gradient([batch(np.random.default_rng(1), n=8, t=5)]), taken(model)))
     (a, first), (b, second) = results
     assert a == b

@@ -8,6 +8,7 @@ from helpers import NORMS, batch, dtypes, same_bits, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.fast import parallel
 from minilora.fast.folded import folded, places
 from minilora.fast.recompute import recompute
 from minilora.layers import Linear, Need
@@ -93,7 +94,11 @@ def test_a_run_that_recomputes_is_the_same_run(seed, kind):
     for again in (False, True):
         model, _ = model_of(kind, seed, np.float32)
         batches = [batch(np.random.default_rng(i)) for i in range(3)]
-        history = train(model, batches, AdamW(1e-2), steps=3, recompute=again)
+        with pytest.MonkeyPatch.context() as patch:
+            wraps = []
+            patch.setattr(parallel, "wrap", lambda copy, wraps=wraps: wraps.append(copy) or recompute(copy))
+            history = train(model, batches, AdamW(1e-2), steps=3, recompute=again)
+        assert bool(wraps) is again
         runs.append((history.loss, {path: p.data.tobytes() for path, p in trained(model).items()}))
         assert not any("Recomputed" in type(node).__name__ for node in model.model.layers)
     assert runs[0] == runs[1]
