@@ -2,7 +2,7 @@
 
     python docs/wings.py
 
-A node is a file of the lesson or a wing (a folder); everything stands above all that it imports. An arrow
+A node is a file of the lesson or a wing (a folder); everything stands above all that it imports. A line
 that a longer way implies is left out. The same code gives the same picture; the digest of all imports
 stands in the SVG, and tests/project/test_documents.py compares it with the code's.
 """
@@ -131,30 +131,20 @@ def draw(graph: dict[str, set[str]]) -> Any:
             at[node] = centre[node], y
         y += 0.42 + 0.1 * tall
     with matplotlib.rc_context(ml.plots.STYLE | {"figure.constrained_layout.use": False}):
-        figure = Figure(figsize=(8.6, y))
+        half = 1.15 * max(map(len, lines))  # inches, so that the longest line fits
+        figure = Figure(figsize=(2 * half, y))
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(-4.3, 4.3), ylim=(-0.2, y - 0.2))
+        axes.set(xlim=(-half, half), ylim=(-0.2, y - 0.2))
         axes.set_axis_off()
-        boxes = {}
         for node, (x, h) in at.items():
             names = "\n".join(textwrap.wrap(", ".join(inside[node]), 26))
             text = f"$\\bf{{{node}/}}$\n{names}" if names else node.replace("_", " ")
             colour = ml.plots.BLUE if names else ml.plots.GREY
             box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}
-            boxes[node] = axes.text(
-                x, h, text, ha="center", va="center", fontsize=8 if names else 10, bbox=box, zorder=3
-            )
-        figure.canvas.draw()
-        for node, other in arrows(graph):
-            patches = {"patchA": boxes[node].get_bbox_patch(), "patchB": boxes[other].get_bbox_patch()}
-            style = {
-                "arrowstyle": "-|>",
-                "color": ml.plots.GREY,
-                "linewidth": 0.9,
-                "shrinkA": 2,
-                "shrinkB": 2,
-            }
-            axes.annotate("", at[other], at[node], arrowprops=style | patches, zorder=1)
+            axes.text(x, h, text, ha="center", va="center", fontsize=8 if names else 10, bbox=box, zorder=3)
+        for node, other in arrows(graph):  # the boxes hide the ends
+            x, h = zip(at[node], at[other], strict=True)
+            axes.plot(x, h, color=ml.plots.GREY, linewidth=0.9, zorder=1)
     return figure
 
 

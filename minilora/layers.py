@@ -99,13 +99,6 @@ class Adapter(Protocol):
         """The factors A and B in it, if it has any."""
 
 
-class TableAdapter(Adapter, Protocol):
-    """An adapter for an embedding: it changes the tied head, too."""
-
-    def attend(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:
-        """The logits under the changed table."""
-
-
 class AdapterConfig(Protocol):
     """What to adapt, and how: it makes the adapters, so that nothing here knows their kinds."""
 

@@ -78,7 +78,7 @@ class LoraConfig:
         for flag in ("rslora", "dora", "detach"):
             if type(getattr(self, flag)) is not bool:
                 raise ConfigError(f"{flag} is {getattr(self, flag)!r}; expected True or False")
-        if self.init not in ("kaiming", "gaussian", "both"):
+        if self.init not in INITS:
             raise ConfigError(f"init is {self.init!r}; {nearest(str(self.init), INITS)}")
         if self.dora and self.dropout:
             raise ConfigError("dropout with dora is not offered; expected dropout 0")

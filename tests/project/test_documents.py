@@ -57,6 +57,17 @@ def test_the_picture_and_the_list_of_files_are_those_of_the_code():
     assert (ROOT / "docs/modules.md").read_text(encoding="utf-8") == wings.table()
 
 
+def test_every_box_of_the_picture_is_inside_it():
+    figure = wings.draw(wings.edges())
+    figure.draw_without_rendering()
+    for text in figure.axes[0].texts:
+        box = text.get_bbox_patch().get_window_extent()
+        assert figure.bbox.x0 <= box.x0, text.get_text()
+        assert box.x1 <= figure.bbox.x1, text.get_text()
+        assert figure.bbox.y0 <= box.y0, text.get_text()
+        assert box.y1 <= figure.bbox.y1, text.get_text()
+
+
 def test_the_list_of_files_has_every_module():
     listed = re.findall(r"\]\(\.\./(minilora/[\w/]*(?:\.py|/))\)", wings.table())
     files = {named(file) for file in (ROOT / "minilora").rglob("*.py")}
