@@ -936,6 +936,9 @@ MUTANTS = (
     Mutant("replicas-draw-masks-of-their-own", "tree.py", "    shared |= {id(node.rng): node.rng for _, node in walk(tree) if isinstance(node, Dropout)}\n", "", "recompute training"),
     Mutant("recompute-is-forgotten", "training.py", "on_threads(model, threads, recompute)", "on_threads(model, threads)", "recompute"),
     Mutant("a-name-of-peft-is-a-type-error", "methods/lora_config.py", "for name in PEFT.keys() & given.keys():", "for name in ():", "lora"),
+    Mutant("another-default-of-alpha", "methods/lora_config.py", "alpha: float = 16", "alpha: float = 8", "finetune"),
+    Mutant("loaded-dora-is-not-pefts", "peft/kinds.py", "detach=True)", "detach=False)", "folder"),
+    Mutant("recomputed-unasked", "training.py", "recompute: bool = False", "recompute: bool = True", "recompute"),
 )
 # fmt: on
 

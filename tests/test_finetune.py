@@ -23,6 +23,7 @@ from minilora.finetune import Recipe, texts
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import BASE, load, read_json
 from minilora.formats.tokenizer import Tokenizer, stream
+from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, llama
 from minilora.peft.folder import open_adapter
 from minilora.peft.loading import load_adapter
@@ -451,3 +452,8 @@ def test_params_and_modules_print_tables_and_json(capsys):
     assert cli.main(["modules", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert sum(row["adapted"] for row in rows) == 7 * read_json(BASE / "config.json")["num_hidden_layers"]
+
+
+def test_alpha_has_one_default():
+    """16, with which the figures of SmolLM2 in docs/fine_tuning.md were made."""
+    assert Recipe("text").alpha == LoraConfig().alpha == 16

@@ -97,7 +97,7 @@ def test_a_run_that_recomputes_is_the_same_run(seed, kind):
         with pytest.MonkeyPatch.context() as patch:
             wraps = []
             patch.setattr(parallel, "wrap", lambda copy, wraps=wraps: wraps.append(copy) or recompute(copy))
-            history = train(model, batches, AdamW(1e-2), steps=3, recompute=again)
+            history = train(model, batches, AdamW(1e-2), steps=3, **({"recompute": True} if again else {}))
         assert bool(wraps) is again
         runs.append((history.loss, {path: p.data.tobytes() for path, p in trained(model).items()}))
         assert not any("Recomputed" in type(node).__name__ for node in model.model.layers)

@@ -374,3 +374,14 @@ def test_named_params_of_a_loaded_adapter_are_trained_and_the_base_is_not():
     assert all("adapters" in path for path in trained(model))
     assert any(path.endswith(".bias") for path in trained(model))
     assert len(named_params(model)) > len(trained(model))
+
+
+def test_the_norm_of_a_loaded_dora_is_a_constant_in_the_backward(tmp_path):
+    """As in PEFT, which wrote such files; ours can be trained either way."""
+    model, rng = tiny(0, np.float32)
+    inject(model, LoraConfig(r=2, dora=True), rng=rng)
+    save_adapter(model, tmp_path / "a")
+    again, _ = tiny(0, np.float32)
+    load_adapter(again, tmp_path / "a")
+    assert all(layer.adapters["default"].detach for layer in adapted(again).values())
+    assert not any(layer.adapters["default"].detach for layer in adapted(model).values())
