@@ -1,6 +1,8 @@
 """Documents keep step with the code: links, files, modules, stages, tiers, and what programs write."""
 
+import functools
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,9 @@ from pathlib import Path
 import conftest
 import pytest
 import wings
+
+import minilora as ml
+from minilora import cli
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (".", "docs", "benchmarks", "benchmarks/results")
@@ -43,6 +48,31 @@ def test_every_program_and_test_that_is_named_is_there(page):
     paths += re.findall(r"`((?:[\w.]+/)+\w+\.(?:py|sh))`", text)
     for path in paths:
         assert (ROOT / path).exists() or (ROOT / "minilora" / path).exists(), path
+
+
+def commands(page):
+    """The commands of minilora on a page, or in a lesson: in blocks, and in a line if they have options."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S):
+        yield from re.findall(r"(?:^|&& |bin/)minilora ([^\n&|]*)", block, re.M)
+    yield from re.findall(r"`minilora ([^`|]* --[^`|]*)`", text)
+
+
+@pytest.mark.parametrize("page", [*DOCUMENTS, *sorted(ROOT.glob("notebooks/src/*.py"))], ids=named)
+def test_every_command_is_understood(page):
+    for command in commands(page):
+        assert cli.parser().parse_args(shlex.split(command, comments=True)), command
+
+
+def test_commands_are_found():
+    found = {command.split()[0] for page in DOCUMENTS for command in commands(page)}
+    assert {"sweep", "train", "inspect", "compress", "extract", "merge", "params", "modules"} <= found
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=named)
+def test_every_name_of_the_api_is_there(page):
+    for path in re.findall(r"\bml((?:\.[a-zA-Z_]+)+)\(?", page.read_text(encoding="utf-8")):
+        functools.reduce(getattr, path[1:].split("."), ml)
 
 
 def test_the_readme_opens_a_door_to_every_document():

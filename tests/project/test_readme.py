@@ -128,9 +128,9 @@ def test_the_figures_of_the_microscope_are_those_of_its_benchmark():
     table, figures, dense = found["table"], found["figures"], found["dense"][-1]
     said = (
         f"{table['seconds']:.1f} s and {table['peak_MB']:.0f} MB for the table, {figures['seconds']:.1f} s "
-        f"and {figures['peak_MB']:.0f} MB with figures and report; a spectrum from the thin factors is that "
-        f"of the dense ΔW to {dense['relative_difference']:.0e} and {dense['times_faster']:,.0f} times as "
-        f"fast to get on {dense['shape'][0]} x {dense['shape'][1]}"
+        f"and {figures['peak_MB']:.0f} MB with figures and report; the spectrum from the thin factors "
+        f"agrees with that of the dense ΔW to {dense['relative_difference']:.0e} and is "
+        f"{dense['times_faster']:,.0f} times as fast to compute on {dense['shape'][0]} x {dense['shape'][1]}"
     )
     assert said in page("adapters"), said
 
