@@ -11,11 +11,17 @@ from . import rank_figures
 from .harness import Row
 from .rank_sweep import LENGTH, TABLE
 
-FIGURES = ("loss_against_rank", "known_rank", "spectra", "energy", "curves")  # of one target
+FIGURES = {  # of one target: what the file's name begins with, and who draws it
+    "loss_against_rank": rank_figures.loss_against_rank,
+    "known_rank": rank_figures.known_rank,
+    "spectra": rank_figures.spectra,
+    "energy": rank_figures.energy_and_effective_rank,
+    "curves": rank_figures.learning_curves,
+}
 HEAD = ("method", "parameters", "learning rate", "test loss", "range over seeds", "gap closed")
 CAVEAT = (
-    "The learning rate falls to zero over a run, so a part of this is the schedule's doing; "
-    "a sweep with twice the --steps tells how large a part."
+    "The learning rate falls to zero over a run, so part of this is due to the schedule; "
+    "a sweep with twice the --steps shows how much."
 )
 
 
@@ -58,15 +64,11 @@ def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
     complete = rank_figures.targets(rows)
     names = figure_names(rows)
     for target in complete:
-        name = names[target]
-        drawn[f"loss_against_rank_{name}"] = rank_figures.loss_against_rank(rows, target)
-        if corpora.swaps_of(target) and TABLE.modules[0] in rank_figures.kinds(
-            rank_figures.final(rows, target)
-        ):
-            drawn[f"known_rank_{name}"] = rank_figures.known_rank(rows, target)
-        drawn[f"spectra_{name}"] = rank_figures.spectra(rows, target)
-        drawn[f"energy_{name}"] = rank_figures.energy_and_effective_rank(rows, target)
-        drawn[f"curves_{name}"] = rank_figures.learning_curves(rows, target)
+        adapted = rank_figures.kinds(rank_figures.final(rows, target))
+        known = corpora.swaps_of(target) and TABLE.modules[0] in adapted
+        for kind, draw in FIGURES.items():
+            if kind != "known_rank" or known:
+                drawn[f"{kind}_{names[target]}"] = draw(rows, target)
     if complete:
         drawn["gap_against_parameters"] = rank_figures.gap_against_parameters(rows)
     return drawn
@@ -94,12 +96,9 @@ def table(rows: list[Row]) -> str:
     out: list[str | Table] = []
     for target in dict.fromkeys(line["target"] for line in summary(rows)):
         fallback = any(r["config"]["fallback"] for r in rows if r["config"]["target"] == target)
-        note = "; fallback text, not the one named" if fallback else ""
-        out += [
-            f"{target}  (test loss in nats per character{note})",
-            Table(HEAD, lines(rows, target)),
-            "",
-        ]
+        note = "; a fallback text, since the named one could not be fetched" if fallback else ""
+        head = f"{target}  (test loss in nats per character{note})"
+        out += [head, Table(HEAD, lines(rows, target)), ""]
     return printed(*out)
 
 
@@ -109,14 +108,12 @@ def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
     names = figure_names(rows)
     for target in names:
         some = [row for row in rows if row["config"]["target"] == target]
-        full = rank_figures.select(some, kind="final", method="full")
         parts.append(report.heading(rank_figures.title(target)))
         parts.append(report.paragraph(f"Text: {some[0]['source']}."))
         parts.append(Table(HEAD, lines(rows, target), "Test loss in nats per character").html())
-        if full:
-            parts.append(
-                report.paragraph(f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}")
-            )
+        if full := rank_figures.select(some, kind="final", method="full"):
+            flat = f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}"
+            parts.append(report.paragraph(flat))
         drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
         parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]
     if "gap_against_parameters" in pictures:
@@ -124,12 +121,12 @@ def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
         parts.append(report.drawing("gap", pictures["gap_against_parameters"]))
     made: Row = {}
     for target in names:
-        last = [row["config"] for row in rows if row["config"]["target"] == target][-1]
+        last = next(row["config"] for row in reversed(rows) if row["config"]["target"] == target)
         made[target] = (
             f"{last['steps']} steps of {last['batch']} windows of {LENGTH} characters; LoRA on "
             f"{', '.join(last['modules'])} with alpha {last['alpha']:g}; AdamW eps {last['eps']:g}; "
             f"tested on at most {last['test_windows']} windows, evenly over the held-out text"
         )
-    made["learning rate"] = "chosen on the validation split by short runs with a seed of their own"
+    made["learning rate"] = "chosen on the validation split, by short runs with a separate seed"
     parts.append(report.facts(made | rows[0]["versions"]))
     return report.page("Which rank does a task need?", parts)
