@@ -26,18 +26,14 @@ Chain = TypeVar("Chain", bound=Callable[..., Any])
 
 xp: Any = types.SimpleNamespace()  # numpy's functions, or cupy's
 name = "numpy"
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # read by BLAS when a process starts
 
 
 def install(module: Any) -> None:
     """Fill `xp` with the functions of an array library."""
     xp.__dict__.clear()
     xp.__dict__.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
-    xp.__dict__.setdefault("fuse", as_written)
-
-
-def as_written(chain: Chain) -> Chain:
-    """`fuse` for a library that compiles nothing: the chain itself."""
-    return chain
+    xp.__dict__.setdefault("fuse", lambda chain: chain)  # NumPy compiles nothing
 
 
 def use(library: str) -> None:
@@ -170,7 +166,7 @@ def one_blas_thread() -> Iterator[bool]:
         if libraries.lib_controllers:
             yield all(library.num_threads == 1 for library in libraries.lib_controllers)
         else:
-            yield "1" in {os.environ.get(f"{library}_NUM_THREADS") for library in ("OPENBLAS", "MKL", "OMP")}
+            yield "1" in map(os.environ.get, THREADS)
 
 
 install(np)

@@ -108,10 +108,10 @@ def check_float(name: str, value: object, low: float, high: float, *, open_low: 
     return number
 
 
-def check_same(who: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_same(who: str, actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """MismatchError, naming the first difference, unless `who` reports every expected value."""
     for name, value in expected.items():
-        if found.get(name) != value:
+        if actual.get(name) != value:
             raise MismatchError(
-                f"{who}: {name} is {found.get(name)!r}; expected {value!r}, as where the sweep was started"
+                f"{who}: {name} is {actual.get(name)!r}; expected {value!r}, as where the sweep was started"
             )

@@ -12,7 +12,7 @@ from ..analysis.plotting import BLUE, GREEN, GREY, KINDS, ORANGE, PINK, Axes, Pi
 from ..data.corpora import swaps_of
 from ..errors import InputError
 from ..spectra import effective_rank, energy, noise_spectrum, rank_at
-from ..table import drawn
+from ..table import counted, drawn
 from .harness import Row
 
 NATS = "nats per character"
@@ -91,8 +91,7 @@ def title(target: str) -> str:
 
 def seeds(rows: Sequence[Row]) -> str:
     """How many seeds the rows hold, in words."""
-    count = len({row["config"]["seed"] for row in rows})
-    return f"{count} seed{'s' * (count > 1)}"
+    return counted(len({row["config"]["seed"] for row in rows}), "seed", "seeds")
 
 
 @styled
@@ -107,8 +106,7 @@ def loss_against_rank(rows: Sequence[Row], target: str) -> Picture:
     ax.axhspan(f[0, 1], f[0, 2], color=ORANGE, alpha=0.2, linewidth=0)
     band(ax, ranks, y, f"LoRA, mean and range of {seeds(lora)}", BLUE, "o")
     log_axis(ax, ranks)
-    ax.set_ylabel(f"test loss ({NATS})")
-    ax.set_title(drawn(title(target)))
+    ax.set(ylabel=f"test loss ({NATS})", title=drawn(title(target)))
     ax.legend(loc="center right")
     says = (
         f"Test loss on {title(target)}: {base[0]['test']:.3f} nats for the frozen base, "
@@ -140,9 +138,7 @@ def gap_against_parameters(rows: Sequence[Row]) -> Picture:
     whole = final(rows, targets(rows)[0], "full")[0]["parameters"]
     ax.axhline(100, color=ORANGE, linestyle="--", linewidth=1.5)
     ax.plot(whole, 100, color=ORANGE, marker="*", markersize=12, linestyle="none", label="full fine-tuning")
-    ax.set_xscale("log")
-    ax.set_xlabel("trained parameters")
-    ax.set_ylabel("gap to full fine-tuning closed (%)")
+    ax.set(xscale="log", xlabel="trained parameters", ylabel="gap to full fine-tuning closed (%)")
     ax.legend(loc="lower right")
     return Picture(figure, f"Gap closed against trained parameters. {'; '.join(says)}; full: {whole:,}.")
 
@@ -299,8 +295,7 @@ def known_rank(rows: Sequence[Row], target: str) -> Picture:
     right.axvline(k + 0.5, color=GREY, linestyle=":")
     right.set_xticks(range(1, max(k, len(mean)) + 1))
     right.set_ylim(bottom=0)
-    right.set_xlabel("index")
-    right.set_ylabel("singular value of ΔE")
+    right.set(xlabel="index", ylabel="singular value of ΔE")
     right.legend()
     figure.suptitle(f"A task whose rank is known: {drawn(title(target))}", fontsize=12)
     gap = f"; at r = {shown} the singular values are {', '.join(f'{x:.2f}' for x in mean)}"
@@ -323,9 +318,7 @@ def learning_curves(rows: Sequence[Row], target: str) -> Picture:
     steps, losses = mean_curve(full)
     ax.plot(steps, losses, **FULL, label="full")
     ax.set_ylim(min(losses.min(), *lows) - 0.02, losses[0] + 0.02)
-    ax.set_xlabel("step")
-    ax.set_ylabel(f"validation loss ({NATS})")
-    ax.set_title(drawn(title(target)))
+    ax.set(xlabel="step", ylabel=f"validation loss ({NATS})", title=drawn(title(target)))
     ax.legend(fontsize=9, ncols=2)
     return Picture(figure, f"Validation loss of full fine-tuning on {title(target)}: {flattening(full)}.")
 
