@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import sys
 import types
@@ -46,8 +47,6 @@ def use(library: str) -> None:
         raise ConfigError(f"backend is {library!r}; {nearest(library, ['numpy', 'cupy'])}")
     module: Any = np
     if library == "cupy":
-        import importlib
-
         try:
             module = importlib.import_module("cupy")
             module.cuda.runtime.getDeviceCount()

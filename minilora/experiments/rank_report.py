@@ -25,28 +25,6 @@ CAVEAT = (
 )
 
 
-def summary(rows: list[Row]) -> list[Row]:
-    """One line for each target and method: mean and range of the test loss, gap closed, parameters, lr."""
-    groups: dict[tuple[str, str, int], list[Row]] = {}
-    for row in rows:
-        c = row["config"]
-        if c["kind"] in ("base", "final"):
-            groups.setdefault((c["target"], c["method"], c["rank"]), []).append(row)
-    lines = []
-    for (target, method, rank), group in groups.items():
-        done = [row for row in group if row["status"] == "done"]
-        line: Row = {"target": target, "method": method, "rank": rank, "lr": group[0]["config"]["lr"]}
-        line |= {"seeds": len(done), "diverged": len(group) - len(done)}
-        if done:
-            tests = [row["test"] for row in done]
-            gaps = [row["gap_closed"] for row in done if row.get("gap_closed") is not None]
-            line |= {"parameters": done[0]["parameters"], "test": math.fsum(tests) / len(tests)}
-            line |= {"low": min(tests), "high": max(tests), "floor": done[0].get("floor")}
-            line["gap_closed"] = math.fsum(gaps) / len(gaps) if gaps else None
-        lines.append(line)
-    return lines
-
-
 def figure_names(rows: list[Row]) -> dict[str, str]:
     """Target -> the suffix of its figures' file names, different for each target."""
     names: dict[str, str] = {}
@@ -75,26 +53,36 @@ def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
 
 
 def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
-    """The lines of one target's table, as text."""
-    table: list[tuple[str, ...]] = []
-    for line in summary(rows):
-        if line["target"] == target:
-            names = {"none": "frozen base", "full": "full fine-tuning", "lora": f"LoRA r = {line['rank']}"}
-            name = names[line["method"]] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
-            if not line["seeds"]:
-                table.append((name, "", f"{line['lr']:.2g}", "diverged", "", ""))
-                continue
-            rate = f"{line['lr']:.2g}" if line["lr"] else ""
-            spread = f"{line['low']:.4f} to {line['high']:.4f}" if line["lr"] else ""
-            gap = f"{line['gap_closed']:.0%}" if line["gap_closed"] is not None else ""
-            table.append((name, f"{line['parameters']:,}", rate, f"{line['test']:.4f}", spread, gap))
-    return table
+    """One target's table as text, a line for each method: its losses are the mean and range over the seeds."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        c = row["config"]
+        if c["target"] == target and c["kind"] in ("base", "final"):
+            groups.setdefault((c["method"], c["rank"]), []).append(row)
+    cells: list[tuple[str, ...]] = []
+    for (method, rank), group in groups.items():
+        done = [row for row in group if row["status"] == "done"]
+        name = {"none": "frozen base", "full": "full fine-tuning", "lora": f"LoRA r = {rank}"}[method]
+        if len(done) < len(group):
+            name += f" ({len(group) - len(done)} diverged)"
+        lr = group[0]["config"]["lr"]
+        if not done:
+            cells.append((name, "", f"{lr:.2g}", "diverged", "", ""))
+            continue
+        tests = [row["test"] for row in done]
+        gaps = [row["gap_closed"] for row in done if row.get("gap_closed") is not None]
+        rate, spread = (f"{lr:.2g}", f"{min(tests):.4f} to {max(tests):.4f}") if lr else ("", "")
+        gap = f"{math.fsum(gaps) / len(gaps):.0%}" if gaps else ""
+        loss = f"{math.fsum(tests) / len(tests):.4f}"
+        cells.append((name, f"{done[0]['parameters']:,}", rate, loss, spread, gap))
+    return cells
 
 
 def table(rows: list[Row]) -> str:
     """The results as a table for the terminal."""
     out: list[str | Table] = []
-    for target in dict.fromkeys(line["target"] for line in summary(rows)):
+    measured = (row["config"] for row in rows if row["config"]["kind"] in ("base", "final"))
+    for target in dict.fromkeys(config["target"] for config in measured):
         fallback = any(r["config"]["fallback"] for r in rows if r["config"]["target"] == target)
         note = "; a fallback text, since the named one could not be fetched" if fallback else ""
         head = f"{target}  (test loss in nats per character{note})"

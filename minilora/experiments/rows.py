@@ -124,12 +124,12 @@ def facts_of(row: Row) -> Iterator[tuple[str, Any]]:
     """(What, value) pairs that all final runs on one target must share."""
     config = row["config"]
     method = config["method"]
-    yield "a setting", {k: v for k, v in config.items() if k not in VARIES}
+    yield from ((name, value) for name, value in config.items() if name not in VARIES)
     yield f"modules of {method}", config["modules"]
     if row["status"] == "done":
         yield f"spectra of {method}", sorted(row["shapes"])
         for path, shape in row["shapes"].items():
-            yield f"a shape of {path.rpartition('.')[2]}", shape
+            yield f"shape of {path.rpartition('.')[2]}", shape
 
 
 def check_together(path: str, rows: Iterable[Row]) -> None:
@@ -142,7 +142,7 @@ def check_together(path: str, rows: Iterable[Row]) -> None:
             for what, value in facts_of(row):
                 if known.setdefault(what, value) != value:
                     raise MismatchError(
-                        f"{path}: run {row['id']} on {short(target)} has {short(what)} {short(value)}; "
+                        f"{path}: run {row['id']} on {short(target)}: {short(what)} is {short(value)}; "
                         f"expected {short(known[what])}, as in the rows above"
                     )
     for target, known in first.items():
