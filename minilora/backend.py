@@ -71,14 +71,12 @@ def to_host(a: Any) -> np.ndarray:
     """The same numbers as a NumPy array; also takes lists."""
     if isinstance(a, np.ndarray) or not isinstance(a, xp.ndarray):
         return np.asarray(a)
-    host: np.ndarray = a.get()
-    return host
+    return a.get()
 
 
 def floats(*scalars: Any) -> list[float]:
     """Scalars as Python floats, copied to the host together: one transfer, one wait for the device."""
-    numbers: list[float] = to_host(xp.stack([xp.asarray(s, dtype=xp.float64) for s in scalars])).tolist()
-    return numbers
+    return to_host(xp.stack([xp.asarray(s, dtype=xp.float64) for s in scalars])).tolist()
 
 
 def fused(chain: Chain) -> Chain:

@@ -36,8 +36,7 @@ def merge_bound(
 
     factors, x = B.sum(1)[None, :], X.sum(1, keepdims=True)
     underflow = 2 * tiny * (n + 2 + size * (r + n * factors) + (size * r + 1) * x)
-    bound: np.ndarray = 2 * (g(n + 1) * (X @ W.T) + g(n + r + 2) * size * ((X @ A.T) @ B.T)) + underflow
-    return bound
+    return 2 * (g(n + 1) * (X @ W.T) + g(n + r + 2) * size * ((X @ A.T) @ B.T)) + underflow
 
 
 def run(seed: int = 0, rank: int = 8, draws: int = 5) -> list[Row]:

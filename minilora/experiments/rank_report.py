@@ -53,7 +53,7 @@ def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
 
 
 def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
-    """One target's table as text, a line for each method: its losses are the mean and range over the seeds."""
+    """One target's table as text, a line for each method with the mean and range of its loss over seeds."""
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         c = row["config"]
