@@ -206,7 +206,7 @@ def open_store(
     for more than one of `jobs`, `executor` and `dask`.
     """
     if sum(way is not None for way in (jobs, executor, dask)) > 1:
-        raise ConfigError("expected only one of jobs, executor and dask; each says where the runs are done")
+        raise ConfigError("jobs, an executor and dask are three ways to do the runs; expected one of them")
     if jobs is not None:
         check_int("jobs", jobs, 1)
     source = inputs.source()
