@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import sys
 import types
@@ -26,18 +27,14 @@ Chain = TypeVar("Chain", bound=Callable[..., Any])
 
 xp: Any = types.SimpleNamespace()  # numpy's functions, or cupy's
 name = "numpy"
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # read by BLAS when a process starts
 
 
 def install(module: Any) -> None:
     """Fill `xp` with the functions of an array library."""
     xp.__dict__.clear()
     xp.__dict__.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
-    xp.__dict__.setdefault("fuse", as_written)
-
-
-def as_written(chain: Chain) -> Chain:
-    """`fuse` for a library that compiles nothing: the chain itself."""
-    return chain
+    xp.__dict__.setdefault("fuse", lambda chain: chain)  # NumPy compiles nothing
 
 
 def use(library: str) -> None:
@@ -50,8 +47,6 @@ def use(library: str) -> None:
         raise ConfigError(f"backend is {library!r}; {nearest(library, ['numpy', 'cupy'])}")
     module: Any = np
     if library == "cupy":
-        import importlib
-
         try:
             module = importlib.import_module("cupy")
             module.cuda.runtime.getDeviceCount()
@@ -76,14 +71,12 @@ def to_host(a: Any) -> np.ndarray:
     """The same numbers as a NumPy array; also takes lists."""
     if isinstance(a, np.ndarray) or not isinstance(a, xp.ndarray):
         return np.asarray(a)
-    host: np.ndarray = a.get()
-    return host
+    return a.get()
 
 
 def floats(*scalars: Any) -> list[float]:
     """Scalars as Python floats, copied to the host together: one transfer, one wait for the device."""
-    numbers: list[float] = to_host(xp.stack([xp.asarray(s, dtype=xp.float64) for s in scalars])).tolist()
-    return numbers
+    return to_host(xp.stack([xp.asarray(s, dtype=xp.float64) for s in scalars])).tolist()
 
 
 def fused(chain: Chain) -> Chain:
@@ -170,7 +163,7 @@ def one_blas_thread() -> Iterator[bool]:
         if libraries.lib_controllers:
             yield all(library.num_threads == 1 for library in libraries.lib_controllers)
         else:
-            yield "1" in {os.environ.get(f"{library}_NUM_THREADS") for library in ("OPENBLAS", "MKL", "OMP")}
+            yield "1" in map(os.environ.get, THREADS)
 
 
 install(np)

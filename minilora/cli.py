@@ -17,7 +17,7 @@ from . import __version__
 from .backend import cores
 from .console import drain, signals, streams
 from .errors import ConfigError, MiniloraError
-from .flags import Of, Options, Parser, defaults, integers, renamed, said, show, target_spec, typed, words
+from .flags import Of, Options, Parser, as_typed, defaults, integers, renamed, show, target_spec, typed, words
 from .session import bar
 from .table import plain
 
@@ -25,20 +25,20 @@ from .table import plain
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error is one line on stderr, never a traceback."""
     with signals() as stop, streams():
-        asked: SystemExit | None = None
+        exits = False
         try:
-            code, said = attempt(argv)
+            code, error = attempt(argv)
         except SystemExit as e:  # --help, or a bad command, which argparse has reported
-            asked, code, said = e, int(e.code or 0), ""
+            exits, code, error = True, int(e.code or 0), ""
         stop()
-        lost = drain()
-        if isinstance(lost, BrokenPipeError):  # the reader closed the pipe; the files are written
-            code, said = (0, "") if said == str(lost) else (code, said)
-        elif lost:
-            code, said = code or 4, said or str(lost)
-        if said:
-            print(plain(f"minilora: {said}"), file=sys.stderr)
-        if asked:
+        failure = drain()
+        if isinstance(failure, BrokenPipeError):  # the reader closed the pipe; the files are written
+            code, error = (0, "") if error == str(failure) else (code, error)
+        elif failure:
+            code, error = code or 4, error or str(failure)
+        if error:
+            print(plain(f"minilora: {error}"), file=sys.stderr)
+        if exits:
             raise SystemExit(code)
         return code
 
@@ -47,42 +47,36 @@ def attempt(argv: Sequence[str] | None) -> tuple[int, str]:
     """Run one command; return its exit code and the error in words, empty if there is none."""
     try:
         options = parser().parse_args(argv)
-        told_apart(options)
+        note_shadowed(options)
         return options.run(options), ""
     except MiniloraError as e:
         return e.exit_code, str(e)
     except KeyboardInterrupt:
-        return 130, "interrupted; the same command goes on from here"
+        return 130, "interrupted; run the same command again to continue"
     except MemoryError as e:
         return 4, f"there is not enough memory; no file is half-written{f': {e}' if str(e) else ''}"
     except OSError as e:
         return 4, str(e)
 
 
-def told_apart(options: Options) -> None:
+def note_shadowed(options: Options) -> None:
     """Say that a name means the built-in one, where a file in the working folder has the same name."""
-    given = vars(options)
-    texts = given["data"] if isinstance(given.get("data"), list) else []  # of a sweep
-    here = {name for name in ("base", "tuned", "data", "model") if os.path.exists(str(given.get(name)))}
-    texts = [text for text in texts if os.path.exists(text)]
-    if not here and not texts:
+    here = []
+    for key in ("base", "tuned", "data", "model"):
+        value = getattr(options, key, [])
+        here += [(key, name) for name in ([value] if type(value) is str else value) if os.path.exists(name)]
+    if not here:
         return
     from . import finetune
     from .analysis import count
     from .data import corpora
     from .formats import huggingface
 
-    known = {
-        "base": huggingface.NAMES,
-        "tuned": huggingface.NAMES,
-        "data": finetune.CORPORA,
-        "model": (*count.LLAMAS, *count.PAPER),
-    }
-    shadowed = [given[key] for key in here if given[key] in known[key]] + [
-        text for text in texts if corpora.built_in(text)
-    ]
-    for name in sorted(shadowed):
-        print(f"minilora: {name} is built in; what is called so in this folder is ./{name}", file=sys.stderr)
+    texts = finetune.CORPORA if options.run is train else [n for _, n in here if corpora.built_in(n)]
+    models = (*count.LLAMAS, *count.PAPER)
+    known = {"base": huggingface.NAMES, "tuned": huggingface.NAMES, "data": texts, "model": models}
+    for name in sorted(name for key, name in here if name in known[key]):
+        print(f"minilora: {name} is the built-in one; the file in this folder is ./{name}", file=sys.stderr)
 
 
 def usual_sweep() -> dict[str, Any]:
@@ -92,7 +86,7 @@ def usual_sweep() -> dict[str, Any]:
     return defaults(Plan) | {
         "data": Plan.targets,
         "ranks": RANKS,
-        "modules": f"{said(TEXT.modules)}; for a permutation {said(TABLE.modules)}",
+        "modules": f"{as_typed(TEXT.modules)}; for a permutation {as_typed(TABLE.modules)}",
         "steps": f"{TEXT.steps}; for a permutation {TABLE.steps}",
         "jobs": "one per core",
         "out": "runs/sweep, or runs/quick",
@@ -159,15 +153,15 @@ def parser() -> argparse.ArgumentParser:
         "sweep", sweep, usual_sweep, "the main job: LoRA at every rank against full fine-tuning, with figures"
     )
     add("--data", "a text: permuted:K, folio, kjv, code, reversed, stdlib, or your own file or folder; "
-        "several, if given again", action="append", metavar="TEXT")  # fmt: skip
+        "repeat it for several texts", action="append", metavar="TEXT")  # fmt: skip
     add("--base", "the model to start from: base (ships) or a folder", **base)
-    add("--ranks", "of LoRA", type=integers, metavar="R,R,...")
+    add("--ranks", "ranks of LoRA", type=integers, metavar="R,R,...")
     add("--targets", "the linear maps that LoRA adapts", dest="modules", type=words, **names)
-    add("--seeds", "how many", **number)
-    add("--steps", "of training per run", **number)
-    add("--jobs", "processes", **number)
-    add("--dask", "the runs go to the workers of this dask scheduler; who reaches its port can run code "
-        "there: keep it on a private address, or use tls://", metavar="tcp://HOST:PORT")  # fmt: skip
+    add("--seeds", "number of seeds", **number)
+    add("--steps", "training steps per run", **number)
+    add("--jobs", "number of processes", **number)
+    add("--dask", "run on the workers of this dask scheduler; anyone who reaches its port can run code "
+        "there, so keep it on a private address or use tls://", metavar="tcp://HOST:PORT")  # fmt: skip
     add("--out", "where rows, figures and report go", type=Path, metavar="DIR")
     add("--quick", "a small grid, done in half a minute", **switch)
     add("--target", SUPPRESS, **renamed("--target", "--data; --targets are the linear maps that LoRA adapts"))
@@ -176,8 +170,8 @@ def parser() -> argparse.ArgumentParser:
     of = Of("experiments.pretrain", "Recipe")
     add = command("pretrain", pretrain, of.usual, "train the base model from its seed")
     add("--out", "the model's folder", type=Path, default=Path("runs/base"), metavar="DIR")
-    add("--steps", "of training", **number)
-    add("--seed", "of weights and batches", **number)
+    add("--steps", "training steps", **number)
+    add("--seed", "seed of weights and batches", **number)
 
     add = command("data", fetch, dict, "fetch the built-in texts, or SmolLM2-135M, once, verified by digest")
     add("what", "texts or smollm2", nargs="?", default="texts", choices=("texts", "smollm2"))
@@ -188,28 +182,33 @@ def parser() -> argparse.ArgumentParser:
     add("--out", "the adapter's folder (in full: the model's)", required=True, type=Path, metavar="DIR")
     add("--base", bases, **base)
     add("--method", "lora, dora or full", metavar="NAME")
-    add("--rank", "of A and B", dest="r", type=int, metavar="R")
+    add("--rank", "rank of A and B", dest="r", type=int, metavar="R")
     add("--alpha", "B A is scaled by alpha / rank", type=float, metavar="A")
     add("--targets", "the linear maps that are adapted", type=target_spec, **names)
     add("--lr", "learning rate", type=float, metavar="RATE")
-    add("--steps", "of training", **number)
-    add("--batch", "texts or examples in a step", **number)
+    add("--steps", "training steps", **number)
+    add("--batch", "texts or examples per step", **number)
     add("--length", "tokens of each, at most", **number)
-    add("--seed", "of A and of the batches", **number)
+    add("--seed", "seed of A and of the batches", **number)
     add("--eval-every", "steps between measurements and checkpoints", **number)
     add("--overwrite", again, **switch)
 
     of = Of("completion", "complete")
     add = command("generate", generate, of.usual, "continue a prompt, with the base, an adapter, or merged")
-    add("prompt", "as the model should see it, with <|im_start|> and the like where it has them")
+    add("prompt", "exactly what the model sees, with its special tokens, such as <|im_start|>")
     add("--base", bases, **base)
     add("--adapter", "a PEFT folder", metavar="DIR")
     add("--merged", "merge the adapter first", **switch)
-    add("--max-tokens", "that are written", **number)
-    add("--temperature", "0 is greedy", type=float, metavar="T")
-    add("--top-k", "draw among the K likeliest tokens", type=int, metavar="K")
-    add("--top-p", "draw among the fewest that hold this share of the probability", type=float, metavar="P")
-    add("--seed", "of the draws", default=0, **number)
+    add("--max-tokens", "tokens to write, at most", **number)
+    add("--temperature", "sampling temperature; 0 is greedy", type=float, metavar="T")
+    add("--top-k", "sample from the K likeliest tokens", type=int, metavar="K")
+    add(
+        "--top-p",
+        "sample from the fewest tokens that hold this share of the probability",
+        type=float,
+        metavar="P",
+    )
+    add("--seed", "seed of the sampling", default=0, **number)
 
     of = Of("analysis.inspect", "inspect")
     add = command("inspect", inspect, of.usual, "which rank an adapter really uses, module by module")
@@ -220,47 +219,49 @@ def parser() -> argparse.ArgumentParser:
     add("--out", "write figures and report.html there too", type=Path, metavar="DIR")
 
     def choice(add: Callable[..., argparse.Action]) -> None:
-        add("--rank", "of the LoRA", type=int, metavar="R")
-        add("--energy", "the least rank that keeps this share of |ΔW|²", type=float, metavar="E")
-        add("--per-module", "another rank for each module", **switch)
+        add("--rank", "rank of the LoRA", type=int, metavar="R")
+        add("--energy", "the smallest rank that keeps this share of |ΔW|²", type=float, metavar="E")
+        add("--per-module", "choose the rank of each module separately", **switch)
         add("--overwrite", again, **switch)
         add("--json", table, **switch)
 
     of = Of("compose.truncate", "compress")
     add = command("compress", of.report, of.usual, "an adapter of smaller rank with the nearest ΔW")
     add("adapter", "a PEFT folder", metavar="ADAPTER")
-    add("out", "the new one", metavar="OUT")
+    add("out", "the new adapter's folder", metavar="OUT")
     choice(add)
     of = Of("compose.extract", "extract")
     add = command("extract", of.report, of.usual, "the LoRA nearest to the difference of two checkpoints")
     add("base", "a checkpoint", metavar="BASE")
-    add("tuned", "the same after training", metavar="TUNED")
+    add("tuned", "the same checkpoint after training", metavar="TUNED")
     add("out", "the adapter's folder", metavar="OUT")
     choice(add)
     of = Of("compose.export", "merge_checkpoint", {"dtype": "the base's"})
-    add = command("merge", of.report, of.usual, "a base with an adapter merged into it, and what that cost")
+    add = command(
+        "merge", of.report, of.usual, "merge an adapter into a base, and measure how much the logits change"
+    )
     add("base", bases, metavar="BASE")
     add("adapter", "a PEFT folder", metavar="ADAPTER")
     add("out", "the merged model's folder", metavar="OUT")
     add("--dtype", "float32, bfloat16, ...", metavar="NAME")
-    add("--force", "though it was trained beside another base", **switch)
+    add("--force", "merge even if the adapter was trained on another base", **switch)
     add("--json", table, **switch)
 
     of = Of("analysis.count", "count")
     add = command("params", of.report, of.usual, "how many parameters LoRA trains, and the memory that takes")
     add("model", "llama-3-8b and the like, a config.json, or d=4096,layers=32,...", metavar="MODEL")
-    add("--rank", "of A and B", type=int, metavar="R")
+    add("--rank", "rank of A and B", type=int, metavar="R")
     add("--targets", "the modules that are adapted", type=target_spec, **names)
     add("--dora", "count the magnitudes of DoRA too", **switch)
     add("--json", table, **switch)
     of = Of("analysis.count", "modules")
-    add = command("modules", of.report, of.usual, "the modules of a base, and which of them a target means")
+    add = command("modules", of.report, of.usual, "the modules of a base, and which of them a target selects")
     add("base", bases, nargs="?", **base)
-    add("--targets", "what is marked", type=target_spec, **names)
+    add("--targets", "mark the modules that these select", type=target_spec, **names)
     add("--json", table, **switch)
 
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
-    add("--rows", "of the sweep", type=Path, default=Path("runs/sweep/rows.jsonl"), metavar="FILE")
+    add("--rows", "the rows of the sweep", type=Path, default=Path("runs/sweep/rows.jsonl"), metavar="FILE")
     add("--out", "where the figures go", type=Path, default=Path("figures"), metavar="DIR")
     return top
 
@@ -270,8 +271,8 @@ def sweep(options: Options) -> int:
     from .data.corpora import built_in
     from .experiments import rank_report, rank_sweep
 
-    chosen: dict[str, Any] = dict(rank_sweep.QUICK) if options.quick else {}
-    chosen |= typed(options, rank_sweep.Plan)
+    quick: dict[str, Any] = rank_sweep.QUICK if options.quick else {}
+    chosen = quick | typed(options, rank_sweep.Plan)
     if "data" in options:
         chosen["targets"] = tuple(
             f"./{text}" if os.path.exists(text) and os.sep not in text and not built_in(text) else text
@@ -279,16 +280,16 @@ def sweep(options: Options) -> int:
         )
     plan = rank_sweep.Plan(**chosen)
     out = getattr(options, "out", Path("runs/quick" if options.quick else "runs/sweep"))
-    how, most = typed(options, rank_sweep.sweep) | {"out": out}, cores()
-    if how.get("jobs", 1) > most:
-        print(f"minilora: {options.jobs} jobs on {most} cores; using {most}", file=sys.stderr)
-        how["jobs"] = most
+    how = typed(options, rank_sweep.sweep) | {"out": out}
+    if how.get("jobs", 1) > cores():
+        print(f"minilora: {options.jobs} jobs on {cores()} cores; using {cores()}", file=sys.stderr)
+        how["jobs"] = cores()
     with bar("runs") as show:
         rows = rank_sweep.sweep(plan, **how, progress=lambda done, known, row: show(done, known))
     draw(rows, out)
     print(rank_report.table(rows))
     print(plain(f"figures and report: {out / 'report.html'}"))
-    return 1 if any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final") else 0
+    return int(any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final"))
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
@@ -310,7 +311,7 @@ def figures(options: Options) -> int:
 
     rows = rank_sweep.read_rows(named(options.rows))
     if not rows:
-        raise ConfigError(f"{options.rows}: holds no finished run; run minilora sweep first")
+        raise ConfigError(f"{options.rows}: has no finished run; run minilora sweep first")
     make_folder(options.out)
     draw(rows, options.out)
     merged = merge_equivalence.run()
@@ -329,11 +330,9 @@ def pretrain(options: Options) -> int:
     recipe = experiment.Recipe(**typed(options, experiment.Recipe))
     with bar("steps") as show:
         outcome = experiment.run(recipe, options.out, progress=lambda step, loss: show(step, recipe.steps))
-    said = (
-        f"{options.out}: {outcome.test:.4f} nats per character on the held-out plays, "
-        f"{outcome.characters:,} characters at {outcome.speed:,.0f} per second"
-    )
-    print(plain(said))
+    loss = f"{outcome.test:.4f} nats per character on the held-out plays"
+    speed = f"{outcome.characters:,} characters at {outcome.speed:,.0f} per second"
+    print(plain(f"{options.out}: {loss}, {speed}"))
     return 0
 
 
@@ -352,14 +351,13 @@ def train(options: Options) -> int:
 
     recipe = finetune.Recipe(**typed(options, finetune.Recipe))
 
-    def told(step: int, loss: float) -> None:
+    def report(step: int, loss: float) -> None:
         print(f"step {step}: held-out loss {loss:.4f} nats per token", file=sys.stderr)
 
     with bar("steps") as line:
         outcome = finetune.run(
-            recipe, options.out, overwrite=options.overwrite,
+            recipe, options.out, overwrite=options.overwrite, told=report,
             progress=lambda step, loss: line(step, recipe.steps),
-            told=told,
         )  # fmt: skip
     print(outcome)
     return 0
@@ -375,7 +373,7 @@ def generate(options: Options) -> int:
 
     adapter = getattr(options, "adapter", None)
     if options.merged and not adapter:
-        raise ConfigError("--merged is for an adapter; expected --adapter DIR")
+        raise ConfigError("--merged needs an adapter; expected --adapter DIR too")
     base = huggingface.checkpoint(options.base)
     tokenizer = huggingface.tokenizer_of(base)
     llama = huggingface.assemble(base)
@@ -404,10 +402,10 @@ def inspect(options: Options) -> int:
         seen = inspect.inspect(**typed(options, inspect.inspect), progress=line)
     if out:
         make_folder(out)
-        drawn = inspect.pictures(seen)
-        for name, picture in drawn.items():
+        pictures = inspect.pictures(seen)
+        for name, picture in pictures.items():
             picture.save(out, name)
-        write_atomic(out / "report.html", inspect.report_page(seen, drawn).encode())
+        write_atomic(out / "report.html", inspect.report_page(seen, pictures).encode())
     show(options, seen)
     if out and not options.json:
         print(plain(f"figures and report: {out / 'report.html'}"))

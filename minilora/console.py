@@ -4,8 +4,13 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
+
+
+def interrupts() -> list[int]:
+    """The signals that end a command cleanly, as far as the system has them."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -15,29 +20,26 @@ def signals() -> Iterator[Callable[[], None]]:
     Yields a function; once it is called, the first signal ends the process, too. Ignored signals (nohup)
     stay ignored.
     """
-    which = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in which}
-    heard = [number for number in which if before[number] not in (signal.SIG_IGN, None)]
+    before = {number: signal.getsignal(number) for number in interrupts()}
+    handlers = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+
+    def listen(handlers: Mapping[int, Any]) -> None:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def stop() -> None:
-        listen(lambda number, frame: os._exit(130))
+        listen(dict.fromkeys(handlers, lambda number, frame: os._exit(130)))
 
     def interrupt(number: int, frame: Any) -> NoReturn:
         stop()
         raise KeyboardInterrupt
 
-    def listen(handler: Any) -> None:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            for number in heard:
-                signal.signal(number, handler)
-
-    listen(interrupt)
+    listen(dict.fromkeys(handlers, interrupt))
     try:
         yield stop
     finally:
-        with contextlib.suppress(ValueError):
-            for number in heard:
-                signal.signal(number, before[number])
+        listen(handlers)
 
 
 @contextlib.contextmanager

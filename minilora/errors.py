@@ -4,6 +4,7 @@ Every message is one line: the value given, the value expected, the nearest vali
 line prints it and exits with the class's `exit_code`; nothing has been written by then.
 """
 
+import importlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -80,10 +81,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 def needed(package: str, extra: str) -> Any:
     """Import an optional package; UnsupportedError, with the line that installs it, if it is missing."""
-    from importlib import import_module
-
     try:
-        return import_module(package)
+        return importlib.import_module(package)
     except ImportError as e:
         line = f'pip install "minilora[{extra}]"'
         raise UnsupportedError(f"the package {package} is not installed; expected: {line}") from e
@@ -108,10 +107,10 @@ def check_float(name: str, value: object, low: float, high: float, *, open_low: 
     return number
 
 
-def check_same(who: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_same(who: str, actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """MismatchError, naming the first difference, unless `who` reports every expected value."""
     for name, value in expected.items():
-        if found.get(name) != value:
+        if actual.get(name) != value:
             raise MismatchError(
-                f"{who}: {name} is {found.get(name)!r}; expected {value!r}, as where the sweep was started"
+                f"{who}: {name} is {actual.get(name)!r}; expected {value!r}, as where the sweep was started"
             )

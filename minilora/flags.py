@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
                 continue
             if "(default" not in action.help:
                 value = usual.get(action.dest) if action.default is SUPPRESS else action.default
-                action.help += f" (default: {said(value)})".replace("%", "%%")
+                action.help += f" (default: {as_typed(value)})".replace("%", "%%")
         return super().format_help()
 
     def print_help(self, file: Any = None) -> None:
@@ -45,10 +45,10 @@ class Parser(argparse.ArgumentParser):
         super().error(plain(message))
 
 
-def said(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A default as a user would type it."""
     if isinstance(value, tuple):
-        return ",".join(map(said, value))
+        return ",".join(map(as_typed, value))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -60,8 +60,8 @@ def defaults(of: Callable[..., Any]) -> dict[str, Any]:
 
 def typed(options: Options, of: Callable[..., Any]) -> dict[str, Any]:
     """The arguments of a function or dataclass that the user typed."""
-    given = vars(options)
-    return {name: given[name] for name in signature(of).parameters if name in given}
+    values = vars(options)
+    return {name: values[name] for name in signature(of).parameters if name in values}
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Of:
         if "progress" not in signature(function).parameters:
             return show(options, function(**typed(options, function)))
         with bar("tensors") as line:
-            found = function(**typed(options, function), progress=line)
-        return show(options, found)
+            result = function(**typed(options, function), progress=line)
+        return show(options, result)
 
 
-def show(options: Options, found: Any) -> int:
+def show(options: Options, result: Any) -> int:
     """Print a result as a table, or as JSON with null for infinity and NaN."""
 
     def strict(value: Any) -> Any:
@@ -100,7 +100,7 @@ def show(options: Options, found: Any) -> int:
             return [strict(part) for part in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    print(json.dumps(strict(found.data()), indent=1) if options.json else found)
+    print(json.dumps(strict(result.data()), indent=1) if options.json else result)
     return 0
 
 
@@ -120,7 +120,7 @@ def target_spec(text: str) -> str | tuple[str, ...]:
 
 
 def renamed(old: str, new: str) -> dict[str, Any]:
-    """The settings of a renamed option: typing it is an error that tells the new name."""
+    """The settings of a renamed option: typing it is an error that names the new one."""
 
     def refuse(text: str) -> NoReturn:
         raise argparse.ArgumentTypeError(f"{old} is now {new}")

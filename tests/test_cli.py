@@ -358,7 +358,7 @@ def test_an_interrupt_while_something_is_imported_gives_no_traceback(name, tmp_p
     done = minilora_("params", "llama-3-8b", env=env)
     assert done.returncode == 130, done.stderr
     assert done.stdout == ""
-    assert done.stderr in ("", "minilora: interrupted; the same command goes on from here\n")
+    assert done.stderr in ("", "minilora: interrupted; run the same command again to continue\n")
 
 
 def test_an_interrupt_while_a_library_is_imported_is_the_callers(tmp_path):
@@ -534,7 +534,7 @@ def test_an_interrupt_is_exit_code_130(main, capsys, monkeypatch):
 
     monkeypatch.setattr(corpora, "fetch_texts", interrupted)
     assert main("data") == 130
-    assert "goes on from here" in one_line(capsys)
+    assert "run the same command again" in one_line(capsys)
 
 
 def test_a_full_disk_is_exit_code_four_and_leaves_no_figure_half_written(tmp_path, main, capsys, monkeypatch):

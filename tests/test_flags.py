@@ -299,7 +299,7 @@ def test_what_is_not_typed_is_the_functions_own_default_and_what_the_help_says(c
         for name in [n for n in options[action.dest][1] if n in defaults and action.dest not in needed]:
             assert given[name] == OWN.get(name, defaults[name]), name
             if said and given[name] is not None and not name.endswith(".out"):
-                assert said[1] == flags.said(given[name]), name
+                assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
                         "inspect": 0}.get(command, 0)  # fmt: skip

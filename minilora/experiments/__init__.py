@@ -1,1 +1,1 @@
-"""One question each: `run(...)` gives rows, `plots` draws them."""
+"""One question a file, answered in rows; `harness` runs the grids, `rank_figures` draws the rows."""

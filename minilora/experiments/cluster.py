@@ -50,18 +50,18 @@ def connect(address: str, survey: Survey, expected: dict[str, Any], shared: Any)
         stack.callback(client.close, PATIENCE)
         try:
             client.wait_for_workers(1, timeout=PATIENCE)
-            found = client.run(with_dask, survey, on_error="return", callback_timeout=PATIENCE)
+            surveys = client.run(with_dask, survey, on_error="return", callback_timeout=PATIENCE)
         except TimeoutError as e:
-            raise StateError(f"{address}: no worker, or not all, within {PATIENCE:g} s; "
-                             f"start one by: dask worker {address} --nthreads 1") from e  # fmt: skip
+            raise StateError(f"{address}: no worker answers within {PATIENCE:g} s, or not every one does; "
+                             f"start one: dask worker {address} --nthreads 1") from e  # fmt: skip
         try:  # the scheduler unpickles what is submitted, so it needs minilora too
             client.run_on_scheduler(with_dask, survey)
         except Exception as e:
-            found["scheduler"] = e
-        for name, what in sorted(found.items()):
-            if isinstance(what, Exception):
-                raise MismatchError(f"{name}: {what}; expected minilora to be installed there as here")
-            check_same(name, what, expected | {"dask": distributed.__version__})
+            surveys["scheduler"] = e
+        for name, answer in sorted(surveys.items()):
+            if isinstance(answer, Exception):
+                raise MismatchError(f"{name}: {answer}; expected the same minilora to be installed there")
+            check_same(name, answer, expected | {"dask": distributed.__version__})
         cluster = Cluster(client, shared)
         stack.callback(cluster.closed.set)
         yield cluster
@@ -116,7 +116,7 @@ class Cluster(Executor):
             self.shared = None  # it may have died there too, and dask would wait for it forever
             outcome.set_exception(BrokenExecutor(str(e)))
         except CancelledError:
-            outcome.set_exception(StateError("the scheduler is gone; what is done is kept"))
+            outcome.set_exception(StateError("the scheduler is gone; finished runs are kept"))
         except Exception as e:
             outcome.set_exception(e)
 
@@ -127,19 +127,17 @@ class Cluster(Executor):
         """
         last = time.monotonic()
         while not self.closed.wait(1):
-            there: Any = None
+            workers: Any = None
             with contextlib.suppress(Exception):  # no scheduler answers
-                there = self.client.nthreads()
+                workers = self.client.nthreads()
                 if not self.waiting or any(self.client.processing().values()):
                     last = time.monotonic()
             idle = time.monotonic() - last
-            if there and idle > PATIENCE:
+            if workers and idle > PATIENCE:
                 self.fail(BrokenExecutor("dask has lost the run"))
             elif idle > LONELY:
-                gone = (
-                    "the scheduler is gone" if there is None else f"there has been no worker for {LONELY:g} s"
-                )
-                self.fail(StateError(f"{gone}; what is done is kept"))
+                reason = "the scheduler is gone" if workers is None else f"no worker for {LONELY:g} s"
+                self.fail(StateError(f"{reason}; finished runs are kept"))
 
     def fail(self, error: Exception) -> None:
         """Settle all waiting calls with this error."""

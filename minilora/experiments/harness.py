@@ -19,7 +19,9 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from dataclasses import asdict, dataclass
@@ -30,7 +32,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from .. import __version__, backend
-from ..backend import cores, one_blas_thread, quiet_overflow
+from ..backend import THREADS, cores, one_blas_thread, quiet_overflow
+from ..console import interrupts
 from ..data import corpora
 from ..digests import of_json
 from ..errors import (
@@ -53,7 +56,6 @@ from ..tree import digest
 
 SCHEMA = 1
 ATTEMPTS = 4  # at a run whose worker dies
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 Row = dict[str, Any]
 Outcome = tuple[Row, Row]  # a row, and the environment in which it was made
@@ -112,9 +114,9 @@ def read_again(source: Source) -> Inputs:
     if digest(base) != source.digest:
         raise MismatchError(f"{source.path}: the base is not the one that the sweep began with")
     texts = {}
-    for target, wanted, fallback in source.texts:
+    for target, expected, fallback in source.texts:
         texts[target] = corpora.fallback(target) if fallback else corpora.corpus(target)
-        if texts[target].digest != wanted:
+        if texts[target].digest != expected:
             raise MismatchError(f"{target}: the text is not the one that the sweep began with")
     return Inputs(source.path, base, texts)
 
@@ -214,15 +216,16 @@ def open_store(
         if dask is not None:
             from . import cluster
 
-            ours = environment()
-            executor = stack.enter_context(cluster.connect(dask, environment, ours, inputs))
+            executor = stack.enter_context(cluster.connect(dask, environment, environment(), inputs))
             job = partial(do, run)  # a worker calls it with the inputs that it was sent
         alone = executor is None and in_this_process(jobs, held)
         out = named(out)
         stack.enter_context(locked(out))
         outcomes: Outcomes = partial(map, job)
         if not alone:
-            outcomes = stack.enter_context(Pool(job, jobs or cores(), executor)).outcomes
+            pool = Pool(job, jobs or cores(), executor)
+            stack.push(pool.end)
+            outcomes = pool.outcomes
         check_plan(out / "plan.json", fingerprint(plan, source))
         yield Store(out / "rows.jsonl", form, environment() | {"base": source.digest}, outcomes, progress)
 
@@ -238,16 +241,16 @@ def fingerprint(plan: Row, source: Source) -> Row:
     }))  # fmt: skip
 
 
-def check_plan(path: Path, wanted: Row) -> None:
+def check_plan(path: Path, current: Row) -> None:
     """Write the plan of a new folder; MismatchError, naming the difference, if it holds another plan."""
     if not path.exists():
         if path.with_name("rows.jsonl").exists():
-            raise MismatchError(f"{path.parent}: holds rows without their plan; expected another --out")
-        write_atomic(path, (json.dumps(wanted, indent=1) + "\n").encode())
+            raise MismatchError(f"{path.parent}: has rows.jsonl but no plan.json; expected another --out")
+        write_atomic(path, (json.dumps(current, indent=1) + "\n").encode())
         return
     stored = huggingface.read_json(path)
-    for field in {**wanted, **stored}:
-        old, new = stored.get(field), wanted.get(field)
+    for field in {**current, **stored}:
+        old, new = stored.get(field), current.get(field)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
@@ -282,15 +285,14 @@ def seal(row: Row) -> str:
 
 def sealed(row: Row) -> bytes:
     """One line of the file of rows."""
-    row = {k: v for k, v in row.items() if k != "sha256"}
     return (json.dumps(row | {"sha256": seal(row)}, allow_nan=False) + "\n").encode()
 
 
 def read_rows(path: Path | str, form: RowForm) -> list[Row]:
     """The intact rows of a file with their derived fields; a damaged line is only named on stderr.
 
-    A line with a right seal is as it was written. If it is still no row, or belongs to another sweep, nobody
-    can tell what it means: FormatError or MismatchError names line and field.
+    A line whose seal is right is as it was written. If it is no row even so, or belongs to another sweep:
+    FormatError or MismatchError, naming line and field.
     """
     return form.derive(list(intact_rows(path, form)[0].values()))
 
@@ -307,28 +309,25 @@ def intact_rows(path: Path | str, form: RowForm) -> tuple[dict[str, Row], bytes]
         try:
             row = json.loads(line, object_pairs_hook=unique)
             if not isinstance(row, dict) or row.pop("sha256", None) != seal(row):
-                raise ValueError("its digest is another")
+                raise ValueError("its sha256 does not match")
         except (ValueError, RecursionError) as e:
             if line.endswith((b"\n", b"\r")):
-                print(plain(f"minilora: {where} does not count: {str(e)[:100]}"), file=sys.stderr)
+                print(plain(f"minilora: {where} is skipped: {str(e)[:100]}"), file=sys.stderr)
             continue
-        check_row(f"{where}: row", row, form)
+        HEAD(f"{where}: row", row)
+        form.check(f"{where}: row", row)
+        if row["id"] != id_of(row["config"]):
+            raise FormatError(
+                f"{where}: row.id is {short(row['id'])}; its config gives {id_of(row['config'])}"
+            )
         for name in form.derived:
             row.pop(name, None)
         if row["id"] not in rows:
             kept.append(line.rstrip() + b"\n")
         if rows.setdefault(row["id"], row) != row:
-            raise MismatchError(f"{where}: another row of the run {row['id']} stands before it")
+            raise MismatchError(f"{where}: differs from an earlier row of the same run, {row['id']}")
     form.check_together(str(path), rows.values())
     return rows, b"".join(kept)
-
-
-def check_row(name: str, row: Row, form: RowForm) -> None:
-    """FormatError, naming the field, unless the row has this form and its id follows from its config."""
-    HEAD(name, row)
-    form.check(name, row)
-    if row["id"] != id_of(row["config"]):
-        raise FormatError(f"{name}.id is {short(row['id'])}; its config has {id_of(row['config'])}")
 
 
 class Store:
@@ -350,10 +349,10 @@ class Store:
 
     def finish(self, cells: Iterable[Cell]) -> None:
         """Do the runs of all these cells that are not done yet."""
-        wanted = {cell.id: cell for cell in cells}
-        self.order |= dict.fromkeys(wanted)
+        runs = {cell.id: cell for cell in cells}
+        self.order |= dict.fromkeys(runs)
         self.count = sum(id in self.done for id in self.order)
-        for row, environment in self.outcomes([c for id, c in wanted.items() if id not in self.done]):
+        for row, environment in self.outcomes([cell for id, cell in runs.items() if id not in self.done]):
             check_same(f"run {row['id']}", environment, self.environment)
             self.add(row)
 
@@ -402,7 +401,7 @@ def in_this_process(jobs: int | None, held: bool) -> bool:
         import multiprocessing.synchronize  # noqa: F401
     except ImportError as e:
         if jobs is not None and jobs > 1:
-            raise UnsupportedError(f"jobs is {jobs}; there are no processes here; expected 1") from e
+            raise UnsupportedError(f"jobs is {jobs}; this platform has no processes; expected 1") from e
         return True
     return held and (jobs or cores()) == 1
 
@@ -413,17 +412,15 @@ class Pool:
     def __init__(self, job: Callable[[Any], Outcome], jobs: int, executor: Executor | None) -> None:
         self.job, self.jobs, self.executor = job, jobs, executor
         self.processes: Executor | None = None
-
-    def __enter__(self) -> "Pool":
-        if self.executor is None:
+        if executor is None:
             from multiprocessing import active_children
 
             self.others = active_children()  # the caller's own
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def end(self, *error: object) -> None:
+        """End our own processes, at once after an error: nobody would keep their results."""
         if self.processes is not None:
-            if error[0] is not None:  # nobody would keep their results
+            if error[0] is not None:
                 from multiprocessing import active_children
 
                 for process in active_children():
@@ -433,28 +430,27 @@ class Pool:
 
     def outcomes(self, cells: list[Cell]) -> Iterator[Outcome]:
         """The outcome of each cell, as it finishes; a worker that dies costs only its run's work."""
+        left = dict.fromkeys(cells)
         for _ in range(ATTEMPTS):
             died: BrokenExecutor | None = None
             futures: dict[Future[Outcome], Cell] = {}
             try:
-                for cell in cells:
+                for cell in left:
                     futures[self.submit(cell)] = cell
             except BrokenExecutor as e:
                 died = e
-            done = set()
             for future in as_completed(futures):
                 try:
                     outcome = future.result()
                 except BrokenExecutor as e:
                     died = e
-                    continue
-                done.add(futures[future])
-                yield outcome
+                else:
+                    del left[futures[future]]
+                    yield outcome
             if not died:
                 return
-            cells = [cell for cell in cells if cell not in done]
             self.processes = None  # start new ones if they were ours
-        raise StateError("worker processes keep dying; what is done is kept") from died
+        raise StateError("worker processes keep dying; finished runs are kept") from died
 
     def submit(self, cell: Cell) -> Future[Outcome]:
         """Submit one run."""
@@ -470,14 +466,6 @@ class Pool:
             return self.processes.submit(self.job, cell)
 
 
-def interrupts() -> list[int]:
-    """The signals that end a command cleanly, as far as the system has them."""
-    import signal
-
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
-
-
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold interrupts back while a worker starts: they would leave it half started.
@@ -485,8 +473,6 @@ def uninterrupted() -> Iterator[None]:
     The worker inherits the mask, so no interrupt reaches it before it can ignore them. The mask alone is not
     enough here: another thread may take the signal, and Python runs the handler in this one.
     """
-    import signal
-    import threading
     from multiprocessing import resource_tracker
 
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
@@ -494,23 +480,20 @@ def uninterrupted() -> Iterator[None]:
         return
     resource_tracker.ensure_running()  # starting it unblocks the signals
     waiting: list[int] = []
-    numbers = interrupts()
-    handlers = {n: signal.signal(n, lambda number, frame: waiting.append(number)) for n in numbers}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    handlers = {n: signal.signal(n, lambda number, frame: waiting.append(number)) for n in interrupts()}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for which, handler in handlers.items():
-            signal.signal(which, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     for number in waiting[:1]:
         signal.raise_signal(number)
 
 
 def follow_parent() -> None:
     """In a worker: leave interrupts to the parent, and exit when the parent ends, for whatever reason."""
-    import signal
-    import threading
     from multiprocessing import parent_process
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -106,10 +106,9 @@ def run(
             for split, windows in (("test", recipe.test_windows), ("valid", recipe.test_windows // 4))
         }
         characters = recipe.steps * recipe.batch * LENGTH
-        recipe_text = json.dumps(asdict(recipe))
         card = CARD.format(
-            parameters=size(model), source=text.source, version=__version__, recipe=recipe_text,
-            windows=recipe.test_windows, length=LENGTH, characters=characters, **losses,
+            parameters=size(model), source=text.source, version=__version__, length=LENGTH, **losses,
+            recipe=json.dumps(asdict(recipe)), windows=recipe.test_windows, characters=characters,
         )  # fmt: skip
         facts = {"corpus": text.source, "corpus_sha256": text.digest, "recipe": asdict(recipe), **losses}
         huggingface.save_model(

@@ -11,34 +11,18 @@ from . import rank_figures
 from .harness import Row
 from .rank_sweep import LENGTH, TABLE
 
-FIGURES = ("loss_against_rank", "known_rank", "spectra", "energy", "curves")  # of one target
+FIGURES = {  # of one target: what the file's name begins with, and who draws it
+    "loss_against_rank": rank_figures.loss_against_rank,
+    "known_rank": rank_figures.known_rank,
+    "spectra": rank_figures.spectra,
+    "energy": rank_figures.energy_and_effective_rank,
+    "curves": rank_figures.learning_curves,
+}
 HEAD = ("method", "parameters", "learning rate", "test loss", "range over seeds", "gap closed")
 CAVEAT = (
-    "The learning rate falls to zero over a run, so a part of this is the schedule's doing; "
-    "a sweep with twice the --steps tells how large a part."
+    "The learning rate falls to zero over a run, so part of this is due to the schedule; "
+    "a sweep with twice the --steps shows how much."
 )
-
-
-def summary(rows: list[Row]) -> list[Row]:
-    """One line for each target and method: mean and range of the test loss, gap closed, parameters, lr."""
-    groups: dict[tuple[str, str, int], list[Row]] = {}
-    for row in rows:
-        c = row["config"]
-        if c["kind"] in ("base", "final"):
-            groups.setdefault((c["target"], c["method"], c["rank"]), []).append(row)
-    lines = []
-    for (target, method, rank), group in groups.items():
-        done = [row for row in group if row["status"] == "done"]
-        line: Row = {"target": target, "method": method, "rank": rank, "lr": group[0]["config"]["lr"]}
-        line |= {"seeds": len(done), "diverged": len(group) - len(done)}
-        if done:
-            tests = [row["test"] for row in done]
-            gaps = [row["gap_closed"] for row in done if row.get("gap_closed") is not None]
-            line |= {"parameters": done[0]["parameters"], "test": math.fsum(tests) / len(tests)}
-            line |= {"low": min(tests), "high": max(tests), "floor": done[0].get("floor")}
-            line["gap_closed"] = math.fsum(gaps) / len(gaps) if gaps else None
-        lines.append(line)
-    return lines
 
 
 def figure_names(rows: list[Row]) -> dict[str, str]:
@@ -58,48 +42,51 @@ def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
     complete = rank_figures.targets(rows)
     names = figure_names(rows)
     for target in complete:
-        name = names[target]
-        drawn[f"loss_against_rank_{name}"] = rank_figures.loss_against_rank(rows, target)
-        if corpora.swaps_of(target) and TABLE.modules[0] in rank_figures.kinds(
-            rank_figures.final(rows, target)
-        ):
-            drawn[f"known_rank_{name}"] = rank_figures.known_rank(rows, target)
-        drawn[f"spectra_{name}"] = rank_figures.spectra(rows, target)
-        drawn[f"energy_{name}"] = rank_figures.energy_and_effective_rank(rows, target)
-        drawn[f"curves_{name}"] = rank_figures.learning_curves(rows, target)
+        adapted = rank_figures.kinds(rank_figures.final(rows, target))
+        known = corpora.swaps_of(target) and TABLE.modules[0] in adapted
+        for kind, draw in FIGURES.items():
+            if kind != "known_rank" or known:
+                drawn[f"{kind}_{names[target]}"] = draw(rows, target)
     if complete:
         drawn["gap_against_parameters"] = rank_figures.gap_against_parameters(rows)
     return drawn
 
 
 def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
-    """The lines of one target's table, as text."""
-    table: list[tuple[str, ...]] = []
-    for line in summary(rows):
-        if line["target"] == target:
-            names = {"none": "frozen base", "full": "full fine-tuning", "lora": f"LoRA r = {line['rank']}"}
-            name = names[line["method"]] + (f" ({line['diverged']} diverged)" if line["diverged"] else "")
-            if not line["seeds"]:
-                table.append((name, "", f"{line['lr']:.2g}", "diverged", "", ""))
-                continue
-            rate = f"{line['lr']:.2g}" if line["lr"] else ""
-            spread = f"{line['low']:.4f} to {line['high']:.4f}" if line["lr"] else ""
-            gap = f"{line['gap_closed']:.0%}" if line["gap_closed"] is not None else ""
-            table.append((name, f"{line['parameters']:,}", rate, f"{line['test']:.4f}", spread, gap))
-    return table
+    """One target's table as text, a line for each method with the mean and range of its loss over seeds."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        c = row["config"]
+        if c["target"] == target and c["kind"] in ("base", "final"):
+            groups.setdefault((c["method"], c["rank"]), []).append(row)
+    cells: list[tuple[str, ...]] = []
+    for (method, rank), group in groups.items():
+        done = [row for row in group if row["status"] == "done"]
+        name = {"none": "frozen base", "full": "full fine-tuning", "lora": f"LoRA r = {rank}"}[method]
+        if len(done) < len(group):
+            name += f" ({len(group) - len(done)} diverged)"
+        lr = group[0]["config"]["lr"]
+        if not done:
+            cells.append((name, "", f"{lr:.2g}", "diverged", "", ""))
+            continue
+        tests = [row["test"] for row in done]
+        gaps = [row["gap_closed"] for row in done if row.get("gap_closed") is not None]
+        rate, spread = (f"{lr:.2g}", f"{min(tests):.4f} to {max(tests):.4f}") if lr else ("", "")
+        gap = f"{math.fsum(gaps) / len(gaps):.0%}" if gaps else ""
+        loss = f"{math.fsum(tests) / len(tests):.4f}"
+        cells.append((name, f"{done[0]['parameters']:,}", rate, loss, spread, gap))
+    return cells
 
 
 def table(rows: list[Row]) -> str:
     """The results as a table for the terminal."""
     out: list[str | Table] = []
-    for target in dict.fromkeys(line["target"] for line in summary(rows)):
+    measured = (row["config"] for row in rows if row["config"]["kind"] in ("base", "final"))
+    for target in dict.fromkeys(config["target"] for config in measured):
         fallback = any(r["config"]["fallback"] for r in rows if r["config"]["target"] == target)
-        note = "; fallback text, not the one named" if fallback else ""
-        out += [
-            f"{target}  (test loss in nats per character{note})",
-            Table(HEAD, lines(rows, target)),
-            "",
-        ]
+        note = "; a fallback text, since the named one could not be fetched" if fallback else ""
+        head = f"{target}  (test loss in nats per character{note})"
+        out += [head, Table(HEAD, lines(rows, target)), ""]
     return printed(*out)
 
 
@@ -109,14 +96,12 @@ def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
     names = figure_names(rows)
     for target in names:
         some = [row for row in rows if row["config"]["target"] == target]
-        full = rank_figures.select(some, kind="final", method="full")
         parts.append(report.heading(rank_figures.title(target)))
         parts.append(report.paragraph(f"Text: {some[0]['source']}."))
         parts.append(Table(HEAD, lines(rows, target), "Test loss in nats per character").html())
-        if full:
-            parts.append(
-                report.paragraph(f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}")
-            )
+        if full := rank_figures.select(some, kind="final", method="full"):
+            flat = f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}"
+            parts.append(report.paragraph(flat))
         drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
         parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]
     if "gap_against_parameters" in pictures:
@@ -124,12 +109,12 @@ def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
         parts.append(report.drawing("gap", pictures["gap_against_parameters"]))
     made: Row = {}
     for target in names:
-        last = [row["config"] for row in rows if row["config"]["target"] == target][-1]
+        last = next(row["config"] for row in reversed(rows) if row["config"]["target"] == target)
         made[target] = (
             f"{last['steps']} steps of {last['batch']} windows of {LENGTH} characters; LoRA on "
             f"{', '.join(last['modules'])} with alpha {last['alpha']:g}; AdamW eps {last['eps']:g}; "
             f"tested on at most {last['test_windows']} windows, evenly over the held-out text"
         )
-    made["learning rate"] = "chosen on the validation split by short runs with a seed of their own"
+    made["learning rate"] = "chosen on the validation split, by short runs with a separate seed"
     parts.append(report.facts(made | rows[0]["versions"]))
     return report.page("Which rank does a task need?", parts)

@@ -56,11 +56,6 @@ TEXT = Setting(("all-linear",), 16.0, 1e-8, (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-
 TABLE = Setting(("embed_tokens",), 0.25, 1e-4, (1e-1, 3e-1, 1.0), (1e-3, 3e-3, 1e-2), 200, 60, 4)
 
 
-def setting(target: str) -> Setting:
-    """TABLE for a letter permutation, which the embedding alone can solve; TEXT for all others."""
-    return TABLE if corpora.swaps_of(target) else TEXT
-
-
 @dataclass(frozen=True)
 class Plan:
     """The plan of a sweep. ConfigError for an empty grid or an invalid number."""
@@ -78,11 +73,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.targets or self.ranks == () or self.modules == ():
-            raise ConfigError("the grid is empty; expected at least one target, one rank and one module")
+            raise ConfigError("the grid is empty; expected at least one text, one rank and one module")
         for r in self.ranks or ():
             check_int("rank", r, 1)
-        for name in ("targets", "ranks"):
-            values = getattr(self, name) or ()
+        for name, values in (("targets", self.targets), ("ranks", self.ranks or ())):
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} are {', '.join(map(str, values))}; expected each once")
         for name in ("steps", "search_steps", "seeds", "test_windows", "valid_windows"):
@@ -99,16 +93,13 @@ class Plan:
         return tuple(sorted({*RANKS, max(swaps - 1, 1), max(swaps, 1)}))
 
     def setting(self, target: str) -> Setting:
-        """How one target is trained."""
-        usual = setting(target)
+        """How a target is trained: TABLE for a permutation, which the embedding alone can solve, or TEXT."""
+        usual = TABLE if corpora.swaps_of(target) else TEXT
         steps = self.steps or usual.steps
         return replace(
-            usual,
-            modules=self.modules or usual.modules,
-            alpha=self.alpha or usual.alpha,
-            steps=steps,
+            usual, modules=self.modules or usual.modules, alpha=self.alpha or usual.alpha, steps=steps,
             search_steps=self.search_steps or min(usual.search_steps, max(steps // 3, 1)),
-        )
+        )  # fmt: skip
 
 
 QUICK = {"ranks": (1, 4, 16), "seeds": 1, "steps": 40, "search_steps": 10,
@@ -120,8 +111,7 @@ QUICK = {"ranks": (1, 4, 16), "seeds": 1, "steps": 40, "search_steps": 10,
 
 def work(run: Run, inputs: Inputs) -> Row:
     """Do one run and return its row: config, status, curve, losses, parameters, spectra."""
-    kinds = {"base": baseline, "oracle": oracle}
-    measure = kinds.get(run.kind, trained_run)
+    measure = {"base": baseline, "oracle": oracle}.get(run.kind, trained_run)
     return harness.row_of(run, text_of(run, inputs).source, lambda: measure(run, inputs))
 
 
@@ -129,7 +119,7 @@ def text_of(run: Run, inputs: Inputs) -> corpora.Corpus:
     """The text of a run; MismatchError if it is not the one that the run was made for."""
     text = inputs.texts[run.target]
     if text.digest != run.text:
-        raise MismatchError(f"{run.target}: the text is not the one that the run was made for")
+        raise MismatchError(f"{run.target}: the text has changed since the sweep began")
     return text
 
 
@@ -155,16 +145,10 @@ def baseline(run: Run, inputs: Inputs) -> Row:
     model = inputs.base
     row = losses(model, run, inputs) | {"parameters": 0, "base_digest": digest(model)}
     if swaps := corpora.swaps_of(run.target):
-        plain = [unpermuted(b, swaps) for b in windows(run, "test", inputs)]
-        row["floor"] = evaluate(model, plain)
+        perm = corpora.permutation(swaps)  # its own inverse
+        row["floor"] = evaluate(model, [(perm[x], perm[y]) for x, y in windows(run, "test", inputs)])
         row["spectra"] = rounded({"model.embed_tokens": spectra.singular_values(true_delta(model, swaps))})
     return row
-
-
-def unpermuted(batch: tuple[np.ndarray, np.ndarray], swaps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same windows in plain letters: a swap is its own inverse."""
-    perm = corpora.permutation(swaps)
-    return perm[batch[0]], perm[batch[1]]
 
 
 def true_delta(model: Llama, swaps: int) -> Any:
@@ -202,11 +186,10 @@ def trained_run(run: Run, inputs: Inputs) -> Row:
     row = losses(model, run, inputs) | {"parameters": sum(p.data.size for p in trained(model).values())}
     if run.kind == "final":
         row["curve"] = history.evals
-        base = inputs.base
         full = run.method == "full"
-        changes = spectra.spectrum_between(base, model) if full else spectra.spectrum(model)
+        changes = spectra.spectrum_between(inputs.base, model) if full else spectra.spectrum(model)
         row["spectra"] = rounded(changes)
-        row["shapes"] = {path: list(get(base, f"{path}.weight").data.shape) for path in changes}
+        row["shapes"] = {path: list(get(inputs.base, f"{path}.weight").data.shape) for path in changes}
     return row
 
 
@@ -271,7 +254,7 @@ def check_inputs(plan: Plan, inputs: Inputs) -> None:
             f"expected {tokenizer.VOCAB} characters and at least {LENGTH} positions"
         )
     if not c.tie_word_embeddings and any(corpora.swaps_of(target) for target in plan.targets):
-        raise MismatchError(f"{plan.base}: its head is not tied; a permutation needs one that is")
+        raise MismatchError(f"{plan.base}: its head is not tied to its embedding; a permutation needs that")
 
 
 def grid(plan: Plan, texts: dict[str, corpora.Corpus]) -> list[Run]:
@@ -303,7 +286,6 @@ def chosen_rates(plan: Plan, cells: list[Run], store: Store) -> dict[Run, float]
     """
     how = {cell: plan.setting(cell.target) for cell in cells}
     rates = {c: list(how[c].full_rates if c.method == "full" else how[c].lora_rates) for c in cells}
-    most = {cell: len(lrs) + EDGES for cell, lrs in rates.items()}
     best: dict[Run, float] = {}
     for _ in range(EDGES + 1):
         tried = {
@@ -312,14 +294,13 @@ def chosen_rates(plan: Plan, cells: list[Run], store: Store) -> dict[Run, float]
             for short in [replace(cell, kind="search", steps=how[cell].search_steps, seed=SEARCH_SEED)]
         }
         store.finish(run for runs in tried.values() for run in runs)
-        grown = False
         for cell, runs in tried.items():
             best[cell] = min(runs, key=lambda run: (store.done[run.id].get("valid", math.inf), run.lr)).lr
-            lrs = rates[cell]
-            if best[cell] in (min(lrs), max(lrs)) and len(lrs) < most[cell]:
-                lrs.append(float(f"{best[cell] * (STEP if best[cell] == max(lrs) else 1 / STEP):.2g}"))
-                grown = True
-        if not grown:
+        at_edge = [cell for cell in cells if best[cell] in (min(rates[cell]), max(rates[cell]))]
+        for cell in at_edge:
+            beyond = STEP if best[cell] == max(rates[cell]) else 1 / STEP
+            rates[cell].append(float(f"{best[cell] * beyond:.2g}"))
+        if not at_edge:
             break
     return best
 
@@ -328,16 +309,17 @@ def with_gaps(rows: list[Row]) -> list[Row]:
     """The rows; final ones get gap_closed = (L_base - L) / (L_base - L_full) where both losses exist."""
     tests: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        if row["status"] == "done" and row["config"]["kind"] in ("base", "final"):
-            tests.setdefault((row["config"]["target"], row["config"]["method"]), []).append(row["test"])
+        config = row["config"]
+        if row["status"] == "done" and config["kind"] in ("base", "final"):
+            tests.setdefault((config["target"], config["method"]), []).append(row["test"])
     out = []
     for row in rows:
-        base, full = (tests.get((row["config"]["target"], method)) for method in ("none", "full"))
-        if row["config"]["kind"] == "final" and row["status"] == "done" and base and full:
+        config = row["config"]
+        base, full = (tests.get((config["target"], method)) for method in ("none", "full"))
+        if config["kind"] == "final" and row["status"] == "done" and base and full:
             gap = base[0] - math.fsum(full) / len(full)
             share = (base[0] - row["test"]) / gap if gap > 0 else math.inf
-            kept = {k: v for k, v in row.items() if k != "sha256"}
-            row = kept | {"gap_closed": share if math.isfinite(share) else None}
+            row = row | {"gap_closed": share if math.isfinite(share) else None}
         out.append(row)
     return out
 

@@ -108,28 +108,28 @@ def check_row(where: str, row: Row) -> None:
     config = row["config"]
     kind, rank = config["kind"], config["rank"]
     if (rank > 0) != (config["method"] == "lora" or kind == "oracle"):
-        raise forms.wrong(f"{where}.config.rank", rank, "one for LoRA and the oracle, and 0 for all others")
+        raise forms.wrong(f"{where}.config.rank", rank, "1 or more for LoRA and the oracle, 0 for all others")
     if kind != "final" or row["status"] != "done":
         return
     if [step for step, _ in row["curve"]] != measured(config["steps"]):
         raise forms.wrong(f"{where}.curve", row["curve"], f"the steps {measured(config['steps'])}")
     if row["spectra"].keys() != row["shapes"].keys() or not row["shapes"]:
-        raise FormatError(f"{where}.shapes are not of the modules of its spectra")
+        raise FormatError(f"{where}.shapes and {where}.spectra are of different modules, or of none")
     for path, (O, I) in row["shapes"].items():  # noqa: E741
         if O * I > SIDES or len(row["spectra"][path]) != min(O, I, rank or O):
-            raise FormatError(f"{where}.spectra[{short(path)}] is not that of a change {O} x {I}")
+            raise FormatError(f"{where}.spectra[{short(path)}] does not fit a change of shape {O} x {I}")
 
 
 def facts_of(row: Row) -> Iterator[tuple[str, Any]]:
     """(What, value) pairs that all final runs on one target must share."""
     config = row["config"]
     method = config["method"]
-    yield "a setting", {k: v for k, v in config.items() if k not in VARIES}
+    yield from ((name, value) for name, value in config.items() if name not in VARIES)
     yield f"modules of {method}", config["modules"]
     if row["status"] == "done":
         yield f"spectra of {method}", sorted(row["shapes"])
         for path, shape in row["shapes"].items():
-            yield f"a shape of {path.rpartition('.')[2]}", shape
+            yield f"shape of {path.rpartition('.')[2]}", shape
 
 
 def check_together(path: str, rows: Iterable[Row]) -> None:
@@ -142,13 +142,13 @@ def check_together(path: str, rows: Iterable[Row]) -> None:
             for what, value in facts_of(row):
                 if known.setdefault(what, value) != value:
                     raise MismatchError(
-                        f"{path}: run {row['id']} on {short(target)} has {short(what)} {short(value)}; "
-                        f"expected {short(known[what])}, as the rows before it"
+                        f"{path}: run {row['id']} on {short(target)}: {short(what)} is {short(value)}; "
+                        f"expected {short(known[what])}, as in the rows above"
                     )
     for target, known in first.items():
-        adapted, all_of_it = (known.get(f"spectra of {method}") for method in ("lora", "full"))
-        if adapted and all_of_it and (alone := set(adapted) - set(all_of_it)):
+        lora, full = (known.get(f"spectra of {method}") for method in ("lora", "full"))
+        if lora and full and (alone := set(lora) - set(full)):
             raise MismatchError(
                 f"{path}: full fine-tuning on {short(target)} has no spectrum of {short(min(alone))}; "
-                "expected one for each module that LoRA adapts"
+                "expected one of each module that LoRA adapts"
             )

@@ -24,7 +24,7 @@ from minilora.formats.huggingface import read_json, save_model
 from minilora.model import llama
 from minilora.tree import digest
 
-INTERRUPTED = "minilora: interrupted; the same command goes on from here\n"
+INTERRUPTED = "minilora: interrupted; run the same command again to continue\n"
 
 
 def plan(**how):

@@ -268,7 +268,7 @@ def test_half_a_last_line_is_no_damage_and_any_other_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     path.write_bytes(raw[:-20] + b"\n")
     assert len(harness.read_rows(path, WOBBLES)) == 2
-    assert "line 3 does not count" in capsys.readouterr().err
+    assert "line 3 is skipped" in capsys.readouterr().err
 
 
 def test_a_row_is_never_appended_to_half_a_line(tmp_path):
@@ -433,7 +433,7 @@ def test_without_processes_more_than_one_job_is_refused_before_anything_is_made(
     things, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "multiprocessing.synchronize", None)
-    with pytest.raises(UnsupportedError, match="jobs is 2; there are no processes here; expected 1"):
+    with pytest.raises(UnsupportedError, match="jobs is 2; this platform has no processes; expected 1"):
         wobble(*things, tmp_path / "out", jobs=2)
     assert os.listdir(tmp_path) == []
 

@@ -536,7 +536,7 @@ def cell_done_by_hand(run):
 def crafted(run):
     """A row in no time; the second smallest learning rate is the best to validate, the largest to test."""
     row = {"id": run.id, "config": asdict(run), "source": "crafted", "status": "done", "parameters": 1}
-    usual = rank_sweep.setting(run.target)
+    usual = Plan().setting(run.target)
     rates = sorted(usual.full_rates if run.method == "full" else usual.lora_rates)
     return row | {"valid": abs(math.log((run.lr or 1) / rates[1])), "test": -run.lr}
 
@@ -563,7 +563,7 @@ def planned(plan):
 def planned_by_hand(plan):
     runs = []
     for target in plan.targets:
-        how = rank_sweep.setting(target)
+        how = Plan().setting(target)
         steps = how.steps if plan.steps is None else plan.steps
         usual = min(how.search_steps, steps // 3)
         base = Run(

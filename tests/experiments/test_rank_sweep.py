@@ -377,7 +377,7 @@ def test_a_damaged_row_does_not_count_and_is_run_again_to_the_same_bytes(
     said = capsys.readouterr().err
     assert [r.id for r in done] == [lost]
     assert held(out) == held(whole[0])
-    assert f"line {at % len(lines) + 1} does not count" in said or not lines[at]
+    assert f"line {at % len(lines) + 1} is skipped" in said or not lines[at]
     assert len(said.splitlines()) <= 1
 
 
@@ -680,7 +680,7 @@ def interrupt(place, out, number):
         process.send_signal(number)
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 130
-    assert said == "minilora: interrupted; the same command goes on from here\n"
+    assert said == "minilora: interrupted; run the same command again to continue\n"
     wait(lambda: not alive(process.pid), 5)
 
 

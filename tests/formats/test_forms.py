@@ -146,7 +146,7 @@ FORGED = {  # of the last row, a LoRA of rank 3 (12, 8) on folio: what is change
     "absurd steps": (put("config", "steps", value=10**18), "row.config.steps"),
     "other steps": (put("config", "steps", value=50), "row.curve"),
     "a target that is none": (put("config", "target", value=["folio"]), "row.config.target"),
-    "another setting": (put("config", "batch", value=9), "a setting"),
+    "another setting": (put("config", "batch", value=9), "'batch' is 9; expected "),
     "other modules": (put("config", "modules", value=["v_proj"]), "modules of lora"),
     "a curve of numbers": (put("curve", value=[1, 2]), "row.curve[0]"),
     "a curve with a gap": (put("curve", value=CURVE[:3] + CURVE[4:]), "row.curve"),
@@ -157,7 +157,7 @@ FORGED = {  # of the last row, a LoRA of rank 3 (12, 8) on folio: what is change
     "a shape less": (drop("shapes", Q), "row.shapes"),
     "a shape of one": (put("shapes", Q, value=[12]), f"row.shapes['{Q}']"),
     "an absurd shape": (put("shapes", Q, value=[10**9, 8]), f"row.spectra['{Q}']"),
-    "another shape": (put("shapes", Q, value=[13, 8]), "a shape of q_proj"),
+    "another shape": (put("shapes", Q, value=[13, 8]), "'shape of q_proj' is [13, 8]; expected "),
     "versions of numbers": (put("versions", value={"numpy": 2}), "row.versions['numpy'] is 2"),
     "a gap of text": (put("gap_closed", value="all"), "row.gap_closed is 'all'"),
 }  # fmt: skip
@@ -183,7 +183,9 @@ def test_two_rows_of_one_run_are_refused_and_the_same_row_twice_is_one(tmp_path)
     lines, path = GOOD.splitlines(), tmp_path / "rows.jsonl"
     assert len(read_or_refused(path, [*lines, lines[4]])) == len(lines)
     path.write_bytes(b"\n".join([*lines, resealed(json.loads(lines[-1]) | {"test": 1.2})]))
-    with pytest.raises(MismatchError, match=f"line {len(lines) + 1}: another row of the run"):
+    with pytest.raises(
+        MismatchError, match=f"line {len(lines) + 1}: differs from an earlier row of the same run"
+    ):
         read_rows(path)
 
 

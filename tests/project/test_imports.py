@@ -15,11 +15,11 @@ ORDER = [  # a wing or a file stands above all that it imports
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
     "data.batching", "data.user_files", "data.corpora", "data.examples",
     "peft.patterns", "peft.kinds", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
-    "compose.truncate", "compose.extract", "compose.export",
+    "compose.truncate", "compose.extract", "compose.export", "console",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
     "finetune", "experiments.cluster", "experiments.harness", "experiments.rows",
     "experiments.rank_figures", "experiments.merge_equivalence", "experiments.pretrain",
-    "experiments.rank_sweep", "experiments.rank_report", "console", "flags", "cli", "__main__",
+    "experiments.rank_sweep", "experiments.rank_report", "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")

@@ -31,11 +31,11 @@ def test_a_name_that_hides_what_is_called_so_here_is_said(line, names, tmp_path,
     monkeypatch.chdir(tmp_path)
     for name in ("base", "smollm2", "folio", "permuted:3", "mine", "llama-3-8b"):
         (tmp_path / name).mkdir()
-    cli.told_apart(cli.parser().parse_args(line.split()))
+    cli.note_shadowed(cli.parser().parse_args(line.split()))
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == [
-        f"minilora: {name} is built in; what is called so in this folder is ./{name}" for name in names
+        f"minilora: {name} is the built-in one; the file in this folder is ./{name}" for name in names
     ]
 
 
@@ -44,7 +44,7 @@ def test_it_is_said_before_a_command_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "llama-2-7b").write_text("no config")
     assert cli.main(["params", "llama-2-7b"]) == 0
     said = capsys.readouterr()
-    assert said.err == "minilora: llama-2-7b is built in; what is called so in this folder is ./llama-2-7b\n"
+    assert said.err == "minilora: llama-2-7b is the built-in one; the file in this folder is ./llama-2-7b\n"
     assert "of 6,738,415,616" in said.out
     assert cli.main(["params", "./llama-2-7b"]) == 2
     assert "is not a JSON object" in capsys.readouterr().err

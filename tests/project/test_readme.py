@@ -14,7 +14,7 @@ from wings import PACKAGE, imports
 
 from minilora.data import corpora
 from minilora.errors import StorageError
-from minilora.experiments.rank_report import HEAD, lines, summary
+from minilora.experiments.rank_report import HEAD, figure_names, lines
 from minilora.experiments.rank_sweep import read_rows
 from minilora.table import Table
 
@@ -30,7 +30,7 @@ def page(name):
 def markdown(rows):
     """The results of a sweep as one table in Markdown for each target."""
     parts = []
-    for target in dict.fromkeys(line["target"] for line in summary(rows)):
+    for target in figure_names(rows):
         parts.append(f"`{target}`\n\n{Table(HEAD, lines(rows, target)).markdown()}")
     return "\n\n".join(parts)
 
