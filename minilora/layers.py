@@ -1,4 +1,4 @@
-"""Layers with parameters: Linear, RMSNorm, LayerNorm, Embedding; and the contract that every layer keeps.
+"""Layers with parameters: Linear, RMSNorm, Embedding; and the contract that every layer keeps.
 
 For y = x Wᵀ + b the gradients are dW = dYᵀ X, db = sum of dY, dx = dY W. A frozen weight costs only
 dx: its `back` is one line, and no closure holds x. Stands in for torch.nn's modules; leaves out
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .backend import Array, scatter_add, to_device, xp
-from .ops import Back, dropout, rms_norm, rows
+from .ops import Back, rms_norm, rows
 
 
 class Need(Enum):
@@ -181,30 +181,6 @@ class RMSNorm:
 
 
 @dataclass(eq=False)
-class LayerNorm:
-    """y = w * (x - mean) / sqrt(var + eps) + b over the last axis (Ba et al. 2016)."""
-
-    weight: Param  # (D,)
-    bias: Param  # (D,)
-    eps: float = 1e-5
-
-    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
-        w, b = self.weight, self.bias
-        n, back_n = rms_norm(x - x.mean(-1, keepdims=True), self.eps)
-
-        def back_x(dy: Array) -> Array:
-            dc = back_n(dy * w.data)
-            return dc - dc.mean(-1, keepdims=True)
-
-        def back_w(dy: Array) -> Array:
-            w.add_grad(xp.einsum("mi,mi->i", rows(dy), rows(n)))
-            return back_x(dy)
-
-        back = back_w if w.trainable else back_x
-        return n * w.data + b.data, Linear.back_to_bias(b, back) if b.trainable else back
-
-
-@dataclass(eq=False)
 class Embedding:
     """A table E (V, D): ids (...) of ints -> rows E[ids] (..., D); as a tied head, x -> x Eᵀ."""
 
@@ -235,8 +211,12 @@ class Dropout:
     def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         if need is Need.NONE or self.p == 0:
             return x, back_same
-        keep = (self.rng.random(x.shape) >= self.p) / (1 - self.p)
-        return dropout(x, to_device(keep, x.real.dtype))
+        keep = to_device((self.rng.random(x.shape) >= self.p) / (1 - self.p), x.real.dtype)
+
+        def back(dy: Array) -> Array:
+            return dy * keep
+
+        return x * keep, back
 
 
 def back_same(dy: Array) -> Array:
