@@ -26,16 +26,12 @@ class KVCache:
     v: Array
     seen: int = 0
 
-    def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Write the next positions (N, G, T, E) and return all filled ones, as views."""
+    def attend(self, q: Array, k: Array, v: Array) -> Array:
+        """Write the next positions' k and v; their attention (N, H, T, E) over themselves and all earlier."""
         start, self.seen = self.seen, self.seen + k.shape[2]
         self.k[:, :, start : self.seen] = k
         self.v[:, :, start : self.seen] = v
-        return self.k[:, :, : self.seen], self.v[:, :, : self.seen]
-
-    def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """The attention (N, H, T, E) of the next positions over themselves and all earlier ones."""
-        k, v = self.extend(k, v)
+        k, v = self.k[:, :, : self.seen], self.v[:, :, : self.seen]
         return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0]
 
 
@@ -95,25 +91,17 @@ def generate(
     T = ids.shape[1]
     if T + max_new_tokens > limit:
         raise InputError(f"{T} + {max_new_tokens} tokens; the model takes at most {limit}")
-    return _generate(model, ids, max_new_tokens, rng, temperature, top_k, top_p)
 
+    def tokens(ids: Array) -> Iterator[np.ndarray]:
+        keep_memory()
+        past = past_of(model, len(ids), T + max_new_tokens - 1)  # the last token is not read
+        for _ in range(max_new_tokens):
+            logits, _ = model.forward(ids, past=past)
+            token = sample(to_host(logits[:, -1]).astype(np.float64), rng, temperature, top_k, top_p)
+            yield token
+            ids = to_device(token[:, None])
 
-def _generate(
-    model: Llama,
-    ids: Array,
-    steps: int,
-    rng: np.random.Generator,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> Iterator[np.ndarray]:
-    keep_memory()
-    past = past_of(model, ids.shape[0], ids.shape[1] + steps - 1)  # the last token is not read
-    for _ in range(steps):
-        logits, _ = model.forward(ids, past=past)
-        token = sample(to_host(logits[:, -1]).astype(np.float64), rng, temperature, top_k, top_p)
-        yield token
-        ids = to_device(token[:, None])
+    return tokens(ids)  # so the checks come with the call, not with the first token
 
 
 def sample(

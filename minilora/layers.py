@@ -8,15 +8,19 @@ name, which is Hugging Face's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
 from .backend import Array, scatter_add, to_device, xp
-from .ops import Back, rms_norm, rows
+from .errors import ConfigError, short
+from .ops import Back, back_nothing, back_same, rms_norm, rows
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Need(Enum):
@@ -83,7 +87,10 @@ class Factors(NamedTuple):
 
 
 class Adapter(Protocol):
-    """A change of a frozen layer: the contract of LowRank and of everything in methods/."""
+    """A change of a frozen layer: the contract of LowRank and of everything in methods/.
+
+    That of an embedding also has `attend(base, x, need)`, as a Table.
+    """
 
     def __call__(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:
         """The changed layer's output and backward, as a Layer's; `base` is the layer that it changes."""
@@ -99,11 +106,27 @@ class Adapter(Protocol):
         """The factors A and B in it, if it has any."""
 
 
+@runtime_checkable
 class AdapterConfig(Protocol):
     """What to adapt, and how: it makes the adapters, so that nothing here knows their kinds."""
 
     def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator, /) -> dict[str, Adapter]:
         """Path -> a fresh adapter, for those of a model's `layers` (path -> base layer) that get one."""
+
+
+def takes_config(function: Function) -> Function:
+    """Decorate f(model, config, ...): ConfigError, with an example, if it gets no adapter config."""
+
+    @functools.wraps(function)
+    def call(model: Any, config: Any = None, **options: Any) -> Any:
+        if isinstance(config, type) or not isinstance(config, AdapterConfig):
+            loose = ", ".join(f"{k}={short(v)}" for k, v in options.items() if k not in ("rng", "name"))
+            got = loose if config is None and loose else short(config)
+            example = "an adapter config, such as ml.LoraConfig(r=8)"
+            raise ConfigError(f"{function.__name__} got {got}; expected {example}")
+        return function(model, config, **options)
+
+    return cast(Function, call)
 
 
 @dataclass(eq=False)
@@ -217,12 +240,3 @@ class Dropout:
             return dy * keep
 
         return x * keep, back
-
-
-def back_same(dy: Array) -> Array:
-    """dx = dy: the backward of a layer that returns x itself."""
-    return dy
-
-
-def back_nothing(dy: Array) -> None:
-    """The backward where no gradient is needed."""

@@ -22,8 +22,8 @@ import numpy as np
 
 from .backend import Array, xp
 from .errors import InputError, MismatchError, NonFiniteError, StateError, nearest, short
-from .layers import Adapter, AdapterConfig, Dropout, Factors, Layer, Linear, Need, Param, back_same
-from .ops import Back, rows
+from .layers import Adapter, AdapterConfig, Dropout, Factors, Layer, Linear, Need, Param, takes_config
+from .ops import Back, back_same, rows
 from .table import Table, report
 from .targets import with_head
 from .tree import children, freeze, named_params, replace, size
@@ -88,7 +88,7 @@ class Adapted:
     """A frozen layer with named adapters, of which one or none is active; perhaps merged."""
 
     base: Any
-    adapters: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     merged: Any = None  # a plain layer next to the base, which is never written
 
@@ -101,7 +101,8 @@ class Adapted:
         """The logits (..., V) of x (..., D): the layer as a tied head."""
         if self.active is None or self.merged is not None:
             return self.plain(need).attend(x, need)
-        return self.adapters[self.active].attend(self.base, x, need)
+        adapter: Any = self.adapters[self.active]  # an embedding's, which has `attend`
+        return adapter.attend(self.base, x, need)
 
     def plain(self, need: Need) -> Any:
         """The merged layer, or the base; StateError if a merged layer is to be trained."""
@@ -180,13 +181,14 @@ def untie(model: Any) -> None:
     model.lm_head = Linear(model.model.embed_tokens.weight)
 
 
+@takes_config
 def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name: str = "default") -> Report:
     """Freeze the model and put a fresh, active adapter beside every target.
 
     The base is only read. `rng` draws A and, later, the dropout masks. An adapted tied head becomes a
-    separate layer on the same table, as in PEFT. An error leaves the model as it was: ConfigError for a rank
-    that does not fit, MismatchError for a name that matches nothing, InputError for an adapter name in use,
-    StateError for a merged model or a tied head whose embedding is already adapted.
+    separate layer on the same table, as in PEFT. An error leaves the model as it was: ConfigError for what is
+    no config or a rank that does not fit, MismatchError for a name that matches nothing, InputError for a
+    name in use, StateError for a merged model or a tied head whose embedding is already adapted.
     """
     check_name(model, name)
     layers = with_head(model, bases(model))
@@ -209,7 +211,7 @@ def check_name(model: Any, name: str) -> None:
         raise StateError("the model is merged; unmerge it first")
 
 
-def attach(model: Any, new: Mapping[str, Any], name: str) -> None:
+def attach(model: Any, new: Mapping[str, Adapter], name: str) -> None:
     """Put adapters (path -> adapter) next to their layers, under one name, and activate it."""
     layers = dict(owners(model))
     for path, adapter in new.items():
@@ -229,11 +231,11 @@ def adapted(model: Any) -> dict[str, Adapted]:
     return layers
 
 
-def unmerged(model: Any, todo: str) -> dict[str, Adapted]:
+def unmerged(model: Any) -> dict[str, Adapted]:
     """`adapted` of a model that is not merged; StateError if it is."""
     layers = adapted(model)
     if any(layer.merged is not None for layer in layers.values()):
-        raise StateError(f"the model is merged; unmerge it {todo}")
+        raise StateError("the model is merged; unmerge it first")
     return layers
 
 
@@ -252,7 +254,7 @@ def known(layers: Mapping[str, Adapted], name: str) -> None:
 def set_adapter(model: Any, name: str) -> None:
     """Activate one adapter and train it alone; MismatchError if none has that name, StateError if merged."""
     known(adapted(model), name)
-    layers = unmerged(model, "before switching")
+    layers = unmerged(model)
     freeze(model)
     for layer in layers.values():
         layer.active = name if name in layer.adapters else None
@@ -262,14 +264,13 @@ def set_adapter(model: Any, name: str) -> None:
 
 def merged_layers(model: Any) -> dict[str, Layer]:
     """Path -> base and active adapter as one plain layer; NonFiniteError names one that is not finite."""
-    plain = {}
+    plain, layers = {}, adapted(model)
     with np.errstate(all="ignore"):
-        for path, layer in adapted(model).items():
-            if layer.active:
-                plain[path] = layer.adapters[layer.active].merged(layer.base)
-                for name, p in named_params(plain[path]).items():
-                    if not xp.isfinite(p.data).all():
-                        raise NonFiniteError(f"{path}.{name} is not finite with ΔW; nothing was merged")
+        for path, adapter in active(model).items():
+            plain[path] = adapter.merged(layers[path].base)
+            for name, p in named_params(plain[path]).items():
+                if not xp.isfinite(p.data).all():
+                    raise NonFiniteError(f"{path}.{name} is not finite with ΔW; nothing was merged")
     return plain
 
 
@@ -278,7 +279,7 @@ def merge(model: Any) -> None:
 
     The base keeps its weights. NonFiniteError leaves the model unmerged; StateError if it is merged already.
     """
-    layers = unmerged(model, "first")
+    layers = unmerged(model)
     for path, plain in merged_layers(model).items():
         layers[path].merged = plain
 
@@ -294,7 +295,6 @@ def unmerge(model: Any) -> None:
 
 def fuse(model: Any) -> None:
     """Make the model a plain one with W + ΔW in its layers and no adapters; NonFiniteError as in `merge`."""
-    layers = adapted(model)
     plain = merged_layers(model)
-    for path, layer in layers.items():
+    for path, layer in adapted(model).items():
         replace(model, path, plain.get(path, layer.base))

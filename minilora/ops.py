@@ -21,6 +21,15 @@ Back = Callable[..., Any]
 IGNORE = -100  # the label to ignore, as in PyTorch
 
 
+def back_same(dy: Array) -> Array:
+    """dx = dy: the backward of a layer that returns x itself."""
+    return dy
+
+
+def back_nothing(dy: Array) -> None:
+    """The backward where no gradient is needed."""
+
+
 def rows(x: Array) -> Array:
     """(..., I) as a matrix of M rows (M, I)."""
     return x.reshape(-1, x.shape[-1])

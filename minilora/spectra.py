@@ -66,7 +66,7 @@ def spectrum_between(base: Any, tuned: Any) -> dict[str, np.ndarray]:
     """
     before, after = named_params(base), named_params(tuned)
     if before.keys() != after.keys():
-        raise MismatchError("the two models have other parameters; expected the same names")
+        raise MismatchError("the two models have different parameters; expected the same names")
     return {
         path.removesuffix(".weight"): singular_values(after[path].dense() - p.dense())
         for path, p in before.items()

@@ -73,7 +73,7 @@ def train(
     run = about(model, optimizer, schedule, accumulate) | dict(identity or {})
     for name, rng in rngs.items() if checkpoint else ():
         if (kind := type(rng.bit_generator).__name__) not in GENERATORS:
-            raise UnsupportedError(f"the generator {name} is a {kind}; a checkpoint holds {GENERATORS[0]}")
+            raise UnsupportedError(f"the generator {name} is a {kind}; a checkpoint needs a {GENERATORS[0]}")
     if checkpoint and exists(checkpoint):
         history = load_checkpoint(checkpoint, model, optimizer, rngs, run, steps)
     done = len(history.loss)
@@ -126,7 +126,7 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
                 total += float(copy.loss(ids, labels)[0]) * n
                 count += n
     if not count:
-        raise InputError("there is nothing to evaluate; expected at least one label")
+        raise InputError("nothing to evaluate: the batches have no label; expected at least one")
     return total / count
 
 
@@ -146,7 +146,7 @@ def check_batches(batches: Any, how: str) -> None:
     elif first is not None and not pair:
         kind = f"a {type(batches).__name__} of {type(first).__name__}"
     if kind:
-        raise InputError(f"batches is {kind}; expected (ids, labels) pairs, one after the other, as of {how}")
+        raise InputError(f"batches is {kind}; expected (ids, labels) pairs, such as {how}")
 
 
 def about(
