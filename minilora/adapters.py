@@ -63,8 +63,7 @@ def remove(model: Any, name: str) -> None:
 
     MismatchError if no adapter has that name, StateError while the model is merged.
     """
-    known(adapted(model), name)
-    for path, layer in unmerged(model).items():
+    for path, layer in known(model, name).items():
         layer.adapters.pop(name, None)
         layer.active = None if layer.active == name else layer.active
         if not layer.adapters:

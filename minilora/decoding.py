@@ -27,7 +27,7 @@ class KVCache:
     seen: int = 0
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """Write the next positions' k and v; their attention (N, H, T, E) over themselves and all earlier."""
+        """Add the next T positions; return their attention (N, H, T, E) over themselves and all earlier."""
         start, self.seen = self.seen, self.seen + k.shape[2]
         self.k[:, :, start : self.seen] = k
         self.v[:, :, start : self.seen] = v
@@ -78,7 +78,6 @@ def generate(
     share of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for a
     meaningless setting or a text longer than the model takes.
     """
-    limit = model.config.max_position_embeddings
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected an int, at least 1")
     if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
@@ -88,9 +87,9 @@ def generate(
     if type(top_p) not in (int, float) or not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p!r}; expected a number in (0, 1]")
     ids = model.check(ids)
-    T = ids.shape[1]
+    T, limit = ids.shape[1], model.config.max_position_embeddings
     if T + max_new_tokens > limit:
-        raise InputError(f"{T} + {max_new_tokens} tokens; the model takes at most {limit}")
+        raise InputError(f"{T} tokens and {max_new_tokens} new ones; the model takes at most {limit}")
 
     def tokens(ids: Array) -> Iterator[np.ndarray]:
         keep_memory()
@@ -101,7 +100,7 @@ def generate(
             yield token
             ids = to_device(token[:, None])
 
-    return tokens(ids)  # so the checks come with the call, not with the first token
+    return tokens(ids)  # a generator of its own, so that the checks above run at once
 
 
 def sample(
@@ -109,8 +108,7 @@ def sample(
 ) -> np.ndarray:
     """One token (N,) from each row of logits (N, V), on the host."""
     if temperature == 0:
-        greedy: np.ndarray = logits.argmax(-1)
-        return greedy
+        return logits.argmax(-1)
     order = np.argsort(-logits, axis=-1, kind="stable")
     z = np.take_along_axis(logits, order, -1) / temperature
     p = np.exp(z - z[:, :1])

@@ -177,7 +177,7 @@ def bases(model: Any) -> dict[str, Any]:
 def untie(model: Any) -> None:
     """Make a tied head a separate layer on the same table, as PEFT does when one of the two is adapted."""
     if isinstance(model.model.embed_tokens, Adapted):
-        raise StateError("the head is tied to an embedding that has adapters; take a fresh model")
+        raise StateError("the head is tied to an embedding that has adapters; start from a fresh model")
     model.lm_head = Linear(model.model.embed_tokens.weight)
 
 
@@ -193,17 +193,17 @@ def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name:
     check_name(model, name)
     layers = with_head(model, bases(model))
     new = config.fresh(layers, rng)
-    done = Report(tuple(row_of(path, layers[path], a) for path, a in new.items()), size(layers))
+    result = Report(tuple(row_of(path, layers[path], a) for path, a in new.items()), size(layers))
     if "lm_head" in new and model.lm_head is None:
         untie(model)
     attach(model, new, name)
-    return done
+    return result
 
 
 def check_name(model: Any, name: str) -> None:
     """InputError or StateError unless the model can take an adapter of that name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) or name == "__base__":
-        raise InputError(f"adapter name is {short(name)}; expected letters, digits, -, _; not __base__")
+        raise InputError(f"adapter name is {short(name)}; expected letters, digits, -, _ (not __base__)")
     layers = [layer for _, layer in owners(model) if isinstance(layer, Adapted)]
     if any(name in layer.adapters for layer in layers):
         raise InputError(f"adapter {name!r} is there already; expected a new name")
@@ -244,17 +244,17 @@ def active(model: Any) -> dict[str, Adapter]:
     return {path: layer.adapters[layer.active] for path, layer in adapted(model).items() if layer.active}
 
 
-def known(layers: Mapping[str, Adapted], name: str) -> None:
-    """MismatchError unless an adapter has that name."""
-    there = {n for layer in layers.values() for n in layer.adapters}
-    if name not in there:
-        raise MismatchError(f"there is no adapter {name!r}; {nearest(name, there)}")
+def known(model: Any, name: str) -> dict[str, Adapted]:
+    """`unmerged` of a model with an adapter of that name; MismatchError if none has it."""
+    names = {n for layer in adapted(model).values() for n in layer.adapters}
+    if name not in names:
+        raise MismatchError(f"there is no adapter {name!r}; {nearest(name, names)}")
+    return unmerged(model)
 
 
 def set_adapter(model: Any, name: str) -> None:
     """Activate one adapter and train it alone; MismatchError if none has that name, StateError if merged."""
-    known(adapted(model), name)
-    layers = unmerged(model)
+    layers = known(model, name)
     freeze(model)
     for layer in layers.values():
         layer.active = name if name in layer.adapters else None

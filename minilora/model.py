@@ -344,7 +344,7 @@ class Llama:
 
 def back_untrained(dlogits: Array) -> None:
     """The backward of a model that was called without train=True: a StateError."""
-    raise StateError("the model was called without train=True; it kept nothing for a gradient")
+    raise StateError("no gradient: the model was called without train=True")
 
 
 def host_ints(what: str, values: Any) -> np.ndarray:

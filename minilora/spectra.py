@@ -146,8 +146,7 @@ def similarity(U: Array, V: Array) -> np.ndarray:
     """
     cosines = to_host(U.T @ V) ** 2
     i, j = (np.arange(1, n + 1) for n in cosines.shape)
-    phi: np.ndarray = cosines.cumsum(0).cumsum(1) / np.minimum(i[:, None], j)
-    return phi
+    return cosines.cumsum(0).cumsum(1) / np.minimum(i[:, None], j)
 
 
 def random_similarity(i: int, j: int, D: int) -> float:

@@ -106,7 +106,7 @@ def branches(node: Any) -> list[str]:
     """The outline's lines for everything below a node."""
     groups: list[tuple[str, str, list[str]]] = []  # first name, last name, lines
     for name, part in children(node):
-        if isinstance(part, Param) or not any(isinstance(below, Param) for _, below in walk(part)):
+        if isinstance(part, Param) or not named_params(part):
             continue
         kind = "" if isinstance(part, list | dict) else f": {type(part).__name__}"
         shapes = [

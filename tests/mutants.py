@@ -65,7 +65,7 @@ PRETRAIN = "experiments/pretrain.py"
 
 # fmt: off
 MUTANTS = (
-    # ---- functions: forward and the way back
+    # ---- functions: forward and backward
     Mutant("softmax-back-without-its-sum", "ops.py",
            'p * (dp - xp.einsum("...i,...i->...", dp, p)[..., None])', "p * dp", "ops"),
     Mutant("silu-derivative", "ops.py", "    dgate += a\n", "", "ops"),
@@ -204,7 +204,7 @@ MUTANTS = (
            "pass", "training"),
     Mutant("schedule-one-step-ahead", "training.py", "schedule(step) if", "schedule(step + 1) if", "training"),
     Mutant("accumulation-sums", "fast/parallel.py", "each, width = 1 / len(batches)", "each, width = 1.0", "training"),
-    Mutant("micro-batches-weigh-the-same", "fast/parallel.py", "float(counts[some].sum() / max(counts.sum(), 1))", "len(ids[some]) / len(ids)", "parallel"),
+    Mutant("micro-batches-weigh-the-same", "fast/parallel.py", "float(counts[part].sum() / max(counts.sum(), 1))", "len(ids[part]) / len(ids)", "parallel"),
     Mutant("replicas-share-gradients", "tree.py", "{id(p): Param(p.data, p.trainable)", "{id(p): p", "parallel"),
     Mutant("replicas-copy-the-base", "tree.py", "Param(p.data, p.trainable)", "Param(p.data.copy(), p.trainable)", "parallel"),
     Mutant("threads-draw-masks-at-once", "fast/parallel.py", "isinstance(node, Dropout)", "node is None", "parallel"),

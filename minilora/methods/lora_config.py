@@ -82,7 +82,7 @@ class LoraConfig:
         if self.init not in INITS:
             raise ConfigError(f"init is {self.init!r}; {nearest(str(self.init), INITS)}")
         if self.dora and self.dropout:
-            raise ConfigError(f"dropout is {self.dropout}; expected 0, for dora has none")
+            raise ConfigError(f"dropout is {self.dropout}; expected 0 with dora, which takes none")
         check_targets(self.targets)
         names("modules_to_save", self.modules_to_save)
         names("exclude_modules", self.exclude_modules)
