@@ -1,4 +1,4 @@
-"""Layers with parameters: Linear, RMSNorm, Embedding; and the contract that every layer keeps.
+"""Layers with parameters: Linear, RMSNorm, LayerNorm, Embedding; and the contract that every layer keeps.
 
 For y = x Wᵀ + b the gradients are dW = dYᵀ X, db = sum of dY, dx = dY W. A frozen weight costs only
 dx: its `back` is one line, and no closure holds x. Stands in for torch.nn's modules; leaves out
@@ -8,19 +8,15 @@ name, which is Hugging Face's.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from .backend import Array, scatter_add, to_device, xp
-from .errors import ConfigError, short
 from .ops import Back, back_nothing, back_same, rms_norm, rows
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Need(Enum):
@@ -114,21 +110,6 @@ class AdapterConfig(Protocol):
         """Path -> a fresh adapter, for those of a model's `layers` (path -> base layer) that get one."""
 
 
-def takes_config(function: Function) -> Function:
-    """Decorate f(model, config, ...): ConfigError, with an example, if it gets no adapter config."""
-
-    @functools.wraps(function)
-    def call(model: Any, config: Any = None, **options: Any) -> Any:
-        if isinstance(config, type) or not isinstance(config, AdapterConfig):
-            loose = ", ".join(f"{k}={short(v)}" for k, v in options.items() if k not in ("rng", "name"))
-            got = loose if config is None and loose else short(config)
-            example = "an adapter config, such as ml.LoraConfig(r=8)"
-            raise ConfigError(f"{function.__name__} got {got}; expected {example}")
-        return function(model, config, **options)
-
-    return cast(Function, call)
-
-
 @dataclass(eq=False)
 class Linear:
     """y = x Wᵀ + b: x (..., I) -> y (..., O)."""
@@ -201,6 +182,30 @@ class RMSNorm:
             return back_n(dy * w.data)
 
         return n * w.data, back_trained if w.trainable else back_frozen
+
+
+@dataclass(eq=False)
+class LayerNorm:
+    """y = w * (x - mean) / sqrt(var + eps) + b over the last axis (Ba et al. 2016)."""
+
+    weight: Param  # (D,)
+    bias: Param  # (D,)
+    eps: float = 1e-5
+
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        w, b = self.weight, self.bias
+        n, back_n = rms_norm(x - x.mean(-1, keepdims=True), self.eps)
+
+        def back_x(dy: Array) -> Array:
+            dc = back_n(dy * w.data)
+            return dc - dc.mean(-1, keepdims=True)
+
+        def back_w(dy: Array) -> Array:
+            w.add_grad(xp.einsum("mi,mi->i", rows(dy), rows(n)))
+            return back_x(dy)
+
+        back = back_w if w.trainable else back_x
+        return n * w.data + b.data, Linear.back_to_bias(b, back) if b.trainable else back
 
 
 @dataclass(eq=False)

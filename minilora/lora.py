@@ -7,8 +7,7 @@ With H = s X Aᵀ and the incoming gradient dY the chain rule gives, for the row
     dB = dYᵀ H        dA = (s dY B)ᵀ X        dX = dY W + (s dY B) A
 
 B starts at zero, so the first step moves only B. Stands in for PEFT's tuners/lora (12,000 lines); leaves
-out convolutions, hot-swapping and the other initialisations. Nothing here knows the transformer: an adapter
-wraps any layer of a tree. A config says what to adapt, and how (methods/lora_config.py).
+out convolutions and hot-swapping. An adapter wraps any layer of a tree; a LoraConfig says which, and how.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, xp
-from .errors import InputError, MismatchError, NonFiniteError, StateError, nearest, short
-from .layers import Adapter, AdapterConfig, Dropout, Factors, Layer, Linear, Need, Param, takes_config
+from .errors import ConfigError, InputError, MismatchError, NonFiniteError, StateError, nearest, short
+from .layers import Adapter, AdapterConfig, Dropout, Factors, Layer, Linear, Need, Param
 from .ops import Back, back_same, rows
 from .table import Table, report
 from .targets import with_head
@@ -181,15 +180,16 @@ def untie(model: Any) -> None:
     model.lm_head = Linear(model.model.embed_tokens.weight)
 
 
-@takes_config
 def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name: str = "default") -> Report:
     """Freeze the model and put a fresh, active adapter beside every target.
 
-    The base is only read. `rng` draws A and, later, the dropout masks. An adapted tied head becomes a
-    separate layer on the same table, as in PEFT. An error leaves the model as it was: ConfigError for what is
-    no config or a rank that does not fit, MismatchError for a name that matches nothing, InputError for a
-    name in use, StateError for a merged model or a tied head whose embedding is already adapted.
+    The base is only read. `rng` draws A and, later, the dropout masks. A tied head that is adapted is untied,
+    as in PEFT. An error leaves the model as it was: ConfigError for another config or a rank that does not
+    fit, MismatchError for a name that matches nothing, InputError for a name in use, StateError for a merged
+    model or a tied head whose embedding is already adapted.
     """
+    if isinstance(config, type) or not isinstance(config, AdapterConfig):
+        raise ConfigError(f"config is {short(config)}; expected an adapter's, such as ml.LoraConfig(r=8)")
     check_name(model, name)
     layers = with_head(model, bases(model))
     new = config.fresh(layers, rng)

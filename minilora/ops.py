@@ -83,6 +83,17 @@ def _swiglu_back(dy: Array, up: Array, t: Array, a: Array) -> tuple[Array, Array
     return dgate, dup
 
 
+def gelu(x: Array) -> tuple[Array, Back]:
+    """0.5 x (1 + tanh(c (x + 0.044715 x³))), c = sqrt(2/pi) (Hendrycks and Gimpel 2016)."""
+    c = math.sqrt(2 / math.pi)
+    t = xp.tanh(c * (x + 0.044715 * x * x * x))
+
+    def back(dy: Array) -> Array:
+        return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))
+
+    return 0.5 * x * (1 + t), back
+
+
 def rms_norm(x: Array, eps: float) -> tuple[Array, Back]:
     """x / sqrt(mean(x²) + eps) over the last axis (Zhang and Sennrich 2019); x (..., D)."""
     D = x.shape[-1]

@@ -70,6 +70,7 @@ MUTANTS = (
            'p * (dp - xp.einsum("...i,...i->...", dp, p)[..., None])', "p * dp", "ops"),
     Mutant("silu-derivative", "ops.py", "    dgate += a\n", "", "ops"),
     Mutant("swiglu-derivative", "ops.py", "dgate = 1 - a\n", "dgate = 1 + a\n", "ops"),
+    Mutant("gelu-derivative", "ops.py", "1 + 3 * 0.044715", "1 + 0.044715", "ops"),
     Mutant("swiglu-derivative-by-up", "ops.py", "dup = dy * a\n", "dup = dy * a / t\n", "ops"),
     Mutant("rms-norm-second-term", "ops.py", 'dx = y * (xp.einsum("...i,...i->...", dy, y)',
            'dx = 0 * y * (xp.einsum("...i,...i->...", dy, y)', "ops"),
@@ -100,6 +101,8 @@ MUTANTS = (
     Mutant("frozen-norm-gets-a-gradient", "layers.py", "back_trained if w.trainable else back_frozen",
            "back_trained", "layers"),
     Mutant("gradient-of-the-bias-averaged", "layers.py", "rows(dy).sum(0)", "rows(dy).mean(0)", "layers"),
+    Mutant("layer-norm-forgets-the-mean", "layers.py", "return dc - dc.mean(-1, keepdims=True)", "return dc",
+           "layers"),
     Mutant("eps-beside-the-root", "ops.py", "[..., None] / D + eps)\n", "[..., None] / D) + eps\n", "ops"),
     Mutant("dropout-at-evaluation", "layers.py", "if need is Need.NONE or self.p == 0:", "if self.p == 0:", "layers"),
     Mutant("dropout-does-not-scale", "layers.py", ">= self.p) / (1 - self.p)", ">= self.p) * 1.0", "layers"),
@@ -937,9 +940,9 @@ MUTANTS = (
     Mutant("a-name-of-peft-is-a-type-error", "methods/lora_config.py", "            if name in PEFT:", "            if False:", "lora"),
     Mutant("another-default-of-alpha", "methods/lora_config.py", "alpha: float = 16", "alpha: float = 8", "finetune"),
     Mutant("loaded-dora-is-not-pefts", "peft/kinds.py", "detach=True)", "detach=False)", "folder"),
-    Mutant("what-is-no-config-is-injected", "layers.py",
+    Mutant("what-is-no-config-is-injected", "lora.py",
            "if isinstance(config, type) or not isinstance(config, AdapterConfig):", "if config is None:", "lora"),
-    Mutant("a-class-is-a-config", "layers.py", "if isinstance(config, type) or not", "if not", "lora"),
+    Mutant("a-class-is-a-config", "lora.py", "if isinstance(config, type) or not", "if not", "lora"),
     Mutant("recomputed-unasked", "training.py", "recompute: bool = False", "recompute: bool = True", "recompute"),
 )
 # fmt: on

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from library import np
 
 from minilora.errors import MismatchError
-from minilora.layers import Dropout, Embedding, Linear, Need, Param, RMSNorm
+from minilora.layers import Dropout, Embedding, LayerNorm, Linear, Need, Param, RMSNorm
 from minilora.ops import saved
 from minilora.tree import (
     digest,
@@ -34,6 +34,7 @@ LAYERS = {  # name -> layer(rng, outputs, inputs)
     "Linear": lambda rng, o, i, **d: Linear(param(rng, o, i, **d)),
     "Linear with bias": lambda rng, o, i, **d: Linear(param(rng, o, i, **d), param(rng, o, **d)),
     "RMSNorm": lambda rng, o, i, **d: RMSNorm(param(rng, i, **d), eps=1e-3),
+    "LayerNorm": lambda rng, o, i, **d: LayerNorm(param(rng, i, **d), param(rng, i, **d), eps=1e-3),
 }
 wide = st.integers(3, 9)  # a norm over one or two numbers has no gradient but rounding
 
@@ -233,9 +234,11 @@ def test_settings_are_the_plain_values_of_a_tree_and_nothing_else():
 
 
 def test_the_usual_eps_of_a_norm_is_1e_minus_5():
-    x = np.array([[0.0, 6e-3]])  # mean square 18e-6, of its size
-    y, _ = RMSNorm(Param(np.ones(2)))(x)
-    assert abs(y - x / (18e-6 + 1e-5) ** 0.5).max() < 1e-14
+    """Seen where the mean square and the variance are of its size."""
+    ones, x = Param(np.ones(2)), np.array([[0.0, 6e-3]])  # mean square 18e-6, mean 3e-3, variance 9e-6
+    assert abs(RMSNorm(ones)(x)[0] - x / (18e-6 + 1e-5) ** 0.5).max() < 1e-14
+    y, _ = LayerNorm(ones, Param(np.zeros(2)))(x)
+    assert abs(y - np.array([[-1.0, 1.0]]) * 3e-3 / (9e-6 + 1e-5) ** 0.5).max() < 1e-14
 
 
 def test_a_head_gives_the_gradient_of_its_input_unless_told_otherwise():

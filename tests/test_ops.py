@@ -14,6 +14,7 @@ from minilora.ops import (
     attend_one,
     attention,
     cross_entropy,
+    gelu,
     heads,
     rms_norm,
     rope,
@@ -40,6 +41,7 @@ def labelled(rng, x):
 OPS = {  # name -> op(rng, *operands), shapes of its operands; a, b, c are drawn
     "softmax": (lambda rng, x: softmax(x), lambda a, b, c: [(a, b, c)]),
     "swiglu": (lambda rng, g, u: swiglu(g, u), lambda a, b, c: [(a, b, c)] * 2),
+    "gelu": (lambda rng, x: gelu(x), lambda a, b, c: [(a, b, c)]),
     "rms_norm": (lambda rng, x: rms_norm(x, 1e-3), lambda a, b, c: [(a, b, c)]),
     "rope": (turned, lambda a, b, c: [(a, b, 2 * 4)]),
     # two positions at least, and no large scores: over one, or saturated, it has no gradient but rounding
