@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import ConfigError, MismatchError, nearest
+from .layers import Pair
 from .lora import active, adapted, known, unmerged
 from .tree import replace
 
@@ -31,7 +32,12 @@ def disabled(model: Any) -> Iterator[None]:
 
 def scales(model: Any) -> dict[str, float]:
     """Path -> s of the active low-rank adapters."""
-    return {path: pair.scale for path, a in active(model).items() if (pair := a.low_rank)}
+    return {path: pair.scale for path, pair in pairs(model).items()}
+
+
+def pairs(model: Any) -> dict[str, Pair]:
+    """Path -> factors of the active low-rank adapters."""
+    return {path: pair for path, adapter in active(model).items() if (pair := adapter.low_rank)}
 
 
 def set_scale(model: Any, scale: float | Mapping[str, float]) -> None:
@@ -40,17 +46,16 @@ def set_scale(model: Any, scale: float | Mapping[str, float]) -> None:
     MismatchError for a path without such an adapter, ConfigError for a number that is not finite, StateError
     while the model is merged.
     """
-    current = scales(model)
-    wanted = scale if isinstance(scale, Mapping) else dict.fromkeys(current, scale)
-    for path, s in wanted.items():
-        if path not in current:
-            raise MismatchError(f"{path!r} has no active low-rank adapter; {nearest(path, current)}")
+    factors = pairs(model)
+    new = scale if isinstance(scale, Mapping) else dict.fromkeys(factors, scale)
+    for path, s in new.items():
+        if path not in factors:
+            raise MismatchError(f"{path!r} has no active low-rank adapter; {nearest(path, factors)}")
         if type(s) not in (int, float) or not math.isfinite(s):
             raise ConfigError(f"scale of {path} is {s!r}; expected a finite number")
-    unmerged(model, "before scaling")
-    for path, adapter in active(model).items():
-        if path in wanted and adapter.low_rank:
-            adapter.low_rank.scale = float(wanted[path])
+    unmerged(model)
+    for path, s in new.items():
+        factors[path].scale = float(s)
 
 
 def remove(model: Any, name: str) -> None:
@@ -58,8 +63,7 @@ def remove(model: Any, name: str) -> None:
 
     MismatchError if no adapter has that name, StateError while the model is merged.
     """
-    known(adapted(model), name)
-    for path, layer in unmerged(model, "first").items():
+    for path, layer in known(model, name).items():
         layer.adapters.pop(name, None)
         layer.active = None if layer.active == name else layer.active
         if not layer.adapters:

@@ -26,16 +26,12 @@ class KVCache:
     v: Array
     seen: int = 0
 
-    def extend(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Write the next positions (N, G, T, E) and return all filled ones, as views."""
+    def attend(self, q: Array, k: Array, v: Array) -> Array:
+        """Add the next T positions; return their attention (N, H, T, E) over themselves and all earlier."""
         start, self.seen = self.seen, self.seen + k.shape[2]
         self.k[:, :, start : self.seen] = k
         self.v[:, :, start : self.seen] = v
-        return self.k[:, :, : self.seen], self.v[:, :, : self.seen]
-
-    def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """The attention (N, H, T, E) of the next positions over themselves and all earlier ones."""
-        k, v = self.extend(k, v)
+        k, v = self.k[:, :, : self.seen], self.v[:, :, : self.seen]
         return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0]
 
 
@@ -82,7 +78,6 @@ def generate(
     share of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for a
     meaningless setting or a text longer than the model takes.
     """
-    limit = model.config.max_position_embeddings
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected an int, at least 1")
     if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
@@ -92,28 +87,20 @@ def generate(
     if type(top_p) not in (int, float) or not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p!r}; expected a number in (0, 1]")
     ids = model.check(ids)
-    T = ids.shape[1]
+    T, limit = ids.shape[1], model.config.max_position_embeddings
     if T + max_new_tokens > limit:
-        raise InputError(f"{T} + {max_new_tokens} tokens; the model takes at most {limit}")
-    return _generate(model, ids, max_new_tokens, rng, temperature, top_k, top_p)
+        raise InputError(f"{T} tokens and {max_new_tokens} new ones; the model takes at most {limit}")
 
+    def tokens(ids: Array) -> Iterator[np.ndarray]:
+        keep_memory()
+        past = past_of(model, len(ids), T + max_new_tokens - 1)  # the last token is not read
+        for _ in range(max_new_tokens):
+            logits, _ = model.forward(ids, past=past)
+            token = sample(to_host(logits[:, -1]).astype(np.float64), rng, temperature, top_k, top_p)
+            yield token
+            ids = to_device(token[:, None])
 
-def _generate(
-    model: Llama,
-    ids: Array,
-    steps: int,
-    rng: np.random.Generator,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> Iterator[np.ndarray]:
-    keep_memory()
-    past = past_of(model, ids.shape[0], ids.shape[1] + steps - 1)  # the last token is not read
-    for _ in range(steps):
-        logits, _ = model.forward(ids, past=past)
-        token = sample(to_host(logits[:, -1]).astype(np.float64), rng, temperature, top_k, top_p)
-        yield token
-        ids = to_device(token[:, None])
+    return tokens(ids)  # a generator of its own, so that the checks above run at once
 
 
 def sample(
@@ -121,8 +108,7 @@ def sample(
 ) -> np.ndarray:
     """One token (N,) from each row of logits (N, V), on the host."""
     if temperature == 0:
-        greedy: np.ndarray = logits.argmax(-1)
-        return greedy
+        return logits.argmax(-1)
     order = np.argsort(-logits, axis=-1, kind="stable")
     z = np.take_along_axis(logits, order, -1) / temperature
     p = np.exp(z - z[:, :1])

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from .backend import Array, scatter_add, to_device, xp
-from .ops import Back, dropout, rms_norm, rows
+from .ops import Back, back_nothing, back_same, rms_norm, rows
 
 
 class Need(Enum):
@@ -83,7 +83,10 @@ class Factors(NamedTuple):
 
 
 class Adapter(Protocol):
-    """A change of a frozen layer: the contract of LowRank and of everything in methods/."""
+    """A change of a frozen layer: the contract of LowRank and of everything in methods/.
+
+    That of an embedding also has `attend(base, x, need)`, as a Table.
+    """
 
     def __call__(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:
         """The changed layer's output and backward, as a Layer's; `base` is the layer that it changes."""
@@ -99,6 +102,7 @@ class Adapter(Protocol):
         """The factors A and B in it, if it has any."""
 
 
+@runtime_checkable
 class AdapterConfig(Protocol):
     """What to adapt, and how: it makes the adapters, so that nothing here knows their kinds."""
 
@@ -235,14 +239,9 @@ class Dropout:
     def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         if need is Need.NONE or self.p == 0:
             return x, back_same
-        keep = (self.rng.random(x.shape) >= self.p) / (1 - self.p)
-        return dropout(x, to_device(keep, x.real.dtype))
+        keep = to_device((self.rng.random(x.shape) >= self.p) / (1 - self.p), x.real.dtype)
 
+        def back(dy: Array) -> Array:
+            return dy * keep
 
-def back_same(dy: Array) -> Array:
-    """dx = dy: the backward of a layer that returns x itself."""
-    return dy
-
-
-def back_nothing(dy: Array) -> None:
-    """The backward where no gradient is needed."""
+        return x * keep, back

@@ -7,8 +7,7 @@ With H = s X Aᵀ and the incoming gradient dY the chain rule gives, for the row
     dB = dYᵀ H        dA = (s dY B)ᵀ X        dX = dY W + (s dY B) A
 
 B starts at zero, so the first step moves only B. Stands in for PEFT's tuners/lora (12,000 lines); leaves
-out convolutions, hot-swapping and the other initialisations. Nothing here knows the transformer: an adapter
-wraps any layer of a tree. A config says what to adapt, and how (methods/lora_config.py).
+out convolutions and hot-swapping. An adapter wraps any layer of a tree; a LoraConfig says which, and how.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, xp
-from .errors import InputError, MismatchError, NonFiniteError, StateError, nearest, short
-from .layers import Adapter, AdapterConfig, Dropout, Factors, Layer, Linear, Need, Param, back_same
-from .ops import Back, rows
+from .errors import ConfigError, InputError, MismatchError, NonFiniteError, StateError, nearest, short
+from .layers import Adapter, AdapterConfig, Dropout, Factors, Layer, Linear, Need, Param
+from .ops import Back, back_same, rows
 from .table import Table, report
 from .targets import with_head
 from .tree import children, freeze, named_params, replace, size
@@ -88,7 +87,7 @@ class Adapted:
     """A frozen layer with named adapters, of which one or none is active; perhaps merged."""
 
     base: Any
-    adapters: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     merged: Any = None  # a plain layer next to the base, which is never written
 
@@ -101,7 +100,8 @@ class Adapted:
         """The logits (..., V) of x (..., D): the layer as a tied head."""
         if self.active is None or self.merged is not None:
             return self.plain(need).attend(x, need)
-        return self.adapters[self.active].attend(self.base, x, need)
+        adapter: Any = self.adapters[self.active]  # an embedding's, which has `attend`
+        return adapter.attend(self.base, x, need)
 
     def plain(self, need: Need) -> Any:
         """The merged layer, or the base; StateError if a merged layer is to be trained."""
@@ -176,32 +176,34 @@ def bases(model: Any) -> dict[str, Any]:
 def untie(model: Any) -> None:
     """Make a tied head a separate layer on the same table, as PEFT does when one of the two is adapted."""
     if isinstance(model.model.embed_tokens, Adapted):
-        raise StateError("the head is tied to an embedding that has adapters; take a fresh model")
+        raise StateError("the head is tied to an embedding that has adapters; start from a fresh model")
     model.lm_head = Linear(model.model.embed_tokens.weight)
 
 
 def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name: str = "default") -> Report:
     """Freeze the model and put a fresh, active adapter beside every target.
 
-    The base is only read. `rng` draws A and, later, the dropout masks. An adapted tied head becomes a
-    separate layer on the same table, as in PEFT. An error leaves the model as it was: ConfigError for a rank
-    that does not fit, MismatchError for a name that matches nothing, InputError for an adapter name in use,
-    StateError for a merged model or a tied head whose embedding is already adapted.
+    The base is only read. `rng` draws A and, later, the dropout masks. A tied head that is adapted is untied,
+    as in PEFT. An error leaves the model as it was: ConfigError for another config or a rank that does not
+    fit, MismatchError for a name that matches nothing, InputError for a name in use, StateError for a merged
+    model or a tied head whose embedding is already adapted.
     """
+    if isinstance(config, type) or not isinstance(config, AdapterConfig):
+        raise ConfigError(f"config is {short(config)}; expected an adapter's, such as ml.LoraConfig(r=8)")
     check_name(model, name)
     layers = with_head(model, bases(model))
     new = config.fresh(layers, rng)
-    done = Report(tuple(row_of(path, layers[path], a) for path, a in new.items()), size(layers))
+    result = Report(tuple(row_of(path, layers[path], a) for path, a in new.items()), size(layers))
     if "lm_head" in new and model.lm_head is None:
         untie(model)
     attach(model, new, name)
-    return done
+    return result
 
 
 def check_name(model: Any, name: str) -> None:
     """InputError or StateError unless the model can take an adapter of that name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) or name == "__base__":
-        raise InputError(f"adapter name is {short(name)}; expected letters, digits, -, _; not __base__")
+        raise InputError(f"adapter name is {short(name)}; expected letters, digits, -, _ (not __base__)")
     layers = [layer for _, layer in owners(model) if isinstance(layer, Adapted)]
     if any(name in layer.adapters for layer in layers):
         raise InputError(f"adapter {name!r} is there already; expected a new name")
@@ -209,7 +211,7 @@ def check_name(model: Any, name: str) -> None:
         raise StateError("the model is merged; unmerge it first")
 
 
-def attach(model: Any, new: Mapping[str, Any], name: str) -> None:
+def attach(model: Any, new: Mapping[str, Adapter], name: str) -> None:
     """Put adapters (path -> adapter) next to their layers, under one name, and activate it."""
     layers = dict(owners(model))
     for path, adapter in new.items():
@@ -229,11 +231,11 @@ def adapted(model: Any) -> dict[str, Adapted]:
     return layers
 
 
-def unmerged(model: Any, todo: str) -> dict[str, Adapted]:
+def unmerged(model: Any) -> dict[str, Adapted]:
     """`adapted` of a model that is not merged; StateError if it is."""
     layers = adapted(model)
     if any(layer.merged is not None for layer in layers.values()):
-        raise StateError(f"the model is merged; unmerge it {todo}")
+        raise StateError("the model is merged; unmerge it first")
     return layers
 
 
@@ -242,17 +244,17 @@ def active(model: Any) -> dict[str, Adapter]:
     return {path: layer.adapters[layer.active] for path, layer in adapted(model).items() if layer.active}
 
 
-def known(layers: Mapping[str, Adapted], name: str) -> None:
-    """MismatchError unless an adapter has that name."""
-    there = {n for layer in layers.values() for n in layer.adapters}
-    if name not in there:
-        raise MismatchError(f"there is no adapter {name!r}; {nearest(name, there)}")
+def known(model: Any, name: str) -> dict[str, Adapted]:
+    """`unmerged` of a model with an adapter of that name; MismatchError if none has it."""
+    names = {n for layer in adapted(model).values() for n in layer.adapters}
+    if name not in names:
+        raise MismatchError(f"there is no adapter {name!r}; {nearest(name, names)}")
+    return unmerged(model)
 
 
 def set_adapter(model: Any, name: str) -> None:
     """Activate one adapter and train it alone; MismatchError if none has that name, StateError if merged."""
-    known(adapted(model), name)
-    layers = unmerged(model, "before switching")
+    layers = known(model, name)
     freeze(model)
     for layer in layers.values():
         layer.active = name if name in layer.adapters else None
@@ -262,14 +264,13 @@ def set_adapter(model: Any, name: str) -> None:
 
 def merged_layers(model: Any) -> dict[str, Layer]:
     """Path -> base and active adapter as one plain layer; NonFiniteError names one that is not finite."""
-    plain = {}
+    plain, layers = {}, adapted(model)
     with np.errstate(all="ignore"):
-        for path, layer in adapted(model).items():
-            if layer.active:
-                plain[path] = layer.adapters[layer.active].merged(layer.base)
-                for name, p in named_params(plain[path]).items():
-                    if not xp.isfinite(p.data).all():
-                        raise NonFiniteError(f"{path}.{name} is not finite with ΔW; nothing was merged")
+        for path, adapter in active(model).items():
+            plain[path] = adapter.merged(layers[path].base)
+            for name, p in named_params(plain[path]).items():
+                if not xp.isfinite(p.data).all():
+                    raise NonFiniteError(f"{path}.{name} is not finite with ΔW; nothing was merged")
     return plain
 
 
@@ -278,7 +279,7 @@ def merge(model: Any) -> None:
 
     The base keeps its weights. NonFiniteError leaves the model unmerged; StateError if it is merged already.
     """
-    layers = unmerged(model, "first")
+    layers = unmerged(model)
     for path, plain in merged_layers(model).items():
         layers[path].merged = plain
 
@@ -294,7 +295,6 @@ def unmerge(model: Any) -> None:
 
 def fuse(model: Any) -> None:
     """Make the model a plain one with W + ΔW in its layers and no adapters; NonFiniteError as in `merge`."""
-    layers = adapted(model)
     plain = merged_layers(model)
-    for path, layer in layers.items():
+    for path, layer in adapted(model).items():
         replace(model, path, plain.get(path, layer.base))

@@ -19,11 +19,12 @@ import numpy as np
 
 from .backend import Array, normal, to_device, to_host, xp
 from .errors import ConfigError, InputError, StateError, check_float, check_int, short
-from .layers import Embedding, Layer, Linear, Need, Param, RMSNorm, Table, back_nothing
+from .layers import Embedding, Layer, Linear, Need, Param, RMSNorm, Table
 from .ops import (
     IGNORE,
     Back,
     attention,
+    back_nothing,
     cross_entropy,
     heads,
     rope,
@@ -101,7 +102,7 @@ class Config:
         if self.head_dim is not None:
             check_int("head_dim", self.head_dim, 2)
         if self.E < 2 or self.E % 2:
-            raise ConfigError(f"head_dim is {self.E}; rotary embedding needs an even one, at least 2")
+            raise ConfigError(f"head_dim is {self.E}; expected an even number, at least 2 (rotary pairs)")
         check_float("rms_norm_eps", self.rms_norm_eps, 0, 1, open_low=True)
         check_float("rope_theta", self.rope_theta, 0, math.inf, open_low=True)
         if not isinstance(self.rope_scaling, RopeScaling | None):
@@ -312,7 +313,7 @@ class Llama:
         """
         labels = host_ints("labels", labels)
         if labels.shape != to_host(ids).shape:
-            raise InputError(f"labels have shape {labels.shape}; the ids {to_host(ids).shape}")
+            raise InputError(f"labels have shape {labels.shape}; expected the ids' {to_host(ids).shape}")
         check_range("label", labels[labels != IGNORE], self.config.vocab_size)
         logits, back_logits = self(ids, train)
         value, back_loss = cross_entropy(logits, to_device(labels))
@@ -322,7 +323,7 @@ class Llama:
 
         return value, back
 
-    def tables(self, positions: int, dtype: Any) -> tuple[Array, Array]:
+    def tables(self, positions: int, dtype: Any) -> Turn:
         """Rope's cos and sin (positions, H*E), from position 0 on."""
         c = self.config
         inverse = rope_frequencies(c.E, c.rope_theta)
@@ -334,7 +335,7 @@ class Llama:
         ids = host_ints("token ids", ids)
         limit = self.config.max_position_embeddings
         if ids.ndim != 2 or 0 in ids.shape:
-            raise InputError(f"token ids have shape {ids.shape}; expected (N, T), neither of them 0")
+            raise InputError(f"token ids have shape {ids.shape}; expected (N, T), both at least 1")
         if ids.shape[1] > limit:
             raise InputError(f"{ids.shape[1]} tokens; the model takes at most {limit}")
         check_range("token id", ids, self.config.vocab_size)
@@ -342,8 +343,8 @@ class Llama:
 
 
 def back_untrained(dlogits: Array) -> None:
-    """The backward of a model that was called without train=True: an error."""
-    raise StateError("no gradient was wanted; call the model with train=True")
+    """The backward of a model that was called without train=True: a StateError."""
+    raise StateError("no gradient: the model was called without train=True")
 
 
 def host_ints(what: str, values: Any) -> np.ndarray:
@@ -351,7 +352,7 @@ def host_ints(what: str, values: Any) -> np.ndarray:
     try:
         host = to_host(values)
     except ValueError as e:
-        raise InputError(f"{what} are ragged; expected one array of ints") from e
+        raise InputError(f"{what} are ragged; expected rows of equal length") from e
     if host.dtype.kind not in "iu":
         raise InputError(f"{what} have dtype {host.dtype}; expected ints")
     return host.astype(np.int64, copy=False)

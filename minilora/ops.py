@@ -21,6 +21,15 @@ Back = Callable[..., Any]
 IGNORE = -100  # the label to ignore, as in PyTorch
 
 
+def back_same(dy: Array) -> Array:
+    """dx = dy: the backward of a layer that returns x itself."""
+    return dy
+
+
+def back_nothing(dy: Array) -> None:
+    """The backward where no gradient is needed."""
+
+
 def rows(x: Array) -> Array:
     """(..., I) as a matrix of M rows (M, I)."""
     return x.reshape(-1, x.shape[-1])
@@ -28,50 +37,21 @@ def rows(x: Array) -> Array:
 
 def softmax(x: Array) -> tuple[Array, Back]:
     """exp(x) / sum(exp(x)) over the last axis, safe against overflow."""
-    p = _softmax_(x - x.real.max(-1, keepdims=True))
+    p = x - x.real.max(-1, keepdims=True)
+    xp.exp(p, out=p)
+    p /= p.sum(-1, keepdims=True)
 
     def back(dp: Array) -> Array:
-        return _softmax_back_(p, dp.copy())
+        return p * (dp - xp.einsum("...i,...i->...", dp, p)[..., None])
 
     return p, back
 
 
-def _softmax_(z: Array) -> Array:
-    """The softmax of z <= 0, written over z."""
-    xp.exp(z, out=z)
-    z /= z.sum(-1, keepdims=True)
-    return z
-
-
-def _softmax_back_(p: Array, dp: Array) -> Array:
-    """p * (dp - sum(dp * p)), written over dp."""
-    dp -= xp.einsum("...i,...i->...", dp, p)[..., None]
-    dp *= p
-    return dp
-
-
-@fused
-def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)); where exp overflows it is the right 0, without a warning."""
-    y = -x
-    with quiet_overflow():
-        xp.exp(y, out=y)
-    y += 1
-    return xp.reciprocal(y, out=y)
-
-
-def silu(x: Array) -> tuple[Array, Back]:
-    """x * sigmoid(x)."""
-    s = sigmoid(x)
-
-    def back(dy: Array) -> Array:
-        return dy * (s * (1 + x * (1 - s)))
-
-    return x * s, back
-
-
 def swiglu(gate: Array, up: Array) -> tuple[Array, Back]:
-    """silu(gate) * up (Shazeer 2020): all three (..., F); back gives (dgate, dup)."""
+    """silu(gate) * up, with silu(g) = g / (1 + exp(-g)) (Shazeer 2020).
+
+    All three are (..., F); back gives (dgate, dup).
+    """
     t, a, y = _swiglu(gate, up)
 
     def back(dy: Array) -> tuple[Array, Array]:
@@ -82,10 +62,7 @@ def swiglu(gate: Array, up: Array) -> tuple[Array, Back]:
 
 @fused
 def _swiglu(gate: Array, up: Array) -> tuple[Array, Array, Array]:
-    """t = 1 / sigmoid(gate) = 1 + exp(-gate), a = silu(gate) = gate / t, and the value.
-
-    Where exp overflows, a and its derivative are the right 0.
-    """
+    """t = 1 + exp(-gate), a = silu(gate) = gate / t, and a * up; where exp overflows, a is the right 0."""
     t = -gate
     with quiet_overflow():
         xp.exp(t, out=t)
@@ -96,7 +73,7 @@ def _swiglu(gate: Array, up: Array) -> tuple[Array, Array, Array]:
 
 @fused
 def _swiglu_back(dy: Array, up: Array, t: Array, a: Array) -> tuple[Array, Array]:
-    """(dgate, dup), where silu' = s + a - s a = (1 - a) / t + a with s = sigmoid(gate) = 1 / t."""
+    """(dgate, dup), where the derivative of silu is (1 - a) / t + a."""
     dup = dy * a
     dgate = 1 - a
     dgate /= t
@@ -145,8 +122,8 @@ def rope_tables(positions: Array, heads: int, inverse: Array, dtype: Any) -> tup
     """
     angle = positions[:, None] * inverse  # float64 until the end: large positions lose no digits
     cos, sin = xp.cos(angle), xp.sin(angle)
-    tables = xp.tile(cos, 2 * heads), xp.tile(xp.concatenate([-sin, sin], 1), heads)
-    return tables[0].astype(dtype), tables[1].astype(dtype)
+    signed = xp.concatenate([-sin, sin], 1)
+    return xp.tile(cos, 2 * heads).astype(dtype), xp.tile(signed, heads).astype(dtype)
 
 
 def rope(x: Array, cos: Array, sin: Array, width: int) -> tuple[Array, Back]:
@@ -257,17 +234,7 @@ def attend_one(q: Array, k: Array, v: Array) -> Array:
     """
     N, G, _, E = k.shape
     scores = (q.reshape(N, G, -1, E) / math.sqrt(E)) @ k.swapaxes(-1, -2)  # (N, G, H/G, S)
-    scores -= scores.max(-1, keepdims=True)
-    return (_softmax_(scores) @ v).reshape(q.shape)
-
-
-def dropout(x: Array, keep: Array) -> tuple[Array, Back]:
-    """x * keep, where the mask `keep` of x's shape holds 0 and 1/(1-p)."""
-
-    def back(dy: Array) -> Array:
-        return dy * keep
-
-    return x * keep, back
+    return (softmax(scores)[0] @ v).reshape(q.shape)
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Back]:
@@ -303,12 +270,12 @@ def saved(back: Back) -> dict[str, Array]:
 
     Only arrays in closures count; a parameter belongs to its layer.
     """
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
 
     def look(name: str, value: Any) -> None:
         if isinstance(value, xp.ndarray):
-            if not any(value is other for other in found.values()):
-                found[name] = value
+            if not any(value is other for other in arrays.values()):
+                arrays[name] = value
         elif isinstance(value, list | tuple):
             for i, item in enumerate(value):
                 look(f"{name}.{i}", item)
@@ -317,4 +284,4 @@ def saved(back: Back) -> dict[str, Array]:
                 look(f"{name}.{var}" if name else var, cell.cell_contents)
 
     look("", back)
-    return found
+    return arrays

@@ -70,9 +70,8 @@ class AdamW:
         norm = global_norm(params) if norm is None else norm
         if not math.isfinite(norm):
             bad = [path for path, p in params.items() if p.grad is not None and not xp.isfinite(p.grad).all()]
-            raise NonFiniteError(
-                f"step {self.t + 1}: the gradient of {(bad or ['everything'])[0]} is not finite"
-            )
+            what = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
+            raise NonFiniteError(f"step {self.t + 1}: {what} is not finite")
         shrink = self.clip / norm if self.clip and norm > self.clip else None
         self.t += 1
         b1, b2 = self.betas
@@ -126,8 +125,7 @@ def _update(
 
 def squared_norm(params: Mapping[str, Param]) -> Array:
     """The sum of the squares of all gradients, on the device."""
-    squares = [xp.vdot(p.grad, p.grad) for p in params.values() if p.grad is not None]
-    return sum(squares[1:], squares[0]) if squares else 0.0
+    return sum(xp.vdot(p.grad, p.grad) for p in params.values() if p.grad is not None)
 
 
 def global_norm(params: Mapping[str, Param]) -> float:
@@ -148,13 +146,13 @@ class Schedule:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < 1:
-            raise ConfigError(f"steps is {self.steps!r}; expected an int, at least 1")
+        check_int("steps", self.steps, 1)
         if type(self.warmup) is not int or not 0 <= self.warmup <= self.steps:
             raise ConfigError(f"warmup is {self.warmup!r}; expected an int from 0 to the {self.steps} steps")
         if self.kind not in ("cosine", "constant"):
             raise ConfigError(f"schedule is {self.kind!r}; expected 'cosine' or 'constant'")
-        check_float("final", self.final, 0, 1.0000001)
+        if type(self.final) not in (int, float) or not 0 <= self.final <= 1:
+            raise ConfigError(f"final is {self.final!r}; expected a number from 0 to 1")
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:

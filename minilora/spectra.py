@@ -66,7 +66,7 @@ def spectrum_between(base: Any, tuned: Any) -> dict[str, np.ndarray]:
     """
     before, after = named_params(base), named_params(tuned)
     if before.keys() != after.keys():
-        raise MismatchError("the two models have other parameters; expected the same names")
+        raise MismatchError("the two models have different parameters; expected the same names")
     return {
         path.removesuffix(".weight"): singular_values(after[path].dense() - p.dense())
         for path, p in before.items()
@@ -146,8 +146,7 @@ def similarity(U: Array, V: Array) -> np.ndarray:
     """
     cosines = to_host(U.T @ V) ** 2
     i, j = (np.arange(1, n + 1) for n in cosines.shape)
-    phi: np.ndarray = cosines.cumsum(0).cumsum(1) / np.minimum(i[:, None], j)
-    return phi
+    return cosines.cumsum(0).cumsum(1) / np.minimum(i[:, None], j)
 
 
 def random_similarity(i: int, j: int, D: int) -> float:

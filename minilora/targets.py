@@ -62,7 +62,7 @@ def find_targets(
     numbers: Sequence[int] | None = None,
     saved: Sequence[str] = (),
 ) -> list[str]:
-    """The paths, among `layers` (path -> base layer), of the linear maps and embeddings that `targets` means.
+    """The paths, in `layers` (path -> base layer), of the linear maps and embeddings that `targets` means.
 
     "all-linear" means every Linear except lm_head and those `saved`; a compiled regex matches whole paths.
     `exclude` wins over `targets`; of the rest, only modules in the layers `numbers` count (None: in any).
@@ -70,33 +70,32 @@ def find_targets(
     """
     check_targets(targets)
     adaptable = [path for path, layer in layers.items() if isinstance(layer, Linear | Embedding)]
-    if isinstance(targets, str) and targets == "all-linear":
-        linear = [path for path in adaptable if isinstance(layers[path], Linear)]
-        meant = [p for p in linear if not any(matches(name, p) for name in ("lm_head", *saved))]
-    elif isinstance(targets, re.Pattern):
-        meant = [path for path in adaptable if targets.fullmatch(path)]
-        if not meant:
+    if isinstance(targets, re.Pattern):
+        paths = [path for path in adaptable if targets.fullmatch(path)]
+        if not paths:
             some = ", ".join(adaptable[:3])
             raise MismatchError(f"targets: {targets.pattern!r} matches no module; there are {some}, ...")
+    elif targets == "all-linear":
+        linear = [path for path in adaptable if isinstance(layers[path], Linear)]
+        paths = [path for path in linear if not any(matches(name, path) for name in ("lm_head", *saved))]
     else:
-        meant = resolve("targets", names("targets", targets), adaptable)
-    out = set(resolve("exclude_modules", exclude, list(layers)))
-    kept = [path for path in meant if path not in out and in_layers(path, numbers, meant)]
-    if not kept:
+        paths = resolve("targets", names("targets", targets), adaptable)
+    excluded = resolve("exclude_modules", exclude, list(layers))
+    if numbers is not None:
+        paths = in_layers(numbers, paths)
+    targeted = [path for path in paths if path not in excluded]
+    if not targeted:
         raise ConfigError("exclude_modules and layers_to_transform leave none of the targets")
-    return kept
+    return targeted
 
 
-def in_layers(path: str, wanted: Sequence[int] | None, among: Sequence[str]) -> bool:
-    """Whether a module lies in one of the `wanted` layers (None: in any); ConfigError if one is missing."""
-    if wanted is None:
-        return True
-    numbers = {int(match[1]) for p in among if (match := LAYER.match(p))}
-    if missing := sorted(set(wanted) - numbers):
-        given, known = short(missing[0]), short(sorted(numbers))
-        raise ConfigError(f"layers_to_transform has {given}; expected some of {known}")
-    match = LAYER.match(path)
-    return match is not None and int(match[1]) in wanted
+def in_layers(numbers: Sequence[int], paths: Sequence[str]) -> list[str]:
+    """The paths that lie in the layers of these numbers; ConfigError for a number that none lies in."""
+    layer = {path: int(match[1]) for path in paths if (match := LAYER.match(path))}
+    if missing := sorted(set(numbers) - set(layer.values())):
+        expected = short(sorted(set(layer.values())))
+        raise ConfigError(f"layers_to_transform has {short(missing[0])}; expected some of {expected}")
+    return [path for path in paths if layer.get(path) in numbers]
 
 
 def with_head(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:

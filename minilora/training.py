@@ -60,11 +60,10 @@ def train(
     check_batches(batches, "ml.batches(ml.encode(text), rng, batch_size, length)")
     check_int("steps", steps, 1)
     check_int("accumulate", accumulate, 1)
-    if threads is not None:
-        check_int("threads", threads, 1)
-    for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
-        if every is not None:
-            check_int(name, every, 1)
+    optional = {"threads": threads, "eval_every": eval_every, "checkpoint_every": checkpoint_every}
+    for what, number in optional.items():
+        if number is not None:
+            check_int(what, number, 1)
     params = trained(model)
     if not params:
         raise StateError("nothing is trainable; inject an adapter, or unfreeze the model")
@@ -73,7 +72,7 @@ def train(
     run = about(model, optimizer, schedule, accumulate) | dict(identity or {})
     for name, rng in rngs.items() if checkpoint else ():
         if (kind := type(rng.bit_generator).__name__) not in GENERATORS:
-            raise UnsupportedError(f"the generator {name} is a {kind}; a checkpoint holds {GENERATORS[0]}")
+            raise UnsupportedError(f"the generator {name} is a {kind}; a checkpoint needs a {GENERATORS[0]}")
     if checkpoint and exists(checkpoint):
         history = load_checkpoint(checkpoint, model, optimizer, rngs, run, steps)
     done = len(history.loss)
@@ -85,12 +84,12 @@ def train(
     with on_threads(model, threads, recompute) as gradient:
         for step in range(done, steps):
             try:
-                some = list(islice(source, accumulate))
-                if len(some) < accumulate:
-                    missing = accumulate - len(some)
+                group = list(islice(source, accumulate))
+                if len(group) < accumulate:
+                    missing = accumulate - len(group)
                     raise InputError(f"the batches ran out; expected {missing} more for step {step + 1}")
                 with quiet_overflow():  # a loss or gradient that is not finite raises below
-                    mean = gradient(some)
+                    mean = gradient(group)
                     loss, square = floats(mean, squared_norm(params))  # a step's only copy to the host
                     if not math.isfinite(loss):
                         raise NonFiniteError(f"step {step + 1}: the loss is {loss}; step {step} is kept")
@@ -119,14 +118,14 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     total, count = 0.0, 0
     copy = replica(model)
     adapters = places(copy)
-    for M, some in groupby(batches, lambda batch: getattr(batch[0], "size", 0)):
+    for M, group in groupby(batches, lambda batch: getattr(batch[0], "size", 0)):
         with folded([adapters], M):
-            for ids, labels in some:
+            for ids, labels in group:
                 n = int((to_host(labels) >= 0).sum())
                 total += float(copy.loss(ids, labels)[0]) * n
                 count += n
     if not count:
-        raise InputError("there is nothing to evaluate; expected at least one label")
+        raise InputError("nothing to evaluate: the batches have no label; expected at least one")
     return total / count
 
 
@@ -146,7 +145,7 @@ def check_batches(batches: Any, how: str) -> None:
     elif first is not None and not pair:
         kind = f"a {type(batches).__name__} of {type(first).__name__}"
     if kind:
-        raise InputError(f"batches is {kind}; expected (ids, labels) pairs, one after the other, as of {how}")
+        raise InputError(f"batches is {kind}; expected (ids, labels) pairs, such as {how}")
 
 
 def about(

@@ -46,6 +46,11 @@ def named_params(tree: Any) -> dict[str, Param]:
     return dict(first.values())
 
 
+def size(tree: Any) -> int:
+    """The number of parameters in a tree."""
+    return sum(p.data.size for p in named_params(tree).values())
+
+
 def trained(tree: Any) -> dict[str, Param]:
     """Path -> Param of the trained parameters."""
     return {path: p for path, p in named_params(tree).items() if p.trainable}
@@ -93,16 +98,15 @@ def digest(tree: Any) -> str:
 
 def outline(tree: Any) -> str:
     """A tree of shapes, one line per layer; * means trained, and equal neighbours in a list appear once."""
-    params = named_params(tree).values()
-    total, changing = (sum(p.data.size for p in params if p.trainable or every) for every in (True, False))
-    return printed(f"{type(tree).__name__}: {total:,} parameters, {changing:,} trained (*)", *branches(tree))
+    title = f"{type(tree).__name__}: {size(tree):,} parameters, {size(trained(tree)):,} trained (*)"
+    return printed(title, *branches(tree))
 
 
 def branches(node: Any) -> list[str]:
     """The outline's lines for everything below a node."""
     groups: list[tuple[str, str, list[str]]] = []  # first name, last name, lines
     for name, part in children(node):
-        if isinstance(part, Param) or not any(isinstance(below, Param) for _, below in walk(part)):
+        if isinstance(part, Param) or not named_params(part):
             continue
         kind = "" if isinstance(part, list | dict) else f": {type(part).__name__}"
         shapes = [
@@ -144,8 +148,3 @@ def put(parent: Any, name: str, new: Any) -> None:
         parent[name] = new
     else:
         setattr(parent, name, new)
-
-
-def size(tree: Any) -> int:
-    """The number of parameters in a tree."""
-    return sum(p.data.size for p in named_params(tree).values())

@@ -19,7 +19,7 @@ from minilora.experiments.merge_equivalence import one
 from minilora.formats.checkpoint import load_checkpoint, save_checkpoint
 from minilora.lora import fuse, inject, merge, unmerge
 from minilora.methods.lora_config import LoraConfig
-from minilora.ops import gelu, saved, sigmoid, silu, softmax
+from minilora.ops import gelu, saved, softmax
 from minilora.optim import AdamW, Schedule
 from minilora.training import evaluate, train
 from minilora.tree import digest, named_params
@@ -102,13 +102,11 @@ def test_the_merge_experiment_on_the_device_is_that_on_the_host(request):
     assert one(np.random.default_rng(0), 32, 4, np.float32) == host
 
 
-def test_the_operations_that_the_model_does_not_use_stay_on_the_device(device):
-    x = to_device(np.linspace(-2, 2, N * T).reshape(N, T))
-    for op in (softmax, silu, gelu):
-        y, back = op(x)
-        assert isinstance(back(y), DeviceArray)
-        assert all(isinstance(a, DeviceArray) for a in saved(back).values())
-    assert isinstance(sigmoid(x), DeviceArray)
+@pytest.mark.parametrize("op", [softmax, gelu])
+def test_an_op_that_the_model_does_not_train_stays_on_the_device(device, op):
+    y, back = op(to_device(np.linspace(-2, 2, N * T).reshape(N, T)))
+    assert isinstance(back(y), DeviceArray)
+    assert all(isinstance(a, DeviceArray) for a in saved(back).values())
 
 
 @pytest.mark.parametrize("clip", [1e-6, None])

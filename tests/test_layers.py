@@ -233,9 +233,10 @@ def test_settings_are_the_plain_values_of_a_tree_and_nothing_else():
     assert ".lm_head" not in untied
 
 
-def test_the_usual_eps_of_a_layer_norm_is_that_of_gpt2():
-    """1e-5, seen where the variance is of its size."""
-    ones, x = Param(np.ones(2)), np.array([[0.0, 6e-3]])  # mean 3e-3, variance 9e-6
+def test_the_usual_eps_of_a_norm_is_1e_minus_5():
+    """Seen where the mean square and the variance are of its size."""
+    ones, x = Param(np.ones(2)), np.array([[0.0, 6e-3]])  # mean square 18e-6, mean 3e-3, variance 9e-6
+    assert abs(RMSNorm(ones)(x)[0] - x / (18e-6 + 1e-5) ** 0.5).max() < 1e-14
     y, _ = LayerNorm(ones, Param(np.zeros(2)))(x)
     assert abs(y - np.array([[-1.0, 1.0]]) * 3e-3 / (9e-6 + 1e-5) ** 0.5).max() < 1e-14
 

@@ -42,6 +42,7 @@ from minilora.errors import (
     MismatchError,
     NonFiniteError,
     StateError,
+    short,
 )
 from minilora.layers import Embedding, Linear, Need, Param
 from minilora.lora import Adapted, Row, fuse, inject, merge, owners, set_adapter, unmerge
@@ -746,6 +747,16 @@ def test_a_config_without_meaning_is_refused(bad):
         LoraConfig(**bad)
     assert len(str(e.value).splitlines()) == 1
     assert next(iter(bad)).split("_")[0] in str(e.value)
+
+
+@pytest.mark.parametrize("other", [None, 8, {"r": 8}, LoraConfig, Row("q_proj", (2, 3), 8, 1.0, "LoRA", 5)])
+def test_inject_says_what_a_config_is(other):
+    model, rng = tiny()
+    before = digest(model)
+    with pytest.raises(ConfigError) as e:
+        inject(model, other, rng=rng)
+    assert str(e.value) == f"config is {short(other)}; expected an adapter's, such as ml.LoraConfig(r=8)"
+    assert digest(model) == before
 
 
 INJECTIONS = [

@@ -223,7 +223,7 @@ def test_the_spectrum_between_two_models_is_that_of_their_difference():
         size = np.linalg.norm(named_params(tuned)[path + ".weight"].data)  # one rounding of the sum more
         bound = (sum(change.shape) + 2) * U * (np.linalg.norm(change) + size)
         assert np.abs(to_device(found[path]) - whole).max() <= bound
-    with pytest.raises(MismatchError, match="other parameters"):
+    with pytest.raises(MismatchError, match="different parameters"):
         spectrum_between(base, tiny(3, num_hidden_layers=1)[0])
 
 

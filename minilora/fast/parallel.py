@@ -43,8 +43,8 @@ def micro_batches(ids: Array, labels: Array, width: int) -> Iterator[Weighted]:
     counts = (to_host(labels) >= 0).sum(1)
     n = math.ceil(shape[0] / math.ceil(ids.size * width / MICRO_BATCH))
     for i in range(0, shape[0], n):
-        some = slice(i, i + n)
-        yield ids[some], labels[some], float(counts[some].sum() / max(counts.sum(), 1))
+        part = slice(i, i + n)
+        yield ids[part], labels[part], float(counts[part].sum() / max(counts.sum(), 1))
 
 
 def add(total: Array | None, g: Array | None) -> Array | None:
@@ -100,11 +100,8 @@ def on_threads(
 
         def gradient(batches: list[Batch]) -> Array:
             each, width = 1 / len(batches), model.config.hidden_size
-            jobs = [
-                (ids, labels, each * w)
-                for batch in batches
-                for ids, labels, w in micro_batches(*batch, width)
-            ]  # fmt: skip
+            cuts = (cut for batch in batches for cut in micro_batches(*batch, width))
+            jobs = [(ids, labels, each * weight) for ids, labels, weight in cuts]
             M = sum(getattr(ids, "size", 0) for ids, *_ in jobs)  # the model refuses anything else
             with folded(adapters, M):
                 results = run_all(run, jobs)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backend import Array
-from ..layers import Dropout, Layer, Linear, Need, back_nothing
+from ..layers import Dropout, Layer, Linear, Need
 from ..lora import Adapted
 from ..model import Block, Llama, Turn, after, residual
-from ..ops import Back
+from ..ops import Back, back_nothing
 from ..tree import walk
 from .folded import Folded
 
@@ -31,13 +31,14 @@ class Last:
 
     def backward(self, x: Array, need: Need) -> Back:
         """The backward, without the value where that can be skipped."""
-        match self.layer:
-            case Linear():
-                return self.layer.backward(x, need)
-            case Adapted(merged=None, active=str(name)) if isinstance(self.layer.adapters[name], Folded):
-                return self.layer.adapters[name].backward(self.layer.base, x, need)
-            case _:
-                return self.layer(x, need)[1]
+        layer = self.layer
+        if isinstance(layer, Linear):
+            return layer.backward(x, need)
+        if isinstance(layer, Adapted) and layer.active and layer.merged is None:
+            adapter = layer.adapters[layer.active]
+            if isinstance(adapter, Folded):
+                return adapter.backward(layer.base, x, need)
+        return layer(x, need)[1]
 
 
 @dataclass(eq=False)

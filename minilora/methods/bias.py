@@ -17,12 +17,8 @@ class WithBias:
     adapter: Adapter | None
     bias: Param  # (O,)
 
-    def over(self, base: Linear) -> Linear:
-        """The base with this bias."""
-        return Linear(base.weight, self.bias)
-
     def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
-        base = self.over(base)
+        base = Linear(base.weight, self.bias)
         return self.adapter(base, x, need) if self.adapter else base(x, need)
 
     @property

@@ -58,10 +58,11 @@ class LoraConfig:
     dora: bool = False
     detach: bool = False  # DoRA's norm is a constant in the backward
 
-    def __new__(cls, *args: Any, **given: Any) -> LoraConfig:
+    def __new__(cls, *args: Any, **options: Any) -> LoraConfig:
         """ConfigError for PEFT's name of an option, with ours."""
-        for name in PEFT.keys() & given.keys():
-            raise ConfigError(f"{name} is PEFT's name; expected {PEFT[name]}")
+        for name in options:
+            if name in PEFT:
+                raise ConfigError(f"{name} is PEFT's name; expected {PEFT[name]}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class LoraConfig:
         if self.init not in INITS:
             raise ConfigError(f"init is {self.init!r}; {nearest(str(self.init), INITS)}")
         if self.dora and self.dropout:
-            raise ConfigError("dropout with dora is not offered; expected dropout 0")
+            raise ConfigError(f"dropout is {self.dropout}; expected 0 with dora, which takes none")
         check_targets(self.targets)
         names("modules_to_save", self.modules_to_save)
         names("exclude_modules", self.exclude_modules)
@@ -89,8 +90,8 @@ class LoraConfig:
             raise ConfigError(f"bias is {short(self.bias)}; {nearest(str(self.bias), BIASES)}")
         if self.layers_to_transform is not None:
             if not isinstance(self.layers_to_transform, list | tuple | range) or not self.layers_to_transform:
-                given = short(self.layers_to_transform)
-                raise ConfigError(f"layers_to_transform is {given}; expected a list of layer numbers")
+                numbers = short(self.layers_to_transform)
+                raise ConfigError(f"layers_to_transform is {numbers}; expected a list of layer numbers")
             for number in self.layers_to_transform:
                 check_int("layers_to_transform", number, 0)
 

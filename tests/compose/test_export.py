@@ -324,7 +324,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
     out = tmp_path / "out"
     refused(InputError, "dtype is 'float8'; nearest", BASE, ADAPTER, out, dtype="float8")
     refused(InputError, "token id 23", BASE, ADAPTER, out, probe=[1, 23])
-    refused(InputError, "neither of them 0", BASE, ADAPTER, out, probe=[])
+    refused(InputError, "both at least 1", BASE, ADAPTER, out, probe=[])
     refused(InputError, "65 tokens; the model takes at most 64", BASE, ADAPTER, out, probe=[1] * 65)
     refused(MismatchError, "k_proj has factors for", FIXTURES / "bases/head_dim", ADAPTER, out)
     refused(StorageError, r"adapter_config\.json", BASE, tmp_path / "none", out)

@@ -134,7 +134,7 @@ def test_bad_input_is_refused_whole_and_the_replicas_go_on():
     model, rng = tiny_lora(0)
     ids, labels = batch(rng, n=4, t=5)
     with on_threads(model, 2) as gradient:
-        with pytest.raises(InputError, match=r"labels have shape \(4, 4\); the ids \(4, 5\)"):
+        with pytest.raises(InputError, match=r"labels have shape \(4, 4\); expected the ids' \(4, 5\)"):
             gradient([(ids, labels[:, :-1])])
         for _ in range(5):  # an error gives its replica back
             with pytest.raises(InputError, match="token id 99"):
