@@ -16,7 +16,7 @@ from ..errors import FormatError, MismatchError, StorageError, short
 from ..optim import AdamW
 from ..table import Table, counted, report
 from ..tree import trained
-from .atomic import size_of, write_atomic
+from .atomic import stamp_of, write_atomic
 from .forms import anything, named, number, one, real, record, several, text, tuple_of, whole, wrong
 from .safetensors import FLOATS, layout, open_tensors, unique
 
@@ -106,7 +106,7 @@ def load_checkpoint(
     """
     params = trained(model)
     most = 3 * sum(p.data.nbytes for p in params.values()) + (1 << 26)
-    if (size := size_of(path)) > most:
+    if (size := stamp_of(path).size) > most:
         raise StorageError(f"{path}: has {size} bytes; at most {most} are read")
     try:
         file = open_tensors(path)

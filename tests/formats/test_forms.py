@@ -24,7 +24,7 @@ from minilora.experiments.harness import check_plan, id_of, sealed
 from minilora.experiments.rank_report import pictures, report_page, table
 from minilora.experiments.rank_sweep import read_rows
 from minilora.formats import forms
-from minilora.formats.atomic import write_atomic
+from minilora.formats.atomic import Stamp, write_atomic
 from minilora.formats.checkpoint import save_checkpoint
 
 ROWS = make_rows(("folio", "permuted:2"), ranks=(1, 3), seeds=2)
@@ -427,8 +427,8 @@ def test_a_checkpoint_may_be_as_large_as_its_run(checkpoint, tmp_path, monkeypat
         sum(a.nbytes for a in opened(checkpoint)[1].values()),
         sys.modules[save_checkpoint.__module__],
     )
-    monkeypatch.setattr(module, "size_of", lambda path: size + (1 << 25))
+    monkeypatch.setattr(module, "stamp_of", lambda path: Stamp(0, 0, size + (1 << 25), 0))
     Run(seed=7).load(tmp_path / "c")
-    monkeypatch.setattr(module, "size_of", lambda path: size + (1 << 27))
+    monkeypatch.setattr(module, "stamp_of", lambda path: Stamp(0, 0, size + (1 << 27), 0))
     with pytest.raises(StorageError, match="bytes; at most"):
         Run(seed=7).load(tmp_path / "c")
