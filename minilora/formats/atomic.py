@@ -204,7 +204,7 @@ def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
     with named_errors(path, "not written"):
         if exists(path) and not plain(os.lstat(path)):
             raise StorageError(f"{path}: is not a regular file with one name; it is not replaced")
-        clear(path)
+        clear(path.parent, path.name)
         with temporary(path) as (temp, fd):
             for piece in [data] if isinstance(data, bytes) else data:
                 write_all(fd, piece)
@@ -360,7 +360,7 @@ def check_free(path: Path | str, overwrite: bool = False) -> None:
     First clears what dead processes left beside it.
     """
     path = Path(path)
-    clear(path)
+    clear(path.parent, path.name)
     if not exists(path):
         return
     if not overwrite:
@@ -382,35 +382,26 @@ def plain(state: os.stat_result) -> bool:
 # ---- leftovers of dead processes
 
 
-def clear(path: Path) -> None:
-    """Remove what dead processes left while writing `path`, and put back a folder that one had moved away."""
-    if path.name:
-        for left in leftovers(path.parent):
-            match = OURS.fullmatch(left.name)
-            if match and match["name"] == path.name:
-                clear_one(left, path if match["kind"] == "old" else None)
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """The temporary names in a folder; those of one overwrite with `.old` before `.tmp`."""
+def clear(folder: Path, name: str | None = None) -> None:
+    """Remove what dead processes left in a folder, of any name or of one; put back a folder moved away."""
     with named_errors(folder):
         try:
-            return sorted(folder / name for name in os.listdir(folder) if OURS.fullmatch(name))
+            names = sorted(os.listdir(folder))  # of one overwrite, `.old` before `.tmp`
         except (FileNotFoundError, NotADirectoryError):
-            return []
-
-
-def clear_one(left: Path, home: Path | None = None) -> None:
-    """Remove a temporary name that nobody holds; if nothing is at its `home`, move it there instead."""
-    # An OSError: it is gone, a link, somebody else's or held, or there are no locks.
-    with contextlib.suppress(OSError), descriptor(left, os.O_RDONLY | SAFE) as fd:
-        if not lock(fd):
             return
-        if home and not exists(home):
-            os.rename(left, home)
-            print(f"minilora: {home}: is put back; a process died while replacing it", file=sys.stderr)
-        else:
-            remove_tree(left)
+    for match in filter(None, map(OURS.fullmatch, names)):
+        if name not in (None, match["name"]):
+            continue
+        left, home = folder / match[0], folder / match["name"]
+        # An OSError: it is gone, a link, somebody else's or held, or there are no locks.
+        with contextlib.suppress(OSError), descriptor(left, os.O_RDONLY | SAFE) as fd:
+            if not lock(fd):
+                return
+            if match["kind"] == "old" and not exists(home):
+                os.rename(left, home)
+                print(f"minilora: {home}: is put back; a process died while replacing it", file=sys.stderr)
+            else:
+                remove_tree(left)
 
 
 def remove_tree(path: Path) -> None:
@@ -481,6 +472,5 @@ def locked(folder: Path | str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: the lock is held, whatever the file says
             os.ftruncate(fd, 0)
             os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
-        for left in leftovers(folder):
-            clear_one(left)
+        clear(folder)
         yield
