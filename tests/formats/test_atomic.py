@@ -610,6 +610,14 @@ def test_an_overwriting_that_was_cut_short_is_undone_and_said(there, tmp_path, c
     assert capsys.readouterr().err.count("is put back") == (not there)
 
 
+def test_who_locks_a_folder_puts_back_what_was_moved_away_in_it(tmp_path, capsys):
+    """Not only who writes that name again."""
+    (tmp_path / ".f.7.0123abcd.old").mkdir()
+    with locked(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "f"]
+    assert "f: is put back" in capsys.readouterr().err
+
+
 def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, monkeypatch):
     """What a process that still lives is making has the same name as what a dead one left."""
     left = tmp_path / ".a.1.00000000.tmp"
