@@ -25,9 +25,7 @@ def check_windows(ids: Ids, batch_size: int, length: int) -> None:
     """ConfigError for sizes below one, InputError if no window fits into the split."""
     check_int("batch_size", batch_size, 1)
     if len(ids) <= check_int("length", length, 1):
-        raise InputError(
-            f"the split has {len(ids)} characters; windows of {length} need at least {length + 1}"
-        )
+        raise InputError(f"the split has {len(ids)} characters; windows of {length} need {length + 1}")
 
 
 def batches(ids: Ids, rng: np.random.Generator, batch_size: int, length: int) -> Iterator[Batch]:

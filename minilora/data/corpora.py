@@ -270,9 +270,8 @@ def fetch_texts(cache: Path | None = None) -> Path:
         with archives.fetched(REQUIREMENTS, "texts", "9 MB") as place:
             keep(unpack(place), folder)
         if not os.environ.get("MINILORA_TEXTS"):
-            print(
-                plain(f"minilora: texts kept in {folder}, {time.monotonic() - start:.0f} s"), file=sys.stderr
-            )
+            seconds = time.monotonic() - start
+            print(plain(f"minilora: texts kept in {folder}, {seconds:.0f} s"), file=sys.stderr)
     return folder
 
 
@@ -309,9 +308,7 @@ def unpack(place: Path) -> dict[str, str]:
     for package, known in PACKAGES.items():
         files[package] = archives.members(place, REQUIREMENTS, package, known.top, {known.ending})
         if of_bytes(b"".join(files[package].values())) != known.digest:
-            raise FormatError(
-                f"{place}: does not contain the texts of {package} that {REQUIREMENTS.name} pins"
-            )
+            raise FormatError(f"{place}: the texts of {package} are missing or differ from the pinned ones")
     plays, bible, code = files.values()
     texts = {}
     for name, ending in (("shakespeare", "_gut.txt"), ("folio", "_gut_f.txt")):

@@ -466,9 +466,7 @@ def locked(folder: Path | str) -> Iterator[None]:
                 raise StorageError(f"{path}: is not a regular file with one name; it is not used")
             if not claimed(fd, path):
                 holder = re.sub(r"[^ -~]", "?", os.read(fd, 200).decode("latin-1")) or "another process"
-                raise LockedError(
-                    f"{folder}: is in use by {holder}; wait for it, or use --out with another folder"
-                )
+                raise LockedError(f"{folder}: is in use by {holder}; wait, or set --out to another folder")
         with contextlib.suppress(OSError):  # a full disk: the lock is held, whatever the file says
             os.ftruncate(fd, 0)
             os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())

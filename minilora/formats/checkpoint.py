@@ -160,4 +160,4 @@ def check_run(
         raise MismatchError(f"{path}: is after step {done}; the run has {steps} steps")
     measured = [step for step, _ in meta["history"]["evals"]]
     if measured != sorted(set(measured)) or (measured and measured[-1] > done):
-        raise wrong(f"{path}: meta.history.evals", measured, f"rising steps, up to {done}")
+        raise wrong(f"{path}: meta.history.evals", measured, f"increasing steps up to {done}")

@@ -35,7 +35,7 @@ real = check(lambda value: type(value) is float, "a number with a decimal point"
 
 
 def whole(low: int = 0, high: int = 1 << 53) -> Form:
-    """Whole numbers from `low` to `high`; a bool is none."""
+    """Whole numbers from `low` to `high`; no bool."""
     return check(
         lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
     )

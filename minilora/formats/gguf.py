@@ -198,9 +198,7 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
             with np.errstate(all="ignore"):  # a damaged scale
                 W = package().dequantize(raw.reshape(*blocks.shape[:-1], -1), kind)
         except NotImplementedError as e:
-            raise UnsupportedError(
-                f"{path}: {name} is {kind.name}, which the package gguf cannot decode"
-            ) from e
+            raise UnsupportedError(f"{path}: {name} is {kind.name}, which gguf cannot decode") from e
         W = np.asarray(W, np.float32).reshape(blocks.shape)
         heads = rotated.get(name.split(".")[-2])
         if heads and len(W) % (2 * heads):

@@ -193,7 +193,7 @@ def transposed(shapes: Mapping[str, tuple[int, ...]], module: str) -> bool | Non
         return None
     beside = [f"{above}.{name}" if above else name for name in CONV1D]
     others = (name.removesuffix(".weight") for name in shapes if name.endswith(".c_attn.weight"))
-    return next((told for name in (*beside, *others) if (told := tells(name)) is not None), None)
+    return next((answer for name in (*beside, *others) if (answer := tells(name)) is not None), None)
 
 
 def located(spec: Path | str) -> Path:
@@ -262,9 +262,7 @@ def assemble(source: Checkpoint, dtype: Any = np.float32) -> Llama:
         with np.errstate(over="ignore", invalid="ignore"):
             cast = source.tensors[path].astype(dtype, copy=False)
         if not np.isfinite(cast).all():
-            raise NonFiniteError(
-                f"{source.where}: {path} holds values that are not finite in {np.dtype(dtype)}"
-            )
+            raise NonFiniteError(f"{source.where}: {path} has values not finite in {np.dtype(dtype)}")
         own = np.frombuffer(cast.tobytes(), dtype)  # bytes cannot be made writable
         p.data = to_device(own.reshape(cast.shape))
     freeze(model)
@@ -365,9 +363,7 @@ def plain_file(index: Path, name: str) -> Path:
     path = index.parent / name
     odd = any(c in name for c in "/\\:") or not name.isprintable() or len(name) > 255
     if odd or name in ("", ".", ".."):
-        raise FormatError(
-            f"{index}: weight_map names the file {ascii(name)[:120]}; expected a plain file name"
-        )
+        raise FormatError(f"{index}: weight_map names {ascii(name)[:120]}; expected a plain file name")
     if not exists(path):
         raise MismatchError(f"{index}: weight_map names {short(name)}; there is no such file")
     return path
@@ -393,9 +389,7 @@ def read_outline(path: Path | str) -> Outline:
     kind = settings.get("model_type", "llama")
     if kind not in tuple(KINDS):
         known, more = (", ".join(map(repr, kinds)) for kinds in (FORWARD["model_type"], KINDS))
-        raise UnsupportedError(
-            f"{path}: model_type is {short(kind)}; expected {known} (to count also {more})"
-        )
+        raise UnsupportedError(f"{path}: model_type is {short(kind)}; expected {known} (to count: {more})")
     settings = KINDS[kind] | settings
     values = USUAL | {f.name: settings[f.name] for f in fields(Config) if settings.get(f.name) is not None}
     values |= {"num_key_value_heads": values["num_attention_heads"]} | values | {"rope_scaling": None}

@@ -541,13 +541,13 @@ def test_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "code": "c = 'e'\n\nb = 1\n\n",
     }
     (tmp_path / "networkx/b.py").write_text("b = 2\n")
-    with pytest.raises(FormatError, match="does not contain the texts of networkx"):
+    with pytest.raises(FormatError, match="the texts of networkx are missing or differ"):
         corpora.unpack(tmp_path)
 
 
 def test_wrong_texts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINILORA_TEXTS", str(tmp_path / "nothing"))
-    with pytest.raises(FormatError, match="does not contain the texts of shakespeare"):
+    with pytest.raises(FormatError, match="the texts of shakespeare are missing or differ"):
         corpora.corpus_or_fallback("kjv", tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 

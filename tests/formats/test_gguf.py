@@ -316,7 +316,7 @@ def test_numbers_that_are_not_finite_or_not_decoded_are_refused(path):
     given = weights()
     given["blk.0.ffn_down.weight"][3, 4] = np.nan
     write(path, given)
-    refused(path, MiniloraError, "down_proj.weight holds values that are not finite")
+    refused(path, MiniloraError, "down_proj.weight has values not finite")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("token_embd.weight", np.ones((V, D), np.int8))
     for key, value in VALUES.items():
