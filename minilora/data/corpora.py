@@ -41,17 +41,15 @@ class Corpus:
     """A text in three splits, each of them ids (T,) uint8, and its source."""
 
     name: str
+    source: str  # in words, for the rows of a result
     train: Ids
     valid: Ids
     test: Ids
-    source: str  # in words, for the rows of a result
-    digest: str  # sha256 of train, valid and test, concatenated
 
-
-def make(name: str, source: str, train: Ids, valid: Ids, test: Ids) -> Corpus:
-    """A corpus with its digest."""
-    digest = of_bytes(train.tobytes() + valid.tobytes() + test.tobytes())
-    return Corpus(name, train, valid, test, source, digest)
+    @functools.cached_property
+    def digest(self) -> str:
+        """The sha256 of the three splits, concatenated."""
+        return of_bytes(self.train.tobytes() + self.valid.tobytes() + self.test.tobytes())
 
 
 # Corpora ------------------------------------------------------------------------------------------
@@ -168,13 +166,13 @@ def parse(spec: str) -> tuple[str, Change, str]:
 def changed(base: Corpus, name: str, change: Change, note: str) -> Corpus:
     """`base` with every split changed alike; `base` itself if the note is empty."""
     splits = [change(split) for split in (base.train, base.valid, base.test)]
-    return make(name, base.source + note, *splits) if note else base
+    return Corpus(name, base.source + note, *splits) if note else base
 
 
 def contiguous(name: str, source: str, text: str) -> Corpus:
     """A corpus of one text: its first 90 % to train, the next 5 % to validate, the last to test."""
     cuts = len(text) * 90 // 100, len(text) * 95 // 100
-    return make(name, source, *np.split(encode(text), cuts))
+    return Corpus(name, source, *np.split(encode(text), cuts))
 
 
 def own(path: Path) -> Corpus:
@@ -245,7 +243,7 @@ def load(folder: Path, name: str) -> Corpus:
     """A corpus from its file; FormatError if its sha256 is not the manifest's."""
     known, path = MANIFEST[name], folder / f"{name}.txt"
     ids = np.frombuffer(read(path, 1 << 24), np.uint8)
-    text = make(name, known.source, *np.split(ids, known.cuts))
+    text = Corpus(name, known.source, *np.split(ids, known.cuts))
     if text.digest != known.digest:
         raise FormatError(f"{path}: is not the text that was fetched: its sha256 differs")
     return text
