@@ -12,8 +12,6 @@ import numpy as np
 from ..errors import InputError, check_int
 
 Ids = np.ndarray  # of one split: (T,) uint8
-
-
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, both (N, T) int64
 
 
@@ -27,7 +25,7 @@ def check_windows(ids: Ids, batch_size: int, length: int) -> None:
     """ConfigError for sizes below one, InputError if no window fits into the split."""
     check_int("batch_size", batch_size, 1)
     if len(ids) <= check_int("length", length, 1):
-        raise InputError(f"split has {len(ids)} characters; windows of {length} need one more")
+        raise InputError(f"the split has {len(ids)} characters; windows of {length} need {length + 1}")
 
 
 def batches(ids: Ids, rng: np.random.Generator, batch_size: int, length: int) -> Iterator[Batch]:

@@ -41,17 +41,15 @@ class Corpus:
     """A text in three splits, each of them ids (T,) uint8, and its source."""
 
     name: str
+    source: str  # in words, for the rows of a result
     train: Ids
     valid: Ids
     test: Ids
-    source: str  # in words, for the rows of a result
-    digest: str  # sha256 of train, valid and test, concatenated
 
-
-def make(name: str, source: str, train: Ids, valid: Ids, test: Ids) -> Corpus:
-    """A corpus with its digest."""
-    digest = of_bytes(train.tobytes() + valid.tobytes() + test.tobytes())
-    return Corpus(name, train, valid, test, source, digest)
+    @functools.cached_property
+    def digest(self) -> str:
+        """The sha256 of the three splits, concatenated."""
+        return of_bytes(self.train.tobytes() + self.valid.tobytes() + self.test.tobytes())
 
 
 # Corpora ------------------------------------------------------------------------------------------
@@ -138,7 +136,7 @@ def corpus_or_fallback(spec: str, cache: Path | None = None) -> Corpus:
     except StorageError as e:
         if parse(spec)[0] not in MANIFEST:
             raise
-        print(f"minilora: {e}; going on with the text of the standard library", file=sys.stderr)
+        print(f"minilora: {e}; using the text of the standard library instead", file=sys.stderr)
         return fallback(spec)
 
 
@@ -168,13 +166,13 @@ def parse(spec: str) -> tuple[str, Change, str]:
 def changed(base: Corpus, name: str, change: Change, note: str) -> Corpus:
     """`base` with every split changed alike; `base` itself if the note is empty."""
     splits = [change(split) for split in (base.train, base.valid, base.test)]
-    return make(name, base.source + note, *splits) if note else base
+    return Corpus(name, base.source + note, *splits) if note else base
 
 
 def contiguous(name: str, source: str, text: str) -> Corpus:
     """A corpus of one text: its first 90 % to train, the next 5 % to validate, the last to test."""
     cuts = len(text) * 90 // 100, len(text) * 95 // 100
-    return make(name, source, *np.split(encode(text), cuts))
+    return Corpus(name, source, *np.split(encode(text), cuts))
 
 
 def own(path: Path) -> Corpus:
@@ -245,10 +243,10 @@ def load(folder: Path, name: str) -> Corpus:
     """A corpus from its file; FormatError if its sha256 is not the manifest's."""
     known, path = MANIFEST[name], folder / f"{name}.txt"
     ids = np.frombuffer(read(path, 1 << 24), np.uint8)
-    found = make(name, known.source, *np.split(ids, known.cuts))
-    if found.digest != known.digest:
-        raise FormatError(f"{path}: is not the text that was fetched: its sha256 has changed")
-    return found
+    text = Corpus(name, known.source, *np.split(ids, known.cuts))
+    if text.digest != known.digest:
+        raise FormatError(f"{path}: is not the text that was fetched: its sha256 differs")
+    return text
 
 
 def fetched(name: str, cache: Path | None) -> Corpus:
@@ -270,9 +268,8 @@ def fetch_texts(cache: Path | None = None) -> Path:
         with archives.fetched(REQUIREMENTS, "texts", "9 MB") as place:
             keep(unpack(place), folder)
         if not os.environ.get("MINILORA_TEXTS"):
-            print(
-                plain(f"minilora: texts kept in {folder}, {time.monotonic() - start:.0f} s"), file=sys.stderr
-            )
+            seconds = time.monotonic() - start
+            print(plain(f"minilora: texts kept in {folder}, {seconds:.0f} s"), file=sys.stderr)
     return folder
 
 
@@ -305,12 +302,12 @@ def unpack(place: Path) -> dict[str, str]:
     """Name -> text of every built-in corpus, its three splits in order, from the archives in a folder."""
     import json
 
-    found = {}
+    files = {}
     for package, known in PACKAGES.items():
-        found[package] = archives.members(place, REQUIREMENTS, package, known.top, {known.ending})
-        if of_bytes(b"".join(found[package].values())) != known.digest:
-            raise FormatError(f"{place}: has not the texts of {package} in {REQUIREMENTS.name}")
-    plays, bible, code = found.values()
+        files[package] = archives.members(place, REQUIREMENTS, package, known.top, {known.ending})
+        if of_bytes(b"".join(files[package].values())) != known.digest:
+            raise FormatError(f"{place}: the texts of {package} are missing or differ from the pinned ones")
+    plays, bible, code = files.values()
     texts = {}
     for name, ending in (("shakespeare", "_gut.txt"), ("folio", "_gut_f.txt")):
         works = [(k.removesuffix(ending), v) for k, v in plays.items() if k.endswith(ending)]

@@ -81,7 +81,7 @@ def strings(row: Any) -> list[str]:
     keys = ("text",) if "text" in fields else ("prompt", "completion")
     for key in keys:
         if type(fields.get(key)) is not str:
-            raise FormatError(f"{key} is no string; expected prompt and completion, or text")
+            raise FormatError(f"{key} is not a string; expected prompt and completion, or text")
     return [fields[key] for key in keys]
 
 

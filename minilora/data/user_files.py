@@ -11,11 +11,7 @@ from ..formats.atomic import listed, named, read
 from ..formats.tokenizer import MOST_LOST, utf8
 
 TEXT = {".txt", ".md", ".rst", ".py", ".c", ".h", ".js", ".html", ".tex", ".csv", ".json"}
-
-
 EXAMPLES = {".jsonl", ".ndjson", ".json"}  # a .json outside a folder of text holds examples
-
-
 LEAST = 1000  # characters of a user's text
 
 
@@ -54,10 +50,10 @@ def source(path: Path) -> tuple[bool, list[Path]]:
     texts = [file for file in files if file.suffix.lower() not in EXAMPLES]
     lines = [file for file in files if file.suffix.lower() in EXAMPLES - TEXT]
     if not files:
-        raise InputError(f"{path}: has no text; expected files that end in {', '.join(sorted(TEXT))}")
+        raise InputError(f"{path}: has no text files; expected some that end in {', '.join(sorted(TEXT))}")
     if texts and lines:
         names = f"text ({texts[0].name!a}) and examples ({lines[0].name!a})"
-        raise InputError(f"{path}: holds {names}; expected a folder of either")
+        raise InputError(f"{path}: holds {names}; expected a folder of one kind")
     return not texts, files
 
 

@@ -55,7 +55,7 @@ def fetched(requirements: Path, what: str, size: str) -> Iterator[Path]:
     try:
         temp = tempfile.TemporaryDirectory(prefix="minilora-")
     except OSError as e:
-        raise StorageError(f"{what} not fetched: no place for it: {e.strerror or e}") from e
+        raise StorageError(f"{what} not fetched: no temporary folder: {e.strerror or e}") from e
     with temp as tree:
         yield download(requirements, what, Path(tree))
 
@@ -79,8 +79,8 @@ def download(requirements: Path, what: str, tree: Path) -> Path:
     env = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(temp)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-        why = [line for line in said if line.startswith("ERROR")] or said
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        why = [line for line in lines if line.startswith("ERROR")] or lines
         names = ", ".join(f"{name}-{version}" for name, (version, _) in pins(requirements).items())
         raise StorageError(
             f"{what} not fetched: {why[-1].strip()}; by hand: put the archives that {requirements} pins "
@@ -99,8 +99,8 @@ def members(
     """
     version, digest = pins(requirements)[package]
     start = canonical(f"{package}-{version}.")
-    found = [path for path in sorted(place.glob("*")) if canonical(path.name).startswith(start)]
-    archives = [path for path in found if path.name.endswith((".whl", ".tar.gz"))]
+    paths = [path for path in sorted(place.glob("*")) if canonical(path.name).startswith(start)]
+    archives = [path for path in paths if path.name.endswith((".whl", ".tar.gz"))]
     if not archives:
         return {name: read(place / top / name) for name in listed(place / top, endings)}
     for path in archives:
@@ -122,7 +122,7 @@ def taken(path: Path, raw: bytes, top: str, endings: Collection[str]) -> Iterato
 
     left = MOST
 
-    def wanted(name: str, size: int) -> bool:
+    def fits(name: str, size: int) -> bool:
         nonlocal left
         if not name.startswith(top) or Path(name).suffix not in endings or "/." in f"/{name}":
             return False
@@ -134,13 +134,13 @@ def taken(path: Path, raw: bytes, top: str, endings: Collection[str]) -> Iterato
     if path.suffix == ".whl":
         with zipfile.ZipFile(io.BytesIO(raw)) as wheel:
             for info in wheel.infolist():
-                if not info.is_dir() and wanted(info.filename, info.file_size):
+                if not info.is_dir() and fits(info.filename, info.file_size):
                     yield info.filename.removeprefix(top), wheel.read(info)
         return
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:gz") as source:
         for member in source:
             name = member.name.partition("/")[2]  # below name-version/
-            if member.isreg() and wanted(name, member.size):
+            if member.isreg() and fits(name, member.size):
                 yield name.removeprefix(top), source.extractfile(member).read()  # type: ignore[union-attr]
 
 

@@ -1,19 +1,17 @@
 """The one way in which minilora reads and writes files. Three rules, each in one place.
 
 **Whole or not at all.** A file is written under a temporary name in the same folder, synced and renamed. A
-folder is filled next to its final place and exchanged with the old one in a single system call. Where there
-is no such call, a crash between two renames may leave the old folder under another name; the next start
-finds it and puts it back. The one exception is a file whose lines each carry a digest: a line may be
-appended (`append`).
+folder is filled next to its final place and exchanged with the old one in a single system call. Without such
+a call, a crash between two renames may leave the old folder under another name; the next start puts it back.
+The one exception is a file whose lines each carry a digest: a line may be appended (`append`).
 
-**No link is followed.** A file in a folder is a regular file and not a symbolic link (`opened`). A file
-that is written or locked has no hard links, either. Only a path that the user gave may be a link: code that
-takes a path from the user calls `named`.
+**No link is followed.** A file in a folder is a regular file, no symbolic link (`opened`), and one that is
+written or locked has no hard links. Only a path from the user may be a link: code that takes one calls
+`named`.
 
 **Folders in use and temporary files are locked** by the kernel, which frees a lock the moment its holder
-dies. So the leftovers of a dead process can be told from work in progress, whatever became of its process
-id, and the next write to the same name clears them (`clear`). Where a system or file system has no locks,
-they stay.
+dies. So the next write to the same name can tell a dead process's leftovers from work in progress and clears
+them (`clear`). Where a system or file system has no locks, they stay.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import re
 import stat
 import sys
@@ -46,9 +45,10 @@ class Stamp(NamedTuple):
     changed: int  # nanoseconds
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Stamp:
-        """The stamp of an `os.stat` result."""
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    def of(cls, fd: int) -> Stamp:
+        """The stamp of an open file."""
+        state = os.fstat(fd)
+        return cls(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
 
 
 def flags(*names: str) -> int:
@@ -61,6 +61,16 @@ SAFE = NOFOLLOW | flags("O_CLOEXEC", "O_NONBLOCK")  # opening a FIFO must not bl
 FOLDER = flags("O_RDONLY", "O_DIRECTORY", "O_CLOEXEC")
 
 
+@contextlib.contextmanager
+def descriptor(path: Path | str, flags: int, dir_fd: int | None = None) -> Iterator[int]:
+    """A descriptor from `os.open`, closed at the end of the block."""
+    fd = os.open(path, flags, 0o644, dir_fd=dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def named(path: Path | str) -> Path:
     """A path that the user gave; a link is resolved to its regular file or folder, or StorageError."""
     with named_errors(path):
@@ -68,7 +78,7 @@ def named(path: Path | str) -> Path:
             return Path(path)
         kind = os.stat(path).st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-        raise StorageError(f"{path}: is a link to what is not a regular file")
+        raise StorageError(f"{path}: links to neither a regular file nor a folder")
     return Path(os.path.realpath(path))
 
 
@@ -103,9 +113,7 @@ def blob(path: Path) -> int:
     There `snapshots/COMMIT/FILE` links to `../../blobs/HASH` (one more `../` for each folder between). So
     `snapshots` and `blobs` must lie side by side, and neither they nor the blob may be links.
     """
-    with contextlib.ExitStack() as stack:
-        here = os.open(path.parent, FOLDER)
-        stack.callback(os.close, here)
+    with descriptor(path.parent, FOLDER) as here:
         link = BLOB.fullmatch(os.readlink(path.name, dir_fd=here))
         try:
             above = [os.stat(up, dir_fd=here, follow_symlinks=False)
@@ -113,10 +121,9 @@ def blob(path: Path) -> int:
         except OSError:
             above = []
         if not link or not above or not os.path.samestat(*above):
-            raise StorageError(f"{path}: is a link, and none is followed out of a folder; expected a file")
-        store = os.open(f"{link['up']}blobs", FOLDER | NOFOLLOW, dir_fd=here)
-        stack.callback(os.close, store)
-        return os.open(link["hash"], os.O_RDONLY | SAFE, dir_fd=store)
+            raise StorageError(f"{path}: is a link, which is not followed; expected a regular file")
+        with descriptor(f"{link['up']}blobs", FOLDER | NOFOLLOW, here) as store:
+            return os.open(link["hash"], os.O_RDONLY | SAFE, dir_fd=store)
 
 
 def exists(path: Path | str) -> bool:
@@ -127,12 +134,6 @@ def exists(path: Path | str) -> bool:
         except (FileNotFoundError, NotADirectoryError):
             return False
     return True
-
-
-def size_of(path: Path | str) -> int:
-    """The size of a regular file in bytes; StorageError if it is anything else."""
-    with opened(path) as fd:
-        return os.fstat(fd).st_size
 
 
 def read(path: Path | str, limit: int = 1 << 30) -> bytes:
@@ -146,22 +147,22 @@ def read(path: Path | str, limit: int = 1 << 30) -> bytes:
 def listed(folder: Path, endings: Collection[str]) -> list[str]:
     """Relative paths of the regular files below a folder, in code-point order; no hidden files, no links."""
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
-    plain = (path for path in paths if os.path.isfile(path) and not os.path.islink(path))
-    names = sorted(path.relative_to(folder).as_posix() for path in plain)
+    files = (path for path in paths if os.path.isfile(path) and not os.path.islink(path))
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
     return [name for name in names if "/." not in f"/{name}"]
 
 
 def stamp_of(path: Path | str) -> Stamp:
     """The stamp of a regular file; StorageError if it is anything else."""
     with opened(path) as fd:
-        return Stamp.of(os.fstat(fd))
+        return Stamp.of(fd)
 
 
 def read_at(path: Path | str, start: int, count: int, stamp: Stamp | None = None) -> bytes:
     """`count` bytes of a file from `start` on; StorageError if the file no longer matches `stamp`."""
     with opened(path) as fd:
         data = part(path, fd, start, count)
-        if stamp and stamp != Stamp.of(os.fstat(fd)):  # after reading: it may have changed meanwhile
+        if stamp and stamp != Stamp.of(fd):  # after reading: it may have changed meanwhile
             raise StorageError(f"{path}: has been changed or replaced since it was opened; open it again")
         return data
 
@@ -170,7 +171,7 @@ def part(path: Path | str, fd: int, start: int, count: int) -> bytes:
     """`count` bytes of an open file from `start` on; one system call returns at most 2 GiB."""
     with named_errors(path):
         os.lseek(fd, start, os.SEEK_SET)
-        data = os.read(fd, count)
+        data = b""
         while len(data) < count:
             more = os.read(fd, count - len(data))
             if not more:
@@ -200,15 +201,11 @@ def named_errors(path: Path | str, what: str = "cannot be read") -> Iterator[Non
 def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
     """Make `path` hold exactly `data`, durably, or leave what was there and raise StorageError."""
     path = Path(path)
-
-    def create(temp: Path) -> int:
-        return os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | SAFE, 0o644)
-
     with named_errors(path, "not written"):
         if exists(path) and not plain(os.lstat(path)):
-            raise StorageError(f"{path}: is no regular file with one name; it is not replaced")
-        clear(path)
-        with temporary(path, create) as (temp, fd):
+            raise StorageError(f"{path}: is not a regular file with one name; it is not replaced")
+        clear(path.parent, path.name)
+        with temporary(path) as (temp, fd):
             for piece in [data] if isinstance(data, bytes) else data:
                 write_all(fd, piece)
             os.fsync(fd)
@@ -226,12 +223,11 @@ def append(path: Path | str, data: bytes) -> None:
     if not exists(path):
         write_atomic(path, data)
         return
-    strange = StorageError(f"{path}: is no regular file with one name; nothing is added to it")
+    strange = StorageError(f"{path}: is not a regular file with one name; nothing is added to it")
     with named_errors(path, "not written"):
         if not plain(os.lstat(path)):
             raise strange
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | SAFE)
-        try:
+        with descriptor(path, os.O_WRONLY | os.O_APPEND | SAFE) as fd:
             if not plain(before := os.fstat(fd)):  # it has been replaced since
                 raise strange
             try:
@@ -241,8 +237,6 @@ def append(path: Path | str, data: bytes) -> None:
                 with contextlib.suppress(OSError):
                     os.ftruncate(fd, before.st_size)
                 raise
-        finally:
-            os.close(fd)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -260,14 +254,9 @@ def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool
     """
     path = Path(path)
     check_free(path, overwrite)
-
-    def create(temp: Path) -> int:
-        temp.mkdir()
-        return os.open(temp, FOLDER | NOFOLLOW)
-
     with named_errors(path, "not written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(path, create) as (temp, fd):
+        with temporary(path, folder=True) as (temp, fd):
             fill(temp)
             os.fsync(fd)
             replacing = overwrite and exists(path)
@@ -280,26 +269,27 @@ def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool
             try:
                 remove_tree(temp)
             except OSError as e:
-                said = f"{path}: is written; {temp}, what was there, is not removed: {e.strerror}"
-                raise StorageError(said) from e
+                state = f"is written, but the old folder, {temp}, cannot be removed"
+                raise StorageError(f"{path}: {state}: {e.strerror}") from e
 
 
 @contextlib.contextmanager
-def temporary(path: Path, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """A new temporary name beside `path` and its descriptor, locked while open and removed afterwards."""
-    temp, fd = path, -1
-    try:
-        while fd < 0:
-            temp = beside(path)
-            fd = create(temp)
-            if not claimed(fd, temp):  # another process took it for a leftover and clears it
-                os.close(fd)
-                fd = -1
-        yield temp, fd
-    finally:
-        if fd >= 0:
-            os.close(fd)
-        if temp != path:
+def temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
+    """A new file or folder beside `path` and its descriptor, locked while open and removed afterwards."""
+    how = FOLDER | NOFOLLOW if folder else os.O_CREAT | os.O_EXCL | os.O_WRONLY | SAFE
+    while True:
+        temp = beside(path)
+        try:
+            if folder:
+                temp.mkdir()
+            with descriptor(temp, how) as fd:
+                free = True
+                with contextlib.suppress(OSError):  # without locks it is ours
+                    free = claimed(fd, temp)
+                if free:  # else another process took it for a leftover and clears it
+                    yield temp, fd
+                    return
+        finally:
             with contextlib.suppress(OSError):
                 remove_tree(temp)
 
@@ -309,15 +299,13 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 
-def claimed(fd: int, temp: Path) -> bool:
-    """Lock a new temporary; False if another process has it or it is gone. Without locks it is ours."""
+def claimed(fd: int, path: Path) -> bool:
+    """Lock the open file at `path`; False if another process holds or removed it. OSError as in `lock`."""
     try:
         lock(fd)
-        return os.path.samestat(os.fstat(fd), os.lstat(temp))
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
     except (BlockingIOError, FileNotFoundError):
         return False
-    except OSError:
-        return True
 
 
 def swap(temp: Path, path: Path) -> None:
@@ -329,8 +317,7 @@ def swap(temp: Path, path: Path) -> None:
     if exchanged(temp, path):
         return
     old = temp.with_suffix(".old")
-    fd = os.open(path, FOLDER | NOFOLLOW)
-    try:
+    with descriptor(path, FOLDER | NOFOLLOW) as fd:
         with contextlib.suppress(OSError):
             lock(fd)
         try:
@@ -343,8 +330,6 @@ def swap(temp: Path, path: Path) -> None:
                     os.rename(path, temp)
                 os.rename(old, path)
             raise
-    finally:
-        os.close(fd)
 
 
 def exchanged(a: Path, b: Path) -> bool:
@@ -365,7 +350,7 @@ def exchanged(a: Path, b: Path) -> bool:
 
 def make_folder(path: Path | str) -> None:
     """Make the folder `path` if it is missing, or raise StorageError."""
-    with named_errors(path, "cannot be a folder"):
+    with named_errors(path, "the folder cannot be made"):
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
@@ -375,11 +360,11 @@ def check_free(path: Path | str, overwrite: bool = False) -> None:
     First clears what dead processes left beside it.
     """
     path = Path(path)
-    clear(path)
+    clear(path.parent, path.name)
     if not exists(path):
         return
     if not overwrite:
-        raise StorageError(f"{path}: is there already; expected a name that is free")
+        raise StorageError(f"{path}: is there already; expected a new name")
     folder = path.is_dir() and not path.is_symlink() and path.name != ""
     with named_errors(path):
         inside = sorted(path.iterdir()) if folder else []
@@ -389,50 +374,34 @@ def check_free(path: Path | str, overwrite: bool = False) -> None:
         raise StorageError(f"{path}: only the folder of a model or adapter is overwritten; this {what}")
 
 
-def plain(found: os.stat_result) -> bool:
-    """Whether it is a regular file with one name."""
-    return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
+def plain(state: os.stat_result) -> bool:
+    """Whether it is a regular file with one name, so without hard links."""
+    return stat.S_ISREG(state.st_mode) and state.st_nlink <= 1
 
 
 # ---- leftovers of dead processes
 
 
-def clear(path: Path) -> None:
-    """Remove what dead processes left while writing `path`, and put back a folder that one had moved away."""
-    if path.name:
-        for left in leftovers(path.parent):
-            match = OURS.fullmatch(left.name)
-            if match and match["name"] == path.name:
-                clear_one(left, path if match["kind"] == "old" else None)
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """The temporary names in a folder; those of one overwrite with `.old` before `.tmp`."""
+def clear(folder: Path, name: str | None = None) -> None:
+    """Remove what dead processes left in a folder, of any name or of one; put back a folder moved away."""
     with named_errors(folder):
         try:
-            return sorted(folder / name for name in os.listdir(folder) if OURS.fullmatch(name))
+            names = sorted(os.listdir(folder))  # of one overwrite, `.old` before `.tmp`
         except (FileNotFoundError, NotADirectoryError):
-            return []
-
-
-def clear_one(left: Path, home: Path | None = None) -> None:
-    """Remove a temporary name that nobody holds; if nothing is at its `home`, move it there instead."""
-    try:
-        fd = os.open(left, os.O_RDONLY | SAFE)
-    except OSError:  # it is gone, a link, or somebody else's
-        return
-    try:
-        if not lock(fd):
             return
-        if home and not exists(home):
-            os.rename(left, home)
-            print(f"minilora: {home}: is put back; a process died while replacing it", file=sys.stderr)
-        else:
-            remove_tree(left)
-    except OSError:  # it is held, or there are no locks
-        return
-    finally:
-        os.close(fd)
+    for match in filter(None, map(OURS.fullmatch, names)):
+        if name not in (None, match["name"]):
+            continue
+        left, home = folder / match[0], folder / match["name"]
+        # An OSError: it is gone, a link, somebody else's or held, or there are no locks.
+        with contextlib.suppress(OSError), descriptor(left, os.O_RDONLY | SAFE) as fd:
+            if not lock(fd):
+                return
+            if match["kind"] == "old" and not exists(home):
+                os.rename(left, home)
+                print(f"minilora: {home}: is put back; a process died while replacing it", file=sys.stderr)
+            else:
+                remove_tree(left)
 
 
 def remove_tree(path: Path) -> None:
@@ -453,19 +422,15 @@ def discard(path: Path, home: Path) -> None:
         try:
             os.rename(path, temp)
             remove_tree(temp)
-        except BaseException:
+        finally:  # the rest, if it was interrupted
             with contextlib.suppress(OSError):
                 remove_tree(temp)
-            raise
 
 
 def sync_folder(path: Path) -> None:
     """Make renames inside the folder durable."""
-    fd = os.open(path, FOLDER)
-    try:
+    with descriptor(path, FOLDER) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # ---- one process at a time
@@ -491,32 +456,19 @@ def locked(folder: Path | str) -> Iterator[None]:
     A browser has no locks and only this process.
     """
     folder = Path(folder)
-    with named_errors(folder, "cannot be used"):
-        folder.mkdir(parents=True, exist_ok=True)
-        here = os.open(folder, FOLDER | NOFOLLOW)
-        try:
-            with named_errors(folder / ".lock", "cannot be used"):
-                fd = os.open(".lock", os.O_CREAT | os.O_RDWR | SAFE, 0o644, dir_fd=here)
-        finally:
-            os.close(here)
-    try:
-        if not plain(os.fstat(fd)):
-            raise StorageError(f"{folder / '.lock'}: is no regular file with one name; it is not used")
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
         with named_errors(folder, "cannot be used"):
-            try:
-                lock(fd)
-                if not os.path.samestat(os.fstat(fd), os.lstat(folder / ".lock")):
-                    raise FileNotFoundError  # its last holder removed it
-            except (BlockingIOError, FileNotFoundError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with descriptor(folder, FOLDER | NOFOLLOW) as here, named_errors(path, "cannot be used"):
+                fd = stack.enter_context(descriptor(".lock", os.O_CREAT | os.O_RDWR | SAFE, here))
+            if not plain(os.fstat(fd)):
+                raise StorageError(f"{path}: is not a regular file with one name; it is not used")
+            if not claimed(fd, path):
                 holder = re.sub(r"[^ -~]", "?", os.read(fd, 200).decode("latin-1")) or "another process"
-                raise LockedError(
-                    f"{folder}: is in use by {holder}; wait for it, or use --out with another folder"
-                ) from None
+                raise LockedError(f"{folder}: is in use by {holder}; wait, or set --out to another folder")
         with contextlib.suppress(OSError):  # a full disk: the lock is held, whatever the file says
             os.ftruncate(fd, 0)
-            os.write(fd, f"process {os.getpid()} on {os.uname().nodename}".encode())
-        for left in leftovers(folder):
-            clear_one(left)
+            os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
+        clear(folder)
         yield
-    finally:
-        os.close(fd)

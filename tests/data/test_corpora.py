@@ -245,7 +245,7 @@ def test_own_file_refused(
 
 
 def test_own_text_that_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no text; expected files that end in \.c, "):
+    with pytest.raises(InputError, match=r"has no text files; expected some that end in \.c, "):
         corpora.corpus(str(tmp_path))
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(StorageError, match="not a regular file"):
@@ -400,7 +400,7 @@ def test_fallback_is_said_and_marked(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert "no network" in said[1]
-    assert "going on with the text of the standard library" in said[1]
+    assert "using the text of the standard library instead" in said[1]
     assert c.name == spec
     assert c.source.startswith("fallback: ")
     assert sys.version.split()[0] in c.source
@@ -467,7 +467,7 @@ def test_a_cache_is_whole_or_is_not_there(
         corpora.fetch_texts()
     assert list((tmp_path / "cache").iterdir()) == []
     monkeypatch.setattr(corpora, "write_atomic", real)
-    with pytest.raises(FormatError, match="its sha256 has changed"):
+    with pytest.raises(FormatError, match="its sha256 differs"):
         corpora.keep(texts | {"code": "x = 2\n" * 200}, corpora.texts_folder())
     assert list((tmp_path / "cache").iterdir()) == []
     assert corpora.corpus("code").name == "code"
@@ -541,13 +541,13 @@ def test_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "code": "c = 'e'\n\nb = 1\n\n",
     }
     (tmp_path / "networkx/b.py").write_text("b = 2\n")
-    with pytest.raises(FormatError, match="has not the texts of networkx"):
+    with pytest.raises(FormatError, match="the texts of networkx are missing or differ"):
         corpora.unpack(tmp_path)
 
 
 def test_wrong_texts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINILORA_TEXTS", str(tmp_path / "nothing"))
-    with pytest.raises(FormatError, match="has not the texts of shakespeare"):
+    with pytest.raises(FormatError, match="the texts of shakespeare are missing or differ"):
         corpora.corpus_or_fallback("kjv", tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 

@@ -60,7 +60,7 @@ def test_all_bad_lines_are_counted_by_kind_and_the_first_is_named(tmp_path):
         examples(path, LETTERS, 16)
     said = str(e.value)
     assert said.startswith(f"{path}: line 3: is not JSON: ")
-    assert said.endswith("; of 12 examples 8 cannot be used (2 x is not JSON, 2 x prompt is no string, "
+    assert said.endswith("; of 12 examples 8 cannot be used (2 x is not JSON, 2 x prompt is not a string, "
                          "2 x has too many tokens to learn, ...)")  # fmt: skip
     assert "\n" not in said
 
@@ -71,7 +71,7 @@ def test_all_bad_lines_are_counted_by_kind_and_the_first_is_named(tmp_path):
         ('{"prompt": "a", "completion": "b"}', "is a JSON dict; expected an array of examples"),
         ('{"text": "a"}\n{"text": "b"}', "is not JSON: .*; expected an array .*jsonl"),
         ("", "is not JSON"),
-        ('[{"text": "abc"}, {"text": 3}, {"text": "abc"}]', "item 2: text is no string.*of 3 examples 1 "),
+        ('[{"text": "abc"}, {"text": 3}, {"text": "abc"}]', "item 2: text is not a string.*of 3 examples 1 "),
         ('[{"text": "abc", "text": "abd"}]', "given twice"),
         ("[" * 100_000, "is not JSON"),
     ],

@@ -379,7 +379,7 @@ def test_another_process_refuses_what_has_changed_until_it_is_back(what, place, 
 def test_a_text_that_was_not_there_stays_the_fallback_in_other_processes(things, monkeypatch):
     """Though it may be there for them."""
     text = corpora.corpus(things[1])
-    instead = corpora.make("folio", "fallback: none", text.train, text.valid, text.test)
+    instead = corpora.Corpus("folio", "fallback: none", text.train, text.valid, text.test)
     inputs = Inputs(things[0], huggingface.load(things[0]), {"folio": instead})
     monkeypatch.setattr(corpora, "fallback", lambda spec: instead)
     monkeypatch.setattr(corpora, "corpus", None)

@@ -59,7 +59,7 @@ def numbered(words, first):
 def marked(name, first):
     """A corpus of numbered text; the parts have 1, 12 and 15 windows and more."""
     parts = [numbered(n, first + skip) for n, skip in ((900, 0), (400, 900), (500, 1300))]
-    return corpora.make(name, name, *map(tokenizer.encode, parts))
+    return corpora.Corpus(name, name, *map(tokenizer.encode, parts))
 
 
 CORPORA = {name: marked(name, 1800 * i) for i, name in enumerate(("shakespeare", "folio", "kjv"))}

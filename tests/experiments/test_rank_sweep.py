@@ -821,7 +821,7 @@ def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_
     monkeypatch.delenv("MINILORA_TEXTS", raising=False)
     monkeypatch.setattr(archives, "download", offline)
     rows, _ = run(plan_of(place, targets=("folio",), ranks=(1,), seeds=1), tmp_path / "out")
-    assert "going on with the text of the standard library" in capsys.readouterr().err
+    assert "using the text of the standard library instead" in capsys.readouterr().err
     for row in rows:
         assert row["config"]["fallback"] is True
         assert row["source"].startswith("fallback:")

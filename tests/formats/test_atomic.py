@@ -24,7 +24,7 @@ from minilora.formats.atomic import (
     read,
     read_at,
     remove_tree,
-    size_of,
+    stamp_of,
     write_atomic,
     write_folder,
 )  # fmt: skip
@@ -33,7 +33,7 @@ PACKAGE = Path(minilora.__file__).parent
 
 
 def fails(number):
-    def call(*args):
+    def call(*args, **how):
         raise OSError(number, os.strerror(number))
 
     return call
@@ -53,7 +53,7 @@ def test_pieces_are_written_in_a_row(tmp_path_factory, pieces):
     path = tmp_path_factory.mktemp("files") / "a"
     write_atomic(path, iter(pieces))
     assert read(path) == b"".join(pieces)
-    assert size_of(path) == len(b"".join(pieces))
+    assert stamp_of(path).size == len(b"".join(pieces))
 
 
 def test_a_piece_that_cannot_be_made_leaves_the_old_file(tmp_path):
@@ -141,7 +141,7 @@ def test_an_append_that_fails_leaves_the_file_as_it_was(call, tmp_path, monkeypa
     append(tmp_path / "a", b"old")
     real, count = getattr(os, call), 0
 
-    def full(*args):
+    def full(*args, **how):
         """A disk that takes three bytes more."""
         nonlocal count
         count += 1
@@ -250,7 +250,7 @@ def test_a_half_made_folder_does_not_replace_the_old_one(tmp_path):
 def test_what_cannot_be_removed_is_named_and_the_new_folder_is_there(tmp_path, monkeypatch):
     write_folder(tmp_path / "f", filled("config.json"))
     monkeypatch.setattr(os, "rmdir", fails(errno.EBUSY))
-    with pytest.raises(StorageError, match=r"f: is written; .*\.tmp, what was there, is not removed"):
+    with pytest.raises(StorageError, match=r"f: is written, but the old folder, .*\.tmp, cannot be removed"):
         write_folder(tmp_path / "f", filled("new"), overwrite=True)
     monkeypatch.undo()
     assert os.listdir(tmp_path / "f") == ["new"]
@@ -394,14 +394,14 @@ def put_link(kind, path):
 @pytest.mark.parametrize("kind", LINKS)
 @pytest.mark.parametrize(
     "call",
-    [read, size_of, lambda p: read_at(p, 0, 1), lambda p: write_atomic(p, b"new"),
+    [read, stamp_of, lambda p: read_at(p, 0, 1), lambda p: write_atomic(p, b"new"),
      lambda p: append(p, b"new")],
 )  # fmt: skip
 def test_no_link_is_followed(call, kind, tmp_path):
     path = tmp_path / "f" / "a"
     path.parent.mkdir()
     secret = put_link(kind, path)
-    with pytest.raises(StorageError, match=r"a: is (a link, and none is|no regular file with one name)"):
+    with pytest.raises(StorageError, match=r"a: is (a link, which is|not a regular file with one name)"):
         call(path)
     assert secret.read_bytes() == b"secret"
     assert path.is_symlink()
@@ -571,7 +571,7 @@ def test_leftovers_of_one_name_go_and_no_others(tmp_path_factory, name, other):
     (folder / f".{name}.2.0123abcd.tmp").mkdir()
     (folder / f".{name}.2.0123abcd.tmp" / "half").write_bytes(b"")
     (folder / f".{name}.3.0123abcd.tmp").symlink_to(folder)
-    clear(folder / name)
+    clear(folder, name)
     left = {*kept, f".{name}.3.0123abcd.tmp", *([theirs.name] if other != name else [])}
     assert set(os.listdir(folder)) == left
 
@@ -581,7 +581,7 @@ def test_what_is_in_the_making_is_not_cleared(tmp_path):
 
     def fill(temp):
         os.rename(temp, held := temp.with_name(".f.1.0123abcd.tmp"))
-        clear(tmp_path / "f")
+        clear(tmp_path, "f")
         assert held.exists()
         os.rename(held, temp)
         write_atomic(temp / "a", pieces(temp))
@@ -589,7 +589,7 @@ def test_what_is_in_the_making_is_not_cleared(tmp_path):
     def pieces(temp):
         yield b"1"
         (half,) = (path for path in temp.iterdir() if path.name.startswith(".a."))
-        clear(temp / "a")
+        clear(temp, "a")
         assert half.exists()
         yield b"2"
 
@@ -608,6 +608,14 @@ def test_an_overwriting_that_was_cut_short_is_undone_and_said(there, tmp_path, c
     assert os.listdir(tmp_path) == ["f"]
     assert (tmp_path / "f" / "config.json").read_text() == ("f" if there else ".f.7.0123abcd.old")
     assert capsys.readouterr().err.count("is put back") == (not there)
+
+
+def test_who_locks_a_folder_puts_back_what_was_moved_away_in_it(tmp_path, capsys):
+    """Not only who writes that name again."""
+    (tmp_path / ".f.7.0123abcd.old").mkdir()
+    with locked(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "f"]
+    assert "f: is put back" in capsys.readouterr().err
 
 
 def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, monkeypatch):

