@@ -93,8 +93,7 @@ def merge_checkpoint(
     if kind not in CALLED:
         raise InputError(f"dtype is {kind!r}; {nearest(kind, CALLED)}")
     adapter = adapter_folder(adapter)
-    refuse_same(given.where, out)
-    refuse_same(adapter, out)
+    refuse_same(out, given.where, adapter)
     check_free(out)
     V, T = given.config.vocab_size, min(32, given.config.max_position_embeddings)
     random = np.random.default_rng(0).integers(V, size=T)

@@ -107,10 +107,10 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         raise UnsupportedError(f"{path}: peft_type is {short(kind)}; expected 'LORA'")
 
     def flag(name: str) -> bool:
-        found = given.get(name)
-        if found is not None and type(found) is not bool:
+        value = given.get(name)
+        if value is not None and type(value) is not bool:
             raise wrong(name, "true or false")
-        return bool(found)
+        return bool(value)
 
     beside = []
     for name in (*REFUSED, *BESIDE):
@@ -119,29 +119,29 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         if given.get(name) not in (None, False, {}, []):
             beside.append(f"{name} is {short(given[name])}")
             if name in REFUSED:
-                raise UnsupportedError(f"{path}: {beside[-1]}; this is not done here")
+                raise UnsupportedError(f"{path}: {beside[-1]}, which is not supported")
     init = given.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(OTHER_BASE):
         raise UnsupportedError(
-            f"{path}: init_lora_weights is {short(init)}: its base is not the published one; PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
+            f"{path}: init_lora_weights is {short(init)}, for which the base is changed; to make a plain LoRA of "
+            "it, use PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
     def words(name: str) -> str | tuple[str, ...]:
-        found = given.get(name)
-        if found is None or (isinstance(found, str) and found):
-            return found or ()
-        if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+        value = given.get(name)
+        if value is None or (isinstance(value, str) and value):
+            return value or ()
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise wrong(name, "a list of module names")
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(value))
 
     def pattern(name: str, check: Any) -> dict[str, Any]:
-        found = {} if given.get(name) is None else given[name]
-        if not isinstance(found, dict) or len(found) > MOST:
+        numbers = {} if given.get(name) is None else given[name]
+        if not isinstance(numbers, dict) or len(numbers) > MOST:
             raise wrong(name, f"an object of at most {MOST} numbers by module name")
-        for key, number in found.items():
+        for key, number in numbers.items():
             check(f"{name}[{short(key)}]", number)
-        return found
+        return numbers
 
     def rank(name: str, value: Any) -> int:
         if check_int(f"{path}: {name}", value, 1) > HIGHEST:
@@ -188,15 +188,12 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         beside=tuple(beside),
         where=str(path),
     )
-    strange = sorted(
-        k
-        for k, value in given.items()
-        if value and k not in {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT, *(kind.flag for kind in KINDS)}
-    )
+    fields = {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT, *(kind.flag for kind in KINDS)}
+    strange = sorted(name for name, value in given.items() if value and name not in fields)
     some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
-    notes = [f"not known here and ignored: {some}"] if strange else []
+    notes = [f"unknown and ignored: {some}"] if strange else []
     if read_at(path, 0, 3) == codecs.BOM_UTF8:
-        notes.append("the config begins with a byte order mark, with which PEFT does not read it")
+        notes.append("the config begins with a byte order mark, which PEFT cannot read")
     return settings, tuple(notes)
 
 
@@ -237,15 +234,14 @@ def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) ->
     if isinstance(targets, str) and targets.lower() == "all-linear":
         adaptable = set(linears)
         return [m for m in free if m in adaptable and not matches("lm_head", m)]
-    found = named(settings, "target_modules", free)
+    matching = named(settings, "target_modules", free)
     if settings.layers_to_transform is None:
-        return found
+        return matching
     exact, layers = set(targets), set(settings.layers_to_transform)
-    by_suffix = [m for m in found if m not in exact]
+    kept = {m for m in matching if (layer := LAYER.match(m)) and int(layer[1]) in layers}
     if settings.layers_pattern:
-        by_suffix = [m for m in by_suffix if any(f".{p}." in f".{m}." for p in settings.layers_pattern)]
-    kept = {m for m in by_suffix if (layer := LAYER.match(m)) and int(layer[1]) in layers}
-    return [m for m in found if m in kept or m in exact]
+        kept = {m for m in kept if any(f".{p}." in f".{m}." for p in settings.layers_pattern)}
+    return [m for m in matching if m in kept or m in exact]
 
 
 def named(settings: Settings, name: str, modules: Sequence[str]) -> list[str]:
@@ -288,10 +284,8 @@ def peft_config(
 
 def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:
     """The shortest list for exactly these modules: last names if they suffice, else full names."""
-    short_names = {m.rpartition(".")[2] for m in wanted}
-    return sorted(
-        short_names if {m for m in modules if m.rpartition(".")[2] in short_names} == wanted else wanted
-    )
+    last = {m.rpartition(".")[2] for m in wanted}
+    return sorted(last if {m for m in modules if m.rpartition(".")[2] in last} == wanted else wanted)
 
 
 def alphas_of(scales: Mapping[str, tuple[float, int]]) -> tuple[dict[str, float], bool]:

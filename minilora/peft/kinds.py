@@ -32,7 +32,7 @@ class Kind:
 KINDS = [
     Kind(
         DoRA, "use_dora", "lora_magnitude_vector", "magnitude", lambda pair, m: DoRA(pair, m, detach=True),
-        "its magnitudes scale the rows of W + ΔW besides",
+        "its magnitudes also scale the rows of W + ΔW",
     ),
 ]  # fmt: skip
 
@@ -48,7 +48,7 @@ def of_adapter(adapter: Any) -> Kind | None:
         if type(adapter) is kind.adapter:
             return kind
     if not isinstance(adapter, LowRank | LowRankEmbedding):
-        raise UnsupportedError(f"{type(adapter).__name__} has no form in PEFT's files (peft/kinds.py)")
+        raise UnsupportedError(f"{type(adapter).__name__} cannot be stored in PEFT's files (peft/kinds.py)")
     return None
 
 
