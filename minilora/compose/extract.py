@@ -16,7 +16,6 @@ from ..formats.huggingface import fingerprint, located, transposed, weights
 from ..formats.safetensors import Tensors, stored
 from ..peft.config import peft_config, targets
 from ..peft.folder import PREFIX, Adapter, open_adapter, write_adapter
-from ..spectra import rank_at
 from ..table import counted
 from ..targets import LAYER
 from .truncate import LARGEST, Compression, check_choice, choose, refuse_same, shrunk, split
@@ -51,6 +50,7 @@ def extract(
     notes = [*dict.fromkeys((*before.notes, *after.notes)), *notes]
     maps = {name.removesuffix(".weight"): name for name in names if is_map(name, before.shapes[name])}
     turned = {module: bool(transposed(before.shapes, module)) for module in maps}
+    alone = (energy is not None) == per_module  # a module's rank does not depend on the others
     left: dict[str, float] = {}
     parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # U and Vᵀ as far as needed, S whole
     rounded = Counter[str]()
@@ -61,7 +61,7 @@ def extract(
             rounded[kind] += 1
         elif change.any() and module in maps:
             U, S, Vt = decomposed(change.T if turned[module] else change)
-            k = known(S, rank, energy, per_module)
+            k = choose({module: S}, {module: 1}, rank, energy, per_module)[module] if alone else 0
             parts[module] = (U[:, :k].copy(), S, Vt[:k].copy())
         elif change.any():
             left[name] = float(np.linalg.norm(change))
@@ -146,13 +146,6 @@ def decomposed(change: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The thin SVD of a difference: U, S and Vᵀ."""
     U, S, Vt = xp.linalg.svd(to_device(change), full_matrices=False)
     return to_host(U), to_host(S), to_host(Vt)
-
-
-def known(S: np.ndarray, rank: int | None, energy: float | None, per_module: bool) -> int:
-    """The rank of a module if it depends on this module alone; else 0."""
-    if energy is None:
-        return 0 if per_module else min(rank or 1, len(S))
-    return max(rank_at(S, energy), 1) if per_module else 0
 
 
 def is_map(name: str, shape: tuple[int, ...]) -> bool:

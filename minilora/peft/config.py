@@ -50,6 +50,11 @@ HIGHEST = 1 << 20  # rank
 MOST = safetensors.MOST // 2  # keys of a pattern: one for each module that a file can hold
 LARGEST = 1 << 23  # bytes of a config: so many keys in both patterns, 80 bytes each
 FEW = 1000  # names in a list that is compared with every module
+PLAIN = {  # the fields of a plain LoRA in a config of ours, besides sizes and targets
+    "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA",
+    "revision": None, "task_type": "CAUSAL_LM",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     init = given.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(OTHER_BASE):
         raise UnsupportedError(
-            f"{path}: init_lora_weights is {short(init)}, for which the base is changed; to make a plain LoRA of "
-            "it, use PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{path}: init_lora_weights is {short(init)}, which changes the base; make it a plain LoRA with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
     def words(name: str) -> str | tuple[str, ...]:
@@ -262,24 +267,14 @@ def peft_config(
     def differing(i: int, usual: float) -> dict[str, float]:
         return {f"^{re.escape(m)}": size[i] for m, size in sizes.items() if size[i] != usual}
 
-    return {
-        "alpha_pattern": differing(1, alpha),
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
+    sized = {
         "r": r,
         "rank_pattern": differing(0, r),
-        "revision": None,
-        "target_modules": sorted(targets),
-        "task_type": "CAUSAL_LM",
-        "use_rslora": rslora,
-    } | {kind.flag: False for kind in KINDS}
+        "lora_alpha": alpha,
+        "alpha_pattern": differing(1, alpha),
+    }
+    flags = {kind.flag: False for kind in KINDS} | {"use_rslora": rslora}
+    return PLAIN | sized | flags | {"target_modules": sorted(targets)}
 
 
 def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:

@@ -130,24 +130,20 @@ def open_adapter(folder: Path | str) -> Adapter:
     try:
         made = {k: v for k, v in json.loads(entry).items() if isinstance(v, str)}
     except (ValueError, AttributeError, RecursionError) as e:
-        raise MismatchError(f"{folder / WEIGHTS}: its metadata is damaged: minilora is {short(entry)}") from e
+        raise MismatchError(f"{tensors.where}: its metadata is damaged: minilora is {short(entry)}") from e
     if "sha256" in made and made["sha256"] != sealed(tensors):
-        raise MismatchError(
-            f"{folder / WEIGHTS}: is damaged: its sha256 differs from the one in its metadata"
-        )
-    keys, parts, strange, odd = sort_out(folder / WEIGHTS, tensors)
+        raise MismatchError(f"{tensors.where}: is damaged: its sha256 differs from the one in its metadata")
+    keys, parts, strange, odd = sort_out(tensors)
     known = tensors.renamed(keys)
-    pairs, replaced = read_parts(folder / WEIGHTS, settings, known, parts)
+    pairs, replaced = read_parts(known, settings, parts)
     if not pairs:
         what = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
-        raise MismatchError(f"{folder / WEIGHTS}: has no lora_A and lora_B; {what}")
+        raise MismatchError(f"{tensors.where}: has no lora_A and lora_B; {what}")
     given = Adapter(folder, settings, pairs, replaced, known, made=made)
     return replace(given, notes=(*notes, *odd, *peculiar(given)), doubts=tuple(disagreements(given, strange)))
 
 
-def sort_out(
-    path: Path, tensors: Tensors
-) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str], list[str]]:
+def sort_out(tensors: Tensors) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str], list[str]]:
     """PEFT's name -> key in the file; module -> kind of tensor -> PEFT's name; unknown keys; notes.
 
     Wrappers used in training (torch.compile, DDP, FSDP, DeepSpeed) leave their names in the keys, and so can
@@ -165,16 +161,13 @@ def sort_out(
         match = form.fullmatch(bare)
         part = (match["bare"] or match["copy"] or match["linear"] + match["end"]) if match else ""
         module = match["module"] if match else bare.rpartition(".")[0]
-        if (
-            not NAME.fullmatch(bare)
-            or not module
-            or (part not in of_module if match else OF_LORA.search(bare))
-        ):
+        sensible = part in of_module if match else not OF_LORA.search(bare)
+        if not (sensible and module and NAME.fullmatch(bare)):
             strange.append(key)
             continue
         name = f"{PREFIX}{module}.{part}" if match else PREFIX + bare
         if name in keys:
-            raise MismatchError(f"{path}: {keys[name]} and {key} are the same tensor, {name}")
+            raise MismatchError(f"{tensors.where}: {keys[name]} and {key} are the same tensor, {name}")
         keys[name] = key
         parts.setdefault(module, {})[part or bare.rpartition(".")[2]] = name
         if not before:
@@ -187,12 +180,12 @@ def sort_out(
     if len(names) > 1:
         (one, key), (other, second), *_ = names.items()
         what = f"{short(one)} and {short(other)}, as in {key} and {second}"
-        raise MismatchError(f"{path}: holds the adapters {what}; expected one")
+        raise MismatchError(f"{tensors.where}: holds the adapters {what}; expected one")
     return keys, parts, strange, [f"{note}, as in {key}" for note, key in first.items()]
 
 
 def read_parts(
-    path: Path, settings: Settings, tensors: Tensors, parts: Mapping[str, Mapping[str, str]]
+    tensors: Tensors, settings: Settings, parts: Mapping[str, Mapping[str, str]]
 ) -> tuple[dict[str, Pair], dict[str, str]]:
     """The pairs by module, and parameter of the base -> the tensor that replaces it."""
     pairs: dict[str, Pair] = {}
@@ -206,40 +199,36 @@ def read_parts(
             replaced[f"{module}.bias"] = part[BIAS]
         elif added - {*ADDED}:
             alpha = alphas.get(module, settings.lora_alpha)
-            pairs[module] = pair_up(path, settings, module, part, tensors, alpha)
+            pairs[module] = pair_up(tensors, settings, module, part, alpha)
     return pairs, replaced
 
 
-def pair_up(
-    path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors, alpha: float
-) -> Pair:
+def pair_up(tensors: Tensors, settings: Settings, module: str, part: Mapping[str, str], alpha: float) -> Pair:
     """One module's pair; MismatchError if a factor is missing or their shapes do not fit."""
+    at = f"{tensors.where}: {module}"
     embedding = any(half in part for half in OF_TABLE)
     a, b = OF_TABLE if embedding else FACTORS
     for half, other in ((a, b), (b, a)):
         if half not in part:
             there = part.get(other) or next(iter(part.values()))
-            raise MismatchError(f"{path}: {module} has no {half.removesuffix('.weight')}; there is {there}")
+            raise MismatchError(f"{at} has no {half.removesuffix('.weight')}; there is {there}")
     if embedding and any(half in part for half in FACTORS):
-        raise MismatchError(f"{path}: {module} has factors of a linear map and of an embedding")
+        raise MismatchError(f"{at} has factors of a linear map and of an embedding")
     rows, columns = tensors.shapes[part[a]], tensors.shapes[part[b]]
     if 0 in (*rows, *columns):
         raise MismatchError(
-            f"{path}: {module} has empty factors, lora_A {rows} and lora_B {columns}; DeepSpeed (ZeRO-3) "
-            "writes such if weights are not gathered before saving"
+            f"{at} has empty factors, lora_A {rows} and lora_B {columns}; DeepSpeed (ZeRO-3) writes such if "
+            "weights are not gathered before saving"
         )
-    axes = len(rows)  # 2, or those of a convolution
-    if axes not in ((2,) if embedding else (2, 3, 4, 5)) or columns != (
-        *columns[:1],
-        rows[0],
-        *[1] * (axes - 2),
-    ):
-        what = f"lora_A {rows} and lora_B {columns}"
-        raise MismatchError(f"{path}: {module} has {what}; expected (r, I) and (O, r)")
+    ones = (1,) * (len(rows) - 2)  # the further axes of a convolution's B
+    if len(rows) not in ((2,) if embedding else (2, 3, 4, 5)) or columns != (*columns[:1], rows[0], *ones):
+        raise MismatchError(f"{at} has lora_A {rows} and lora_B {columns}; expected (r, I) and (O, r)")
     r, shape = rows[0], (columns[0], math.prod(rows[1:]))
     for name in (part.get(kind) for kind in (*vectors(), BIAS, "lora_B.bias")):
         if name and math.prod(tensors.shapes[name]) != columns[0]:
-            raise MismatchError(f"{path}: {name} has shape {tensors.shapes[name]}; expected ({columns[0]},)")
+            raise MismatchError(
+                f"{tensors.where}: {name} has shape {tensors.shapes[name]}; expected ({columns[0]},)"
+            )
     beside = {name: part[name] for name in vectors() if name in part}
     scale = settings.scale(alpha, r)
     return Pair(part[a], part[b], shape, r, alpha, scale, embedding, beside, part.get(BIAS), part.get(COPY))
@@ -364,15 +353,15 @@ def check_agreement(given: Adapter) -> None:
 
     UnsupportedError for what acts beside B A; ConfigError or MismatchError names the first disagreement.
     """
-    settings, path = given.settings, given.where / WEIGHTS
+    settings, path = given.settings, given.tensors.where
     if settings.beside:
-        raise UnsupportedError(f"{path.with_name(CONFIG)}: {settings.beside[0]}, which is not supported")
+        raise UnsupportedError(f"{settings.where}: {settings.beside[0]}, which is not supported")
     check_targets(settings)
     linears = [m for m, pair in given.pairs.items() if not pair.embedding]
     agreed = set(meant(settings, list(given.pairs), linears))
     if len(named(settings, "exclude_modules", list(given.pairs))) == len(given.pairs):
         excluded = short(settings.exclude_modules)
-        raise ConfigError(f"{path.with_name(CONFIG)}: exclude_modules {excluded} excludes every module")
+        raise ConfigError(f"{settings.where}: exclude_modules {excluded} excludes every module")
     if extra := [m for m in given.pairs if m not in agreed]:
         targets = short(settings.target_modules)
         raise MismatchError(

@@ -43,7 +43,6 @@ from .folder import (
     write_adapter,
 )
 from .kinds import of_adapter, of_vectors
-from .recognise import WEIGHTS
 
 
 @report
@@ -109,14 +108,13 @@ def load_adapter(
         return Param(to_device(a))
 
     new: dict[str, Any] = {}
-    norms = {}
+    norms, p_drop = {}, given.settings.lora_dropout
     for module, pair in given.pairs.items():
         (O, I), r = pair.shape, pair.r  # noqa: E741
         A, B = param(pair.A, (r, I)), param(pair.B, (O, r))
         adapter: Any = LowRankEmbedding(A, B, pair.scale)
         if not pair.embedding:
-            drop = given.settings.lora_dropout if rng else 0
-            adapter = LowRank(A, B, pair.scale, Dropout(drop, rng) if drop and rng else None)
+            adapter = LowRank(A, B, pair.scale, Dropout(p_drop, rng) if p_drop and rng else None)
         if row := of_vectors(pair.vectors, f"{given.where}: {module}"):
             adapter = row.build(adapter, param(pair.vectors[row.vector], (O,)))
         if pair.bias:
@@ -146,7 +144,7 @@ def load_adapter(
 
 def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
     """MismatchError or UnsupportedError, naming module and file, unless every tensor fits these layers."""
-    path = given.where / WEIGHTS
+    path = given.tensors.where
     for module, pair in given.pairs.items():
         layer = layers.get(module)
         if not isinstance(layer, Linear | Embedding):
@@ -188,14 +186,13 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
         biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
         if name not in replaced and (biased or licensed(given.settings, name)):
             raise MismatchError(f"{path}: has no tensor for {name}, which it should have by its config")
-    modules = [*layers, *(["lm_head"] if tied else [])]
+    modules = list(dict.fromkeys([*layers, "lm_head"]))  # a tied head can be adapted, too
     for name in PATTERNS:
         for key in chosen(given.settings, name, modules).idle:
             what = f"{name} has {short(key)}, which matches no module of the base; {nearest(key, modules)}"
             raise MismatchError(f"{given.settings.where}: {what}")
     linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
-    expected_modules = meant(given.settings, modules, linears)
-    if missing := [m for m in dict.fromkeys(expected_modules) if m not in given.pairs]:
+    if missing := [m for m in meant(given.settings, modules, linears) if m not in given.pairs]:
         what = counted(len(missing), "module", "modules")
         raise MismatchError(f"{path}: has no factors for {what} of the config, the first {missing[0]}")
 
