@@ -94,11 +94,9 @@ class Outcome:
     evals: tuple[tuple[int, float], ...]
 
     def data(self) -> dict[str, Any]:
-        """The fields as a dict, for JSON."""
         return asdict(self)
 
     def parts(self) -> list[str]:
-        """The lines of the report."""
         before, after = self.before / self.characters, self.after / self.characters
         speed = f"{self.tokens_per_second:,.0f} tokens per second"
         memory = f", peak memory {self.peak / 1e9:.2f} GB" if self.peak else ""
@@ -201,7 +199,7 @@ def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Ge
     pairs = examples(Path(recipe.data), words, length)
     if len(pairs) < 2:
         raise InputError(
-            f"{recipe.data}: has fewer than 2 examples; expected one to train on, one to measure on"
+            f"{recipe.data}: has fewer than 2 examples; expected one to train and one to test on"
         )
     n = max(1, int(len(pairs) * HELD_OUT))
     held = pairs[-n:][: max(1, recipe.eval_tokens // length)]

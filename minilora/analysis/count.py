@@ -137,14 +137,12 @@ class Counts:
         return 2 * self.parameters
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         more = {"parameters": self.parameters, "share": self.share, "reduction": self.reduction}
         rows = [row._asdict() for row in self.rows]
         memory = {how: m._asdict() for how, m in (self.memory or {}).items()}
         return asdict(self) | more | {"rows": rows, "memory": memory}
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         trained = f"{self.parameters:,} parameters are trained; the total is not known"
         if self.total:
             of = f"{self.parameters:,} of {self.total:,} parameters are trained"
@@ -187,7 +185,9 @@ def count(
     entries = names("targets", targets)
     if "all-linear" in entries:
         if not maps.keys() >= {*MLP}:
-            raise MismatchError(f"all-linear: {name} has only {', '.join(maps)} here; expected some of them")
+            raise MismatchError(
+                f"all-linear: of {name} only {', '.join(maps)} are known; expected some of them"
+            )
         entries = [entry for entry in entries if entry != "all-linear"] + [*ATTENTION, *MLP]
     rows = []
     for kind in resolve("targets", entries, list(maps)):
@@ -224,11 +224,9 @@ class Tree:
     tied: bool  # whether the head shares the embedding's table; it is still adapted separately
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         return {"name": self.name, "tied": self.tied, "rows": [row._asdict() for row in self.rows]}
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         rows = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
         adapted = sum(w.adapted for w in self.rows)
         total = f"{self.name}: {len(self.rows)} modules, {adapted} of them adapted (*)"

@@ -118,11 +118,9 @@ class Inspection:
         return sum(max(m.ranks.at99, 1) * sum(m.shape) for m in self.modules)
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         return asdict(self) | {"norm": self.norm, "parameters_at_99": self.needed}
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         shown: list[str | Table] = [part for table in tables(self) for part in (table, "")]
         return [*shown, self.summary(), *(f"note: {note}" for note in self.notes)]
 

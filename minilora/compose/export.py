@@ -56,11 +56,9 @@ class Merge:
     logits: float  # the largest |logit|, to compare with
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         return asdict(self)
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         rows = [(w.module, f"{w.largest:.2e}", f"{w.relative:.2e}", f"{w.lost:.1e}") for w in self.rows]
         return [
             Table(("module", "max |ΔW|", "|ΔW|/|W|", "lost"), rows),

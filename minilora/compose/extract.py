@@ -68,7 +68,7 @@ def extract(
         if progress:
             progress(i + 1, len(names))
     fewer = ", ".join(
-        f"{counted(n, 'tensor differs', 'tensors differ')} by nothing but rounding to {kind}"
+        f"{counted(n, 'tensor differs', 'tensors differ')} only by rounding to {kind}"
         for kind, n in rounded.items()
     )
     if fewer and not parts:
@@ -80,7 +80,7 @@ def extract(
     flag = any(turned[module] for module in parts)
     if others := [module for module in parts if turned[module] != flag]:
         left |= {maps[module]: float(np.linalg.norm(parts.pop(module)[1])) for module in others}
-        notes.append(f"{others[0]} is no Conv1D and left out: fan_in_fan_out is for all modules or none")
+        notes.append(f"{others[0]} is not a Conv1D and left out: fan_in_fan_out is for all modules or none")
     spectra = {m: S for m, (_, S, _) in parts.items()}
     costs = {m: sum(before.shapes[f"{m}.weight"]) for m in parts}
     chosen = choose(spectra, costs, rank, energy, per_module)
@@ -136,9 +136,7 @@ def comparable(before: Tensors, after: Tensors) -> tuple[list[str], list[str]]:
         if old != new and is_map(name, old):
             raise MismatchError(f"{after.where}: {name} has shape {new}; the base's is {old}")
         if old != new:
-            notes.append(
-                f"{name} is {old} in the base and {new} in the other; only the common part is compared"
-            )
+            notes.append(f"{name} is {old} in the base and {new} in the other; their common part is compared")
     return names, notes
 
 

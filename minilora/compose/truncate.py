@@ -78,11 +78,9 @@ class Compression:
         return ratio(self.rows, "optimum")
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         return asdict(self) | {"residual": self.residual, "optimum": self.optimum}
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         rows = []
         for w in self.rows:
             rank = f"{w.r} -> {w.rank}" if w.r else str(w.rank)
@@ -132,11 +130,11 @@ def left_over(B: np.ndarray, A: np.ndarray, s: float, Bk: np.ndarray, Ak: np.nda
 def check_choice(rank: int | None, energy: float | None) -> None:
     """ConfigError unless exactly one of the two is given, and is valid."""
     if (rank is None) == (energy is None):
-        raise ConfigError("rank and energy are two ways to choose; expected exactly one of them")
+        raise ConfigError(f"rank is {rank} and energy is {energy}; expected exactly one of them")
     if rank is not None:
         check_int("rank", rank, 1)
     elif not check_float("energy", energy, 0, 1.0000001, open_low=True) <= 1:
-        raise ConfigError(f"energy is {energy}; expected a share in (0, 1]")
+        raise ConfigError(f"energy is {energy}; expected a number in (0, 1]")
 
 
 def choose(
@@ -262,4 +260,4 @@ def refuse_same(out: Path | str, *sources: Path) -> None:
     """InputError if the output is an input, inside it or around it."""
     out = Path(out).resolve()
     if any(out == s or s in out.parents or out in s.parents for s in (path.resolve() for path in sources)):
-        raise InputError(f"{out}: is the input, inside it or around it; expected another folder")
+        raise InputError(f"{out}: is the input, lies in it or contains it; expected another folder")

@@ -94,7 +94,7 @@ class Chosen:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json as they are; FormatError if it is no JSON object."""
+    """The fields of an adapter_config.json as they are; FormatError if it is not a JSON object."""
     return read_json(path, LARGEST)
 
 
@@ -161,9 +161,8 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
             raise ConfigError(f"{path}: {name} is missing; expected a number")
     numbers = given.get("layers_to_transform")
     numbers = [numbers] if type(numbers) is int else numbers
-    if numbers is not None and (
-        not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers)
-    ):
+    valid = isinstance(numbers, list) and numbers and all(type(n) is int and n >= 0 for n in numbers)
+    if numbers is not None and not valid:
         raise wrong("layers_to_transform", "layer numbers")
     if given.get("bias", "none") not in ("none", "all", "lora_only"):
         raise wrong("bias", "'none', 'lora_only' or 'all'")
@@ -267,12 +266,8 @@ def peft_config(
     def differing(i: int, usual: float) -> dict[str, float]:
         return {f"^{re.escape(m)}": size[i] for m, size in sizes.items() if size[i] != usual}
 
-    sized = {
-        "r": r,
-        "rank_pattern": differing(0, r),
-        "lora_alpha": alpha,
-        "alpha_pattern": differing(1, alpha),
-    }
+    ranks, alphas = differing(0, r), differing(1, alpha)
+    sized = {"r": r, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
     flags = {kind.flag: False for kind in KINDS} | {"use_rslora": rslora}
     return PLAIN | sized | flags | {"target_modules": sorted(targets)}
 

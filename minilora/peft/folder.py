@@ -46,9 +46,7 @@ TABLES = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them unasked if 
 
 def key_form() -> re.Pattern[str]:
     """The pattern of a tensor's name: the module, then which of its tensors it is."""
-    bare = "|".join(
-        ["lora_embedding_[AB]", *map(re.escape, vectors()), r"token_adapter\.trainable_tokens_delta"]
-    )
+    bare = "|".join(map(re.escape, [*OF_TABLE, *vectors(), "token_adapter.trainable_tokens_delta"]))
     return re.compile(
         r"(?P<module>.+?)\.(?:"
         r"(?P<linear>lora_[AB])(?:\.(?P<name>[^.]+))?(?P<end>\.weight|\.bias)|"
@@ -75,10 +73,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An opened adapter folder: its config, and where the factors of each module are.
-
-    Tensors have PEFT's names, whatever the file calls them.
-    """
+    """An opened adapter folder: its config and its tensors, by PEFT's names, whatever the file calls them."""
 
     where: Path
     settings: Settings
@@ -100,9 +95,8 @@ class Adapter:
         a = self.tensors[tensor]
         if bad := int(a.size - np.isfinite(a).sum()):
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(a))[0])
-            raise NonFiniteError(
-                f"{self.where}: {tensor} has {bad} values that are not finite, the first at {at}"
-            )
+            what = f"{bad} values that are not finite, the first at {at}"
+            raise NonFiniteError(f"{self.where}: {tensor} has {what}")
         return a
 
     def factors(self, module: str, limit: float = sys.float_info.max) -> tuple[np.ndarray, np.ndarray]:
@@ -225,10 +219,8 @@ def pair_up(tensors: Tensors, settings: Settings, module: str, part: Mapping[str
         raise MismatchError(f"{at} has lora_A {rows} and lora_B {columns}; expected (r, I) and (O, r)")
     r, shape = rows[0], (columns[0], math.prod(rows[1:]))
     for name in (part.get(kind) for kind in (*vectors(), BIAS, "lora_B.bias")):
-        if name and math.prod(tensors.shapes[name]) != columns[0]:
-            raise MismatchError(
-                f"{tensors.where}: {name} has shape {tensors.shapes[name]}; expected ({columns[0]},)"
-            )
+        if name and math.prod(size := tensors.shapes[name]) != columns[0]:
+            raise MismatchError(f"{tensors.where}: {name} has shape {size}; expected ({columns[0]},)")
     beside = {name: part[name] for name in vectors() if name in part}
     scale = settings.scale(alpha, r)
     return Pair(part[a], part[b], shape, r, alpha, scale, embedding, beside, part.get(BIAS), part.get(COPY))
@@ -363,10 +355,8 @@ def check_agreement(given: Adapter) -> None:
         excluded = short(settings.exclude_modules)
         raise ConfigError(f"{settings.where}: exclude_modules {excluded} excludes every module")
     if extra := [m for m in given.pairs if m not in agreed]:
-        targets = short(settings.target_modules)
-        raise MismatchError(
-            f"{path}: has factors of {extra[0]}, which target_modules {targets} does not match"
-        )
+        what = f"factors of {extra[0]}, which target_modules {short(settings.target_modules)} does not match"
+        raise MismatchError(f"{path}: has {what}")
     if given.doubts:
         raise MismatchError(f"{path}: {given.doubts[0]}")
 

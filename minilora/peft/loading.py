@@ -63,7 +63,6 @@ class Attached:
         return math.sqrt(change / base) if base else 0.0
 
     def parts(self) -> list[str]:
-        """Lines of the report."""
         lines = [f"{self.where}: {len(self.norms)} of {self.modules} modules, |ΔW| / |W| = {self.share:.3g}"]
         if self.replaced:
             lines.append(f"replaced: {', '.join(self.replaced)}")
@@ -155,9 +154,8 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
         flat = len(given.tensors.shapes[pair.A]) == 2
         if pair.shape != expected or pair.embedding != isinstance(layer, Embedding) or not flat:
             kind = "an embedding" if pair.embedding else "a linear map" if flat else "a convolution"
-            raise MismatchError(
-                f"{path}: {module} has factors for {kind} of {pair.shape}; the base's weight is {shape}"
-            )
+            what = f"{module} has factors for {kind} of {pair.shape}"
+            raise MismatchError(f"{path}: {what}; the base's weight is {shape}")
         if pair.embedding and (row := of_vectors(pair.vectors, f"{path}: {module}")):
             raise UnsupportedError(f"{path}: {module}: {row.flag} on an embedding is not supported")
         if pair.bias and getattr(layer, "bias", None) is None:
@@ -185,7 +183,7 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
         module, _, kind = name.rpartition(".")
         biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
         if name not in replaced and (biased or licensed(given.settings, name)):
-            raise MismatchError(f"{path}: has no tensor for {name}, which it should have by its config")
+            raise MismatchError(f"{path}: has no tensor for {name}, which its config asks for")
     modules = list(dict.fromkeys([*layers, "lm_head"]))  # a tied head can be adapted, too
     for name in PATTERNS:
         for key in chosen(given.settings, name, modules).idle:
@@ -262,7 +260,7 @@ def save_adapter(
                     low["lm_head"] = pair
     if len(set(kinds.values())) > 1:
         one, other, *_ = sorted({kind.adapter.__name__ if kind else "LowRank" for kind in kinds.values()})
-        raise UnsupportedError(f"some adapters are {one} and others {other}; PEFT has one kind for all")
+        raise UnsupportedError(f"some adapters are {one} and others {other}; a PEFT folder holds one kind")
     if not low:
         raise UnsupportedError("the adapter has no low-rank part; a PEFT folder needs at least one")
     alphas, rslora = alphas_of({m: (pair.scale, len(pair.A.data)) for m, pair in low.items()})

@@ -79,10 +79,8 @@ class Names:
         self.left -= steps
         if self.left < 0:
             most = STEPS + 5 * len(self.codes)
-            names = len(self.ends)
-            raise UnsupportedError(
-                f"{self.where}: comparing with {names} modules takes more than {most} steps"
-            )
+            what = f"comparing with {len(self.ends)} modules"
+            raise UnsupportedError(f"{self.where}: {what} takes more than {most} steps")
 
     def holding(self, at: int) -> list[int]:
         """The numbers of the names that have a position in the set."""
@@ -201,7 +199,7 @@ def parse(pattern: str, where: str) -> Step:
         """The steps up to the end of the group, or of the expression."""
         nonlocal place
         if depth > DEEPEST:
-            raise refused(f"with more than {DEEPEST} groups in each other")
+            raise refused(f"with more than {DEEPEST} nested groups")
         branches: list[list[Step]] = [[]]
         while place < len(pattern):
             token = TOKEN.match(pattern, place)
