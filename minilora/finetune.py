@@ -3,7 +3,7 @@
 Text is cut into windows at random places; JSON lines or a JSON array hold examples, {"prompt": ...,
 "completion": ...} with the loss on the completion alone, or {"text": ...}. The tokens that a tokenizer puts
 before a text come once, at the start of each example or of a whole text, not of each window. The held-out
-loss is given in nats per token and per character, since tokens differ between models. A killed run resumes
+loss is source in nats per token and per character, since tokens differ between models. A killed run resumes
 from its checkpoint and writes the same bytes. Stands in for a trainer script; leaves out packing, chat
 templates and preference data.
 """
@@ -123,13 +123,13 @@ def run(
     every error of loading the base and the data.
     """
     out = begin(out, "train", overwrite)
-    given = checkpoint(recipe.base)
-    words = tokenizer_of(given)
-    length = min(recipe.length, given.config.max_position_embeddings)
+    source = checkpoint(recipe.base)
+    words = tokenizer_of(source)
+    length = min(recipe.length, source.config.max_position_embeddings)
     rng = np.random.default_rng([recipe.seed, 1])
-    rows = max(1, min(8, LOGITS // (length * given.config.vocab_size)))
+    rows = max(1, min(8, LOGITS // (length * source.config.vocab_size)))
     text = prepare(recipe, words, length, rng, rows)
-    model = assemble(given)
+    model = assemble(source)
     if recipe.method == "full":
         unfreeze(model)
     else:
@@ -150,8 +150,10 @@ def run(
         )  # fmt: skip
         if recipe.method == "full":
             freeze(model)
-            card = plain(f"{given.where.name}, trained in full by minilora on {Path(recipe.data).name}.")
-            save_model(model, out, card + "\n", token_ids(given.where), None, beside(given.where), overwrite)
+            card = plain(f"{source.where.name}, trained in full by minilora on {Path(recipe.data).name}.")
+            save_model(
+                model, out, card + "\n", token_ids(source.where), None, beside(source.where), overwrite
+            )
         else:
             save_adapter(model, out, base=recipe.base, overwrite=overwrite)
     (_, before), (_, after) = history.evals[0], history.evals[-1]

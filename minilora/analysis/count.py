@@ -311,9 +311,7 @@ def parts(outline: Outline) -> tuple[dict[str, Part], dict[str, Part], dict[str,
     c, kind = outline.config, outline.kind
     V, D, F, E = c.vocab_size, c.hidden_size, c.intermediate_size, c.E
     Q, K = c.num_attention_heads * E, c.num_key_value_heads * E
-    biased = ATTENTION * c.attention_bias + MLP * c.mlp_bias
-    if kind == "qwen2":
-        biased = ATTENTION[:3]
+    biased = ATTENTION[:3] if kind == "qwen2" else ATTENTION * c.attention_bias + MLP * c.mlp_bias
 
     def maps(above: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
         return {f"{above}.{name}": Part("Linear", shape, name in biased) for name, shape in shapes.items()}
@@ -381,20 +379,20 @@ def dimensions(text: str) -> Shape:
     Defaults: kv is heads, head_dim is d / heads, tied is false. d and layers alone mean the square maps of
     attention. ConfigError for anything else.
     """
-    given: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = (piece.strip() for piece in part.partition("="))
         if key not in KEYS:
             raise ConfigError(f"{short(key)} is not a dimension of a model; {nearest(key, KEYS)}")
-        if key in given:
+        if key in sizes:
             raise ConfigError(f"{key} is given twice in {short(text)}; expected it once")
         number = int(value) if re.fullmatch("[0-9]{1,99}", value) else value
-        given[key] = {"true": True, "false": False}.get(value, number)  # a wrong type is refused below
-    square = given.keys() <= {"d", "layers"}
+        sizes[key] = {"true": True, "false": False}.get(value, number)  # a wrong type is refused below
+    square = sizes.keys() <= {"d", "layers"}
     needed = ("d", "layers") if square else ("d", "layers", "heads", "ff", "vocab")
-    if missing := [key for key in needed if key not in given]:
+    if missing := [key for key in needed if key not in sizes]:
         raise ConfigError(f"{short(text)} lacks {', '.join(missing)}; expected {', '.join(needed)}")
     if square:
-        return square_shape(check_int("d", given["d"], 1), check_int("layers", given["layers"], 1))
-    given = {"kv": given["heads"], "tied": False} | given
-    return llama_shape(Outline(Config(**{KEYS[key]: value for key, value in given.items()})))
+        return square_shape(check_int("d", sizes["d"], 1), check_int("layers", sizes["layers"], 1))
+    sizes = {"kv": sizes["heads"], "tied": False} | sizes
+    return llama_shape(Outline(Config(**{KEYS[key]: value for key, value in sizes.items()})))

@@ -86,23 +86,23 @@ def merge_checkpoint(
     model is loaded in float32, then in float64; the float64 W + ΔW is written. InputError for an unknown
     dtype, and whatever loading and saving raise.
     """
-    given = checkpoint(base)
-    kind = dtype or given.dtype
+    source = checkpoint(base)
+    kind = dtype or source.dtype
     if kind not in CALLED:
         raise InputError(f"dtype is {kind!r}; {nearest(kind, CALLED)}")
     adapter = adapter_folder(adapter)
-    refuse_same(out, given.where, adapter)
+    refuse_same(out, source.where, adapter)
     check_free(out)
-    V, T = given.config.vocab_size, min(32, given.config.max_position_embeddings)
+    V, T = source.config.vocab_size, min(32, source.config.max_position_embeddings)
     random = np.random.default_rng(0).integers(V, size=T)
     ids = np.asarray(random if probe is None else probe, np.int64)[None, :]
 
-    model = assemble(given, np.float32)
+    model = assemble(source, np.float32)
     load_adapter(model, adapter, force=force)
     unmerged = logits(model, ids)
     lora.fuse(model)
     single = logits(model, ids) - unmerged
-    model = assemble(given, np.float64)
+    model = assemble(source, np.float64)
     load_adapter(model, adapter, force=force)
     exact = logits(model, ids)
     lora.merge(model)
@@ -112,8 +112,8 @@ def merge_checkpoint(
     lora.fuse(model)
     for p in named_params(model).values():
         p.data = to_device(stored(to_host(p.dense()), kind))
-    card = f"{given.where.name} with the adapter {adapter.resolve().name} merged into it by minilora."
-    save_model(model, out, plain(card) + "\n", token_ids(given.where), kind, beside(given.where))
+    card = f"{source.where.name} with the adapter {adapter.resolve().name} merged into it by minilora."
+    save_model(model, out, plain(card) + "\n", token_ids(source.where), kind, beside(source.where))
     written = logits(model, ids)  # last: saving has refused values too large for the dtype
     return Merge(
         str(out), kind, rows,

@@ -100,19 +100,19 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     """The settings in an adapter_config.json, and notes; ConfigError or UnsupportedError names the field."""
-    given = read_fields(path)
+    fields = read_fields(path)
 
     def wrong(name: str, expected: str) -> ConfigError:
-        return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")
+        return ConfigError(f"{path}: {name} is {short(fields.get(name))}; expected {expected}")
 
-    kind = given.get("peft_type")
+    kind = fields.get("peft_type")
     if not isinstance(kind, str) or not re.fullmatch("[A-Z0-9_]+", kind):  # as all methods' names do
         raise wrong("peft_type", "'LORA'")
     if kind != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {short(kind)}; expected 'LORA'")
 
     def flag(name: str) -> bool:
-        value = given.get(name)
+        value = fields.get(name)
         if value is not None and type(value) is not bool:
             raise wrong(name, "true or false")
         return bool(value)
@@ -121,11 +121,11 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     for name in (*REFUSED, *BESIDE):
         if name in SWITCHES:
             flag(name)
-        if given.get(name) not in (None, False, {}, []):
-            beside.append(f"{name} is {short(given[name])}")
+        if fields.get(name) not in (None, False, {}, []):
+            beside.append(f"{name} is {short(fields[name])}")
             if name in REFUSED:
                 raise UnsupportedError(f"{path}: {beside[-1]}, which is not supported")
-    init = given.get("init_lora_weights", True)
+    init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(OTHER_BASE):
         raise UnsupportedError(
             f"{path}: init_lora_weights is {short(init)}, which changes the base; make it a plain LoRA with "
@@ -133,7 +133,7 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         )
 
     def words(name: str) -> str | tuple[str, ...]:
-        value = given.get(name)
+        value = fields.get(name)
         if value is None or (isinstance(value, str) and value):
             return value or ()
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
@@ -141,7 +141,7 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         return tuple(dict.fromkeys(value))
 
     def pattern(name: str, check: Any) -> dict[str, Any]:
-        numbers = {} if given.get(name) is None else given[name]
+        numbers = {} if fields.get(name) is None else fields[name]
         if not isinstance(numbers, dict) or len(numbers) > MOST:
             raise wrong(name, f"an object of at most {MOST} numbers by module name")
         for key, number in numbers.items():
@@ -157,25 +157,25 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         return check_float(f"{path}: {name}", value, 0, math.inf, open_low=True)
 
     for name in ("r", "lora_alpha"):
-        if name not in given:
+        if name not in fields:
             raise ConfigError(f"{path}: {name} is missing; expected a number")
-    numbers = given.get("layers_to_transform")
+    numbers = fields.get("layers_to_transform")
     numbers = [numbers] if type(numbers) is int else numbers
     valid = isinstance(numbers, list) and numbers and all(type(n) is int and n >= 0 for n in numbers)
     if numbers is not None and not valid:
         raise wrong("layers_to_transform", "layer numbers")
-    if given.get("bias", "none") not in ("none", "all", "lora_only"):
+    if fields.get("bias", "none") not in ("none", "all", "lora_only"):
         raise wrong("bias", "'none', 'lora_only' or 'all'")
-    base = given.get("base_model_name_or_path")
-    saved, layers = words("modules_to_save"), given.get("layers_pattern")
+    base = fields.get("base_model_name_or_path")
+    saved, layers = words("modules_to_save"), fields.get("layers_pattern")
     layers = [] if layers is None else [layers] if isinstance(layers, str) else layers
     if isinstance(saved, str) or len(saved) > FEW:
         raise wrong("modules_to_save", f"a list of at most {FEW} names")
     if not isinstance(layers, list) or len(layers) > FEW or not all(isinstance(n, str) for n in layers):
         raise wrong("layers_pattern", f"a list of at most {FEW} names")
     settings = Settings(
-        r=rank("r", given["r"]),
-        lora_alpha=alpha("lora_alpha", given["lora_alpha"]),
+        r=rank("r", fields["r"]),
+        lora_alpha=alpha("lora_alpha", fields["lora_alpha"]),
         target_modules=words("target_modules"),
         use_rslora=flag("use_rslora"),
         flags=frozenset(kind.flag for kind in KINDS if flag(kind.flag)),
@@ -185,15 +185,15 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         layers_to_transform=None if numbers is None else tuple(numbers),
         layers_pattern=tuple(layers),
         modules_to_save=saved,
-        bias=given.get("bias", "none"),
+        bias=fields.get("bias", "none"),
         fan_in_fan_out=flag("fan_in_fan_out"),
-        lora_dropout=check_float(f"{path}: lora_dropout", given.get("lora_dropout", 0.0), 0, 1),
+        lora_dropout=check_float(f"{path}: lora_dropout", fields.get("lora_dropout", 0.0), 0, 1),
         base=base if isinstance(base, str) else None,
         beside=tuple(beside),
         where=str(path),
     )
-    fields = {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT, *(kind.flag for kind in KINDS)}
-    strange = sorted(name for name, value in given.items() if value and name not in fields)
+    known = {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT, *(kind.flag for kind in KINDS)}
+    strange = sorted(name for name, value in fields.items() if value and name not in known)
     some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
     notes = [f"unknown and ignored: {some}"] if strange else []
     if read_at(path, 0, 3) == codecs.BOM_UTF8:

@@ -133,8 +133,10 @@ def open_adapter(folder: Path | str) -> Adapter:
     if not pairs:
         what = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
         raise MismatchError(f"{tensors.where}: has no lora_A and lora_B; {what}")
-    given = Adapter(folder, settings, pairs, replaced, known, made=made)
-    return replace(given, notes=(*notes, *odd, *peculiar(given)), doubts=tuple(disagreements(given, strange)))
+    adapter = Adapter(folder, settings, pairs, replaced, known, made=made)
+    return replace(
+        adapter, notes=(*notes, *odd, *peculiar(adapter)), doubts=tuple(disagreements(adapter, strange))
+    )
 
 
 def sort_out(tensors: Tensors) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str], list[str]]:
@@ -168,8 +170,8 @@ def sort_out(tensors: Tensors) -> tuple[dict[str, str], dict[str, dict[str, str]
             first.setdefault(f"names do not begin with {PREFIX}", key)
         elif before[0] != PREFIX or plain != key:
             first.setdefault("names contain those of wrappers", key)
-        if adapter := match and (match["name"] or match["its"]):
-            names.setdefault(adapter, key)
+        if label := match and (match["name"] or match["its"]):
+            names.setdefault(label, key)
             first.setdefault("names contain the adapter's", key)
     if len(names) > 1:
         (one, key), (other, second), *_ = names.items()
@@ -226,63 +228,63 @@ def pair_up(tensors: Tensors, settings: Settings, module: str, part: Mapping[str
     return Pair(part[a], part[b], shape, r, alpha, scale, embedding, beside, part.get(BIAS), part.get(COPY))
 
 
-def peculiar(given: Adapter) -> list[str]:
+def peculiar(adapter: Adapter) -> list[str]:
     """Notes on what is unusual but accepted, each once with an example."""
-    settings = given.settings
+    settings = adapter.settings
     first: dict[str, str] = {}
-    for module, pair in given.pairs.items():
+    for module, pair in adapter.pairs.items():
         if pair.r > min(pair.shape):
             first.setdefault(f"r = {pair.r} is larger than the rank that a module can have", module)
     for name in PATTERNS:
-        values = chosen(settings, name, list(given.pairs))
+        values = chosen(settings, name, list(adapter.pairs))
         for module in values.contested:
             first.setdefault(f"keys of {name} disagree and the first one counts", module)
         for key in values.idle:
             first.setdefault(f"{name} has keys that match no module of the file", short(key))
-    numbers = {int(match[1]) for m in given.pairs if (match := LAYER.match(m))}
+    numbers = {int(match[1]) for m in adapter.pairs if (match := LAYER.match(m))}
     for idle in sorted({*(settings.layers_to_transform or ())} - numbers):
         first.setdefault("layers_to_transform has layers that the file lacks", short(idle))
-    tables, _ = unlisted(given)
+    tables, _ = unlisted(adapter)
     for parameter in tables:
         first.setdefault("has whole tables, which PEFT saves if the vocabulary was resized", parameter)
     notes = [f"{note}, as in {example}" for note, example in first.items()]
-    if beside := [name for name in given.tensors if name.endswith(tuple(ADDED))]:
+    if beside := [name for name in adapter.tensors if name.endswith(tuple(ADDED))]:
         what = counted(len(beside), "tensor acts", "tensors act")
         notes.append(f"{what} beside B A, not in the numbers: {beside[0]}")
     return notes
 
 
-def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
+def disagreements(adapter: Adapter, strange: Sequence[str]) -> Iterator[str]:
     """Where config and file disagree, as far as it shows without a base or a pattern of targets."""
-    settings, pairs = given.settings, given.pairs
-    _, others = unlisted(given)
+    settings, pairs = adapter.settings, adapter.pairs
+    _, others = unlisted(adapter)
     if strange:
         what = counted(len(strange), "tensor is", "tensors are")
         yield f"{what} not of a LoRA, the first {ascii(strange[0])[:200]}"
     if others:
         what = counted(len(others), "tensor is", "tensors are")
         yield f"{what} not of a LoRA with this config, the first {others[0]}"
-    if both := [p for p in given.replaced if p.rpartition(".")[0] in pairs]:
-        yield f"{given.replaced[both[0]]} is for a module that has lora_A and lora_B"
+    if both := [p for p in adapter.replaced if p.rpartition(".")[0] in pairs]:
+        yield f"{adapter.replaced[both[0]]} is for a module that has lora_A and lora_B"
     about: dict[str, list[str]] = {}
     ranks = chosen(settings, "rank_pattern", list(pairs)).values
     for module, pair in pairs.items():
-        for kind, text in about_pair(given, module, pair, ranks.get(module, settings.r)):
+        for kind, text in about_pair(adapter, module, pair, ranks.get(module, settings.r)):
             about.setdefault(kind, []).append(text)
     for texts in about.values():
         yield texts[0] + (f"; and {len(texts) - 1} more" if texts[1:] else "")
-    if surprises := unmentioned(given):
+    if surprises := unmentioned(adapter):
         name, flag = next(iter(surprises.items()))
         yield f"has {name}, which the config does not mention: {flag} is off"
     for entry in settings.modules_to_save:
-        if not any(saves(entry, name) for name in given.replaced):
+        if not any(saves(entry, name) for name in adapter.replaced):
             yield f"has no tensor for modules_to_save {short(entry)}"
-    yield from about_targets(given)
+    yield from about_targets(adapter)
 
 
-def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tuple[str, str]]:
+def about_pair(adapter: Adapter, module: str, pair: Pair, r: int) -> Iterator[tuple[str, str]]:
     """(kind, text) of every disagreement on one pair; r is its rank by the config."""
-    settings, shapes = given.settings, given.tensors.shapes
+    settings, shapes = adapter.settings, adapter.tensors.shapes
     if pair.r != r:
         what = f"lora_A {shapes[pair.A]} and lora_B {shapes[pair.B]}"
         yield "rank", f"{module} has {what}; expected (r, I) and (O, r) with the config's r = {r}"
@@ -294,18 +296,18 @@ def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tupl
         yield "bias", f"has {pair.bias}; expected none with bias 'none'"
 
 
-def about_targets(given: Adapter) -> Iterator[str]:
+def about_targets(adapter: Adapter) -> Iterator[str]:
     """Where a list of target_modules and the file's modules differ; no pattern is run."""
-    settings = given.settings
+    settings = adapter.settings
     targets, excluded = settings.target_modules, settings.exclude_modules
     if isinstance(targets, str) or isinstance(excluded, str) or not targets:
         return
-    modules = list(given.pairs)
+    modules = list(adapter.pairs)
     agreed = set(meant(settings, modules, modules))
     if extra := [m for m in modules if m not in agreed]:
         yield f"has factors of {extra[0]}, which target_modules {short(targets)} does not match"
     if not excluded and settings.layers_to_transform is None:  # else the base is needed to tell
-        saved = [name.rpartition(".")[0] for name in given.replaced]  # PEFT saves what is in both lists
+        saved = [name.rpartition(".")[0] for name in adapter.replaced]  # PEFT saves what is in both lists
         there = {m[start:] for m in [*modules, *saved] for start in starts(m)}
         if idle := [entry for entry in targets if entry not in there]:
             known = {m.rpartition(".")[2] for m in modules}
@@ -324,41 +326,41 @@ def licensed(settings: Settings, parameter: str) -> bool:
     return bias or any(saves(entry, parameter) for entry in settings.modules_to_save)
 
 
-def unlisted(given: Adapter) -> tuple[list[str], list[str]]:
+def unlisted(adapter: Adapter) -> tuple[list[str], list[str]]:
     """The parameters that the file replaces but the config does not mention: whole tables, and others."""
-    names = [parameter for parameter in given.replaced if not licensed(given.settings, parameter)]
+    names = [parameter for parameter in adapter.replaced if not licensed(adapter.settings, parameter)]
     return [n for n in names if n.endswith(TABLES)], [n for n in names if not n.endswith(TABLES)]
 
 
-def unmentioned(given: Adapter) -> dict[str, str]:
+def unmentioned(adapter: Adapter) -> dict[str, str]:
     """Tensors that act beside B A although the config does not say so: tensor -> the field that would."""
     return {
         name: flag
-        for name in given.tensors
+        for name in adapter.tensors
         for end, flag in ADDED.items()
-        if name.endswith(end) and not any(field.startswith(flag) for field in given.settings.beside)
+        if name.endswith(end) and not any(field.startswith(flag) for field in adapter.settings.beside)
     }
 
 
-def check_agreement(given: Adapter) -> None:
+def check_agreement(adapter: Adapter) -> None:
     """The strict check before loading: any disagreement of config and file is an error.
 
     UnsupportedError for what acts beside B A; ConfigError or MismatchError names the first disagreement.
     """
-    settings, path = given.settings, given.tensors.where
+    settings, path = adapter.settings, adapter.tensors.where
     if settings.beside:
         raise UnsupportedError(f"{settings.where}: {settings.beside[0]}, which is not supported")
     check_targets(settings)
-    linears = [m for m, pair in given.pairs.items() if not pair.embedding]
-    agreed = set(meant(settings, list(given.pairs), linears))
-    if len(named(settings, "exclude_modules", list(given.pairs))) == len(given.pairs):
+    linears = [m for m, pair in adapter.pairs.items() if not pair.embedding]
+    agreed = set(meant(settings, list(adapter.pairs), linears))
+    if len(named(settings, "exclude_modules", list(adapter.pairs))) == len(adapter.pairs):
         excluded = short(settings.exclude_modules)
         raise ConfigError(f"{settings.where}: exclude_modules {excluded} excludes every module")
-    if extra := [m for m in given.pairs if m not in agreed]:
+    if extra := [m for m in adapter.pairs if m not in agreed]:
         what = f"factors of {extra[0]}, which target_modules {short(settings.target_modules)} does not match"
         raise MismatchError(f"{path}: has {what}")
-    if given.doubts:
-        raise MismatchError(f"{path}: {given.doubts[0]}")
+    if adapter.doubts:
+        raise MismatchError(f"{path}: {adapter.doubts[0]}")
 
 
 # ---- the size of a change
