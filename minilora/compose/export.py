@@ -20,7 +20,7 @@ from ..backend import quiet_overflow, to_device, to_host
 from ..decoding import past_of
 from ..errors import InputError, nearest
 from ..formats.atomic import check_free
-from ..formats.huggingface import assemble, beside, checkpoint, save_model, token_ids
+from ..formats.huggingface import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
 from ..formats.safetensors import CALLED, stored
 from ..model import Llama
 from ..peft.loading import load_adapter
@@ -112,8 +112,7 @@ def merge_checkpoint(
     lora.fuse(model)
     for p in named_params(model).values():
         p.data = to_device(stored(to_host(p.dense()), kind))
-    card = f"{source.where.name} with the adapter {adapter.resolve().name} merged into it by minilora."
-    save_model(model, out, plain(card) + "\n", token_ids(source.where), kind, beside(source.where))
+    save_model(model, out, card(source, adapter), token_ids(source.where), kind, beside(source.where))
     written = logits(model, ids)  # last: saving has refused values too large for the dtype
     return Merge(
         str(out), kind, rows,
@@ -145,3 +144,9 @@ def changes(model: Llama, kind: str) -> Iterator[Change]:
         if W.ndim == 2 and (size := float(np.linalg.norm(change := whole - W))) > 0:
             lost = float(np.linalg.norm(stored(whole, kind) - whole))
             yield Change(module, largest(change), quotient(size, float(np.linalg.norm(W))), lost / size)
+
+
+def card(source: Checkpoint, adapter: Path) -> str:
+    """The README.md of a merged model."""
+    name = adapter.resolve().name
+    return plain(f"{source.where.name} with the adapter {name} merged into it by minilora.") + "\n"
