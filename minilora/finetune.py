@@ -3,7 +3,7 @@
 Text is cut into windows at random places; JSON lines or a JSON array hold examples, {"prompt": ...,
 "completion": ...} with the loss on the completion alone, or {"text": ...}. The tokens that a tokenizer puts
 before a text come once, at the start of each example or of a whole text, not of each window. The held-out
-loss is given in nats per token and per character, since tokens differ between models. A killed run resumes
+loss is source in nats per token and per character, since tokens differ between models. A killed run resumes
 from its checkpoint and writes the same bytes. Stands in for a trainer script; leaves out packing, chat
 templates and preference data.
 """
@@ -94,18 +94,16 @@ class Outcome:
     evals: tuple[tuple[int, float], ...]
 
     def data(self) -> dict[str, Any]:
-        """The fields as a dict, for JSON."""
         return asdict(self)
 
     def parts(self) -> list[str]:
-        """The lines of the report."""
-        per = [x / self.characters for x in (self.before, self.after)]
+        before, after = self.before / self.characters, self.after / self.characters
+        speed = f"{self.tokens_per_second:,.0f} tokens per second"
         memory = f", peak memory {self.peak / 1e9:.2f} GB" if self.peak else ""
         return [
             f"{self.out}: held-out loss {self.before:.4f} -> {self.after:.4f} nats per token, "
-            f"{per[0]:.4f} -> {per[1]:.4f} per character",
-            f"{self.parameters:,} parameters trained, {self.tokens_per_second:,.0f} tokens per second"
-            f"{memory}",
+            f"{before:.4f} -> {after:.4f} per character",
+            f"{self.parameters:,} parameters trained, {speed}{memory}",
         ]
 
 
@@ -125,13 +123,13 @@ def run(
     every error of loading the base and the data.
     """
     out = begin(out, "train", overwrite)
-    given = checkpoint(recipe.base)
-    words = tokenizer_of(given)
-    length = min(recipe.length, given.config.max_position_embeddings)
+    source = checkpoint(recipe.base)
+    words = tokenizer_of(source)
+    length = min(recipe.length, source.config.max_position_embeddings)
     rng = np.random.default_rng([recipe.seed, 1])
-    rows = max(1, min(8, LOGITS // (length * given.config.vocab_size)))
+    rows = max(1, min(8, LOGITS // (length * source.config.vocab_size)))
     text = prepare(recipe, words, length, rng, rows)
-    model = assemble(given)
+    model = assemble(source)
     if recipe.method == "full":
         unfreeze(model)
     else:
@@ -152,9 +150,10 @@ def run(
         )  # fmt: skip
         if recipe.method == "full":
             freeze(model)
-            name, text_name = given.where.name, Path(recipe.data).name
-            card = plain(f"{name}, trained in full by minilora on {text_name}.") + "\n"
-            save_model(model, out, card, token_ids(given.where), None, beside(given.where), overwrite)
+            card = plain(f"{source.where.name}, trained in full by minilora on {Path(recipe.data).name}.")
+            save_model(
+                model, out, card + "\n", token_ids(source.where), None, beside(source.where), overwrite
+            )
         else:
             save_adapter(model, out, base=recipe.base, overwrite=overwrite)
     (_, before), (_, after) = history.evals[0], history.evals[-1]
@@ -199,16 +198,16 @@ def prepare(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Genera
 
 def of_examples(recipe: Recipe, words: Tokenizer, length: int, rng: np.random.Generator, rows: int) -> Text:
     """As `prepare`, for examples: the last ones are held out."""
-    found = examples(Path(recipe.data), words, length)
-    if len(found) < 2:
+    pairs = examples(Path(recipe.data), words, length)
+    if len(pairs) < 2:
         raise InputError(
-            f"{recipe.data}: has fewer than 2 examples; expected one to train and one to measure on"
+            f"{recipe.data}: has fewer than 2 examples; expected one to train and one to test on"
         )
-    n = max(1, int(len(found) * HELD_OUT))
-    held = found[-n:][: max(1, recipe.eval_tokens // length)]
+    n = max(1, int(len(pairs) * HELD_OUT))
+    held = pairs[-n:][: max(1, recipe.eval_tokens // length)]
     batches = [padded(held[i : i + rows]) for i in range(0, len(held), rows)]
-    digest = of_json([[ids.tolist(), start] for ids, start in found])
-    return Text(draws(found[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
+    digest = of_json([[ids.tolist(), start] for ids, start in pairs])
+    return Text(draws(pairs[:-n], rng, recipe.batch), batches, per_token(batches, words), digest)
 
 
 def encoded(where: str, text: str, words: Tokenizer) -> np.ndarray:

@@ -73,7 +73,7 @@ STAND_INS = {
         maps(LLAMA, 12, 10),
         LORA,
         {f"{PREFIX}{k}.weight": (21, 10) for k in ("model.embed_tokens", "lm_head")},
-        ("whole tables, as PEFT saves them of a resized vocabulary", "2 parameters are"),
+        ("whole tables, which PEFT saves if the vocabulary was resized", "2 parameters are"),
     ),
     "targets that the base has not": StandIn(
         maps(LLAMA, 12, 10),
@@ -169,21 +169,21 @@ STAND_INS = {
         maps(LLAMA, 12, 10),
         LORA,
         {},
-        ("names hold those of wrappers, as in _orig_mod.base_model",),
+        ("names contain those of wrappers, as in _orig_mod.base_model",),
         called=lambda key: f"_orig_mod.{key}",
     ),
     "DDP or DeepSpeed": StandIn(
         maps(LLAMA, 12, 10),
         LORA,
         {},
-        ("names hold those of wrappers, as in module.base_model",),
+        ("names contain those of wrappers, as in module.base_model",),
         called=lambda key: f"module.{key}",
     ),
     "FSDP with checkpoints": StandIn(
         maps(LLAMA, 12, 10),
         LORA,
         {},
-        ("names hold those of wrappers, as in base_model.*_fsdp_wrapped_module",),
+        ("names contain those of wrappers, as in base_model.*_fsdp_wrapped_module",),
         called=lambda key: re.sub(
             r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module.", key
         ),
@@ -206,7 +206,7 @@ STAND_INS = {
         maps(LLAMA, 12, 10),
         LORA | {"use_dora": True},
         {f"{PREFIX}{m}.lora_magnitude_vector.weight": (12,) for m in LLAMA},
-        (r"that of the adapter, as in .*\.lora_A\.my-task\.weight", "DoRA"),
+        (r"the adapter's, as in .*\.lora_A\.my-task\.weight", "DoRA"),
         called=add("my-task"),
     ),
     "trained tokens": StandIn(

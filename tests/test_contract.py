@@ -164,7 +164,7 @@ def test_it_is_written_read_looked_at_and_truncated(row, tmp_path):
 
 def test_without_its_row_it_is_refused_by_name(tmp_path):
     model, *_ = gated(dtype=np.float32)
-    with pytest.raises(UnsupportedError, match="Gated has no form in PEFT's files"):
+    with pytest.raises(UnsupportedError, match="Gated cannot be stored in PEFT's files"):
         save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

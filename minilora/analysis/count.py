@@ -137,14 +137,12 @@ class Counts:
         return 2 * self.parameters
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         more = {"parameters": self.parameters, "share": self.share, "reduction": self.reduction}
         rows = [row._asdict() for row in self.rows]
         memory = {how: m._asdict() for how, m in (self.memory or {}).items()}
         return asdict(self) | more | {"rows": rows, "memory": memory}
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         trained = f"{self.parameters:,} parameters are trained; the total is not known"
         if self.total:
             of = f"{self.parameters:,} of {self.total:,} parameters are trained"
@@ -183,19 +181,20 @@ def count(
     name = "Config" if isinstance(model, Config) else str(model)
     maps, total, blocks = llama_shape(Outline(model)) if isinstance(model, Config) else find_shape(name)
     if sum(map(math.prod, maps.values())) > MOST:
-        raise ConfigError(f"{short(name)} has more than {MOST:.0e} parameters; expected less")
+        raise ConfigError(f"{short(name)} has more than {MOST:.0e} parameters; expected fewer")
     entries = names("targets", targets)
     if "all-linear" in entries:
         if not maps.keys() >= {*MLP}:
-            raise MismatchError(f"all-linear: {name} has only {', '.join(maps)} here; expected some of them")
+            raise MismatchError(
+                f"all-linear: of {name} only {', '.join(maps)} are known; expected some of them"
+            )
         entries = [entry for entry in entries if entry != "all-linear"] + [*ATTENTION, *MLP]
     rows = []
     for kind in resolve("targets", entries, list(maps)):
         shape, number = maps[kind][:2], maps[kind][2]
         if rank > min(shape):
-            raise ConfigError(
-                f"r is {short(rank)} for {kind} of shape {shape}; expected at most {min(shape)}"
-            )
+            what = f"r is {short(rank)} for {kind} of shape {shape}"
+            raise ConfigError(f"{what}; expected at most {min(shape)}")
         if dora and kind == "embed_tokens":
             raise ConfigError("dora is for linear maps; embed_tokens is an embedding")
         parameters = rank * sum(shape) + (shape[0] if dora else 0)
@@ -206,7 +205,7 @@ def count(
     return Counts(name, rank, dora, tuple(rows), total, memory, note)
 
 
-class Site(NamedTuple):
+class Module(NamedTuple):
     """One module of a model: its name, kind of layer, weight's shape, and whether the targets select it."""
 
     module: str
@@ -221,18 +220,16 @@ class Tree:
     """All modules of a model; prints as a table."""
 
     name: str
-    rows: tuple[Site, ...]
+    rows: tuple[Module, ...]
     tied: bool  # whether the head shares the embedding's table; it is still adapted separately
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         return {"name": self.name, "tied": self.tied, "rows": [row._asdict() for row in self.rows]}
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         rows = [(w.module, w.layer, " x ".join(map(str, w.shape)), "*" * w.adapted) for w in self.rows]
-        found = sum(w.adapted for w in self.rows)
-        total = f"{self.name}: {len(self.rows)} modules, {found} of them adapted (*)"
+        adapted = sum(w.adapted for w in self.rows)
+        total = f"{self.name}: {len(self.rows)} modules, {adapted} of them adapted (*)"
         total += "; lm_head is the table of embed_tokens" if self.tied else ""
         return [Table(("module", "layer", "shape", ""), rows), total]
 
@@ -244,12 +241,12 @@ def modules(base: Path | str = "base", targets: str | Sequence[str] = "all-linea
     """
     outline = Outline(LLAMAS[str(base)]) if str(base) in LLAMAS else outline_of(base)
     if (L := outline.config.num_hidden_layers) > DEEPEST:
-        raise ConfigError(f"{short(str(base))} has {short(L)} layers; at most {DEEPEST} are listed")
+        raise ConfigError(f"{short(str(base))} has {short(L)} layers; expected at most {DEEPEST}")
     before, block, after = parts(outline)
     layers = {f"model.layers.{i}.{name}": part for i in range(L) for name, part in block.items()}
     layers = before | layers | after
-    found = set(find_targets({m: BLANK[part.layer] for m, part in layers.items()}, targets))
-    rows = [Site(m, part.layer, part.shape, m in found) for m, part in layers.items()]
+    adapted = set(find_targets({m: BLANK[part.layer] for m, part in layers.items()}, targets))
+    rows = [Module(m, part.layer, part.shape, m in adapted) for m, part in layers.items()]
     return Tree(str(base), tuple(rows), outline.config.tie_word_embeddings)
 
 
@@ -272,10 +269,8 @@ def remark(name: str, rank: int, rows: Sequence[Target], queries: int, dora: boo
     if not narrow:
         return ""
     wide = trained + sum(row.number * (rank + dora) * (queries - row.shape[0]) for row in narrow)
-    kinds = " and ".join(row.kind for row in narrow)
-    return (
-        f"grouped queries: {narrow[0].shape[0]} outputs of {kinds}, not {queries}, which would count {wide:,}"
-    )
+    outputs = f"{narrow[0].shape[0]} outputs of {' and '.join(row.kind for row in narrow)}"
+    return f"grouped queries: {outputs}, not {queries}, which would count {wide:,}"
 
 
 def training_memory(total: int, blocks: int, trained: int) -> dict[str, Memory]:
@@ -286,11 +281,8 @@ def training_memory(total: int, blocks: int, trained: int) -> dict[str, Memory]:
     weight (Dettmers et al. 2023, section 3), and the rest of the base in 16 bits.
     """
     quantized = -(-blocks * 2113 // 4096)
-    cases = {
-        "full": (0, total),
-        "LoRA": (2 * total, trained),
-        "QLoRA": (quantized + 2 * (total - blocks), trained),
-    }
+    rest = 2 * (total - blocks)
+    cases = {"full": (0, total), "LoRA": (2 * total, trained), "QLoRA": (quantized + rest, trained)}
     return {how: Memory(frozen + 2 * n, 2 * n, 12 * n) for how, (frozen, n) in cases.items()}
 
 
@@ -300,6 +292,11 @@ class Part(NamedTuple):
     layer: str  # Linear, Embedding or RMSNorm
     shape: tuple[int, ...]
     bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Those of weight and bias."""
+        return math.prod(self.shape) + self.bias * self.shape[0]
 
 
 BLANK: dict[str, Any] = {  # one layer of each kind, to test which can be adapted
@@ -314,9 +311,7 @@ def parts(outline: Outline) -> tuple[dict[str, Part], dict[str, Part], dict[str,
     c, kind = outline.config, outline.kind
     V, D, F, E = c.vocab_size, c.hidden_size, c.intermediate_size, c.E
     Q, K = c.num_attention_heads * E, c.num_key_value_heads * E
-    biased = ATTENTION * c.attention_bias + MLP * c.mlp_bias
-    if kind == "qwen2":
-        biased = ATTENTION[:3]
+    biased = ATTENTION[:3] if kind == "qwen2" else ATTENTION * c.attention_bias + MLP * c.mlp_bias
 
     def maps(above: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
         return {f"{above}.{name}": Part("Linear", shape, name in biased) for name, shape in shapes.items()}
@@ -346,14 +341,9 @@ def llama_shape(outline: Outline) -> Shape:
         if part.layer != "RMSNorm"
     }
     inner = L * sum(math.prod(part.shape) for part in block.values() if part.layer == "Linear")
-    total = L * sum(map(size, block.values())) + sum(map(size, outer.values()))
-    total -= size(outer["lm_head"]) * c.tie_word_embeddings
+    total = L * sum(part.parameters for part in block.values()) + sum(p.parameters for p in outer.values())
+    total -= outer["lm_head"].parameters * c.tie_word_embeddings
     return Shape(maps, total, inner)
-
-
-def size(part: Part) -> int:
-    """The parameters of a module."""
-    return math.prod(part.shape) + part.bias * part.shape[0]
 
 
 def square_shape(D: int, L: int, positions: int | None = None) -> Shape:
@@ -379,10 +369,8 @@ def find_shape(model: str) -> Shape:
         return llama_shape(outline_of(model))
     if "=" in model:
         return dimensions(model)
-    known = nearest(model, [*LLAMAS, *PAPER])
-    raise ConfigError(
-        f"model is {short(model)}; expected a file, dimensions (d=768,layers=12) or a name, {known}"
-    )
+    expected = f"a file, dimensions (d=768,layers=12) or a name; {nearest(model, [*LLAMAS, *PAPER])}"
+    raise ConfigError(f"model is {short(model)}; expected {expected}")
 
 
 def dimensions(text: str) -> Shape:
@@ -391,20 +379,20 @@ def dimensions(text: str) -> Shape:
     Defaults: kv is heads, head_dim is d / heads, tied is false. d and layers alone mean the square maps of
     attention. ConfigError for anything else.
     """
-    given: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = (piece.strip() for piece in part.partition("="))
         if key not in KEYS:
-            raise ConfigError(f"{short(key)} is no dimension of a model; {nearest(key, KEYS)}")
-        if key in given:
+            raise ConfigError(f"{short(key)} is not a dimension of a model; {nearest(key, KEYS)}")
+        if key in sizes:
             raise ConfigError(f"{key} is given twice in {short(text)}; expected it once")
         number = int(value) if re.fullmatch("[0-9]{1,99}", value) else value
-        given[key] = {"true": True, "false": False}.get(value, number)  # a wrong type is refused below
-    square = given.keys() <= {"d", "layers"}
+        sizes[key] = {"true": True, "false": False}.get(value, number)  # a wrong type is refused below
+    square = sizes.keys() <= {"d", "layers"}
     needed = ("d", "layers") if square else ("d", "layers", "heads", "ff", "vocab")
-    if missing := [key for key in needed if key not in given]:
+    if missing := [key for key in needed if key not in sizes]:
         raise ConfigError(f"{short(text)} lacks {', '.join(missing)}; expected {', '.join(needed)}")
     if square:
-        return square_shape(check_int("d", given["d"], 1), check_int("layers", given["layers"], 1))
-    given = {"kv": given["heads"], "tied": False} | given
-    return llama_shape(Outline(Config(**{KEYS[key]: value for key, value in given.items()})))
+        return square_shape(check_int("d", sizes["d"], 1), check_int("layers", sizes["layers"], 1))
+    sizes = {"kv": sizes["heads"], "tied": False} | sizes
+    return llama_shape(Outline(Config(**{KEYS[key]: value for key, value in sizes.items()})))

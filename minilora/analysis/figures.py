@@ -60,7 +60,7 @@ def heat_map(modules: Sequence[Any]) -> Picture:
 def adapter_spectra(modules: Sequence[Any]) -> Picture:
     """The singular values s_i / s_1 of every ΔW: a panel per kind of module, layers from dark to light."""
     _, names, layers = grid_of(modules, lambda m: 0.0)
-    names = [*names, *sorted({m.kind for m in modules} - {*names})]
+    names += sorted({m.kind for m in modules} - {*names})
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure, grid = axes(columns, lines, (max(3.0 * columns, 6.4), 2.6 * lines))
@@ -70,16 +70,9 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
     for ax, name in zip(grid.flat, names, strict=False):
         some = [m for m in modules if m.kind == name]
         for m in some:
-            S = np.array(m.singular_values)
-            at = np.arange(1, len(S) + 1)
-            ax.plot(
-                at,
-                S / max(S[0], 1e-300),
-                color=colours.get(m.layer or 0, BLUE),
-                linewidth=1,
-                marker=".",
-                markersize=3,
-            )
+            S, colour = np.array(m.singular_values), colours.get(m.layer or 0, BLUE)
+            at, heights = np.arange(1, len(S) + 1), S / max(S[0], 1e-300)
+            ax.plot(at, heights, color=colour, linewidth=1, marker=".", markersize=3)
         noise = noise_spectrum(some[0].shape, np.random.default_rng(0), some[0].r, draws=4)
         ax.plot(np.arange(1, len(noise) + 1), noise / noise[0], color=ORANGE, linestyle="--", linewidth=2)
         ax.set_yscale("log")
@@ -100,22 +93,19 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
 @styled
 def subspaces(modules: Sequence[Any]) -> Picture:
     """phi(i, i) of two adapters per kind of module, mean over layers: inputs, outputs; chance dotted."""
-    found = [m for m in modules if m.other]
-    names = list(dict.fromkeys(m.kind for m in found))
+    compared = [m for m in modules if m.other]
+    names = list(dict.fromkeys(m.kind for m in compared))
     figure, ((left, right),) = axes(2, 1, (10, 4))
     says = []
-    looks = zip(
-        cycle((BLUE, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9")), cycle("osD^vPX"), strict=False
-    )
-    for name, (colour, marker) in zip(names, looks, strict=False):
-        some = [m.other for m in found if m.kind == name]
+    colours = cycle((BLUE, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9"))
+    for name, colour, marker in zip(names, colours, cycle("osD^vPX"), strict=False):
+        some = [m.other for m in compared if m.kind == name]
         n = min(len(o.inputs) for o in some)
         at = np.arange(1, n + 1)
         ends = []
         for ax, side in ((left, "inputs"), (right, "outputs")):
-            phi, chance = (
-                np.mean([getattr(o, key)[:n] for o in some], 0) for key in (side, f"random_{side}")
-            )
+            keys = (side, f"random_{side}")
+            phi, chance = (np.mean([getattr(o, key)[:n] for o in some], 0) for key in keys)
             ax.plot(at, phi, color=colour, marker=marker, markersize=4, label=drawn(name))
             ax.plot(at, chance, color=colour, linestyle=":", linewidth=1.5)
             ends.append(f"{side} {phi[0]:.2f} to {phi[-1]:.2f} (chance {chance[-1]:.3f})")
@@ -128,6 +118,5 @@ def subspaces(modules: Sequence[Any]) -> Picture:
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=9)
     figure.suptitle("Common subspace of two adapters; dotted: chance", fontsize=12)
-    return Picture(
-        figure, f"Subspace similarity of two adapters, first to all directions: {'; '.join(says)}."
-    )
+    text = f"Subspace similarity of two adapters, first to all directions: {'; '.join(says)}."
+    return Picture(figure, text)

@@ -23,29 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import spectra
 from ..backend import Array, cores, one_blas_thread, to_device, to_host
 from ..errors import MismatchError, NonFiniteError, UnsupportedError, nearest
 from ..formats.huggingface import name_in, transposed, weights
 from ..formats.safetensors import Tensors
-from ..peft.folder import Adapter, change_norm, open_adapter
+from ..peft.folder import Adapter, open_adapter
 from ..peft.kinds import KINDS
-from ..spectra import (
-    amplification,
-    effective_rank,
-    intruder_threshold,
-    intruders,
-    noise_spectrum,
-    norm,
-    quotient,
-    random_similarity,
-    rank_at,
-    relative,
-    similarity,
-    stable_rank,
-    thin_svd,
-    thin_values,
-    top_vectors,
-)
+from ..spectra import norm, quotient, rank_at, similarity
 from ..table import Table, counted, report
 from ..targets import LAYER
 
@@ -133,11 +118,9 @@ class Inspection:
         return sum(max(m.ranks.at99, 1) * sum(m.shape) for m in self.modules)
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         return asdict(self) | {"norm": self.norm, "parameters_at_99": self.needed}
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         shown: list[str | Table] = [part for table in tables(self) for part in (table, "")]
         return [*shown, self.summary(), *(f"note: {note}" for note in self.notes)]
 
@@ -145,8 +128,8 @@ class Inspection:
         """The whole adapter in one line."""
         r = sum(m.r for m in self.modules)
         at99 = sum(m.ranks.at99 for m in self.modules)
-        effective, noise = (math.fsum(x) for x in zip(*((m.ranks.effective, m.noise.effective)
-                            for m in self.modules), strict=True))  # fmt: skip
+        effective = math.fsum(m.ranks.effective for m in self.modules)
+        noise = math.fsum(m.noise.effective for m in self.modules)
         what = counted(len(self.modules), "module", "modules")
         return (
             f"{self.adapter}: {what}, {self.parameters:,} parameters, |ΔW| {self.norm:.4g}; "
@@ -174,15 +157,15 @@ def inspect(
     other = None if against is None else open_adapter(against)
     tensors = None if base is None else weights(base)
     places = {} if tensors is None else placed(given, tensors)
-    if other is not None and not (common := given.pairs.keys() & other.pairs.keys()):
-        raise MismatchError(
-            f"{against}: adapts no module of {adapter}; {nearest(next(iter(given.pairs)), other.pairs)}"
-        )
+    common = given.pairs.keys() & other.pairs.keys() if other else set()
+    if other and not common:
+        near = nearest(next(iter(given.pairs)), other.pairs)
+        raise MismatchError(f"{against}: adapts no module of {adapter}; {near}")
     modules = []
 
     def one(name: str) -> Module:
         W = weight_of(tensors, *places[name]) if tensors is not None and name in places else None
-        return look(given, name, W, other if other and name in common else None, whole)
+        return look(given, name, W, other if name in common else None, whole)
 
     with contextlib.ExitStack() as stack:  # a thin QR is too small for BLAS threads
         several = base is None and stack.enter_context(one_blas_thread())
@@ -192,19 +175,18 @@ def inspect(
             modules.append(module)
             if progress:
                 progress(len(modules), len(given.pairs))
-    notes = [*given.said, *(tensors.notes if tensors else ())]
+    notes = [*given.all_notes, *(tensors.notes if tensors else ())]
     for kind in KINDS:
         if kind.flag in given.settings.flags:
             notes.append(f"{kind.adapter.__name__}: the numbers are those of B A alone; {kind.besides}")
-    if whole_ones := len(given.replaced) + sum(pair.bias is not None for pair in given.pairs.values()):
-        notes.append(
-            f"{counted(whole_ones, 'parameter is', 'parameters are')} replaced in full, not in the numbers"
-        )
-    if other is not None and (alone := given.pairs.keys() ^ other.pairs.keys()):
-        what = counted(len(alone), "module is", "modules are")
-        notes.append(f"{what} adapted by one of the two only, such as {min(alone)}")
-    if other is not None:
-        notes += [f"{against}: {said}" for said in other.said]
+    if replaced := len(given.replaced) + sum(pair.bias is not None for pair in given.pairs.values()):
+        what = counted(replaced, "parameter is", "parameters are")
+        notes.append(f"{what} replaced in full, not in the numbers")
+    if other:
+        if alone := given.pairs.keys() ^ other.pairs.keys():
+            what = counted(len(alone), "module is", "modules are")
+            notes.append(f"{what} adapted by one of the two only, such as {min(alone)}")
+        notes += [f"{against}: {note}" for note in other.all_notes]
     if tensors is not None and (apart := [name for name in given.pairs if name not in places]):
         what = counted(len(apart), "module is", "modules are")
         notes.append(f"{what} not in the base, or in another shape, such as {apart[0]}")
@@ -221,9 +203,9 @@ def look(given: Adapter, name: str, W: np.ndarray | None, other: Adapter | None,
     """The numbers of one module; singular vectors are computed only for a comparison."""
     pair = given.pairs[name]
     if W is None and other is None:
-        S = thin_values(*thin(given, name))
+        S = spectra.thin_values(*thin(given, name))
     else:
-        parts = thin_svd(*thin(given, name))
+        parts = spectra.thin_svd(*thin(given, name))
         S = to_host(parts[1])
     number = LAYER.match(name)
     return Module(
@@ -236,10 +218,8 @@ def look(given: Adapter, name: str, W: np.ndarray | None, other: Adapter | None,
 
 def thin(given: Adapter, name: str) -> tuple[Array, Array, float]:
     """B (O, r), A (r, I) and scale s of a module on the device; NonFiniteError if its ΔW is not finite."""
-    (A, B), s = given.factors(name), given.pairs[name].scale
-    if not math.isfinite(change_norm(A, B, s)):
-        raise NonFiniteError(f"{given.where}: the ΔW of {name} is not finite: its factors are too large")
-    return to_device(B), to_device(A), s
+    A, B = given.factors(name)
+    return to_device(B), to_device(A), given.pairs[name].scale
 
 
 def directions(U: Array, S: Array, Vt: Array) -> tuple[Array, Array, Array]:
@@ -251,13 +231,13 @@ def directions(U: Array, S: Array, Vt: Array) -> tuple[Array, Array, Array]:
 
 def ranks(S: np.ndarray) -> Ranks:
     """The four measures of a spectrum."""
-    return Ranks(effective_rank(S), stable_rank(S), rank_at(S, 0.9), rank_at(S, 0.99))
+    return Ranks(spectra.effective_rank(S), spectra.stable_rank(S), rank_at(S, 0.9), rank_at(S, 0.99))
 
 
 @functools.cache
 def noise(shape: tuple[int, int], r: int) -> Ranks:
     """The four measures of noise: B A with Gaussian factors, the mean spectrum of four draws."""
-    return ranks(noise_spectrum(shape, np.random.default_rng(0), r, draws=4))
+    return ranks(spectra.noise_spectrum(shape, np.random.default_rng(0), r, draws=4))
 
 
 def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
@@ -266,8 +246,8 @@ def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
     MismatchError if none do; UnsupportedError if the adapter numbers its layers unlike the base.
     """
     if beside := [field for field in given.settings.beside if field.startswith("layer_replication")]:
-        raise UnsupportedError(f"{given.where}: {beside[0]}; its layers are not numbered as the base's")
-    found = {}
+        raise UnsupportedError(f"{given.where}: {beside[0]}; the base numbers its layers differently")
+    places = {}
     for name, pair in given.pairs.items():
         key = name_in(base, name)
         O, *rest = base.shapes.get(key) or (0,)  # noqa: E741
@@ -276,13 +256,13 @@ def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
         if turned is None:  # the base does not tell
             turned = given.settings.fan_in_fan_out and pair.shape == shape[::-1]
         if pair.shape == (shape[::-1] if turned else shape):
-            found[name] = key, turned
-    if not found:
+            places[name] = key, turned
+    if not places:
         name, pair = next(iter(given.pairs.items()))
         if (key := f"{name}.weight") not in base:
             raise MismatchError(f"{given.where}: the base has no {key}; {nearest(key, base)}")
         raise MismatchError(f"{given.where}: {name} is {pair.shape}; the base's is {base.shapes[key]}")
-    return found
+    return places
 
 
 def weight_of(base: Tensors, key: str, turned: bool) -> np.ndarray:
@@ -298,13 +278,13 @@ def beside_base(given: Adapter, name: str, W: Array, U: Array, S: Array, Vt: Arr
     if not math.isfinite(size):
         raise NonFiniteError(f"{given.where}: the base's {name}.weight has values that are not finite")
     W, k = to_device(W), len(S)
-    top, _ = top_vectors(W, k)
-    factor, random = amplification(W, U, S, Vt)
-    cosines = intruders(W, (U * S) @ Vt, FIRST) if min(W.shape) <= whole else np.zeros(0)
-    threshold = intruder_threshold(W.shape[0], min(W.shape))
+    top, _ = spectra.top_vectors(W, k)
+    factor, random = spectra.amplification(W, U, S, Vt)
+    cosines = spectra.intruders(W, (U * S) @ Vt, FIRST) if min(W.shape) <= whole else np.zeros(0)
+    threshold = spectra.intruder_threshold(W.shape[0], min(W.shape))
     return BesideBase(
         quotient(norm(to_host(S)), size), factor, random, float(similarity(U, top)[-1, -1]),
-        random_similarity(k, k, len(W)), int((cosines < threshold).sum()) if cosines.size else None,
+        spectra.random_similarity(k, k, len(W)), int((cosines < threshold).sum()) if cosines.size else None,
         tuple(cosines.tolist()), threshold,
     )  # fmt: skip
 
@@ -314,15 +294,17 @@ def beside_other(U: Array, S: Array, Vt: Array, other: Adapter, name: str) -> Be
     O, I = len(U), Vt.shape[1]  # noqa: E741
     if (shape := other.pairs[name].shape) != (O, I):
         raise MismatchError(f"{other.where}: {name} is {shape}; the first adapter's is {O, I}")
-    U2, S2, Vt2 = directions(*thin_svd(*thin(other, name)))
-    s, s2 = (relative(to_host(x)) for x in (S, S2))
+    U2, S2, Vt2 = directions(*spectra.thin_svd(*thin(other, name)))
+    s, s2 = (spectra.relative(to_host(x)) for x in (S, S2))
     inner = float((to_host((U.T @ U2) * (Vt @ Vt2.T)) * s[:, None] * s2).sum())
     n = range(1, min(len(S), len(S2)) + 1)
+    at_random = (tuple(spectra.random_similarity(i, i, D) for i in n) for D in (I, O))
     return BesideOther(
         quotient(inner, norm(s) * norm(s2)),
-        tuple(np.diag(similarity(Vt.T, Vt2.T)).tolist()), tuple(np.diag(similarity(U, U2)).tolist()),
-        tuple(random_similarity(i, i, I) for i in n), tuple(random_similarity(i, i, O) for i in n),
-    )  # fmt: skip
+        tuple(np.diag(similarity(Vt.T, Vt2.T)).tolist()),
+        tuple(np.diag(similarity(U, U2)).tolist()),
+        *at_random,
+    )
 
 
 # ---- the tables, for terminal and page; chance's values in brackets
@@ -363,10 +345,10 @@ def cells(m: Module) -> Sequence[str]:
 
 def base_cells(module: str, b: BesideBase) -> Sequence[str]:
     """The row that compares a module with its base."""
-    found = "-" if b.intruders is None else f"{b.intruders} of {len(b.cosines)}"
+    intruders = "-" if b.intruders is None else f"{b.intruders} of {len(b.cosines)}"
     return (
         module, f"{b.relative:.2e}", f"{b.amplification:.3g}", f"({b.random_amplification:.3g})",
-        f"{b.overlap:.3f}", f"({b.random_overlap:.3f})", found, f"({b.threshold:.2f})",
+        f"{b.overlap:.3f}", f"({b.random_overlap:.3f})", intruders, f"({b.threshold:.2f})",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Rows -> figures. The only file that imports matplotlib; it computes nothing but means and ranges.
+"""The house style of all figures, and how they are saved. The only file that imports matplotlib.
 
 Every figure is a Picture: the figure, and one sentence that says what it shows, for readers who cannot see
 it. Colours are Okabe and Ito's (viridis for ordered quantities), never without a marker or line style. The
@@ -22,6 +22,7 @@ from ..table import markup
 
 Row = dict[str, Any]
 
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 STYLE: dict[Any, Any] = {
     "figure.figsize": (6.4, 4.0),
@@ -47,9 +48,7 @@ class Picture:
 
     figure: Figure
     says: str
-    made: dict[str, bytes] = field(
-        default_factory=dict, repr=False, compare=False
-    )  # kind -> bytes, drawn once
+    made: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)  # by kind, drawn once
 
     def encoded(self, kind: str) -> bytes:
         """The figure as "png" or "svg", without dates."""
@@ -90,9 +89,5 @@ def axes(columns: int = 1, lines: int = 1, size: tuple[float, float] | None = No
 
 def shades(ranks: Sequence[int]) -> dict[int, Any]:
     """A colour of viridis for each rank, dark to light."""
-    return {
-        r: matplotlib.colormaps["viridis"](0.85 * i / max(len(ranks) - 1, 1)) for i, r in enumerate(ranks)
-    }
-
-
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    viridis, last = matplotlib.colormaps["viridis"], max(len(ranks) - 1, 1)
+    return {r: viridis(0.85 * i / last) for i, r in enumerate(ranks)}

@@ -1,4 +1,4 @@
-"""Rows -> one HTML page that needs nothing else: a table, the figures, and how it was made."""
+"""Pieces of HTML -> one page that needs nothing else: text, figures, tables, and how it was made."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,6 @@ from typing import Any
 
 from ..table import markup
 from .plotting import Picture
-
-Row = dict[str, Any]
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -50,8 +48,7 @@ def drawing(name: str, picture: Picture) -> str:
     says = markup(picture.says)
     # all figures use the same ids, which must differ on one page; only tags may change, no text
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{name}-", tag[0]), svg)
-    opened = f'<svg role="img" aria-labelledby="{name}-title" '
-    svg = svg.replace("<svg ", opened, 1)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title" ', 1)
     at = svg.index(">") + 1
     svg = f'{svg[:at]}<title id="{name}-title">{says}</title>{svg[at:]}'
     return f"<figure>{svg}<figcaption>{says}</figcaption></figure>"

@@ -56,11 +56,9 @@ class Merge:
     logits: float  # the largest |logit|, to compare with
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         return asdict(self)
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         rows = [(w.module, f"{w.largest:.2e}", f"{w.relative:.2e}", f"{w.lost:.1e}") for w in self.rows]
         return [
             Table(("module", "max |ΔW|", "|ΔW|/|W|", "lost"), rows),
@@ -88,24 +86,23 @@ def merge_checkpoint(
     model is loaded in float32, then in float64; the float64 W + ΔW is written. InputError for an unknown
     dtype, and whatever loading and saving raise.
     """
-    given = checkpoint(base)
-    kind = dtype or given.dtype
+    source = checkpoint(base)
+    kind = dtype or source.dtype
     if kind not in CALLED:
         raise InputError(f"dtype is {kind!r}; {nearest(kind, CALLED)}")
     adapter = adapter_folder(adapter)
-    refuse_same(given.where, out)
-    refuse_same(adapter, out)
+    refuse_same(out, source.where, adapter)
     check_free(out)
-    V, T = given.config.vocab_size, min(32, given.config.max_position_embeddings)
+    V, T = source.config.vocab_size, min(32, source.config.max_position_embeddings)
     random = np.random.default_rng(0).integers(V, size=T)
     ids = np.asarray(random if probe is None else probe, np.int64)[None, :]
 
-    model = assemble(given, np.float32)
+    model = assemble(source, np.float32)
     load_adapter(model, adapter, force=force)
     unmerged = logits(model, ids)
     lora.fuse(model)
     single = logits(model, ids) - unmerged
-    model = assemble(given, np.float64)
+    model = assemble(source, np.float64)
     load_adapter(model, adapter, force=force)
     exact = logits(model, ids)
     lora.merge(model)
@@ -115,7 +112,7 @@ def merge_checkpoint(
     lora.fuse(model)
     for p in named_params(model).values():
         p.data = to_device(stored(to_host(p.dense()), kind))
-    save_model(model, out, card(given, adapter), token_ids(given.where), kind, beside(given.where))
+    save_model(model, out, card(source, adapter), token_ids(source.where), kind, beside(source.where))
     written = logits(model, ids)  # last: saving has refused values too large for the dtype
     return Merge(
         str(out), kind, rows,
@@ -149,7 +146,7 @@ def changes(model: Llama, kind: str) -> Iterator[Change]:
             yield Change(module, largest(change), quotient(size, float(np.linalg.norm(W))), lost / size)
 
 
-def card(given: Checkpoint, adapter: Path) -> str:
+def card(source: Checkpoint, adapter: Path) -> str:
     """The README.md of a merged model."""
-    adapted = adapter.resolve().name
-    return plain(f"{given.where.name} with the adapter {adapted} merged into it by minilora.") + "\n"
+    name = adapter.resolve().name
+    return plain(f"{source.where.name} with the adapter {name} merged into it by minilora.") + "\n"

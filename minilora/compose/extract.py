@@ -16,10 +16,9 @@ from ..formats.huggingface import fingerprint, located, transposed, weights
 from ..formats.safetensors import Tensors, stored
 from ..peft.config import peft_config, targets
 from ..peft.folder import PREFIX, Adapter, open_adapter, write_adapter
-from ..spectra import rank_at
 from ..table import counted
 from ..targets import LAYER
-from .truncate import LARGEST, Compression, Shrunk, check_choice, choose, refuse_same, split, tail
+from .truncate import LARGEST, Compression, check_choice, choose, refuse_same, shrunk, split
 
 TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # and any name with "embed" in it
 
@@ -44,16 +43,16 @@ def extract(
     or nothing can be compared; InputError if one checkpoint is only the other, rounded to fewer bits.
     """
     check_choice(rank, energy)
-    for source in (base, tuned):
-        refuse_same(located(source), out)
+    refuse_same(out, located(base), located(tuned))
     check_free(out, overwrite)
     before, after = weights(base), weights(tuned)
     names, notes = comparable(before, after)
     notes = [*dict.fromkeys((*before.notes, *after.notes)), *notes]
     maps = {name.removesuffix(".weight"): name for name in names if is_map(name, before.shapes[name])}
     turned = {module: bool(transposed(before.shapes, module)) for module in maps}
+    alone = (energy is not None) == per_module  # a module's rank does not depend on the others
     left: dict[str, float] = {}
-    found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # U and Vᵀ as far as needed, S whole
     rounded = Counter[str]()
     for i, name in enumerate(names):
         change, kind = difference(before, after, name)
@@ -62,49 +61,47 @@ def extract(
             rounded[kind] += 1
         elif change.any() and module in maps:
             U, S, Vt = decomposed(change.T if turned[module] else change)
-            k = known(S, rank, energy, per_module)
-            found[module] = (U[:, :k].copy(), S, Vt[:k].copy())
+            k = choose({module: S}, {module: 1}, rank, energy, per_module)[module] if alone else 0
+            parts[module] = (U[:, :k].copy(), S, Vt[:k].copy())
         elif change.any():
             left[name] = float(np.linalg.norm(change))
         if progress:
             progress(i + 1, len(names))
     fewer = ", ".join(
-        f"{counted(n, 'tensor differs', 'tensors differ')} by nothing but rounding to {kind}"
+        f"{counted(n, 'tensor differs', 'tensors differ')} only by rounding to {kind}"
         for kind, n in rounded.items()
     )
-    if not found:
-        if fewer:
-            raise InputError(f"{base} and {tuned}: {fewer}; there is nothing else to extract")
+    if fewer and not parts:
+        raise InputError(f"{base} and {tuned}: {fewer}; there is nothing else to extract")
+    if not parts:
         raise MismatchError(f"{base} and {tuned}: no linear map differs; there is nothing to extract")
     if fewer:
         notes.append(f"{fewer} and are left out")
-    flag = any(turned[module] for module in found)
-    if others := [module for module in found if turned[module] != flag]:
-        left |= {maps[module]: float(np.linalg.norm(found.pop(module)[1])) for module in others}
-        notes.append(f"{others[0]} is no Conv1D and left out: fan_in_fan_out is for all modules or none")
-    spectra = {m: S for m, (_, S, _) in found.items()}
-    costs = {m: sum(before.shapes[f"{m}.weight"]) for m in found}
+    flag = any(turned[module] for module in parts)
+    if others := [module for module in parts if turned[module] != flag]:
+        left |= {maps[module]: float(np.linalg.norm(parts.pop(module)[1])) for module in others}
+        notes.append(f"{others[0]} is not a Conv1D and left out: fan_in_fan_out is for all modules or none")
+    spectra = {m: S for m, (_, S, _) in parts.items()}
+    costs = {m: sum(before.shapes[f"{m}.weight"]) for m in parts}
     chosen = choose(spectra, costs, rank, energy, per_module)
     tensors: dict[str, np.ndarray] = {}
-    for module, (U, S, Vt) in found.items():
+    for module, (U, S, Vt) in parts.items():
         k = chosen[module]
         if U.shape[1] < k:
             change, _ = difference(before, after, f"{module}.weight")
             U, S, Vt = decomposed(change.T if flag else change)
-        A, B = split(U, S, Vt, k)
-        at = f"{PREFIX}{module}.lora_"
-        tensors |= {f"{at}A.weight": A, f"{at}B.weight": B}
+        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = split(
+            U, S, Vt, k
+        )
     modules = [name.removesuffix(".weight") for name in before.shapes]
-    config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(found)))
+    config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(parts)))
     config |= {"base_model_name_or_path": str(base), "fan_in_fan_out": flag}
     write_adapter(out, config, tensors, fingerprint(before), overwrite=overwrite)
     written, rows = open_adapter(out), []
     for module, S in spectra.items():
-        k, shape = chosen[module], written.pairs[module].shape
         change, _ = difference(before, after, f"{module}.weight")
         lost = float(np.linalg.norm(change - applied(written, module)))
-        spectral = float(S[k]) if k < len(S) else 0.0
-        rows.append(Shrunk(module, shape, None, k, float(np.linalg.norm(S)), lost, tail(S, k), spectral))
+        rows.append(shrunk(module, written.pairs[module].shape, None, S, chosen[module], lost))
     spent = sum(k * costs[m] for m, k in chosen.items())
     return Compression(str(out), tuple(rows), spent, None, left, tuple(notes))
 
@@ -127,7 +124,9 @@ def comparable(before: Tensors, after: Tensors) -> tuple[list[str], list[str]]:
         alone = [name for name in own if name not in other]
         for name in alone:
             if LAYER.match(name) and is_map(name, own.shapes[name]):
-                raise MismatchError(f"{own.where}: has {name}, the other has not; {nearest(name, other)}")
+                raise MismatchError(
+                    f"{own.where}: has {name}, which {other.where} lacks; {nearest(name, other)}"
+                )
         if alone:
             some = ", ".join(f"{name} {own.shapes[name]}" for name in alone[:3])
             more = f" and {len(alone) - 3} more" if alone[3:] else ""
@@ -137,7 +136,7 @@ def comparable(before: Tensors, after: Tensors) -> tuple[list[str], list[str]]:
         if old != new and is_map(name, old):
             raise MismatchError(f"{after.where}: {name} has shape {new}; the base's is {old}")
         if old != new:
-            notes.append(f"{name} is {old} in the base and {new} in the other; compared is what both have")
+            notes.append(f"{name} is {old} in the base and {new} in the other; their common part is compared")
     return names, notes
 
 
@@ -145,13 +144,6 @@ def decomposed(change: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The thin SVD of a difference: U, S and Vᵀ."""
     U, S, Vt = xp.linalg.svd(to_device(change), full_matrices=False)
     return to_host(U), to_host(S), to_host(Vt)
-
-
-def known(S: np.ndarray, rank: int | None, energy: float | None, per_module: bool) -> int:
-    """The rank of a module if it depends on this module alone; else 0."""
-    if energy is None:
-        return 0 if per_module else min(rank or 1, len(S))
-    return max(rank_at(S, energy), 1) if per_module else 0
 
 
 def is_map(name: str, shape: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Adapters -> adapter: a smaller one of the same ΔW, or one from the difference of two checkpoints.
+"""An adapter -> a smaller one: the best approximation of its ΔW at lower rank.
 
 The best rank-k approximation of ΔW = U S Vᵀ keeps the first k singular values (Eckart and Young 1936):
 
@@ -6,8 +6,7 @@ The best rank-k approximation of ΔW = U S Vᵀ keeps the first k singular value
 
 An adapter's ΔW is never formed: QR of B and Aᵀ and the SVD of an r x r core give U, S and V (spectra.py).
 The file holds B = U sqrt(S) and A = sqrt(S) Vᵀ in float32 with scale 1; the residual is measured on these
-float32 factors. Stands in for mergekit's extraction and PEFT's rank reduction; leaves out combining several
-adapters.
+float32 factors. Stands in for PEFT's rank reduction; leaves out combining several adapters.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
-from ..errors import ConfigError, InputError, MismatchError, NonFiniteError, check_float, check_int
+from ..errors import ConfigError, InputError, MismatchError, check_float, check_int
 from ..formats.atomic import check_free
 from ..peft.config import peft_config, read_fields
 from ..peft.folder import (
     PREFIX,
     Adapter,
     about_targets,
-    change_norm,
-    is_table,
     open_adapter,
     saves,
     unlisted,
-    unsaid,
+    unmentioned,
     write_adapter,
 )
 from ..peft.kinds import KINDS
 from ..peft.recognise import CONFIG
 from ..spectra import norm, quotient, rank_at, thin_svd, thin_values
 from ..table import Table, report
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,9 @@ class Compression:
         return ratio(self.rows, "optimum")
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON data."""
         return asdict(self) | {"residual": self.residual, "optimum": self.optimum}
 
     def parts(self) -> list[str | Table]:
-        """Tables and lines of the report."""
         rows = []
         for w in self.rows:
             rank = f"{w.r} -> {w.rank}" if w.r else str(w.rank)
@@ -96,9 +93,17 @@ class Compression:
             f"Eckart-Young optimum {self.optimum:.3e}",
         ]
         if self.left:
-            parts.append("not in it, for a LoRA on linear maps cannot hold it:")
+            parts.append("left out, as a LoRA on linear maps cannot hold it:")
             parts += [f"  {name}  |change| {norm:.3g}" for name, norm in self.left.items()]
         return [*parts, *(f"note: {note}" for note in self.notes)]
+
+
+def shrunk(
+    module: str, shape: tuple[int, int], r: int | None, S: np.ndarray, rank: int, residual: float
+) -> Shrunk:
+    """The row of a module whose singular values S were cut after `rank` of them."""
+    spectral = float(S[rank]) if rank < len(S) else 0.0
+    return Shrunk(module, shape, r, rank, norm(S), residual, norm(S[rank:]), spectral)
 
 
 def ratio(rows: Sequence[Shrunk], part: str) -> float:
@@ -119,22 +124,17 @@ def left_over(B: np.ndarray, A: np.ndarray, s: float, Bk: np.ndarray, Ak: np.nda
     return norm(thin_values(to_device(both), to_device(np.vstack([A, Ak]))))
 
 
-def tail(S: np.ndarray, k: int) -> float:
-    """The root of the sum of s_i² beyond k."""
-    return norm(S[k:])
-
-
 # ---- which ranks
 
 
 def check_choice(rank: int | None, energy: float | None) -> None:
     """ConfigError unless exactly one of the two is given, and is valid."""
     if (rank is None) == (energy is None):
-        raise ConfigError("rank and energy are two ways to choose; expected exactly one of them")
+        raise ConfigError(f"rank is {rank} and energy is {energy}; expected exactly one of them")
     if rank is not None:
         check_int("rank", rank, 1)
     elif not check_float("energy", energy, 0, 1.0000001, open_low=True) <= 1:
-        raise ConfigError(f"energy is {energy}; expected a share in (0, 1]")
+        raise ConfigError(f"energy is {energy}; expected a number in (0, 1]")
 
 
 def choose(
@@ -155,7 +155,6 @@ def choose(
     keep by at most the energy of the first value that did not fit: filling a budget to the last parameter
     is a knapsack problem. Where all modules cost the same, it keeps the most.
     """
-    check_choice(rank, energy)
     largest = max((float(S.max()) for S in spectra.values()), default=0.0) or 1.0
     spectra = {m: S / largest for m, S in spectra.items()}  # so that squares do not underflow
     if energy is not None and per_module:
@@ -198,35 +197,25 @@ def compress(
     """
     check_choice(rank, energy)
     given = open_adapter(adapter)
-    refuse_same(given.where, out)
+    refuse_same(out, given.where)
     check_free(out, overwrite)
-    config, left_aside = told(given)
-    found = {}
+    config, omitted = corrected(given)
+    parts = {}
     for module, pair in given.pairs.items():
-        A, B = given.factors(module)
-        if change_norm(A, B, pair.scale) > LARGEST:
-            raise NonFiniteError(
-                f"{given.where}: the ΔW of {module} is not finite: its factors are too large"
-            )
-        found[module] = (A, B, *map(to_host, thin_svd(to_device(B), to_device(A), pair.scale)))
-    spectra = {m: parts[3] for m, parts in found.items()}
-    costs = {m: sum(given.pairs[m].shape) for m in found}
-    chosen = choose(spectra, costs, rank, energy, per_module)
-    factors = {name for pair in given.pairs.values() for name in (pair.A, pair.B)}
-    tensors = {
-        name: given.value(name) for name in given.tensors if name not in factors and name not in left_aside
-    }
+        A, B = given.factors(module, LARGEST)
+        parts[module] = (A, B, *map(to_host, thin_svd(to_device(B), to_device(A), pair.scale)))
+    costs = {m: sum(pair.shape) for m, pair in given.pairs.items()}
+    chosen = choose({m: S for m, (*_, S, _) in parts.items()}, costs, rank, energy, per_module)
+    omitted |= {name for pair in given.pairs.values() for name in (pair.A, pair.B)}
+    tensors = {name: given.value(name) for name in given.tensors if name not in omitted}
     rows = []
-    for module, (A, B, U, S, Vt) in found.items():
+    for module, (A, B, U, S, Vt) in parts.items():
         pair, k = given.pairs[module], chosen[module]
         Ak, Bk = split(U, S, Vt, k)
         lost = left_over(B, A, pair.scale, Bk, Ak)
-        inner, outer = (
-            given.tensors.shapes[name] for name in (pair.A, pair.B)
-        )  # a convolution's have more axes
+        rows.append(shrunk(module, pair.shape, pair.r, S, k, lost))
+        inner, outer = (given.tensors.shapes[name] for name in (pair.A, pair.B))  # a convolution's: > 2 axes
         tensors[pair.A], tensors[pair.B] = Ak.reshape(k, *inner[1:]), Bk.reshape(-1, k, *outer[2:])
-        spectral = float(S[k]) if k < len(S) else 0.0
-        rows.append(Shrunk(module, pair.shape, pair.r, k, norm(S), lost, tail(S, k), spectral))
         if (bias := f"{PREFIX}{module}.lora_B.bias") in tensors:  # the scale multiplies it, and is 1 now
             tensors[bias] = tensors[bias] * pair.scale
     sizes = peft_config({m: (k, k) for m, k in chosen.items()}, ())
@@ -235,10 +224,10 @@ def compress(
     write_adapter(out, config, tensors, given.made.get("base"), overwrite=overwrite)
     before = sum(pair.r * sum(pair.shape) for pair in given.pairs.values())
     smaller = sum(k * costs[m] for m, k in chosen.items())
-    return Compression(str(out), tuple(rows), smaller, before, {}, given.said)
+    return Compression(str(out), tuple(rows), smaller, before, {}, given.all_notes)
 
 
-def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
+def corrected(given: Adapter) -> tuple[dict[str, Any], set[str]]:
     """The config of an adapter, corrected to match its file, and the tensors that no config can describe.
 
     MismatchError if only some modules have magnitudes: PEFT has no form for that.
@@ -247,31 +236,28 @@ def told(given: Adapter) -> tuple[dict[str, Any], set[str]]:
     for kind in KINDS:
         states = {kind.vector in pair.vectors for pair in given.pairs.values()}
         if len(states) > 1:
-            raise MismatchError(f"{given.where}: some modules have a {kind.vector} and others not")
+            raise MismatchError(f"{given.where}: some modules have a {kind.vector} and others do not")
         if (kind.flag in settings.flags) not in states:
             config[kind.flag] = kind.flag not in settings.flags
     entries = settings.modules_to_save
     there = [entry for entry in entries if any(saves(entry, name) for name in given.replaced)]
-    others = [name for name in unlisted(given) if not is_table(name)]
+    _, others = unlisted(given)
     more = {name.removesuffix(".weight") for name in others if name.endswith(".weight")} - given.pairs.keys()
     if there != list(entries) or more:
         config["modules_to_save"] = [*there, *sorted(more)] or None
-    left_aside = {given.replaced[name] for name in others if name.rpartition(".")[0] not in more}
-    left_aside |= set(unsaid(given))
+    omitted = {given.replaced[name] for name in others if name.rpartition(".")[0] not in more}
+    omitted |= set(unmentioned(given))
     if settings.bias == "none":
-        left_aside |= {pair.bias for pair in given.pairs.values() if pair.bias}
-    kept = {parameter: key for parameter, key in given.replaced.items() if key not in left_aside}
+        omitted |= {pair.bias for pair in given.pairs.values() if pair.bias}
+    kept = {parameter: key for parameter, key in given.replaced.items() if key not in omitted}
     if isinstance(settings.target_modules, str) or list(about_targets(replace(given, replaced=kept))):
         config |= {"target_modules": sorted(given.pairs), "exclude_modules": None}
         config |= {"layers_to_transform": None, "layers_pattern": None}
-    return config, left_aside
+    return config, omitted
 
 
-def refuse_same(source: Path, out: Path | str) -> None:
-    """InputError if the output is the input, inside it or around it."""
-    out, source = Path(out).resolve(), Path(source).resolve()
-    if out == source or source in out.parents or out in source.parents:
-        raise InputError(f"{out}: is the input, inside it or around it; expected another folder")
-
-
-LARGEST = float(np.finfo(np.float32).max)
+def refuse_same(out: Path | str, *sources: Path) -> None:
+    """InputError if the output is an input, inside it or around it."""
+    out = Path(out).resolve()
+    if any(out == s or s in out.parents or out in s.parents for s in (path.resolve() for path in sources)):
+        raise InputError(f"{out}: is the input, lies in it or contains it; expected another folder")

@@ -50,6 +50,11 @@ HIGHEST = 1 << 20  # rank
 MOST = safetensors.MOST // 2  # keys of a pattern: one for each module that a file can hold
 LARGEST = 1 << 23  # bytes of a config: so many keys in both patterns, 80 bytes each
 FEW = 1000  # names in a list that is compared with every module
+PLAIN = {  # the fields of a plain LoRA in a config of ours, besides sizes and targets
+    "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA",
+    "revision": None, "task_type": "CAUSAL_LM",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,59 +94,59 @@ class Chosen:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json as they are; FormatError if it is no JSON object."""
+    """The fields of an adapter_config.json as they are; FormatError if it is not a JSON object."""
     return read_json(path, LARGEST)
 
 
 def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
     """The settings in an adapter_config.json, and notes; ConfigError or UnsupportedError names the field."""
-    given = read_fields(path)
+    fields = read_fields(path)
 
     def wrong(name: str, expected: str) -> ConfigError:
-        return ConfigError(f"{path}: {name} is {short(given.get(name))}; expected {expected}")
+        return ConfigError(f"{path}: {name} is {short(fields.get(name))}; expected {expected}")
 
-    kind = given.get("peft_type")
+    kind = fields.get("peft_type")
     if not isinstance(kind, str) or not re.fullmatch("[A-Z0-9_]+", kind):  # as all methods' names do
         raise wrong("peft_type", "'LORA'")
     if kind != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {short(kind)}; expected 'LORA'")
 
     def flag(name: str) -> bool:
-        found = given.get(name)
-        if found is not None and type(found) is not bool:
+        value = fields.get(name)
+        if value is not None and type(value) is not bool:
             raise wrong(name, "true or false")
-        return bool(found)
+        return bool(value)
 
     beside = []
     for name in (*REFUSED, *BESIDE):
         if name in SWITCHES:
             flag(name)
-        if given.get(name) not in (None, False, {}, []):
-            beside.append(f"{name} is {short(given[name])}")
+        if fields.get(name) not in (None, False, {}, []):
+            beside.append(f"{name} is {short(fields[name])}")
             if name in REFUSED:
-                raise UnsupportedError(f"{path}: {beside[-1]}; this is not done here")
-    init = given.get("init_lora_weights", True)
+                raise UnsupportedError(f"{path}: {beside[-1]}, which is not supported")
+    init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(OTHER_BASE):
         raise UnsupportedError(
-            f"{path}: init_lora_weights is {short(init)}: its base is not the published one; PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
+            f"{path}: init_lora_weights is {short(init)}, which changes the base; make it a plain LoRA with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
     def words(name: str) -> str | tuple[str, ...]:
-        found = given.get(name)
-        if found is None or (isinstance(found, str) and found):
-            return found or ()
-        if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+        value = fields.get(name)
+        if value is None or (isinstance(value, str) and value):
+            return value or ()
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise wrong(name, "a list of module names")
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(value))
 
     def pattern(name: str, check: Any) -> dict[str, Any]:
-        found = {} if given.get(name) is None else given[name]
-        if not isinstance(found, dict) or len(found) > MOST:
+        numbers = {} if fields.get(name) is None else fields[name]
+        if not isinstance(numbers, dict) or len(numbers) > MOST:
             raise wrong(name, f"an object of at most {MOST} numbers by module name")
-        for key, number in found.items():
+        for key, number in numbers.items():
             check(f"{name}[{short(key)}]", number)
-        return found
+        return numbers
 
     def rank(name: str, value: Any) -> int:
         if check_int(f"{path}: {name}", value, 1) > HIGHEST:
@@ -152,26 +157,25 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         return check_float(f"{path}: {name}", value, 0, math.inf, open_low=True)
 
     for name in ("r", "lora_alpha"):
-        if name not in given:
+        if name not in fields:
             raise ConfigError(f"{path}: {name} is missing; expected a number")
-    numbers = given.get("layers_to_transform")
+    numbers = fields.get("layers_to_transform")
     numbers = [numbers] if type(numbers) is int else numbers
-    if numbers is not None and (
-        not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers)
-    ):
+    valid = isinstance(numbers, list) and numbers and all(type(n) is int and n >= 0 for n in numbers)
+    if numbers is not None and not valid:
         raise wrong("layers_to_transform", "layer numbers")
-    if given.get("bias", "none") not in ("none", "all", "lora_only"):
+    if fields.get("bias", "none") not in ("none", "all", "lora_only"):
         raise wrong("bias", "'none', 'lora_only' or 'all'")
-    base = given.get("base_model_name_or_path")
-    saved, layers = words("modules_to_save"), given.get("layers_pattern")
+    base = fields.get("base_model_name_or_path")
+    saved, layers = words("modules_to_save"), fields.get("layers_pattern")
     layers = [] if layers is None else [layers] if isinstance(layers, str) else layers
     if isinstance(saved, str) or len(saved) > FEW:
         raise wrong("modules_to_save", f"a list of at most {FEW} names")
     if not isinstance(layers, list) or len(layers) > FEW or not all(isinstance(n, str) for n in layers):
         raise wrong("layers_pattern", f"a list of at most {FEW} names")
     settings = Settings(
-        r=rank("r", given["r"]),
-        lora_alpha=alpha("lora_alpha", given["lora_alpha"]),
+        r=rank("r", fields["r"]),
+        lora_alpha=alpha("lora_alpha", fields["lora_alpha"]),
         target_modules=words("target_modules"),
         use_rslora=flag("use_rslora"),
         flags=frozenset(kind.flag for kind in KINDS if flag(kind.flag)),
@@ -181,22 +185,19 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         layers_to_transform=None if numbers is None else tuple(numbers),
         layers_pattern=tuple(layers),
         modules_to_save=saved,
-        bias=given.get("bias", "none"),
+        bias=fields.get("bias", "none"),
         fan_in_fan_out=flag("fan_in_fan_out"),
-        lora_dropout=check_float(f"{path}: lora_dropout", given.get("lora_dropout", 0.0), 0, 1),
+        lora_dropout=check_float(f"{path}: lora_dropout", fields.get("lora_dropout", 0.0), 0, 1),
         base=base if isinstance(base, str) else None,
         beside=tuple(beside),
         where=str(path),
     )
-    strange = sorted(
-        k
-        for k, value in given.items()
-        if value and k not in {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT, *(kind.flag for kind in KINDS)}
-    )
+    known = {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT, *(kind.flag for kind in KINDS)}
+    strange = sorted(name for name, value in fields.items() if value and name not in known)
     some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
-    notes = [f"not known here and ignored: {some}"] if strange else []
+    notes = [f"unknown and ignored: {some}"] if strange else []
     if read_at(path, 0, 3) == codecs.BOM_UTF8:
-        notes.append("the config begins with a byte order mark, with which PEFT does not read it")
+        notes.append("the config begins with a byte order mark, which PEFT cannot read")
     return settings, tuple(notes)
 
 
@@ -237,15 +238,14 @@ def meant(settings: Settings, modules: Sequence[str], linears: Sequence[str]) ->
     if isinstance(targets, str) and targets.lower() == "all-linear":
         adaptable = set(linears)
         return [m for m in free if m in adaptable and not matches("lm_head", m)]
-    found = named(settings, "target_modules", free)
+    matching = named(settings, "target_modules", free)
     if settings.layers_to_transform is None:
-        return found
+        return matching
     exact, layers = set(targets), set(settings.layers_to_transform)
-    by_suffix = [m for m in found if m not in exact]
+    kept = {m for m in matching if (layer := LAYER.match(m)) and int(layer[1]) in layers}
     if settings.layers_pattern:
-        by_suffix = [m for m in by_suffix if any(f".{p}." in f".{m}." for p in settings.layers_pattern)]
-    kept = {m for m in by_suffix if (layer := LAYER.match(m)) and int(layer[1]) in layers}
-    return [m for m in found if m in kept or m in exact]
+        kept = {m for m in kept if any(f".{p}." in f".{m}." for p in settings.layers_pattern)}
+    return [m for m in matching if m in kept or m in exact]
 
 
 def named(settings: Settings, name: str, modules: Sequence[str]) -> list[str]:
@@ -266,32 +266,16 @@ def peft_config(
     def differing(i: int, usual: float) -> dict[str, float]:
         return {f"^{re.escape(m)}": size[i] for m, size in sizes.items() if size[i] != usual}
 
-    return {
-        "alpha_pattern": differing(1, alpha),
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": r,
-        "rank_pattern": differing(0, r),
-        "revision": None,
-        "target_modules": sorted(targets),
-        "task_type": "CAUSAL_LM",
-        "use_rslora": rslora,
-    } | {kind.flag: False for kind in KINDS}
+    ranks, alphas = differing(0, r), differing(1, alpha)
+    sized = {"r": r, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
+    flags = {kind.flag: False for kind in KINDS} | {"use_rslora": rslora}
+    return PLAIN | sized | flags | {"target_modules": sorted(targets)}
 
 
 def targets(modules: Sequence[str], wanted: set[str]) -> list[str]:
     """The shortest list for exactly these modules: last names if they suffice, else full names."""
-    short_names = {m.rpartition(".")[2] for m in wanted}
-    return sorted(
-        short_names if {m for m in modules if m.rpartition(".")[2] in short_names} == wanted else wanted
-    )
+    last = {m.rpartition(".")[2] for m in wanted}
+    return sorted(last if {m for m in modules if m.rpartition(".")[2] in last} == wanted else wanted)
 
 
 def alphas_of(scales: Mapping[str, tuple[float, int]]) -> tuple[dict[str, float], bool]:

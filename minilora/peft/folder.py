@@ -3,11 +3,8 @@
     base_model.model.MODULE.lora_A.weight (r, I)   .lora_B.weight (O, r)   s = alpha / r of the config
 
 Reading is lenient: the file counts, ranks come from the shapes, and a note says where the config disagrees.
-Loading onto a base is strict where PEFT is not: a tensor without its module, a module without its tensors, a
-rank that is not the config's, a value that is not finite and another base are errors that name module and
-file. An adapter of any architecture can be opened; only its header is read until a matrix is needed. Stands
-in for PeftModel.from_pretrained and save_pretrained; what they can do and this cannot is refused by name. No
-pickle is ever opened, and no regular expression from a file can take long.
+Loading (loading.py) is strict. An adapter of any architecture can be opened; only its header is read until a
+matrix is needed. No pickle is ever opened, and no regular expression from a file can take long.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,16 +36,17 @@ WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 BEFORE = re.compile(r"((_forward_module|module|model)\.)*(base_model\.model\.)+")  # module: DDP, DeepSpeed
 FACTORS, OF_TABLE = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 COPY, BIAS = "base_layer.weight", "base_layer.bias"
-ADDED = ("lora_B.bias", "token_adapter.trainable_tokens_delta")  # tensors that act beside B A
+ADDED = {  # tensors that act beside B A, and the config's field for each
+    "lora_B.bias": "lora_bias", "token_adapter.trainable_tokens_delta": "trainable_token_indices",
+}  # fmt: skip
 PARTS = (*FACTORS, *OF_TABLE, COPY, BIAS, *ADDED)  # of an adapted module, besides the vectors of its kind
-TABLES = ("embed_tokens", "lm_head")  # PEFT adds their weights unasked if the vocabulary was resized
+OF_LORA = re.compile(r"(?<![^.])(lora_|(base_layer|token_adapter)(?![^.]))")  # in no name of a base
+TABLES = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them unasked if the vocabulary was resized
 
 
 def key_form() -> re.Pattern[str]:
     """The pattern of a tensor's name: the module, then which of its tensors it is."""
-    bare = "|".join(
-        ["lora_embedding_[AB]", *map(re.escape, vectors()), r"token_adapter\.trainable_tokens_delta"]
-    )
+    bare = "|".join(map(re.escape, [*OF_TABLE, *vectors(), "token_adapter.trainable_tokens_delta"]))
     return re.compile(
         r"(?P<module>.+?)\.(?:"
         r"(?P<linear>lora_[AB])(?:\.(?P<name>[^.]+))?(?P<end>\.weight|\.bias)|"
@@ -74,10 +73,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An opened adapter folder: its config, and where the factors of each module are.
-
-    Tensors have PEFT's names, whatever the file calls them.
-    """
+    """An opened adapter folder: its config and its tensors, by PEFT's names, whatever the file calls them."""
 
     where: Path
     settings: Settings
@@ -89,7 +85,7 @@ class Adapter:
     made: Mapping[str, str] = field(default_factory=dict)  # minilora's own: base (its fingerprint), sha256
 
     @property
-    def said(self) -> tuple[str, ...]:
+    def all_notes(self) -> tuple[str, ...]:
         """All notes to show when the adapter is only inspected."""
         beside = (f"{field}: acts beside B A and is not in the numbers" for field in self.settings.beside)
         return (*self.notes, *beside, *self.doubts)
@@ -99,16 +95,17 @@ class Adapter:
         a = self.tensors[tensor]
         if bad := int(a.size - np.isfinite(a).sum()):
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(a))[0])
-            raise NonFiniteError(
-                f"{self.where}: {tensor} has {bad} values that are not finite, the first at {at}"
-            )
+            what = f"{bad} values that are not finite, the first at {at}"
+            raise NonFiniteError(f"{self.where}: {tensor} has {what}")
         return a
 
-    def factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
-        """A (r, I) and B (O, r) of a module; those of a convolution as matrices."""
+    def factors(self, module: str, limit: float = sys.float_info.max) -> tuple[np.ndarray, np.ndarray]:
+        """A (r, I) and B (O, r) of a module, a convolution's as matrices; NonFiniteError if |ΔW| > limit."""
         pair = self.pairs[module]
-        A, B = self.value(pair.A), self.value(pair.B)
-        return A.reshape(pair.r, -1), B.reshape(-1, pair.r)
+        A, B = self.value(pair.A).reshape(pair.r, -1), self.value(pair.B).reshape(-1, pair.r)
+        if not change_norm(A, B, pair.scale) <= limit:
+            raise NonFiniteError(f"{self.where}: the ΔW of {module} is not finite: its factors are too large")
+        return A, B
 
 
 # ---- reading
@@ -123,31 +120,26 @@ def open_adapter(folder: Path | str) -> Adapter:
     folder = adapter_folder(folder)
     settings, notes = read_settings(folder / CONFIG)
     tensors = open_tensors(folder / WEIGHTS)
-    said = tensors.metadata.get("minilora", "{}")
+    entry = tensors.metadata.get("minilora", "{}")
     try:
-        made = {k: v for k, v in json.loads(said).items() if isinstance(v, str)}
+        made = {k: v for k, v in json.loads(entry).items() if isinstance(v, str)}
     except (ValueError, AttributeError, RecursionError) as e:
-        raise MismatchError(f"{folder / WEIGHTS}: its metadata is damaged: minilora is {short(said)}") from e
+        raise MismatchError(f"{tensors.where}: its metadata is damaged: minilora is {short(entry)}") from e
     if "sha256" in made and made["sha256"] != sealed(tensors):
-        raise MismatchError(
-            f"{folder / WEIGHTS}: its numbers are not those that were written: sha256 differs"
-        )
-    keys, parts, strange, odd = sort_out(folder / WEIGHTS, tensors)
-    known = Tensors(
-        tensors.where, {name: tensors.shapes[key] for name, key in keys.items()},
-        {name: tensors.dtypes[key] for name, key in keys.items()}, lambda name: tensors[keys[name]],
-    )  # fmt: skip
-    pairs, replaced = read_parts(folder / WEIGHTS, settings, known, parts)
+        raise MismatchError(f"{tensors.where}: is damaged: its sha256 differs from the one in its metadata")
+    keys, parts, strange, odd = sort_out(tensors)
+    known = tensors.renamed(keys)
+    pairs, replaced = read_parts(known, settings, parts)
     if not pairs:
         what = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
-        raise MismatchError(f"{folder / WEIGHTS}: has no lora_A and lora_B; {what}")
-    given = Adapter(folder, settings, pairs, replaced, known, made=made)
-    return replace(given, notes=(*notes, *odd, *peculiar(given)), doubts=tuple(disagreements(given, strange)))
+        raise MismatchError(f"{tensors.where}: has no lora_A and lora_B; {what}")
+    adapter = Adapter(folder, settings, pairs, replaced, known, made=made)
+    return replace(
+        adapter, notes=(*notes, *odd, *peculiar(adapter)), doubts=tuple(disagreements(adapter, strange))
+    )
 
 
-def sort_out(
-    path: Path, tensors: Tensors
-) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str], list[str]]:
+def sort_out(tensors: Tensors) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str], list[str]]:
     """PEFT's name -> key in the file; module -> kind of tensor -> PEFT's name; unknown keys; notes.
 
     Wrappers used in training (torch.compile, DDP, FSDP, DeepSpeed) leave their names in the keys, and so can
@@ -165,39 +157,31 @@ def sort_out(
         match = form.fullmatch(bare)
         part = (match["bare"] or match["copy"] or match["linear"] + match["end"]) if match else ""
         module = match["module"] if match else bare.rpartition(".")[0]
-        if not NAME.fullmatch(bare) or not module or (part not in of_module if match else lora_like(bare)):
+        sensible = part in of_module if match else not OF_LORA.search(bare)
+        if not (sensible and module and NAME.fullmatch(bare)):
             strange.append(key)
             continue
         name = f"{PREFIX}{module}.{part}" if match else PREFIX + bare
         if name in keys:
-            raise MismatchError(f"{path}: {keys[name]} and {key} are one and the same, {name}")
+            raise MismatchError(f"{tensors.where}: {keys[name]} and {key} are the same tensor, {name}")
         keys[name] = key
         parts.setdefault(module, {})[part or bare.rpartition(".")[2]] = name
         if not before:
             first.setdefault(f"names do not begin with {PREFIX}", key)
         elif before[0] != PREFIX or plain != key:
-            first.setdefault("names hold those of wrappers", key)
-        if called := match and (match["name"] or match["its"]):
-            names.setdefault(called, key)
-            first.setdefault("names hold that of the adapter", key)
+            first.setdefault("names contain those of wrappers", key)
+        if label := match and (match["name"] or match["its"]):
+            names.setdefault(label, key)
+            first.setdefault("names contain the adapter's", key)
     if len(names) > 1:
         (one, key), (other, second), *_ = names.items()
-        raise MismatchError(
-            f"{path}: holds the adapters {short(one)} and {short(other)}, as in {key} and {second}; "
-            "expected one"
-        )
+        what = f"{short(one)} and {short(other)}, as in {key} and {second}"
+        raise MismatchError(f"{tensors.where}: holds the adapters {what}; expected one")
     return keys, parts, strange, [f"{note}, as in {key}" for note, key in first.items()]
 
 
-def lora_like(bare: str) -> bool:
-    """Whether a key is of something that LoRA adds, and so not of a parameter of the base."""
-    return any(
-        step.startswith("lora_") or step in ("base_layer", "token_adapter") for step in bare.split(".")
-    )
-
-
 def read_parts(
-    path: Path, settings: Settings, tensors: Tensors, parts: Mapping[str, Mapping[str, str]]
+    tensors: Tensors, settings: Settings, parts: Mapping[str, Mapping[str, str]]
 ) -> tuple[dict[str, Pair], dict[str, str]]:
     """The pairs by module, and parameter of the base -> the tensor that replaces it."""
     pairs: dict[str, Pair] = {}
@@ -211,126 +195,121 @@ def read_parts(
             replaced[f"{module}.bias"] = part[BIAS]
         elif added - {*ADDED}:
             alpha = alphas.get(module, settings.lora_alpha)
-            pairs[module] = pair_up(path, settings, module, part, tensors, alpha)
+            pairs[module] = pair_up(tensors, settings, module, part, alpha)
     return pairs, replaced
 
 
-def pair_up(
-    path: Path, settings: Settings, module: str, part: Mapping[str, str], tensors: Tensors, alpha: float
-) -> Pair:
+def pair_up(tensors: Tensors, settings: Settings, module: str, part: Mapping[str, str], alpha: float) -> Pair:
     """One module's pair; MismatchError if a factor is missing or their shapes do not fit."""
+    at = f"{tensors.where}: {module}"
     embedding = any(half in part for half in OF_TABLE)
     a, b = OF_TABLE if embedding else FACTORS
     for half, other in ((a, b), (b, a)):
         if half not in part:
-            given = part.get(other) or next(iter(part.values()))
-            raise MismatchError(f"{path}: {module} has no {half.removesuffix('.weight')}; there is {given}")
+            there = part.get(other) or next(iter(part.values()))
+            raise MismatchError(f"{at} has no {half.removesuffix('.weight')}; there is {there}")
     if embedding and any(half in part for half in FACTORS):
-        raise MismatchError(f"{path}: {module} has factors of a linear map and of an embedding")
+        raise MismatchError(f"{at} has factors of a linear map and of an embedding")
     rows, columns = tensors.shapes[part[a]], tensors.shapes[part[b]]
     if 0 in (*rows, *columns):
         raise MismatchError(
-            f"{path}: {module} has factors without numbers, lora_A {rows} and lora_B {columns}; DeepSpeed "
-            "(ZeRO-3) leaves such where weights were not gathered before they were saved"
+            f"{at} has empty factors, lora_A {rows} and lora_B {columns}; DeepSpeed (ZeRO-3) writes such if "
+            "weights are not gathered before saving"
         )
-    flat = len(rows) == len(columns) == 2
-    convolution = not embedding and len(rows) == len(columns) and len(rows) in (3, 4, 5)
-    if not flat and not (convolution and set(columns[2:]) == {1}):
-        raise MismatchError(
-            f"{path}: {module} has factors of shapes {rows} and {columns}; expected (r, I) and (O, r)"
-        )
-    if (r := rows[0]) != columns[1]:
-        what = f"lora_A {rows} and lora_B {columns}"
-        raise MismatchError(f"{path}: {module} has {what}; expected (r, I) and (O, r)")
-    shape, scale = (columns[0], math.prod(rows[1:])), settings.scale(alpha, r)
-    for name in (part.get(kind) for kind in (*vectors(), BIAS, ADDED[0])):
-        if name and math.prod(tensors.shapes[name]) != columns[0]:
-            raise MismatchError(f"{path}: {name} has shape {tensors.shapes[name]}; expected ({columns[0]},)")
+    ones = (1,) * (len(rows) - 2)  # the further axes of a convolution's B
+    if len(rows) not in ((2,) if embedding else (2, 3, 4, 5)) or columns != (*columns[:1], rows[0], *ones):
+        raise MismatchError(f"{at} has lora_A {rows} and lora_B {columns}; expected (r, I) and (O, r)")
+    r, shape = rows[0], (columns[0], math.prod(rows[1:]))
+    for name in (part.get(kind) for kind in (*vectors(), BIAS, "lora_B.bias")):
+        if name and math.prod(size := tensors.shapes[name]) != columns[0]:
+            raise MismatchError(f"{tensors.where}: {name} has shape {size}; expected ({columns[0]},)")
     beside = {name: part[name] for name in vectors() if name in part}
+    scale = settings.scale(alpha, r)
     return Pair(part[a], part[b], shape, r, alpha, scale, embedding, beside, part.get(BIAS), part.get(COPY))
 
 
-def peculiar(given: Adapter) -> list[str]:
+def peculiar(adapter: Adapter) -> list[str]:
     """Notes on what is unusual but accepted, each once with an example."""
-    settings = given.settings
+    settings = adapter.settings
     first: dict[str, str] = {}
-    for module, pair in given.pairs.items():
+    for module, pair in adapter.pairs.items():
         if pair.r > min(pair.shape):
             first.setdefault(f"r = {pair.r} is larger than the rank that a module can have", module)
     for name in PATTERNS:
-        said = chosen(settings, name, list(given.pairs))
-        for module in said.contested:
+        values = chosen(settings, name, list(adapter.pairs))
+        for module in values.contested:
             first.setdefault(f"keys of {name} disagree and the first one counts", module)
-        for key in said.idle:
-            first.setdefault(f"{name} has keys that mean no module of the file", short(key))
-    numbers = {int(match[1]) for m in given.pairs if (match := LAYER.match(m))}
+        for key in values.idle:
+            first.setdefault(f"{name} has keys that match no module of the file", short(key))
+    numbers = {int(match[1]) for m in adapter.pairs if (match := LAYER.match(m))}
     for idle in sorted({*(settings.layers_to_transform or ())} - numbers):
-        first.setdefault("layers_to_transform has layers that the file has not", short(idle))
-    for parameter in unlisted(given):
-        if is_table(parameter):
-            first.setdefault("has whole tables, as PEFT saves them of a resized vocabulary", parameter)
+        first.setdefault("layers_to_transform has layers that the file lacks", short(idle))
+    tables, _ = unlisted(adapter)
+    for parameter in tables:
+        first.setdefault("has whole tables, which PEFT saves if the vocabulary was resized", parameter)
     notes = [f"{note}, as in {example}" for note, example in first.items()]
-    if beside := [name for name in given.tensors if name.endswith(ADDED)]:
+    if beside := [name for name in adapter.tensors if name.endswith(tuple(ADDED))]:
         what = counted(len(beside), "tensor acts", "tensors act")
         notes.append(f"{what} beside B A, not in the numbers: {beside[0]}")
     return notes
 
 
-def disagreements(given: Adapter, strange: Sequence[str]) -> Iterator[str]:
+def disagreements(adapter: Adapter, strange: Sequence[str]) -> Iterator[str]:
     """Where config and file disagree, as far as it shows without a base or a pattern of targets."""
-    settings, pairs = given.settings, given.pairs
+    settings, pairs = adapter.settings, adapter.pairs
+    _, others = unlisted(adapter)
     if strange:
         what = counted(len(strange), "tensor is", "tensors are")
         yield f"{what} not of a LoRA, the first {ascii(strange[0])[:200]}"
-    if others := [p for p in unlisted(given) if not is_table(p)]:
+    if others:
         what = counted(len(others), "tensor is", "tensors are")
         yield f"{what} not of a LoRA with this config, the first {others[0]}"
-    if both := [p for p in given.replaced if p.rpartition(".")[0] in pairs]:
-        yield f"{given.replaced[both[0]]} is for a module that has lora_A and lora_B"
+    if both := [p for p in adapter.replaced if p.rpartition(".")[0] in pairs]:
+        yield f"{adapter.replaced[both[0]]} is for a module that has lora_A and lora_B"
     about: dict[str, list[str]] = {}
     ranks = chosen(settings, "rank_pattern", list(pairs)).values
     for module, pair in pairs.items():
-        for kind, text in about_pair(given, module, pair, ranks.get(module, settings.r)):
+        for kind, text in about_pair(adapter, module, pair, ranks.get(module, settings.r)):
             about.setdefault(kind, []).append(text)
     for texts in about.values():
         yield texts[0] + (f"; and {len(texts) - 1} more" if texts[1:] else "")
-    if surprises := unsaid(given):
+    if surprises := unmentioned(adapter):
         name, flag = next(iter(surprises.items()))
-        yield f"has {name}, of which the config says nothing: {flag} is off"
+        yield f"has {name}, which the config does not mention: {flag} is off"
     for entry in settings.modules_to_save:
-        if not any(saves(entry, name) for name in given.replaced):
+        if not any(saves(entry, name) for name in adapter.replaced):
             yield f"has no tensor for modules_to_save {short(entry)}"
-    yield from about_targets(given)
+    yield from about_targets(adapter)
 
 
-def about_pair(given: Adapter, module: str, pair: Pair, r: int) -> Iterator[tuple[str, str]]:
+def about_pair(adapter: Adapter, module: str, pair: Pair, r: int) -> Iterator[tuple[str, str]]:
     """(kind, text) of every disagreement on one pair; r is its rank by the config."""
-    settings, shapes = given.settings, given.tensors.shapes
+    settings, shapes = adapter.settings, adapter.tensors.shapes
     if pair.r != r:
         what = f"lora_A {shapes[pair.A]} and lora_B {shapes[pair.B]}"
         yield "rank", f"{module} has {what}; expected (r, I) and (O, r) with the config's r = {r}"
     for kind in KINDS:
-        there, said = kind.vector in pair.vectors, kind.flag in settings.flags
-        if there != said:
-            yield kind.flag, f"{module} has {'a' if there else 'no'} {kind.vector}; {kind.flag} is {said}"
+        present, flag = kind.vector in pair.vectors, kind.flag in settings.flags
+        if present != flag:
+            yield kind.flag, f"{module} has {'a' if present else 'no'} {kind.vector}; {kind.flag} is {flag}"
     if pair.bias and settings.bias == "none":
         yield "bias", f"has {pair.bias}; expected none with bias 'none'"
 
 
-def about_targets(given: Adapter) -> Iterator[str]:
+def about_targets(adapter: Adapter) -> Iterator[str]:
     """Where a list of target_modules and the file's modules differ; no pattern is run."""
-    settings = given.settings
-    wanted, excluded = settings.target_modules, settings.exclude_modules
-    if isinstance(wanted, str) or isinstance(excluded, str) or not wanted:
+    settings = adapter.settings
+    targets, excluded = settings.target_modules, settings.exclude_modules
+    if isinstance(targets, str) or isinstance(excluded, str) or not targets:
         return
-    modules = list(given.pairs)
+    modules = list(adapter.pairs)
     agreed = set(meant(settings, modules, modules))
     if extra := [m for m in modules if m not in agreed]:
-        yield f"has factors of {extra[0]}, which target_modules {short(wanted)} does not mean"
+        yield f"has factors of {extra[0]}, which target_modules {short(targets)} does not match"
     if not excluded and settings.layers_to_transform is None:  # else the base is needed to tell
-        saved = [name.rpartition(".")[0] for name in given.replaced]  # PEFT saves what is in both lists
+        saved = [name.rpartition(".")[0] for name in adapter.replaced]  # PEFT saves what is in both lists
         there = {m[start:] for m in [*modules, *saved] for start in starts(m)}
-        if idle := [entry for entry in wanted if entry not in there]:
+        if idle := [entry for entry in targets if entry not in there]:
             known = {m.rpartition(".")[2] for m in modules}
             more = f" and {len(idle) - 1} more" if idle[1:] else ""
             yield f"has no factors for target_modules {short(idle[0])}{more}; {nearest(idle[0], known)}"
@@ -347,49 +326,41 @@ def licensed(settings: Settings, parameter: str) -> bool:
     return bias or any(saves(entry, parameter) for entry in settings.modules_to_save)
 
 
-def unlisted(given: Adapter) -> list[str]:
-    """The parameters that the file replaces but the config does not mention."""
-    return [parameter for parameter in given.replaced if not licensed(given.settings, parameter)]
+def unlisted(adapter: Adapter) -> tuple[list[str], list[str]]:
+    """The parameters that the file replaces but the config does not mention: whole tables, and others."""
+    names = [parameter for parameter in adapter.replaced if not licensed(adapter.settings, parameter)]
+    return [n for n in names if n.endswith(TABLES)], [n for n in names if not n.endswith(TABLES)]
 
 
-def unsaid(given: Adapter) -> dict[str, str]:
+def unmentioned(adapter: Adapter) -> dict[str, str]:
     """Tensors that act beside B A although the config does not say so: tensor -> the field that would."""
-    flags = {
-        name: "lora_bias" if name.endswith(ADDED[0]) else "trainable_token_indices"
-        for name in given.tensors
-        if name.endswith(ADDED)
-    }
     return {
         name: flag
-        for name, flag in flags.items()
-        if not any(field.startswith(flag) for field in given.settings.beside)
+        for name in adapter.tensors
+        for end, flag in ADDED.items()
+        if name.endswith(end) and not any(field.startswith(flag) for field in adapter.settings.beside)
     }
 
 
-def is_table(parameter: str) -> bool:
-    """Whether a parameter is the table of the embedding or the head."""
-    return parameter.endswith(tuple(f"{table}.weight" for table in TABLES))
-
-
-def check_agreement(given: Adapter) -> None:
+def check_agreement(adapter: Adapter) -> None:
     """The strict check before loading: any disagreement of config and file is an error.
 
     UnsupportedError for what acts beside B A; ConfigError or MismatchError names the first disagreement.
     """
-    settings, path = given.settings, given.where / WEIGHTS
+    settings, path = adapter.settings, adapter.tensors.where
     if settings.beside:
-        raise UnsupportedError(f"{path.with_name(CONFIG)}: {settings.beside[0]}; this is not done here")
+        raise UnsupportedError(f"{settings.where}: {settings.beside[0]}, which is not supported")
     check_targets(settings)
-    linears = [m for m, pair in given.pairs.items() if not pair.embedding]
-    agreed = set(meant(settings, list(given.pairs), linears))
-    if len(named(settings, "exclude_modules", list(given.pairs))) == len(given.pairs):
+    linears = [m for m, pair in adapter.pairs.items() if not pair.embedding]
+    agreed = set(meant(settings, list(adapter.pairs), linears))
+    if len(named(settings, "exclude_modules", list(adapter.pairs))) == len(adapter.pairs):
         excluded = short(settings.exclude_modules)
-        raise ConfigError(f"{path.with_name(CONFIG)}: exclude_modules {excluded} leaves none of the modules")
-    if extra := [m for m in given.pairs if m not in agreed]:
-        wanted = short(settings.target_modules)
-        raise MismatchError(f"{path}: has factors of {extra[0]}, which target_modules {wanted} does not mean")
-    if given.doubts:
-        raise MismatchError(f"{path}: {given.doubts[0]}")
+        raise ConfigError(f"{settings.where}: exclude_modules {excluded} excludes every module")
+    if extra := [m for m in adapter.pairs if m not in agreed]:
+        what = f"factors of {extra[0]}, which target_modules {short(settings.target_modules)} does not match"
+        raise MismatchError(f"{path}: has {what}")
+    if adapter.doubts:
+        raise MismatchError(f"{path}: {adapter.doubts[0]}")
 
 
 # ---- the size of a change

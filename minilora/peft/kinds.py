@@ -32,7 +32,7 @@ class Kind:
 KINDS = [
     Kind(
         DoRA, "use_dora", "lora_magnitude_vector", "magnitude", lambda pair, m: DoRA(pair, m, detach=True),
-        "its magnitudes scale the rows of W + ΔW besides",
+        "its magnitudes also scale the rows of W + ΔW",
     ),
 ]  # fmt: skip
 
@@ -44,12 +44,10 @@ def vectors() -> list[str]:
 
 def of_adapter(adapter: Any) -> Kind | None:
     """The row of an adapter, None for LoRA itself; UnsupportedError if there is no row for it."""
-    for kind in KINDS:
-        if type(adapter) is kind.adapter:
-            return kind
-    if not isinstance(adapter, LowRank | LowRankEmbedding):
-        raise UnsupportedError(f"{type(adapter).__name__} has no form in PEFT's files (peft/kinds.py)")
-    return None
+    kind = next((kind for kind in KINDS if type(adapter) is kind.adapter), None)
+    if not kind and not isinstance(adapter, LowRank | LowRankEmbedding):
+        raise UnsupportedError(f"{type(adapter).__name__} cannot be stored in PEFT's files (peft/kinds.py)")
+    return kind
 
 
 def of_vectors(present: Mapping[str, str], where: str) -> Kind | None:

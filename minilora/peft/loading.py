@@ -33,17 +33,16 @@ from .config import alphas_of, chosen, meant, peft_config, targets
 from .folder import (
     PATTERNS,
     PREFIX,
+    TABLES,
     Adapter,
     change_norm,
     check_agreement,
-    is_table,
     licensed,
     open_adapter,
     unlisted,
     write_adapter,
 )
 from .kinds import of_adapter, of_vectors
-from .recognise import WEIGHTS
 
 
 @report
@@ -64,7 +63,6 @@ class Attached:
         return math.sqrt(change / base) if base else 0.0
 
     def parts(self) -> list[str]:
-        """Lines of the report."""
         lines = [f"{self.where}: {len(self.norms)} of {self.modules} modules, |ΔW| / |W| = {self.share:.3g}"]
         if self.replaced:
             lines.append(f"replaced: {', '.join(self.replaced)}")
@@ -90,15 +88,15 @@ def load_adapter(
     check_agreement(given)
     check_name(model, name)
     layers, tied = bases(model), model.lm_head is None
-    split = tied and touches_tied(given)
+    changed = {*given.pairs, *(name.rpartition(".")[0] for name in given.replaced)}
+    split = tied and not changed.isdisjoint({"model.embed_tokens", "lm_head"})  # they share one table
     if split:
         layers = with_head(model, layers)
     check_fit(given, layers, tied)
-    if given.made.get("base") and not force and given.made["base"] != (found := base_print(model)):
-        raise MismatchError(
-            f"{given.where}: was trained beside another base: fingerprint {given.made['base'][:12]!a}, this "
-            f"one has {found[:12]!a}"
-        )
+    base = given.made.get("base")
+    if base and not force and base != (own := base_print(model)):
+        what = f"fingerprint {base[:12]!a}, this one has {own[:12]!a}"
+        raise MismatchError(f"{given.where}: was trained on another base: {what}")
     dtype = next(iter(named_params(model).values())).dense().dtype
 
     def param(tensor: str, shape: tuple[int, ...]) -> Param:
@@ -109,14 +107,13 @@ def load_adapter(
         return Param(to_device(a))
 
     new: dict[str, Any] = {}
-    norms = {}
+    norms, p_drop = {}, given.settings.lora_dropout
     for module, pair in given.pairs.items():
         (O, I), r = pair.shape, pair.r  # noqa: E741
         A, B = param(pair.A, (r, I)), param(pair.B, (O, r))
         adapter: Any = LowRankEmbedding(A, B, pair.scale)
         if not pair.embedding:
-            drop = given.settings.lora_dropout if rng else 0
-            adapter = LowRank(A, B, pair.scale, Dropout(drop, rng) if drop and rng else None)
+            adapter = LowRank(A, B, pair.scale, Dropout(p_drop, rng) if p_drop and rng else None)
         if row := of_vectors(pair.vectors, f"{given.where}: {module}"):
             adapter = row.build(adapter, param(pair.vectors[row.vector], (O,)))
         if pair.bias:
@@ -128,47 +125,39 @@ def load_adapter(
             raise NonFiniteError(f"{given.where}: the ΔW of {module} is not finite in {dtype}")
     for parameter, tensor in given.replaced.items():
         module, _, kind = parameter.rpartition(".")
-        base = layers[module]
-        p = param(tensor, tuple(getattr(base, kind).data.shape))
+        p = param(tensor, tuple(getattr(layers[module], kind).data.shape))
         if kind == "bias" and f"{module}.weight" not in given.replaced:
             new[module] = WithBias(None, p)
         else:
-            copy = new.setdefault(module, FullCopy(deepcopy(base)))
+            copy = new.setdefault(module, FullCopy(deepcopy(layers[module])))
             setattr(copy.layer, kind, p)
     if split:
         untie(model)
     attach(model, new, name)
     maps = [layer for layer in layers.values() if isinstance(layer, Linear | Embedding)]
     notes = list(given.notes)
-    if given.settings.base and not given.made.get("base"):
+    if given.settings.base and not base:
         notes.append(f"its base is called {short(given.settings.base)}; only names and shapes were compared")
     return Attached(str(given.where), norms, len(maps), tuple(given.replaced), tuple(notes))
 
 
-def touches_tied(given: Adapter) -> bool:
-    """Whether an adapter changes the embedding or the head, which share one table in a tied model."""
-    modules = {*given.pairs, *(name.rpartition(".")[0] for name in given.replaced)}
-    return bool(modules & {"model.embed_tokens", "lm_head"})
-
-
 def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
     """MismatchError or UnsupportedError, naming module and file, unless every tensor fits these layers."""
-    path = given.where / WEIGHTS
+    path = given.tensors.where
     for module, pair in given.pairs.items():
         layer = layers.get(module)
         if not isinstance(layer, Linear | Embedding):
             hint = "; train text adapters on the language model alone" if "language_model" in module else ""
             raise MismatchError(f"{path}: the base has no module {module}; {nearest(module, layers)}{hint}")
         shape = tuple(layer.weight.dense().shape)
-        wanted = shape[::-1] if isinstance(layer, Embedding) else shape
+        expected = shape[::-1] if isinstance(layer, Embedding) else shape
         flat = len(given.tensors.shapes[pair.A]) == 2
-        if pair.shape != wanted or pair.embedding != isinstance(layer, Embedding) or not flat:
+        if pair.shape != expected or pair.embedding != isinstance(layer, Embedding) or not flat:
             kind = "an embedding" if pair.embedding else "a linear map" if flat else "a convolution"
-            raise MismatchError(
-                f"{path}: {module} has factors for {kind} of {pair.shape}; the base's weight is {shape}"
-            )
+            what = f"{module} has factors for {kind} of {pair.shape}"
+            raise MismatchError(f"{path}: {what}; the base's weight is {shape}")
         if pair.embedding and (row := of_vectors(pair.vectors, f"{path}: {module}")):
-            raise UnsupportedError(f"{path}: {module}: {row.flag} on an embedding is not done here")
+            raise UnsupportedError(f"{path}: {module}: {row.flag} on an embedding is not supported")
         if pair.bias and getattr(layer, "bias", None) is None:
             raise MismatchError(f"{path}: the base has no parameter {module}.bias")
         if pair.copy:
@@ -181,53 +170,43 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
         if not isinstance(p, Param):
             known = [f"{m}.{k}" for m, layer in layers.items() for k in named_params(layer)]
             raise MismatchError(f"{path}: the base has no parameter {parameter}; {nearest(parameter, known)}")
-        if (found := given.tensors.shapes[tensor]) != tuple(p.data.shape):
-            hint = "; resize the base's vocabulary first" if is_table(parameter) else ""
-            raise MismatchError(
-                f"{path}: {tensor} has shape {found}; the base's is {tuple(p.data.shape)}{hint}"
-            )
-    tables = [parameter for parameter in unlisted(given) if is_table(parameter)]
+        if (shape := given.tensors.shapes[tensor]) != (own := tuple(p.data.shape)):
+            hint = "; resize the base's vocabulary first" if parameter.endswith(TABLES) else ""
+            raise MismatchError(f"{path}: {tensor} has shape {shape}; the base's is {own}{hint}")
+    tables, _ = unlisted(given)
     if tied and tables:  # PEFT puts such a table into the base itself, where the two are one
         a, b = (given.value(given.replaced[name]) for name in (tables[0], tables[-1]))
         if len(tables) < 2 or not np.array_equal(a, b):
             raise MismatchError(f"{path}: has {tables[0]}; this base ties head and embedding: expected both")
-    own = {*given.replaced, *(f"{m}.bias" for m, pair in given.pairs.items() if pair.bias)}
+    replaced = {*given.replaced, *(f"{m}.bias" for m, pair in given.pairs.items() if pair.bias)}
     for name in (f"{m}.{kind}" for m, layer in layers.items() for kind in named_params(layer)):
         module, _, kind = name.rpartition(".")
         biased = kind == "bias" and given.settings.bias == "lora_only" and module in given.pairs
-        if name not in own and (biased or licensed(given.settings, name)):
-            raise MismatchError(f"{path}: has no tensor for {name}, which the config means to be in it")
-    modules = [*layers, *(["lm_head"] if tied else [])]
+        if name not in replaced and (biased or licensed(given.settings, name)):
+            raise MismatchError(f"{path}: has no tensor for {name}, which its config asks for")
+    modules = list(dict.fromkeys([*layers, "lm_head"]))  # a tied head can be adapted, too
     for name in PATTERNS:
         for key in chosen(given.settings, name, modules).idle:
-            what = f"{name} has {short(key)}, which means no module of the base; {nearest(key, modules)}"
+            what = f"{name} has {short(key)}, which matches no module of the base; {nearest(key, modules)}"
             raise MismatchError(f"{given.settings.where}: {what}")
     linears = [m for m, layer in layers.items() if isinstance(layer, Linear)]
-    wanted_modules = meant(given.settings, modules, linears)
-    if missing := [m for m in dict.fromkeys(wanted_modules) if m not in given.pairs]:
+    if missing := [m for m in meant(given.settings, modules, linears) if m not in given.pairs]:
         what = counted(len(missing), "module", "modules")
         raise MismatchError(f"{path}: has no factors for {what} of the config, the first {missing[0]}")
 
 
 def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:
     """MismatchError unless the base's weight that PEFT put into the file is this base's, in any dtype."""
-    if given.tensors.shapes[tensor] != W.shape:
-        raise MismatchError(
-            f"{given.where}: {tensor} has shape {given.tensors.shapes[tensor]}; the base's is {W.shape}"
-        )
-    found = given.value(tensor)  # which may have been narrower before it was compressed
-    if not any(np.array_equal(found, stored(W, kind)) for kind in CALLED):
+    if (shape := given.tensors.shapes[tensor]) != W.shape:
+        raise MismatchError(f"{given.where}: {tensor} has shape {shape}; the base's is {W.shape}")
+    copy = given.value(tensor)  # which may have been narrower before it was compressed
+    if not any(np.array_equal(copy, stored(W, kind)) for kind in CALLED):
         raise MismatchError(f"{given.where}: {tensor} is not the base's weight: this is another base")
 
 
-def base_tensors(model: Any) -> dict[str, np.ndarray]:
-    """The parameters of the base beneath all adapters, by their names in a checkpoint; a shared one once."""
-    return {path: p.dense() for path, p in named_params(bases(model)).items()}
-
-
 def base_print(model: Any) -> str:
-    """The fingerprint of the base of a model."""
-    return fingerprint(base_tensors(model))
+    """The fingerprint of the base of a model beneath all adapters; a shared parameter counts once."""
+    return fingerprint({path: p.dense() for path, p in named_params(bases(model)).items()})
 
 
 def save_adapter(
@@ -281,23 +260,18 @@ def save_adapter(
                     low["lm_head"] = pair
     if len(set(kinds.values())) > 1:
         one, other, *_ = sorted({kind.adapter.__name__ if kind else "LowRank" for kind in kinds.values()})
-        raise UnsupportedError(f"some modules are {one} and others {other}; PEFT has one kind for all")
+        raise UnsupportedError(f"some adapters are {one} and others {other}; a PEFT folder holds one kind")
     if not low:
-        raise UnsupportedError("the adapter has no low-rank part; PEFT has no LoRA without one")
+        raise UnsupportedError("the adapter has no low-rank part; a PEFT folder needs at least one")
     alphas, rslora = alphas_of({m: (pair.scale, len(pair.A.data)) for m, pair in low.items()})
-    config = (
-        peft_config(
-            {m: (len(pair.A.data), alphas[m]) for m, pair in low.items()},
-            targets([*layers, *(["lm_head"] if "lm_head" in low else [])], set(low)),
-            rslora,
-        )
-        | {
-            "base_model_name_or_path": base,
-            "bias": "none" if not biased else "lora_only" if all(biased) else "all",
-            "lora_dropout": dropout,
-            "modules_to_save": sorted(saved) or None,
-        }
-        | {kind.flag: True for kind in kinds.values() if kind}
-    )
+    sizes = {m: (len(pair.A.data), alphas[m]) for m, pair in low.items()}
+    config = peft_config(sizes, targets([*{*layers, *low}], set(low)), rslora)
+    config |= {
+        "base_model_name_or_path": base,
+        "bias": "none" if not biased else "lora_only" if all(biased) else "all",
+        "lora_dropout": dropout,
+        "modules_to_save": sorted(saved) or None,
+    }
+    config |= {kind.flag: True for kind in kinds.values() if kind}
     host = {name: to_host(a) for name, a in tensors.items()}
     write_adapter(folder, config, host, base_print(model), dtype, overwrite)

@@ -79,17 +79,16 @@ class Names:
         self.left -= steps
         if self.left < 0:
             most = STEPS + 5 * len(self.codes)
-            raise UnsupportedError(
-                f"{self.where}: comparing with {len(self.ends)} modules takes more than {most} steps"
-            )
+            what = f"comparing with {len(self.ends)} modules"
+            raise UnsupportedError(f"{self.where}: {what} takes more than {most} steps")
 
     def holding(self, at: int) -> list[int]:
         """The numbers of the names that have a position in the set."""
         raw = np.frombuffer(at.to_bytes(len(self.codes) // 8 + 1, "little"), np.uint8)
         places = np.flatnonzero(np.unpackbits(raw, bitorder="little"))
-        found = np.unique(np.searchsorted(self.ends, places)).tolist()
-        self.spend(10 * self.price + len(found))
-        return found
+        numbers = np.unique(np.searchsorted(self.ends, places)).tolist()
+        self.spend(10 * self.price + len(numbers))
+        return numbers
 
 
 # ---- steps: from the positions where a match of a part begins to those where it can end, or backward
@@ -146,11 +145,11 @@ def either(steps: Sequence[Step]) -> Step:
     """Any one of the parts."""
 
     def step(names: Names, at: int, back: bool) -> int:
-        found = 0
+        there = 0
         for one in steps:
             names.spend(names.price)
-            found |= one(names, at, back)
-        return found
+            there |= one(names, at, back)
+        return there
 
     return step
 
@@ -182,7 +181,7 @@ def parse(pattern: str, where: str) -> Step:
     """The steps of an expression; ConfigError if it is invalid, UnsupportedError if it is refused here."""
 
     def refused(what: str) -> UnsupportedError:
-        return UnsupportedError(f"{where} is {short(pattern)}: regular expressions {what} are not done here")
+        return UnsupportedError(f"{where} is {short(pattern)}: regular expressions {what} are not supported")
 
     if len(pattern) > LONGEST:
         raise refused(f"of more than {LONGEST} characters")
@@ -193,14 +192,14 @@ def parse(pattern: str, where: str) -> Step:
             warnings.simplefilter("error")  # syntax that a later Python reads differently
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError, Warning) as e:
-        raise ConfigError(f"{where} is {short(pattern)}: is no regular expression: {e}") from e
+        raise ConfigError(f"{where} is {short(pattern)}: not a regular expression: {e}") from e
     place = 0
 
     def group(flags: int, depth: int) -> Step:
         """The steps up to the end of the group, or of the expression."""
         nonlocal place
         if depth > DEEPEST:
-            raise refused(f"with more than {DEEPEST} groups in each other")
+            raise refused(f"with more than {DEEPEST} nested groups")
         branches: list[list[Step]] = [[]]
         while place < len(pattern):
             token = TOKEN.match(pattern, place)

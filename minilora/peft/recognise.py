@@ -28,6 +28,17 @@ TOOLS = {  # what other tools call their tensors, and whose they are
 }  # fmt: skip
 
 
+FOLDERS = {  # files of a folder without a PEFT adapter -> what it is
+    (r"adapter_model\.bin",): f"has adapter_model.bin only: {PICKLE}",
+    (r"config\.json", r"(pytorch_)?model.*\.(safetensors|bin).*"):
+        f"is a model, not an adapter; {WANTED}: `minilora extract BASE MODEL OUT` makes one",
+    (r"adapters\.safetensors",): f"is an adapter of MLX; {WANTED} of PEFT",
+    (r"pytorch_lora_weights\.safetensors",): f"is a LoRA of diffusers, without a config; {WANTED}",
+    (r".*\.gguf",): f"has a file of llama.cpp; {WANTED}",
+    (r".*\.(pt|pth|ckpt)",): f"has pickles only: {PICKLE}; {WANTED}",
+}  # fmt: skip
+
+
 def adapter_folder(given: Path | str) -> Path:
     """The folder of the adapter that a path means; the path may be a file in it.
 
@@ -38,38 +49,31 @@ def adapter_folder(given: Path | str) -> Path:
     with named_errors(path):
         names = {child.name for child in path.iterdir()} if path.is_dir() else None
     if names is None:
-        return of_file(path) if exists(path) else missing(path)
+        return of_file(path)
     if CONFIG not in names:
         raise no_config(path, names)
     config = read_fields(path / CONFIG)
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
         raise UnsupportedError(f"{path}: is an adapter of MLX; {WANTED} of PEFT")
-    if WEIGHTS not in names and (other := told(names)):
+    if WEIGHTS not in names and (other := other_kind(names)):
         raise UnsupportedError(f"{path}: {other}")
     return path
 
 
-def missing(path: Path) -> Path:
-    """StorageError for a path with nothing there, with a hint if it may be a name on the hub."""
-    if match := HUB.fullmatch(str(path)):
-        name = match[1]
-        raise StorageError(
-            f"{path}: there is no such folder; if this is a name on the Hugging Face hub, fetch it first: "
-            f"hf download {name} --local-dir {name.rpartition('/')[2]}"
-        )
-    raise StorageError(f"{path}: is missing; {WANTED}")
-
-
 def of_file(path: Path) -> Path:
-    """The folder of an adapter's file, or the error that says what the file is."""
+    """The folder of an adapter's file, or the error that says what the file is, or may be on the hub."""
+    if not exists(path):
+        if match := HUB.fullmatch(str(path)):
+            command = f"hf download {match[1]} --local-dir {match[1].rpartition('/')[2]}"
+            what = "there is no such folder; if this is a name on the Hugging Face hub, fetch it first"
+            raise StorageError(f"{path}: {what}: {command}")
+        raise StorageError(f"{path}: is missing; {WANTED}")
     if path.name in (CONFIG, WEIGHTS) and exists(path.with_name(CONFIG)):
         return adapter_folder(path.parent)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise UnsupportedError(f"{path}: {PICKLE}; {WANTED}")
     if path.suffix == ".gguf":
-        raise UnsupportedError(
-            f"{path}: is a file of llama.cpp; {WANTED}, from which an adapter there is made"
-        )
+        raise UnsupportedError(f"{path}: is a file of llama.cpp; {WANTED}")
     if path.suffix == ".safetensors":
         what = of_names(open_tensors(path)) or f"has no {CONFIG} beside it, which holds the scale"
         raise UnsupportedError(f"{path}: {what}; {WANTED}")
@@ -79,10 +83,9 @@ def of_file(path: Path) -> Path:
 def no_config(path: Path, names: set[str]) -> Exception:
     """The error for a folder without adapter_config.json."""
     if inside := sorted((p.parent.name for p in path.glob(f"*/{CONFIG}")), key=step):
-        where = f"there is one in {short(inside[-1])}"
-        many = f"there are {len(inside)} below, the last in {short(inside[-1])}"
-        return StorageError(f"{path / CONFIG}: is missing; {where if len(inside) == 1 else many}")
-    if other := told(names):
+        where = "there is one" if len(inside) == 1 else f"there are {len(inside)} below, the last"
+        return StorageError(f"{path / CONFIG}: is missing; {where} in {short(inside[-1])}")
+    if other := other_kind(names):
         return UnsupportedError(f"{path}: {other}")
     return StorageError(f"{path / CONFIG}: is missing; {WANTED}")
 
@@ -93,22 +96,11 @@ def step(name: str) -> tuple[str, int]:
     return (match[1], int(match[2][:18] or 0)) if match else (name, 0)
 
 
-def told(names: set[str]) -> str | None:
+def other_kind(names: set[str]) -> str | None:
     """What a folder without a PEFT adapter is, by the names in it; None if that is unclear."""
-    if "adapter_model.bin" in names:
-        return f"has adapter_model.bin only: {PICKLE}"
-    if "config.json" in names and any(
-        re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin).*", n) for n in names
-    ):
-        return f"is a model and no adapter; {WANTED}: `minilora extract BASE MODEL OUT` makes one"
-    if "adapters.safetensors" in names:
-        return f"is an adapter of MLX; {WANTED} of PEFT"
-    if "pytorch_lora_weights.safetensors" in names:
-        return f"is a LoRA of diffusers, without a config; {WANTED}"
-    if any(name.endswith(".gguf") for name in names):
-        return f"has a file of llama.cpp; {WANTED}, from which an adapter there is made"
-    if any(name.endswith((".pt", ".pth", ".ckpt")) for name in names):
-        return f"has pickles only: {PICKLE}; {WANTED}"
+    for patterns, what in FOLDERS.items():
+        if all(any(re.fullmatch(pattern, name, re.DOTALL) for name in names) for pattern in patterns):
+            return what
     return None
 
 
@@ -119,5 +111,5 @@ def of_names(names: Iterable[str]) -> str | None:
         if any(re.fullmatch(pattern, name) for name in names):
             return f"is {tool}"
     if names and not any("lora" in name for name in names):
-        return "holds the weights of a model and no LoRA"
+        return "has the weights of a model, not of a LoRA"
     return None

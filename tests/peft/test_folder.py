@@ -354,7 +354,7 @@ def test_all_or_none_have_dora(tmp_path):
     inject(model, LoraConfig(r=2, dora=True), rng=rng)
     first = next(iter(adapted(model).values()))
     first.adapters["default"] = first.adapters["default"].low_rank
-    with pytest.raises(UnsupportedError, match="some modules are DoRA and others LowRank"):
+    with pytest.raises(UnsupportedError, match="some adapters are DoRA and others LowRank"):
         save_adapter(model, tmp_path / "a")
     assert os.listdir(tmp_path) == []
 

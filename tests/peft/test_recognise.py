@@ -99,7 +99,7 @@ KINDS = {  # what it is -> error, what it says, how to get there
     ),
     "a model": (
         UnsupportedError,
-        "is a model and no adapter; expected .*minilora extract",
+        "is a model, not an adapter; expected .*minilora extract",
         lambda root: shutil.copytree(BASE, root / "m"),
     ),
     "a model in parts": (
