@@ -8,6 +8,7 @@ from pathlib import Path
 
 for library in ("OPENBLAS", "OMP", "MKL"):  # before NumPy is imported: one thread, so one order of summation
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+os.fsync = lambda fd: None  # no test's files must outlast a power failure; tests of the calls replace it
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402

@@ -156,7 +156,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("config", "kind"), KINDS.values(), ids=KINDS)
-def test_gradients_are_autograds(config, kind):
+def test_gradients_match_autograd(config, kind):
     model, rng = fresh(config)
     if kind:
         inject(model, LoraConfig(R, ALPHA, init="both", **kind), rng=rng)
@@ -172,7 +172,7 @@ def clip_(params, largest):
     return float(norm)
 
 
-def test_adamw_is_torchs():
+def test_adamw_matches_torch():
     rng = np.random.default_rng(1)
     shapes = {"q_proj.A": (4, 24), "q_proj.B": (60, 4), "norm.weight": (24,)}
     params = {k: Param(to_device(rng.standard_normal(shape))) for k, shape in shapes.items()}
@@ -193,7 +193,7 @@ def test_adamw_is_torchs():
     agree({k: p.data for k, p in params.items()}, theirs, 1e-12)
 
 
-def test_ten_steps_are_torchs():
+def test_ten_steps_match_torch():
     model, rng = fresh(TIED)
     inject(model, LoraConfig(R, ALPHA, targets=EVERYTHING), rng=rng)  # one factor of each pair is 0
     twin = Twin(model, {})
@@ -227,7 +227,7 @@ def llama_of_transformers(model, dtype):
 
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied-biases"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 2e-6), ("float32", 5e-6)])
-def test_logits_are_transformers(config, dtype, bound):
+def test_logits_match_transformers(config, dtype, bound):
     model, rng = fresh(config, np.dtype(dtype))
     ids, _ = batch(rng)
     theirs = llama_of_transformers(model, getattr(torch, dtype))
@@ -235,7 +235,7 @@ def test_logits_are_transformers(config, dtype, bound):
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied-biases"])
-def test_greedy_text_is_transformers(config):
+def test_greedy_decoding_matches_transformers(config):
     model, rng = fresh(config)
     prompt, steps = rng.integers(0, config.vocab_size, (5, 6)), 10
     theirs = llama_of_transformers(model, torch.float64)
@@ -268,7 +268,7 @@ PEFT_KINDS = {
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize(("config", "targets", "kind", "more"), PEFT_KINDS.values(), ids=PEFT_KINDS)
-def test_adapters_are_pefts(config, targets, kind, more):
+def test_adapters_match_peft(config, targets, kind, more):
     # the bounds leave room: random factors on both sides, times s, amplify transformers' rounding
     model, rng = fresh(config)
     hf = llama_of_transformers(model, torch.float64)
