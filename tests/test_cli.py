@@ -97,7 +97,7 @@ def test_help_lists_the_commands_and_options(arguments, main, capsys):
         assert all(name in said.out for name in COMMANDS)
 
 
-def test_the_version_is_that_of_the_package(main, capsys):
+def test_version_prints_the_version_of_the_package(main, capsys):
     with pytest.raises(SystemExit) as e:
         main("--version")
     assert e.value.code == 0

@@ -1,4 +1,4 @@
-"""Text in, text out: what `complete` gives is what `generate` draws, in the words of the right tokenizer."""
+"""`complete` gives as text what `generate` draws, decoded by the model's own tokenizer."""
 
 import numpy as np
 import pytest

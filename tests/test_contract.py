@@ -1,4 +1,4 @@
-"""A kind of adapter that the package has never seen goes all the way: the contract is all that it keeps."""
+"""A new kind of adapter that only implements the contract works everywhere: training, merging, files."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""A flag arrives: every option of every command reaches the function that the command calls.
+"""Every option of every command reaches the function that the command calls.
 
 The parser is walked, so an option that is added without a line in the table below turns this red; so does one
 that is parsed and dropped, one that changes something else, and a default that is not the function's own.

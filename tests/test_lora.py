@@ -1,4 +1,4 @@
-"""LoRA's laws: exact at the start, exact when merged up to rounding, exact when taken away."""
+"""LoRA's laws: exact at the start, exact when merged up to rounding, exact when removed."""
 
 import copy
 import math
@@ -417,15 +417,15 @@ def test_an_adapted_table_changes_the_lookup_and_the_tied_head(seed, r):
 def test_an_adapter_on_a_tied_head_does_not_change_the_lookup(seed, r, both):
     """As in PEFT: the lookup does not see the head's change, nor the head that of the lookup."""
     model, rng = tiny(seed, np.float64, tie_word_embeddings=True)
-    twin, _ = tiny(seed, np.float64, tie_word_embeddings=False)
+    untied, _ = tiny(seed, np.float64, tie_word_embeddings=False)
     table = model.model.embed_tokens.weight
     bits = table.data.tobytes()
-    for name, p in named_params(twin).items():  # the untied model of the same numbers
+    for name, p in named_params(untied).items():  # the untied model of the same numbers
         p.data = get(model, name if name != "lm_head.weight" else "model.embed_tokens.weight").data.copy()
     targets = ["q_proj", "lm_head", *["embed_tokens"] * both]
     reports = [
         inject(m, LoraConfig(r=r, alpha=5, targets=targets, init="both"), rng=np.random.default_rng(seed))
-        for m in (model, twin)
+        for m in (model, untied)
     ]
     V, D = table.data.shape
     assert reports[0].rows == reports[1].rows
@@ -433,12 +433,12 @@ def test_an_adapter_on_a_tied_head_does_not_change_the_lookup(seed, r, both):
     assert reports[1].base_parameters == reports[0].base_parameters + V * D  # the table counts once
     assert model.lm_head.base.weight is table
     ids, labels = batch(rng)
-    losses, found = zip(*(gradients(one, ids, labels) for one in (model, twin)), strict=True)
+    losses, found = zip(*(gradients(one, ids, labels) for one in (model, untied)), strict=True)
     assert losses[0] == losses[1]
     assert same_bits(*found)
     for change in (merge, unmerge, fuse):
-        change(model), change(twin)
-        assert np.array_equal(model(ids)[0], twin(ids)[0])
+        change(model), change(untied)
+        assert np.array_equal(model(ids)[0], untied(ids)[0])
     assert table.data.tobytes() == bits
 
 
@@ -1043,7 +1043,7 @@ def test_a_detached_norm_is_a_constant_in_the_backward(seed, o, i, r):
      ("use_rslora", "rslora"),
      ("use_dora", "dora"), ("init_lora_weights", "init")],
 )  # fmt: skip
-def test_a_name_of_peft_is_answered_with_ours(name, ours):
+def test_a_config_name_of_peft_is_answered_with_ours(name, ours):
     with pytest.raises(ConfigError, match=f"{name} is PEFT's name; expected {ours}"):
         LoraConfig(**{name: 1})
     assert ours in LoraConfig.__dataclass_fields__

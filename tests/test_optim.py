@@ -1,4 +1,4 @@
-"""AdamW is the algorithm of the paper; what must not move does not; schedules and clipping keep theirs."""
+"""AdamW is the algorithm of the paper; clipping bounds the norm; schedules have the stated shape."""
 
 import math
 
@@ -172,7 +172,7 @@ def test_adam_is_invariant_to_moving_the_scale_into_the_factors(seed, p, q, dtyp
 SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def test_lora_plus_is_faster_for_B_alone():
+def test_lora_plus_raises_the_rate_of_B_only():
     model, rng = tiny()
     inject(model, LoraConfig(r=2, targets=EVERYTHING), rng=rng)
     rate = lora_plus(16.0)

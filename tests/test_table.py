@@ -1,4 +1,4 @@
-"""A text is a text, whatever shows it: no foreign name leads a terminal, a figure or a page."""
+"""Foreign text is shown as text: it cannot control a terminal, a figure or a page."""
 
 import dataclasses
 import importlib
@@ -411,5 +411,5 @@ def test_generated_text_cannot_control_the_terminal(pieces, tmp_path_factory):
 
 
 @given(n=st.integers(0, 10**6))
-def test_counted_uses_the_singular_only_for_one(n):
+def test_only_one_is_singular(n):
     assert counted(n, "tensor is", "tensors are") == f"{n} " + ("tensor is" if n == 1 else "tensors are")

@@ -1,4 +1,4 @@
-"""What is counted on paper is what `inject` trains; the papers' numbers to the unit; one line for a slip."""
+"""Counts are exactly what `inject` trains and what papers state; bad input is one line."""
 
 import contextlib
 import json

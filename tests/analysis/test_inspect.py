@@ -1,4 +1,4 @@
-"""What `inspect` says of an adapter is what the dense matrices say; in brackets is what noise would show."""
+"""`inspect` agrees with the dense matrices; the numbers in brackets are those of noise."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A figure shows what its rows say, names axes and units, comes out the same; the page needs nothing else."""
+"""A figure shows its rows, names axes and units and is reproducible; the page is self-contained."""
 
 import math
 import re

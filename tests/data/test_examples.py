@@ -1,4 +1,4 @@
-"""What `minilora train` takes for text and for examples, what it refuses, and with what a sequence begins."""
+"""Which files `minilora train` reads as text and as examples, which it refuses, and the start tokens."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs on other machines give the rows of this one, whatever dies; what would not is refused in one line."""
+"""Runs on other machines give the rows of this one even if workers die; another environment is refused."""
 
 import os
 import pickle

@@ -1,6 +1,6 @@
-"""The experiment: what is tested is never trained on, a seed is a seed, and a recipe is what is run.
+"""The experiments: test data are never trained on, a seed fixes every draw, and a run follows its recipe.
 
-Every text here says of each of its windows where it lies, so what reaches the model can be found again. In a
+Every window of these texts tells its position, so what reaches the model can be traced. In a
 recipe no two numbers are alike and none is its default: a field that is dropped or read for another is seen.
 """
 

@@ -831,7 +831,7 @@ def test_the_standard_library_replaces_unavailable_texts(place, tmp_path, monkey
     assert "fallback" in rank_report.report_page(rows, {})
 
 
-def test_a_changed_loss_with_the_old_seal_does_not_count(place, whole, tmp_path):
+def test_a_changed_loss_with_the_old_digest_is_run_again(place, whole, tmp_path):
     out = copy_of(whole, tmp_path)
     lines = held(out).splitlines()
     lines[-1] = lines[-1].replace(b'"valid": ', b'"valid": 1')  # valid JSON, right id, another number

@@ -1,4 +1,4 @@
-"""W + ΔW in one array is the plain adapter, up to rounding; replicas share it, and give it back."""
+"""W + ΔW in one array is the plain adapter, up to rounding; replicas share it and release it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same bits, less memory, and no product twice that nobody needs."""
+"""Activation checkpointing: the same bits, less memory, and no needless second product."""
 
 from collections import Counter
 

@@ -40,7 +40,7 @@ def fails(number):
 
 
 @given(data=st.binary(max_size=5000))
-def test_what_is_written_is_read(tmp_path_factory, data):
+def test_reading_gives_what_was_written(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("files")
     write_atomic(folder / "a", b"before")
     write_atomic(folder / "a", data)
@@ -365,7 +365,7 @@ def test_no_other_module_writes_files():
                 assert not set("".join(modes)) & set("wax+"), where
 
 
-def test_a_new_folder_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+def test_a_new_folder_is_on_disk_before_its_name(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "rename"):
         real = getattr(os, name)
@@ -409,7 +409,7 @@ def test_no_link_is_followed(call, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "second name", *LINKS])
-def test_a_lock_is_a_file_with_one_name(kind, tmp_path):
+def test_a_lock_is_never_a_link_or_a_fifo(kind, tmp_path):
     """What stands in its place would be emptied, or waited for."""
     path, other = tmp_path / "f" / ".lock", tmp_path / "v"
     other.write_bytes(b"mine")

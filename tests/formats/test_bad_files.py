@@ -1,4 +1,4 @@
-"""No reader takes a bad file: a catalogue of bad input by number, and one contract for all of it.
+"""No reader accepts a bad file: a numbered catalogue of bad input, and one contract for all of it.
 
 Each row spoils a good adapter of PEFT, or its base, in one way or several, and names the door at which that
 must be refused. Refused means: one error of ours of exactly the named class, within two seconds and 64 MiB,

@@ -1,7 +1,7 @@
-"""Our own files, forged: with a right seal and another form they are refused, or mean what they say.
+"""Our own files, forged: with a valid digest and another structure they are refused or read as written.
 
 A row or a checkpoint is changed in its structure and sealed again. Reading it gives exactly what is written
-there, of which everything can be made that is made of rows, or one line that names file and field; then
+there, from which every figure can be drawn, or one line that names file and field; then
 nothing has changed.
 """
 

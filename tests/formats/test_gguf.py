@@ -1,4 +1,4 @@
-"""GGUF files: what the package gguf writes is read as the same Llama, decoded by the format's own words.
+"""GGUF files: what the package gguf writes is read as the same Llama, decoded as the format defines.
 
 The writer here lays tensors out as llama.cpp's converter does. Marked `smollm2`: the same for the real file.
 """
@@ -724,7 +724,7 @@ def smollm2():
 
 
 @pytest.mark.smollm2
-def test_smollm2_answers(smollm2):
+def test_smollm2_answers_a_question(smollm2):
     _, model, words = smollm2
     prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids, answer = words.encode(prompt), []

@@ -281,7 +281,7 @@ def test_a_flipped_bit_is_an_error_or_changes_only_numbers_or_names(data, whole,
         said(e, path)
 
 
-def test_what_the_package_refuses_is_refused(whole, tmp_path):
+def test_headers_that_the_package_refuses_are_refused(whole, tmp_path):
     """Changed headers: whatever the package takes for damage, we do."""
     length = int.from_bytes(whole[:8], "little")
     header, rest = json.loads(whole[8 : 8 + length]), whole[8 + length :]

@@ -1,7 +1,7 @@
 """Agreement with PyTorch, transformers and PEFT, where they are installed (the extra `parity`).
 
-With a twin in torch's own operations everything agrees to the last digits of float64. Every axis has
-another size, and norms, biases and both factors are random. `pytest -m parity -s` shows the figures.
+Against the same model in torch's own operations everything agrees to the last digits of float64. Every axis
+has another size, and norms, biases and both factors are random. `pytest -m parity -s` shows the figures.
 """
 
 import re
@@ -88,7 +88,7 @@ def agree_on_a_batch(model, forward, ours, theirs, rng, bound):
     agree({k: p.grad for k, p in ours.items()}, {k: p.grad for k, p in theirs.items()}, bound)
 
 
-class Twin:
+class TorchLlama:
     """The Llama in torch: an adapter is an effective weight, rope a complex product, the rest autograd."""
 
     def __init__(self, model, kind):
@@ -160,7 +160,8 @@ def test_gradients_match_autograd(config, kind):
     model, rng = fresh(config)
     if kind:
         inject(model, LoraConfig(R, ALPHA, init="both", **kind), rng=rng)
-    agree_on_a_batch(model, twin := Twin(model, kind), trained(model), twin.trained, rng, 1e-10)
+    reference = TorchLlama(model, kind)
+    agree_on_a_batch(model, reference, trained(model), reference.trained, rng, 1e-10)
 
 
 def clip_(params, largest):
@@ -196,20 +197,20 @@ def test_adamw_matches_torch():
 def test_ten_steps_match_torch():
     model, rng = fresh(TIED)
     inject(model, LoraConfig(R, ALPHA, targets=EVERYTHING), rng=rng)  # one factor of each pair is 0
-    twin = Twin(model, {})
+    reference = TorchLlama(model, {})
     batches = [batch(rng)] * 10
-    adamw = torch.optim.AdamW(twin.trained.values(), lr=0.02, weight_decay=0.1)
+    adamw = torch.optim.AdamW(reference.trained.values(), lr=0.02, weight_decay=0.1)
     ours = train(model, batches, AdamW(0.02, weight_decay=0.1, clip=0.5), steps=10).loss
     theirs = []
     for ids, labels in batches:
         adamw.zero_grad()
-        theirs.append(F.cross_entropy(twin(tensor(ids)).flatten(0, 1), tensor(labels).flatten()))
+        theirs.append(F.cross_entropy(reference(tensor(ids)).flatten(0, 1), tensor(labels).flatten()))
         theirs[-1].backward()
-        clip_(twin.trained.values(), 0.5)
+        clip_(reference.trained.values(), 0.5)
         adamw.step()
     assert ours[-1] < ours[0] - 1
     agree({"losses": np.array(ours)}, {"losses": torch.stack(theirs)}, 1e-9)
-    agree({k: p.data for k, p in trained(model).items()}, twin.trained, 1e-9)
+    agree({k: p.data for k, p in trained(model).items()}, reference.trained, 1e-9)
 
 
 def llama_of_transformers(model, dtype):

@@ -1,4 +1,4 @@
-"""Reading is generous and says what it left aside; whoever loads beside a base is strict about the same."""
+"""Inspecting is lenient and notes what it ignored; loading into a model is strict about the same."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What is no adapter is called what it is, by every command that takes one, and with what to do about it."""
+"""Every command that takes an adapter names what it was given instead, and says what to do."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The adapters that people have are read, told of and compressed; who loads is strict."""
+"""Adapters as people publish them are inspected with notes and compressed; loading is strict."""
 
 import re
 from pathlib import Path

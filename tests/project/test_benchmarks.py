@@ -1,6 +1,6 @@
 """The GPU benchmark without a GPU: its dry run passes and writes nothing, a real one is refused.
 
-And the table of what a block keeps is that of the code.
+And the table of the activations that a block stores matches the code.
 """
 
 import json

@@ -35,12 +35,12 @@ def test_a_witness_names_the_test_without_its_parameters():
     assert witness("test_ops.py::test_back[3 of a::b.py::c]") == "ops::test_back"
 
 
-COUNTED = "table::test_counted_uses_the_singular_only_for_one"  # the one test of `counted`
+COUNTED = "table::test_only_one_is_singular"  # the one test of `counted`
 OTHER = "table::test_a_page_shows_its_text_escaped"
 TRIED = {  # (what is changed to what, the witness) -> whether it is seen, and by which test or why not
-    "a bug, by its witness": ("if n == 1 else", "if n < 2 else", COUNTED, True, "test_counted_uses_the_singular_only_for_one"),
-    "a bug, by another test": ("if n == 1 else", "if n < 2 else", OTHER, True, "test_counted_uses_the_singular_only_for_one"),
-    "a bug without a witness": ("if n == 1 else", "if n < 2 else", None, True, "test_counted_uses_the_singular_only_for_one"),
+    "a bug, by its witness": ("if n == 1 else", "if n < 2 else", COUNTED, True, "test_only_one_is_singular"),
+    "a bug, by another test": ("if n == 1 else", "if n < 2 else", OTHER, True, "test_only_one_is_singular"),
+    "a bug without a witness": ("if n == 1 else", "if n < 2 else", None, True, "test_only_one_is_singular"),
     "another sentence": ("A number and what is counted", "A number", COUNTED, False, ""),
     "no program": ("if n == 1 else", "if n == 1", COUNTED, False, "SyntaxError"),
     "no such place": ("if n == 7 else", "", COUNTED, False, "its old text stands 0 times"),

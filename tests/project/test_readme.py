@@ -1,4 +1,4 @@
-"""What README and docs/ say is so: the program prints its numbers, the tables are those of the rows."""
+"""README and docs/ are true: the program prints its numbers, and the tables match the rows."""
 
 import contextlib
 import io

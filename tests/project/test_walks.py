@@ -1,4 +1,4 @@
-"""Whatever hurts a command that writes: its output is the old or the new one; the next start tidies up."""
+"""However a writing command is stopped, its output is the old or the new one; the next start cleans up."""
 
 import pytest
 from walks import INJURIES, PLACES, QUIET, ROOT, STREAMS, commands, look, walk_links, walk_streams, walker
