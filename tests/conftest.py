@@ -3,6 +3,7 @@
 MINILORA_TEST_BACKEND=standin or cupy runs the suite on that library, see library.py.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in CORE_FILES and not any(item.get_closest_marker(name) for name in ("slow", "parity")):
             item.add_marker("quick")
+
+
+def pytest_collection_finish():
+    """What 5,000 collected tests hold is no garbage: each full collection would walk it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

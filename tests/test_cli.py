@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plotting import make_rows
+from test_plotting import MERGED, make_rows
 
 import minilora
 from minilora import cli
 from minilora.data import corpora
 from minilora.digests import of_bytes
 from minilora.errors import MismatchError, StorageError
-from minilora.experiments import pretrain, rank_report, rank_sweep
+from minilora.experiments import merge_equivalence, pretrain, rank_report, rank_sweep
 from minilora.experiments.harness import sealed
 from minilora.experiments.pretrain import Recipe
 from minilora.formats import archives
@@ -395,7 +395,13 @@ def test_texts_that_cannot_be_fetched_exit_with_4(tmp_path, main, capsys, monkey
 # ---- figures
 
 
-def test_figures_need_only_the_rows(tmp_path, main, capsys):
+@pytest.fixture
+def merged(monkeypatch):
+    """The rows of the merge experiment, which test_huggingface.py runs."""
+    monkeypatch.setattr(merge_equivalence, "run", lambda: MERGED)
+
+
+def test_figures_need_only_the_rows(tmp_path, main, merged, capsys):
     assert main("figures", "--rows", with_rows(tmp_path, ranks=(1,)), "--out", tmp_path / "a") == 0
     assert capsys.readouterr() == (f"figures: {tmp_path / 'a'}\n", "")
     names = set(os.listdir(tmp_path / "a"))
@@ -563,7 +569,7 @@ def test_a_full_disk_exits_with_4_and_leaves_no_partial_figure(tmp_path, main, c
     shutil.rmtree(out)
 
 
-def test_no_command_changes_the_base(tmp_path, main, texts, capsys):
+def test_no_command_changes_the_base(tmp_path, main, texts, capsys, merged):
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in BASE.iterdir()}
     main("figures", "--rows", with_rows(tmp_path), "--out", tmp_path / "figures")
     main("data")

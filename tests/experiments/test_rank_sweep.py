@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_plotting import MERGED
 
 from minilora import cli
 from minilora.data import corpora
@@ -32,7 +33,7 @@ from minilora.errors import (
     StateError,
     StorageError,
 )
-from minilora.experiments import harness, rank_figures, rank_report, rank_sweep
+from minilora.experiments import harness, merge_equivalence, rank_figures, rank_report, rank_sweep
 from minilora.experiments.harness import id_of, sealed
 from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sweep, with_gaps
 from minilora.formats import archives
@@ -795,6 +796,7 @@ def test_a_sweep_with_diverged_runs_exits_with_1_and_writes_rows_figures_and_a_r
         return real(run, inputs)
 
     monkeypatch.setattr(rank_sweep, "trained_run", diverging)
+    monkeypatch.setattr(merge_equivalence, "run", lambda: MERGED)
     assert call(here, place, tmp_path / "out") == 1
     said = capsys.readouterr()
     assert said.err == ""

@@ -866,8 +866,7 @@ def state(model):
     return arrays, list(layers), beside
 
 
-def refused(call, root, model, error, match):
-    before = disk(root), state(model)
+def refused(call, root, model, error, match, before):
     with within(2), pytest.raises(error, match=match) as e:
         call()
     assert type(e.value) is error
@@ -913,8 +912,9 @@ def test_bad_input_is_refused_with_one_line_and_changes_nothing(door, error, mat
         open_adapter(place.adapter)
     if door == "told":
         assert any(re.search(match, said) for said in open_adapter(place.adapter).said)
+    before = disk(place.root), state(model)
     for call in calls:
-        refused(call, place.root, model, error, match)
+        refused(call, place.root, model, error, match, before)
     with at_most(64), contextlib.suppress(error):
         calls[0]()
 
@@ -1129,10 +1129,11 @@ def test_rows_37_and_38_every_prefix_and_every_trailing_byte_is_refused(place):
         says(e.value, place.root)
 
 
-def test_row_54_every_flipped_bit_of_the_header_is_refused_or_harmless(place):
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_row_54_every_flipped_bit_of_the_header_is_refused_or_harmless(step, place):
     whole, good, taken = place.file.read_bytes(), factors(GOOD), []
     with open(place.file, "r+b", buffering=0) as file:
-        for at in range(8 + int.from_bytes(whole[:8], "little")):
+        for at in range(0, 8 + int.from_bytes(whole[:8], "little"), step):
             for bit in range(8):
                 os.pwrite(file.fileno(), bytes([whole[at] ^ 1 << bit]), at)
                 if not harmless(place, good):
@@ -1140,7 +1141,7 @@ def test_row_54_every_flipped_bit_of_the_header_is_refused_or_harmless(place):
             os.pwrite(file.fileno(), whole[at : at + 1], at)
     inside = whole.index(b"{", 9), whole.index(b"}")
     assert all(inside[0] < at < inside[1] for at in taken)  # of the metadata's text
-    assert len(taken) > 40
+    assert len(taken) > 40 / step
 
 
 @pytest.fixture(scope="module")
