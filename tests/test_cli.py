@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plotting import make_rows
+from test_plotting import MERGED, make_rows
 
 import minilora
 from minilora import cli
 from minilora.data import corpora
 from minilora.digests import of_bytes
 from minilora.errors import MismatchError, StorageError
-from minilora.experiments import pretrain, rank_report, rank_sweep
+from minilora.experiments import merge_equivalence, pretrain, rank_report, rank_sweep
 from minilora.experiments.harness import sealed
 from minilora.experiments.pretrain import Recipe
 from minilora.formats import archives
@@ -86,7 +86,7 @@ def one_line(capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in COMMANDS)], ids=" ".join)
-def test_help_says_what_there_is(arguments, main, capsys):
+def test_help_lists_the_commands_and_options(arguments, main, capsys):
     with pytest.raises(SystemExit) as e:
         main(*arguments)
     said = capsys.readouterr()
@@ -97,7 +97,7 @@ def test_help_says_what_there_is(arguments, main, capsys):
         assert all(name in said.out for name in COMMANDS)
 
 
-def test_the_version_is_that_of_the_package(main, capsys):
+def test_version_prints_the_version_of_the_package(main, capsys):
     with pytest.raises(SystemExit) as e:
         main("--version")
     assert e.value.code == 0
@@ -110,7 +110,7 @@ def test_the_version_is_that_of_the_package(main, capsys):
      ["pretrain", "--steps", "x"], ["figures", "extra"]],
     ids=" ".join,
 )  # fmt: skip
-def test_what_is_no_command_or_option_is_exit_code_two(arguments, main, capsys):
+def test_an_unknown_command_or_option_exits_with_2(arguments, main, capsys):
     with pytest.raises(SystemExit) as e:
         main(*arguments)
     assert e.value.code == 2
@@ -124,14 +124,14 @@ def test_what_is_no_command_or_option_is_exit_code_two(arguments, main, capsys):
      (["merge", "b", "a"], "OUT"), (["params"], "MODEL")],
     ids=str,
 )  # fmt: skip
-def test_what_is_missing_is_named(arguments, missing, main, capsys):
+def test_a_missing_argument_is_named(arguments, missing, main, capsys):
     with pytest.raises(SystemExit) as e:
         main(*arguments)
     assert e.value.code == 2
     assert f"arguments are required: {missing}" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_command_that_is_not_given_is_answered_with_what_to_do_first(main, capsys):
+def test_without_a_command_it_prints_the_first_steps(main, capsys):
     assert main() == 0
     said = capsys.readouterr()
     assert said.err == ""
@@ -143,7 +143,7 @@ def test_a_command_that_is_not_given_is_answered_with_what_to_do_first(main, cap
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "sweep"])
-def test_help_needs_no_library(name):
+def test_help_loads_no_heavy_library(name):
     """--help is quick: none of the heavy libraries is loaded to say it, but by a sweep, which draws."""
     code = "import sys; from minilora import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "print(sorted({'matplotlib', 'tqdm', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
@@ -162,7 +162,7 @@ def closed_pipe():
 
 
 @pytest.mark.parametrize("arguments", [["data"], ["--help"], ["sweep", "--help"]], ids=" ".join)
-def test_a_reader_that_has_gone_gives_no_traceback(arguments, texts):
+def test_a_closed_pipe_gives_no_traceback(arguments, texts):
     write, env = closed_pipe(), environment(MINILORA_TEXTS="/none")  # nothing is fetched
     try:
         done = minilora_(*arguments, stdout=write, env=env)
@@ -185,7 +185,7 @@ def test_a_command_finishes_without_stdout(main, texts, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_a_stdout_that_takes_nothing_is_exit_code_four(main, texts, capsys, monkeypatch):
+def test_a_full_stdout_exits_with_4(main, texts, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Path("/dev/full").open("w"))  # noqa: SIM115
     assert main("data") == 4
     said = capsys.readouterr().err
@@ -196,9 +196,10 @@ def test_a_stdout_that_takes_nothing_is_exit_code_four(main, texts, capsys, monk
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
-@pytest.mark.parametrize("command", ["modules base --json", "--help", "merge --help"])
-@pytest.mark.parametrize("unbuffered", ["", "-u"])
-def test_a_shell_may_close_what_it_likes(closed, command, unbuffered):
+@pytest.mark.parametrize(("command", "unbuffered"), [
+    ("modules base --json", ""), ("modules base --json", "-u"), ("--help", ""), ("merge --help", "-u"),
+])  # fmt: skip
+def test_any_standard_stream_may_be_closed(closed, command, unbuffered):
     """As a process of its own, with the interpreter's end; stderr, where it is open, has at most one line."""
     line = f"exec '{sys.executable}' {unbuffered} -m minilora {command} {closed}"
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment(), check=False)
@@ -208,7 +209,7 @@ def test_a_shell_may_close_what_it_likes(closed, command, unbuffered):
     assert "Exception" not in done.stderr
 
 
-def test_a_message_that_nobody_takes_does_not_end_the_work(main, capsys, monkeypatch):
+def test_a_full_stderr_does_not_stop_the_command(main, capsys, monkeypatch):
     def fetch():
         print("on the way", file=sys.stderr, flush=True)
         return "the folder"
@@ -222,7 +223,7 @@ def test_a_message_that_nobody_takes_does_not_end_the_work(main, capsys, monkeyp
     assert capsys.readouterr().out == "the folder\n"
 
 
-def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
+def test_no_file_is_opened_as_a_closed_standard_stream(tmp_path):
     """Else what a library says on stderr would go into it."""
     code = "import os; from minilora import console\nwith console.streams(): fd = os.open('f', os.O_CREAT)\n"
     line = f"exec '{sys.executable}' -c \"{code}assert fd > 2\nopen('ok', 'w')\" >&- 2>&-"
@@ -230,7 +231,7 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     assert (done.returncode, (tmp_path / "ok").exists()) == (0, True)
 
 
-def test_what_an_encoding_lacks_is_escaped(main, texts, capsys, monkeypatch):
+def test_characters_that_stdout_cannot_encode_are_escaped(main, texts, capsys, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(corpora, "fetch_texts", lambda: "ΔW of \ud800")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
@@ -240,7 +241,7 @@ def test_what_an_encoding_lacks_is_escaped(main, texts, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), PermissionError(13, "Not permitted")])
-def test_an_error_that_is_not_of_stdout_is_never_called_done(error, main, capsys, monkeypatch):
+def test_an_os_error_from_elsewhere_is_not_taken_for_a_closed_stdout(error, main, capsys, monkeypatch):
     def fetch():
         raise error
 
@@ -250,7 +251,7 @@ def test_an_error_that_is_not_of_stdout_is_never_called_done(error, main, capsys
 
 
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (StorageError("a file is not there"), 4)])
-def test_a_reader_that_has_gone_hides_no_error(error, code, main, capsys, monkeypatch):
+def test_a_closed_pipe_hides_no_error(error, code, main, capsys, monkeypatch):
     def fetch():
         print("on the way")
         if error:
@@ -265,7 +266,7 @@ def test_a_reader_that_has_gone_hides_no_error(error, code, main, capsys, monkey
 
 
 @pytest.mark.parametrize("what", [MemoryError(), MemoryError("Unable to allocate 7.28 TiB for an array")])
-def test_no_memory_is_one_line(what, main, capsys, monkeypatch):
+def test_running_out_of_memory_prints_one_line(what, main, capsys, monkeypatch):
     def fetch():
         raise what
 
@@ -276,7 +277,7 @@ def test_no_memory_is_one_line(what, main, capsys, monkeypatch):
     assert str(what) in said
 
 
-def test_an_error_is_one_line_of_text_whatever_is_in_it(main, capsys, monkeypatch):
+def test_an_error_message_is_one_printable_line(main, capsys, monkeypatch):
     def fetch():
         raise StorageError("a\x1b[2J\nb\ud800\u202eΔ: is no file")
 
@@ -289,7 +290,7 @@ def test_an_error_is_one_line_of_text_whatever_is_in_it(main, capsys, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_each_signal_that_ends_a_process_ends_it_in_order(name, main, capsys, monkeypatch):
+def test_every_terminating_signal_is_handled_as_an_interrupt(name, main, capsys, monkeypatch):
     monkeypatch.setattr(corpora, "fetch_texts", lambda: os.kill(os.getpid(), getattr(signal, name)))
     number, mine = getattr(signal, name), lambda *_: pytest.fail("it was not heard")
     before = signal.signal(number, mine)
@@ -301,7 +302,7 @@ def test_each_signal_that_ends_a_process_ends_it_in_order(name, main, capsys, mo
         signal.signal(number, before)
 
 
-def test_a_signal_that_is_ignored_stays_so(main, capsys, monkeypatch):
+def test_an_ignored_signal_stays_ignored(main, capsys, monkeypatch):
     """As nohup has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -311,7 +312,7 @@ def test_a_signal_that_is_ignored_stays_so(main, capsys, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_signal_does_not_wait(main, monkeypatch):
+def test_a_second_signal_exits_at_once(main, monkeypatch):
     class Ended(BaseException):
         pass
 
@@ -330,7 +331,7 @@ def test_a_second_signal_does_not_wait(main, monkeypatch):
         main("data")
 
 
-def test_an_interrupt_while_options_are_read_is_one_line(main, capsys, monkeypatch):
+def test_an_interrupt_during_parsing_prints_one_line(main, capsys, monkeypatch):
     def parser():
         raise KeyboardInterrupt
 
@@ -352,7 +353,7 @@ sys.meta_path.insert(0, Interrupt())
 @pytest.mark.parametrize(
     "name", ["numpy", "minilora.training", "minilora.cli", "argparse", "minilora.analysis.count"]
 )
-def test_an_interrupt_while_something_is_imported_gives_no_traceback(name, tmp_path):
+def test_an_interrupt_during_an_import_gives_no_traceback(name, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HOOK.format(name=name))
     env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
     done = minilora_("params", "llama-3-8b", env=env)
@@ -361,7 +362,7 @@ def test_an_interrupt_while_something_is_imported_gives_no_traceback(name, tmp_p
     assert done.stderr in ("", "minilora: interrupted; run the same command again to continue\n")
 
 
-def test_an_interrupt_while_a_library_is_imported_is_the_callers(tmp_path):
+def test_an_interrupt_during_import_minilora_reaches_the_caller(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HOOK.format(name="minilora.training"))
     env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
     code = "try:\n    import minilora\nexcept KeyboardInterrupt:\n    print('mine')"
@@ -377,7 +378,7 @@ def test_data_prints_where_the_texts_are(texts, main, capsys):
     assert capsys.readouterr() == (f"{texts}\n", "")
 
 
-def test_texts_that_cannot_be_fetched_are_exit_code_four(tmp_path, main, capsys, monkeypatch):
+def test_texts_that_cannot_be_fetched_exit_with_4(tmp_path, main, capsys, monkeypatch):
     def offline(*_):
         raise StorageError("texts not fetched: no network; by hand: python -m pip ...")
 
@@ -394,7 +395,13 @@ def test_texts_that_cannot_be_fetched_are_exit_code_four(tmp_path, main, capsys,
 # ---- figures
 
 
-def test_figures_are_drawn_from_rows_alone(tmp_path, main, capsys):
+@pytest.fixture
+def merged(monkeypatch):
+    """The rows of the merge experiment, which test_huggingface.py runs."""
+    monkeypatch.setattr(merge_equivalence, "run", lambda: MERGED)
+
+
+def test_figures_need_only_the_rows(tmp_path, main, merged, capsys):
     assert main("figures", "--rows", with_rows(tmp_path, ranks=(1,)), "--out", tmp_path / "a") == 0
     assert capsys.readouterr() == (f"figures: {tmp_path / 'a'}\n", "")
     names = set(os.listdir(tmp_path / "a"))
@@ -403,7 +410,7 @@ def test_figures_are_drawn_from_rows_alone(tmp_path, main, capsys):
 
 @pytest.mark.parametrize(("kind", "status", "code"), [
     ("final", "done", 0), ("final", "diverged", 1), ("search", "diverged", 0)])  # fmt: skip
-def test_a_sweep_with_a_run_that_diverged_ends_with_one(kind, status, code, main, monkeypatch, tmp_path):
+def test_a_sweep_with_a_diverged_run_exits_with_1(kind, status, code, main, monkeypatch, tmp_path):
     """A rate that is too high is what a search is for."""
     row = {"status": status, "config": {"kind": kind}}
     monkeypatch.setattr(rank_sweep, "sweep", lambda *given, **how: [row])
@@ -412,7 +419,7 @@ def test_a_sweep_with_a_run_that_diverged_ends_with_one(kind, status, code, main
     assert main("sweep", "--out", tmp_path) == code
 
 
-def test_rows_that_are_missing_or_hold_nothing_are_one_line(tmp_path, main, capsys):
+def test_missing_or_empty_rows_print_one_line(tmp_path, main, capsys):
     assert main("figures", "--rows", tmp_path / "none", "--out", tmp_path / "out") == 4
     assert "none" in one_line(capsys)
     (tmp_path / "rows.jsonl").write_bytes(b"")
@@ -422,7 +429,7 @@ def test_rows_that_are_missing_or_hold_nothing_are_one_line(tmp_path, main, caps
 
 
 @pytest.mark.parametrize("where", ["out", "out/deeper"])
-def test_a_file_in_the_place_of_the_figures_is_a_storage_error(where, tmp_path, main, capsys):
+def test_a_file_where_figures_should_go_is_a_storage_error(where, tmp_path, main, capsys):
     rows = with_rows(tmp_path)
     (tmp_path / "out").write_bytes(b"mine")
     assert main("figures", "--rows", rows, "--out", tmp_path / where) == 4
@@ -430,7 +437,7 @@ def test_a_file_in_the_place_of_the_figures_is_a_storage_error(where, tmp_path, 
     assert (tmp_path / "out").read_bytes() == b"mine"
 
 
-def test_rows_of_another_make_are_one_line(tmp_path, main, capsys):
+def test_rows_in_another_format_print_one_line(tmp_path, main, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(sealed({"id": "x", "status": "done"}))
     assert main("figures", "--rows", rows, "--out", tmp_path / "out") in (2, 4)
@@ -445,7 +452,7 @@ def small(**how):
     return Recipe(**usual | how)
 
 
-def test_two_steps_of_pretraining_give_a_model_that_loads(tmp_path, texts, main, capsys):
+def test_pretraining_writes_a_model_that_loads(tmp_path, texts, main, capsys):
     assert main("pretrain", "--steps", "2", "--seed", "1", "--out", tmp_path / "m") == 0
     said = capsys.readouterr()
     assert said.out.startswith(f"{tmp_path / 'm'}: ")
@@ -461,7 +468,7 @@ def test_two_steps_of_pretraining_give_a_model_that_loads(tmp_path, texts, main,
     assert sorted(os.listdir(tmp_path)) == ["cache", "m"]
 
 
-def test_the_default_recipe_is_that_of_the_model_that_ships():
+def test_the_default_recipe_is_the_one_of_the_shipped_base():
     """As its config and its card say; and its size, and how much text it has seen."""
     usual = vars(Recipe())
     assert read_json(BASE / "config.json")["minilora"]["recipe"] == usual
@@ -472,7 +479,7 @@ def test_the_default_recipe_is_that_of_the_model_that_ships():
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_pretraining_never_replaces_what_is_there(kind, tmp_path, texts, main, capsys):
+def test_pretraining_never_overwrites(kind, tmp_path, texts, main, capsys):
     out = tmp_path / "m"
     out.mkdir() if kind == "folder" else out.write_bytes(b"mine")
     assert main("pretrain", "--steps", "2", "--out", out) == 4
@@ -482,7 +489,7 @@ def test_pretraining_never_replaces_what_is_there(kind, tmp_path, texts, main, c
 
 
 @pytest.mark.parametrize("options", [["--steps", "0"], ["--steps=-1"], ["--seed=-1"]], ids=" ".join)
-def test_pretraining_without_meaning_is_refused_and_leaves_nothing(options, tmp_path, texts, main, capsys):
+def test_invalid_pretraining_options_are_refused_and_leave_nothing(options, tmp_path, texts, main, capsys):
     assert main("pretrain", "--out", tmp_path / "m", *options) == 2
     one_line(capsys)
     assert os.listdir(tmp_path) == ["cache"]
@@ -492,15 +499,26 @@ class Stopped(Exception):
     """The process dies here."""
 
 
+LONG = {"steps": 301, "batch": 1, "warmup": 10}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A pretraining that nothing stopped: its folder and its report."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        texts.__wrapped__(folder, patch)
+        return folder / "whole", pretrain.run(small(**LONG), folder / "whole", config=TINY)
+
+
 @pytest.mark.parametrize("stop", [100, 251, 300])
-def test_pretraining_that_dies_goes_on_to_the_same_bytes(stop, tmp_path, texts):
-    recipe = small(steps=301, batch=1, warmup=10)
+def test_stopped_pretraining_resumes_to_the_same_bytes(stop, pretrained, tmp_path, texts):
+    recipe, (undisturbed, whole) = small(**LONG), pretrained
 
     def progress(step, loss):
         if step == stop:
             raise Stopped
 
-    whole = pretrain.run(recipe, tmp_path / "whole", config=TINY)
     with pytest.raises(Stopped):
         pretrain.run(recipe, tmp_path / "m", config=TINY, progress=progress)
     assert not (tmp_path / "m").exists()
@@ -509,11 +527,11 @@ def test_pretraining_that_dies_goes_on_to_the_same_bytes(stop, tmp_path, texts):
     assert seen[0] == (251 if stop > 250 else 1)
     assert (again.test, again.valid) == (whole.test, whole.valid)
     for name in ("config.json", "model.safetensors", "README.md"):
-        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert sorted(os.listdir(tmp_path)) == ["cache", "m", "whole"]
+        assert (tmp_path / "m" / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert sorted(os.listdir(tmp_path)) == ["cache", "m"]
 
 
-def test_pretraining_of_another_recipe_does_not_go_on_from_it(tmp_path, texts):
+def test_pretraining_does_not_resume_another_recipe(tmp_path, texts):
     def progress(step, loss):
         if step == 251:
             raise Stopped
@@ -528,7 +546,7 @@ def test_pretraining_of_another_recipe_does_not_go_on_from_it(tmp_path, texts):
 # ---- whatever else goes wrong
 
 
-def test_an_interrupt_is_exit_code_130(main, capsys, monkeypatch):
+def test_an_interrupt_exits_with_130(main, capsys, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -537,7 +555,7 @@ def test_an_interrupt_is_exit_code_130(main, capsys, monkeypatch):
     assert "run the same command again" in one_line(capsys)
 
 
-def test_a_full_disk_is_exit_code_four_and_leaves_no_figure_half_written(tmp_path, main, capsys, monkeypatch):
+def test_a_full_disk_exits_with_4_and_leaves_no_partial_figure(tmp_path, main, capsys, monkeypatch):
     rows, out = with_rows(tmp_path), tmp_path / "out"
 
     def full(fd):
@@ -551,7 +569,7 @@ def test_a_full_disk_is_exit_code_four_and_leaves_no_figure_half_written(tmp_pat
     shutil.rmtree(out)
 
 
-def test_no_command_touches_the_base(tmp_path, main, texts, capsys):
+def test_no_command_changes_the_base(tmp_path, main, texts, capsys, merged):
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in BASE.iterdir()}
     main("figures", "--rows", with_rows(tmp_path), "--out", tmp_path / "figures")
     main("data")

@@ -1,4 +1,4 @@
-"""Text in, text out: what `complete` gives is what `generate` draws, in the words of the right tokenizer."""
+"""`complete` gives as text what `generate` draws, decoded by the model's own tokenizer."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def rng(seed=3):
     return np.random.default_rng(seed)
 
 
-def test_it_is_the_text_of_what_is_generated(base):
+def test_complete_decodes_what_generate_draws(base):
     ids = np.concatenate(
         list(ml.generate(base, encode("To be")[None], 30, rng=rng(), temperature=0.5, top_k=9))
     )
@@ -30,7 +30,7 @@ def test_it_is_the_text_of_what_is_generated(base):
     assert ml.complete is complete
 
 
-def test_a_name_a_checkpoint_and_a_model_are_one(base):
+def test_a_name_a_checkpoint_and_a_model_give_the_same_text(base):
     said = complete(base, "KING. ", 20, rng=rng())
     for model in ("base", str(huggingface.BASE), huggingface.BASE, huggingface.checkpoint()):
         assert complete(model, "KING. ", 20, rng=rng()) == said
@@ -38,12 +38,12 @@ def test_a_name_a_checkpoint_and_a_model_are_one(base):
     assert complete(base, "KING. ", 20, rng=rng(4)) != said
 
 
-def test_the_command_says_the_same(base, capsys):
+def test_the_command_prints_the_same_text(base, capsys):
     assert cli.main(["generate", "KING. ", "--max-tokens", "20", "--seed", "3"]) == 0
     assert capsys.readouterr().out == f"KING. {complete(base, 'KING. ', 20, rng=rng())}\n"
 
 
-def test_a_text_ends_where_the_model_does():
+def test_generation_stops_at_the_models_maximum_length():
     model = llama(Config(**{"max_position_embeddings": 8, "hidden_size": 8, "num_attention_heads": 2,
                             "num_key_value_heads": 1, "num_hidden_layers": 1}), rng())  # fmt: skip
     assert len(complete(model, "To be", 99, rng=rng())) == 3

@@ -1,4 +1,4 @@
-"""A kind of adapter that the package has never seen goes all the way: the contract is all that it keeps."""
+"""A new kind of adapter that only implements the contract works everywhere: training, merging, files."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +104,7 @@ def adapters(model):
 
 @settings(max_examples=10)
 @given(seed=seeds)
-def test_its_gradient_is_that_of_the_complex_step(seed):
+def test_a_new_kinds_gradient_matches_the_complex_step(seed):
     model, rng, _, _ = gated(seed)
     ids, labels = batch(rng)
     _, g = gradients(model, ids, labels)
@@ -119,7 +119,7 @@ def test_its_gradient_is_that_of_the_complex_step(seed):
     assert_gradient(value, {path: p.data for path, p in params.items()}, g, rng, directions=3)
 
 
-def test_it_is_injected_counted_trained_merged_and_taken_away():
+def test_a_new_kind_is_injected_counted_trained_merged_and_removed():
     model, rng, report, before = gated()
     ids, _ = batch(rng)
     assert {line.kind for line in report.rows} == {"Gated"}
@@ -143,7 +143,7 @@ def test_it_is_injected_counted_trained_merged_and_taken_away():
     assert digest(model) == before
 
 
-def test_it_is_written_read_looked_at_and_truncated(row, tmp_path):
+def test_a_new_kind_is_saved_loaded_inspected_and_truncated(row, tmp_path):
     model, rng, _, _ = gated(dtype=np.float32)
     save_adapter(model, tmp_path / "a")
     assert open_adapter(tmp_path / "a").settings.flags == {"use_gate"}
@@ -162,14 +162,14 @@ def test_it_is_written_read_looked_at_and_truncated(row, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(*gates, strict=True))
 
 
-def test_without_its_row_it_is_refused_by_name(tmp_path):
+def test_a_kind_without_a_file_format_is_refused_by_name(tmp_path):
     model, *_ = gated(dtype=np.float32)
     with pytest.raises(UnsupportedError, match="Gated cannot be stored in PEFT's files"):
         save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
-def test_a_file_with_gates_that_its_config_does_not_mean_is_refused(row, tmp_path):
+def test_tensors_that_the_config_does_not_declare_are_refused(row, tmp_path):
     model, *_ = gated(dtype=np.float32)
     save_adapter(model, tmp_path / "a")
     config = tmp_path / "a/adapter_config.json"
@@ -178,7 +178,7 @@ def test_a_file_with_gates_that_its_config_does_not_mean_is_refused(row, tmp_pat
         load_adapter(tiny(0, np.float32)[0], tmp_path / "a")
 
 
-def test_the_kinds_that_are_here_keep_the_contract_by_name():
+def test_every_kind_has_every_member_of_the_contract():
     """Every member of the contract is there, so that no caller asks which kind it has."""
     for kind in (LowRank, LowRankEmbedding, DoRA, WithBias, FullCopy, Gated):
         members = {*vars(kind), *kind.__dataclass_fields__}

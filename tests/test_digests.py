@@ -33,7 +33,7 @@ def by_hand(pairs, before=b""):
 
 
 @given(tensors=tensors)
-def test_all_digests_of_arrays_are_one(tensors):
+def test_every_digest_of_arrays_has_the_same_form(tensors):
     pairs = sorted(tensors.items())
     assert of_arrays(pairs) == sealed(tensors) == sealed(dict(reversed(pairs))) == by_hand(pairs)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -43,14 +43,14 @@ def test_all_digests_of_arrays_are_one(tensors):
     assert seal_of_checkpoint(meta, tensors) == by_hand(pairs, json.dumps({"run": {"steps": 3}}).encode())
 
 
-def test_the_digest_of_a_model_is_that_of_its_parameters():
+def test_a_models_digest_is_the_digest_of_its_parameters():
     model = tiny()[0]
     params = {path: to_host(p.data) for path, p in named_params(model).items()}
     assert digest(model) == by_hand(sorted(params.items())) == sealed(params)
 
 
 @given(a=arrays("<f4", (3, 4)))
-def test_the_order_in_memory_and_the_place_do_not_count(a):
+def test_the_digest_ignores_memory_order_and_device(a):
     pairs = [("a", a)]
     assert of_arrays(pairs) == of_arrays([("a", np.asfortranarray(a))]) == of_arrays([("a", to_device(a))])
     assert of_arrays(pairs) != of_arrays([("b", a)])
@@ -58,7 +58,7 @@ def test_the_order_in_memory_and_the_place_do_not_count(a):
     assert of_arrays(pairs) != of_arrays([("a", a.view("<i4"))])
 
 
-def test_of_bytes_and_of_json():
+def test_digests_of_bytes_and_of_json():
     assert of_bytes(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert of_json({"b": 1, "a": [True]}) == of_bytes(b'{"b": 1, "a": [true]}')
     assert of_json({"b": 1, "a": 2}, sort=True) == of_json({"a": 2, "b": 1})

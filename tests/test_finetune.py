@@ -64,7 +64,7 @@ def small(text, base, **how):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_an_adapter_comes_out_and_the_base_stays(method, text, base, tmp_path):
+def test_training_writes_an_adapter_and_leaves_the_base_unchanged(method, text, base, tmp_path):
     before = digest(load(base))
     told = []
     found = finetune.run(small(text, base, method=method), tmp_path / "a", told=lambda *x: told.append(x))
@@ -84,7 +84,7 @@ def test_an_adapter_comes_out_and_the_base_stays(method, text, base, tmp_path):
     assert found.characters == len(tokenizer.decode(labels)) / len(labels) == 1
 
 
-def test_full_fine_tuning_makes_a_model(text, base, tmp_path):
+def test_full_fine_tuning_writes_a_model(text, base, tmp_path):
     found = finetune.run(small(text, base, method="full", lr=1e-3), tmp_path / "m")
     model = load(tmp_path / "m")
     assert found.parameters == sum(p.size for p in arrays(model))
@@ -104,7 +104,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("at", [1, 4, 5, 6])
-def test_a_killed_run_goes_on_to_the_same_bytes(at, text, base, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(at, text, base, tmp_path):
     def stop(step, loss):
         if step == at:
             raise Stop
@@ -120,7 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at, text, base, tmp_path):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_what_a_finished_run_left_is_cleared(again, text, base, tmp_path, monkeypatch):
+def test_leftovers_of_a_finished_run_are_removed(again, text, base, tmp_path, monkeypatch):
     """It died after `out` was written and before it had tidied up: the next run is not its continuation."""
 
     def dies(path, home):
@@ -141,7 +141,7 @@ def test_what_a_finished_run_left_is_cleared(again, text, base, tmp_path, monkey
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_can_go_on_stays_beside_an_older_output(text, base, tmp_path, monkeypatch):
+def test_an_unfinished_run_is_kept_beside_an_older_output(text, base, tmp_path, monkeypatch):
     """All steps are done, but the folder at `out` is not theirs: it would be lost."""
 
     def dies(*args, **how):
@@ -177,7 +177,7 @@ def test_a_link_beside_the_output_is_not_followed(kind, text, base, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_another_run_does_not_go_on_from_its_checkpoint(text, base, tmp_path):
+def test_a_run_does_not_resume_another_runs_checkpoint(text, base, tmp_path):
     def stop(step, loss):
         if step == 5:
             raise Stop
@@ -191,13 +191,13 @@ def test_another_run_does_not_go_on_from_its_checkpoint(text, base, tmp_path):
         finetune.run(small(text, base), tmp_path / "a")
 
 
-def test_a_folder_that_is_there_is_found_out_before_training(text, base, tmp_path):
+def test_an_existing_output_is_refused_before_training(text, base, tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(StorageError, match="is there already"):
         finetune.run(small(text, base), tmp_path / "a", progress=lambda *_: pytest.fail("trained"))
 
 
-def test_the_speed_is_of_the_steps_of_this_run_alone(text, base, tmp_path, monkeypatch):
+def test_the_speed_counts_only_the_steps_of_this_run(text, base, tmp_path, monkeypatch):
     """A step takes 3 s on the test's clock, and a measurement 100 s, which do not count."""
     clock = [7.0]
     monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -237,7 +237,7 @@ def test_the_speed_is_of_the_steps_of_this_run_alone(text, base, tmp_path, monke
         ({"base": "none"}, StorageError, "none"),
     ],
 )  # fmt: skip
-def test_what_has_no_meaning_is_refused_before_training(how, error, match, text, base, tmp_path):
+def test_invalid_settings_are_refused_before_training(how, error, match, text, base, tmp_path):
     with pytest.raises(error, match=match) as e:
         finetune.run(small(how.pop("data", text), how.pop("base", base), **how), tmp_path / "a")
     assert isinstance(e.value, MiniloraError)
@@ -252,7 +252,7 @@ def lines(path, rows):
     return path
 
 
-def test_the_prompt_has_no_loss(tmp_path):
+def test_prompt_tokens_have_no_loss(tmp_path):
     path = lines(tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "cd"}, "", {"text": "xyz"}])
     rows = examples(path, LETTERS, 16)
     inputs, labels = padded(rows)
@@ -280,7 +280,7 @@ def test_every_label_is_the_next_token_of_its_row(seed, length, tmp_path_factory
         assert (y[: n - 1][y[: n - 1] >= 0] == x[1:n][y[: n - 1] >= 0]).all()
 
 
-def test_examples_are_trained_on_and_measured(base, tmp_path):
+def test_training_on_examples_lowers_the_held_out_loss(base, tmp_path):
     rows = [{"prompt": f"{i} is ", "completion": "odd" if i % 2 else "even"} for i in range(40)]
     lines(tmp_path / "d.jsonl", rows)
     found = finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
@@ -300,7 +300,7 @@ def test_examples_are_trained_on_and_measured(base, tmp_path):
         ({"prompt": "a", "completion": "b" * 99}, InputError, "line 2: has too many .*: 100; .* at most 16"),
     ],
 )  # fmt: skip
-def test_a_line_that_is_no_example_is_named(row, error, match, tmp_path):
+def test_an_invalid_example_is_named(row, error, match, tmp_path):
     path = lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}, row])
     with pytest.raises(error, match=match) as e:
         examples(path, LETTERS, 16)
@@ -309,7 +309,7 @@ def test_a_line_that_is_no_example_is_named(row, error, match, tmp_path):
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b'{"text": "a\0b"}'])
-def test_a_file_that_is_no_text_is_refused(raw, tmp_path):
+def test_a_file_that_is_not_text_is_refused(raw, tmp_path):
     (tmp_path / "d.jsonl").write_bytes(raw)
     with pytest.raises(FormatError):
         examples(tmp_path / "d.jsonl", LETTERS, 16)
@@ -321,7 +321,7 @@ def test_one_example_is_too_few(base, tmp_path):
         finetune.run(small(str(tmp_path / "d.jsonl"), base), tmp_path / "a")
 
 
-def test_the_peak_is_in_bytes():
+def test_peak_memory_is_in_bytes():
     """Between what is resident now, which the kernel counts in batches, and all that the machine has."""
     page = os.sysconf("SC_PAGE_SIZE")
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
@@ -329,7 +329,7 @@ def test_the_peak_is_in_bytes():
 
 
 @given(text=st.text("ab\n", max_size=60), size=st.integers(1, 9))
-def test_a_long_text_is_cut_behind_its_lines(text, size):
+def test_a_long_text_is_cut_at_line_ends(text, size):
     """A tokenizer sees whole lines; only a line longer than a piece is cut within."""
     parts = list(finetune.pieces(text, size))
     assert "".join(parts) == text
@@ -342,7 +342,7 @@ def test_a_long_text_is_cut_behind_its_lines(text, size):
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 33, 1000])
-def test_one_example_is_held_out_at_least_and_never_more_than_asked(tokens, tmp_path):
+def test_at_least_one_and_at_most_the_requested_examples_are_held_out(tokens, tmp_path):
     """60 examples of at most 16 tokens: 3 are held out, and no more are measured than the tokens allow."""
     path = lines(tmp_path / "d.jsonl", [{"prompt": f"{i} is ", "completion": "odd"} for i in range(60)])
     recipe = small(str(path), "base", eval_tokens=tokens)
@@ -360,7 +360,7 @@ def test_two_examples_are_enough_to_train_and_to_measure(base, tmp_path):
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=20), st.integers(1, 3))
-def test_a_stream_is_the_text_whole_characters_at_a_time(text, n):
+def test_streaming_yields_whole_characters(text, n):
     """Tokens of n bytes cut characters anywhere."""
     raw = text.replace("\ufffd", "").encode()
     pieces = [raw[i : i + n] for i in range(0, len(raw), n)]
@@ -373,7 +373,7 @@ def test_a_stream_is_the_text_whole_characters_at_a_time(text, n):
     assert not any("\ufffd" in piece for piece in found)
 
 
-def test_what_is_cut_off_at_the_end_is_shown_as_such():
+def test_a_character_cut_off_at_the_end_is_shown_as_a_replacement_character():
     decode = lambda ids: bytes(ids.tolist()).decode(errors="replace")  # noqa: E731
     assert list(stream(Tokenizer(None, decode), [0x61, 0xC3])) == ["a", "\ufffd"]
 
@@ -381,7 +381,7 @@ def test_what_is_cut_off_at_the_end_is_shown_as_such():
 # ---- the commands
 
 
-def test_train_generate_and_the_microscope_work_one_after_the_other(text, base, tmp_path):
+def test_the_commands_work_one_after_another(text, base, tmp_path, capsys):
     a, b, m, e = (tmp_path / name for name in ("a", "b", "m", "e"))
     how = ("--base", base, "--steps", "4", "--batch", "2", "--length", "16", "--lr", "1e-2")
     done = minilora_("train", "--data", text, "--out", a, *how, "--rank", "2", "--alpha", "4")
@@ -394,21 +394,25 @@ def test_train_generate_and_the_microscope_work_one_after_the_other(text, base, 
         2 * sum(w["shape"]) for w in json.loads(seen.stdout)["modules"]
     )
     assert {"report.html", "heat_map.png", "spectra.svg"} <= set(os.listdir(tmp_path / "seen"))
-    assert minilora_("compress", a, b, "--rank", "1").returncode == 0
+    assert cli.main(["compress", str(a), str(b), "--rank", "1"]) == 0
     merged = minilora_("merge", base, a, m)
     assert merged.returncode == 0, merged.stderr
     assert "rounding alone" in merged.stdout
-    assert minilora_("extract", base, m, e, "--rank", "2").returncode == 0
+    assert cli.main(["extract", base, str(m), str(e), "--rank", "2"]) == 0
+    capsys.readouterr()
     ways = (("--base", base, "--adapter", a), ("--base", base, "--adapter", a, "--merged"), ("--base", m))
-    greedy = ("--temperature", "0", "--max-tokens", "9")
-    said = [minilora_("generate", "The qual", *how, *greedy) for how in ways]
-    assert len({done.stdout for done in said}) == 1
-    assert said[0].stdout.startswith("The qual")
-    assert len(said[0].stdout) == len("The qual") + 9 + 1
-    assert "7 of 8 modules" in said[0].stderr
+    said = []
+    for how in ways:
+        arguments = ("generate", "The qual", *how, "--temperature", "0", "--max-tokens", "9")
+        assert cli.main([str(argument) for argument in arguments]) == 0
+        said.append(capsys.readouterr())
+    assert len({printed.out for printed in said}) == 1
+    assert said[0].out.startswith("The qual")
+    assert len(said[0].out) == len("The qual") + 9 + 1
+    assert "7 of 8 modules" in said[0].err
 
 
-def test_generate_is_generate(base, capsys):
+def test_the_generate_command_prints_what_generate_draws(base, capsys):
     cli.main(["generate", "mercy", "--base", base, "--max-tokens", "7", "--seed", "3", "--top-k", "5"])
     rng = np.random.default_rng(3)
     model = load(base)
@@ -433,7 +437,7 @@ def test_generate_is_generate(base, capsys):
         (["train", "--data", "none", "--out", "out"], 2, "expected a path or a name"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_nothing_is_written(arguments, code, match, capsys, tmp_path, monkeypatch):
+def test_bad_input_prints_one_line_and_writes_nothing(arguments, code, match, capsys, tmp_path, monkeypatch):
     import re
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A flag arrives: every option of every command reaches the function that the command calls.
+"""Every option of every command reaches the function that the command calls.
 
 The parser is walked, so an option that is added without a line in the table below turns this red; so does one
 that is parsed and dropped, one that changes something else, and a default that is not the function's own.
@@ -276,7 +276,7 @@ def test_every_option_of_every_command_is_tried():
 
 
 @pytest.mark.parametrize(("command", "option"), OF_ALL)
-def test_an_option_arrives_and_changes_nothing_else(command, option):
+def test_an_option_sets_its_argument_and_nothing_else(command, option):
     needed, options = OPTIONS[command]
     typed, expected = options[option]
     (before, _), (after, _) = usual(command), received(command, needed | {option: typed})
@@ -288,7 +288,7 @@ OWN = {"generate.temperature": 0.8}  # where the command has a default of its ow
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_what_is_not_typed_is_the_functions_own_default_and_what_the_help_says(command):
+def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
     needed, options = OPTIONS[command]
     given, defaults = usual(command)
     compared = 0
@@ -306,7 +306,7 @@ def test_what_is_not_typed_is_the_functions_own_default_and_what_the_help_says(c
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_help_says_each_default_once(command):
+def test_help_shows_each_default_once(command):
     first, again = COMMANDS[command].format_help(), COMMANDS[command].format_help()
     assert first == again
     assert "==" not in first
@@ -320,7 +320,7 @@ def test_help_says_each_default_once(command):
         (["--modules", "q_proj"], "--modules is now --targets"),
     ],
 )
-def test_an_old_word_is_answered_with_the_new_one(typed, expected, capsys):
+def test_an_old_option_name_is_answered_with_the_new_one(typed, expected, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main(["sweep", *typed])
     assert e.value.code == 2
@@ -328,7 +328,7 @@ def test_an_old_word_is_answered_with_the_new_one(typed, expected, capsys):
     assert typed[0] not in COMMANDS["sweep"].format_help().replace("--targets", "")
 
 
-def test_an_option_beside_quick_wins():
+def test_an_explicit_option_overrides_quick():
     options = OPTIONS["sweep"][1]
     both = [option for option in options if options[option][1].keys() & options["quick"][1].keys()]
     assert both == ["ranks", "seeds", "steps", "out", "quick"]
@@ -339,7 +339,7 @@ def test_an_option_beside_quick_wins():
     assert expected.items() <= given.items()
 
 
-def test_a_text_is_a_name_or_a_path():
+def test_data_is_a_name_or_a_path():
     """What lies here is a path unless it is a name, as everywhere; a path in a plan is never a name."""
     given, _ = received("sweep", {"data": ["--data", "../x.txt", "--data", "kjv", "--data", "none"]})
     assert given["sweep.plan.targets"] == ("../x.txt", "kjv", "none")
@@ -348,19 +348,19 @@ def test_a_text_is_a_name_or_a_path():
     assert given["sweep.plan.targets"] == ("./x.txt", "kjv")
 
 
-def test_what_is_more_than_there_is_is_cut_to_it():
+def test_jobs_and_tokens_are_capped_at_what_is_available():
     assert received("sweep", {"jobs": ["--jobs", "99"]})[0]["sweep.jobs"] == CORES
     long = received("generate", OPTIONS["generate"][0] | {"max_tokens": ["--max-tokens", "999"]})[0]
     assert long["generate.max_new_tokens"] == TINY.max_position_embeddings - len("To be")
 
 
-def test_zero_is_a_value():
+def test_zero_is_not_taken_for_an_omitted_option():
     given, _ = received("generate", OPTIONS["generate"][0] | {"temperature": ["--temperature", "0"]})
     assert given["generate.temperature"] == 0
     assert received("pretrain", {"steps": ["--seed", "0"]})[0]["run.recipe.seed"] == 0
 
 
-def test_json_is_all_that_is_printed():
+def test_with_json_only_json_is_printed():
     both = {option: OPTIONS["inspect"][1][option][0] for option in ("json", "out")}
     given, _ = received("inspect", OPTIONS["inspect"][0] | both)
     assert given["printed"] == JSON
@@ -368,6 +368,6 @@ def test_json_is_all_that_is_printed():
 
 
 @pytest.mark.parametrize("command", ["train", "params", "modules"])
-def test_all_linear_is_a_word_of_its_own(command):
+def test_all_linear_is_passed_as_a_keyword(command):
     given, _ = received(command, OPTIONS[command][0] | {"targets": ["--targets", "all-linear"]})
     assert given[next(iter(OPTIONS[command][1]["targets"][1]))] == "all-linear"

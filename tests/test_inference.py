@@ -90,7 +90,7 @@ def calls_of(job, kind=None, merged=False, tie=True):
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("job", [forward, decode])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_model_makes_the_calls_of_the_base_and_no_other(kind, job, tie):
+def test_a_merged_model_makes_exactly_the_calls_of_the_base(kind, job, tie):
     base, _ = calls_of(job, tie=tie)
     merged, _ = calls_of(job, kind, merged=True, tie=tie)
     assert merged == base  # the same functions in the same order, on the same shapes and dtypes
@@ -98,7 +98,7 @@ def test_a_merged_model_makes_the_calls_of_the_base_and_no_other(kind, job, tie)
 
 
 @pytest.mark.parametrize("job", [forward, decode])
-def test_an_unmerged_model_makes_two_products_more_for_each_map(job):
+def test_an_unmerged_model_makes_two_more_products_per_map(job):
     base, _ = calls_of(job)
     unmerged, adapted = calls_of(job, "lora")
 
@@ -111,7 +111,7 @@ def test_an_unmerged_model_makes_two_products_more_for_each_map(job):
     assert products(unmerged) == products(base) + passes * (2 * 14 + 1 + 2)
 
 
-def test_the_count_sees_one_call_more():
+def test_the_counter_sees_an_extra_call():
     model, rng = tiny()
     ids = rng.integers(0, 5, (N, T))
     with counted(model) as once:

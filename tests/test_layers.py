@@ -41,14 +41,14 @@ wide = st.integers(3, 9)  # a norm over one or two numbers has no gradient but r
 
 @pytest.mark.parametrize("name", LAYERS)
 @given(seed=seeds, n=sizes, t=sizes, o=sizes, i=wide)
-def test_the_gradient_is_that_of_the_complex_step(name, seed, n, t, o, i):
+def test_the_gradient_matches_the_complex_step(name, seed, n, t, o, i):
     rng = np.random.default_rng(seed)
     layer = LAYERS[name](rng, o, i)
     assert_layer_gradient(layer, named_params(layer), rng.standard_normal((n, t, i)), rng)
 
 
 @given(seed=seeds, n=sizes, t=sizes, v=sizes, d=sizes)
-def test_the_gradient_of_a_table_is_that_of_the_complex_step(seed, n, t, v, d):
+def test_an_embeddings_gradient_matches_the_complex_step(seed, n, t, v, d):
     rng = np.random.default_rng(seed)
     table = Embedding(param(rng, v, d))
     assert_layer_gradient(table, named_params(table), rng.integers(0, v, (n, t)), rng)
@@ -71,7 +71,7 @@ def test_dropout_keeps_or_scales_and_its_gradient_uses_the_same_mask(seed, p):
 
 @pytest.mark.parametrize("name", LAYERS)
 @given(seed=seeds, dtype=dtypes)
-def test_the_dtype_is_closed(name, seed, dtype):
+def test_every_result_keeps_the_dtype(name, seed, dtype):
     rng = np.random.default_rng(seed)
     layer = LAYERS[name](rng, 4, 5, dtype=dtype)
     y, back = layer(rng.standard_normal((2, 3, 5)).astype(dtype))
@@ -81,7 +81,7 @@ def test_the_dtype_is_closed(name, seed, dtype):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_only_what_is_trained_gets_a_gradient_and_dx_is_the_same(name):
+def test_a_frozen_weight_gets_no_gradient_and_dx_is_unchanged(name):
     rng = np.random.default_rng(0)
     layer = LAYERS[name](rng, 4, 5)
     x = rng.standard_normal((2, 3, 5))
@@ -99,7 +99,7 @@ def test_only_what_is_trained_gets_a_gradient_and_dx_is_the_same(name):
     assert all(p.grad is None for p in named_params(layer).values())
 
 
-def test_a_frozen_linear_keeps_nothing_and_a_trained_one_its_input():
+def test_a_frozen_linear_stores_no_activation_and_a_trained_one_its_input():
     rng = np.random.default_rng(0)
     layer, x = linear(rng, 4, 5, bias=True), rng.standard_normal((2, 3, 5)).astype(np.float32)
     kept = saved(layer(x)[1]).values()
@@ -111,7 +111,7 @@ def test_a_frozen_linear_keeps_nothing_and_a_trained_one_its_input():
     assert layer(x, Need.WEIGHTS)[1](np.ones((2, 3, 4), np.float32)) is None
 
 
-def test_a_weight_that_is_used_twice_receives_both_gradients():
+def test_a_weight_used_twice_accumulates_both_gradients():
     rng = np.random.default_rng(0)
     layer, x, dy = Linear(param(rng, 4, 5)), rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3, 4))
     layer(x)[1](dy)
@@ -123,7 +123,7 @@ def test_a_weight_that_is_used_twice_receives_both_gradients():
 # ---- the tree
 
 
-def test_the_names_are_hugging_faces():
+def test_parameters_have_hugging_faces_names():
     names = set(named_params(tiny(attention_bias=True, tie_word_embeddings=False)[0]))
     assert {
         "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias",
@@ -142,7 +142,7 @@ def test_get_and_replace_are_inverse_everywhere():
         assert get(model, path) is node
 
 
-def test_a_wrong_path_names_the_nearest():
+def test_an_unknown_path_names_the_nearest():
     with pytest.raises(
         MismatchError, match=r"mlp\.gate_porj' is not in .*'model\.layers\.0\.mlp\.gate_proj'"
     ):
@@ -154,7 +154,7 @@ def test_a_shared_parameter_is_listed_once():
     assert list(named_params({"a": one, "b": [one]})) == ["a.weight"]
 
 
-def test_freeze_keeps_what_it_is_told_and_drops_gradients():
+def test_freeze_keeps_the_selected_parameters_and_drops_gradients():
     model, _ = tiny()
     for p in named_params(model).values():
         p.grad = p.data
@@ -198,7 +198,7 @@ def test_the_digest_sees_every_bit_name_shape_and_dtype(seed, bit):
     assert digest(layer) == before
 
 
-def test_an_outline_says_every_shape_and_what_is_trained_and_equal_layers_once():
+def test_an_outline_shows_shapes_and_trained_parameters_and_equal_layers_once():
     layers = [Linear(Param(np.zeros((3, 2))), Param(np.zeros(3))) for _ in range(3)]
     tree = {"a": [*layers, RMSNorm(Param(np.zeros(2)))], "b": {"\x1b": Embedding(Param(np.zeros((5, 2))))}}
     freeze(tree, keep=lambda path: path == "a.2.bias")
@@ -224,7 +224,7 @@ def test_a_model_prints_as_its_outline():
     assert all(f.name in shown for f in fields(small.config))
 
 
-def test_settings_are_the_plain_values_of_a_tree_and_nothing_else():
+def test_settings_are_only_the_plain_values_of_a_tree():
     tied, untied = (settings(tiny(0, tie_word_embeddings=tie)[0]) for tie in (True, False))
     for values in (tied, untied):
         assert values
@@ -241,7 +241,7 @@ def test_the_usual_eps_of_a_norm_is_1e_minus_5():
     assert abs(y - np.array([[-1.0, 1.0]]) * 3e-3 / (9e-6 + 1e-5) ** 0.5).max() < 1e-14
 
 
-def test_a_head_gives_the_gradient_of_its_input_unless_told_otherwise():
+def test_a_head_returns_the_gradient_of_its_input_by_default():
     table = Embedding(Param(np.ones((5, 3)), trainable=False))
     y, back = table.attend(np.ones((2, 3)))
     assert back(np.ones_like(y)).shape == (2, 3)

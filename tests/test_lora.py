@@ -1,4 +1,4 @@
-"""LoRA's laws: exact at the start, exact when merged up to rounding, exact when taken away."""
+"""LoRA's laws: exact at the start, exact when merged up to rounding, exact when removed."""
 
 import copy
 import math
@@ -84,7 +84,7 @@ def layer_of(seed, o, i, r, dtype=np.float64, alpha=7.0, whole=False, bias=True,
 
 @pytest.mark.parametrize("dora", [False, True])
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3), bias=st.booleans())
-def test_the_gradient_of_an_adapted_linear_is_that_of_the_complex_step(dora, seed, o, i, r, bias):
+def test_an_adapted_linears_gradient_matches_the_complex_step(dora, seed, o, i, r, bias):
     tree, draw, rng = layer_of(seed, o, i, r, bias=bias, dora=dora)
     assert_adapted_gradient(tree["q_proj"], draw(2, 4, i), rng)
 
@@ -126,7 +126,7 @@ WAYS = ["lora", "dora", "alone"]
 
 @pytest.mark.parametrize("way", WAYS)
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3))
-def test_the_gradient_of_a_bias_in_the_place_of_the_bases_is_that_of_the_complex_step(way, seed, o, i, r):
+def test_a_trained_bias_gradient_matches_the_complex_step(way, seed, o, i, r):
     tree, draw, rng = biased(seed, o, i, r, way)
     layer = tree["q_proj"]
     assert_adapted_gradient(layer, draw(1, 4, i), rng)
@@ -135,7 +135,7 @@ def test_the_gradient_of_a_bias_in_the_place_of_the_bases_is_that_of_the_complex
 
 @pytest.mark.parametrize("way", WAYS)
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3))
-def test_a_bias_is_merged_as_a_copy(way, seed, o, i, r):
+def test_merging_a_bias_leaves_the_bases_bias_unchanged(way, seed, o, i, r):
     tree, draw, _ = biased(seed, o, i, r, way)
     layer, x = tree["q_proj"], draw(2, 4, i)
     bias, before = layer.adapters["default"].bias, layer.base.bias.data.copy()
@@ -152,7 +152,7 @@ def test_a_bias_is_merged_as_a_copy(way, seed, o, i, r):
 
 
 @given(seed=seeds, r=st.integers(1, 4))
-def test_the_gradient_of_an_adapted_table_is_that_of_the_complex_step(seed, r):
+def test_an_adapted_embeddings_gradient_matches_the_complex_step(seed, r):
     rng = np.random.default_rng(seed)
     tree = {"embed": Embedding(Param(rng.standard_normal((11, 5)).astype(complex)))}
     tree["embed"].weight.data = tree["embed"].weight.data.real
@@ -190,7 +190,7 @@ def network_value(model, params, ids, labels):
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @settings(max_examples=6)
 @given(seed=seeds, flags=flags)
-def test_the_gradient_of_the_network_is_that_of_the_complex_step(kind, seed, flags):
+def test_the_networks_gradient_matches_the_complex_step(kind, seed, flags):
     model, rng = tiny(seed, **flags)
     if kind:
         inject(model, KINDS[kind], rng=rng)
@@ -203,7 +203,7 @@ def test_the_gradient_of_the_network_is_that_of_the_complex_step(kind, seed, fla
 
 @settings(max_examples=10)
 @given(seed=seeds, flags=flags, kind=st.sampled_from([None, *KINDS]))
-def test_the_gradient_of_the_network_is_that_of_central_differences(seed, flags, kind):
+def test_the_networks_gradient_matches_central_differences(seed, flags, kind):
     model, rng = tiny(seed, **flags)
     if kind:
         inject(model, KINDS[kind], rng=rng)
@@ -244,7 +244,7 @@ def test_dA_is_s_Bt_G_and_dB_is_s_G_At(seed, o, i, r):
 @settings(max_examples=12)
 @given(seed=seeds, dtype=dtypes, flags=flags, r=ranks, rslora=st.booleans(),
        init=st.sampled_from(["kaiming", "gaussian"]))  # fmt: skip
-def test_a_fresh_adapter_is_the_base_exactly_merged_too(seed, dtype, flags, r, rslora, init):
+def test_a_fresh_adapter_is_exactly_the_base_also_when_merged(seed, dtype, flags, r, rslora, init):
     model, rng = tiny(seed, dtype, **flags)
     ids, _ = batch(rng)
     base = model(ids)[0]
@@ -260,7 +260,7 @@ def test_a_fresh_adapter_is_the_base_exactly_merged_too(seed, dtype, flags, r, r
 
 @settings(max_examples=12)
 @given(seed=seeds, dtype=dtypes, flags=flags)
-def test_the_first_step_moves_only_B_and_of_a_table_only_A(seed, dtype, flags):
+def test_at_first_only_B_has_a_gradient_and_in_an_embedding_only_A(seed, dtype, flags):
     model, rng = tiny(seed, dtype, **flags)
     inject(model, LoraConfig(r=3, targets=EVERYTHING), rng=rng)
     ids, labels = batch(rng)
@@ -274,7 +274,7 @@ def test_the_first_step_moves_only_B_and_of_a_table_only_A(seed, dtype, flags):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_fresh_dora_is_the_base_up_to_rounding(dtype):
+def test_a_fresh_dora_equals_the_base_up_to_rounding(dtype):
     model, rng = tiny(0, dtype)
     base = get(model, "model.layers.0.mlp.up_proj")
     inject(model, LoraConfig(r=3, targets="layers.0.mlp.up_proj", dora=True), rng=rng)
@@ -286,7 +286,7 @@ def test_a_fresh_dora_is_the_base_up_to_rounding(dtype):
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "both"])
-def test_every_fresh_factor_has_the_stated_deviation(init):
+def test_fresh_factors_have_the_documented_standard_deviation(init):
     """Of tall and wide maps and of a table, whose two factors change places."""
     r = 8
     tree = {"wide": Linear(Param(np.zeros((300, 400), np.float32))),
@@ -313,7 +313,7 @@ def test_every_fresh_factor_has_the_stated_deviation(init):
 
 @given(seed=seeds, o=st.integers(1, 40), i=st.integers(1, 40), r=st.integers(1, 8), dtype=dtypes,
        size=st.sampled_from([1e-6, 1.0, 1e6]))  # fmt: skip
-def test_merged_is_unmerged_within_the_bound_and_no_less(seed, o, i, r, dtype, size):
+def test_merged_and_unmerged_agree_within_a_tight_bound(seed, o, i, r, dtype, size):
     r = min(r, o, i)
     tree, draw, _ = layer_of(seed, o, i, r, dtype, bias=False)
     layer, f = tree["q_proj"], tree["q_proj"].adapters["default"]
@@ -339,7 +339,7 @@ def test_merged_is_unmerged_within_the_bound_and_no_less(seed, o, i, r, dtype, s
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=5)
 @given(seed=seeds, dtype=dtypes)
-def test_merging_and_unmerging_leave_every_bit_of_the_base(kind, seed, dtype):
+def test_merging_and_unmerging_restore_every_bit_of_the_base(kind, seed, dtype):
     model, _ = tiny_lora(seed, dtype, config=KINDS[kind])
     bases = {
         path.replace(".", "/"): layer.base for path, layer in owners(model) if isinstance(layer, Adapted)
@@ -354,7 +354,7 @@ def test_merging_and_unmerging_leave_every_bit_of_the_base(kind, seed, dtype):
 
 
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3), power=st.integers(-3, 3), dtype=dtypes)
-def test_with_whole_numbers_merging_is_exact(seed, o, i, r, power, dtype):
+def test_merging_whole_numbers_is_exact(seed, o, i, r, power, dtype):
     tree, draw, _ = layer_of(seed, o, i, r, dtype, whole=True, alpha=r * 2.0**power)
     f, x = tree["q_proj"].adapters["default"], draw(2, 4, i)
     f.A.data[:] = np.abs(f.A.data) + 1
@@ -373,7 +373,7 @@ def test_with_whole_numbers_merging_is_exact(seed, o, i, r, power, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=8)
 @given(seed=seeds, flags=flags)
-def test_of_the_network_merging_and_fusing_are_rounding_only(kind, seed, flags):
+def test_merging_and_fusing_the_network_only_round(kind, seed, flags):
     def both(dtype):
         model, rng = tiny_lora(seed, dtype, config=KINDS[kind], **flags)
         ids, _ = batch(rng)
@@ -397,7 +397,7 @@ def test_of_the_network_merging_and_fusing_are_rounding_only(kind, seed, flags):
 
 @settings(max_examples=12)
 @given(seed=seeds, r=st.integers(1, 4))
-def test_a_tied_head_sees_the_change_of_the_table_that_the_lookup_sees(seed, r):
+def test_an_adapted_table_changes_the_lookup_and_the_tied_head(seed, r):
     rng = np.random.default_rng(seed)
     E, A, B = (rng.integers(-4, 5, s).astype(float) for s in ((11, 5), (r, 11), (5, r)))
     tree = {"embed": Embedding(Param(E))}
@@ -415,18 +415,18 @@ def test_a_tied_head_sees_the_change_of_the_table_that_the_lookup_sees(seed, r):
 
 @settings(max_examples=10)
 @given(seed=seeds, r=st.integers(1, 4), both=st.booleans())
-def test_a_tied_head_is_adapted_as_a_map_of_its_own_on_the_same_table(seed, r, both):
+def test_an_adapter_on_a_tied_head_does_not_change_the_lookup(seed, r, both):
     """As in PEFT: the lookup does not see the head's change, nor the head that of the lookup."""
     model, rng = tiny(seed, np.float64, tie_word_embeddings=True)
-    twin, _ = tiny(seed, np.float64, tie_word_embeddings=False)
+    untied, _ = tiny(seed, np.float64, tie_word_embeddings=False)
     table = model.model.embed_tokens.weight
     bits = table.data.tobytes()
-    for name, p in named_params(twin).items():  # the untied model of the same numbers
+    for name, p in named_params(untied).items():  # the untied model of the same numbers
         p.data = get(model, name if name != "lm_head.weight" else "model.embed_tokens.weight").data.copy()
     targets = ["q_proj", "lm_head", *["embed_tokens"] * both]
     reports = [
         inject(m, LoraConfig(r=r, alpha=5, targets=targets, init="both"), rng=np.random.default_rng(seed))
-        for m in (model, twin)
+        for m in (model, untied)
     ]
     V, D = table.data.shape
     assert reports[0].rows == reports[1].rows
@@ -434,16 +434,16 @@ def test_a_tied_head_is_adapted_as_a_map_of_its_own_on_the_same_table(seed, r, b
     assert reports[1].base_parameters == reports[0].base_parameters + V * D  # the table counts once
     assert model.lm_head.base.weight is table
     ids, labels = batch(rng)
-    losses, found = zip(*(gradients(one, ids, labels) for one in (model, twin)), strict=True)
+    losses, found = zip(*(gradients(one, ids, labels) for one in (model, untied)), strict=True)
     assert losses[0] == losses[1]
     assert same_bits(*found)
     for change in (merge, unmerge, fuse):
-        change(model), change(twin)
-        assert np.array_equal(model(ids)[0], twin(ids)[0])
+        change(model), change(untied)
+        assert np.array_equal(model(ids)[0], untied(ids)[0])
     assert table.data.tobytes() == bits
 
 
-def test_a_tied_head_is_not_untied_from_an_embedding_that_has_adapters():
+def test_a_head_tied_to_an_adapted_embedding_cannot_be_adapted():
     model, rng = tiny()
     inject(model, LoraConfig(r=2, targets="embed_tokens"), rng=rng, name="first")
     state = digest(model)
@@ -462,7 +462,7 @@ def test_a_tied_head_is_not_untied_from_an_embedding_that_has_adapters():
     assert np.array_equal(other(ids)[0], tiny()[0](ids)[0])
 
 
-def test_a_tied_network_is_the_one_with_the_changed_table():
+def test_an_adapted_tied_network_equals_one_with_the_changed_table():
     def both(dtype):
         config = LoraConfig(r=3, alpha=7, targets="embed_tokens", init="both")
         model, rng = tiny_lora(0, dtype, config=config, tie_word_embeddings=True)
@@ -476,7 +476,7 @@ def test_a_tied_network_is_the_one_with_the_changed_table():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_folded_is_frozen(kind):
+def test_merged_weights_are_frozen(kind):
     model, _ = tiny_lora(0, config=KINDS[kind], tie_word_embeddings=False)
     folded = {path: layer.adapters[layer.active].merged(layer.base) for path, layer in owners(model)
               if isinstance(layer, Adapted) and layer.active}  # fmt: skip
@@ -504,7 +504,7 @@ def test_merging_is_all_or_nothing(kind, bad):
 
 
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3), dtype=dtypes)
-def test_B_R_and_R_inverse_A_are_the_same_function(seed, o, i, r, dtype):
+def test_BR_and_R_inverse_A_give_the_same_function(seed, o, i, r, dtype):
     tree, draw, rng = layer_of(seed, o, i, r, dtype, whole=True, alpha=4.0 * r)
     f, x = tree["q_proj"].adapters["default"], draw(2, 4, i)
     y = tree["q_proj"](x)[0]
@@ -515,7 +515,7 @@ def test_B_R_and_R_inverse_A_are_the_same_function(seed, o, i, r, dtype):
 
 @given(r=st.integers(1, 8), alpha=st.floats(0.01, 100), rslora=st.booleans(), flags=flags)
 @settings(max_examples=10)
-def test_s_is_alpha_over_r_or_over_its_root_and_the_counts_are_in_closed_form(r, alpha, rslora, flags):
+def test_scale_is_alpha_over_r_or_sqrt_r_and_counts_match_the_formula(r, alpha, rslora, flags):
     model, rng = tiny(0, np.float32, **flags)
     config = LoraConfig(
         r=r, alpha=alpha, targets=EVERYTHING, rslora=rslora, modules_to_save=["norm"],
@@ -562,7 +562,7 @@ def test_targets_are_names_suffixes_or_a_compiled_pattern(targets, expected):
 
 
 @given(flags=flags)
-def test_all_linear_is_every_linear_but_the_head_and_what_is_saved(flags):
+def test_all_linear_is_every_linear_but_the_head_and_modules_to_save(flags):
     model, rng = tiny(**flags)
     expected = {path for path, layer in owners(model) if isinstance(layer, Linear) and path != "lm_head"}
     assert len(expected) == 14
@@ -576,7 +576,7 @@ some = st.lists(st.sampled_from(NAMES), unique=True)
 
 
 @given(targets=some.filter(len), excluded=some, layers=st.none() | some.map(len).map(range).filter(len))
-def test_what_is_excluded_or_in_no_wanted_layer_is_left_out(targets, excluded, layers):
+def test_excluded_modules_and_other_layers_are_not_adapted(targets, excluded, layers):
     model, rng = tiny(num_hidden_layers=7)
     expected = [
         path for path, layer in owners(model)
@@ -601,7 +601,7 @@ def test_what_is_excluded_or_in_no_wanted_layer_is_left_out(targets, excluded, l
         ({"layers_to_transform": (1, 0)}, ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]),
     ],
 )
-def test_what_is_left_out_is_named_as_the_targets_are(how, expected):
+def test_exclude_modules_are_matched_like_targets(how, expected):
     model, rng = tiny()
     config = LoraConfig(r=2, targets=["q_proj", "embed_tokens"], **how)
     if expected is None:
@@ -615,7 +615,7 @@ def test_what_is_left_out_is_named_as_the_targets_are(how, expected):
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 @settings(max_examples=20)
 @given(flags=flags, targets=some.filter(len))
-def test_biases_start_at_the_bases_and_are_counted(bias, flags, targets):
+def test_trained_biases_start_at_the_bases_and_are_counted(bias, flags, targets):
     model, rng = tiny(**flags)
     own = {path: layer.bias for path, layer in owners(model) if isinstance(layer, Linear) and layer.bias}
     expected = {
@@ -647,7 +647,7 @@ def test_biases_start_at_the_bases_and_are_counted(bias, flags, targets):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", [False, True])
-def test_a_frozen_base_has_no_gradient_and_no_bit_of_it_changes(kind, tie):
+def test_a_frozen_base_has_no_gradient_and_never_changes(kind, tie):
     model, rng = tiny(0, np.float32, tie_word_embeddings=tie, attention_bias=True)
     base = named_params(model)
     before = digest(base)
@@ -665,7 +665,7 @@ def test_a_frozen_base_has_no_gradient_and_no_bit_of_it_changes(kind, tie):
     assert digest(base) == before
 
 
-def test_a_frozen_linear_keeps_no_activation_and_an_adapted_one_x_and_h():
+def test_a_frozen_linear_stores_no_activation_and_an_adapted_one_x_and_h():
     tree, draw, _ = layer_of(0, 4, 5, 3)
     x = draw(1, 12, 5)
     assert saved(tree["q_proj"].base(x)[1]) == {}
@@ -674,7 +674,7 @@ def test_a_frozen_linear_keeps_no_activation_and_an_adapted_one_x_and_h():
     assert any(np.shares_memory(a, x) for a in kept)
 
 
-def test_with_dropout_an_adapted_linear_keeps_what_A_read_and_not_x():
+def test_with_dropout_an_adapted_linear_stores_the_input_of_A_and_not_x():
     tree, draw, _ = layer_of(0, 4, 5, 3, dropout=0.5)
     x = draw(2, 6, 5)
     kept = saved(tree["q_proj"](x)[1])
@@ -683,7 +683,7 @@ def test_with_dropout_an_adapted_linear_keeps_what_A_read_and_not_x():
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_nothing_runs_backward_below_the_lowest_trained_layer(tie, monkeypatch):
+def test_no_backward_runs_below_the_lowest_trained_layer(tie, monkeypatch):
     model, rng = tiny(tie_word_embeddings=tie)
     inject(model, LoraConfig(r=2, targets=["layers.1.mlp.up_proj"]), rng=rng)
     names = {id(p): path for path, p in named_params(model).items()}
@@ -703,14 +703,14 @@ def test_nothing_runs_backward_below_the_lowest_trained_layer(tie, monkeypatch):
     assert not [a for a in kept.values() if a.ndim >= 4]  # no heads, no attention weights
 
 
-def test_inference_keeps_no_way_back(monkeypatch):
+def test_inference_builds_no_backward(monkeypatch):
     model, rng = tiny_lora()
     monkeypatch.setattr(Linear, "back_to_x", lambda self, shape: pytest.fail("a backward was made"))
     model(batch(rng)[0])
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_dropout_acts_in_training_only(train):
+def test_dropout_is_active_in_training_only(train):
     model, rng = tiny(0)
     inject(model, LoraConfig(r=3, targets=LINEARS, init="both", dropout=0.5), rng=rng)
     ids, _ = batch(rng)
@@ -742,7 +742,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("bad", CONFIGS, ids=lambda bad: repr(bad)[:40])
-def test_a_config_without_meaning_is_refused(bad):
+def test_an_invalid_config_is_refused(bad):
     with pytest.raises(ConfigError) as e:
         LoraConfig(**bad)
     assert len(str(e.value).splitlines()) == 1
@@ -785,7 +785,7 @@ INJECTIONS = [
 
 @pytest.mark.parametrize(("bad", "error", "says"), INJECTIONS, ids=lambda v: repr(v)[:40])
 @pytest.mark.parametrize("before", [False, True])
-def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(bad, error, says, before):
+def test_an_adapter_that_does_not_fit_leaves_the_model_unchanged(bad, error, says, before):
     model, rng = tiny_lora() if before else tiny()
     ids, _ = batch(rng)
     state, y = digest(model), model(ids)[0]
@@ -810,7 +810,7 @@ def test_an_adapter_name_is_letters_digits_and_dashes(name):
 
 
 @pytest.mark.parametrize("name", ["0", "A", "_", "__base", "__base__1", "task-1", "z" * 100])
-def test_any_such_name_but_one_is_taken(name):
+def test_every_valid_adapter_name_is_accepted(name):
     model, rng = tiny()
     inject(model, LoraConfig(r=2), rng=rng, name=name)
     assert {*next(x for _, x in owners(model) if isinstance(x, Adapted)).adapters} == {name}
@@ -851,7 +851,7 @@ def test_calls_in_the_wrong_order_are_refused_and_change_nothing():
     assert scales(model) == before
 
 
-def test_the_model_is_restored_when_the_body_of_disabled_fails():
+def test_disabled_restores_the_model_after_an_exception():
     model, rng = tiny_lora()
     ids, _ = batch(rng)
     y = model(ids)[0]
@@ -860,7 +860,7 @@ def test_the_model_is_restored_when_the_body_of_disabled_fails():
     assert np.array_equal(model(ids)[0], y)
 
 
-def test_adapters_learn_apart():
+def test_adapters_train_independently():
     model, rng = tiny(0)
     for name in ("first", "second"):
         inject(model, replace(KINDS["lora-and-norms"], r=2), rng=rng, name=name)
@@ -1019,7 +1019,7 @@ TestAdapters.settings = settings(max_examples=25, stateful_step_count=20, deadli
 
 
 @given(seed=seeds, r=st.integers(1, 4), n=st.integers(4, 7))
-def test_a_square_table_is_merged_the_right_way_round(seed, r, n):
+def test_a_square_embedding_is_merged_in_the_right_orientation(seed, r, n):
     rng = np.random.default_rng(seed)
     E, A, B = (rng.integers(-4, 5, s).astype(float) for s in ((n, n), (r, n), (n, r)))
     tree = {"embed": Embedding(Param(E))}
@@ -1031,7 +1031,7 @@ def test_a_square_table_is_merged_the_right_way_round(seed, r, n):
 
 
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 3))
-def test_a_detached_norm_is_a_constant_on_the_way_back(seed, o, i, r):
+def test_a_detached_norm_is_a_constant_in_the_backward(seed, o, i, r):
     found = {}
     for detach in (False, True):
         tree, draw, _ = layer_of(seed, o, i, r, bias=False, dora=True, detach=detach)
@@ -1054,7 +1054,7 @@ def test_a_detached_norm_is_a_constant_on_the_way_back(seed, o, i, r):
      ("use_rslora", "rslora"),
      ("use_dora", "dora"), ("init_lora_weights", "init")],
 )  # fmt: skip
-def test_a_name_of_peft_is_answered_with_ours(name, ours):
+def test_a_config_name_of_peft_is_answered_with_ours(name, ours):
     with pytest.raises(ConfigError, match=f"{name} is PEFT's name; expected {ours}"):
         LoraConfig(**{name: 1})
     assert ours in LoraConfig.__dataclass_fields__

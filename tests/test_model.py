@@ -46,7 +46,7 @@ few = settings(max_examples=12)
 
 @few
 @given(seed=seeds, flags=flags, dtype=dtypes, j=st.integers(1, T - 1))
-def test_a_later_token_changes_no_bit_of_an_earlier_logit(seed, flags, dtype, j):
+def test_a_later_token_never_changes_an_earlier_logit(seed, flags, dtype, j):
     model, rng = tiny_lora(seed, dtype, **flags)
     ids, _ = batch(rng)
     other = ids.copy()
@@ -56,7 +56,7 @@ def test_a_later_token_changes_no_bit_of_an_earlier_logit(seed, flags, dtype, j)
 
 @few
 @given(seed=seeds, flags=flags, dtype=dtypes)
-def test_an_ignored_label_changes_no_bit(seed, flags, dtype):
+def test_a_token_read_only_by_ignored_labels_changes_nothing(seed, flags, dtype):
     model, rng = tiny_lora(seed, dtype, **flags)
     ids, labels = batch(rng)
     labels[:, -1] = -100  # so the last token is read by no label that counts
@@ -82,7 +82,7 @@ def test_with_all_labels_ignored_loss_and_gradients_are_zero(seed, flags, dtype)
 
 @few
 @given(seed=seeds, flags=flags, cuts=st.sets(st.integers(1, T - 1)))
-def test_cached_decoding_is_the_full_forward(seed, flags, cuts):
+def test_cached_decoding_matches_the_full_forward(seed, flags, cuts):
     def both(dtype):
         model, rng = tiny_lora(seed, dtype, **flags)
         ids, _ = batch(rng)
@@ -96,7 +96,7 @@ def test_cached_decoding_is_the_full_forward(seed, flags, cuts):
 
 @few
 @given(seed=seeds, flags=flags, dtype=dtypes, S=st.integers(4, 16))
-def test_a_past_is_made_once_and_takes_what_it_says(seed, flags, dtype, S):
+def test_the_kv_cache_is_allocated_once_in_the_stated_size(seed, flags, dtype, S):
     model, rng = tiny(seed, dtype, num_hidden_layers=3, **flags)  # not as many as key/value heads
     past, c = past_of(model, N, S), model.config
     arrays = [a for cache in past.caches for a in (cache.k, cache.v)]
@@ -111,7 +111,7 @@ def test_a_past_is_made_once_and_takes_what_it_says(seed, flags, dtype, S):
     assert all(cache.seen == S for cache in past.caches)
 
 
-def test_generate_reads_no_further_than_it_must(monkeypatch):
+def test_generate_allocates_no_longer_a_cache_than_needed(monkeypatch):
     model, rng = tiny()
     made = []
     monkeypatch.setattr(
@@ -124,7 +124,7 @@ def test_generate_reads_no_further_than_it_must(monkeypatch):
 
 @few
 @given(seed=seeds, flags=flags, merged=st.booleans())
-def test_greedy_text_is_that_of_the_full_forward_and_of_every_greedy_setting(seed, flags, merged):
+def test_greedy_decoding_matches_the_full_forward_in_every_greedy_setting(seed, flags, merged):
     model, rng = tiny_lora(seed, np.float64, **flags)
     prompt = rng.integers(0, V, (3, 4))
     if merged:
@@ -140,7 +140,7 @@ def test_greedy_text_is_that_of_the_full_forward_and_of_every_greedy_setting(see
 @few
 @given(seed=seeds, dtype=dtypes, flags=flags,
        kind=st.sampled_from([None, {}, {"dora": True}, {"dropout": 0.5}]))  # fmt: skip
-def test_the_dtype_is_closed(seed, dtype, flags, kind):
+def test_every_result_keeps_the_dtype(seed, dtype, flags, kind):
     model, rng = tiny(seed, dtype, **flags)
     if kind is not None:
         targets = EVERYTHING if not kind else "all-linear"
@@ -160,7 +160,7 @@ def test_the_dtype_is_closed(seed, dtype, flags, kind):
     assert {a.dtype for a in arrays} == {np.dtype(dtype)}
 
 
-def test_what_was_kept_is_gone_after_the_way_back():
+def test_activations_are_freed_after_the_backward():
     model, rng = tiny_lora()
     _, back = model.loss(*batch(rng), train=True)
     before = sum(a.size for a in saved(back).values())
@@ -172,7 +172,7 @@ def test_what_was_kept_is_gone_after_the_way_back():
 
 
 @pytest.mark.parametrize("L", [1, 3])
-def test_every_kind_of_fresh_matrix_has_the_stated_deviation(L):
+def test_fresh_matrices_have_the_documented_standard_deviation(L):
     """No two of V, D, F, H·E and G·E are alike, so that no other axis gives the same number."""
     V, D, F = 70, 48, 85
     config = Config(V, D, F, L, num_attention_heads=6, num_key_value_heads=2, head_dim=10,
@@ -220,7 +220,7 @@ def stretched(inverse, s):
 
 
 @given(scaling=STRETCHES, half=st.integers(1, 40), theta=st.floats(1.5, 1e6))
-def test_slow_frequencies_are_stretched_as_defined(scaling, half, theta):
+def test_rope_scaling_stretches_slow_frequencies_as_defined(scaling, half, theta):
     inverse = rope_frequencies(2 * half, theta)
     found = to_host(scaling(inverse))
     want = numpy.array([stretched(f, scaling) for f in to_host(inverse).tolist()])
@@ -232,7 +232,7 @@ def test_slow_frequencies_are_stretched_as_defined(scaling, half, theta):
 
 @few
 @given(scaling=STRETCHES, dtype=dtypes, positions=st.integers(1, 16))
-def test_the_model_turns_by_the_stretched_frequencies(scaling, dtype, positions):
+def test_the_model_uses_the_stretched_frequencies(scaling, dtype, positions):
     model, rng = tiny(0, dtype, rope_scaling=scaling)
     c = model.config
     inverse = [stretched(f, scaling) for f in to_host(rope_frequencies(c.E, c.rope_theta)).tolist()]
@@ -246,7 +246,7 @@ def test_the_model_turns_by_the_stretched_frequencies(scaling, dtype, positions)
     assert np.allclose(np.concatenate(parts, 1), model(ids)[0], rtol=0, atol=1e-3)
 
 
-def test_stretching_changes_what_the_model_says():
+def test_rope_scaling_changes_the_logits():
     ids, _ = batch(np.random.default_rng(0))
     plain, far = (tiny(0, rope_scaling=s)[0](ids)[0] for s in (None, RopeScaling(8.0, 1.0, 4.0, 8)))
     assert np.array_equal(plain[:, 0], far[:, 0])
@@ -263,7 +263,7 @@ def test_stretching_changes_what_the_model_says():
      {"rope_type": "linear"}, {"rope_type": None}],
     ids=repr,
 )  # fmt: skip
-def test_a_stretch_without_meaning_is_refused(bad):
+def test_an_invalid_rope_scaling_is_refused(bad):
     good = asdict(RopeScaling(8.0, 1.0, 4.0, 24))
     with pytest.raises(ConfigError) as e:
         RopeScaling(**good | bad)
@@ -286,7 +286,7 @@ def test_a_blank_model_has_the_shapes_of_a_fresh_one(flags, dtype):
         assert (found[name].data.shape, found[name].data.dtype) == (p.data.shape, p.data.dtype), name
 
 
-def test_a_blank_model_takes_no_memory():
+def test_a_blank_model_allocates_no_weights():
     config = Config(10**7, 10**4, 10**5, 4, num_attention_heads=10, num_key_value_heads=2)
     tracemalloc.start()
     model = blank(config)
@@ -318,7 +318,7 @@ def test_a_sample_follows_the_truncated_distribution(seed, temperature, top_k, t
     assert (numpy.abs(counts - draws * p) <= 6 * numpy.sqrt(draws * p * (1 - p)) + 6 * (p > 0)).all()
 
 
-def test_rows_are_sampled_apart_and_an_impossible_token_never():
+def test_rows_are_sampled_independently_and_impossible_tokens_never():
     logits, token = numpy.full((1000, V), -math.inf), numpy.arange(1000) % V
     logits[numpy.arange(1000), token] = 0
     assert numpy.array_equal(sample(logits, numpy.random.default_rng(0), 1.0, None, 1.0), token)
@@ -338,7 +338,7 @@ IDS = [
 
 
 @pytest.mark.parametrize(("ids", "says"), IDS, ids=lambda v: repr(v)[:30])
-def test_tokens_that_are_none_are_refused(ids, says):
+def test_invalid_token_ids_are_refused(ids, says):
     model, rng = tiny_lora()
     before = digest(model)
     for call in (
@@ -375,7 +375,7 @@ def test_labels_that_do_not_fit_are_refused(labels, says):
      {"temperature": None}, {"top_p": None}],
     ids=repr,
 )  # fmt: skip
-def test_a_setting_of_generate_without_meaning_is_refused_at_once(bad):
+def test_invalid_settings_of_generate_are_refused_by_the_call(bad):
     model, rng = tiny()
     with pytest.raises(InputError) as e:  # by the call, not by the first token
         generate(model, GOOD, **{"max_new_tokens": 2, "rng": rng} | bad)
@@ -393,13 +393,13 @@ def test_a_setting_of_generate_without_meaning_is_refused_at_once(bad):
      *({flag: "false"} for flag in ("tie_word_embeddings", "attention_bias", "mlp_bias"))],
     ids=repr,
 )  # fmt: skip
-def test_a_shape_that_is_none_is_refused(bad):
+def test_an_invalid_model_shape_is_refused(bad):
     with pytest.raises(ConfigError) as e:
         Config(**SIZES | bad)
     assert len(str(e.value).splitlines()) == 1
 
 
-def test_disabled_is_the_base_to_the_bit():
+def test_a_disabled_adapter_gives_exactly_the_base():
     model, rng = tiny_lora(0)
     ids, _ = batch(rng)
     base = tiny(0)[0](ids)[0]
@@ -408,17 +408,17 @@ def test_disabled_is_the_base_to_the_bit():
     assert not np.allclose(model(ids)[0], base)
 
 
-def test_without_truncation_every_token_can_come():
+def test_without_truncation_every_token_can_be_sampled():
     found = sample(numpy.zeros((4000, 5)), numpy.random.default_rng(0), 1.0, None, 1.0)
     assert set(found.tolist()) == set(range(5))  # one of five is missed with probability 5 (4/5)^4000
 
 
-def test_the_default_shape_is_that_of_the_model_that_ships():
+def test_the_default_config_is_the_one_of_the_shipped_base():
     assert Config() == load().config
 
 
 @pytest.mark.parametrize("first", range(3))
-def test_no_gradient_is_made_that_nothing_below_needs(first, monkeypatch):
+def test_dx_is_computed_only_where_something_below_is_trained(first, monkeypatch):
     """A block is asked for dx from the first one on below which something is trained."""
     model, rng = tiny(0, num_hidden_layers=3)
     freeze(model, keep=lambda path: path.startswith(f"model.layers.{first}.mlp"))
@@ -433,7 +433,7 @@ def test_no_gradient_is_made_that_nothing_below_needs(first, monkeypatch):
     assert asked == [i > first for i in range(3)]
 
 
-def test_without_a_word_about_training_there_is_no_way_back():
+def test_without_train_there_is_no_backward():
     model, rng = tiny_lora(0)
     ids, labels = batch(rng)
     for back, dy in ((model(ids)[1], model(ids)[0]), (model.loss(ids, labels)[1], 1.0)):

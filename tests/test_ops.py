@@ -62,7 +62,7 @@ OPS = {  # name -> op(rng, *operands), shapes of its operands; a, b, c are drawn
 
 @pytest.mark.parametrize("name", OPS)
 @given(seed=seeds, a=sizes, b=sizes, c=st.integers(3, 9), size=st.sampled_from([0.01, 1.0, 5.0]))
-def test_the_gradient_is_that_of_the_complex_step(name, seed, a, b, c, size):
+def test_the_gradient_matches_the_complex_step(name, seed, a, b, c, size):
     op, shapes = OPS[name]  # c >= 3: a norm or softmax over less may have no gradient but rounding
     rng = np.random.default_rng(seed)
     size = min(size, 1.0) if "attention" in name else size
@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_the_complex_step(name, seed, a, b, c, size):
 
 @pytest.mark.parametrize("name", OPS)
 @given(seed=seeds, dtype=dtypes)
-def test_the_dtype_is_closed(name, seed, dtype):
+def test_every_result_keeps_the_dtype(name, seed, dtype):
     op, shapes = OPS[name]
     rng = np.random.default_rng(seed)
     y, back = op(rng, *(rng.standard_normal(s).astype(dtype) for s in shapes(4, 3, 2)))
@@ -91,7 +91,7 @@ def test_the_dtype_is_closed(name, seed, dtype):
 
 
 @given(seed=seeds, m=sizes, n=sizes, dtype=dtypes)
-def test_softmax_sums_to_one_and_does_not_see_a_shift(seed, m, n, dtype):
+def test_softmax_sums_to_one_and_is_shift_invariant(seed, m, n, dtype):
     z = np.random.default_rng(seed).integers(-20, 20, (m, n)).astype(dtype)
     p = softmax(z)[0]
     # n - 1 additions and one division
@@ -135,7 +135,7 @@ def test_attention_never_sees_the_future(seed, T, j, dtype):
 
 
 @given(seed=seeds)
-def test_attention_is_softmax_of_the_grouped_products(seed):
+def test_attention_matches_softmax_over_grouped_products(seed):
     def both(dtype):
         rng = np.random.default_rng(seed)
         q, k, v = (rng.standard_normal((3, n, t, 5)).astype(dtype) for n, t in ((6, 4), (2, 7), (2, 7)))
@@ -150,7 +150,7 @@ def test_attention_is_softmax_of_the_grouped_products(seed):
 
 
 @given(seed=seeds, T=st.integers(1, 9), past=st.integers(0, 3), tile=st.integers(1, 9))
-def test_attention_in_tiles_is_the_plain_one_with_a_mask(seed, T, past, tile):
+def test_tiled_attention_matches_plain_attention(seed, T, past, tile):
     def both(dtype):
         rng = np.random.default_rng(seed)
         shapes = (2, 6, T, 4), *[(2, 2, T + past, 4)] * 2
@@ -179,7 +179,7 @@ def plain_attention(q, k, v):
 
 
 @given(seed=seeds, S=sizes, E=sizes, size=st.sampled_from([0.1, 1.0, 100.0]), dtype=dtypes)
-def test_one_query_sees_what_the_last_of_many_sees(seed, S, E, size, dtype):
+def test_attend_one_matches_the_last_query_of_attention(seed, S, E, size, dtype):
     rng = np.random.default_rng(seed)
     q, k, v = (size * rng.standard_normal((3, n, S, E)).astype(dtype) for n in (6, 2, 2))
     q, k, v = (x.astype(dtype) for x in (q, k, v))
@@ -216,7 +216,7 @@ def test_uniform_logits_cost_log_V(V, M, level, dtype):
 
 
 @given(seed=seeds, M=st.integers(2, 9), dtype=dtypes)
-def test_an_ignored_label_counts_for_nothing_at_all(seed, M, dtype):
+def test_an_ignored_label_adds_no_loss_and_no_gradient(seed, M, dtype):
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((M, 7)).astype(dtype)
     labels = rng.integers(0, 7, M)
@@ -247,7 +247,7 @@ def test_cross_entropy_is_minus_the_log_of_softmax(seed):
     assert abs(cross_entropy(logits, labels)[0] - plain.mean()) <= 2 * (gamma(60) + gamma(12) * plain.mean())
 
 
-def test_a_back_leaves_the_gradient_it_is_given_as_it_was():
+def test_no_backward_changes_its_argument():
     rng = np.random.default_rng(0)
     for name, (op, shapes) in OPS.items():
         y, back = op(rng, *(rng.standard_normal(s) for s in shapes(4, 3, 2)))
@@ -257,7 +257,7 @@ def test_a_back_leaves_the_gradient_it_is_given_as_it_was():
         assert np.array_equal(dy, before), name
 
 
-def test_a_wrong_gradient_is_seen():
+def test_the_gradient_check_sees_a_wrong_gradient():
     x = np.linspace(-1, 1, 6).reshape(2, 3)
     y, back = softmax(x)
     wrong = back(np.ones_like(y) * np.arange(3)) * (1 + 1e5 * U)
@@ -267,7 +267,7 @@ def test_a_wrong_gradient_is_seen():
 
 
 @given(seed=seeds, M=st.integers(3, 9), dtype=dtypes)
-def test_the_mean_is_over_the_labels_that_count(seed, M, dtype):
+def test_the_loss_is_the_mean_over_labels_that_are_not_ignored(seed, M, dtype):
     rng = np.random.default_rng(seed)
     logits, labels = rng.standard_normal((M, 7)).astype(dtype), rng.integers(0, 7, M)
     labels[rng.integers(1, M, 2)] = -100
@@ -277,7 +277,7 @@ def test_the_mean_is_over_the_labels_that_count(seed, M, dtype):
     assert abs(some - alone) <= 2 * gamma(7 + 4 + 4 + 8, unit(dtype)) * (1 + alone)
 
 
-def test_what_a_back_keeps_is_told_by_where_it_is_kept():
+def test_saved_names_each_stored_array_once():
     """Two of one name in two closures, one of them in a list, and one array under two names, which is one."""
     one, two, three = np.ones(1), np.ones(2), np.ones(3)
 

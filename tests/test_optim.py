@@ -1,4 +1,4 @@
-"""AdamW is the algorithm of the paper; what must not move does not; schedules and clipping keep theirs."""
+"""AdamW is the algorithm of the paper; clipping bounds the norm; schedules have the stated shape."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_adamw_is_the_papers_algorithm(seed, decay, clip, ratio, beta):
     assert np.array_equal(params["idle"].data, drawn(seed)[0]["idle"].data)  # which never had a gradient
 
 
-def test_without_gradient_and_decay_no_bit_moves():
+def test_without_gradient_and_decay_nothing_changes():
     params, _ = drawn(0, np.float32)
     for _ in range(3):
         for p in params.values():
@@ -68,7 +68,7 @@ def test_without_gradient_and_decay_no_bit_moves():
     assert all(np.array_equal(p.data, before[k].data) for k, p in params.items())
 
 
-def test_at_rate_zero_no_bit_moves():
+def test_a_rate_of_zero_changes_nothing():
     params, rng = drawn(0, np.float32)
     for p in params.values():
         p.grad = rng.standard_normal(p.data.shape).astype(np.float32)
@@ -148,7 +148,7 @@ def test_state_and_load_are_inverse(seed, steps):
 
 @settings(max_examples=8)
 @given(seed=seeds, p=st.integers(-3, 3), q=st.integers(-3, 3), dtype=dtypes)
-def test_adam_does_not_see_where_the_scale_sits(seed, p, q, dtype):
+def test_adam_is_invariant_to_moving_the_scale_into_the_factors(seed, p, q, dtype):
     """alpha / (pq), A times p, the rate of A times p and of B times q: the same training.
 
     Thinking Machines 2025, "LoRA Without Regret". Powers of two round nothing, so the losses are equal
@@ -172,7 +172,7 @@ def test_adam_does_not_see_where_the_scale_sits(seed, p, q, dtype):
 SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def test_lora_plus_is_faster_for_B_alone():
+def test_lora_plus_raises_the_rate_of_B_only():
     model, rng = tiny()
     inject(model, LoraConfig(r=2, targets=EVERYTHING), rng=rng)
     rate = lora_plus(16.0)
@@ -206,7 +206,7 @@ def test_a_schedule_warms_up_to_one_and_falls_to_its_final_value(steps, warm, ki
      {"betas": (0.9,)}, {"betas": 0.9}],
     ids=repr,
 )  # fmt: skip
-def test_an_optimizer_without_meaning_is_refused(bad):
+def test_invalid_optimizer_settings_are_refused(bad):
     with pytest.raises(ConfigError) as e:
         AdamW(**bad)
     assert next(iter(bad)) in str(e.value)
@@ -219,24 +219,24 @@ def test_an_optimizer_without_meaning_is_refused(bad):
      {"warmup": 1.0}, {"kind": "linear"}, {"final": -0.1}, {"final": 1.1}, {"final": math.nan}],
     ids=repr,
 )  # fmt: skip
-def test_a_schedule_without_meaning_is_refused(bad):
+def test_invalid_schedule_settings_are_refused(bad):
     with pytest.raises(ConfigError, match=str(next(iter(bad.values()))).replace(".", r"\.")):
         Schedule(**{"steps": 5} | bad)
 
 
 @pytest.mark.parametrize("ratio", [0, -1, math.nan, math.inf, "16"])
-def test_a_ratio_without_meaning_is_refused(ratio):
+def test_an_invalid_ratio_is_refused(ratio):
     with pytest.raises(ConfigError, match="ratio"):
         lora_plus(ratio)
 
 
-def test_the_defaults_are_the_papers_without_decay():
+def test_the_defaults_are_the_papers_with_no_decay():
     """Kingma and Ba 2015, section 2; a rate of 1e-3 there, too."""
     usual = AdamW()
     assert (usual.lr, usual.betas, usual.eps, usual.weight_decay) == (1e-3, (0.9, 0.999), 1e-8, 0.0)
 
 
-def test_lora_plus_is_sixteen_times_as_fast_and_a_schedule_ends_at_zero_unless_told_otherwise():
+def test_by_default_lora_plus_is_16_times_as_fast_and_a_schedule_ends_at_zero():
     """16 is the ratio of Hayou et al. 2024 for language models."""
     assert lora_plus()("q_proj.adapters.default.B") == 16 * lora_plus()("q_proj.adapters.default.A") == 16
     assert Schedule(7)(7) == 0

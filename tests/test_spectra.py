@@ -72,7 +72,7 @@ def dense(B, A, s):
 
 
 @given(given_=factors())
-def test_the_thin_spectrum_is_the_dense_one(given_):
+def test_the_thin_spectrum_matches_the_dense_one(given_):
     B, A, s = given_
     thin = thin_svd(B, A, s)[1]
     whole = np.linalg.svd(dense(B, A, s), compute_uv=False)
@@ -86,7 +86,7 @@ def test_the_thin_spectrum_is_the_dense_one(given_):
 
 
 @given(given_=factors(beyond=8))
-def test_the_thin_values_alone_are_those_of_the_decomposition_and_of_the_dense_matrix(given_):
+def test_thin_values_match_the_thin_svd_and_the_dense_matrix(given_):
     B, A, s = given_
     alone = to_device(thin_values(B, A, s))
     for s_ in (s, -s):
@@ -123,7 +123,7 @@ def test_an_adapter_has_the_spectrum_of_its_delta(given_, negative):
         assert np.abs(found - np.linalg.svd(delta, compute_uv=False)[: len(found)]).max() <= bound
 
 
-def test_a_rank_above_the_shape_gives_no_more_values_than_the_shape_has():
+def test_a_rank_above_the_shape_adds_no_values():
     rng = np.random.default_rng(0)
     B, A = rng.standard_normal((3, 8)), rng.standard_normal((8, 5))
     L, S, Rt = thin_svd(B, A)
@@ -131,7 +131,7 @@ def test_a_rank_above_the_shape_gives_no_more_values_than_the_shape_has():
     assert np.linalg.norm((L * S) @ Rt - B @ A) <= rounding(B, A, 1.0)
 
 
-def test_the_thin_svd_never_forms_the_change():
+def test_the_thin_svd_never_forms_the_dense_change():
     n, r = 4000, 4
     rng = np.random.default_rng(0)
     B, A = rng.standard_normal((n, r)), rng.standard_normal((r, n))
@@ -164,7 +164,7 @@ def test_the_spectrum_of_a_model_has_every_adapted_matrix(seed, dtype, r):
 
 @settings(max_examples=10)
 @given(seed=seeds, r=st.integers(1, 8))
-def test_the_spectrum_of_dora_is_that_of_its_whole_change(seed, r):
+def test_the_spectrum_of_dora_is_of_its_whole_change(seed, r):
     model, _ = tiny_lora(seed, config=LoraConfig(r=r, alpha=7, targets=LINEARS, init="both", dora=True))
     found = spectrum(model)
     assert found.keys() == adapted(model).keys()
@@ -180,7 +180,7 @@ def test_the_spectrum_of_dora_is_that_of_its_whole_change(seed, r):
         )
 
 
-def test_the_spectrum_of_a_replacement_is_that_of_copy_minus_base():
+def test_the_spectrum_of_a_full_copy_is_of_copy_minus_base():
     how = LoraConfig(r=2, targets="q_proj", modules_to_save=["up_proj", "embed_tokens", "norm"])
     model, rng = tiny(0)
     inject(model, how, rng=rng)
@@ -209,7 +209,7 @@ def test_a_fresh_adapter_has_the_zero_spectrum_and_a_disabled_one_has_none():
         assert spectrum(model) == {}
 
 
-def test_the_spectrum_between_two_models_is_that_of_their_difference():
+def test_the_spectrum_between_two_models_is_of_their_difference():
     (base, _), (tuned, rng) = tiny(3), tiny(3)
     added = {}
     for path, p in named_params(tuned).items():
@@ -251,13 +251,13 @@ def test_k_equal_singular_values_count_k(k, size, zeros):
 
 
 @given(s=spectra_, power=st.integers(-60, 60))
-def test_no_measure_depends_on_the_scale(s, power):
+def test_rank_measures_are_scale_invariant(s, power):
     for measure in MEASURES:
         assert abs(measure(s * 2.0**power) - measure(s)) <= measure(s) * slack(len(s))
     assert numpy.array_equal(energy(s * 2.0**power), energy(s))
 
 
-def test_the_effective_rank_weighs_by_values_not_by_their_squares():
+def test_the_effective_rank_weighs_by_values_not_squares():
     s = numpy.array([3.0, 1.0])
 
     def entropy(p):
@@ -279,7 +279,7 @@ def test_the_zero_matrix_has_rank_zero(n):
 
 
 @pytest.mark.parametrize("least", [5e-324, 1e-320, 1e-200])
-def test_a_value_that_is_nothing_beside_the_first_counts_for_nothing(least):
+def test_a_value_negligible_beside_the_first_counts_for_nothing(least):
     """Its share of the sum is 0 in floating point, and 0 log 0 is 0."""
     s = numpy.array([10.0, least])
     assert [measure(s) for measure in MEASURES] == [1.0] * 3
@@ -287,7 +287,7 @@ def test_a_value_that_is_nothing_beside_the_first_counts_for_nothing(least):
 
 
 @given(s=spectra_, share=st.floats(0.01, 1))
-def test_energy_rises_to_one_and_rank_at_is_where_it_passes(s, share):
+def test_energy_rises_to_one_and_rank_at_is_where_it_reaches_the_share(s, share):
     e = energy(s)
     assert (numpy.diff(e) >= 0).all()
     assert e[-1] == 1
@@ -299,7 +299,7 @@ def test_energy_rises_to_one_and_rank_at_is_where_it_passes(s, share):
 
 
 @given(squares=st.lists(st.integers(1, 10**6), min_size=1, max_size=40), data=st.data())
-def test_a_share_that_k_values_hold_to_the_last_bit_needs_no_more(squares, data):
+def test_rank_at_is_exact_where_k_values_hold_exactly_the_share(squares, data):
     """Where rounding alone decides: cumulated roots' squares may lie below the quotient of the integers."""
     squares.sort(reverse=True)
     k = data.draw(st.integers(1, len(squares)))
@@ -307,7 +307,7 @@ def test_a_share_that_k_values_hold_to_the_last_bit_needs_no_more(squares, data)
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.001, math.nan])
-def test_a_share_without_meaning_is_refused(share):
+def test_an_invalid_share_is_refused(share):
     with pytest.raises(InputError, match="share"):
         rank_at(numpy.ones(3), share)
 
@@ -319,13 +319,13 @@ SHAPES = [(64, 64), (128, 128), (256, 96), (96, 256), (600, 300)]
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_noise_is_the_mean_of_eight_draws_unless_told_otherwise(rank):
+def test_noise_is_the_mean_of_eight_draws_by_default(rank):
     usual, eight = (noise_spectrum((9, 7), numpy.random.default_rng(0), rank, *how) for how in ((), (8,)))
     assert numpy.array_equal(usual, eight)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_noise_has_the_measures_of_the_closed_forms(shape):
+def test_rank_measures_of_noise_match_their_closed_forms(shape):
     (m, n), draws = shape, 12
     rng = numpy.random.default_rng(1)
     found = numpy.array([[f(noise_spectrum(shape, rng, draws=1)) for f in MEASURES] for _ in range(draws)])
@@ -346,7 +346,7 @@ def test_noise_has_the_measures_of_the_closed_forms(shape):
 
 @settings(max_examples=10)
 @given(m=st.integers(2, 30), n=st.integers(2, 30), seed=seeds, data=st.data())
-def test_noise_falls_has_norm_one_and_the_wanted_rank(m, n, seed, data):
+def test_a_noise_spectrum_falls_and_has_norm_one_and_the_requested_rank(m, n, seed, data):
     r = data.draw(st.none() | st.integers(1, min(m, n)))
     s = noise_spectrum((m, n), numpy.random.default_rng(seed), rank=r, draws=1)
     assert s.shape == (r or min(m, n),)
@@ -356,7 +356,7 @@ def test_noise_falls_has_norm_one_and_the_wanted_rank(m, n, seed, data):
     assert again.tobytes() == s.tobytes()
 
 
-def test_a_dense_change_and_a_plain_layer_agree():
+def test_dense_and_factored_singular_values_agree():
     rng = np.random.default_rng(0)
     B, A = rng.standard_normal((7, 2)), rng.standard_normal((2, 5))
     layer = LowRank(Param(A), Param(B), 0.5)
@@ -366,7 +366,7 @@ def test_a_dense_change_and_a_plain_layer_agree():
     assert (found[2:] <= rounding(B, A, 0.5)).all()
 
 
-def test_energy_is_of_squares():
+def test_energy_sums_squares():
     s = numpy.array([4.0, 3.0])
     assert energy(s).tolist() == [16 / 25, 1.0]
     assert rank_at(s, 0.6) == 1
@@ -395,7 +395,7 @@ def near(X, Y):
 
 
 @given(spans())
-def test_phi_is_its_definition_with_whole_projections(given_):
+def test_phi_matches_its_definition_by_projections(given_):
     """|U_iᵀ V_j|² is the trace of the product of both projections."""
     U, V, _ = given_
     phi = similarity(U, V)
@@ -416,7 +416,7 @@ def test_phi_lies_between_0_and_1_and_is_symmetric(given_):
 
 
 @given(spans())
-def test_phi_is_1_for_one_span_and_for_a_span_in_the_other(given_):
+def test_phi_is_1_for_equal_and_nested_spans(given_):
     U, _, rng = given_
     k = U.shape[1]
     turned = U @ orthonormal(rng, k, k)
@@ -428,7 +428,7 @@ def test_phi_is_1_for_one_span_and_for_a_span_in_the_other(given_):
 
 
 @given(spans(), st.data())
-def test_phi_does_not_see_a_rotation_within_the_span(given_, data):
+def test_phi_is_invariant_to_rotation_within_the_span(given_, data):
     U, V, rng = given_
     i, j = data.draw(st.integers(1, U.shape[1])), data.draw(st.integers(1, V.shape[1]))
     turned = [np.concatenate([X[:, :n] @ orthonormal(rng, n, n), X[:, n:]], 1) for X, n in ((U, i), (V, j))]
@@ -443,7 +443,7 @@ def test_phi_is_0_for_orthogonal_spans(k, l, seed):  # noqa: E741
 
 
 @pytest.mark.parametrize(("i", "j", "D"), [(1, 1, 5), (3, 3, 12), (2, 7, 20), (9, 4, 16), (6, 6, 6)])
-def test_the_mean_over_random_subspaces_is_the_larger_over_the_dimension(i, j, D):
+def test_random_similarity_is_the_mean_over_random_subspaces(i, j, D):
     rng, draws = np.random.default_rng(0), 2000
     found = [similarity(orthonormal(rng, D, i), orthonormal(rng, D, j))[-1, -1] for _ in range(draws)]
     error = numpy.std(found, ddof=1) / math.sqrt(draws)
@@ -460,7 +460,7 @@ def with_values(rng, m, n, s):
 
 
 @given(seeds, st.integers(2, 20), st.integers(2, 20), st.data())
-def test_amplification_along_singular_directions_is_the_quotient_of_the_norms(seed, m, n, data):
+def test_amplification_along_singular_directions_is_the_ratio_of_norms(seed, m, n, data):
     rng = np.random.default_rng(seed)
     s = [2.0**-i for i in range(min(m, n))]
     W, L, R = with_values(rng, m, n, s)
@@ -476,7 +476,7 @@ def test_amplification_along_singular_directions_is_the_quotient_of_the_norms(se
     assert abs(random - strength * math.sqrt(m * n) / (size * r)) <= (m * n + 8) * U * random
 
 
-def test_the_random_amplification_is_that_of_random_directions():
+def test_random_amplification_is_the_mean_over_random_directions():
     (m, n, r), draws, rng = (11, 7, 3), 3000, np.random.default_rng(0)
     W, *_ = with_values(rng, m, n, [5.0, 2.0, 1.0, 0.1])
     S = np.asarray([2.0, 1.0, 0.5])
@@ -489,7 +489,7 @@ def test_the_random_amplification_is_that_of_random_directions():
     assert abs(numpy.mean(squares) - wanted) <= 5 * error
 
 
-def test_amplification_of_nothing_is_0_and_by_nothing_infinite():
+def test_amplification_is_0_for_a_zero_change_and_infinite_for_a_zero_weight():
     rng = np.random.default_rng(0)
     W, L, R = with_values(rng, 5, 4, [2.0, 1.0])
     zero = np.zeros(2)
@@ -499,7 +499,7 @@ def test_amplification_of_nothing_is_0_and_by_nothing_infinite():
 
 
 @given(seeds, st.integers(2, 20), st.integers(2, 20), st.integers(1, 12))
-def test_no_change_makes_no_intruder(seed, m, n, k):
+def test_a_zero_change_has_no_intruder(seed, m, n, k):
     rng = np.random.default_rng(seed)
     W, *_ = with_values(rng, m, n, [2.0**-i for i in range(min(m, n))])
     found = intruders(W, 0 * W, k)
@@ -508,7 +508,7 @@ def test_no_change_makes_no_intruder(seed, m, n, k):
 
 
 @given(seeds, st.integers(4, 16), st.integers(3, 14), st.data())
-def test_a_new_direction_is_one_intruder_at_its_place(seed, m, n, data):
+def test_a_new_direction_is_one_intruder_at_its_index(seed, m, n, data):
     """W has rank q < min(O, I), and lambda v wᵀ lies beside it on both sides: the SVD of W + ΔW is known."""
     rng = np.random.default_rng(seed)
     q = data.draw(st.integers(1, min(m, n) - 1))
@@ -538,7 +538,7 @@ def test_a_strong_random_direction_is_one_intruder_and_a_weak_one_none():
     assert (intruders(W, 3.0 * v @ w.T) < threshold).argmax() == 0
 
 
-def test_intruders_are_looked_for_on_the_side_of_the_outputs():
+def test_intruders_are_output_directions():
     rng = np.random.default_rng(0)
     W, L, _ = with_values(rng, 9, 6, [4.0, 2.0, 1.0])
     w = orthonormal(rng, 6, 6)[:, :1]
@@ -547,7 +547,7 @@ def test_intruders_are_looked_for_on_the_side_of_the_outputs():
 
 
 @pytest.mark.parametrize(("D", "n"), [(16, None), (24, 5), (64, 64), (96, 40)])
-def test_the_threshold_is_passed_by_one_random_vector_in_a_hundred(D, n):
+def test_one_random_vector_in_a_hundred_passes_the_threshold(D, n):
     """Whatever the orthonormal vectors are; both quantiles are of samples, so five standard errors."""
     rng, draws = numpy.random.default_rng(1), 4000
     basis = numpy.linalg.qr(rng.standard_normal((D, n or D)))[0]
@@ -557,7 +557,7 @@ def test_the_threshold_is_passed_by_one_random_vector_in_a_hundred(D, n):
     assert abs(below - 0.99) <= 5 * math.sqrt(0.99 * 0.01 * (1 / draws + 1 / 1000))
 
 
-def test_the_threshold_falls_with_the_dimension_and_rises_with_the_number_of_vectors():
+def test_the_threshold_falls_with_the_dimension_and_rises_with_the_vectors():
     found = [intruder_threshold(D) for D in (8, 16, 64, 256, 768, 4096)]
     assert found == sorted(found, reverse=True)
     assert [round(x, 2) for x in found[2:]] == [0.46, 0.25, 0.16, 0.07]
@@ -568,7 +568,7 @@ def test_the_threshold_falls_with_the_dimension_and_rises_with_the_number_of_vec
     assert 0.5 < half < intruder_threshold(16)  # more than half of all pass the bare 0.5
 
 
-def test_the_threshold_of_a_head_takes_no_memory():
+def test_the_threshold_needs_little_memory_even_for_a_head():
     tracemalloc.start()
     intruder_threshold(128_256, 64)
     peak = tracemalloc.get_traced_memory()[1]
@@ -577,7 +577,7 @@ def test_the_threshold_of_a_head_takes_no_memory():
 
 
 @given(seeds, st.integers(2, 40), st.integers(2, 40), st.data())
-def test_the_top_vectors_are_those_of_the_whole_decomposition(seed, m, n, data):
+def test_top_vectors_match_the_full_svd(seed, m, n, data):
     """Each falls by a half, the part beside k + 10 of them by 2^-10 and more, to the power of 13."""
     rng = np.random.default_rng(seed)
     W, *_ = with_values(rng, m, n, [2.0**-i for i in range(min(m, n, 12))])
@@ -595,7 +595,7 @@ def test_the_top_vectors_are_those_of_the_whole_decomposition(seed, m, n, data):
     assert np.abs(along - whole[1][:k]).max() <= bound  # the two sides belong together, with one sign
 
 
-def test_the_top_vectors_of_a_large_matrix_need_a_gap_only_behind_the_spare_ones():
+def test_top_vectors_need_a_gap_only_after_the_oversampled_ones():
     rng = np.random.default_rng(0)
     m, n, k = 300, 120, 6
     W, L, R = with_values(rng, m, n, [1 - 0.01 * i for i in range(k)] + [0.5] * (n - k))

@@ -1,4 +1,4 @@
-"""A text is a text, whatever shows it: no foreign name leads a terminal, a figure or a page."""
+"""Foreign text is shown as text: it cannot control a terminal, a figure or a page."""
 
 import dataclasses
 import importlib
@@ -47,7 +47,7 @@ def calm(text):
 
 
 @given(text=st.text() | names)
-def test_a_plain_text_is_printable_and_stays_as_it_is(text):
+def test_plain_text_is_printable_and_idempotent(text):
     made = plain(text)
     assert made.isprintable()
     assert plain(made) == made
@@ -57,7 +57,7 @@ def test_a_plain_text_is_printable_and_stays_as_it_is(text):
 
 
 @given(text=names)
-def test_what_is_escaped_can_be_read(text):
+def test_escapes_can_be_decoded_again(text):
     """As Python writes it, unless the text has backslashes of its own."""
     if "\\" not in text:
         pieces = re.sub(r"[^\x00-\x7f]", lambda c: ascii(c[0])[1:-1], plain(text))
@@ -68,7 +68,7 @@ rows_of_cells = st.lists(st.tuples(names, names, names), min_size=1, max_size=4)
 
 
 @given(cells=rows_of_cells)
-def test_a_table_has_a_line_for_each_line_and_columns_that_stand(cells):
+def test_a_table_has_one_line_per_row_and_aligned_columns(cells):
     lines = Table(cells[0], cells[1:]).lines()
     assert len(lines) == len(cells)
     assert all(line.isprintable() for line in lines)
@@ -79,7 +79,7 @@ def test_a_table_has_a_line_for_each_line_and_columns_that_stand(cells):
 
 
 @given(cells=rows_of_cells, caption=names)
-def test_a_table_is_the_same_table_wherever_it_is_shown(cells, caption):
+def test_a_table_has_the_same_cells_in_text_and_html(cells, caption):
     table = Table(cells[0], cells[1:], caption)
     assert str(table).splitlines() == [plain(caption), *table.lines()]
     assert str(Table(cells[0], cells[1:])) == printed(table) == "\n".join(table.lines())
@@ -92,7 +92,7 @@ def test_a_table_is_the_same_table_wherever_it_is_shown(cells, caption):
 
 
 @given(cells=rows_of_cells)
-def test_a_table_in_markdown_has_its_cells_and_no_others(cells):
+def test_a_markdown_table_has_exactly_its_cells(cells):
     made = Table(cells[0], cells[1:]).markdown().split("\n")
     assert made.pop(1) == "| --- | ---: | ---: |"
     for line, texts in zip(made, cells, strict=True):
@@ -104,7 +104,7 @@ def test_a_table_in_markdown_has_its_cells_and_no_others(cells):
 
 
 @given(cells=rows_of_cells, line=names)
-def test_a_report_in_a_notebook_says_what_it_prints(cells, line):
+def test_a_report_shows_the_same_in_a_notebook(cells, line):
     table = Table(cells[0], cells[1:])
     page = html(line, "", table, f"  {line}", line, table)
     assert calm(page)
@@ -146,7 +146,7 @@ def build(kind, name):
 REPORTS = sorted(set(reports()), key=lambda kind: kind.__qualname__)
 
 
-def test_all_reports_are_looked_at():
+def test_every_report_is_tested():
     named = {kind.__name__ for kind in REPORTS}
     assert named >= {"Attached", "Compression", "Counts", "Inspection", "Merge", "Outcome", "Report", "Tree"}
     shown = {kind.__name__ for kind in REPORTS if "_repr_html_" in vars(kind)}
@@ -166,7 +166,7 @@ def test_all_reports_are_looked_at():
 @pytest.mark.parametrize("kind", REPORTS, ids=lambda kind: kind.__qualname__)
 @settings(max_examples=25)
 @given(name=names)
-def test_no_name_in_a_report_ends_a_line_or_leads_a_terminal(kind, name):
+def test_no_name_in_a_report_breaks_a_line_or_controls_the_terminal(kind, name):
     said = str(build(kind, name))
     assert calm(said), ascii(said)
     if len(name) < 20:  # a note may be folded
@@ -181,7 +181,7 @@ def test_no_name_in_a_report_ends_a_line_or_leads_a_terminal(kind, name):
 @pytest.mark.parametrize("kind", [c for c in vars(errors).values() if isinstance(c, type)
                                   and issubclass(c, MiniloraError)])  # fmt: skip
 @given(name=names)
-def test_an_error_is_one_plain_line_whatever_is_in_it(kind, name):
+def test_every_error_is_one_plain_line(kind, name):
     assert str(kind(f"{name}: is no file")) == f"{plain(name)}: is no file"
 
 
@@ -209,24 +209,24 @@ def check_figures(name):
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_a_target_is_its_name_in_title_and_legend(name):
+def test_a_target_is_named_in_title_and_legend(name):
     check_figures(name)
 
 
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(name=names)
-def test_any_target_is_its_name_in_title_and_legend(name):
+def test_any_target_is_named_in_title_and_legend(name):
     check_figures(name)
 
 
-def test_a_very_long_name_is_cut_in_a_figure():
+def test_a_long_name_is_shortened_in_a_figure():
     assert len(drawn("x" * 300)) == len(drawn("x" * 61)) == 60
     assert drawn("x" * 60) == "x" * 60
     assert drawn("a" + "x" * 300 + "z")[::59] == "az"
 
 
-def test_a_kind_of_module_is_its_name_in_every_figure():
+def test_a_module_kind_is_named_in_every_figure():
     name = "_$x^$\x1b[2J\n"
     other = BesideOther(0.5, (0.5, 0.6), (0.4, 0.3), (0.1, 0.2), (0.1, 0.1))
     modules = [dataclasses.replace(m, kind=name, other=other) for m in some_modules()]
@@ -235,7 +235,7 @@ def test_a_kind_of_module_is_its_name_in_every_figure():
         assert plain(name) in texts
 
 
-def test_a_user_text_is_no_permutation_by_its_name():
+def test_a_user_text_named_permuted_is_not_a_permutation():
     assert rank_figures.title("permuted:3") == "letter permutation, 3 swaps"
     assert rank_figures.title("permuted") == "letter permutation, 4 swaps"
     assert rank_figures.title("./permuted.txt") == "permuted.txt"
@@ -243,7 +243,7 @@ def test_a_user_text_is_no_permutation_by_its_name():
 
 
 @given(targets=st.lists(names | st.just("x" * 400), min_size=1, max_size=4, unique=True))
-def test_figures_have_file_names_whatever_the_targets_are(targets):
+def test_figures_have_valid_distinct_file_names(targets):
     rows = [{"config": {"target": target}} for target in targets]
     made = list(figure_names(rows).values())
     assert len(set(made)) == len(targets)
@@ -282,7 +282,7 @@ class Texts(HTMLParser):
 
 
 @given(a=names, b=names, c=names, d=names)
-def test_a_page_says_what_it_is_given(a, b, c, d):
+def test_a_page_shows_its_text_escaped(a, b, c, d):
     parts = [report.heading(a), report.paragraph(b), Table([d, a], [[b, c]], c).html(), report.facts({a: b})]
     page = report.page(d, parts)
     assert calm(page)
@@ -297,7 +297,7 @@ def test_a_page_says_what_it_is_given(a, b, c, d):
     assert read.of("pre") == [plain(f"{a}: {b}")]
 
 
-def test_a_report_says_the_name_of_a_target():
+def test_a_report_names_its_targets():
     name = f"{NASTY[2]}\x1b\n$"
     rows = make_rows((f"./{name}",), ranks=(1, 2), seeds=1)
     rows = [row | {"source": name} for row in rows]
@@ -318,19 +318,19 @@ def test_a_report_says_the_name_of_a_target():
 
 
 @given(text=names)
-def test_markup_is_one_text_in_an_attribute_too(text):
+def test_markup_is_safe_in_text_and_attributes(text):
     read = Texts(f'<p title="{markup(text)}">{markup(text)}</p>')
     assert read.of("p") == [plain(text)]
     assert read.attributes == [("title", plain(text))]
     assert read.tags == ["p"]
 
 
-def test_a_picture_in_a_notebook_is_plain_too():
+def test_a_figure_in_a_notebook_is_escaped_too():
     rows = make_rows(("./\x1b<b>",), ranks=(1,), seeds=1)
     assert calm(rank_figures.loss_against_rank(rows, "./\x1b<b>")._repr_html_())
 
 
-def test_the_card_of_a_model_is_plain():
+def test_a_model_card_is_escaped():
     card = export.card(types.SimpleNamespace(where=Path(NASTY[1])), Path(NASTY[1]))
     assert card.encode().count(b"\n") == 1
     assert calm(card)
@@ -357,7 +357,7 @@ def said(capsys):
     return run
 
 
-def test_no_name_of_a_file_leads_a_terminal(tmp_path, said):
+def test_no_file_name_controls_the_terminal(tmp_path, said):
     name, missing = NAME, tmp_path / NAME
     for arguments in (
         ["inspect", missing], ["inspect", missing, "--against", missing],
@@ -376,7 +376,7 @@ def test_no_name_of_a_file_leads_a_terminal(tmp_path, said):
         assert len(err.splitlines()) == 1 or err.startswith("usage: ")
 
 
-def test_what_is_read_and_written_under_any_name_is_told_plainly(tmp_path, said, monkeypatch):
+def test_files_of_any_name_are_reported_escaped(tmp_path, said, monkeypatch):
     monkeypatch.setattr(merge_equivalence, "run", lambda: MERGED)
     rows, folder = tmp_path / NAME, tmp_path / f"out {NAME}"
     rows.write_bytes(b"".join(map(sealed, make_rows((f"./{NAME}",), ranks=(), seeds=1))) + b"damaged\n")
@@ -395,7 +395,7 @@ def test_what_is_read_and_written_under_any_name_is_told_plainly(tmp_path, said,
 
 @settings(max_examples=20)
 @given(pieces=st.lists(names, max_size=5))
-def test_what_a_model_writes_cannot_lead_a_terminal(pieces, tmp_path_factory):
+def test_generated_text_cannot_control_the_terminal(pieces, tmp_path_factory):
     import contextlib
     import io
 
@@ -411,5 +411,5 @@ def test_what_a_model_writes_cannot_lead_a_terminal(pieces, tmp_path_factory):
 
 
 @given(n=st.integers(0, 10**6))
-def test_only_one_is_one(n):
+def test_only_one_is_singular(n):
     assert counted(n, "tensor is", "tensors are") == f"{n} " + ("tensor is" if n == 1 else "tensors are")

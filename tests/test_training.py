@@ -119,7 +119,7 @@ def saved(tmp_path_factory):
 
 @settings(max_examples=8)
 @given(seed=seeds)
-def test_accumulated_batches_are_one_batch(seed):
+def test_accumulated_batches_equal_one_batch(seed):
     def both(dtype):
         model, rng = tiny_lora(seed, dtype)
         ids, labels = batch(rng, n=6, ignored=0.0)  # equal weight
@@ -155,7 +155,7 @@ def test_evaluation_weighs_batches_by_their_labels(seed, dtype):
     assert all(p.grad is None for p in named_params(model).values())
 
 
-def test_a_run_learns_and_its_history_is_complete():
+def test_a_run_lowers_the_loss_and_records_every_step():
     run = Run(dtype=np.float64, lr=0.02)
     fixed = batch(np.random.default_rng(3))
     seen = []
@@ -170,7 +170,7 @@ def test_a_run_learns_and_its_history_is_complete():
     assert all(p.grad is None for p in named_params(run.model).values())
 
 
-def test_full_training_is_the_same_call():
+def test_train_updates_every_parameter_of_a_model_without_adapters():
     model, rng = tiny(0, np.float32)
     before = {k: p.data.copy() for k, p in named_params(model).items()}
     train(model, [batch(rng)] * 2, AdamW(lr=0.01), steps=2)
@@ -182,7 +182,7 @@ def test_full_training_is_the_same_call():
 
 @pytest.mark.parametrize("stop", range(1, STEPS + 1))
 @pytest.mark.parametrize("every", [1, 2, 4])
-def test_a_run_that_dies_anywhere_goes_on_to_the_same_bits(stop, every, whole, tmp_path):
+def test_a_run_stopped_anywhere_resumes_to_the_same_bits(stop, every, whole, tmp_path):
     path = tmp_path / "c.safetensors"
     with pytest.raises(Stopped):
         Run().train(checkpoint=path, checkpoint_every=every, progress=stop_at(stop))
@@ -196,7 +196,9 @@ few = st.integers(1, 3)
 
 @settings(max_examples=6)
 @given(accumulate=few, stop=few, every=few, longer=st.integers(0, 2))
-def test_a_run_over_a_list_of_batches_goes_on_where_it_was(accumulate, stop, every, longer, tmp_path_factory):
+def test_a_run_over_a_list_of_batches_resumes_at_its_position(
+    accumulate, stop, every, longer, tmp_path_factory
+):
     """No generator knows how far the list was read: the steps that are done do, `accumulate` batches each."""
     path = tmp_path_factory.mktemp("list") / "c"
     pairs = [batch(np.random.default_rng(i)) for i in range(4 * accumulate + longer)]
@@ -263,7 +265,7 @@ def test_a_checkpoint_of_another_run_is_refused(other, saved):
     attempt(Run(**OTHERS[other]), saved, MismatchError)
 
 
-def test_every_setting_of_the_optimizer_belongs_to_the_run():
+def test_a_checkpoint_records_every_optimizer_setting():
     tried = {name for how in OTHERS.values() for name in how}
     assert tried >= {f.name for f in fields(AdamW)} - {"t", "m", "v"}  # which the checkpoint holds itself
 
@@ -336,7 +338,7 @@ META = {
 
 
 @pytest.mark.parametrize("change", META)
-def test_a_checkpoint_with_wrong_metadata_is_refused_and_nothing_changes(change, saved, tmp_path):
+def test_a_checkpoint_with_wrong_metadata_is_refused_and_changes_nothing(change, saved, tmp_path):
     attempt(Run(), altered(saved, tmp_path / "c", META[change]), MiniloraError)
 
 
@@ -346,7 +348,7 @@ def test_a_copy_with_the_same_metadata_is_accepted(saved, tmp_path):
     assert len(history.loss) == 3
 
 
-def test_half_precision_comes_back_as_it_was(tmp_path):
+def test_half_precision_is_restored_exactly(tmp_path):
     run = Run()
     params = trained(run.model)
     for p in params.values():
@@ -362,7 +364,7 @@ def test_half_precision_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["m.", "v.", "p."])
-def test_a_checkpoint_without_one_of_its_arrays_is_refused(kind, saved, tmp_path):
+def test_a_checkpoint_with_a_missing_array_is_refused(kind, saved, tmp_path):
     def drop(tensors):
         del tensors[next(k for k in sorted(tensors) if k.startswith(kind))]
         return tensors
@@ -441,7 +443,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(monkeypatch):
     assert all(p.grad is None for p in named_params(run.model).values())
 
 
-def test_nothing_to_train_merged_and_too_few_batches_are_refused():
+def test_training_without_parameters_or_batches_or_merged_is_refused():
     run, rng = Run(), np.random.default_rng(0)
     before = digest(run.model)
     with pytest.raises(InputError, match="ran out"):
@@ -462,7 +464,7 @@ def test_nothing_to_train_merged_and_too_few_batches_are_refused():
     assert digest(run.model) == before
 
 
-def test_a_batch_the_model_cannot_take_leaves_no_gradient():
+def test_an_invalid_batch_leaves_no_gradient():
     run = Run()
     before = digest(run.model)
     bad = (np.full((1, 2), SIZES["vocab_size"]), np.zeros((1, 2), int))
@@ -478,7 +480,7 @@ def test_a_batch_the_model_cannot_take_leaves_no_gradient():
      {"eval_every": 0}, {"eval_every": -1}, {"checkpoint_every": 0}, {"checkpoint_every": 1.5}],
     ids=repr,
 )  # fmt: skip
-def test_a_number_of_steps_without_meaning_is_refused(bad):
+def test_an_invalid_number_of_steps_is_refused(bad):
     run = Run()
     before = digest(run.model)
     with pytest.raises(ConfigError, match=next(iter(bad))):
@@ -486,7 +488,7 @@ def test_a_number_of_steps_without_meaning_is_refused(bad):
     assert digest(run.model) == before
 
 
-def test_the_loss_of_a_step_is_that_of_its_batches():
+def test_the_loss_of_a_step_is_the_mean_of_its_batches():
     model, rng = tiny(0, np.float32)  # without an adapter, which train would fold: another rounding
     pairs = [batch(rng) for _ in range(2)]
     losses = [float(gradients(model, *pair)[0]) for pair in pairs]
@@ -495,7 +497,7 @@ def test_the_loss_of_a_step_is_that_of_its_batches():
 
 
 @pytest.mark.parametrize("at", range(4))
-def test_the_schedule_is_asked_for_the_step_that_is_made(at):
+def test_the_schedule_is_evaluated_at_the_current_step(at):
     model, rng = tiny_lora(0, np.float32)
     digests = [digest(model)]
     train(
@@ -516,7 +518,7 @@ def test_a_run_is_finished_when_its_checkpoint_has_all_its_steps_and_is_older(st
     assert not finished(path, written + 10**18)
 
 
-def test_a_history_prints_what_it_began_and_ended_with():
+def test_a_history_prints_its_first_and_last_losses():
     assert str(History()) == "no steps"
     assert str(History([2.0])) == "1 step, loss 2.0000 -> 2.0000"
     assert str(History([3.0, 2.0], [(0, 3.5), (2, 1.25)])).splitlines() == [
@@ -543,7 +545,7 @@ NO_BATCHES = {
 
 
 @pytest.mark.parametrize("kind", NO_BATCHES)
-def test_what_is_no_batches_is_told_how_they_are_made(kind):
+def test_invalid_batches_are_refused_with_how_to_make_them(kind):
     given, said = NO_BATCHES[kind]
     run = Run()
     before = digest(run.model)

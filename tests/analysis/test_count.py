@@ -1,4 +1,4 @@
-"""What is counted on paper is what `inject` trains; the papers' numbers to the unit; one line for a slip."""
+"""Counts are exactly what `inject` trains and what papers state; bad input is one line."""
 
 import contextlib
 import json
@@ -54,7 +54,7 @@ def outcome(call):
 
 
 @given(configs(), st.integers(1, 4), st.booleans(), st.just("all-linear") | kinds)
-def test_counts_are_what_inject_does(config, rank, dora, targets):
+def test_counts_match_what_inject_trains(config, rank, dora, targets):
     """Row by row, and in the class of the error where it refuses; the total is that of the real model."""
     model = llama(config, numpy.random.default_rng(0))
     total = size(model)
@@ -78,7 +78,7 @@ def test_counts_are_what_inject_does(config, rank, dora, targets):
 
 
 @given(config=configs(), data=st.data())
-def test_the_modules_of_a_file_are_those_of_its_model(config, data, tmp_path_factory):
+def test_modules_of_a_config_match_the_built_model(config, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("c")
     (folder / "config.json").write_text(json.dumps(asdict(config)))
     kind = data.draw(st.sampled_from(KINDS))
@@ -134,7 +134,7 @@ MODELS = {  # what matters of the config.json of public models, and the paramete
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_only_the_forward_pass_needs_is_not_needed_to_count(name, tmp_path):
+def test_counting_ignores_what_only_the_forward_needs(name, tmp_path):
     """params and modules read it; load refuses it by name, as ever."""
     config, total = MODELS[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -152,7 +152,7 @@ def test_what_only_the_forward_pass_needs_is_not_needed_to_count(name, tmp_path)
         load(tmp_path)
 
 
-def test_another_architecture_is_refused_with_those_that_are_known(tmp_path):
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gemma2", "hidden_size": 8}')
     for call in (count, modules):
         with pytest.raises(UnsupportedError, match=r"'gemma2'; expected 'llama', 'mistral' \(to count"):
@@ -177,7 +177,7 @@ def test_a_config_of_any_size_takes_neither_time_nor_memory(key, size, tmp_path)
 
 
 @given(configs())
-def test_memory_is_sixteen_bytes_for_what_is_trained(config):
+def test_training_takes_sixteen_bytes_per_trained_parameter(config):
     found = count(config, 1, "up_proj")
     full, lora, qlora = (found.memory[how] for how in ("full", "LoRA", "QLoRA"))
     assert sum(full) == 16 * found.total
@@ -188,7 +188,7 @@ def test_memory_is_sixteen_bytes_for_what_is_trained(config):
     assert found.share * found.reduction == pytest.approx(1)
 
 
-def test_nothing_is_built():
+def test_counting_builds_no_model():
     tracemalloc.start()
     try:
         count("llama-2-70b", 16, "all-linear")
@@ -258,7 +258,7 @@ def test_published_counts(model, rank, targets, exact):
         ("llama-3.2-1b", 1_235_814_400, 851_968, 3_407_872, 11_272_192),
     ],
 )
-def test_llamas(model, total, qv8, qkvo16, all16):
+def test_published_llama_counts(model, total, qv8, qkvo16, all16):
     found = [count(model), count(model, 16, ATTENTION), count(model, 16, "all-linear")]
     assert {counts.total for counts in found} == {total}
     assert [counts.parameters for counts in found] == [qv8, qkvo16, all16]
@@ -269,7 +269,7 @@ def test_dora_adds_a_magnitude_for_every_output():
     assert count("llama-3-8b", 32, NO_GATE, dora=True).parameters == 57_409_536
 
 
-def test_totals_of_the_paper_s_models():
+def test_totals_of_the_papers_models():
     """GPT-2's are those of the released checkpoints; of the others no exact one is published."""
     totals = {name: count(name, 1).total for name in PAPER}
     assert totals == {
@@ -296,7 +296,7 @@ def test_training_memory_of_llama_2_7b():
 
 
 @pytest.mark.parametrize("case", PRINTED, ids=str)
-def test_a_wrong_figure_in_print_is_noted_and_is_wrong(case):
+def test_a_wrong_printed_count_is_noted(case):
     model, rank, targets = case
     printed, where, _ = PRINTED[case]
     found = count(model, rank, targets)
@@ -309,12 +309,12 @@ def test_a_wrong_figure_in_print_is_noted_and_is_wrong(case):
         assert count(model, *how).note == ""
 
 
-def test_targets_in_any_order_are_the_same_case():
+def test_the_order_of_targets_does_not_matter():
     assert count("gpt-3", 2, ATTENTION[::-1]) == count("gpt-3", 2, ATTENTION)
     assert count("llama-2-7b", 2, ["all-linear", "q_proj"]) == count("llama-2-7b", 2, "all-linear")
 
 
-def test_the_trap_of_grouped_queries_is_noted():
+def test_grouped_queries_are_noted():
     found = count("llama-3-8b")
     assert found.parameters == 3_407_872
     assert "1024 outputs of v_proj, not 4096, which would count 4,194,304" in found.note
@@ -327,7 +327,7 @@ def test_the_trap_of_grouped_queries_is_noted():
 # ---- the three spellings of a model
 
 
-def test_a_name_its_dimensions_and_its_file_are_one_model(tmp_path):
+def test_a_name_its_dimensions_and_its_config_give_the_same_counts(tmp_path):
     config = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
               "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
               "tie_word_embeddings": False}  # fmt: skip
@@ -343,14 +343,14 @@ def test_a_name_its_dimensions_and_its_file_are_one_model(tmp_path):
     assert count(LLAMA_3 + ",head_dim=64").parameters < count(LLAMA_3).parameters
 
 
-def test_bare_dimensions_are_square_maps_alone():
+def test_bare_dimensions_count_only_square_maps():
     found = count("d=768,layers=12", 4, ATTENTION)
     assert [row.shape for row in found.rows] == [(768, 768)] * 4
     assert found.total is found.memory is found.share is found.reduction is None
     assert "the total is not known" in str(found)
 
 
-def test_it_prints_as_a_table():
+def test_counts_print_as_a_table():
     assert (
         str(count("llama-3-8b", 8, ["v_proj", "up_proj"], dora=True))
         == """\
@@ -413,7 +413,7 @@ note: grouped queries: 1024 outputs of v_proj, not 4096, which would count 7,405
         ({"dora": 1}, "ConfigError: dora is 1; expected True or False"),
     ],
 )  # fmt: skip
-def test_a_slip_is_one_clear_line(how, says):
+def test_bad_input_to_count_is_one_clear_line(how, says):
     with pytest.raises(MiniloraError) as error:
         count(**{"model": "llama-3-8b"} | how)
     line = f"{type(error.value).__name__}: {error.value}"
@@ -422,7 +422,7 @@ def test_a_slip_is_one_clear_line(how, says):
     assert re.match(says, line)
 
 
-def test_a_file_that_is_no_config_is_told_as_ever(tmp_path):
+def test_a_file_that_is_no_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(MiniloraError, match=r"config\.json"):
         count(tmp_path)
@@ -434,7 +434,7 @@ def test_a_file_that_is_no_config_is_told_as_ever(tmp_path):
 # ---- the modules of a base
 
 
-def test_modules_are_those_of_the_loaded_base_and_no_weight_is_read():
+def test_modules_match_the_loaded_base_without_reading_weights():
     for base in ("untied", "tied", "biases", "head_dim", "sharded"):
         found = modules(FIXTURES / "bases" / base, ["q_proj", "layers.1.mlp.up_proj"])
         model = load(FIXTURES / "bases" / base)
@@ -451,7 +451,7 @@ def test_modules_are_those_of_the_loaded_base_and_no_weight_is_read():
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-def test_modules_of_a_known_model_are_those_that_are_counted(name):
+def test_modules_of_a_known_model_match_its_counts(name):
     tracemalloc.start()
     try:
         found = modules(name)
@@ -466,7 +466,7 @@ def test_modules_of_a_known_model_are_those_that_are_counted(name):
     assert ("lm_head is the table of embed_tokens" in str(found)) == LLAMAS[name].tie_word_embeddings
 
 
-def test_modules_of_a_file_of_a_folder_and_of_a_name_are_one(tmp_path):
+def test_modules_of_a_file_a_folder_and_a_name_are_equal(tmp_path):
     shutil.copy(FIXTURES / "bases/untied/config.json", tmp_path / "config.json")  # and no weights beside it
     found = [modules(where, "v_proj").rows for where in (tmp_path, tmp_path / "config.json", str(tmp_path))]
     assert found[0] == found[1] == found[2] == modules(FIXTURES / "bases/untied", ["v_proj"]).rows
@@ -474,7 +474,7 @@ def test_modules_of_a_file_of_a_folder_and_of_a_name_are_one(tmp_path):
     assert modules().rows == modules("base", "all-linear").rows
 
 
-def test_modules_print_as_a_table_and_come_back_from_json():
+def test_modules_print_as_a_table_and_survive_json():
     found = modules(FIXTURES / "bases/tied", ["k_proj", "embed_tokens"])
     head, *lines, total = str(found).splitlines()
     assert head.split() == ["module", "layer", "shape"]
@@ -498,14 +498,14 @@ def test_modules_print_as_a_table_and_come_back_from_json():
         ("./gone/config.json", "q_proj", r"StorageError: gone/config\.json: "),
     ],
 )
-def test_a_slip_in_a_base_or_a_target_is_one_clear_line(base, targets, says):
+def test_a_wrong_base_or_target_is_one_clear_line(base, targets, says):
     with pytest.raises(MiniloraError) as error:
         modules(base, targets)
     assert re.match(says, f"{type(error.value).__name__}: {error.value}")
     assert "\n" not in str(error.value)
 
 
-def test_a_link_that_the_user_names_is_followed_and_one_in_his_folder_is_not(tmp_path):
+def test_a_link_named_by_the_user_is_followed_and_one_in_a_folder_is_not(tmp_path):
     (tmp_path / "link.json").symlink_to(BASE / "config.json")
     assert count(str(tmp_path / "link.json")).rows == count(str(BASE)).rows
     (tmp_path / "f").mkdir()

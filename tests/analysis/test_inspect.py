@@ -1,4 +1,4 @@
-"""What `inspect` says of an adapter is what the dense matrices say; in brackets is what noise would show."""
+"""`inspect` agrees with the dense matrices; the numbers in brackets are those of noise."""
 
 import dataclasses
 import json
@@ -103,7 +103,7 @@ def assert_beside_other(o, one, two):
 
 
 @pytest.mark.parametrize(("base", "adapter"), CASES)
-def test_every_number_is_that_of_the_dense_matrices(base, adapter):
+def test_every_number_matches_the_dense_matrices(base, adapter):
     folder, source = FIXTURES / "adapters" / adapter, FIXTURES / "bases" / base
     pairs, dense, W = read_peft(folder)[0], changes(folder), base_weights(source)
     W.setdefault("lm_head.weight", W["model.embed_tokens.weight"])
@@ -128,7 +128,7 @@ def test_every_number_is_that_of_the_dense_matrices(base, adapter):
 
 
 @pytest.mark.parametrize("adapter", ["q-and-v", "regex", "one-layer", "excluded"])
-def test_two_adapters_are_compared_where_both_are(adapter):
+def test_two_adapters_are_compared_on_their_common_modules(adapter):
     one, two = PATTERNS, FIXTURES / f"adapters/untied--{adapter}"
     (first, second), notes = (changes(folder) for folder in (one, two)), ()
     for this, that, a, b in ((one, two, first, second), (two, one, second, first)):
@@ -143,7 +143,7 @@ def test_two_adapters_are_compared_where_both_are(adapter):
         assert notes[0].startswith(f"{len(a.keys() ^ b.keys())} modules")
 
 
-def test_with_base_and_another_adapter_both_are_told():
+def test_base_and_second_adapter_are_reported_together():
     seen = inspect(QV, FIXTURES / "bases/untied", PATTERNS)
     alone = inspect(QV, FIXTURES / "bases/untied"), inspect(QV, against=PATTERNS)
     for m, b, o in zip(seen.modules, *(x.modules for x in alone), strict=True):
@@ -152,14 +152,14 @@ def test_with_base_and_another_adapter_both_are_told():
     assert len(list(tables(seen))) == 3
 
 
-def test_an_adapter_beside_itself_is_itself():
+def test_an_adapter_compared_with_itself_is_identical():
     for m in inspect(PATTERNS, against=PATTERNS).modules:
         assert m.other.cosine == pytest.approx(1, abs=1e-14)
         assert m.other.inputs == pytest.approx([1] * m.r, abs=1e-13)
         assert m.other.outputs == pytest.approx([1] * m.r, abs=1e-13)
 
 
-def test_beside_what_was_made_of_it_one_sees_what_is_left(tmp_path):
+def test_comparing_with_a_compressed_copy_shows_what_is_left(tmp_path):
     """A compressed one has the first directions of the first, and cosine |ΔW_k| / |ΔW|."""
     found = {row.module: row for row in compress(PATTERNS, tmp_path / "small", rank=2).rows}
     for m in inspect(PATTERNS, against=tmp_path / "small").modules:
@@ -188,7 +188,7 @@ def any_adapter(draw):
 
 @settings(max_examples=25)
 @given(given_=any_adapter())
-def test_the_numbers_are_right_for_every_shape_rank_and_dtype(given_, tmp_path_factory):
+def test_numbers_are_right_for_every_shape_rank_and_dtype(given_, tmp_path_factory):
     factors, weights, rng = given_
     tmp = tmp_path_factory.mktemp("m")
     folder = write_peft(tmp / "a", factors, lora_alpha=3.5)
@@ -214,7 +214,7 @@ def test_the_numbers_are_right_for_every_shape_rank_and_dtype(given_, tmp_path_f
     assert str(seen).count("\n") > len(seen.modules)
 
 
-def test_a_convolution_is_the_matrix_of_outputs_by_all_of_its_inputs(tmp_path):
+def test_a_convolution_is_read_as_outputs_by_all_inputs(tmp_path):
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((2, 3, 5, 4)), rng.standard_normal((7, 2, 1, 1))
     W = rng.standard_normal((7, 3, 5, 4))
@@ -230,7 +230,7 @@ def test_a_convolution_is_the_matrix_of_outputs_by_all_of_its_inputs(tmp_path):
 
 @pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize(("ours", "theirs"), [("transformer.", ""), ("", "transformer."), ("", "")])
-def test_of_gpt2_the_base_says_how_a_weight_lies(flag, ours, theirs, tmp_path):
+def test_in_gpt2_the_base_decides_whether_a_weight_is_transposed(flag, ours, theirs, tmp_path):
     """As in PEFT, which sets the flag of each module by its kind; the square c_proj would fit both ways."""
     rng = np.random.default_rng(0)
     shapes = {"attn.c_attn": (6, 18), "attn.c_proj": (6, 6), "mlp.c_fc": (6, 4), "mlp.c_proj": (4, 6)}
@@ -249,7 +249,7 @@ def test_of_gpt2_the_base_says_how_a_weight_lies(flag, ours, theirs, tmp_path):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("", "model."), ("model.", ""), ("", "transformer.")])
-def test_a_model_with_a_head_and_one_without_have_one_base(ours, theirs, tmp_path):
+def test_a_base_matches_with_and_without_its_root_prefix(ours, theirs, tmp_path):
     """What is trained on a model for embeddings names its layers without the root that a file may have."""
     rng, name = np.random.default_rng(0), "layers.3.self_attn.q_proj"
     W, factors = rng.standard_normal((5, 7)), (rng.standard_normal((2, 7)), rng.standard_normal((5, 2)))
@@ -261,7 +261,7 @@ def test_a_model_with_a_head_and_one_without_have_one_base(ours, theirs, tmp_pat
         inspect(folder, checkpoint(tmp_path / "none", others))
 
 
-def test_a_transposed_base_is_turned(tmp_path):
+def test_a_transposed_base_is_transposed_back(tmp_path):
     """fan_in_fan_out: GPT-2 holds W as (I, O)."""
     rng = np.random.default_rng(0)
     A, B, W = rng.standard_normal((2, 5)), rng.standard_normal((8, 2)), rng.standard_normal((8, 5))
@@ -273,7 +273,7 @@ def test_a_transposed_base_is_turned(tmp_path):
         assert_beside_base(seen.modules[0].base, changes(tmp_path / "a")["h.0.c_attn"], W)
 
 
-def test_a_change_of_nothing_has_no_direction(tmp_path):
+def test_a_zero_change_has_no_direction(tmp_path):
     rng = np.random.default_rng(0)
     A, W = rng.standard_normal((3, 5)), rng.standard_normal((7, 5))
     zero = write_peft(tmp_path / "zero", {"a.b": (A, np.zeros((7, 3)))})
@@ -294,7 +294,7 @@ def test_a_change_of_nothing_has_no_direction(tmp_path):
     assert "nan" not in str(seen)
 
 
-def test_a_change_beside_a_zero_weight_is_infinitely_larger(tmp_path):
+def test_a_change_of_a_zero_weight_has_infinite_relative_size(tmp_path):
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((2, 5)), rng.standard_normal((7, 2))
     base = checkpoint(tmp_path / "base", {"a.b.weight": np.zeros((7, 5))})
@@ -302,7 +302,7 @@ def test_a_change_beside_a_zero_weight_is_infinitely_larger(tmp_path):
     assert m.base.relative == m.base.amplification == m.base.random_amplification == math.inf
 
 
-def test_a_direction_that_the_factors_do_not_have_is_not_compared(tmp_path):
+def test_directions_beyond_the_rank_are_not_compared(tmp_path):
     """Of r = 4 factors two are copies: the rank is 2, and so are the directions."""
     rng = np.random.default_rng(0)
     A, B, W = rng.standard_normal((4, 9)), rng.standard_normal((7, 4)), rng.standard_normal((7, 9))
@@ -316,7 +316,7 @@ def test_a_direction_that_the_factors_do_not_have_is_not_compared(tmp_path):
     assert_beside_base(m.base, changes(folder)["a.b"], W)
 
 
-def test_an_intruder_is_found(tmp_path):
+def test_an_intruder_dimension_is_counted(tmp_path):
     rng = np.random.default_rng(0)
     O, I = 80, 48  # noqa: E741
     L, R = (np.linalg.qr(rng.standard_normal((n, I)))[0] for n in (O, I))
@@ -342,7 +342,7 @@ def test_an_intruder_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(("shape", "r"), [((40, 30), 8), ((96, 24), 16), ((12, 60), 1), ((6, 9), 8)])
-def test_noise_is_what_random_factors_show(shape, r):
+def test_noise_matches_random_factors(shape, r):
     """Beside 400 independent products: four draws lie within four of their standard errors of the mean."""
     rng = np.random.default_rng(7)
     draws = []
@@ -362,7 +362,7 @@ def test_noise_is_what_random_factors_show(shape, r):
     assert found == noise(shape, r)
 
 
-def test_random_factors_look_like_noise_and_learned_ones_need_not(tmp_path):
+def test_random_factors_match_noise_and_a_steep_spectrum_does_not(tmp_path):
     rng = np.random.default_rng(0)
     shapes = (8, 50), (60, 8)
     factors = {f"layers.{i}.x": tuple(rng.standard_normal(shape) for shape in shapes) for i in range(3)}
@@ -376,7 +376,7 @@ def test_random_factors_look_like_noise_and_learned_ones_need_not(tmp_path):
 # ---- what it holds in memory, and how fast it says so
 
 
-def test_the_factors_of_one_module_for_each_core_are_in_memory(tmp_path, monkeypatch):
+def test_factors_of_only_one_module_per_core_are_in_memory(tmp_path, monkeypatch):
     rng, (O, I, r), count = np.random.default_rng(0), (500, 400, 32), 60  # noqa: E741
     A, B = rng.standard_normal((r, I)).astype(np.float32), rng.standard_normal((O, r)).astype(np.float32)
     folder = write_peft(tmp_path / "a", {f"layers.{i}.x": (A, B) for i in range(count)})
@@ -391,7 +391,7 @@ def test_the_factors_of_one_module_for_each_core_are_in_memory(tmp_path, monkeyp
     assert 4 * r * (O + I) * count > 2.5 * most  # all factors in float32 would be more
 
 
-def test_one_weight_of_the_base_is_in_memory(tmp_path):
+def test_only_one_weight_of_the_base_is_in_memory(tmp_path):
     rng, (O, I, r), count = np.random.default_rng(0), (160, 120, 4), 50  # noqa: E741
     A, B = rng.standard_normal((r, I)), rng.standard_normal((O, r))
     W = rng.standard_normal((O, I)).astype(np.float32)
@@ -407,7 +407,7 @@ def test_one_weight_of_the_base_is_in_memory(tmp_path):
     assert 4 * O * I * count > 2 * most
 
 
-def test_the_number_of_cores_does_not_matter_and_progress_is_told(monkeypatch):
+def test_results_do_not_depend_on_cores_and_progress_is_reported(monkeypatch):
     found = []
     for n in (1, 3):
         monkeypatch.setattr(microscope, "cores", lambda n=n: n)
@@ -426,7 +426,7 @@ def seen():
     return inspect(PATTERNS, FIXTURES / "bases/untied", QV)
 
 
-def test_the_data_come_back_from_json(seen):
+def test_the_data_survive_json(seen):
     again = json.loads(json.dumps(seen.data()))
     assert again["norm"] == seen.norm
     assert again["parameters_at_99"] == seen.needed
@@ -440,7 +440,7 @@ def test_the_data_come_back_from_json(seen):
         assert (row["other"] is None) == (m.other is None)
 
 
-def test_the_text_has_one_line_for_every_module_and_noise_in_brackets(seen):
+def test_the_text_has_one_line_per_module_and_noise_in_brackets(seen):
     parts = str(seen).split("\n\n")
     assert len(parts) == 4
     both = [m for m in seen.modules if m.other]
@@ -480,7 +480,7 @@ def drawn(seen):
     return pictures(seen)
 
 
-def test_the_page_holds_every_module_every_figure_and_every_note(seen, drawn):
+def test_the_page_has_every_module_figure_and_note(seen, drawn):
     assert list(drawn) == ["heat_map", "spectra", "similarity"]
     html = report_page(seen, drawn)
     for m in seen.modules:
@@ -494,7 +494,7 @@ def test_the_page_holds_every_module_every_figure_and_every_note(seen, drawn):
     assert not re.search(r"<script|<link|src=\"http|@import", html)
 
 
-def test_without_base_and_another_there_are_neither_tables_nor_figures_of_them():
+def test_without_a_base_or_second_adapter_their_tables_and_figures_are_absent():
     alone = inspect(PATTERNS)
     assert list(pictures(alone)) == ["heat_map", "spectra"]
     assert [table.caption for table in tables(alone)] == ["Every module"]
@@ -523,7 +523,7 @@ def test_few_modules_with_and_without_layers_are_drawn(adapter):
         assert not re.search(r"nan|inf\b", picture.says)
 
 
-def test_one_module_of_rank_1_is_enough(tmp_path):
+def test_a_single_module_of_rank_1_can_be_inspected(tmp_path):
     A, B = np.ones((1, 3), np.float32), np.ones((2, 1), np.float32)
     folder = write_peft(tmp_path / "a", {"x": (A, B)}, lora_alpha=2)
     seen = inspect(folder, checkpoint(tmp_path / "base", {"x.weight": np.eye(2, 3)}), folder)
@@ -536,7 +536,7 @@ def test_one_module_of_rank_1_is_enough(tmp_path):
     assert str(seen).splitlines()[1].startswith("x ")
 
 
-def test_experts_and_blocks_that_share_a_place_are_averaged_in_the_heat_map(tmp_path):
+def test_experts_of_one_layer_are_averaged_in_the_heat_map(tmp_path):
     rng = np.random.default_rng(0)
     names = [f"model.layers.{i}.mlp.experts.{j}.w1" for i in range(2) for j in range(3)]
     factors = {name: (rng.standard_normal((2, 5)), rng.standard_normal((4, 2))) for name in names}
@@ -560,14 +560,14 @@ NOTES = {
 
 
 @pytest.mark.parametrize("adapter", NOTES)
-def test_what_is_not_in_the_numbers_is_said(adapter):
+def test_notes_say_what_the_numbers_leave_out(adapter):
     notes = inspect(FIXTURES / "adapters" / adapter).notes
     assert len(notes) == len(NOTES[adapter])
     for note, start in zip(notes, NOTES[adapter], strict=True):
         assert note.startswith(start)
 
 
-def test_a_base_that_lacks_a_module_or_has_another_shape_is_told_and_one_that_has_none_is_refused(tmp_path):
+def test_a_base_without_some_modules_is_noted_and_one_without_any_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     factors = {f"a.{i}.b": (rng.standard_normal((2, 5)), rng.standard_normal((4, 2))) for i in range(2)}
     folder = write_peft(tmp_path / "a", factors)
@@ -594,7 +594,7 @@ def test_a_base_that_lacks_a_module_or_has_another_shape_is_told_and_one_that_ha
             inspect(folder, checkpoint(tmp_path / f"bad{i}", tensors))
 
 
-def test_another_adapter_of_other_shapes_or_modules_is_refused(tmp_path):
+def test_a_second_adapter_of_other_shapes_or_modules_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     one = write_peft(tmp_path / "a", {"a.b": (rng.standard_normal((2, 5)), rng.standard_normal((4, 2)))})
     two = write_peft(tmp_path / "b", {"a.b": (rng.standard_normal((2, 4)), rng.standard_normal((5, 2)))})
@@ -614,7 +614,7 @@ def test_factors_whose_product_overflows_are_refused_by_name(beside, tmp_path):
             inspect(one, against=two)
 
 
-def test_what_is_read_is_not_written(tmp_path):
+def test_inspecting_changes_no_file(tmp_path):
     folder = shutil.copytree(PATTERNS, tmp_path / "a")
     before = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     inspect(folder, FIXTURES / "bases/untied", QV)

@@ -46,7 +46,7 @@ def refused(error, match, base, adapter, out, **how):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["absolute", "relative", "to nowhere"])
-def test_nothing_that_a_link_means_is_copied(kind, name, tmp_path):
+def test_no_linked_file_is_copied(kind, name, tmp_path):
     """A merged model is published: not with what lies elsewhere on this disk."""
     shutil.copytree(BASE, tmp_path / "base")
     (tmp_path / "secret").write_text("mine")
@@ -84,7 +84,7 @@ def case(request, tmp_path_factory):
 # ---- what is written
 
 
-def test_what_is_written_is_w_plus_delta_in_the_dtype_of_the_base(case):
+def test_merging_writes_W_plus_delta_in_the_dtype_of_the_base(case):
     source, change, out, found = case
     kind = source.name if source.name in U else "float32"
     assert found.dtype == kind
@@ -104,7 +104,7 @@ def test_what_is_written_is_w_plus_delta_in_the_dtype_of_the_base(case):
 
 @pytest.mark.parametrize("kind", U)
 @pytest.mark.parametrize("source", ["untied", "bfloat16"])
-def test_every_dtype_can_be_asked_for(kind, source, tmp_path):
+def test_merging_writes_every_requested_dtype(kind, source, tmp_path):
     base = FIXTURES / "bases" / source
     found = merge_checkpoint(base, ADAPTER, tmp_path / "out", dtype=kind)
     W, written = merged(base, ADAPTER), open_tensors(tmp_path / "out/model.safetensors")
@@ -119,7 +119,7 @@ def test_every_dtype_can_be_asked_for(kind, source, tmp_path):
         assert found.written <= 1e-13 * found.logits
 
 
-def test_a_float64_base_loses_nothing(tmp_path):
+def test_a_float64_base_keeps_float64(tmp_path):
     rng = np.random.default_rng(0)
     base = shutil.copytree(BASE, tmp_path / "base")
     W = {name: a + 1e-9 * rng.standard_normal(a.shape) for name, a in base_weights(base).items()}
@@ -132,7 +132,7 @@ def test_a_float64_base_loses_nothing(tmp_path):
     assert np.array_equal(written["model.norm.weight"], W["model.norm.weight"])
 
 
-def test_the_tokenizer_and_the_card_come_along_and_nothing_else(tmp_path):
+def test_only_the_tokenizer_and_the_card_are_copied(tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     for i, name in enumerate(FILES):
         (base / name).write_bytes(b'{"any": %d}\r\n\xff' % i)
@@ -161,7 +161,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path):
 # ---- what is said about it
 
 
-def test_every_number_of_the_report_is_that_of_the_dense_matrices(case):
+def test_every_number_of_the_report_matches_the_dense_matrices(case):
     source, change, out, found = case
     W, whole = base_weights(source), merged(source, change)
     W.setdefault("lm_head.weight", W["model.embed_tokens.weight"])
@@ -196,7 +196,7 @@ def by_hand_logits(base, adapter, ids):
     return to_host(model(to_device(ids[None]))[0])[0]
 
 
-def test_merging_changes_nothing_but_rounding(case):
+def test_merging_changes_the_logits_only_by_rounding(case):
     """In float64 nearly nothing; in float32 no more than some of float32's own roundings.
 
     Both sides are one function in exact arithmetic, so the difference shrinks with the unit roundoff: by
@@ -214,7 +214,7 @@ def test_merging_changes_nothing_but_rounding(case):
         assert found.float32 < found.written <= 1000 * U[found.dtype] * found.logits
 
 
-def test_in_one_linear_map_the_difference_is_within_its_derived_bound(tmp_path):
+def test_for_one_linear_map_the_difference_is_within_the_derived_bound(tmp_path):
     """The head alone is adapted, so that both models are the same to the bit up to what it reads."""
     rng = np.random.default_rng(0)
     V, D, r = 23, 12, 3
@@ -230,7 +230,7 @@ def test_in_one_linear_map_the_difference_is_within_its_derived_bound(tmp_path):
     assert bound.max() <= 1e-4 * found.logits  # and the bound says something
 
 
-def test_where_the_change_is_too_small_for_the_dtype_the_report_says_so(tmp_path):
+def test_the_report_says_that_a_change_is_too_small_for_the_dtype(tmp_path):
     """A ΔW of 2^-12 of W is within half a last digit of bfloat16 everywhere, and all of it is lost."""
     _, tensors, config = read_peft(FIXTURES / "adapters/untied--q-and-v")
     adapter = tmp_path / "small"
@@ -256,7 +256,7 @@ def test_where_the_change_is_too_small_for_the_dtype_the_report_says_so(tmp_path
 
 
 @pytest.mark.parametrize("init", ["kaiming", "both"])
-def test_an_adapter_that_changes_nothing_yet_can_be_merged_and_told(init, tmp_path):
+def test_a_zero_adapter_can_be_merged(init, tmp_path):
     model, rng = tiny(0, np.float32)
     save_model(model, tmp_path / "base", "b\n")
     inject(model, LoraConfig(r=2, targets=["q_proj", "up_proj"], init=init), rng=rng)
@@ -271,7 +271,7 @@ def test_an_adapter_that_changes_nothing_yet_can_be_merged_and_told(init, tmp_pa
         assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
-def test_a_change_of_a_zero_matrix_is_infinitely_larger(tmp_path):
+def test_a_change_of_a_zero_matrix_has_infinite_relative_size(tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     W = {name: a.astype(np.float32) for name, a in base_weights(base).items()}
     W["model.layers.0.self_attn.q_proj.weight"] *= 0
@@ -283,7 +283,7 @@ def test_a_change_of_a_zero_matrix_is_infinitely_larger(tmp_path):
 
 
 @pytest.mark.parametrize("large", [1e15, 1e30])
-def test_a_base_whose_logits_overflow_is_merged_and_the_report_says_so(large, tmp_path):
+def test_the_report_says_that_logits_overflow(large, tmp_path):
     """In float32, and from 1e30 on the norm of the matrix, too; without a warning."""
     base = shutil.copytree(BASE, tmp_path / "base")
     W = {name: a * np.float32(large if "mlp" in name else 1) for name, a in base_weights(base).items()}
@@ -295,7 +295,7 @@ def test_a_base_whose_logits_overflow_is_merged_and_the_report_says_so(large, tm
     assert all(np.array_equal(written[name], stored(W[name], "float32")) for name in W)
 
 
-def test_it_prints_every_module_and_its_data_are_json(tmp_path):
+def test_a_report_prints_every_module_and_its_data_are_json(tmp_path):
     found = merge_checkpoint(BASE, ADAPTER, tmp_path / "out")
     text = str(found)
     for row in found.rows:
@@ -308,7 +308,7 @@ def test_it_prints_every_module_and_its_data_are_json(tmp_path):
     assert [row["module"] for row in again["rows"]] == [row.module for row in found.rows]
 
 
-def test_the_probe_is_what_is_computed(tmp_path):
+def test_the_report_is_computed_on_the_given_probe(tmp_path):
     one = merge_checkpoint(BASE, ADAPTER, tmp_path / "one", probe=[5])
     many = merge_checkpoint(BASE, ADAPTER, tmp_path / "many", probe=[5, 7, 11, 5])
     assert one.logits == pytest.approx(np.abs(by_hand_logits(BASE, ADAPTER, np.array([5]))).max(), rel=1e-12)
@@ -331,7 +331,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
     refused(StorageError, r"config\.json", tmp_path / "none", ADAPTER, out)
 
 
-def test_what_is_there_and_the_input_are_never_written_over(tmp_path):
+def test_merging_never_overwrites_an_existing_folder_or_the_input(tmp_path):
     base, adapter = shutil.copytree(BASE, tmp_path / "b/base"), shutil.copytree(ADAPTER, tmp_path / "a")
     (tmp_path / "mine").mkdir()
     refused(StorageError, "is there already", base, adapter, tmp_path / "mine")
@@ -351,7 +351,7 @@ def test_another_base_is_refused_unless_forced(tmp_path):
     assert all(np.array_equal(written[name], stored(W[name], "float32")) for name in W)
 
 
-def test_what_the_dtype_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
+def test_values_that_overflow_the_dtype_are_refused_and_leave_nothing(tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     W = {name: a.astype(np.float32) for name, a in base_weights(base).items()}
     W["model.layers.1.mlp.up_proj.weight"][2, 3] = 1e5

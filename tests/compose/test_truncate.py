@@ -95,7 +95,7 @@ def listed(folder):
 
 @settings(max_examples=25)
 @given(given_=adapters())
-def test_at_full_rank_nothing_is_lost_but_rounding(given_, tmp_path_factory):
+def test_at_full_rank_compression_only_rounds(given_, tmp_path_factory):
     source, out = pair(tmp_path_factory, given_)
     found = compress(source, out, rank=7)
     before, after, S, err = changes(source), changes(out), dense_spectra(source), error(source)
@@ -109,7 +109,7 @@ def test_at_full_rank_nothing_is_lost_but_rounding(given_, tmp_path_factory):
 
 @settings(max_examples=40)
 @given(given_=adapters(), rank=RANKS)
-def test_what_is_said_to_be_lost_is_lost_and_is_the_optimum(given_, rank, tmp_path_factory):
+def test_the_reported_residual_is_the_true_one_and_optimal(given_, rank, tmp_path_factory):
     source, out = pair(tmp_path_factory, given_)
     found = compress(source, out, rank=rank)
     before, after, S, err = changes(source), changes(out), dense_spectra(source), error(source)
@@ -138,7 +138,7 @@ def test_what_is_said_to_be_lost_is_lost_and_is_the_optimum(given_, rank, tmp_pa
 
 @settings(max_examples=20)
 @given(given_=adapters(most=1), k=st.integers(1, 4), seed=seeds)
-def test_no_other_change_of_that_rank_is_nearer(given_, k, seed, tmp_path_factory):
+def test_no_other_change_of_the_same_rank_is_nearer(given_, k, seed, tmp_path_factory):
     source, out = pair(tmp_path_factory, given_)
     (row,) = compress(source, out, rank=k).rows
     ((A, B, s),) = read_peft(source)[0].values()
@@ -162,7 +162,7 @@ def test_no_other_change_of_that_rank_is_nearer(given_, k, seed, tmp_path_factor
 
 @settings(max_examples=20)
 @given(given_=adapters(most=1), rank=RANKS)
-def test_how_the_change_was_written_does_not_matter(given_, rank, tmp_path_factory):
+def test_compression_does_not_depend_on_how_the_scale_is_stored(given_, rank, tmp_path_factory):
     """One ΔW in four ways: alpha, the factors' sizes, rsLoRA and patterns may hold the scale."""
     factors, _ = given_
     tmp = tmp_path_factory.mktemp("a")
@@ -190,7 +190,7 @@ def test_how_the_change_was_written_does_not_matter(given_, rank, tmp_path_facto
             assert np.linalg.norm(found[how] - found["plain"]) <= off, how
 
 
-def test_a_rank_beyond_all_is_the_rank_that_there_is(tmp_path):
+def test_a_rank_above_the_shape_keeps_the_full_rank(tmp_path):
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((6, 3)).astype(np.float32), rng.standard_normal((5, 6)).astype(np.float32)
     source = write_peft(tmp_path / "in", {"a.b": (A, B)})
@@ -200,7 +200,7 @@ def test_a_rank_beyond_all_is_the_rank_that_there_is(tmp_path):
 
 
 @pytest.mark.parametrize("how", [{"rank": 1}, {"energy": 0.5}, {"energy": 1.0, "per_module": True}])
-def test_no_change_at_all_is_compressed_to_none(how, tmp_path):
+def test_a_zero_change_is_compressed_to_zero(how, tmp_path):
     A, B = np.ones((4, 3), np.float32), np.zeros((5, 4), np.float32)
     found = compress(write_peft(tmp_path / "in", {"a.b": (A, B)}), tmp_path / "out", **how)
     assert (found.rows[0].rank, found.rows[0].norm, found.residual, found.optimum) == (1, 0, 0, 0)
@@ -229,7 +229,7 @@ def spent(costs, ranks):
 
 
 @given(given_=spectra(), rank=RANKS)
-def test_the_budget_is_kept_and_buys_no_less_than_the_common_rank(given_, rank):
+def test_per_module_ranks_keep_the_budget_and_at_least_the_energy_of_a_common_rank(given_, rank):
     found, costs = given_
     common = choose(found, costs, rank, None, False)
     assert common == {m: min(rank, len(S)) for m, S in found.items()}
@@ -240,7 +240,7 @@ def test_the_budget_is_kept_and_buys_no_less_than_the_common_rank(given_, rank):
     assert kept(found, ranks) >= kept(found, common)
 
 
-def test_narrow_modules_do_not_crowd_out_what_a_wide_one_needs():
+def test_narrow_modules_do_not_crowd_out_a_wide_one():
     """Each of b's values brings a little more for its price, but then there is no room for a's second."""
     found = {"a": np.array([11.0, 10.0]), "b": np.array([3.0, 1.75, 1.75, 0.1])}
     costs = {"a": 100, "b": 3}
@@ -248,7 +248,7 @@ def test_narrow_modules_do_not_crowd_out_what_a_wide_one_needs():
 
 
 @given(given_=spectra(), rank=RANKS)
-def test_where_all_cost_the_same_the_largest_values_are_kept(given_, rank):
+def test_at_equal_costs_the_largest_values_are_kept(given_, rank):
     found, _ = given_
     ranks = choose(found, dict.fromkeys(found, 7), rank, None, True)
     first = sum(float(S[0] ** 2) for S in found.values())
@@ -258,7 +258,7 @@ def test_where_all_cost_the_same_the_largest_values_are_kept(given_, rank):
 
 
 @given(given_=spectra(), share=st.floats(0.05, 1))
-def test_an_energy_is_kept_with_the_least_rank_that_does(given_, share):
+def test_an_energy_is_kept_with_the_least_rank(given_, share):
     found, costs = given_
     each = choose(found, costs, None, share, True)
     for m, S in found.items():
@@ -275,7 +275,7 @@ def test_an_energy_is_kept_with_the_least_rank_that_does(given_, share):
 
 @settings(max_examples=15)
 @given(given_=adapters(), rank=RANKS, share=st.sampled_from([0.3, 0.9, 0.999]))
-def test_the_choice_is_made_on_the_spectra_of_the_folder(given_, rank, share, tmp_path_factory):
+def test_per_module_ranks_follow_the_spectra_of_the_adapter(given_, rank, share, tmp_path_factory):
     source, out = pair(tmp_path_factory, given_)
     S, before = dense_spectra(source), changes(source)
     found = compress(source, out, rank=rank, per_module=True)
@@ -303,7 +303,7 @@ def test_the_choice_is_made_on_the_spectra_of_the_folder(given_, rank, share, tm
         {"energy": 1.1}, {"energy": math.nan}, {"energy": "0.9"}, {"energy": -1.0}, {"per_module": True},
     ],
 )  # fmt: skip
-def test_a_choice_without_meaning_is_refused_before_anything_is_read(how, tmp_path):
+def test_an_invalid_rank_or_energy_is_refused_before_reading(how, tmp_path):
     with pytest.raises(ConfigError, match=r"^(rank|energy) "):
         compress(tmp_path / "none", tmp_path / "out", **how)
     with pytest.raises(ConfigError, match=r"^(rank|energy) "):
@@ -314,7 +314,7 @@ def test_a_choice_without_meaning_is_refused_before_anything_is_read(how, tmp_pa
 
 
 @pytest.mark.parametrize(("base", "adapter"), ADAPTERS)
-def test_all_else_in_the_folder_is_as_it_was_and_it_loads_with_the_function_it_says(base, adapter, tmp_path):
+def test_compression_keeps_the_rest_of_the_folder_and_the_result_loads(base, adapter, tmp_path):
     source, out = FIXTURES / "adapters" / adapter, tmp_path / "out"
     before = listed(source)
     found = compress(source, out, rank=2)
@@ -346,7 +346,7 @@ def test_all_else_in_the_folder_is_as_it_was_and_it_loads_with_the_function_it_s
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
-def test_the_copy_of_the_base_in_a_narrow_adapter_is_still_known(kind, tmp_path):
+def test_a_stored_copy_of_the_base_is_recognised_in_any_dtype(kind, tmp_path):
     """PEFT writes head and embedding along in the adapter's dtype; compressed it is float32."""
     source = shutil.copytree(FIXTURES / "adapters/untied--embedding-and-head", tmp_path / "in")
     old = open_tensors(source / WEIGHTS)
@@ -372,7 +372,7 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path):
         assert listed(tmp_path / f"a{i}") == listed(tmp_path / f"b{i}")
 
 
-def test_a_compressed_one_is_compressed_to_itself(tmp_path):
+def test_compressing_twice_changes_nothing(tmp_path):
     source = FIXTURES / "adapters/untied--patterns"
     compress(source, tmp_path / "a", rank=2)
     found = compress(tmp_path / "a", tmp_path / "b", rank=2)
@@ -381,7 +381,7 @@ def test_a_compressed_one_is_compressed_to_itself(tmp_path):
     assert found.parameters == found.before
 
 
-def test_it_prints_every_module_and_its_data_are_json(tmp_path):
+def test_a_report_prints_every_module_and_its_data_are_json(tmp_path):
     found = compress(FIXTURES / "adapters/untied--patterns", tmp_path / "out", rank=1)
     text = str(found)
     for row in found.rows:
@@ -398,7 +398,7 @@ def test_it_prints_every_module_and_its_data_are_json(tmp_path):
 # ---- what is refused, and that nothing is left of it
 
 
-def test_the_input_is_never_written_over(tmp_path):
+def test_compression_never_overwrites_its_input(tmp_path):
     source = shutil.copytree(FIXTURES / "adapters/untied--q-and-v", tmp_path / "deep/in")
     (tmp_path / "link").symlink_to(source)
     before = listed(tmp_path)
@@ -411,7 +411,7 @@ def test_the_input_is_never_written_over(tmp_path):
     assert listed(tmp_path) == before
 
 
-def test_what_is_there_stays_unless_it_may_go(tmp_path):
+def test_an_existing_output_is_replaced_only_if_allowed(tmp_path):
     source, out = FIXTURES / "adapters/untied--q-and-v", tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("x")
@@ -437,7 +437,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1e38, 1e200])
-def test_a_change_that_float32_cannot_hold_is_refused_by_name(size, tmp_path):
+def test_a_change_that_overflows_float32_is_refused_by_name(size, tmp_path):
     A, B = np.full((2, 5), size), np.full((4, 2), size)
     source = write_peft(tmp_path / "in", {"a.b": (A, B)})
     with pytest.raises(NonFiniteError, match=r"a\.b is not finite"):
@@ -489,7 +489,7 @@ def everything(name, W, rng):
 
 @settings(max_examples=8)
 @given(seed=seeds, k=st.integers(1, 4), tied=st.booleans())
-def test_a_change_of_rank_k_is_found_exactly(seed, k, tied, tmp_path_factory):
+def test_extract_recovers_a_change_of_rank_k_exactly(seed, k, tied, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("e")
     base, tuned, added = checkpoints(tmp, of_rank(k), seed, tie_word_embeddings=tied)
     for how in ({"rank": k}, {"energy": 1.0}):
@@ -513,7 +513,7 @@ def test_a_change_of_rank_k_is_found_exactly(seed, k, tied, tmp_path_factory):
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
-def test_full_fine_tuning_is_found_but_for_the_tail(k, tmp_path):
+def test_extract_recovers_full_fine_tuning_up_to_the_tail(k, tmp_path):
     base, tuned, added = checkpoints(tmp_path, everything, attention_bias=True, tie_word_embeddings=False)
     seen = []
     found = extract(base, tuned, tmp_path / "out", rank=k, progress=lambda *at: seen.append(at))
@@ -565,7 +565,7 @@ def test_the_energy_of_a_difference_is_kept_with_the_least_rank(share, per_modul
         assert lost <= np.linalg.norm(S[row.module][row.rank :]) + bound32(S[row.module]) + 1e-12
 
 
-def test_one_module_alone_is_meant_by_its_whole_name(tmp_path):
+def test_a_single_extracted_module_is_targeted_by_its_full_name(tmp_path):
     def change(name, W, rng):
         return np.float32(0.25) * (name == "model.layers.1.self_attn.k_proj.weight") + 0 * W
 
@@ -578,7 +578,7 @@ def test_one_module_alone_is_meant_by_its_whole_name(tmp_path):
     assert load_adapter(load(base), tmp_path / "out").norms.keys() == {row.module}
 
 
-def test_what_was_extracted_belongs_to_its_base_alone(tmp_path):
+def test_an_extracted_adapter_belongs_to_its_base_only(tmp_path):
     base, tuned, _ = checkpoints(tmp_path, of_rank(2))
     extract(base, tuned, tmp_path / "out", rank=2)
     load_adapter(load(base), tmp_path / "out")
@@ -587,7 +587,7 @@ def test_what_was_extracted_belongs_to_its_base_alone(tmp_path):
 
 
 @pytest.mark.parametrize("k", [2, 10])
-def test_merged_again_the_rest_is_the_tail(k, tmp_path):
+def test_merging_an_extracted_adapter_leaves_the_tail(k, tmp_path):
     base, tuned, added = checkpoints(tmp_path, everything)
     rows = {f"{row.module}.weight": row for row in extract(base, tuned, tmp_path / "out", rank=k).rows}
     merge_checkpoint(base, tmp_path / "out", tmp_path / "merged")
@@ -612,7 +612,7 @@ def arbitrary(folder, tensors, kind="mystery"):
     return folder
 
 
-def test_any_architecture_will_do(tmp_path):
+def test_extract_takes_any_architecture(tmp_path):
     rng = np.random.default_rng(0)
     shapes = {
         "encoder.block.0.to_q.weight": (6, 9), "encoder.block.1.to_q.weight": (6, 9), "out.weight": (5, 6),
@@ -637,7 +637,7 @@ def test_any_architecture_will_do(tmp_path):
     "name",
     ["lm_head.weight", "a.embed_tokens.weight", "wte.weight", "x.embed_in.weight", "q.bias", "q.lora_A"],
 )
-def test_a_table_or_a_bias_is_no_map(name):
+def test_an_embedding_or_a_bias_is_no_linear_map(name):
     assert not is_map(name, (4, 5))
     assert is_map("model.q_proj.weight", (4, 5))
     assert not is_map("model.q_proj.weight", (4, 5, 1))
@@ -681,7 +681,7 @@ def test_other_names_and_shapes_are_refused_by_name(tmp_path):
 
 @settings(max_examples=12)
 @given(seed=seeds, more=st.integers(-3, 5), head=st.booleans())
-def test_a_table_that_has_grown_is_listed_and_the_maps_are_extracted(seed, more, head, tmp_path_factory):
+def test_a_resized_embedding_is_listed_and_the_maps_are_extracted(seed, more, head, tmp_path_factory):
     tmp, rng = tmp_path_factory.mktemp("t"), np.random.default_rng(seed)
     V, D = 11, 6
     shapes = {"model.embed_tokens.weight": (V, D), "layers.0.q.weight": (7, D), "norm.weight": (D,)}
@@ -715,7 +715,7 @@ HALVES = st.sampled_from(["bfloat16", "float16"])
 
 @settings(max_examples=12)
 @given(seed=seeds, kind=HALVES, backwards=st.booleans(), way=st.sampled_from(["all", "some", "none"]))
-def test_rounding_to_fewer_bits_is_no_change_and_is_said(seed, kind, backwards, way, tmp_path_factory):
+def test_rounding_to_16_bits_is_reported_and_is_no_change(seed, kind, backwards, way, tmp_path_factory):
     """A model and its copy in 16 bits, in either order; and one of which some maps were trained besides.
 
     One is trained in its last rows alone, behind all that could be taken for a sample.
@@ -777,7 +777,7 @@ def gpt2_tensors(rng, D, F, V=11, L=2, biases=True):
 @settings(max_examples=15)
 @given(seed=seeds, D=st.integers(2, 7), F=st.integers(1, 9), r=st.integers(1, 7), bare=st.tuples(
     st.booleans(), st.booleans()), config=st.booleans(), biases=st.booleans())  # fmt: skip
-def test_what_is_extracted_from_conv1d_is_what_a_reader_applies(
+def test_an_adapter_extracted_from_conv1d_loads_as_the_same_change(
     seed, D, F, r, bare, config, biases, tmp_path_factory
 ):
     """By PEFT's rule, B A turned where fan_in_fan_out is true: the nearest of rank r, and its residual."""
@@ -813,7 +813,7 @@ def test_what_is_extracted_from_conv1d_is_what_a_reader_applies(
     }
 
 
-def test_what_is_no_parameter_is_not_read(tmp_path):
+def test_masks_and_positions_are_not_extracted(tmp_path):
     """Masks and positions, which some savers keep as integers and some do not."""
     before = gpt2_tensors(rng := np.random.default_rng(0), 4, 6)
     after = {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
@@ -829,7 +829,7 @@ def test_what_is_no_parameter_is_not_read(tmp_path):
         extract(*both, tmp_path / "no", rank=2)
 
 
-def test_a_linear_called_like_a_conv1d_is_no_conv1d(tmp_path):
+def test_a_linear_named_like_a_conv1d_is_not_transposed(tmp_path):
     """Other models have a c_attn and a c_proj too, as (out, in)."""
     rng = np.random.default_rng(0)
     shapes = {"attn.c_attn": (15, 5), "attn.c_proj": (5, 5), "mlp.c_fc": (9, 5), "mlp.c_proj": (5, 9)}
@@ -848,7 +848,7 @@ def test_a_linear_called_like_a_conv1d_is_no_conv1d(tmp_path):
         assert row.residual < 1e-5 * row.norm
 
 
-def test_a_linear_beside_conv1d_is_left_out_and_said(tmp_path):
+def test_a_linear_beside_conv1d_is_left_out_with_a_note(tmp_path):
     """One flag is for all modules."""
     rng = np.random.default_rng(0)
     before = gpt2_tensors(rng, 4, 6) | {"adapter.down.weight": rng.standard_normal((3, 4)).astype(np.float32)}
@@ -865,7 +865,7 @@ def test_a_linear_beside_conv1d_is_left_out_and_said(tmp_path):
     assert (list(pairs), said["fan_in_fan_out"]) == (["transformer.adapter.down"], False)
 
 
-def test_names_of_a_model_without_a_head_are_as_they_lie(tmp_path):
+def test_names_of_a_model_without_a_head_are_unchanged(tmp_path):
     before = gpt2_tensors(rng := np.random.default_rng(0), 4, 6)
     after = {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in before.items()}
     both = (("base", before), ("tuned", after))
@@ -875,7 +875,7 @@ def test_names_of_a_model_without_a_head_are_as_they_lie(tmp_path):
     assert found.notes == ()
 
 
-def test_neither_checkpoint_is_written_over(tmp_path):
+def test_extract_never_overwrites_a_checkpoint(tmp_path):
     base, tuned, _ = checkpoints(tmp_path, of_rank(1))
     before = listed(tmp_path)
     for out in (base, tuned, base / "inside", tmp_path):
@@ -898,7 +898,7 @@ def test_the_same_checkpoints_give_the_same_bytes(tmp_path):
     assert json.loads(json.dumps(found.data()))["left"] == dict(found.left)
 
 
-def test_a_difference_is_taken_in_float64_whatever_is_stored(tmp_path):
+def test_differences_are_taken_in_float64(tmp_path):
     """bfloat16 beside float32: the difference is that of the stored numbers."""
     model, rng = tiny(0, np.float32)[0], np.random.default_rng(0)
     save_model(model, tmp_path / "base", "b\n", dtype="bfloat16")
@@ -913,14 +913,14 @@ def test_a_difference_is_taken_in_float64_whatever_is_stored(tmp_path):
         assert row.norm == pytest.approx(np.linalg.norm(after[name] - before[name]), rel=1e-12)
 
 
-def test_sizes_are_those_of_the_tiny_model():
+def test_every_axis_of_the_tiny_model_has_another_size():
     """Every axis of what is extracted here has another size, so that a wrong transpose cannot pass."""
     S = SIZES
     inner = S["num_attention_heads"] * S["head_dim"]
     assert len({S["hidden_size"], S["intermediate_size"], inner, S["num_key_value_heads"] * 4, 11}) == 5
 
 
-def test_names_are_those_of_peft(tmp_path):
+def test_extracted_tensors_have_pefts_names(tmp_path):
     base, tuned, _ = checkpoints(tmp_path, of_rank(1))
     extract(base, tuned, tmp_path / "out", rank=1)
     names = set(open_tensors(tmp_path / "out" / WEIGHTS))
@@ -928,7 +928,7 @@ def test_names_are_those_of_peft(tmp_path):
     assert len(names) == 2 * 2 * len(MAPS)
 
 
-def test_a_common_rank_by_energy_does_not_hold_the_vectors_of_all_modules(tmp_path):
+def test_a_common_rank_by_energy_does_not_keep_all_vectors_in_memory(tmp_path):
     rng, (O, I), count = np.random.default_rng(0), (96, 80), 40  # noqa: E741
     fall = 0.8 ** np.arange(I)
     before = {f"layers.{i}.x.weight": rng.standard_normal((O, I)).astype(np.float32) for i in range(count)}
@@ -962,7 +962,7 @@ def test_peft_reads_a_compressed_adapter_as_we_do(base, adapter, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_peft_reads_what_was_extracted_as_we_do(tmp_path):
+def test_peft_reads_an_extracted_adapter_as_we_do(tmp_path):
     pytest.importorskip("peft")
     heads = {"num_attention_heads": 5, "num_key_value_heads": 1}  # transformers wants a divisor of 10
     base, tuned, _ = checkpoints(tmp_path, everything, tie_word_embeddings=False, **heads)

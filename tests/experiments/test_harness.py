@@ -109,7 +109,7 @@ def toy(things, tmp_path_factory):
     return out, wobble(*things, out, jobs=1)
 
 
-def test_an_experiment_is_one_file(toy, things):
+def test_an_experiment_writes_its_rows_and_plan(toy, things):
     rows = toy[1]
     assert [row["config"]["size"] for row in rows] == [*SIZES, 0.0, 0.0]
     assert [row["status"] for row in rows] == ["done", "done", "done", "diverged", "done", "done"]
@@ -147,14 +147,16 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_it_gives_the_same_bytes_however_it_is_run(way, things, toy, tmp_path):
+@pytest.mark.parametrize(  # the caller's processes give the same bytes in test_cluster.py, too
+    "way", [pytest.param(way, marks=pytest.mark.slow if "caller" in way else ()) for way in WAYS]
+)
+def test_the_rows_do_not_depend_on_how_they_are_run(way, things, toy, tmp_path):
     assert WAYS[way](things, tmp_path / "out") == toy[1]
     assert held(tmp_path / "out") == held(toy[0])
     assert sorted(os.listdir(tmp_path / "out")) == [".lock", "plan.json", "rows.jsonl"]
 
 
-def test_a_row_of_another_form_is_refused_by_its_field(toy, things, tmp_path):
+def test_an_invalid_row_is_refused_by_its_field(toy, things, tmp_path):
     out = Path(shutil.copytree(toy[0], tmp_path / "out"))
     lines = held(out).splitlines(keepends=True)
     forged = {"test": -1.0, "id": "0" * 16, "config": 1, "versions": {"numpy": 1}}
@@ -193,7 +195,7 @@ def a_store(path, progress=None):
     return Store(path, WOBBLES, {}, runs, progress), runs.asked
 
 
-def test_a_row_costs_the_same_beside_ten_and_beside_ten_thousand_others(tmp_path, monkeypatch):
+def test_the_cost_of_a_row_does_not_depend_on_the_number_of_rows(tmp_path, monkeypatch):
     """Counted in bytes and calls of the system: one row is written, and nothing is read."""
     costs = []
     for count in (10, 10_000):
@@ -220,7 +222,7 @@ def test_a_row_costs_the_same_beside_ten_and_beside_ten_thousand_others(tmp_path
     assert [name for name, _ in costs[0]] == ["open", "write", "fsync"]
 
 
-def test_each_row_is_on_disk_before_its_progress_is_told(tmp_path):
+def test_each_row_is_on_disk_before_its_progress_is_reported(tmp_path):
     path = tmp_path / "rows.jsonl"
     seen = []
 
@@ -236,7 +238,7 @@ def test_each_row_is_on_disk_before_its_progress_is_told(tmp_path):
 
 
 @given(rng=st.randoms(use_true_random=False))
-def test_a_kill_in_the_middle_of_a_row_costs_that_row_and_no_other(rng, tmp_path_factory):
+def test_a_kill_while_writing_a_row_loses_only_that_row(rng, tmp_path_factory):
     """The file ends at any byte, its rows in any order; the end is as if nothing had been."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     cells = cells_of(6)
@@ -258,7 +260,7 @@ def test_a_kill_in_the_middle_of_a_row_costs_that_row_and_no_other(rng, tmp_path
     )
 
 
-def test_half_a_last_line_is_no_damage_and_any_other_is_named(tmp_path, capsys):
+def test_an_incomplete_last_line_is_dropped_and_other_damage_is_named(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     store, _ = a_store(path)
     store.finish(cells_of(3))
@@ -271,7 +273,7 @@ def test_half_a_last_line_is_no_damage_and_any_other_is_named(tmp_path, capsys):
     assert "line 3 is skipped" in capsys.readouterr().err
 
 
-def test_a_row_is_never_appended_to_half_a_line(tmp_path):
+def test_a_row_is_never_appended_to_an_incomplete_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     store, _ = a_store(path)
     store.finish(cells_of(3))
@@ -282,7 +284,7 @@ def test_a_row_is_never_appended_to_half_a_line(tmp_path):
     assert all(line.startswith(b'{"id"') for line in path.read_bytes().splitlines())
 
 
-def test_the_end_is_one_replacement_in_the_order_of_the_plan(tmp_path, monkeypatch):
+def test_closing_replaces_the_rows_once_in_the_order_of_the_plan(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     store, _ = a_store(path)
     store.finish(cells_of(6)[::-1])
@@ -299,7 +301,7 @@ def test_the_end_is_one_replacement_in_the_order_of_the_plan(tmp_path, monkeypat
     assert calls == [path]  # nothing has changed
 
 
-def test_a_row_that_cannot_be_kept_is_not_counted_as_done(tmp_path, monkeypatch):
+def test_a_row_that_cannot_be_written_is_not_done(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     store, _ = a_store(path)
     store.finish(cells_of(1))
@@ -343,7 +345,7 @@ def test_base_and_texts_of_a_sweep_are_read_once(executor, place, whole, things,
     assert held(tmp_path / "out") == held(whole[0])
 
 
-def test_another_process_reads_them_once_and_is_not_sent_them(things, toy, reads):
+def test_another_process_reads_base_and_texts_once_instead_of_receiving_them(things, toy, reads):
     inputs = read_inputs(things[0], [things[1]])
     job = Job(wobbled, inputs.source(), inputs)
     sent = pickle.dumps(job)
@@ -356,7 +358,7 @@ def test_another_process_reads_them_once_and_is_not_sent_them(things, toy, reads
 
 
 @pytest.mark.parametrize("what", ["base", "text"])
-def test_another_process_refuses_what_has_changed_until_it_is_back(what, place, tmp_path):  # noqa: F811
+def test_another_process_refuses_changed_inputs_until_they_are_restored(what, place, tmp_path):  # noqa: F811
     here = tmp_path / "here"
     shutil.copytree(place, here)
     inputs = read_inputs(str(here / "base"), [str(here / "mine.txt")])
@@ -376,7 +378,7 @@ def test_another_process_refuses_what_has_changed_until_it_is_back(what, place, 
     assert pickle.loads(sent)(cell)[0]["status"] == "done"
 
 
-def test_a_text_that_was_not_there_stays_the_fallback_in_other_processes(things, monkeypatch):
+def test_a_fallback_text_stays_the_fallback_in_other_processes(things, monkeypatch):
     """Though it may be there for them."""
     text = corpora.corpus(things[1])
     instead = corpora.Corpus("folio", "fallback: none", text.train, text.valid, text.test)
@@ -393,7 +395,7 @@ def spoils(cell, inputs):
     return made(cell)
 
 
-def test_a_run_that_changes_the_base_is_found_out(things, tmp_path):
+def test_a_run_that_changes_the_base_is_refused(things, tmp_path):
     inputs = read_inputs(things[0], [things[1]])
     with pytest.raises(MismatchError, match="base is"), \
             harness.open_store(tmp_path / "out", spoils, inputs, {}, RowForm(), jobs=1) as store:  # fmt: skip
@@ -404,7 +406,7 @@ def test_a_run_that_changes_the_base_is_found_out(things, tmp_path):
 # ---- where runs are done
 
 
-def test_one_job_starts_neither_process_nor_thread(things, toy, tmp_path, monkeypatch):
+def test_one_job_starts_no_process_and_no_thread(things, toy, tmp_path, monkeypatch):
     import threading
 
     def refused(*args, **how):
@@ -417,7 +419,9 @@ def test_one_job_starts_neither_process_nor_thread(things, toy, tmp_path, monkey
     assert held(tmp_path / "out") == held(toy[0])
 
 
-def test_one_job_is_a_process_of_its_own_where_blas_cannot_be_held(things, toy, tmp_path, monkeypatch):
+def test_one_job_runs_in_its_own_process_if_blas_threads_cannot_be_limited(
+    things, toy, tmp_path, monkeypatch
+):
     """It asks by the environment, which BLAS reads when it starts."""
     import contextlib
 
@@ -429,16 +433,14 @@ def test_one_job_is_a_process_of_its_own_where_blas_cannot_be_held(things, toy, 
     assert held(tmp_path / "out") == held(toy[0])
 
 
-def test_without_processes_more_than_one_job_is_refused_before_anything_is_made(
-    things, tmp_path, monkeypatch
-):
+def test_without_processes_several_jobs_are_refused_before_writing(things, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "multiprocessing.synchronize", None)
     with pytest.raises(UnsupportedError, match="jobs is 2; this platform has no processes; expected 1"):
         wobble(*things, tmp_path / "out", jobs=2)
     assert os.listdir(tmp_path) == []
 
 
-def test_the_callers_environment_is_as_it_was(things, tmp_path, monkeypatch):
+def test_the_callers_environment_is_restored(things, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     seen = []
@@ -455,7 +457,8 @@ def deadly(cell, inputs):
     return made(cell)
 
 
-def test_a_run_that_always_kills_its_process_is_an_error_that_keeps_the_others(things, tmp_path):
+@pytest.mark.slow  # as workers_that_keep_dying in test_rank_sweep.py
+def test_a_run_that_always_kills_its_process_is_an_error_and_keeps_the_other_rows(things, tmp_path):
     inputs = read_inputs(things[0], [things[1]])
     with harness.open_store(tmp_path / "out", deadly, inputs, {}, RowForm(), jobs=2) as store:
         store.finish([Wobble(things[1], 0.0, seed) for seed in (0, 2, 3)])

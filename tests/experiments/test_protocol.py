@@ -1,6 +1,6 @@
-"""The experiment: what is tested is never trained on, a seed is a seed, and a recipe is what is run.
+"""The experiments: test data are never trained on, a seed fixes every draw, and a run follows its recipe.
 
-Every text here says of each of its windows where it lies, so what reaches the model can be found again. In a
+Every window of these texts tells its position, so what reaches the model can be traced. In a
 recipe no two numbers are alike and none is its default: a field that is dropped or read for another is seen.
 """
 
@@ -185,7 +185,7 @@ def test_train_never_sees_the_held_out_examples(method, cap):
     assert {tags[0], tags[56]} <= learned or method != "lora"  # 320 draws reach both ends
 
 
-def test_a_sweep_trains_on_the_one_part_chooses_on_the_second_and_reports_the_third():
+def test_a_sweep_trains_on_train_selects_on_valid_and_reports_test():
     (learned, valid, test), seen, real = split(corpora.corpus("./own.txt")), {}, rank_sweep.work
 
     def work(run, inputs):
@@ -210,7 +210,7 @@ def test_a_sweep_trains_on_the_one_part_chooses_on_the_second_and_reports_the_th
             apart(windows, part)
 
 
-def test_pretraining_never_sees_what_is_held_out():
+def test_pretraining_never_sees_the_held_out_text():
     learned, valid, test = split(CORPORA["folio"])
     recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
     with Seen().watching() as seen:
@@ -221,7 +221,7 @@ def test_pretraining_never_sees_what_is_held_out():
     assert len(apart([w for w in seen.measured if w in valid], valid)) == 3
 
 
-def test_a_text_is_cut_into_three_parts_with_nothing_in_two_of_them():
+def test_a_text_is_split_into_three_disjoint_parts():
     for spec in ("./own.txt", "./other.txt"):
         whole = Path(spec).read_text()
         parts = split(corpora.corpus(spec))
@@ -348,12 +348,12 @@ def takers():
     yield from (f"cli {name}" for name, c in commands.items() if any(a.dest == "seed" for a in c._actions))
 
 
-def test_everything_that_takes_a_seed_is_tried():
+def test_everything_that_takes_a_seed_is_tested():
     assert set(SEEDS) == set(takers())
 
 
 @pytest.mark.parametrize("name", [name for name in SEEDS if SEEDS[name]])
-def test_one_seed_is_the_same_to_the_bit_and_two_differ_in_all_that_is_drawn(name):
+def test_equal_seeds_give_equal_bits_and_other_seeds_change_every_draw(name):
     for taker in SEEDS[name]:
         one, again, two = taker(5), taker(5), taker(6)
         assert one == again
@@ -379,7 +379,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_every_draw_is_the_generators(name):
+def test_every_draw_comes_from_the_given_generator(name):
     one, again, two = (DRAWS[name](np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert one == again
     drawn = {part for part in one if len(set(one[part])) > 4}  # neither zeros nor ones
@@ -988,7 +988,7 @@ NEEDS = {  # a field that names a text goes with that text's digest
 FIELDS = [(cls, name) for cls, case in CASES.items() for name in case.changes]
 
 
-def test_every_class_of_settings_is_tried():
+def test_every_settings_class_is_tested():
     """Those that check what a user gives, and the sweep's two that are made of such ones."""
     found = {Run, Setting}
     for file in PACKAGE.rglob("*.py"):
@@ -1001,7 +1001,7 @@ def test_every_class_of_settings_is_tried():
 
 
 @pytest.mark.parametrize("cls", CASES, ids=lambda cls: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}")
-def test_every_field_is_tried_and_the_usual_value_is_no_default(cls):
+def test_every_field_is_tested_from_a_value_that_is_not_its_default(cls):
     case = CASES[cls]
     names = {f.name for f in fields(cls)} - ONLY_ONE_VALUE.get(cls, set())
     assert {name.partition("[")[0] for name in case.changes} == names
@@ -1020,7 +1020,7 @@ before = {}  # what came of the usual settings: once for each class, and what a 
 
 
 @pytest.mark.parametrize(("cls", "name"), FIELDS, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_a_field_changes_what_it_names_and_a_run_is_what_its_recipe_says(cls, name):
+def test_a_field_changes_only_what_it_names_and_a_run_follows_its_recipe(cls, name):
     case = CASES[cls]
     value, parts = case.changes[name]
     along = case.along.get(name, {})
@@ -1040,26 +1040,26 @@ def test_a_field_changes_what_it_names_and_a_run_is_what_its_recipe_says(cls, na
 
 
 @pytest.mark.parametrize("method", finetune.METHODS)
-def test_the_rate_that_is_not_given_is_that_of_the_method(method):
+def test_the_default_rate_is_that_of_the_method(method):
     recipe = replace(CASES[finetune.Recipe].usual, method=method, lr=None)
     assert tuned(recipe) == tuned_by_hand(recipe)
 
 
 @pytest.mark.parametrize("change", [{"length": 9000}, {"warmup": 9000}], ids=str)
-def test_what_is_too_long_is_cut_to_what_there_is(change):
+def test_length_and_warmup_are_capped_at_their_maximum(change):
     usual = replace(CASES[finetune.Recipe].usual, length=100)
     most = {"length": TINY.max_position_embeddings, "warmup": usual.steps}
     assert tuned(replace(usual, **change)) == tuned_by_hand(replace(usual, **{k: most[k] for k in change}))
 
 
-def test_a_permutation_is_trained_by_the_settings_of_a_table():
+def test_a_permutation_is_trained_with_the_embedding_settings():
     assert Plan().setting("folio") == rank_sweep.TEXT
     assert Plan().setting("permuted:3") == rank_sweep.TABLE
     assert Plan().ranks_for("folio") == (1, 2, 4, 8, 16, 32, 64)
     assert Plan().ranks_for("permuted:3") == (1, 2, 3, 4, 8, 16, 32, 64)  # and the elbow
 
 
-def test_the_text_in_the_place_of_one_that_cannot_be_had_is_that_of_every_run():
+def test_every_run_uses_the_fallback_of_an_unavailable_text():
     plan = CASES[Plan].usual
     with mock.patch.object(corpora, "corpus", side_effect=StorageError("no network")):
         found = planned(plan)
@@ -1067,7 +1067,7 @@ def test_the_text_in_the_place_of_one_that_cannot_be_had_is_that_of_every_run():
     assert found["text"] == {INSTEAD.digest}
 
 
-def test_the_threads_that_are_given_compute():
+def test_the_requested_threads_are_used():
     given = []
 
     def train(*_, threads, **__):

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_plotting import MERGED
 
 from minilora import cli
 from minilora.data import corpora
@@ -32,7 +33,7 @@ from minilora.errors import (
     StateError,
     StorageError,
 )
-from minilora.experiments import harness, rank_figures, rank_report, rank_sweep
+from minilora.experiments import harness, merge_equivalence, rank_figures, rank_report, rank_sweep
 from minilora.experiments.harness import id_of, sealed
 from minilora.experiments.rank_sweep import EDGES, SEARCH_SEED, Plan, read_rows, sweep, with_gaps
 from minilora.formats import archives
@@ -109,7 +110,7 @@ def plain(rows):
 # ---- what a sweep is
 
 
-def test_every_run_of_the_plan_has_one_row_and_the_rows_have_its_order(place, whole):
+def test_every_run_of_the_plan_has_one_row_in_order(place, whole):
     configs = [row["config"] for row in whole[1]]
     names = [(c["kind"], c["method"], c["rank"]) for c in configs]
     assert len({row["id"] for row in whole[1]}) == len(names)
@@ -129,7 +130,7 @@ def test_every_run_of_the_plan_has_one_row_and_the_rows_have_its_order(place, wh
     assert all(row["status"] == "done" for row in whole[1])
 
 
-def test_a_row_carries_its_config_its_text_and_its_versions(place, whole):
+def test_a_row_records_its_config_its_text_and_its_versions(place, whole):
     for row in whole[1]:
         assert row["id"] == rank_sweep.Run(**{
             k: tuple(v) if isinstance(v, list) else v for k, v in row["config"].items()
@@ -142,7 +143,7 @@ def test_a_row_carries_its_config_its_text_and_its_versions(place, whole):
     assert whole[1][0]["base_digest"] == digest(load(place / "base"))
 
 
-def test_a_sweep_returns_what_its_file_holds(place, whole):
+def test_a_sweep_returns_the_rows_of_its_file(place, whole):
     assert plain(whole[1]) == plain(read_rows(whole[0] / "rows.jsonl"))
     again, _ = run(plan_of(place), whole[0])
     assert [list(row.items()) for row in again] == [list(row.items()) for row in whole[1]]
@@ -155,7 +156,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(jobs, place, whole, 
     assert sorted(os.listdir(tmp_path / "out")) == [".lock", "plan.json", "rows.jsonl"]
 
 
-def test_a_sweep_that_is_done_does_nothing_again(place, whole):
+def test_a_finished_sweep_does_nothing_again(place, whole):
     before, stamp = held(whole[0]), (whole[0] / "rows.jsonl").stat().st_mtime_ns
     _, done = run(plan_of(place), whole[0])
     assert done == []
@@ -171,14 +172,14 @@ def test_progress_counts_every_run_once(place, tmp_path):
     assert all(done <= known for done, known in seen)
 
 
-def test_the_base_is_not_touched(place, whole):
+def test_a_sweep_does_not_change_the_base(place, whole):
     files = {p.name: p.read_bytes() for p in (place / "base").iterdir()}
     assert whole[1][0]["base_digest"] == digest(load(place / "base"))
     assert set(files) == {"config.json", "README.md", "model.safetensors"}
     assert digest(load(place / "base")) == digest(llama(TINY, np.random.default_rng(0)))
 
 
-def test_noise_is_drawn_in_the_shape_of_its_module(whole):
+def test_noise_has_the_shape_of_its_module(whole):
     full = [row for row in whole[1] if row["config"]["kind"] == "final" and row["config"]["method"] == "full"]
     assert tuple(rank_figures.shape_of("up_proj", plain(full))) == (
         20,
@@ -187,7 +188,7 @@ def test_noise_is_drawn_in_the_shape_of_its_module(whole):
     assert tuple(rank_figures.shape_of("k_proj", plain(full))) == (4, 8)
 
 
-def test_the_known_answer_of_a_permutation_needs_the_rank_of_its_swaps(place, tmp_path):
+def test_a_permutation_is_solved_at_the_rank_of_its_swaps(place, tmp_path):
     try:
         corpora.corpus("permuted:2")
     except StorageError as e:
@@ -244,7 +245,7 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("case", SEARCHES)
-def test_the_learning_rate_is_that_of_the_best_short_run(case, place, tmp_path, monkeypatch):
+def test_the_learning_rate_is_taken_from_the_best_short_run(case, place, tmp_path, monkeypatch):
     valid, tried, chosen = SEARCHES[case]
     # neither the validation nor the test loss of a reported run may matter
     monkeypatch.setattr(rank_sweep, "work", crafted(
@@ -262,7 +263,7 @@ def test_the_learning_rate_is_that_of_the_best_short_run(case, place, tmp_path, 
         assert rates(rows, "final", "lora", rank) == [chosen] * 2
 
 
-def test_where_every_rate_diverges_the_runs_are_recorded_and_the_others_go_on(place, tmp_path, monkeypatch):
+def test_runs_whose_every_rate_diverges_are_recorded_and_the_others_go_on(place, tmp_path, monkeypatch):
     valid = best_at(1e-2)
     monkeypatch.setattr(rank_sweep, "work", crafted(lambda run: math.inf if run.rank == 1 else valid(run)))
     rows, _ = run(plan_of(place), tmp_path / "out")
@@ -274,7 +275,7 @@ losses = st.floats(0.1, 9).map(lambda x: round(x, 3))
 
 
 @given(base=losses, full=st.lists(losses, min_size=1, max_size=3), lora=losses)
-def test_the_gap_closed_is_the_share_of_the_way_from_base_to_full(base, full, lora):
+def test_the_gap_closed_is_the_fraction_from_base_to_full(base, full, lora):
     def row(kind, method, test, **more):
         config = {"kind": kind, "target": "t", "method": method}
         return {"status": "done", "config": config, "test": test} | more
@@ -297,7 +298,7 @@ def test_the_gap_closed_is_the_share_of_the_way_from_base_to_full(base, full, lo
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_a_diverging_run_is_recorded_and_the_others_go_on(steps, place, tmp_path, monkeypatch):
+def test_a_diverged_run_is_recorded_and_the_others_go_on(steps, place, tmp_path, monkeypatch):
     wild = replace(rank_sweep.TEXT, lora_rates=(1e30,))
     monkeypatch.setattr(rank_sweep, "TEXT", wild)
     monkeypatch.setattr(rank_sweep, "EDGES", 0)
@@ -331,7 +332,7 @@ def stop_at(count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 14])
-def test_a_sweep_that_stops_anywhere_goes_on_to_the_same_bytes(count, place, whole, tmp_path):
+def test_a_sweep_stopped_anywhere_resumes_to_the_same_bytes(count, place, whole, tmp_path):
     with pytest.raises(Stopped):
         run(plan_of(place), tmp_path / "out", progress=stop_at(count))
     kept = read_rows(tmp_path / "out" / "rows.jsonl")
@@ -365,9 +366,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("at", [0, 3, -1])
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_row_does_not_count_and_is_run_again_to_the_same_bytes(
-    kind, at, place, whole, tmp_path, capsys
-):
+def test_a_damaged_row_is_run_again_to_the_same_bytes(kind, at, place, whole, tmp_path, capsys):
     out = copy_of(whole, tmp_path)
     lines = held(out).splitlines()
     lost = json.loads(lines[at])["id"]
@@ -382,7 +381,7 @@ def test_a_damaged_row_does_not_count_and_is_run_again_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("kind", ["of another plan", "twice", "garbage"])
-def test_a_row_that_is_not_of_this_plan_does_not_count(kind, place, whole, tmp_path):
+def test_a_row_of_another_plan_does_not_count(kind, place, whole, tmp_path):
     out = copy_of(whole, tmp_path)
     lines = held(out).splitlines()
     config = (row := json.loads(lines[0]))["config"] | {"target": "another.txt"}
@@ -408,7 +407,7 @@ FORGED = {  # a right seal, and no row: its field
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_a_forged_row_stops_the_sweep_and_every_row_stays(kind, place, whole, tmp_path):
+def test_a_forged_row_stops_the_sweep_and_keeps_every_row(kind, place, whole, tmp_path):
     out = copy_of(whole, tmp_path)
     lines = held(out).splitlines()
     change, field = FORGED[kind]
@@ -421,7 +420,7 @@ def test_a_forged_row_stops_the_sweep_and_every_row_stays(kind, place, whole, tm
     assert held(out) == before
 
 
-def test_what_is_done_stays_on_disk_while_a_damaged_row_is_run_again(place, whole, tmp_path):
+def test_other_rows_stay_on_disk_while_a_damaged_row_is_run_again(place, whole, tmp_path):
     """S0: nothing completed is lost, though the process may die at any moment."""
     out = copy_of(whole, tmp_path)
     lines = held(out).splitlines()
@@ -441,7 +440,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_folder_with_another_plan_is_refused_by_the_name_of_the_difference(other, place, whole, tmp_path):
+def test_a_folder_with_another_plan_is_refused_by_the_differing_field(other, place, whole, tmp_path):
     out = copy_of(whole, tmp_path)
     how, named = OTHERS[other]
     with pytest.raises(MismatchError, match=named) as e:
@@ -470,7 +469,7 @@ def test_a_folder_of_another_text_base_or_version_is_refused(what, place, tmp_pa
     assert held(tmp_path / "out") == before
 
 
-def test_rows_are_of_the_text_that_the_plan_says(place, tmp_path):
+def test_rows_belong_to_the_text_of_their_plan(place, tmp_path):
     """In one process a file may change between two sweeps: no text that was read before is used."""
     here = tmp_path / "here"
     shutil.copytree(place, here)
@@ -490,7 +489,7 @@ def kill_workers():
     return len(workers)
 
 
-def test_a_worker_that_is_killed_costs_only_a_retry(place, whole, tmp_path):
+def test_a_killed_worker_costs_only_a_retry(place, whole, tmp_path):
     killed = 0
 
     def progress(done, known, row):
@@ -503,7 +502,7 @@ def test_a_worker_that_is_killed_costs_only_a_retry(place, whole, tmp_path):
     assert held(tmp_path / "out") == held(whole[0])
 
 
-def test_a_worker_that_is_killed_between_two_stages_costs_only_a_retry(place, whole, tmp_path):
+def test_a_worker_killed_between_two_stages_costs_only_a_retry(place, whole, tmp_path):
     killed = 0
 
     def progress(done, known, row):
@@ -518,7 +517,7 @@ def test_a_worker_that_is_killed_between_two_stages_costs_only_a_retry(place, wh
 
 
 @pytest.mark.slow
-def test_workers_that_keep_dying_are_an_error_that_keeps_what_is_done(place, tmp_path):
+def test_workers_that_keep_dying_are_an_error_and_keep_the_rows(place, tmp_path):
     def progress(done, known, row):
         kill_workers()
 
@@ -607,14 +606,15 @@ def undisturbed(place, tmp_path_factory):
     return results(out), time.monotonic() - begin
 
 
-def test_a_sweep_leaves_rows_plan_figures_and_a_report(undisturbed):
+@pytest.mark.slow
+def test_the_command_writes_rows_plan_figures_and_a_report(undisturbed):
     names = set(undisturbed[0])
     assert {"rows.jsonl", "plan.json", "report.html", "loss_against_rank_mine.png"} <= names
     assert {n for n in names if n.endswith(".png")} == {n[:-3] + "png" for n in names if n.endswith(".svg")}
 
 
 @pytest.mark.slow
-def test_neither_hash_seed_nor_clock_nor_locale_is_in_the_bytes(place, undisturbed, tmp_path):
+def test_the_bytes_do_not_depend_on_hash_seed_clock_or_locale(place, undisturbed, tmp_path):
     strange = environment(PYTHONHASHSEED="7", TZ="Asia/Kathmandu", LANG="tr_TR.UTF-8", LC_ALL="C")
     finish(place, tmp_path / "out", "--jobs", "1", steps=STEPS, env=strange)
     assert results(tmp_path / "out") == undisturbed[0]
@@ -636,7 +636,7 @@ def kill_and_go_on(place, out, delays):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_the_same_bytes_as_none(place, undisturbed, tmp_path):
+def test_twenty_kills_do_not_change_the_bytes(place, undisturbed, tmp_path):
     found, lasted = undisturbed
     rng = random.Random(0)
     hits, after = kill_and_go_on(place, tmp_path / "out", [rng.uniform(0.1, 0.6) * lasted for _ in range(20)])
@@ -645,7 +645,7 @@ def test_twenty_kills_leave_the_same_bytes_as_none(place, undisturbed, tmp_path)
     assert after == found
 
 
-def test_a_second_sweep_is_refused_until_the_first_is_dead_and_its_workers_with_it(place, tmp_path):
+def test_a_second_sweep_is_refused_until_the_first_and_its_workers_are_dead(place, tmp_path):
     out = tmp_path / "out"
     first = start(place, out, steps=2000)
     try:
@@ -685,7 +685,7 @@ def interrupt(place, out, number):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_to_the_same_bytes(place, undisturbed, tmp_path):
+def test_an_interrupted_and_killed_sweep_resumes_to_the_same_bytes(place, undisturbed, tmp_path):
     found, lasted = undisturbed
     interrupt(place, tmp_path / "out", signal.SIGINT)
     hits, after = kill_and_go_on(place, tmp_path / "out", [0.3 * lasted, 0.2 * lasted])
@@ -694,7 +694,7 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_to_the_same_bytes(p
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_terminated_goes_on_to_the_same_bytes(place, undisturbed, tmp_path):
+def test_a_terminated_sweep_resumes_to_the_same_bytes(place, undisturbed, tmp_path):
     interrupt(place, tmp_path / "out", signal.SIGTERM)
     finish(place, tmp_path / "out", steps=STEPS)
     assert results(tmp_path / "out") == undisturbed[0]
@@ -738,7 +738,7 @@ def call(here, place, out, *more):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_plan_that_cannot_be_is_one_line_and_nothing_is_written(case, here, place, tmp_path, capsys):
+def test_an_impossible_plan_prints_one_line_and_writes_nothing(case, here, place, tmp_path, capsys):
     files = {k: tmp_path / f"{k.lower()}.txt" for k in ("SHORT", "SMALL", "BINARY")}
     files["MINE"] = place / "mine.txt"
     files["SHORT"].write_text("short")
@@ -760,7 +760,7 @@ NO_OPTIONS = [["--ranks", ""], ["--ranks", "1,x"], ["--jobs", "two"], ["--nonsen
 
 
 @pytest.mark.parametrize("options", NO_OPTIONS, ids=repr)
-def test_an_option_that_is_none_is_exit_code_two(options, here, place, tmp_path, capsys):
+def test_an_invalid_option_exits_with_2(options, here, place, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         call(here, place, tmp_path / "out", *options)
     assert e.value.code == 2
@@ -769,7 +769,7 @@ def test_an_option_that_is_none_is_exit_code_two(options, here, place, tmp_path,
 
 
 @pytest.mark.parametrize("where", ["out", "out/deeper", "out/plan.json/deeper"])
-def test_a_file_in_the_place_of_the_folder_is_a_storage_error(where, here, place, tmp_path, capsys):
+def test_a_file_where_the_folder_should_go_is_a_storage_error(where, here, place, tmp_path, capsys):
     (tmp_path / "out").write_bytes(b"mine")
     assert call(here, place, tmp_path / where) == 4
     said = capsys.readouterr().err
@@ -778,14 +778,16 @@ def test_a_file_in_the_place_of_the_folder_is_a_storage_error(where, here, place
     assert (tmp_path / "out").read_bytes() == b"mine"
 
 
-def test_more_jobs_than_cores_is_said_and_capped(here, place, tmp_path, capsys, monkeypatch):
+def test_jobs_are_capped_at_the_cores_with_a_message(here, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "draw", lambda rows, out: None)
     monkeypatch.setattr(cli, "cores", lambda: 1)
     assert call(here, place, tmp_path / "out", "--jobs", "1000") == 0
     assert capsys.readouterr().err == "minilora: 1000 jobs on 1 cores; using 1\n"
 
 
-def test_diverged_runs_are_exit_code_one_and_in_the_table(here, place, tmp_path, capsys, monkeypatch):
+def test_a_sweep_with_diverged_runs_exits_with_1_and_writes_rows_figures_and_a_report(
+    here, place, tmp_path, capsys, monkeypatch
+):
     real = rank_sweep.trained_run
 
     def diverging(run, inputs):
@@ -794,11 +796,14 @@ def test_diverged_runs_are_exit_code_one_and_in_the_table(here, place, tmp_path,
         return real(run, inputs)
 
     monkeypatch.setattr(rank_sweep, "trained_run", diverging)
+    monkeypatch.setattr(merge_equivalence, "run", lambda: MERGED)
     assert call(here, place, tmp_path / "out") == 1
     said = capsys.readouterr()
     assert said.err == ""
     assert "diverged" in said.out
-    assert (tmp_path / "out" / "report.html").exists()
+    names = set(os.listdir(tmp_path / "out"))
+    assert {"rows.jsonl", "plan.json", "report.html", "loss_against_rank_mine.png"} <= names
+    assert {n for n in names if n.endswith(".png")} == {n[:-3] + "png" for n in names if n.endswith(".svg")}
 
 
 @pytest.mark.parametrize(
@@ -807,13 +812,13 @@ def test_diverged_runs_are_exit_code_one_and_in_the_table(here, place, tmp_path,
             {"ranks": (2, 2)}],
     ids=repr,
 )  # fmt: skip
-def test_a_plan_without_meaning_is_a_config_error(bad):
+def test_an_invalid_plan_is_a_config_error(bad):
     with pytest.raises(ConfigError):
         Plan(**bad)
 
 
 @pytest.mark.slow
-def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_path, monkeypatch, capsys):
+def test_the_standard_library_replaces_unavailable_texts(place, tmp_path, monkeypatch, capsys):
     def offline(*_):
         raise StorageError("texts not fetched: no network")
 
@@ -828,7 +833,7 @@ def test_the_standard_library_stands_in_for_texts_that_are_not_there(place, tmp_
     assert "fallback" in rank_report.report_page(rows, {})
 
 
-def test_a_changed_loss_with_the_old_seal_does_not_count(place, whole, tmp_path):
+def test_a_changed_loss_with_the_old_digest_is_run_again(place, whole, tmp_path):
     out = copy_of(whole, tmp_path)
     lines = held(out).splitlines()
     lines[-1] = lines[-1].replace(b'"valid": ', b'"valid": 1')  # valid JSON, right id, another number
@@ -853,7 +858,7 @@ def test_the_search_never_reads_the_test_split(place, tmp_path, monkeypatch):
 # ---- the rows that are committed
 
 
-def test_the_committed_rows_are_those_of_the_default_plan():
+def test_the_committed_rows_match_the_default_plan():
     """Every number of the protocol is in them: settings, ranks, seeds, steps, windows, the first rates."""
     stored = read_rows(ROOT / "figures/rows.jsonl")
     rows = [rank_sweep.Run(**row["config"] | {"modules": tuple(row["config"]["modules"])}) for row in stored]
@@ -876,7 +881,7 @@ def test_the_committed_rows_are_those_of_the_default_plan():
         assert chosen == min(tried, key=lambda run: (valid[run.id], run.lr)).lr
 
 
-def test_a_table_says_of_each_method_what_its_rows_hold():
+def test_the_table_summarises_the_rows_of_each_method():
     rows = read_rows(ROOT / "figures/rows.jsonl")
     for target in ("permuted:4", "folio"):
         found = {line[0]: line[1:] for line in rank_report.lines(rows, target)}

@@ -1,4 +1,4 @@
-"""W + ΔW in one array is the plain adapter, up to rounding; replicas share it, and give it back."""
+"""W + ΔW in one array is the plain adapter, up to rounding; replicas share it and release it."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def layer_of(O, I, r, dropout=None, bias=None):  # noqa: E741
 @given(
     seed=seeds, o=sizes, i=sizes, r=sizes, m=sizes, need=needs, bias=st.sampled_from(["no", "frozen", "own"])
 )
-def test_a_folded_layer_is_the_plain_one(seed, o, i, r, m, need, bias):
+def test_a_folded_layer_matches_the_plain_adapter(seed, o, i, r, m, need, bias):
     """Value and every gradient; a bias of the adapter's own is trained either way."""
 
     def both(dtype):
@@ -53,7 +53,7 @@ def test_a_folded_layer_is_the_plain_one(seed, o, i, r, m, need, bias):
 
 
 @given(seed=seeds, m=st.integers(1, 30), need=needs)
-def test_the_backward_alone_is_that_of_the_call(seed, m, need):
+def test_the_standalone_backward_matches_that_of_the_call(seed, m, need):
     rng = np.random.default_rng(seed)
     base = Linear(Param(rng.standard_normal((4, 5)), False), Param(rng.standard_normal(4)))
     low_rank = LowRank(Param(rng.standard_normal((2, 5))), Param(rng.standard_normal((4, 2))), 1.7)
@@ -70,7 +70,7 @@ def test_the_backward_alone_is_that_of_the_call(seed, m, need):
 
 
 @pytest.mark.parametrize(("m", "folds"), [(6, False), (7, True)])  # 2 O I < M (O + I): 80 < 13 M
-def test_many_rows_go_through_the_folded_weight(m, folds):
+def test_weights_are_folded_only_for_enough_rows(m, folds):
     tree = layer_of(5, 8, 2)
     (place,) = places(tree)
     assert pays(place.adapter, m) is folds
@@ -81,7 +81,7 @@ def test_many_rows_go_through_the_folded_weight(m, folds):
 
 
 @pytest.mark.parametrize("bias", [None, Param(np.ones(5))])
-def test_replicas_share_each_weight_and_give_it_up(bias):
+def test_replicas_share_each_folded_weight_and_release_it(bias):
     trees = [layer_of(5, 8, 2, bias=bias) for _ in range(3)]
     found = [places(tree) for tree in trees]
 
@@ -97,7 +97,7 @@ def test_replicas_share_each_weight_and_give_it_up(bias):
     assert [[place.adapter for place in places(tree)] for tree in trees] == [[p.adapter] for (p,) in found]
 
 
-def test_what_would_be_another_function_is_not_folded():
+def test_adapters_that_folding_would_change_are_not_folded():
     assert not places(layer_of(5, 8, 2, dropout=Dropout(0.5, None)))
     model, rng = tiny(0)
     inject(model, LoraConfig(r=2, dora=True), rng=rng)
@@ -110,7 +110,7 @@ def test_what_would_be_another_function_is_not_folded():
 
 @settings(max_examples=10)
 @given(seed=seeds)
-def test_evaluate_is_the_plain_loss_and_leaves_the_model_alone(seed):
+def test_evaluate_gives_the_plain_loss_and_leaves_the_model_unchanged(seed):
     def both(dtype):
         model, rng = tiny_lora(seed, dtype)
         batches = [batch(rng, n=40, t=5), batch(rng, n=1, t=2), batch(rng, n=1, t=2), batch(rng, n=40, t=5)]
@@ -133,7 +133,7 @@ def test_evaluate_is_the_plain_loss_and_leaves_the_model_alone(seed):
     assert_precision_scales(both)
 
 
-def test_evaluate_forms_each_weight_once_for_batches_of_one_size(monkeypatch):
+def test_evaluate_folds_each_weight_once_per_batch_size(monkeypatch):
     model, rng = tiny_lora(0)
     formed, real = [], LowRank.merged
     monkeypatch.setattr(LowRank, "merged", lambda *a: formed.append(id(a[0].A.data)) or real(*a))

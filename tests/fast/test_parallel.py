@@ -35,7 +35,7 @@ def taken(model):
 
 @settings(max_examples=10)
 @given(seed=seeds, n=st.integers(1, 7), threads=st.integers(1, 3))
-def test_the_gradient_of_micro_batches_is_that_of_the_batch(seed, n, threads):
+def test_micro_batches_give_the_gradient_of_the_batch(seed, n, threads):
     def both(dtype):
         model, rng = tiny_lora(seed, dtype)
         ids, labels = batch(
@@ -64,7 +64,7 @@ def test_the_number_of_threads_changes_no_bit(seed, n, dtype, recompute):
     assert results[0] == results[1] == results[2]
 
 
-def test_a_model_with_dropout_keeps_to_one_thread_and_one_order(monkeypatch):
+def test_a_model_with_dropout_uses_one_thread(monkeypatch):
     """Its masks come from one generator: two threads would draw them in an order that chance decides."""
     results, made = [], []
     monkeypatch.setattr(parallel, "replica", lambda model: made.append(model) or replica(model))
@@ -81,7 +81,7 @@ def test_a_model_with_dropout_keeps_to_one_thread_and_one_order(monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_each_folded_weight_is_formed_once_for_all_micro_batches(threads, monkeypatch):
+def test_each_weight_is_folded_once_for_all_micro_batches(threads, monkeypatch):
     model, rng = tiny_lora(0)
     formed, real = [], LowRank.merged
     monkeypatch.setattr(LowRank, "merged", lambda *a: formed.append(id(a[0].A.data)) or real(*a))
@@ -111,7 +111,7 @@ def test_a_replica_shares_every_array_and_no_gradient():
 
 
 @given(rows=st.integers(1, 30), T=st.integers(1, 30), width=st.integers(1, 9), most=st.integers(1, 999))
-def test_micro_batches_are_the_batch_in_order_and_weigh_one(rows, T, width, most):
+def test_micro_batches_cover_the_batch_in_order_and_their_weights_sum_to_one(rows, T, width, most):
     ids = np.arange(rows * T).reshape(rows, T)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "MICRO_BATCH", most)
@@ -130,7 +130,7 @@ def test_a_batch_without_labels_has_no_loss_and_no_gradient():
     assert all((g == 0).all() for g in taken(model).values())
 
 
-def test_bad_input_is_refused_whole_and_the_replicas_go_on():
+def test_replicas_work_on_after_a_refused_batch():
     model, rng = tiny_lora(0)
     ids, labels = batch(rng, n=4, t=5)
     with on_threads(model, 2) as gradient:
@@ -155,7 +155,7 @@ def openblas():
     hold(before)
 
 
-def test_blas_is_held_at_one_thread_and_given_back(openblas):
+def test_blas_is_limited_to_one_thread_and_released(openblas):
     count, hold = openblas
     hold(2)
     with one_blas_thread() as held:
@@ -185,7 +185,7 @@ class Blas:
 @pytest.mark.parametrize(
     ("threads", "least", "held"), [((4, 2), 1, True), ((1,), 1, True), ((4, 2), 2, False)]
 )
-def test_every_blas_is_held_and_one_that_cannot_be_is_told(threads, least, held, monkeypatch):
+def test_every_blas_is_limited_and_one_that_cannot_be_is_reported(threads, least, held, monkeypatch):
     libraries = [Blas(n, least if i == 0 else 1) for i, n in enumerate(threads)]
     monkeypatch.setattr(backend, "blas_libraries", lambda: ThreadpoolController._from_controllers(libraries))
     with one_blas_thread() as said:
@@ -197,7 +197,7 @@ def test_every_blas_is_held_and_one_that_cannot_be_is_told(threads, least, held,
 @pytest.mark.parametrize(
     ("variable", "held"), [("OPENBLAS", True), ("MKL", True), ("OMP", True), ("ELSE", False)]
 )
-def test_a_blas_that_cannot_be_asked_says_by_the_environment(variable, held, monkeypatch):
+def test_an_unknown_blas_is_judged_by_the_environment(variable, held, monkeypatch):
     monkeypatch.setattr(backend, "blas_libraries", lambda: ThreadpoolController._from_controllers([]))
     for name in ("OPENBLAS", "MKL", "OMP"):
         monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)

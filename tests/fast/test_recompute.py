@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same bits, less memory, and no product twice that nobody needs."""
+"""Activation checkpointing: the same bits, less memory, and no needless second product."""
 
 from collections import Counter
 
@@ -44,7 +44,7 @@ def wrapped(model):
 
 @settings(max_examples=5)
 @given(seed=seeds, dtype=dtypes, kind=st.sampled_from(list(HOW)), fold=st.booleans())
-def test_recomputing_gives_the_same_bits_and_keeps_less(seed, dtype, kind, fold):
+def test_recomputing_gives_the_same_bits_and_stores_less(seed, dtype, kind, fold):
     model, rng = model_of(kind, seed, dtype)
     ids, labels = batch(rng)
     state = rng.bit_generator.state
@@ -68,7 +68,7 @@ def test_recomputing_gives_the_same_bits_and_keeps_less(seed, dtype, kind, fold)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_recomputing_leaves_out_the_last_product_of_either_half(kind, monkeypatch):
+def test_recomputing_skips_the_last_product_of_both_halves(kind, monkeypatch):
     model, rng = model_of(kind, 0, np.float64)
     model = wrapped(model)
     L, ran, real = 2, Counter(), Linear.__call__
@@ -89,7 +89,7 @@ def test_recomputing_leaves_out_the_last_product_of_either_half(kind, monkeypatc
 
 @settings(max_examples=3)
 @given(seed=seeds, kind=st.sampled_from(["lora", "dropout"]))
-def test_a_run_that_recomputes_is_the_same_run(seed, kind):
+def test_recomputing_does_not_change_a_run(seed, kind):
     runs = []
     for again in (False, True):
         model, _ = model_of(kind, seed, np.float32)
@@ -104,7 +104,7 @@ def test_a_run_that_recomputes_is_the_same_run(seed, kind):
     assert runs[0] == runs[1]
 
 
-def test_a_failing_backward_leaves_every_product_in_place():
+def test_a_failed_backward_restores_every_skipped_product():
     """Else the next forward would be without its value."""
     model, rng = model_of("lora", 0, np.float32)
     copy = wrapped(model)

@@ -40,7 +40,7 @@ def fails(number):
 
 
 @given(data=st.binary(max_size=5000))
-def test_what_is_written_is_read(tmp_path_factory, data):
+def test_reading_gives_what_was_written(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("files")
     write_atomic(folder / "a", b"before")
     write_atomic(folder / "a", data)
@@ -49,14 +49,14 @@ def test_what_is_written_is_read(tmp_path_factory, data):
 
 
 @given(pieces=st.lists(st.binary(max_size=300), max_size=20))
-def test_pieces_are_written_in_a_row(tmp_path_factory, pieces):
+def test_pieces_are_written_in_order(tmp_path_factory, pieces):
     path = tmp_path_factory.mktemp("files") / "a"
     write_atomic(path, iter(pieces))
     assert read(path) == b"".join(pieces)
     assert stamp_of(path).size == len(b"".join(pieces))
 
 
-def test_a_piece_that_cannot_be_made_leaves_the_old_file(tmp_path):
+def test_an_error_while_producing_a_piece_keeps_the_old_file(tmp_path):
     def pieces():
         yield b"half"
         raise KeyError("half way")
@@ -69,7 +69,7 @@ def test_a_piece_that_cannot_be_made_leaves_the_old_file(tmp_path):
 
 
 @given(data=st.binary(max_size=300), start=st.integers(0, 300), count=st.integers(0, 300))
-def test_a_part_is_read_or_it_is_said_where_the_file_ends(tmp_path_factory, data, start, count):
+def test_a_range_is_read_or_the_error_says_where_the_file_ends(tmp_path_factory, data, start, count):
     path = tmp_path_factory.getbasetemp() / "part"
     path.write_bytes(data)
     if start + count <= len(data):
@@ -79,7 +79,7 @@ def test_a_part_is_read_or_it_is_said_where_the_file_ends(tmp_path_factory, data
             read_at(path, start, count)
 
 
-def test_a_part_that_comes_in_pieces_is_read_whole(tmp_path, monkeypatch):
+def test_a_short_read_is_continued(tmp_path, monkeypatch):
     """One call of the system may give less than was asked for."""
     write_atomic(tmp_path / "a", bytes(range(100)))
     real = os.read
@@ -108,7 +108,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(call, tmp_path, monkeypa
     assert read(tmp_path / "a") == b"old"
 
 
-def test_the_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
+def test_data_are_on_disk_before_the_name(tmp_path, monkeypatch):
     calls = []
     for name in ("write", "fsync", "replace"):
         real = getattr(os, name)
@@ -118,14 +118,14 @@ def test_the_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
 
 
 @given(pieces=st.lists(st.binary(max_size=300), max_size=9))
-def test_what_is_appended_stands_at_the_end(tmp_path_factory, pieces):
+def test_append_adds_at_the_end(tmp_path_factory, pieces):
     path = tmp_path_factory.mktemp("files") / "a"
     for piece in pieces:
         append(path, piece)
     assert not pieces or read(path) == b"".join(pieces)
 
 
-def test_an_append_is_on_disk_when_it_is_over_and_goes_on_after_a_short_write(tmp_path, monkeypatch):
+def test_an_append_is_synced_and_continues_a_short_write(tmp_path, monkeypatch):
     append(tmp_path / "a", b"old")
     calls, write, fsync = [], os.write, os.fsync
     monkeypatch.setattr(os, "write", lambda fd, data: (calls.append("write"), write(fd, data[:3]))[1])
@@ -137,7 +137,7 @@ def test_an_append_is_on_disk_when_it_is_over_and_goes_on_after_a_short_write(tm
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync"])
-def test_an_append_that_fails_leaves_the_file_as_it_was(call, tmp_path, monkeypatch):
+def test_a_failed_append_leaves_the_file_unchanged(call, tmp_path, monkeypatch):
     append(tmp_path / "a", b"old")
     real, count = getattr(os, call), 0
 
@@ -162,7 +162,7 @@ def test_a_missing_folder_is_a_storage_error(tmp_path):
         write_atomic(tmp_path / "none" / "a", b"")
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_appears_completely_or_not_at_all(tmp_path):
     def good(temp):
         assert not (tmp_path / "f").exists()
         write_atomic(temp / "a", b"1")
@@ -193,7 +193,7 @@ def filled(*names):
     return fill
 
 
-def test_overwriting_replaces_a_folder_by_the_whole_new_one(tmp_path):
+def test_overwriting_replaces_the_whole_folder(tmp_path):
     write_folder(tmp_path / "f", filled("config.json", "a.md"))
     write_folder(tmp_path / "f", filled("config.json", "b.md"), overwrite=True)
     assert sorted(os.listdir(tmp_path / "f")) == ["b.md", "config.json"]
@@ -203,7 +203,7 @@ def test_overwriting_replaces_a_folder_by_the_whole_new_one(tmp_path):
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "replace", "rename"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_whatever_fails_the_old_folder_stays_and_nothing_else(call, overwrite, tmp_path, monkeypatch):
+def test_whichever_call_fails_only_the_old_folder_remains(call, overwrite, tmp_path, monkeypatch):
     """Every call of the system in turn fails, until there is none left that could."""
     monkeypatch.setattr(atomic, "exchanged", lambda a, b: False)
     real, fill = getattr(os, call), filled("a", "b")
@@ -234,7 +234,7 @@ def test_whatever_fails_the_old_folder_stays_and_nothing_else(call, overwrite, t
     assert os.listdir(tmp_path) == ["f"]
 
 
-def test_a_half_made_folder_does_not_replace_the_old_one(tmp_path):
+def test_an_incomplete_folder_does_not_replace_the_old_one(tmp_path):
     def bad(temp):
         write_atomic(temp / "a", b"1")
         assert os.listdir(tmp_path / "f") == ["config.json"]
@@ -247,7 +247,7 @@ def test_a_half_made_folder_does_not_replace_the_old_one(tmp_path):
     assert os.listdir(tmp_path / "f") == ["config.json"]
 
 
-def test_what_cannot_be_removed_is_named_and_the_new_folder_is_there(tmp_path, monkeypatch):
+def test_an_old_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
     write_folder(tmp_path / "f", filled("config.json"))
     monkeypatch.setattr(os, "rmdir", fails(errno.EBUSY))
     with pytest.raises(StorageError, match=r"f: is written, but the old folder, .*\.tmp, cannot be removed"):
@@ -275,7 +275,7 @@ def test_only_a_folder_is_overwritten(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("others", [["a.txt"], ["a.json"], ["config.json", "sub"], ["config.json", "x.py"]])
-def test_nobody_elses_folder_is_overwritten(others, tmp_path):
+def test_only_a_folder_of_a_model_or_adapter_is_overwritten(others, tmp_path):
     for name in others:
         path = tmp_path / "f" / name
         (path if name == "sub" else path.parent).mkdir(parents=True, exist_ok=True)
@@ -298,7 +298,7 @@ def test_removing_a_tree_follows_no_link(tmp_path):
     assert read(tmp_path / "kept" / "a") == b"1"
 
 
-def test_only_a_regular_file_of_a_sane_size_is_read(tmp_path):
+def test_only_a_regular_file_within_the_size_limit_is_read(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     write_atomic(tmp_path / "a", b"12345")
@@ -321,7 +321,7 @@ except s.LockedError as e:
 """
 
 
-def test_a_second_process_is_kept_out_until_the_first_dies(tmp_path):
+def test_a_lock_excludes_a_second_process_until_the_first_dies(tmp_path):
     def child():
         command = [sys.executable, "-c", HOLD, str(tmp_path)]
         return subprocess.Popen(
@@ -365,7 +365,7 @@ def test_no_other_module_writes_files():
                 assert not set("".join(modes)) & set("wax+"), where
 
 
-def test_a_new_folder_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+def test_a_new_folder_is_on_disk_before_its_name(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "rename"):
         real = getattr(os, name)
@@ -409,7 +409,7 @@ def test_no_link_is_followed(call, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "second name", *LINKS])
-def test_a_lock_is_a_file_with_one_name(kind, tmp_path):
+def test_a_lock_is_never_a_link_or_a_fifo(kind, tmp_path):
     """What stands in its place would be emptied, or waited for."""
     path, other = tmp_path / "f" / ".lock", tmp_path / "v"
     other.write_bytes(b"mine")
@@ -428,7 +428,7 @@ def test_a_lock_is_a_file_with_one_name(kind, tmp_path):
     assert (tmp_path / "f" / "inside").exists() is (kind in LINKS)
 
 
-def test_a_folder_of_ours_is_no_link_unless_the_user_says_so(tmp_path):
+def test_a_link_is_locked_only_if_the_user_named_it(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with pytest.raises(StorageError), locked(tmp_path / "link"):
@@ -438,7 +438,7 @@ def test_a_folder_of_ours_is_no_link_unless_the_user_says_so(tmp_path):
         assert os.listdir(tmp_path / "real") == [".lock"]
 
 
-def test_what_has_two_names_is_read_and_not_replaced(tmp_path):
+def test_a_hard_linked_file_is_read_and_not_replaced(tmp_path):
     (tmp_path / "v").write_bytes(b"mine")
     os.link(tmp_path / "v", tmp_path / "a")
     assert read(tmp_path / "a") == b"mine"  # pip and uv put files into place so
@@ -449,7 +449,7 @@ def test_what_has_two_names_is_read_and_not_replaced(tmp_path):
     assert (tmp_path / "v").read_bytes() == b"mine"
 
 
-def test_what_takes_the_place_of_a_file_before_it_is_opened_gets_nothing(tmp_path, monkeypatch):
+def test_a_link_swapped_in_before_opening_is_not_written(tmp_path, monkeypatch):
     """A link that somebody puts there just then is not followed, nor is a second name written."""
     (tmp_path / "v").write_bytes(b"mine")
     for put in (os.symlink, os.link):
@@ -469,7 +469,7 @@ def test_what_takes_the_place_of_a_file_before_it_is_opened_gets_nothing(tmp_pat
     assert (tmp_path / "v").read_bytes() == b"mine"
 
 
-def test_a_path_of_the_users_may_be_a_link(tmp_path):
+def test_a_path_named_by_the_user_may_be_a_link(tmp_path):
     (tmp_path / "v").write_bytes(b"text")
     (tmp_path / "a").symlink_to("v")
     assert read(named(tmp_path / "a")) == read(named(tmp_path / "v")) == b"text"
@@ -524,7 +524,7 @@ ALMOST = {
 
 
 @pytest.mark.parametrize("kind", ALMOST)
-def test_a_link_that_is_almost_the_hubs_is_not(kind, tmp_path):
+def test_a_link_that_is_not_quite_the_hubs_is_not_followed(kind, tmp_path):
     path, blob = hub(tmp_path / "models")
     ALMOST[kind](path, blob)
     if not path.is_symlink():
@@ -536,7 +536,7 @@ def test_a_link_that_is_almost_the_hubs_is_not(kind, tmp_path):
 # ---- what the dead left
 
 
-def test_two_folders_change_places_in_one_step(tmp_path):
+def test_two_folders_are_exchanged_atomically(tmp_path):
     for name in "ab":
         write_folder(tmp_path / name, filled(name))
     if not exchanged(tmp_path / "a", tmp_path / "b"):
@@ -546,7 +546,7 @@ def test_two_folders_change_places_in_one_step(tmp_path):
         exchanged(tmp_path / "a", tmp_path / "none")
 
 
-def test_an_overwriting_has_no_moment_without_the_name(tmp_path, monkeypatch):
+def test_while_overwriting_the_name_always_exists(tmp_path, monkeypatch):
     for name in ("f", "g"):
         write_folder(tmp_path / name, filled("config.json"))
     if not exchanged(tmp_path / "f", tmp_path / "g"):
@@ -561,7 +561,7 @@ names = st.text("ab.*[+$\\", min_size=1, max_size=6).filter(lambda name: name no
 
 
 @given(name=names, other=names)
-def test_leftovers_of_one_name_go_and_no_others(tmp_path_factory, name, other):
+def test_clearing_removes_leftovers_of_that_name_only(tmp_path_factory, name, other):
     folder = tmp_path_factory.mktemp("left")
     ours, theirs = (folder / f".{n}.1.0123abcd.tmp" for n in (name, other))
     ends = (".tmp", ".1.0123abcd.tmp.mine", ".x.0123abcd.tmp", ".1.0123abcd.new")
@@ -576,7 +576,7 @@ def test_leftovers_of_one_name_go_and_no_others(tmp_path_factory, name, other):
     assert set(os.listdir(folder)) == left
 
 
-def test_what_is_in_the_making_is_not_cleared(tmp_path):
+def test_a_folder_being_written_is_not_cleared(tmp_path):
     """Whatever its process id is: it is held."""
 
     def fill(temp):
@@ -599,7 +599,7 @@ def test_what_is_in_the_making_is_not_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_overwriting_that_was_cut_short_is_undone_and_said(there, tmp_path, capsys):
+def test_an_unfinished_overwrite_is_undone_and_reported(there, tmp_path, capsys):
     for name in ("f", ".f.7.0123abcd.old", ".f.7.0123abcd.tmp")[0 if there else 1 :]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
@@ -618,7 +618,7 @@ def test_who_locks_a_folder_puts_back_what_was_moved_away_in_it(tmp_path, capsys
     assert "f: is put back" in capsys.readouterr().err
 
 
-def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, monkeypatch):
+def test_without_locks_nothing_is_cleared(tmp_path, monkeypatch):
     """What a process that still lives is making has the same name as what a dead one left."""
     left = tmp_path / ".a.1.00000000.tmp"
     left.write_bytes(b"half")
@@ -632,7 +632,7 @@ def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [FormatError("no text"), ValueError("no number"), KeyError("x")], ids=repr)
-def test_an_error_of_who_fills_a_folder_is_his_own(error, tmp_path):
+def test_an_error_of_the_fill_function_is_raised_unchanged(error, tmp_path):
     def fill(temp):
         raise error
 

@@ -1,4 +1,4 @@
-"""No reader takes a bad file: a catalogue of bad input by number, and one contract for all of it.
+"""No reader accepts a bad file: a numbered catalogue of bad input, and one contract for all of it.
 
 Each row spoils a good adapter of PEFT, or its base, in one way or several, and names the door at which that
 must be refused. Refused means: one error of ours of exactly the named class, within two seconds and 64 MiB,
@@ -866,8 +866,7 @@ def state(model):
     return arrays, list(layers), beside
 
 
-def refused(call, root, model, error, match):
-    before = disk(root), state(model)
+def refused(call, root, model, error, match, before):
     with within(2), pytest.raises(error, match=match) as e:
         call()
     assert type(e.value) is error
@@ -898,7 +897,7 @@ def beside(place):
     for number, what, doors, error, match, spoilers in REFUSED for door in doors for i,
     spoil in enumerate(spoilers)
 ])  # fmt: skip
-def test_it_is_refused_with_one_line_and_nothing_has_changed(door, error, match, spoil, place):
+def test_bad_input_is_refused_with_one_line_and_changes_nothing(door, error, match, spoil, place):
     if door == "base":
         place.file = place.base / TENSORS
     spoil(place)
@@ -913,8 +912,9 @@ def test_it_is_refused_with_one_line_and_nothing_has_changed(door, error, match,
         open_adapter(place.adapter)
     if door == "told":
         assert any(re.search(match, said) for said in open_adapter(place.adapter).all_notes)
+    before = disk(place.root), state(model)
     for call in calls:
-        refused(call, place.root, model, error, match)
+        refused(call, place.root, model, error, match, before)
     with at_most(64), contextlib.suppress(error):
         calls[0]()
 
@@ -930,7 +930,7 @@ def factors(folder):
     pytest.param(match, spoil, id=f"row {number}, {what}, {i}")
     for number, what, match, spoilers in TAKEN for i, spoil in enumerate(spoilers)
 ])  # fmt: skip
-def test_it_is_taken_and_said(match, spoil, place):
+def test_unusual_input_is_accepted_and_reported(match, spoil, place):
     spoil(place)
     model, before = beside(place), disk(place.root)
     with within(2):
@@ -1018,7 +1018,7 @@ CALLS = [
     pytest.param(error, match, before, call, id=f"row {number}, {what}, {i}")
     for number, what, error, match, before, calls in CALLS for i, call in enumerate(calls)
 ])  # fmt: skip
-def test_a_call_that_cannot_be_done_changes_nothing(error, match, before, call, place):
+def test_a_refused_call_changes_nothing(error, match, before, call, place):
     model = load(place.base)
     load_adapter(model, place.adapter)
     before(model)
@@ -1037,7 +1037,7 @@ def test_a_call_that_cannot_be_done_changes_nothing(error, match, before, call, 
     ("rename", errno.ENOSPC), ("replace", errno.EROFS),
 ])  # fmt: skip
 @pytest.mark.parametrize("target", ["new", "adapter"])
-def test_row_78_a_disk_that_says_no_leaves_what_was_there(name, number, target, place, monkeypatch):
+def test_row_78_a_failing_disk_leaves_the_old_files(name, number, target, place, monkeypatch):
     if name == "rename":  # where no step of the system exchanges two names
         monkeypatch.setattr(atomic, "exchanged", lambda *names: False)
     model, real = load(place.base), getattr(os, name)
@@ -1085,7 +1085,7 @@ def table():
     return Table(("row", "what is tried", "ways", "error"), cells).markdown("rlrl")
 
 
-def test_the_table_of_bad_files_is_that_of_the_tests():
+def test_the_table_of_bad_files_matches_the_tests():
     """`python tests/formats/test_bad_files.py` prints it."""
     assert table() in (Path(__file__).parents[2] / "benchmarks/results/bad_files.md").read_text()
 
@@ -1095,7 +1095,7 @@ def test_every_row_has_a_case():
     assert tables | {54, 78} == {*range(1, 82), 98, 99, 100, 103, *range(120, 123)}
 
 
-def test_row_65_another_base_is_taken_by_force(place):
+def test_row_65_force_accepts_another_base(place):
     ours(place)
     weights(lambda t: {k: -a for k, a in t.items()})(place)
     model = load(place.base)
@@ -1117,7 +1117,7 @@ def harmless(place, good):
     return False
 
 
-def test_rows_37_and_38_every_prefix_is_refused_and_every_byte_behind(place):
+def test_rows_37_and_38_every_prefix_and_every_trailing_byte_is_refused(place):
     whole, good = place.file.read_bytes(), factors(GOOD)
     for byte in range(0, 256, 5):
         place.file.write_bytes(whole + bytes([byte]))
@@ -1129,10 +1129,11 @@ def test_rows_37_and_38_every_prefix_is_refused_and_every_byte_behind(place):
         says(e.value, place.root)
 
 
-def test_row_54_every_flipped_bit_of_the_header_is_refused_or_harmless(place):
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_row_54_every_flipped_bit_of_the_header_is_refused_or_harmless(step, place):
     whole, good, taken = place.file.read_bytes(), factors(GOOD), []
     with open(place.file, "r+b", buffering=0) as file:
-        for at in range(8 + int.from_bytes(whole[:8], "little")):
+        for at in range(0, 8 + int.from_bytes(whole[:8], "little"), step):
             for bit in range(8):
                 os.pwrite(file.fileno(), bytes([whole[at] ^ 1 << bit]), at)
                 if not harmless(place, good):
@@ -1140,7 +1141,7 @@ def test_row_54_every_flipped_bit_of_the_header_is_refused_or_harmless(place):
             os.pwrite(file.fileno(), whole[at : at + 1], at)
     inside = whole.index(b"{", 9), whole.index(b"}")
     assert all(inside[0] < at < inside[1] for at in taken)  # of the metadata's text
-    assert len(taken) > 40
+    assert len(taken) > 40 / step
 
 
 @pytest.fixture(scope="module")
@@ -1162,9 +1163,9 @@ def done_or_refused(root, model):
     assert not any(isinstance(layer, Adapted) for _, layer in owners(model))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(flips=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4))
-def test_changed_bytes_of_the_config_are_refused_or_mean_something(flips, good):
+def test_a_config_with_changed_bytes_is_loaded_or_refused(flips, good):
     whole = bytearray((GOOD / CONFIG).read_bytes())
     for at, byte in flips:
         whole[at % len(whole)] = byte
@@ -1182,9 +1183,9 @@ json_values = st.recursive(
 fields_of_config = st.sampled_from(sorted(json.loads((GOOD / CONFIG).read_text())))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(changes=st.dictionaries(fields_of_config, json_values, min_size=1, max_size=3))
-def test_any_value_of_any_field_is_refused_or_means_something(changes, good):
+def test_any_value_of_any_field_is_loaded_or_refused(changes, good):
     now = json.loads((GOOD / CONFIG).read_text()) | changes
     (good[0] / "adapter" / CONFIG).write_text(json.dumps(now))
     done_or_refused(*good)
@@ -1197,7 +1198,7 @@ def extras():
 
 
 @pytest.mark.parametrize("target", ["bases", "gguf"])
-def test_a_mutated_base_is_refused_or_means_what_its_bytes_say(target, tmp_path):
+def test_a_mutated_base_is_refused_or_read_correctly(target, tmp_path):
     extras()
     (tmp_path / "read").mkdir()
     readers, rng = fuzz.TARGETS[target](tmp_path / "read"), random.Random(0)

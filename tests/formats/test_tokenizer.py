@@ -54,7 +54,7 @@ def refused(error, match, where, settings, size=SIZE):
 
 
 @given(text=printed)
-def test_a_folder_of_ours_has_the_alphabet(text, tmp_path_factory):
+def test_without_a_tokenizer_file_the_alphabet_is_used(text, tmp_path_factory):
     found = tokenizer(tmp_path_factory.getbasetemp(), {}, VOCAB)
     assert found.encode(text).tolist() == encode(text).tolist()
     assert found.decode(found.encode(text)) == text
@@ -62,7 +62,7 @@ def test_a_folder_of_ours_has_the_alphabet(text, tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [127, 129, 49152])
-def test_another_vocabulary_needs_a_file(size, tmp_path):
+def test_another_vocabulary_size_needs_a_tokenizer_file(size, tmp_path):
     refused(StorageError, f"no tokenizer.json; expected one for a vocabulary of {size}", tmp_path, {}, size)
 
 
@@ -70,26 +70,26 @@ def test_another_vocabulary_needs_a_file(size, tmp_path):
 
 
 @given(text=st.text() | st.text("the cat sat dog<|end|>"))
-def test_every_text_comes_back_and_the_ids_are_the_packages(text, words, trained):
+def test_ids_match_the_package_and_decode_to_the_text(text, words, trained):
     ids = words.encode(text)
     assert (ids.dtype, ids.ndim) == (np.int64, 1)
     assert ids.tolist() == trained.encode(text).ids
     assert words.decode(ids) == words.decode(ids.tolist()) == text
 
 
-def test_the_name_of_a_special_token_means_it(words):
+def test_the_text_of_a_special_token_encodes_to_it(words):
     assert words.encode(f"the{END}the").tolist()[1:-1] == [0]
     assert words.decode([0]) == END
     assert words.fold is False
 
 
 @given(text=st.text(), at=st.integers(0, 20))
-def test_half_a_character_is_refused_by_its_place(text, at, words):
+def test_a_lone_surrogate_is_refused_by_its_position(text, at, words):
     with pytest.raises(InputError, match=f"character {len(text[:at])} of the text is '.udcff'"):
         words.encode(text[:at] + "\udcff" + text[at:])
 
 
-def test_what_a_file_says_of_other_programs_uses_changes_nothing(trained, words, tmp_path):
+def test_truncation_padding_and_templates_in_the_file_are_ignored(trained, words, tmp_path):
     """Cutting to a length, filling up to one, and tokens put before each text."""
     bpe = package.Tokenizer.from_str(trained.to_str())
     bpe.enable_truncation(3)
@@ -106,13 +106,13 @@ def test_what_a_file_says_of_other_programs_uses_changes_nothing(trained, words,
     [({}, set()), ({"eos_token_id": None}, set()), ({"eos_token_id": 0}, {0}), ({"eos_token_id": []}, set()),
      ({"eos_token_id": [2, 7, 2]}, {2, 7})],
 )  # fmt: skip
-def test_what_ends_a_text(given, stops, trained, tmp_path):
+def test_stop_tokens_come_from_the_config(given, stops, trained, tmp_path):
     trained.save(str(tmp_path / "tokenizer.json"))
     assert tokenizer(tmp_path, given, SIZE).stops == stops
 
 
 @pytest.mark.parametrize("bad", ["2", 2.0, True, -1, [2, "7"], [2, None], {"a": 2}, [[2]], list("x" * 999)])
-def test_an_end_that_is_no_token_is_refused(bad, trained, tmp_path):
+def test_an_eos_id_that_is_no_token_is_refused(bad, trained, tmp_path):
     trained.save(str(tmp_path / "tokenizer.json"))
     refused(InputError, "eos_token_id is", tmp_path, {"eos_token_id": bad})
 
@@ -152,7 +152,7 @@ def test_every_prefix_is_refused(trained, tmp_path):
 
 @settings(max_examples=200)
 @given(flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 7)), min_size=1, max_size=3))
-def test_a_flipped_bit_is_one_line_or_another_tokenizer(flips, trained, tmp_path_factory):
+def test_a_flipped_bit_is_refused_or_gives_another_tokenizer(flips, trained, tmp_path_factory):
     folder, raw = tmp_path_factory.mktemp("flip"), bytearray(trained.to_str().encode())
     for at, bit in flips:
         raw[at % len(raw)] ^= 1 << bit
@@ -168,7 +168,7 @@ def test_a_flipped_bit_is_one_line_or_another_tokenizer(flips, trained, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo"])
-def test_what_is_not_a_file_is_a_storage_error(kind, tmp_path):
+def test_anything_but_a_regular_file_is_a_storage_error(kind, tmp_path):
     path = tmp_path / "tokenizer.json"
     os.mkfifo(path) if kind == "fifo" else path.mkdir()
     refused(StorageError, "not a regular file", tmp_path, {})
@@ -189,13 +189,13 @@ def test_without_the_package_one_line_says_how_to_get_it(trained, tmp_path, monk
 
 
 @given(ids=st.lists(st.integers(0, SIZE - 21)))
-def test_a_stream_is_the_text_up_to_its_end(ids, words):
+def test_streaming_gives_the_text_up_to_the_stop_token(ids, words):
     parts, ended = list(stream(words, ids)), ids.index(0) if 0 in ids else len(ids)
     assert "".join(parts) == words.decode(ids[:ended])
 
 
 @given(text=st.text())
-def test_a_stream_shows_no_half_characters(text, words):
+def test_streaming_shows_no_partial_characters(text, words):
     parts = list(stream(words, words.encode(text)))
     assert "".join(parts) == text
     assert all("\ufffd" not in part for part in parts) or "\ufffd" in text

@@ -1,7 +1,7 @@
 """Agreement with PyTorch, transformers and PEFT, where they are installed (the extra `parity`).
 
-With a twin in torch's own operations everything agrees to the last digits of float64. Every axis has
-another size, and norms, biases and both factors are random. `pytest -m parity -s` shows the figures.
+Against the same model in torch's own operations everything agrees to the last digits of float64. Every axis
+has another size, and norms, biases and both factors are random. `pytest -m parity -s` shows the figures.
 """
 
 import re
@@ -88,7 +88,7 @@ def agree_on_a_batch(model, forward, ours, theirs, rng, bound):
     agree({k: p.grad for k, p in ours.items()}, {k: p.grad for k, p in theirs.items()}, bound)
 
 
-class Twin:
+class TorchLlama:
     """The Llama in torch: an adapter is an effective weight, rope a complex product, the rest autograd."""
 
     def __init__(self, model, kind):
@@ -156,11 +156,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("config", "kind"), KINDS.values(), ids=KINDS)
-def test_gradients_are_autograds(config, kind):
+def test_gradients_match_autograd(config, kind):
     model, rng = fresh(config)
     if kind:
         inject(model, LoraConfig(R, ALPHA, init="both", **kind), rng=rng)
-    agree_on_a_batch(model, twin := Twin(model, kind), trained(model), twin.trained, rng, 1e-10)
+    reference = TorchLlama(model, kind)
+    agree_on_a_batch(model, reference, trained(model), reference.trained, rng, 1e-10)
 
 
 def clip_(params, largest):
@@ -172,7 +173,7 @@ def clip_(params, largest):
     return float(norm)
 
 
-def test_adamw_is_torchs():
+def test_adamw_matches_torch():
     rng = np.random.default_rng(1)
     shapes = {"q_proj.A": (4, 24), "q_proj.B": (60, 4), "norm.weight": (24,)}
     params = {k: Param(to_device(rng.standard_normal(shape))) for k, shape in shapes.items()}
@@ -193,23 +194,23 @@ def test_adamw_is_torchs():
     agree({k: p.data for k, p in params.items()}, theirs, 1e-12)
 
 
-def test_ten_steps_are_torchs():
+def test_ten_steps_match_torch():
     model, rng = fresh(TIED)
     inject(model, LoraConfig(R, ALPHA, targets=EVERYTHING), rng=rng)  # one factor of each pair is 0
-    twin = Twin(model, {})
+    reference = TorchLlama(model, {})
     batches = [batch(rng)] * 10
-    adamw = torch.optim.AdamW(twin.trained.values(), lr=0.02, weight_decay=0.1)
+    adamw = torch.optim.AdamW(reference.trained.values(), lr=0.02, weight_decay=0.1)
     ours = train(model, batches, AdamW(0.02, weight_decay=0.1, clip=0.5), steps=10).loss
     theirs = []
     for ids, labels in batches:
         adamw.zero_grad()
-        theirs.append(F.cross_entropy(twin(tensor(ids)).flatten(0, 1), tensor(labels).flatten()))
+        theirs.append(F.cross_entropy(reference(tensor(ids)).flatten(0, 1), tensor(labels).flatten()))
         theirs[-1].backward()
-        clip_(twin.trained.values(), 0.5)
+        clip_(reference.trained.values(), 0.5)
         adamw.step()
     assert ours[-1] < ours[0] - 1
     agree({"losses": np.array(ours)}, {"losses": torch.stack(theirs)}, 1e-9)
-    agree({k: p.data for k, p in trained(model).items()}, twin.trained, 1e-9)
+    agree({k: p.data for k, p in trained(model).items()}, reference.trained, 1e-9)
 
 
 def llama_of_transformers(model, dtype):
@@ -227,7 +228,7 @@ def llama_of_transformers(model, dtype):
 
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied-biases"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 2e-6), ("float32", 5e-6)])
-def test_logits_are_transformers(config, dtype, bound):
+def test_logits_match_transformers(config, dtype, bound):
     model, rng = fresh(config, np.dtype(dtype))
     ids, _ = batch(rng)
     theirs = llama_of_transformers(model, getattr(torch, dtype))
@@ -235,7 +236,7 @@ def test_logits_are_transformers(config, dtype, bound):
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied-biases"])
-def test_greedy_text_is_transformers(config):
+def test_greedy_decoding_matches_transformers(config):
     model, rng = fresh(config)
     prompt, steps = rng.integers(0, config.vocab_size, (5, 6)), 10
     theirs = llama_of_transformers(model, torch.float64)
@@ -268,7 +269,7 @@ PEFT_KINDS = {
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize(("config", "targets", "kind", "more"), PEFT_KINDS.values(), ids=PEFT_KINDS)
-def test_adapters_are_pefts(config, targets, kind, more):
+def test_adapters_match_peft(config, targets, kind, more):
     # the bounds leave room: random factors on both sides, times s, amplify transformers' rounding
     model, rng = fresh(config)
     hf = llama_of_transformers(model, torch.float64)

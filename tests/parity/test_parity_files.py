@@ -375,7 +375,7 @@ def test_bases_of_transformers_are_read(hub, base, dtype):
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
-def test_16_bits_are_read_as_the_numbers_that_transformers_rounds_with(hub, kind):
+def test_16_bit_bases_are_read_like_transformers(hub, kind):
     model = read(hub(kind), dtype="float32")
     limit = bound(model, U[kind], U["float32"])
     agree([f"in {kind}"], model(IDS)[0], logits(hub(kind), dtype=kind), limit, "float32")
@@ -403,7 +403,7 @@ def test_adapters_of_peft_are_read(hub, base, adapter):
 
 
 @pytest.mark.parametrize("adapter", LEFT_OUT)
-def test_what_a_config_names_and_peft_leaves_out_is_left_out(hub, adapter, tmp_path):
+def test_modules_that_peft_skips_are_skipped(hub, adapter, tmp_path):
     folders = hub("untied"), hub("untied", adapter)
     model = read(*folders)
     limit = bound(model, U["float64"])
@@ -413,7 +413,7 @@ def test_what_a_config_names_and_peft_leaves_out_is_left_out(hub, adapter, tmp_p
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_the_bounds_see_a_scale_that_is_off_by_a_thousandth(hub, adapter):
+def test_the_bounds_detect_a_scale_off_by_a_thousandth(hub, adapter):
     folders = hub("biases"), hub("biases", adapter)
     model = read(*folders)
     limit = bound(model, U["float64"])
@@ -442,7 +442,7 @@ def as_ours(how, tied):
 
 
 @pairs
-def test_our_adapters_are_read_by_peft(hub, base, adapter, tmp_path):
+def test_peft_reads_our_adapters(hub, base, adapter, tmp_path):
     model, rng = read(hub(base)), np.random.default_rng(3)
     inject(model, as_ours(ADAPTERS[adapter], model.lm_head is None), rng=rng)
     kind = "bfloat16" if adapter == "bfloat16" else "float32"
@@ -464,7 +464,7 @@ def test_our_adapters_are_read_by_peft(hub, base, adapter, tmp_path):
 
 
 @pairs
-def test_adapters_of_peft_written_by_us_are_read_by_peft(hub, base, adapter, tmp_path):
+def test_peft_reads_its_adapters_after_we_save_them_again(hub, base, adapter, tmp_path):
     model = read(hub(base), hub(base, adapter))
     save_adapter(model, tmp_path / "again", dtype="bfloat16" if adapter == "bfloat16" else "float32")
     theirs = logits(hub(base), tmp_path / "again")
@@ -472,7 +472,7 @@ def test_adapters_of_peft_written_by_us_are_read_by_peft(hub, base, adapter, tmp
 
 
 @pairs
-def test_merged_models_are_read_by_transformers(hub, base, adapter, tmp_path):
+def test_transformers_reads_merged_models(hub, base, adapter, tmp_path):
     model = read(hub(base), hub(base, adapter), "float32")
     running, limit = model(IDS)[0], bound(model, U["float32"], U["float64"])
     fuse(model)
@@ -535,7 +535,7 @@ def gradients(forward, params):
 
 
 @pytest.mark.parametrize(("base", "adapter"), [p for p in PAIRS if p[0] in ("biases", "tied")])
-def test_gradients_are_pefts(hub, base, adapter):
+def test_gradients_match_peft(hub, base, adapter):
     model, wrapped = read(hub(base), hub(base, adapter)), trainable(hub(base), hub(base, adapter))
     params = trained(model)
     theirs = gradients(lambda ids: wrapped(ids).logits, theirs_by_our_names(params, wrapped))
@@ -569,7 +569,7 @@ STEPS = ["q and v", "all-linear, rsLoRA", "DoRA", "embedding and head", "saved n
 
 
 @pytest.mark.parametrize("adapter", STEPS)
-def test_ten_steps_are_pefts(hub, adapter):
+def test_ten_steps_match_peft(hub, adapter):
     folders = hub("biases"), hub("biases", adapter)
     model, wrapped = read(*folders), trainable(*folders)
     nets = [Rounded(model), *(Rounded(model).drawn(seed) for seed in range(DRAWS))]
@@ -583,7 +583,7 @@ def test_ten_steps_are_pefts(hub, adapter):
 
 @pytest.mark.parametrize("single", ["$A", "<s> $A", "<s> <t> $A <t>", "$A <t>"])
 @pytest.mark.parametrize("text", ["", "ab", "a b h", "<s> a", "a<t>b"])
-def test_a_sequence_begins_as_in_transformers(single, text, tmp_path):
+def test_a_sequence_has_the_start_tokens_of_transformers(single, text, tmp_path):
     """What it puts after a text is left out, for a text goes on; what is there already is not doubled."""
     from test_examples import made
     from tokenizers.models import WordLevel

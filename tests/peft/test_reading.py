@@ -1,4 +1,4 @@
-"""Reading is generous and says what it left aside; whoever loads beside a base is strict about the same."""
+"""Inspecting is lenient and notes what it ignored; loading into a model is strict about the same."""
 
 import itertools
 import json
@@ -83,7 +83,7 @@ def changed(folder, tensors=None, gone=(), **config):
     wrap=st.sampled_from(["", *WRAPS]),
     name=st.sampled_from(["", "default", "my-task", "weights", "B"]),
 )
-def test_what_wraps_a_model_is_taken_out_of_the_keys(modules, seed, before, wrap, name, tmp_path_factory):
+def test_wrapper_prefixes_are_removed_from_the_keys(modules, seed, before, wrap, name, tmp_path_factory):
     """Every module under its own name, though that may be a wrapper's; with numbers of its own; told once."""
     tmp, rng = tmp_path_factory.mktemp("k"), np.random.default_rng(seed)
     modules = [m for m in modules if not f"{m}.".startswith("base_model.model.")] or ["q"]
@@ -117,7 +117,7 @@ def test_what_wraps_a_model_is_taken_out_of_the_keys(modules, seed, before, wrap
         lambda k: PREFIX + k,
     ],
 )
-def test_two_keys_of_one_tensor_are_an_error_that_names_both(change, tmp_path):
+def test_two_keys_for_one_tensor_are_refused_by_name(change, tmp_path):
     first = min(load_file(GOOD / WEIGHTS))
     assert "layers.0" in first
     folder = changed(tmp_path / "a", {change(first): np.zeros((3, 12), np.float32)})
@@ -127,7 +127,7 @@ def test_two_keys_of_one_tensor_are_an_error_that_names_both(change, tmp_path):
     assert change(first) in str(e.value)
 
 
-def test_two_adapters_in_one_file_are_an_error_that_names_both(tmp_path):
+def test_two_adapters_in_one_file_are_refused_by_name(tmp_path):
     def change(key):
         return key.replace(".weight", ".one.weight" if "q_proj" in key else ".two.weight")
 
@@ -199,7 +199,7 @@ DISAGREE = {  # what -> (change of the good adapter, what is said of it)
 
 
 @pytest.mark.parametrize("what", DISAGREE)
-def test_who_looks_is_told_and_who_loads_is_refused(what, tmp_path):
+def test_inconsistent_files_are_inspected_with_a_note_and_not_loaded(what, tmp_path):
     how, says = DISAGREE[what]
     folder = changed(tmp_path / "a", **how)
     good, seen = inspect(GOOD, BASE, GOOD), inspect(folder, BASE, folder)
@@ -227,7 +227,7 @@ def test_who_looks_is_told_and_who_loads_is_refused(what, tmp_path):
 
 
 @pytest.mark.parametrize(("one", "two"), [*itertools.combinations(DISAGREE, 2)])
-def test_what_is_compressed_agrees_with_itself_whatever_two_things_did_not(one, two, tmp_path):
+def test_a_compressed_adapter_is_consistent_whatever_was_not(one, two, tmp_path):
     both = {key: DISAGREE[one][0].get(key) or DISAGREE[two][0].get(key) for key in
             DISAGREE[one][0].keys() | DISAGREE[two][0].keys()}  # fmt: skip
     if "tensors" in both:
@@ -236,7 +236,7 @@ def test_what_is_compressed_agrees_with_itself_whatever_two_things_did_not(one, 
     check_agreement(open_adapter(tmp_path / "out"))
 
 
-def test_a_target_of_which_only_a_bias_was_there_is_none_once_that_is_left_aside(tmp_path):
+def test_a_target_with_only_a_bias_is_dropped_by_compression(tmp_path):
     factors = [key for key in load_file(GOOD / WEIGHTS) if "q_proj" in key]
     bias = BIAS.replace(".base_layer", "")
     folder = changed(tmp_path / "a", {bias: np.ones(12, np.float32)}, factors)
@@ -251,7 +251,7 @@ MODULES_OF_GOOD = sorted(open_adapter(GOOD).pairs)
 
 
 @pytest.mark.parametrize("gone", [*MODULES_OF_GOOD, MODULES_OF_GOOD[:1] + MODULES_OF_GOOD[-1:]], ids=str)
-def test_whichever_modules_are_missing_is_said_beside_a_base(gone, tmp_path):
+def test_missing_modules_are_named_on_loading(gone, tmp_path):
     gone = [gone] if isinstance(gone, str) else gone
     keys = [key for key in load_file(GOOD / WEIGHTS) if any(f".{module}." in key for module in gone)]
     assert len(keys) == 2 * len(gone)
@@ -260,7 +260,7 @@ def test_whichever_modules_are_missing_is_said_beside_a_base(gone, tmp_path):
         load_adapter(load(BASE), changed(tmp_path / "a", gone=keys))
 
 
-def test_a_pattern_of_targets_is_left_to_who_loads(tmp_path):
+def test_target_patterns_are_evaluated_only_on_loading(tmp_path):
     """inspect and compress never run it, be it ever so odd; what is compressed says the modules' names."""
     for i, (pattern, error) in enumerate(
         ((r"(.)\1", UnsupportedError), ("(", ConfigError), ("x", MismatchError))
@@ -276,7 +276,7 @@ def test_a_pattern_of_targets_is_left_to_who_loads(tmp_path):
         assert len(load_adapter(load(BASE), tmp_path / f"b{i}").norms) == 4
 
 
-def test_only_some_magnitudes_are_looked_at_and_not_written(tmp_path):
+def test_incomplete_magnitudes_are_inspected_and_not_written(tmp_path):
     key = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector"
     folder = changed(tmp_path / "a", {key: np.ones(12, np.float32)}, use_dora=True)
     assert any("use_dora is True; and 2 more" in note for note in inspect(folder).notes)
@@ -295,7 +295,7 @@ def test_only_some_magnitudes_are_looked_at_and_not_written(tmp_path):
         {"ensure_weight_tying": True},
     ],
 )
-def test_what_acts_beside_the_factors_is_told_and_not_loaded(flag, tmp_path):
+def test_options_beside_the_factors_are_noted_and_not_loaded(flag, tmp_path):
     folder, (name,) = changed(tmp_path / "a", **flag), flag
     assert [note for note in inspect(folder).notes if note.startswith(f"{name} is ")]
     assert inspect(folder).modules == inspect(GOOD).modules
@@ -325,14 +325,14 @@ def test_what_acts_beside_the_factors_is_told_and_not_loaded(flag, tmp_path):
         {"peft_type": "LOHA"},
     ],
 )
-def test_what_changes_the_meaning_of_the_factors_is_not_looked_at(flag, tmp_path):
+def test_options_that_change_the_meaning_of_the_factors_are_refused(flag, tmp_path):
     folder, (name,) = changed(tmp_path / "a", **flag), flag
     for call in (inspect, lambda path: compress(path, tmp_path / "out", rank=1)):
         with pytest.raises(UnsupportedError, match=name):
             call(folder)
 
 
-def test_a_bias_on_b_is_written_for_the_new_scale(tmp_path):
+def test_a_bias_on_B_is_rescaled_by_compression(tmp_path):
     """In PEFT it is scaled as B A is, and what is compressed has scale 1."""
     rng = np.random.default_rng(0)
     bias = rng.standard_normal(5).astype(np.float32)
@@ -376,7 +376,7 @@ def resized(tmp_path, tied, more):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_tables_of_a_resized_vocabulary_stand_in_the_place_of_the_bases(tied, tmp_path):
+def test_tables_of_a_resized_vocabulary_replace_the_bases(tied, tmp_path):
     def more(rng, V, D):
         found = tables(rng, V, D, "model.embed_tokens", "lm_head")
         return dict.fromkeys(found, found[f"{PREFIX}lm_head.weight"]) if tied else found
@@ -396,7 +396,7 @@ def test_tables_of_a_resized_vocabulary_stand_in_the_place_of_the_bases(tied, tm
 
 
 @pytest.mark.parametrize("names", [("model.embed_tokens",), ("lm_head",), ("model.embed_tokens", "lm_head")])
-def test_where_head_and_embedding_are_one_two_tables_must_be_one(names, tmp_path):
+def test_two_tables_for_a_tied_base_must_be_equal(names, tmp_path):
     """PEFT puts each into the one table of such a base: which would count, or both, is not to be guessed."""
     folder = resized(tmp_path, True, lambda rng, V, D: tables(rng, V, D, *names))
     with pytest.raises(MismatchError, match="this base ties head and embedding: expected both"):
@@ -422,7 +422,7 @@ def test_where_head_and_embedding_are_one_two_tables_must_be_one(names, tmp_path
         ((0, 10**12), (10**12, 0)),
     ],
 )
-def test_factors_without_numbers_are_called_so(shapes, tmp_path):
+def test_empty_factors_are_reported_as_empty(shapes, tmp_path):
     folder = changed(tmp_path / "a")
     key = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_"
     raw = load_file(folder / WEIGHTS)
@@ -450,7 +450,7 @@ def peak(call, *args, **how):
 @pytest.mark.parametrize(
     ("O", "I", "r"), [(1, 1, 3000), (3, 2, 2000), (1, 400, 700), (200, 5, 300), (60, 80, 90)]
 )
-def test_no_more_is_held_than_some_copies_of_the_factors(O, I, r, tmp_path):  # noqa: E741
+def test_memory_is_bounded_by_a_few_copies_of_the_factors(O, I, r, tmp_path):  # noqa: E741
     """Though r x r is up to 1,500 times as much. Of float64 copies 7: the factors as read and as float64,
     what QR takes and gives, and U and V before and after their products with Q and P; 128 KiB more."""
     rng = np.random.default_rng(0)
@@ -469,7 +469,7 @@ def test_no_more_is_held_than_some_copies_of_the_factors(O, I, r, tmp_path):  # 
 
 @settings(max_examples=40)
 @given(O=st.integers(1, 6), I=st.integers(1, 6), r=st.integers(1, 20), seed=seeds, s=st.floats(0.1, 9))
-def test_the_norm_of_a_change_is_that_of_the_dense_one(O, I, r, seed, s):  # noqa: E741
+def test_the_norm_of_a_change_matches_the_dense_norm(O, I, r, seed, s):  # noqa: E741
     """The r x r products lose half of the digits where B A is far smaller than |B||A|."""
     rng = np.random.default_rng(seed)
     A, B = rng.standard_normal((r, I)), rng.standard_normal((O, r))
@@ -490,7 +490,7 @@ def test_the_norm_of_a_change_is_that_of_the_dense_one(O, I, r, seed, s):  # noq
     down=st.integers(0, 300),
     share=st.floats(0.01, 1),
 )
-def test_how_large_a_spectrum_is_does_not_matter(s, down, share):
+def test_rank_measures_are_scale_invariant_even_at_extreme_scales(s, down, share):
     """Not even where its squares are too small or too large for float64: 5 of 4 ranks were the answer."""
     S = np.array(s[::-1])
     for factor in (10.0**-down, 10.0**down):
@@ -503,7 +503,7 @@ def test_how_large_a_spectrum_is_does_not_matter(s, down, share):
         assert math.isclose(norm(T), norm(S) * factor, rel_tol=1e-9)
 
 
-def test_an_adapter_of_tiny_numbers_is_seen_as_one_of_usual_ones(tmp_path):
+def test_an_adapter_of_tiny_numbers_has_the_same_inspection(tmp_path):
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((4, 9)), rng.standard_normal((7, 4))
     usual = write_peft(tmp_path / "a", {"a.b": (A, B)}, lora_alpha=8)
@@ -564,7 +564,7 @@ WIDE = {"a": np.array([10.0, 5, 5]), "b": np.array([10.0, *[4] * 8]), "c": np.ar
 @given(given_=three())
 @example(given_=(WIDE, {"a": 100, "b": 10, "c": 7}, 2))  # the strongest value is not the best bargain
 @example(given_=(NEAR, {"a": 18, "b": 4, "c": 3}, 2))  # more values are less energy
-def test_a_budget_is_spent_as_brute_force_would_but_for_the_value_that_did_not_fit(given_):
+def test_per_module_ranks_are_within_one_value_of_brute_force(given_):
     """Every choice of three ranks is tried. What is kept is less than the best by no more than the energy
     of the first value that did not fit; and no less than the same rank for all."""
     spectra, costs, rank = given_
@@ -609,7 +609,7 @@ def test_a_budget_is_spent_as_brute_force_would_but_for_the_value_that_did_not_f
     assert unfit or kept(ranks) == best
 
 
-def test_convolutions_are_compressed_in_their_own_shape(tmp_path):
+def test_compressed_convolutions_keep_their_shape(tmp_path):
     rng = np.random.default_rng(0)
     shapes = {
         "a.conv": ((5, 3, 2, 4), (7, 5, 1, 1)),
@@ -636,7 +636,7 @@ def test_convolutions_are_compressed_in_their_own_shape(tmp_path):
         assert row.r == r
 
 
-def test_all_that_is_written_of_an_adapter_is_what_fuse_applies(tmp_path):
+def test_everything_in_a_compressed_adapter_is_applied_by_fuse(tmp_path):
     """The head that the config did not list counts after compression, as the file has it."""
     folder = changed(tmp_path / "a", HEAD)
     folder_config = json.loads((folder / CONFIG).read_text())

@@ -1,4 +1,4 @@
-"""What is no adapter is called what it is, by every command that takes one, and with what to do about it."""
+"""Every command that takes an adapter names what it was given instead, and says what to do."""
 
 import json
 import shutil
@@ -209,13 +209,13 @@ def table():
     return Table(("what lies there", "error", "what it says"), lines).markdown("lll")
 
 
-def test_the_second_table_of_bad_files_is_that_of_the_tests():
+def test_the_second_table_of_bad_files_matches_the_tests():
     """`python tests/peft/test_recognise.py` prints it."""
     assert table() in (Path(__file__).parents[2] / "benchmarks/results/bad_files.md").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_adapter_is_called_what_it_is(kind, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_no_adapter_is_named_for_what_it_is(kind, tmp_path, monkeypatch, capsys):
     """By inspect, --against, compress, merge and whoever loads: one line each, nothing written."""
     error, says, make = KINDS[kind]
     (tmp_path / "in").mkdir()
@@ -241,14 +241,14 @@ def test_what_is_no_adapter_is_called_what_it_is(kind, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("name", ["", CONFIG, WEIGHTS])
-def test_a_file_of_an_adapter_means_its_folder(name, tmp_path):
+def test_a_file_of_an_adapter_stands_for_its_folder(name, tmp_path):
     whole, part = inspect(GOOD), inspect(GOOD / name)
     assert whole.modules == part.modules
     merge_checkpoint(BASE, GOOD / name, tmp_path / "merged")
     assert "adapter untied--q-and-v merged" in (tmp_path / "merged/README.md").read_text()
 
 
-def test_a_file_that_only_begins_like_a_pointer_is_none(tmp_path):
+def test_a_large_file_that_begins_like_a_pointer_is_no_pointer(tmp_path):
     """Only a whole small file is one: a real file of tensors begins with its header's length."""
     folder = write_peft(tmp_path / "a", {"a.b": (np.ones((2, 3)), np.ones((4, 2)))})
     (folder / WEIGHTS).write_bytes(POINTER + bytes(2000))

@@ -1,4 +1,4 @@
-"""The adapters that people have are read, told of and compressed; who loads is strict."""
+"""Adapters as people publish them are inspected with notes and compressed; loading is strict."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ MANY = "15,360 tensors of a mixture of experts"
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name == MANY)) for name in STAND_INS]
 
 
-def test_an_adapter_of_many_experts_is_opened(tmp_path):
+def test_an_adapter_of_many_experts_can_be_opened(tmp_path):
     write(MANY, tmp_path / "in")
     found = open_adapter(tmp_path / "in")
     assert found.pairs.keys() == STAND_INS[MANY].modules.keys()
@@ -26,7 +26,7 @@ def test_an_adapter_of_many_experts_is_opened(tmp_path):
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_an_adapter_that_people_have_is_read_with_its_notes(name, tmp_path):
+def test_public_adapters_are_read_with_notes(name, tmp_path):
     this = STAND_INS[name]
     dense, tensors = write(name, tmp_path / "in")
     seen = inspect(tmp_path / "in")
@@ -42,7 +42,7 @@ def test_an_adapter_that_people_have_is_read_with_its_notes(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_what_is_compressed_says_what_it_is(name, tmp_path):
+def test_compressed_public_adapters_are_consistent_and_optimal(name, tmp_path):
     """Config and file agree, whatever they did before, and ΔW is the nearest; all else is the same."""
     this = STAND_INS[name]
     dense, tensors = write(name, tmp_path / "in")
@@ -72,6 +72,6 @@ def test_what_is_compressed_says_what_it_is(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_table_of_stand_ins_is_that_of_the_tests():
+def test_the_table_of_stand_ins_matches_the_tests():
     """`python tests/stand_ins.py` prints it."""
     assert table() in (Path(__file__).parents[2] / "benchmarks/results/adapters.md").read_text()

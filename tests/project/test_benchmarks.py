@@ -1,6 +1,6 @@
 """The GPU benchmark without a GPU: its dry run passes and writes nothing, a real one is refused.
 
-And the table of what a block keeps is that of the code.
+And the table of the activations that a block stores matches the code.
 """
 
 import json
@@ -20,6 +20,7 @@ def gpu(*arguments, **env):
     return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_dry_run_passes_and_writes_no_figure():
     def results():
         return {file: file.read_bytes() for file in (ROOT / "benchmarks/results").iterdir()}
@@ -57,7 +58,7 @@ def test_a_difference_beyond_the_bound_is_seen(precision, monkeypatch):
     assert gpu.worst(cpu, cpu, exact, precision) == 0
 
 
-def test_the_score_of_the_small_changes_is_that_of_its_rows_and_each_survivor_has_a_reason():
+def test_the_mutation_score_matches_its_rows_and_each_survivor_has_a_reason():
     """And nine of ten changes that are not equivalent are seen."""
     results = ROOT / "benchmarks/results"
     rows = json.loads((results / "mutation.json").read_text())["rows"]
@@ -77,7 +78,7 @@ def test_the_score_of_the_small_changes_is_that_of_its_rows_and_each_survivor_ha
     assert given == {key: [row["outcome"] == "equivalent", row["reason"]] for key, row in of.items()}
 
 
-def test_the_table_of_what_is_kept_is_that_of_the_code(monkeypatch):
+def test_the_table_of_stored_activations_matches_the_code(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import kept
 

@@ -41,7 +41,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=named)
-def test_every_program_and_test_that_is_named_is_there(page):
+def test_every_named_program_and_test_exists(page):
     """`python FILE`, `pytest FILE` and `FOLDER/FILE.py`, from the root or below minilora/."""
     text = page.read_text(encoding="utf-8")
     paths = re.findall(r"(?:python|pytest) ([\w./]+\.py)\b", text)
@@ -75,20 +75,25 @@ def test_every_name_of_the_api_is_there(page):
         functools.reduce(getattr, path[1:].split("."), ml)
 
 
-def test_the_readme_opens_a_door_to_every_document():
+def test_the_readme_links_every_document():
     linked = set(re.findall(r"\]\(((?:docs/)?\w+\.md)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert linked | {"README.md"} == {named(page) for page in DOCUMENTS}
 
 
-def test_the_picture_and_the_list_of_files_are_those_of_the_code():
+@pytest.fixture(scope="module")
+def graph():
+    """What imports what."""
+    return wings.edges()
+
+
+def test_the_diagram_and_the_file_list_match_the_code(graph):
     """If not: python docs/wings.py."""
-    graph = wings.edges()
     assert f"imports sha256:{wings.digest(graph)}<" in (ROOT / "docs/wings.svg").read_text(encoding="utf-8")
     assert (ROOT / "docs/modules.md").read_text(encoding="utf-8") == wings.table()
 
 
-def test_every_box_of_the_picture_is_inside_it():
-    figure = wings.draw(wings.edges())
+def test_every_box_is_inside_the_diagram(graph):
+    figure = wings.draw(graph)
     figure.draw_without_rendering()
     for text in figure.axes[0].texts:
         box = text.get_bbox_patch().get_window_extent()
@@ -108,37 +113,37 @@ def test_the_list_of_files_has_every_module():
     assert {*listed} == every
 
 
-def test_an_arrow_is_left_out_only_where_a_longer_way_says_it():
-    graph = wings.edges()
-    drawn = {node: {b for a, b in wings.arrows(graph) if a == node} for node in graph}
+def test_an_arrow_is_omitted_only_if_a_longer_path_implies_it(graph):
+    arrows = wings.arrows(graph)
+    drawn = {node: {b for a, b in arrows if a == node} for node in graph}
     assert all(wings.below(drawn, node) == wings.below(graph, node) for node in graph)
     assert sum(map(len, drawn.values())) < sum(map(len, graph.values()))
 
 
-def test_imports_in_a_circle_are_named():
+def test_circular_imports_are_named():
     with pytest.raises(ValueError, match="in a circle: b -> c -> b"):
         wings.levels({"a": {"b"}, "b": {"c"}, "c": {"b"}})
 
 
-def test_the_picture_is_the_same_bytes_twice():
+def test_the_diagram_is_reproducible(graph):
     def drawn():
         import io
 
         stream = io.BytesIO()
-        wings.draw(wings.edges()).savefig(stream, format="png", metadata={"Software": None})
+        wings.draw(graph).savefig(stream, format="png", metadata={"Software": None})
         return stream.getvalue()
 
     assert drawn() == drawn()
 
 
-def test_the_modules_of_the_changelog_are_there():
+def test_the_modules_in_the_changelog_exist():
     table = re.findall(r"^\| (?:out of )?`\w+` \| (.*) \|$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     names = {name for cell in table for name in re.findall(r"`([\w.]+)`", cell)}
     assert names
     assert names <= wings.files().keys()
 
 
-def test_decisions_are_numbered():
+def test_decisions_are_numbered_consecutively():
     text = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
     numbers = [int(n) for n in re.findall(r"^\*\*(\d+)\. ", text, re.M)]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -151,13 +156,13 @@ def test_the_workflow_runs_every_stage_once():
     assert sorted(stage for job in jobs for stage in job.split(", ")) == sorted(stages)
 
 
-def test_a_stage_that_is_not_there_is_refused():
+def test_an_unknown_stage_is_refused():
     done = subprocess.run([ROOT / ".ci/run", "lint", "tset"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "tset is not a stage; there are main tests" in done.stderr
 
 
-def test_the_tiers_are_those_of_pyproject_and_the_quick_tier_is_there(pytestconfig):
+def test_the_tiers_match_pyproject_and_the_quick_tier_exists(pytestconfig):
     tiers = {line.partition(":")[0] for line in pytestconfig.getini("markers") if ": " in line}
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     said = set(re.findall(r"^\| (\w+) \| `pytest", text, re.M))
@@ -211,7 +216,7 @@ def house(monkeypatch):
     return house
 
 
-def test_a_reader_meets_each_definition_once_and_climbs_back(house, tmp_path):
+def test_the_reading_walk_visits_each_definition_once_and_counts_moves(house, tmp_path):
     for name, text in SOURCE.items():
         (tmp_path / name).write_text(text)
     built = house.House(tmp_path)
@@ -220,7 +225,7 @@ def test_a_reader_meets_each_definition_once_and_climbs_back(house, tmp_path):
     assert built.moves("entry") == (3, 1)  # to helper, back up to own, down to Box
 
 
-def test_a_revision_stands_beside_the_work_tree(house):
+def test_a_revision_is_compared_with_the_work_tree(house):
     if not (ROOT / ".git").exists():
         pytest.skip("no git repository")
     command = [sys.executable, "benchmarks/house.py", "HEAD"]

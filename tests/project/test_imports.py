@@ -44,7 +44,7 @@ def test_imports_point_down(file):
             assert {name, module(file)} != {"model", "lora"}
 
 
-def test_every_file_has_its_place_and_a_wing_has_at_most_eight():
+def test_every_file_is_in_the_order_and_a_wing_has_at_most_eight():
     files = {module(file) for file in FILES if file.name != "__init__.py"}
     assert {entry for entry in ORDER if entry not in files} <= {wing.name for wing in PACKAGE.iterdir()}
     assert all(place(name) is not None for name in files)
@@ -52,7 +52,7 @@ def test_every_file_has_its_place_and_a_wing_has_at_most_eight():
         assert sum(name.startswith(f"{wing}.") for name in files) <= MOST, wing
 
 
-def test_each_library_has_one_door():
+def test_each_library_is_imported_in_one_place():
     for file in FILES:
         names = {item.module for item in imports(file) if not item.ours}
         assert "cupy" not in names
@@ -76,7 +76,7 @@ def test_each_library_has_one_door():
 
 
 @pytest.mark.parametrize("name", NUMERIC)
-def test_device_work_goes_through_xp(name):
+def test_arrays_are_computed_through_xp_only(name):
     def look(node):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef):  # whose signature says that it handles host arrays
@@ -94,7 +94,7 @@ def test_device_work_goes_through_xp(name):
     assert not {f for f in found if not any(f == t or f.startswith(t + ".") for t in TYPES | DRAWS)}
 
 
-def test_importing_has_no_effect_but_names():
+def test_importing_only_defines_names():
     for file in FILES:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Import):  # what Windows and a browser lack is imported where it is used

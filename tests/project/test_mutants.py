@@ -13,30 +13,34 @@ def test_a_mutant_still_fits(mutant):
     compile(mutated, path, "exec")
 
 
-def test_every_mutant_has_a_name_of_its_own():
+def test_mutant_names_are_unique():
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)
 
 
-def test_every_witness_is_a_test_that_its_mutant_names():
+def test_every_witness_is_an_existing_test_of_its_mutant():
     """A test that is renamed is renamed there, too; an unknown witness would only cost time."""
     files = {m.name: m.tests.split() for m in MUTANTS}
+    trees = {file: ast.parse((ROOT / path).read_text(encoding="utf-8")) for file, path in FILES.items()}
+    tests = {
+        file: {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+        for file, tree in trees.items()
+    }
     for mutant, test in witnesses().items():
         file, _, name = test.partition("::")
         assert file in files[mutant], mutant
-        tree = ast.parse((ROOT / FILES[file]).read_text(encoding="utf-8"))
-        assert name in {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}, mutant
+        assert name in tests[file], mutant
 
 
-def test_a_witness_is_the_test_without_its_case():
+def test_a_witness_names_the_test_without_its_parameters():
     assert witness("test_ops.py::test_back[3 of a::b.py::c]") == "ops::test_back"
 
 
-COUNTED = "table::test_only_one_is_one"  # the one test of `counted`
-OTHER = "table::test_a_page_says_what_it_is_given"
+COUNTED = "table::test_only_one_is_singular"  # the one test of `counted`
+OTHER = "table::test_a_page_shows_its_text_escaped"
 TRIED = {  # (what is changed to what, the witness) -> whether it is seen, and by which test or why not
-    "a bug, by its witness": ("if n == 1 else", "if n < 2 else", COUNTED, True, "test_only_one_is_one"),
-    "a bug, by another test": ("if n == 1 else", "if n < 2 else", OTHER, True, "test_only_one_is_one"),
-    "a bug without a witness": ("if n == 1 else", "if n < 2 else", None, True, "test_only_one_is_one"),
+    "a bug, by its witness": ("if n == 1 else", "if n < 2 else", COUNTED, True, "test_only_one_is_singular"),
+    "a bug, by another test": ("if n == 1 else", "if n < 2 else", OTHER, True, "test_only_one_is_singular"),
+    "a bug without a witness": ("if n == 1 else", "if n < 2 else", None, True, "test_only_one_is_singular"),
     "another sentence": ("A number and what is counted", "A number", COUNTED, False, ""),
     "no program": ("if n == 1 else", "if n == 1", COUNTED, False, "SyntaxError"),
     "no such place": ("if n == 7 else", "", COUNTED, False, "its old text stands 0 times"),
@@ -45,7 +49,7 @@ TRIED = {  # (what is changed to what, the witness) -> whether it is seen, and b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", TRIED)
-def test_a_bug_is_caught_and_what_is_none_survives(what):
+def test_a_bug_is_caught_and_a_harmless_change_survives(what):
     """So that a mutant is not called caught because something else is red."""
     old, new, known, caught, by = TRIED[what]
     with copies(1) as free:

@@ -26,7 +26,7 @@ from minilora.formats import huggingface
         ("inspect a --base kjv", []), ("train --data kjv --out a", ["base"]),
     ],
 )  # fmt: skip
-def test_a_name_that_hides_what_is_called_so_here_is_said(line, names, tmp_path, monkeypatch, capsys):
+def test_a_name_that_hides_a_local_file_is_reported(line, names, tmp_path, monkeypatch, capsys):
     """Every name that means something built in, and nothing else; kjv is not here, so nothing hides it."""
     monkeypatch.chdir(tmp_path)
     for name in ("base", "smollm2", "folio", "permuted:3", "mine", "llama-3-8b"):
@@ -39,7 +39,7 @@ def test_a_name_that_hides_what_is_called_so_here_is_said(line, names, tmp_path,
     ]
 
 
-def test_it_is_said_before_a_command_runs(tmp_path, monkeypatch, capsys):
+def test_a_hidden_file_is_reported_before_a_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama-2-7b").write_text("no config")
     assert cli.main(["params", "llama-2-7b"]) == 0
@@ -50,7 +50,7 @@ def test_it_is_said_before_a_command_runs(tmp_path, monkeypatch, capsys):
     assert "is not a JSON object" in capsys.readouterr().err
 
 
-def test_a_name_is_what_is_built_in_and_a_path_is_a_path(tmp_path, monkeypatch):
+def test_a_built_in_name_and_a_path_are_distinct(tmp_path, monkeypatch):
     """What is said above is so: the name wins, and ./ is the way to what lies here."""
     monkeypatch.chdir(tmp_path)
     for name in ("base", "stdlib"):

