@@ -179,6 +179,13 @@ def test_an_invalid_row_with_a_valid_digest_is_refused_by_its_field(kind, tmp_pa
     assert f"line {len(lines) + 1}: row" in str(e.value) or isinstance(e.value, MismatchError)
 
 
+def test_a_row_with_the_id_of_another_run_is_refused(tmp_path):
+    *lines, last = GOOD.splitlines()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*lines, resealed(json.loads(last) | {"id": "0" * 16})]))
+    with pytest.raises(FormatError, match=r"row\.id is '0{16}'; its config has "):
+        read_rows(tmp_path / "rows.jsonl")
+
+
 def test_two_rows_of_one_run_are_refused_and_duplicates_merged(tmp_path):
     lines, path = GOOD.splitlines(), tmp_path / "rows.jsonl"
     assert len(read_or_refused(path, [*lines, lines[4]])) == len(lines)
