@@ -182,7 +182,7 @@ def test_an_invalid_row_with_a_valid_digest_is_refused_by_its_field(kind, tmp_pa
 def test_a_row_with_the_id_of_another_run_is_refused(tmp_path):
     *lines, last = GOOD.splitlines()
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*lines, resealed(json.loads(last) | {"id": "0" * 16})]))
-    with pytest.raises(FormatError, match=r"row\.id is '0{16}'; its config has "):
+    with pytest.raises(FormatError, match=r"row\.id is '0{16}'; its config gives "):
         read_rows(tmp_path / "rows.jsonl")
 
 
