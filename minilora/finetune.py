@@ -3,7 +3,7 @@
 Text is cut into windows at random places; JSON lines or a JSON array hold examples, {"prompt": ...,
 "completion": ...} with the loss on the completion alone, or {"text": ...}. The tokens that a tokenizer puts
 before a text come once, at the start of each example or of a whole text, not of each window. The held-out
-loss is source in nats per token and per character, since tokens differ between models. A killed run resumes
+loss is given in nats per token and per character, since tokens differ between models. A killed run resumes
 from its checkpoint and writes the same bytes. Stands in for a trainer script; leaves out packing, chat
 templates and preference data.
 """
