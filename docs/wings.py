@@ -8,14 +8,19 @@ stands in the SVG, and tests/project/test_documents.py compares it with the code
 """
 
 import ast
+import itertools
+import math
 import textwrap
 from collections.abc import Iterator
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "minilora"
+APART = 2.3  # inches from one box of a row to the next
+SLOTS = range(-5, 6)  # of a row, half as far apart
 
 
 class Import(NamedTuple):
@@ -75,7 +80,10 @@ def digest(graph: dict[str, set[str]]) -> str:
 
 
 def levels(graph: dict[str, set[str]]) -> dict[str, int]:
-    """The longest way down from each node; ValueError if two of them import each other."""
+    """The longest way down from each node; ValueError if two of them import each other.
+
+    A node that imports nothing stands just below the lowest that imports it.
+    """
     known: dict[str, int] = {}
 
     def level(node: str, way: tuple[str, ...]) -> int:
@@ -87,6 +95,8 @@ def levels(graph: dict[str, set[str]]) -> dict[str, int]:
 
     for node in graph:
         level(node, ())
+    for node in (node for node, others in graph.items() if not others):
+        known[node] = min((known[n] for n, others in graph.items() if node in others), default=1) - 1
     return known
 
 
@@ -105,6 +115,73 @@ def arrows(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
     ]
 
 
+class Box(NamedTuple):
+    """The names in a box, and half of its width and height in inches."""
+
+    names: str
+    width: float
+    height: float
+
+    @classmethod
+    def of(cls, node: str, files: list[str]) -> "Box":
+        """The box of a file of the lesson, or of a wing with these files."""
+        lines = textwrap.wrap(", ".join(files), 26)
+        longest = max(map(len, lines), default=0)
+        return cls("\n".join(lines), max(0.034 * longest, 0.045 * len(node)) + 0.12, 0.08 * len(lines) + 0.16)
+
+
+Place = tuple[float, float]  # inches
+Places = dict[str, Place]
+
+
+def place(graph: dict[str, set[str]], boxes: dict[str, Box]) -> Places:
+    """The centres of the boxes, one row for each level: few lines run behind a box, and all are short.
+
+    Row by row, up and down again, every order at every choice of slots is compared.
+    """
+    height, lines = levels(graph), arrows(graph)
+    rows = [sorted(n for n in graph if height[n] == level) for level in range(max(height.values()) + 1)]
+    y, at = 0.0, dict.fromkeys(graph, (0.0, 0.0))
+    for row in rows:
+        tall = max(boxes[node].height for node in row)
+        y += tall
+        at |= {node: (0.0, y) for node in row}
+        y += tall + 0.28
+
+    between = {  # the boxes beside which a line passes
+        (a, b): [n for n in graph if n not in (a, b) and at[b][1] < at[n][1] + boxes[n].height
+                 and at[n][1] - boxes[n].height < at[a][1]]
+        for a, b in lines
+    }  # fmt: skip
+
+    def cost(row: Places) -> float:
+        now, length, behind = at | row, 0.0, 0
+        for (a, b), others in between.items():
+            if near := a in row or b in row:
+                length += math.dist(now[a], now[b])
+            behind += sum(crosses(now[a], now[b], now[n], boxes[n]) for n in others if near or n in row)
+        return 30 * behind + length
+
+    for row in [*rows, *reversed(rows)]:
+        slots = [s for s in itertools.combinations(SLOTS, len(row)) if all(b - a > 1 for a, b in pairwise(s))]
+        at |= min(
+            (
+                {node: (slot * APART / 2, at[node][1]) for node, slot in zip(order, chosen, strict=True)}
+                for order in itertools.permutations(row)
+                for chosen in slots
+            ),
+            key=cost,
+        )
+    return at
+
+
+def crosses(a: Place, b: Place, at: Place, box: Box) -> bool:
+    """Whether the line from a down to b, between whose heights a box stands, runs behind it."""
+    ys = max(b[1], at[1] - box.height), min(a[1], at[1] + box.height)
+    xs = [a[0] + (b[0] - a[0]) * (y - a[1]) / (b[1] - a[1]) for y in ys]
+    return min(xs) < at[0] + box.width and max(xs) > at[0] - box.width
+
+
 def draw(graph: dict[str, set[str]]) -> Any:
     """The figure: one line of boxes for each level."""
     import matplotlib
@@ -117,34 +194,24 @@ def draw(graph: dict[str, set[str]]) -> Any:
         wing, _, rest = name.partition(".")
         if rest:
             inside[wing].append(rest)
-    height = levels(graph)
-    lines = [sorted(n for n in graph if height[n] == level) for level in range(max(height.values()) + 1)]
-    centre: dict[str, float] = {}
-    y = 0.0
-    at: dict[str, tuple[float, float]] = {}
-    for line in lines:
-        line.sort(key=lambda n: (sum(centre[b] for b in graph[n]) / max(len(graph[n]), 1), n))
-        tall = max(-(-len(", ".join(inside[n])) // 26) for n in line)  # lines of file names
-        y += 0.2 + 0.1 * tall
-        for i, node in enumerate(line):
-            centre[node] = (i - (len(line) - 1) / 2) * 2.3
-            at[node] = centre[node], y
-        y += 0.42 + 0.1 * tall
+    boxes = {node: Box.of(node, names) for node, names in inside.items()}
+    at = place(graph, boxes)
     with matplotlib.rc_context(ml.plots.STYLE | {"figure.constrained_layout.use": False}):
-        half = 1.15 * max(map(len, lines))  # inches, so that the longest line fits
-        figure = Figure(figsize=(2 * half, y))
+        half = max(abs(x) + boxes[node].width for node, (x, _) in at.items()) + 0.1
+        top = max(y + boxes[node].height for node, (_, y) in at.items()) + 0.1
+        figure = Figure(figsize=(2 * half, top))
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(-half, half), ylim=(-0.2, y - 0.2))
+        axes.set(xlim=(-half, half), ylim=(0, top))
         axes.set_axis_off()
-        for node, (x, h) in at.items():
-            names = "\n".join(textwrap.wrap(", ".join(inside[node]), 26))
+        for node, (x, y) in at.items():
+            names = boxes[node].names
             text = f"$\\bf{{{node}/}}$\n{names}" if names else node.replace("_", " ")
             colour = ml.plots.BLUE if names else ml.plots.GREY
             box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}
-            axes.text(x, h, text, ha="center", va="center", fontsize=8 if names else 10, bbox=box, zorder=3)
-        for node, other in arrows(graph):  # the boxes hide the ends
-            x, h = zip(at[node], at[other], strict=True)
-            axes.plot(x, h, color=ml.plots.GREY, linewidth=0.9, zorder=1)
+            axes.text(x, y, text, ha="center", va="center", fontsize=8 if names else 10, bbox=box, zorder=3)
+        for ends in arrows(graph):  # the boxes hide the ends
+            x, y = zip(*(at[node] for node in ends), strict=True)
+            axes.plot(x, y, color=ml.plots.GREY, linewidth=0.9, zorder=1)
     return figure
 
 

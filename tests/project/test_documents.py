@@ -1,6 +1,7 @@
 """Documents keep step with the code: links, files, modules, stages, tiers, and what programs write."""
 
 import functools
+import io
 import re
 import shlex
 import subprocess
@@ -92,15 +93,36 @@ def test_the_diagram_and_the_file_list_match_the_code(graph):
     assert (ROOT / "docs/modules.md").read_text(encoding="utf-8") == wings.table()
 
 
-def test_every_box_is_inside_the_diagram(graph):
-    figure = wings.draw(graph)
-    figure.draw_without_rendering()
-    for text in figure.axes[0].texts:
+@pytest.fixture(scope="module")
+def diagram(graph):
+    """The picture of the wings."""
+    return wings.draw(graph)
+
+
+def test_every_box_is_inside_the_diagram(diagram):
+    diagram.draw_without_rendering()
+    for text in diagram.axes[0].texts:
         box = text.get_bbox_patch().get_window_extent()
-        assert figure.bbox.x0 <= box.x0, text.get_text()
-        assert box.x1 <= figure.bbox.x1, text.get_text()
-        assert figure.bbox.y0 <= box.y0, text.get_text()
-        assert box.y1 <= figure.bbox.y1, text.get_text()
+        assert diagram.bbox.x0 <= box.x0, text.get_text()
+        assert box.x1 <= diagram.bbox.x1, text.get_text()
+        assert diagram.bbox.y0 <= box.y0, text.get_text()
+        assert box.y1 <= diagram.bbox.y1, text.get_text()
+
+
+def test_no_line_of_the_diagram_runs_behind_a_third_box(diagram):
+    """If one does, give `wings.place` more slots or another sweep."""
+    diagram.draw_without_rendering()
+    axes = diagram.axes[0]
+    boxes = [text.get_bbox_patch().get_window_extent() for text in axes.texts]
+    for line in axes.lines:
+        ends = axes.transData.transform(line.get_xydata())
+        behind = [
+            box
+            for box in boxes
+            if line.get_path().transformed(axes.transData).intersects_bbox(box, filled=False)
+        ]
+        third = [box for box in behind if not any(box.contains(*end) for end in ends)]
+        assert len(behind) == 2, (line.get_xydata(), third)
 
 
 def test_the_list_of_files_has_every_module():
@@ -125,15 +147,13 @@ def test_circular_imports_are_named():
         wings.levels({"a": {"b"}, "b": {"c"}, "c": {"b"}})
 
 
-def test_the_diagram_is_reproducible(graph):
-    def drawn():
-        import io
-
+def test_the_diagram_is_reproducible(graph, diagram):
+    def page(figure):
         stream = io.BytesIO()
-        wings.draw(graph).savefig(stream, format="png", metadata={"Software": None})
+        figure.savefig(stream, format="png", metadata={"Software": None})
         return stream.getvalue()
 
-    assert drawn() == drawn()
+    assert page(diagram) == page(wings.draw(graph))
 
 
 def test_the_modules_in_the_changelog_exist():
