@@ -38,8 +38,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from mutants import attempt, copies, not_green  # noqa: E402
 
-from minilora.table import Table  # noqa: E402
-
 FILES = {  # below minilora/: the tests that should see a change
     "ops.py": "ops layers model",
     "layers.py": "layers model lora",
@@ -168,6 +166,8 @@ def main() -> int:
 
 def table(rows: list[dict[str, Any]], seed: int) -> list[str]:
     """The scores by file, and what survived, as markdown."""
+    from minilora.table import Table  # not above: each run imports this file, and then minilora from its copy
+
     scores, left = [], []
     names = list(dict.fromkeys(row["file"] for row in rows))
     for name in [*names, "all"]:

@@ -974,6 +974,8 @@ def be_pytest(copy: Path, arguments: list[str], said: Path) -> None:
     with open(said, "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    if "minilora" in sys.modules:  # a program that is run has imported it; the copy would not be asked
+        sys.exit("minilora is imported already, and not from the copy")
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}  # for processes of the tests
