@@ -52,7 +52,7 @@ def attempt(argv: Sequence[str] | None) -> tuple[int, str]:
     except MiniloraError as e:
         return e.exit_code, str(e)
     except KeyboardInterrupt:
-        return 130, "interrupted; run the same command again to continue"
+        return 130, "interrupted; no file is half-written; run the same command again"
     except MemoryError as e:
         return 4, f"there is not enough memory; no file is half-written{f': {e}' if str(e) else ''}"
     except OSError as e:
@@ -60,7 +60,7 @@ def attempt(argv: Sequence[str] | None) -> tuple[int, str]:
 
 
 def note_shadowed(options: Options) -> None:
-    """Say that a name means the built-in one, where a file in the working folder has the same name."""
+    """Note which names mean the built-in thing although the working folder has one of that name."""
     here = []
     for key in ("base", "tuned", "data", "model"):
         value = getattr(options, key, [])
@@ -72,11 +72,17 @@ def note_shadowed(options: Options) -> None:
     from .data import corpora
     from .formats import huggingface
 
-    texts = finetune.CORPORA if options.run is train else [n for _, n in here if corpora.built_in(n)]
+    texts = (
+        finetune.CORPORA
+        if options.run is train
+        else [n for key, n in here if key == "data" and corpora.built_in(n)]
+    )
     models = (*count.LLAMAS, *count.PAPER)
     known = {"base": huggingface.NAMES, "tuned": huggingface.NAMES, "data": texts, "model": models}
     for name in sorted(name for key, name in here if name in known[key]):
-        print(f"minilora: {name} is the built-in one; the file in this folder is ./{name}", file=sys.stderr)
+        print(
+            f"minilora: {name} is the built-in one; for the one in this folder type ./{name}", file=sys.stderr
+        )
 
 
 def usual_sweep() -> dict[str, Any]:

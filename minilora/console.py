@@ -23,9 +23,9 @@ def signals() -> Iterator[Callable[[], None]]:
     before = {number: signal.getsignal(number) for number in interrupts()}
     handlers = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
 
-    def listen(handlers: Mapping[int, Any]) -> None:
+    def listen(new: Mapping[int, Any]) -> None:
         with contextlib.suppress(ValueError):  # not in the main thread
-            for number, handler in handlers.items():
+            for number, handler in new.items():
                 signal.signal(number, handler)
 
     def stop() -> None:

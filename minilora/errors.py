@@ -112,5 +112,5 @@ def check_same(who: str, actual: dict[str, Any], expected: dict[str, Any]) -> No
     for name, value in expected.items():
         if actual.get(name) != value:
             raise MismatchError(
-                f"{who}: {name} is {actual.get(name)!r}; expected {value!r}, as where the sweep was started"
+                f"{who}: {name} is {actual.get(name)!r}; expected {value!r}, as in the rest of the sweep"
             )

@@ -85,7 +85,7 @@ class Factors(NamedTuple):
 class Adapter(Protocol):
     """A change of a frozen layer: the contract of LowRank and of everything in methods/.
 
-    That of an embedding also has `attend(base, x, need)`, as a Table.
+    An embedding's adapter also has `attend(base, x, need)`, as a Table has.
     """
 
     def __call__(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:

@@ -184,12 +184,12 @@ def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name:
     """Freeze the model and put a fresh, active adapter beside every target.
 
     The base is only read. `rng` draws A and, later, the dropout masks. A tied head that is adapted is untied,
-    as in PEFT. An error leaves the model as it was: ConfigError for another config or a rank that does not
-    fit, MismatchError for a name that matches nothing, InputError for a name in use, StateError for a merged
-    model or a tied head whose embedding is already adapted.
+    as in PEFT. An error leaves the model as it was: ConfigError for no config or a rank that does not fit,
+    MismatchError for a name that matches nothing, InputError for a name in use, StateError for a merged model
+    or a tied head whose embedding is already adapted.
     """
     if isinstance(config, type) or not isinstance(config, AdapterConfig):
-        raise ConfigError(f"config is {short(config)}; expected an adapter's, such as ml.LoraConfig(r=8)")
+        raise ConfigError(f"config is {short(config)}; expected an adapter config, ml.LoraConfig(r=8)")
     check_name(model, name)
     layers = with_head(model, bases(model))
     new = config.fresh(layers, rng)
@@ -245,7 +245,7 @@ def active(model: Any) -> dict[str, Adapter]:
 
 
 def known(model: Any, name: str) -> dict[str, Adapted]:
-    """`unmerged` of a model with an adapter of that name; MismatchError if none has it."""
+    """`unmerged`, if an adapter has that name; else MismatchError."""
     names = {n for layer in adapted(model).values() for n in layer.adapters}
     if name not in names:
         raise MismatchError(f"there is no adapter {name!r}; {nearest(name, names)}")

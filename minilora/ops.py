@@ -62,7 +62,7 @@ def swiglu(gate: Array, up: Array) -> tuple[Array, Back]:
 
 @fused
 def _swiglu(gate: Array, up: Array) -> tuple[Array, Array, Array]:
-    """t = 1 + exp(-gate), a = silu(gate) = gate / t, and a * up; where exp overflows, a is the right 0."""
+    """t = 1 + exp(-gate), a = silu(gate) = gate / t, and a * up; where exp overflows, a is rightly 0."""
     t = -gate
     with quiet_overflow():
         xp.exp(t, out=t)

@@ -152,7 +152,7 @@ class Schedule:
         if self.kind not in ("cosine", "constant"):
             raise ConfigError(f"schedule is {self.kind!r}; expected 'cosine' or 'constant'")
         if type(self.final) not in (int, float) or not 0 <= self.final <= 1:
-            raise ConfigError(f"final is {self.final!r}; expected a number from 0 to 1")
+            raise ConfigError(f"final is {short(self.final)}; expected a number from 0 to 1")
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:

@@ -80,8 +80,8 @@ def find_targets(
         paths = [path for path in linear if not any(matches(name, path) for name in ("lm_head", *saved))]
     else:
         paths = resolve("targets", names("targets", targets), adaptable)
-    excluded = resolve("exclude_modules", exclude, list(layers))
-    if numbers is not None:
+    excluded = set(resolve("exclude_modules", exclude, list(layers)))
+    if numbers is not None and paths:
         paths = in_layers(numbers, paths)
     targeted = [path for path in paths if path not in excluded]
     if not targeted:

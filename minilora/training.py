@@ -72,7 +72,9 @@ def train(
     run = about(model, optimizer, schedule, accumulate) | dict(identity or {})
     for name, rng in rngs.items() if checkpoint else ():
         if (kind := type(rng.bit_generator).__name__) not in GENERATORS:
-            raise UnsupportedError(f"the generator {name} is a {kind}; a checkpoint needs a {GENERATORS[0]}")
+            raise UnsupportedError(
+                f"the generator {name} is a {kind}; a checkpoint needs {' or '.join(GENERATORS)}"
+            )
     if checkpoint and exists(checkpoint):
         history = load_checkpoint(checkpoint, model, optimizer, rngs, run, steps)
     done = len(history.loss)

@@ -3,13 +3,14 @@
 MINILORA_TEST_BACKEND=standin or cupy runs the suite on that library, see library.py.
 """
 
-import gc
 import os
 from pathlib import Path
 
 for library in ("OPENBLAS", "OMP", "MKL"):  # before NumPy is imported: one thread, so one order of summation
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
-os.fsync = lambda fd: None  # no test's files must outlast a power failure; tests of the calls replace it
+os.fsync = lambda fd: (
+    os.fstat(fd) and None
+)  # no test's files must outlast a power failure; tests of the calls replace it
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -37,12 +38,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in CORE_FILES and not any(item.get_closest_marker(name) for name in ("slow", "parity")):
             item.add_marker("quick")
-
-
-def pytest_collection_finish():
-    """What 5,000 collected tests hold is no garbage: each full collection would walk it again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

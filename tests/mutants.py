@@ -397,7 +397,7 @@ MUTANTS = (
     Mutant("bias-of-the-base-under-the-adapter", "methods/bias.py", "base = Linear(base.weight, self.bias)",
            "base = Linear(base.weight, base.bias)", "lora folder"),
     Mutant("bias-without-gradient-when-folded", "fast/folded.py", "Linear(self.weight, base.bias).backward(x, need)", "Linear(self.weight).backward(x, need)", "folded"),
-    Mutant("layers-to-transform-ignored", "targets.py", "    if numbers is not None:\n        paths = in_layers(numbers, paths)\n", "", "lora"),
+    Mutant("layers-to-transform-ignored", "targets.py", "    if numbers is not None and paths:\n        paths = in_layers(numbers, paths)\n", "", "lora"),
     Mutant("prompt-has-a-loss", "data/examples.py", "labels[i, start - 1 : len(ids) - 1] = ids[start:]",
            "labels[i, : len(ids) - 1] = ids[1:]", "finetune"),
     Mutant("example-shifted-by-one", "data/examples.py", "labels[i, start - 1 : len(ids) - 1] = ids[start:]",

@@ -169,21 +169,21 @@ STAND_INS = {
         maps(LLAMA, 12, 10),
         LORA,
         {},
-        ("names contain those of wrappers, as in _orig_mod.base_model",),
+        ("names contain names of wrappers, as in _orig_mod.base_model",),
         called=lambda key: f"_orig_mod.{key}",
     ),
     "DDP or DeepSpeed": StandIn(
         maps(LLAMA, 12, 10),
         LORA,
         {},
-        ("names contain those of wrappers, as in module.base_model",),
+        ("names contain names of wrappers, as in module.base_model",),
         called=lambda key: f"module.{key}",
     ),
     "FSDP with checkpoints": StandIn(
         maps(LLAMA, 12, 10),
         LORA,
         {},
-        ("names contain those of wrappers, as in base_model.*_fsdp_wrapped_module",),
+        ("names contain names of wrappers, as in base_model.*_fsdp_wrapped_module",),
         called=lambda key: re.sub(
             r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module.", key
         ),
@@ -206,7 +206,7 @@ STAND_INS = {
         maps(LLAMA, 12, 10),
         LORA | {"use_dora": True},
         {f"{PREFIX}{m}.lora_magnitude_vector.weight": (12,) for m in LLAMA},
-        (r"the adapter's, as in .*\.lora_A\.my-task\.weight", "DoRA"),
+        (r"the adapter's name, as in .*\.lora_A\.my-task\.weight", "DoRA"),
         called=add("my-task"),
     ),
     "trained tokens": StandIn(

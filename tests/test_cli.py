@@ -86,7 +86,7 @@ def one_line(capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in COMMANDS)], ids=" ".join)
-def test_help_lists_the_commands_and_options(arguments, main, capsys):
+def test_help_prints_usage_and_lists_the_commands(arguments, main, capsys):
     with pytest.raises(SystemExit) as e:
         main(*arguments)
     said = capsys.readouterr()
@@ -198,6 +198,8 @@ def test_a_full_stdout_exits_with_4(main, texts, capsys, monkeypatch):
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
 @pytest.mark.parametrize(("command", "unbuffered"), [
     ("modules base --json", ""), ("modules base --json", "-u"), ("--help", ""), ("merge --help", "-u"),
+    pytest.param("--help", "-u", marks=pytest.mark.slow),
+    pytest.param("merge --help", "", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_any_standard_stream_may_be_closed(closed, command, unbuffered):
     """As a process of its own, with the interpreter's end; stderr, where it is open, has at most one line."""
@@ -359,7 +361,7 @@ def test_an_interrupt_during_an_import_gives_no_traceback(name, tmp_path):
     done = minilora_("params", "llama-3-8b", env=env)
     assert done.returncode == 130, done.stderr
     assert done.stdout == ""
-    assert done.stderr in ("", "minilora: interrupted; run the same command again to continue\n")
+    assert done.stderr in ("", "minilora: interrupted; no file is half-written; run the same command again\n")
 
 
 def test_an_interrupt_during_import_minilora_reaches_the_caller(tmp_path):
@@ -569,7 +571,7 @@ def test_a_full_disk_exits_with_4_and_leaves_no_partial_figure(tmp_path, main, c
     shutil.rmtree(out)
 
 
-def test_no_command_changes_the_base(tmp_path, main, texts, capsys, merged):
+def test_figures_and_data_do_not_change_the_base(tmp_path, main, texts, capsys, merged):
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in BASE.iterdir()}
     main("figures", "--rows", with_rows(tmp_path), "--out", tmp_path / "figures")
     main("data")

@@ -750,12 +750,12 @@ def test_an_invalid_config_is_refused(bad):
 
 
 @pytest.mark.parametrize("other", [None, 8, {"r": 8}, LoraConfig, Row("q_proj", (2, 3), 8, 1.0, "LoRA", 5)])
-def test_inject_says_what_a_config_is(other):
+def test_inject_refuses_what_is_no_adapter_config(other):
     model, rng = tiny()
     before = digest(model)
     with pytest.raises(ConfigError) as e:
         inject(model, other, rng=rng)
-    assert str(e.value) == f"config is {short(other)}; expected an adapter's, such as ml.LoraConfig(r=8)"
+    assert str(e.value) == f"config is {short(other)}; expected an adapter config, ml.LoraConfig(r=8)"
     assert digest(model) == before
 
 

@@ -185,9 +185,7 @@ def count(
     entries = names("targets", targets)
     if "all-linear" in entries:
         if not maps.keys() >= {*MLP}:
-            raise MismatchError(
-                f"all-linear: of {name} only {', '.join(maps)} are known; expected some of them"
-            )
+            raise MismatchError(f"all-linear: {name} has only {', '.join(maps)}; expected some of them")
         entries = [entry for entry in entries if entry != "all-linear"] + [*ATTENTION, *MLP]
     rows = []
     for kind in resolve("targets", entries, list(maps)):
@@ -295,7 +293,7 @@ class Part(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Those of weight and bias."""
+        """How many numbers weight and bias have."""
         return math.prod(self.shape) + self.bias * self.shape[0]
 
 

@@ -185,7 +185,7 @@ def inspect(
     if other:
         if alone := given.pairs.keys() ^ other.pairs.keys():
             what = counted(len(alone), "module is", "modules are")
-            notes.append(f"{what} adapted by one of the two only, such as {min(alone)}")
+            notes.append(f"{what} adapted by only one of the two, such as {min(alone)}")
         notes += [f"{against}: {note}" for note in other.all_notes]
     if tensors is not None and (apart := [name for name in given.pairs if name not in places]):
         what = counted(len(apart), "module is", "modules are")

@@ -20,8 +20,6 @@ from matplotlib.figure import Figure
 from ..formats.atomic import write_atomic
 from ..table import markup
 
-Row = dict[str, Any]
-
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 STYLE: dict[Any, Any] = {

@@ -1,4 +1,7 @@
-"""The LoRA nearest to the difference of two checkpoints, one matrix in memory at a time."""
+"""The LoRA nearest to the difference of two checkpoints, one matrix in memory at a time.
+
+Stands in for mergekit's extract_lora.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def extract(
     if not parts:
         raise MismatchError(f"{base} and {tuned}: no linear map differs; there is nothing to extract")
     if fewer:
-        notes.append(f"{fewer} and are left out")
+        notes.append(f"left out: {fewer}")
     flag = any(turned[module] for module in parts)
     if others := [module for module in parts if turned[module] != flag]:
         left |= {maps[module]: float(np.linalg.norm(parts.pop(module)[1])) for module in others}
@@ -90,9 +93,8 @@ def extract(
         if U.shape[1] < k:
             change, _ = difference(before, after, f"{module}.weight")
             U, S, Vt = decomposed(change.T if flag else change)
-        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = split(
-            U, S, Vt, k
-        )
+        A, B = split(U, S, Vt, k)
+        tensors |= {f"{PREFIX}{module}.lora_A.weight": A, f"{PREFIX}{module}.lora_B.weight": B}
     modules = [name.removesuffix(".weight") for name in before.shapes]
     config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(parts)))
     config |= {"base_model_name_or_path": str(base), "fan_in_fan_out": flag}
@@ -108,8 +110,9 @@ def extract(
 
 def applied(given: Adapter, module: str) -> np.ndarray:
     """ΔW of a module in float64, in the layout of its weight: (O, I), or (I, O) with fan_in_fan_out."""
-    A, B = (factor.astype(np.float64) for factor in given.factors(module))
-    change: np.ndarray = given.pairs[module].scale * (B @ A)
+    pair = given.pairs[module]
+    A, B = (given.value(name).astype(np.float64) for name in (pair.A, pair.B))
+    change: np.ndarray = pair.scale * (B @ A)
     return change.T if given.settings.fan_in_fan_out else change
 
 

@@ -6,7 +6,7 @@ The best rank-k approximation of ΔW = U S Vᵀ keeps the first k singular value
 
 An adapter's ΔW is never formed: QR of B and Aᵀ and the SVD of an r x r core give U, S and V (spectra.py).
 The file holds B = U sqrt(S) and A = sqrt(S) Vᵀ in float32 with scale 1; the residual is measured on these
-float32 factors. Stands in for PEFT's rank reduction; leaves out combining several adapters.
+float32 factors. Stands in for mergekit's and PEFT's rank reduction; leaves out combining several adapters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
-from ..errors import ConfigError, InputError, MismatchError, check_float, check_int
+from ..errors import ConfigError, InputError, MismatchError, check_int, short
 from ..formats.atomic import check_free
 from ..peft.config import peft_config, read_fields
 from ..peft.folder import (
@@ -130,11 +130,11 @@ def left_over(B: np.ndarray, A: np.ndarray, s: float, Bk: np.ndarray, Ak: np.nda
 def check_choice(rank: int | None, energy: float | None) -> None:
     """ConfigError unless exactly one of the two is given, and is valid."""
     if (rank is None) == (energy is None):
-        raise ConfigError(f"rank is {rank} and energy is {energy}; expected exactly one of them")
+        raise ConfigError("rank and energy are two ways to choose; expected exactly one of them")
     if rank is not None:
         check_int("rank", rank, 1)
-    elif not check_float("energy", energy, 0, 1.0000001, open_low=True) <= 1:
-        raise ConfigError(f"energy is {energy}; expected a number in (0, 1]")
+    elif type(energy) not in (int, float) or not 0 < (energy or 0) <= 1:
+        raise ConfigError(f"energy is {short(energy)}; expected a number in (0, 1]")
 
 
 def choose(

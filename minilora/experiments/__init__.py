@@ -1,1 +1,1 @@
-"""One question a file, answered in rows; `harness` runs the grids, `rank_figures` draws the rows."""
+"""One question per file, answered in rows; `harness` runs the grids, `rank_figures` draws the rows."""

@@ -52,7 +52,7 @@ def connect(address: str, survey: Survey, expected: dict[str, Any], shared: Any)
             client.wait_for_workers(1, timeout=PATIENCE)
             surveys = client.run(with_dask, survey, on_error="return", callback_timeout=PATIENCE)
         except TimeoutError as e:
-            raise StateError(f"{address}: no worker answers within {PATIENCE:g} s, or not every one does; "
+            raise StateError(f"{address}: not all workers answered within {PATIENCE:g} s, or there are none; "
                              f"start one: dask worker {address} --nthreads 1") from e  # fmt: skip
         try:  # the scheduler unpickles what is submitted, so it needs minilora too
             client.run_on_scheduler(with_dask, survey)

@@ -245,7 +245,7 @@ def check_plan(path: Path, current: Row) -> None:
     """Write the plan of a new folder; MismatchError, naming the difference, if it holds another plan."""
     if not path.exists():
         if path.with_name("rows.jsonl").exists():
-            raise MismatchError(f"{path.parent}: has rows.jsonl but no plan.json; expected another --out")
+            raise MismatchError(f"{path.parent}: has rows.jsonl but no plan.json; use another --out")
         write_atomic(path, (json.dumps(current, indent=1) + "\n").encode())
         return
     stored = huggingface.read_json(path)
@@ -291,8 +291,8 @@ def sealed(row: Row) -> bytes:
 def read_rows(path: Path | str, form: RowForm) -> list[Row]:
     """The intact rows of a file with their derived fields; a damaged line is only named on stderr.
 
-    A line whose seal is right is as it was written. If it is no row even so, or belongs to another sweep:
-    FormatError or MismatchError, naming line and field.
+    A line whose seal is right is as it was written. If it is still not a row, or belongs to another
+    sweep, FormatError or MismatchError names line and field.
     """
     return form.derive(list(intact_rows(path, form)[0].values()))
 

@@ -1,4 +1,4 @@
-"""Does merging change what the model says? The observed difference beside a bound that holds for sure.
+"""Does merging change what the model says? The observed difference and a derived bound.
 
 With unit roundoff u, a product of inner dimension k errs by at most g(k) = k u / (1 - k u) times the
 product of the absolute values (Higham, Accuracy and Stability, 3.1). The unmerged

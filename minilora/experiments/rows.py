@@ -114,7 +114,7 @@ def check_row(where: str, row: Row) -> None:
     if [step for step, _ in row["curve"]] != measured(config["steps"]):
         raise forms.wrong(f"{where}.curve", row["curve"], f"the steps {measured(config['steps'])}")
     if row["spectra"].keys() != row["shapes"].keys() or not row["shapes"]:
-        raise FormatError(f"{where}.shapes and {where}.spectra are of different modules, or of none")
+        raise FormatError(f"{where}: shapes and spectra are of different modules, or there are none")
     for path, (O, I) in row["shapes"].items():  # noqa: E741
         if O * I > SIDES or len(row["spectra"][path]) != min(O, I, rank or O):
             raise FormatError(f"{where}.spectra[{short(path)}] does not fit a change of shape {O} x {I}")
@@ -129,7 +129,7 @@ def facts_of(row: Row) -> Iterator[tuple[str, Any]]:
     if row["status"] == "done":
         yield f"spectra of {method}", sorted(row["shapes"])
         for path, shape in row["shapes"].items():
-            yield f"shape of {path.rpartition('.')[2]}", shape
+            yield f"shape of {short(path.rpartition('.')[2])}", shape
 
 
 def check_together(path: str, rows: Iterable[Row]) -> None:
@@ -142,7 +142,7 @@ def check_together(path: str, rows: Iterable[Row]) -> None:
             for what, value in facts_of(row):
                 if known.setdefault(what, value) != value:
                     raise MismatchError(
-                        f"{path}: run {row['id']} on {short(target)}: {short(what)} is {short(value)}; "
+                        f"{path}: run {row['id']} on {short(target)}: {what} is {short(value)}; "
                         f"expected {short(known[what])}, as in the rows above"
                     )
     for target, known in first.items():

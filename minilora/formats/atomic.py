@@ -62,9 +62,9 @@ FOLDER = flags("O_RDONLY", "O_DIRECTORY", "O_CLOEXEC")
 
 
 @contextlib.contextmanager
-def descriptor(path: Path | str, flags: int, dir_fd: int | None = None) -> Iterator[int]:
+def descriptor(path: Path | str, how: int, dir_fd: int | None = None) -> Iterator[int]:
     """A descriptor from `os.open`, closed at the end of the block."""
-    fd = os.open(path, flags, 0o644, dir_fd=dir_fd)
+    fd = os.open(path, how, 0o644, dir_fd=dir_fd)
     try:
         yield fd
     finally:
@@ -203,7 +203,7 @@ def write_atomic(path: Path | str, data: bytes | Iterable[bytes]) -> None:
     path = Path(path)
     with named_errors(path, "not written"):
         if exists(path) and not plain(os.lstat(path)):
-            raise StorageError(f"{path}: is not a regular file with one name; it is not replaced")
+            raise StorageError(f"{path}: is not a regular file without hard links; it is not replaced")
         clear(path.parent, path.name)
         with temporary(path) as (temp, fd):
             for piece in [data] if isinstance(data, bytes) else data:
@@ -223,7 +223,7 @@ def append(path: Path | str, data: bytes) -> None:
     if not exists(path):
         write_atomic(path, data)
         return
-    strange = StorageError(f"{path}: is not a regular file with one name; nothing is added to it")
+    strange = StorageError(f"{path}: is not a regular file without hard links; nothing is added to it")
     with named_errors(path, "not written"):
         if not plain(os.lstat(path)):
             raise strange
@@ -375,7 +375,7 @@ def check_free(path: Path | str, overwrite: bool = False) -> None:
 
 
 def plain(state: os.stat_result) -> bool:
-    """Whether it is a regular file with one name, so without hard links."""
+    """Whether it is a regular file without hard links."""
     return stat.S_ISREG(state.st_mode) and state.st_nlink <= 1
 
 
@@ -451,7 +451,7 @@ def lock(fd: int) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
-    """Lock `folder` (made if missing, no link) for this process; LockedError if another process holds it.
+    """Lock `folder`, which is made if missing, for this process; LockedError if another process holds it.
 
     A browser has no locks and only this process.
     """
@@ -463,7 +463,7 @@ def locked(folder: Path | str) -> Iterator[None]:
             with descriptor(folder, FOLDER | NOFOLLOW) as here, named_errors(path, "cannot be used"):
                 fd = stack.enter_context(descriptor(".lock", os.O_CREAT | os.O_RDWR | SAFE, here))
             if not plain(os.fstat(fd)):
-                raise StorageError(f"{path}: is not a regular file with one name; it is not used")
+                raise StorageError(f"{path}: is not a regular file without hard links; it is not used")
             if not claimed(fd, path):
                 holder = re.sub(r"[^ -~]", "?", os.read(fd, 200).decode("latin-1")) or "another process"
                 raise LockedError(f"{folder}: is in use by {holder}; wait, or set --out to another folder")

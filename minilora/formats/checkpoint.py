@@ -61,8 +61,8 @@ class History:
 
 def sealed(meta: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     """The sha256 of a checkpoint's content."""
-    text = json.dumps({k: v for k, v in meta.items() if k != "sha256"})
-    return of_arrays(sorted(tensors.items()), before=text.encode())
+    head = json.dumps({k: v for k, v in meta.items() if k != "sha256"})
+    return of_arrays(sorted(tensors.items()), before=head.encode())
 
 
 def save_checkpoint(

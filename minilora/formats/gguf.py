@@ -157,8 +157,12 @@ def header(path: Path, stamp: Stamp) -> Header:
     places: dict[str, Blocks] = {}
     for name, dims, kind, offset in entries:
         block, each = sizes.get(kind, (0, 0))
-        if not block or not 1 <= len(dims) <= 4 or 0 in dims or dims[0] % block:
-            raise FormatError(f"{path}: {short(name)}: type {kind} cannot have dimensions {short(dims)}")
+        if not block:
+            raise FormatError(f"{path}: {short(name)}: has the unknown type {kind}")
+        if not 1 <= len(dims) <= 4 or 0 in dims or dims[0] % block:
+            raise FormatError(
+                f"{path}: {short(name)}: has dimensions {short(dims)}, which its type {kind} cannot have"
+            )
         size = math.prod(dims) // block * each
         if begin + offset != at or at + size > file.size:
             raise FormatError(f"{path}: {short(name)}: {size} bytes at {offset}; expected at {at - begin}")

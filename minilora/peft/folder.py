@@ -104,7 +104,8 @@ class Adapter:
         pair = self.pairs[module]
         A, B = self.value(pair.A).reshape(pair.r, -1), self.value(pair.B).reshape(-1, pair.r)
         if not change_norm(A, B, pair.scale) <= limit:
-            raise NonFiniteError(f"{self.where}: the ΔW of {module} is not finite: its factors are too large")
+            what = f"is not finite in {'float64' if limit > 1e39 else 'float32'}: its factors are too large"
+            raise NonFiniteError(f"{self.where}: the ΔW of {module} {what}")
         return A, B
 
 
@@ -169,10 +170,10 @@ def sort_out(tensors: Tensors) -> tuple[dict[str, str], dict[str, dict[str, str]
         if not before:
             first.setdefault(f"names do not begin with {PREFIX}", key)
         elif before[0] != PREFIX or plain != key:
-            first.setdefault("names contain those of wrappers", key)
+            first.setdefault("names contain names of wrappers", key)
         if label := match and (match["name"] or match["its"]):
             names.setdefault(label, key)
-            first.setdefault("names contain the adapter's", key)
+            first.setdefault("names contain the adapter's name", key)
     if len(names) > 1:
         (one, key), (other, second), *_ = names.items()
         what = f"{short(one)} and {short(other)}, as in {key} and {second}"
@@ -234,7 +235,7 @@ def peculiar(adapter: Adapter) -> list[str]:
     first: dict[str, str] = {}
     for module, pair in adapter.pairs.items():
         if pair.r > min(pair.shape):
-            first.setdefault(f"r = {pair.r} is larger than the rank that a module can have", module)
+            first.setdefault(f"r = {pair.r} is larger than its module's largest possible rank", module)
     for name in PATTERNS:
         values = chosen(settings, name, list(adapter.pairs))
         for module in values.contested:

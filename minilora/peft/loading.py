@@ -147,7 +147,7 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
     for module, pair in given.pairs.items():
         layer = layers.get(module)
         if not isinstance(layer, Linear | Embedding):
-            hint = "; train text adapters on the language model alone" if "language_model" in module else ""
+            hint = "; train adapters of text on the language model only" if "language_model" in module else ""
             raise MismatchError(f"{path}: the base has no module {module}; {nearest(module, layers)}{hint}")
         shape = tuple(layer.weight.dense().shape)
         expected = shape[::-1] if isinstance(layer, Embedding) else shape
@@ -177,7 +177,9 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
     if tied and tables:  # PEFT puts such a table into the base itself, where the two are one
         a, b = (given.value(given.replaced[name]) for name in (tables[0], tables[-1]))
         if len(tables) < 2 or not np.array_equal(a, b):
-            raise MismatchError(f"{path}: has {tables[0]}; this base ties head and embedding: expected both")
+            raise MismatchError(
+                f"{path}: has {tables[0]}; this base ties head and embedding: expected both, and equal"
+            )
     replaced = {*given.replaced, *(f"{m}.bias" for m, pair in given.pairs.items() if pair.bias)}
     for name in (f"{m}.{kind}" for m, layer in layers.items() for kind in named_params(layer)):
         module, _, kind = name.rpartition(".")

@@ -26,15 +26,13 @@ TOOLS = {  # what other tools call their tensors, and whose they are
         "a LoRA of diffusers, without a config",
     r".*\.lora_[ab](\.weight)?": "an adapter of MLX or torchtune",
 }  # fmt: skip
-
-
 FOLDERS = {  # files of a folder without a PEFT adapter -> what it is
     (r"adapter_model\.bin",): f"has adapter_model.bin only: {PICKLE}",
     (r"config\.json", r"(pytorch_)?model.*\.(safetensors|bin).*"):
         f"is a model, not an adapter; {WANTED}: `minilora extract BASE MODEL OUT` makes one",
     (r"adapters\.safetensors",): f"is an adapter of MLX; {WANTED} of PEFT",
     (r"pytorch_lora_weights\.safetensors",): f"is a LoRA of diffusers, without a config; {WANTED}",
-    (r".*\.gguf",): f"has a file of llama.cpp; {WANTED}",
+    (r".*\.gguf",): f"has a file of llama.cpp; {WANTED}, which it was made from",
     (r".*\.(pt|pth|ckpt)",): f"has pickles only: {PICKLE}; {WANTED}",
 }  # fmt: skip
 
@@ -73,7 +71,7 @@ def of_file(path: Path) -> Path:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise UnsupportedError(f"{path}: {PICKLE}; {WANTED}")
     if path.suffix == ".gguf":
-        raise UnsupportedError(f"{path}: is a file of llama.cpp; {WANTED}")
+        raise UnsupportedError(f"{path}: is a file of llama.cpp; {WANTED}, which it was made from")
     if path.suffix == ".safetensors":
         what = of_names(open_tensors(path)) or f"has no {CONFIG} beside it, which holds the scale"
         raise UnsupportedError(f"{path}: {what}; {WANTED}")

@@ -408,7 +408,7 @@ note: grouped queries: 1024 outputs of v_proj, not 4096, which would count 7,405
         ({"targets": 7}, "ConfigError: targets is 7; expected a name or a list of names"),
         ({"targets": ["q_proj", "q_prj"]}, "MismatchError: targets: 'q_prj' matches no module; nearest: 'q"),
         ({"model": "gpt-3", "targets": "up_proj"}, "MismatchError: targets: 'up_proj' matches no module"),
-        ({"model": "gpt-3", "targets": "all-linear"}, "MismatchError: all-linear: of gpt-3 only q_proj, "),
+        ({"model": "gpt-3", "targets": "all-linear"}, "MismatchError: all-linear: gpt-3 has only q_proj, "),
         ({"targets": "embed_tokens", "dora": True}, "ConfigError: dora is for linear maps"),
         ({"dora": 1}, "ConfigError: dora is 1; expected True or False"),
     ],

@@ -138,7 +138,7 @@ def test_two_adapters_are_compared_on_their_common_modules(adapter):
             assert m.base is None
             if m.other:
                 assert_beside_other(m.other, a[m.module], b[m.module])
-        notes = [note for note in seen.notes if "by one of the two only" in note]
+        notes = [note for note in seen.notes if "by only one of the two" in note]
         assert len(notes) == 1
         assert notes[0].startswith(f"{len(a.keys() ^ b.keys())} modules")
 

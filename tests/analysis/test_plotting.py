@@ -524,8 +524,12 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_report_is_written_whichever_runs_diverged(part):
-    rows = gone(make_rows(("permuted:2",)), **PARTS[part])  # which has every figure
+@pytest.mark.parametrize("targets", [
+    ("permuted:2",),  # which has every figure
+    pytest.param(("folio", "permuted:2"), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_the_report_is_written_whichever_runs_diverged(part, targets):
+    rows = gone(make_rows(targets), **PARTS[part])
     assert "diverged" in table(rows) or part == "one seed"
     assert "</html>" in drawn(rows)
 
@@ -613,7 +617,7 @@ def test_ids_are_unique_and_every_reference_resolves(html):
     assert set(page.used) <= set(page.ids)
 
 
-def test_the_page_names_its_text_versions_and_numbers(html):
+def test_the_page_states_source_versions_and_losses(html):
     assert "text of folio &lt;&amp;&gt;" in html
     assert "<&>" not in html
     for name, value in VERSIONS.items():

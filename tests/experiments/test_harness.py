@@ -457,7 +457,6 @@ def deadly(cell, inputs):
     return made(cell)
 
 
-@pytest.mark.slow  # as workers_that_keep_dying in test_rank_sweep.py
 def test_a_run_that_always_kills_its_process_is_an_error_and_keeps_the_other_rows(things, tmp_path):
     inputs = read_inputs(things[0], [things[1]])
     with harness.open_store(tmp_path / "out", deadly, inputs, {}, RowForm(), jobs=2) as store:

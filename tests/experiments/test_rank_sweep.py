@@ -680,7 +680,7 @@ def interrupt(place, out, number):
         process.send_signal(number)
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 130
-    assert said == "minilora: interrupted; run the same command again to continue\n"
+    assert said == "minilora: interrupted; no file is half-written; run the same command again\n"
     wait(lambda: not alive(process.pid), 5)
 
 

@@ -401,7 +401,7 @@ def test_no_link_is_followed(call, kind, tmp_path):
     path = tmp_path / "f" / "a"
     path.parent.mkdir()
     secret = put_link(kind, path)
-    with pytest.raises(StorageError, match=r"a: is (a link, which is|not a regular file with one name)"):
+    with pytest.raises(StorageError, match=r"a: is (a link, which is|not a regular file without hard links)"):
         call(path)
     assert secret.read_bytes() == b"secret"
     assert path.is_symlink()
@@ -442,9 +442,9 @@ def test_a_hard_linked_file_is_read_and_not_replaced(tmp_path):
     (tmp_path / "v").write_bytes(b"mine")
     os.link(tmp_path / "v", tmp_path / "a")
     assert read(tmp_path / "a") == b"mine"  # pip and uv put files into place so
-    with pytest.raises(StorageError, match="one name"):
+    with pytest.raises(StorageError, match="hard links"):
         write_atomic(tmp_path / "a", b"new")
-    with pytest.raises(StorageError, match="one name"):
+    with pytest.raises(StorageError, match="hard links"):
         append(tmp_path / "a", b"new")
     assert (tmp_path / "v").read_bytes() == b"mine"
 
@@ -610,7 +610,7 @@ def test_an_unfinished_overwrite_is_undone_and_reported(there, tmp_path, capsys)
     assert capsys.readouterr().err.count("is put back") == (not there)
 
 
-def test_who_locks_a_folder_puts_back_what_was_moved_away_in_it(tmp_path, capsys):
+def test_locking_a_folder_restores_what_an_unfinished_overwrite_moved_away(tmp_path, capsys):
     """Not only who writes that name again."""
     (tmp_path / ".f.7.0123abcd.old").mkdir()
     with locked(tmp_path):

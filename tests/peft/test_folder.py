@@ -122,7 +122,7 @@ HOW = {
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("how", sorted(HOW))
-@settings(max_examples=2)
+@settings(max_examples=3)
 @given(seed=seeds, r=st.integers(1, 4), alpha=st.sampled_from([1, 7, 16, 0.1, 1 / 3]))
 def test_saving_and_loading_are_inverse(how, tied, seed, r, alpha, tmp_path_factory):
     """To the bit: the same function (a tied head is then a layer of its own on the same numbers)."""

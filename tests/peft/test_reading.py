@@ -102,7 +102,7 @@ def test_wrapper_prefixes_are_removed_from_the_keys(modules, seed, before, wrap,
     for module, (A, B) in factors.items():
         for got, want in zip(other.factors(module), (A, B), strict=True):
             assert got.tobytes() == want.tobytes()
-    kinds = ("those of wrappers, as in", "the adapter's, as in")
+    kinds = ("names of wrappers, as in", "the adapter's name, as in")
     assert [sum(kind in note for note in other.notes) for kind in kinds] == [bool(before or wrap), bool(name)]
     assert other.doubts == plain.doubts == ()
 

@@ -1,9 +1,10 @@
 """The list of seeded bugs fits the source. That each is caught: `python tests/mutants.py`, some minutes."""
 
 import ast
+import re
 
 import pytest
-from mutants import FILES, MUTANTS, ROOT, Mutant, apply, copies, tried, witness, witnesses
+from mutants import FILES, MUTANTS, ROOT, UNFIT, Mutant, apply, copies, tried, witness, witnesses
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
@@ -15,6 +16,11 @@ def test_a_mutant_still_fits(mutant):
 
 def test_mutant_names_are_unique():
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.parametrize("word", UNFIT.split(" or "))
+def test_the_tests_that_mutants_leave_out_exist(word):
+    assert any(re.search(rf"^def test_\w*{word}", (ROOT / file).read_text(), re.M) for file in FILES.values())
 
 
 def test_every_witness_is_an_existing_test_of_its_mutant():

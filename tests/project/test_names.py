@@ -35,7 +35,7 @@ def test_a_name_that_hides_a_local_file_is_reported(line, names, tmp_path, monke
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == [
-        f"minilora: {name} is the built-in one; the file in this folder is ./{name}" for name in names
+        f"minilora: {name} is the built-in one; for the one in this folder type ./{name}" for name in names
     ]
 
 
@@ -44,7 +44,8 @@ def test_a_hidden_file_is_reported_before_a_command_runs(tmp_path, monkeypatch, 
     (tmp_path / "llama-2-7b").write_text("no config")
     assert cli.main(["params", "llama-2-7b"]) == 0
     said = capsys.readouterr()
-    assert said.err == "minilora: llama-2-7b is the built-in one; the file in this folder is ./llama-2-7b\n"
+    assert said.err.startswith("minilora: llama-2-7b is the built-in one; ")
+    assert said.err.endswith(" type ./llama-2-7b\n")
     assert "of 6,738,415,616" in said.out
     assert cli.main(["params", "./llama-2-7b"]) == 2
     assert "is not a JSON object" in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_an_exercise_has_a_stub_a_check_and_a_hidden_solution(name):
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
-def test_every_check_accepts_only_the_solution(name):
+def test_every_check_refuses_the_stub_and_known_wrong_answers(name):
     attempts, kinds = [], []
     for function, stub, check, solution in exercises(name):
         signature = stub.partition("\n")[0]
