@@ -328,7 +328,8 @@ def test_rows_are_sampled_independently_and_impossible_tokens_never():
 
 GOOD = numpy.zeros((2, 3), int)
 IDS = [
-    (numpy.array([[0, V]]), str(V)), (numpy.array([[0, -1]]), "-1"), (GOOD.astype(float), "float64"),
+    (numpy.array([[0, V]]), f"{V}; expected 0 to {V - 1}"), (numpy.array([[0, -1]]), "-1"),
+    (GOOD.astype(float), "float64"),
     (GOOD.astype(bool), "bool"), (GOOD.astype(object), "object"), ([[1, 2], [3]], "ragged"),
     (GOOD[0], "(3,)"), (GOOD[None], "(1, 2, 3)"), (numpy.zeros((1, 17), int), "17 tokens"),
     (numpy.zeros((2, 0), int), "(2, 0)"), (numpy.zeros((0, 3), int), "(0, 3)"), (None, "object"),

@@ -443,12 +443,20 @@ def test_a_gradient_that_is_not_finite_updates_nothing(monkeypatch):
     assert all(p.grad is None for p in named_params(run.model).values())
 
 
+def test_options_are_given_by_name():
+    run, rng = Run(), np.random.default_rng(0)
+    with pytest.raises(TypeError):
+        train(run.model, run.batches(), AdamW(), 1)
+    with pytest.raises(TypeError):
+        inject(run.model, LoraConfig(r=2), rng)
+
+
 def test_training_without_parameters_or_batches_or_merged_is_refused():
     run, rng = Run(), np.random.default_rng(0)
     before = digest(run.model)
-    with pytest.raises(InputError, match="ran out"):
+    with pytest.raises(InputError, match="ran out; expected 1 more for step 1"):
         train(run.model, [batch(rng)], AdamW(), steps=1, accumulate=2)
-    with pytest.raises(InputError, match="ran out"):
+    with pytest.raises(InputError, match="ran out; expected 1 more for step 1"):
         train(run.model, [], AdamW(), steps=1)
     with pytest.raises(InputError, match="nothing to evaluate"):
         evaluate(run.model, [])
