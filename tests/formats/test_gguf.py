@@ -351,6 +351,8 @@ def test_tensor_alignment_is_a_power_of_two(align, tmp_path_factory):
 
 @settings(max_examples=8)
 @given(rows=st.integers(1, 3 * E), which=st.sampled_from("qk"))
+@example(rows=H, which="q")  # one row for each head
+@example(rows=3 * G, which="k")
 def test_rows_that_do_not_pair_up_in_every_head_are_refused(rows, which, tmp_path_factory):
     """Also where no model is made, and the file is not compared with its config."""
     path, heads = tmp_path_factory.mktemp("rows") / "m.gguf", {"q": H, "k": G}[which]
