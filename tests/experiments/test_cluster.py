@@ -318,7 +318,7 @@ MIXES = {
     "another NumPy": ("import numpy; numpy.__version__ = '99.0'", "numpy is '99.0'; expected"),
     "more BLAS threads": ("import os; os.environ['OMP_NUM_THREADS'] = '4'", "OMP_NUM_THREADS is '4'; expect"),
     "another backend": ("from minilora import backend; backend.name = 'cupy'", "backend is 'cupy'; expected"),
-    "no minilora": ("import sys; sys.modules['minilora'] = None", "expected the same minilora to be installed"),
+    "no minilora": ("import sys; sys.modules['minilora'] = None", "the same minilora to be installed"),
 }
 
 
