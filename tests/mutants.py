@@ -941,6 +941,12 @@ MUTANTS = (
     Mutant("loaded-dora-is-not-pefts", "peft/kinds.py", "detach=True)", "detach=False)", "folder"),
     Mutant("what-is-no-config-is-injected", "lora.py",
            "if isinstance(config, type) or not isinstance(config, AdapterConfig):", "if config is None:", "lora"),
+    Mutant("finished-runs-are-submitted-again", "experiments/harness.py", "del left[futures[future]]", "pass", "harness"),
+    Mutant("a-base-is-a-text", "cli.py", 'if key == "data" and corpora.built_in(n)', "if corpora.built_in(n)", "names"),
+    Mutant("layers-of-no-targets", "targets.py", "if numbers is not None and paths:", "if numbers is not None:", "lora"),
+    Mutant("a-final-too-long-to-print", "optim.py", "short(self.final)", "self.final!r", "optim"),
+    Mutant("an-unknown-type-has-no-dimensions", "formats/gguf.py", "        if not block:\n", "        if False:\n", "gguf"),
+    Mutant("a-holder-without-a-host", "formats/atomic.py", " on {platform.node()}", "", "atomic"),
     Mutant("a-class-is-a-config", "lora.py", "if isinstance(config, type) or not", "if not", "lora"),
     Mutant("recomputed-unasked", "training.py", "recompute: bool = False", "recompute: bool = True", "recompute"),
 )

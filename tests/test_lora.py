@@ -777,6 +777,11 @@ INJECTIONS = [
     ({"targets": "q_proj", "exclude_modules": "self_attn.q_proj"}, ConfigError, "none of the targets"),
     ({"layers_to_transform": [0, 2]}, ConfigError, "has 2; expected some of [0, 1]"),
     ({"targets": "embed_tokens", "layers_to_transform": [0]}, ConfigError, "has 0; expected some of []"),
+    (
+        {"targets": "all-linear", "modules_to_save": NAMES, "layers_to_transform": [0]},
+        ConfigError,
+        "none of the targets",
+    ),
     ({"targets": "0.mlp.up_proj", "layers_to_transform": [1]}, ConfigError, "has 1; expected some of [0]"),
     ({"targets": "q_proj", "modules_to_save": ["self_attn.q_proj"]}, ConfigError, "q_proj"),
     ({"targets": "embed_tokens", "dora": True}, ConfigError, "embed_tokens"),

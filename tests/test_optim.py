@@ -216,12 +216,18 @@ def test_invalid_optimizer_settings_are_refused(bad):
 @pytest.mark.parametrize(
     "bad",
     [{"steps": 0}, {"steps": -1}, {"steps": 2.0}, {"steps": True}, {"warmup": 6}, {"warmup": -1},
-     {"warmup": 1.0}, {"kind": "linear"}, {"final": -0.1}, {"final": 1.1}, {"final": math.nan}],
+     {"warmup": 1.0}, {"kind": "linear"}, {"final": -0.1}, {"final": 1.1}, {"final": math.nan},
+     {"final": 1 + 2**-52}],
     ids=repr,
 )  # fmt: skip
 def test_invalid_schedule_settings_are_refused(bad):
     with pytest.raises(ConfigError, match=str(next(iter(bad.values()))).replace(".", r"\.")):
         Schedule(**{"steps": 5} | bad)
+
+
+def test_a_number_too_long_to_print_is_refused():
+    with pytest.raises(ConfigError, match="final is"):
+        Schedule(5, final=10**5000)
 
 
 @pytest.mark.parametrize("ratio", [0, -1, math.nan, math.inf, "16"])

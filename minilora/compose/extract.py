@@ -21,7 +21,7 @@ from ..peft.config import peft_config, targets
 from ..peft.folder import PREFIX, Adapter, open_adapter, write_adapter
 from ..table import counted
 from ..targets import LAYER
-from .truncate import LARGEST, Compression, check_choice, choose, refuse_same, shrunk, split
+from .truncate import Compression, check_choice, choose, refuse_same, shrunk, split
 
 TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # and any name with "embed" in it
 
@@ -168,7 +168,7 @@ def difference(before: Tensors, after: Tensors, name: str) -> tuple[np.ndarray, 
     one, two = one[both], two[both]
     with np.errstate(invalid="ignore"):
         change = two.astype(np.float64) - one
-    if not np.linalg.norm(change) <= LARGEST:
+    if not np.linalg.norm(change) <= float(np.finfo(np.float32).max):
         raise NonFiniteError(f"{after.where}: {name} minus the base's is not finite in float32")
     return change, rounding(one, two) if change.any() else ""
 

@@ -38,8 +38,6 @@ from ..peft.recognise import CONFIG
 from ..spectra import norm, quotient, rank_at, thin_svd, thin_values
 from ..table import Table, report
 
-LARGEST = float(np.finfo(np.float32).max)
-
 
 @dataclass(frozen=True)
 class Shrunk:
@@ -202,7 +200,7 @@ def compress(
     config, omitted = corrected(given)
     parts = {}
     for module, pair in given.pairs.items():
-        A, B = given.factors(module, LARGEST)
+        A, B = given.factors(module, np.float32)
         parts[module] = (A, B, *map(to_host, thin_svd(to_device(B), to_device(A), pair.scale)))
     costs = {m: sum(pair.shape) for m, pair in given.pairs.items()}
     chosen = choose({m: S for m, (*_, S, _) in parts.items()}, costs, rank, energy, per_module)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,12 +98,12 @@ class Adapter:
             raise NonFiniteError(f"{self.where}: {tensor} has {what}")
         return a
 
-    def factors(self, module: str, limit: float = sys.float_info.max) -> tuple[np.ndarray, np.ndarray]:
-        """A (r, I) and B (O, r) of a module, a convolution's as matrices; NonFiniteError if |ΔW| > limit."""
+    def factors(self, module: str, dtype: Any = np.float64) -> tuple[np.ndarray, np.ndarray]:
+        """A (r, I) and B (O, r), a convolution's as matrices; NonFiniteError if |ΔW| is none in `dtype`."""
         pair = self.pairs[module]
         A, B = self.value(pair.A).reshape(pair.r, -1), self.value(pair.B).reshape(-1, pair.r)
-        if not change_norm(A, B, pair.scale) <= limit:
-            what = f"is not finite in {'float64' if limit > 1e39 else 'float32'}: its factors are too large"
+        if not change_norm(A, B, pair.scale) <= float(np.finfo(dtype).max):
+            what = f"is not finite in {np.dtype(dtype)}: its factors are too large"
             raise NonFiniteError(f"{self.where}: the ΔW of {module} {what}")
         return A, B
 

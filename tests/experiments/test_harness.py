@@ -10,7 +10,7 @@ import pickle
 import shutil
 import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -455,6 +455,30 @@ def deadly(cell, inputs):
     if cell.seed == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return made(cell)
+
+
+class Breaking(Executor):
+    """An executor in which the first try at one cell breaks, as a worker's death does; it notes all tries."""
+
+    def __init__(self, cell):
+        self.left, self.tries = [cell], []
+
+    def submit(self, job, cell):
+        self.tries.append(cell)
+        future = Future()
+        if cell in self.left:
+            self.left.remove(cell)
+            future.set_exception(BrokenExecutor("a worker died"))
+        else:
+            future.set_result(({"id": cell}, {}))
+        return future
+
+
+def test_only_a_broken_run_is_done_again():
+    executor = Breaking("b")
+    outcomes = list(harness.Pool(id, 1, executor).outcomes(["a", "b", "c"]))
+    assert sorted(row["id"] for row, _ in outcomes) == ["a", "b", "c"]
+    assert executor.tries == ["a", "b", "c", "b"]
 
 
 def test_a_run_that_always_kills_its_process_is_an_error_and_keeps_the_other_rows(things, tmp_path):

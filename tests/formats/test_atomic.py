@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -331,7 +332,7 @@ def test_a_lock_excludes_a_second_process_until_the_first_dies(tmp_path):
     with child() as first:
         assert first.stdout.readline() == "held\n"
         (tmp_path / ".a.1.0123abcd.tmp").write_bytes(b"")  # the holder's own, in the making
-        with pytest.raises(LockedError, match=f"process {first.pid}"), locked(tmp_path):
+        with pytest.raises(LockedError, match=f"process {first.pid} on {platform.node()}"), locked(tmp_path):
             pass
         assert (tmp_path / ".a.1.0123abcd.tmp").exists()
         first.kill()

@@ -5,6 +5,7 @@ The writer here lays tensors out as llama.cpp's converter does. Marked `smollm2`
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -347,6 +348,24 @@ def test_tensor_alignment_is_a_power_of_two(align, tmp_path_factory):
     else:
         ours.header.cache_clear()
         assert same_bits(dict(huggingface.weights(path)), want)
+
+
+@pytest.mark.parametrize(("dims", "kind", "says"), [
+    ([D, V], 200, "'output_norm.weight': has the unknown type 200"),
+    ([], 0, r"'output_norm.weight': has dimensions [], which its type 0 cannot have"),
+    ([D + 1], 8, "'output_norm.weight': has dimensions [33], which its type 8 cannot have"),
+])  # fmt: skip
+def test_an_impossible_type_or_dimension_is_named(dims, kind, says, tmp_path):
+    path = tmp_path / "m.gguf"
+    write(path, weights())
+    values, tensors = dissolved(path.read_bytes())
+    tensors = [
+        [name, dims, kind, data] if name == "output_norm.weight" else [name, d, k, data]
+        for name, d, k, data in tensors
+    ]
+    path.write_bytes(composed(values, tensors))
+    ours.header.cache_clear()
+    refused(path, FormatError, re.escape(says))
 
 
 @settings(max_examples=8)

@@ -39,6 +39,14 @@ def test_a_name_that_hides_a_local_file_is_reported(line, names, tmp_path, monke
     ]
 
 
+def test_only_the_name_of_a_text_is_looked_up_among_texts(tmp_path, monkeypatch, capsys):
+    """There is no permuted:14, but a base may be called so."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "permuted:14").mkdir()
+    cli.note_shadowed(cli.parser().parse_args(["modules", "permuted:14"]))
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_hidden_file_is_reported_before_a_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama-2-7b").write_text("no config")
