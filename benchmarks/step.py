@@ -13,8 +13,8 @@ products inside one operation, our steps for micro-batches. Ratios are medians o
 
 Also the peak of bytes above the weights that one LoRA step holds: tracemalloc's here (NumPy reports to
 it), the profiler's there; what a step takes that does not cut its batch ("whole"); and what
-one with per-block recomputation takes, of time too. Writes results/step.json; --draw only draws
-results/step.png and .svg from it.
+one with per-block recomputation takes, of time too. Writes results/step.json, where rows of other sizes
+and threads stay; --draw only draws results/step.png and .svg from it.
 """
 
 import argparse
@@ -289,9 +289,11 @@ def main() -> None:
             )
         chosen = [i for i, size in enumerate(SIZES) if not args.D or size[0] in args.D]
         rows = measure(chosen, args.threads, there)
-        if len(chosen) < len(SIZES):
-            return
-        write("step", rows)
+        measured = {(row["size"]["D"], row["threads"]): row for row in rows}
+        path = RESULTS / "step.json"
+        kept = json.loads(path.read_text())["rows"] if path.exists() else []
+        kept = [measured.pop((row["size"]["D"], row["threads"]), row) for row in kept]
+        write("step", [*kept, *measured.values()])
     draw(json.loads((RESULTS / "step.json").read_text())["rows"])
 
 

@@ -7,12 +7,17 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-run() { # NAME PYTHON REQUIREMENT ...
+declare -A installs # which all begin at once
+install() { # NAME PYTHON REQUIREMENT ...
     local name=$1 python=$2
     shift 2
-    "$python" -m venv "$work/$name"
-    "$work/$name/bin/python" -m pip install -q --disable-pip-version-check "$@"
-    "$work/$name/bin/python" -c 'import sys, numpy; print(f"Python {sys.version.split()[0]}, NumPy {numpy.__version__}")'
+    { "$python" -m venv "$work/$name" && "$work/$name/bin/python" -m pip install -q --no-compile --disable-pip-version-check "$@"; } &
+    installs[$name]=$!
+}
+
+installed() { # NAME
+    wait "${installs[$1]}"
+    "$work/$1/bin/python" -c 'import sys, numpy; print(f"Python {sys.version.split()[0]}, NumPy {numpy.__version__}")'
 }
 
 oldest() { # every requirement of the package and its tests, at its lower bound
@@ -36,11 +41,8 @@ check() { # PYTHON [PYTEST ARGUMENT ...]
 }
 
 # shellcheck disable=SC2046
-run oldest python3 $(oldest)
-# what these old ones need is new, and they use it in ways that it warns of
-export PYTHONPATH=$PWD
-check "$work/oldest/bin/python" -W ignore::DeprecationWarning
-unset PYTHONPATH
+install oldest python3 $(oldest)
+others=()
 for version in 3.12 3.13 3.14; do
     python=$(command -v "python$version" || true)
     found=$(PYENV_VERSION=$(pyenv latest "$version" 2>/dev/null || true) "${python:-false}" -c 'import sys; print(sys.executable)' 2>/dev/null || true)
@@ -48,6 +50,14 @@ for version in 3.12 3.13 3.14; do
         echo "Python $version is not here"
         continue
     fi
-    run "$version" "$found" -e ".[test]"
+    install "$version" "$found" -e ".[test]"
+    others+=("$version")
+done
+
+installed oldest
+# what these old ones need is new, and they use it in ways that it warns of
+PYTHONPATH=$PWD check "$work/oldest/bin/python" -W ignore::DeprecationWarning
+for version in "${others[@]}"; do
+    installed "$version"
     check "$work/$version/bin/python"
 done
