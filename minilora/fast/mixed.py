@@ -25,7 +25,7 @@ from ..lora import Adapted, LowRank, bases, owners
 from ..model import Llama
 from ..ops import Back, back_nothing, back_same, rows
 from ..targets import find_targets, with_head
-from ..tree import freeze, named_params, replace, replica
+from ..tree import freeze, named_params, replace, replica, trains
 
 Adapters = Mapping[str, Adapter]  # path -> the change of the layer there: what one row has
 Layout = tuple[tuple[str, int, Any], ...]  # path, rank and dtype of the factors at every path
@@ -55,18 +55,21 @@ def loop(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
     parts = []
     for adapters, at in layer.batch.segments:
         adapter = adapters.get(layer.path) if adapters else None
-        parts.append((at, *(adapter(layer.base, x[at], need) if adapter else layer.base(x[at], need))))
+        y, back_own = adapter(layer.base, x[at], need) if adapter else layer.base(x[at], need)
+        parts.append((at, y, back_own, adapter))
     first = parts[0][1]
     y = xp.empty((*x.shape[:-1], first.shape[-1]), first.dtype)
-    for at, own, _ in parts:
+    for at, own, *_ in parts:
         y[at] = own
 
     def back(dy: Array) -> Array:
         dx = xp.empty(x.shape, dy.dtype) if need is Need.ALL else None
-        for at, _, back_own in parts:
+        for at, _, back_own, adapter in parts:
             d = back_own(dy[at])
             if dx is not None:
                 dx[at] = d
+            if not trains(adapter):
+                freeze(adapter)  # which has no gradient then
         return dx
 
     return y, back
@@ -97,7 +100,10 @@ def add_segments(
     def back(dy: Array) -> Array:
         dx = back_base(dy)
         for adapter, at, h, z, back_drop in kept:
-            dh = adapter.learn(rows(dy[at]), h, z)
+            if trains(adapter):
+                dh = adapter.learn(rows(dy[at]), h, z)
+            else:
+                dh = adapter.scale * (rows(dy[at]) @ adapter.B.data)
             if need is Need.ALL:
                 dx[at] += back_drop((dh @ adapter.A.data).reshape(dx[at].shape))
         return dx
@@ -163,17 +169,13 @@ class RowByRow:
 class Counted:
     """A table that refuses ids before anything is computed, unless the batch names as many rows."""
 
+    weight: Param  # the table (V, D)
     base: Table
     batch: Batch
 
     def __call__(self, ids: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         self.batch.check(len(ids))
         return self.base(ids, need)
-
-    @property
-    def weight(self) -> Param:
-        """The table itself (V, D)."""
-        return self.base.weight
 
     def attend(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         """The logits (..., V) of x (..., D): the table as a tied head."""
@@ -264,6 +266,8 @@ class Batch:
         """
         if self.N is not None:
             raise StateError("the batch has its rows already; leave its context first")
+        if not len(adapters):
+            raise InputError("no rows; expected a mapping, a name or None for each row of ids")
         for a in adapters:
             if not isinstance(a, Mapping | str | None):
                 raise InputError(
@@ -370,7 +374,8 @@ def mixed(
             layer = batch.layers[path] = Mixed(layer, path, batch, compute)
         replace(copy, path, layer)
     freeze(copy)
-    copy.model.embed_tokens = Counted(copy.model.embed_tokens, batch)
+    table = copy.model.embed_tokens
+    copy.model.embed_tokens = Counted(table.weight, table, batch)
     return copy, batch
 
 
