@@ -15,12 +15,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from ..backend import Array, xp
 from ..errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError, nearest, short
-from ..layers import Adapter, Linear, Need, Param, Table
+from ..layers import Adapter, Linear, Need, Pair, Param, Table
 from ..lora import Adapted, LowRank, bases, owners
 from ..model import Llama
 from ..ops import Back, back_nothing, back_same, rows
@@ -31,6 +31,8 @@ Adapters = Mapping[str, Adapter]  # path -> the change of the layer there: what 
 Layout = tuple[tuple[str, int, Any], ...]  # path, rank and dtype of the factors at every path
 Compute = Callable[["Mixed", Array, Need], tuple[Array, Back]]  # layer, x (N, T, I), need -> y (N, T, O)
 
+
+FEW = 8  # rows with the same adapters, at most, for a slot each
 
 is_trained = attrgetter("trainable")
 
@@ -83,17 +85,18 @@ def segments(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
 def add_segments(
     layer: Mixed, parts: Sequence[Segment], x: Array, need: Need, y: Array, back_base: Back
 ) -> tuple[Array, Back]:
-    """Add the adapters' terms to y, in place. Products of one row each: a row's bits are its own."""
+    """Add the terms of these adapters to y, in place."""
     kept = []
+    flat = same if layer.batch.invariant else rows  # a product for each row, or one for all of a segment
     for adapters, at in parts:
         adapter: Any = adapters.get(layer.path) if adapters else None
         if adapter is None:
             continue
         z, back_drop = adapter.dropout(x[at], need) if adapter.dropout else (x[at], back_same)
-        h = adapter.scale * (z @ adapter.A.data.T)  # (n, T, r)
-        y[at] += h @ adapter.B.data.T
+        h = flat(z) @ adapter.A.data.T  # (n T, r), or (n, T, r)
+        y[at] += (h @ scaled(adapter)).reshape(*z.shape[:-1], -1)
         if need is not Need.NONE:
-            kept.append((adapter, at, rows(h), rows(z), back_drop))
+            kept.append((adapter, at, adapter.scale * rows(h), rows(z), back_drop))
     if not kept:
         return y, back_base
 
@@ -111,11 +114,22 @@ def add_segments(
     return y, back
 
 
+def same(x: Array) -> Array:
+    """The array itself."""
+    return x
+
+
+def scaled(pair: Pair) -> Array:
+    """s Bᵀ (r, O), laid out like a slot of a stack, so that BLAS sums in the same order."""
+    return pair.scale * xp.ascontiguousarray(pair.B.data.T)
+
+
 def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
     """The base once, then two batched products for each stack: BGMV.
 
-    Only frozen adapters are stacked: the stack is a copy, and what is trained changes. The others, and all
-    rows where a gradient is needed, go by `segments`.
+    Only frozen adapters of FEW rows are stacked. A stack is a copy: what is trained would change beside it,
+    and for many rows it is dearer than a segment. The others go by `segments`, and so do all where a gradient
+    is needed.
     """
     if need is not Need.NONE:
         return segments(layer, x, need)
@@ -124,11 +138,11 @@ def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
         if layer.path in stack.views:
             A, B = stack.views[layer.path]  # (n, I, r), (n, r, O)
             y[stack.rows] += (x[stack.rows] @ A) @ B
-    return add_segments(layer, layer.batch.trained, x, need, y, back)
+    return add_segments(layer, layer.batch.unstacked, x, need, y, back)
 
 
 def by_phase(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
-    """`gathered` where each row has one token (decoding), else `segments`: what a stack copies pays later."""
+    """`gathered` where each row has one token (decoding), else `segments`."""
     return (gathered if x.shape[1] == 1 else segments)(layer, x, need)
 
 
@@ -230,7 +244,7 @@ class Stack:
         for path, (A, B) in self.arrays.items():
             pair: Any = adapters[path]
             A[slot] = pair.A.data
-            B[slot] = pair.scale * pair.B.data.T
+            B[slot] = scaled(pair)
 
 
 class Member(NamedTuple):
@@ -244,13 +258,15 @@ class Member(NamedTuple):
 class Batch:
     """Which adapters the rows of the next forward have. Not for two threads at once."""
 
-    def __init__(self, model: Llama, shapes: Mapping[str, tuple[int, int]], kinds: bool) -> None:
-        self.model, self.shapes, self.kinds = model, shapes, kinds
+    def __init__(
+        self, model: Llama, shapes: Mapping[str, tuple[int, int]], kinds: bool, invariant: bool
+    ) -> None:
+        self.model, self.shapes, self.kinds, self.invariant = model, shapes, kinds, invariant
         self.layers: dict[str, Mixed] = {}
         self.N: int | None = None
         self.members: dict[int, Member] = {}
         self.segments: list[Segment] = []
-        self.trained: list[Segment] = []  # those with a trained parameter
+        self.unstacked: list[Segment] = []  # of those, the ones that no stack takes
         self.stacks: dict[Layout, Stack] = {}
         self.fresh: dict[Layout, list[tuple[int, Adapters]]] | None = None  # rows that no stack has yet
 
@@ -281,14 +297,15 @@ class Batch:
         for n, a in enumerate(own):
             places.setdefault(id(a) if a else 0, []).append(n)
         self.segments = [Segment(distinct.get(k), index(at)) for k, at in places.items()]
-        moving = [k for k, m in self.members.items() if any(map(is_trained, m.params))]
-        self.trained = [Segment(distinct[k], index(places[k])) for k in moving]
+        trained = [k for k, m in self.members.items() if any(map(is_trained, m.params))]
         for path, layer in self.layers.items():
-            layer.trained = [distinct[k][path] for k in moving if path in distinct[k]]
-        self.fresh = {}
-        for n, a in enumerate(own):
-            if a and id(a) not in moving:
-                self.fresh.setdefault(self.members[id(a)].layout, []).append((n, a))
+            layer.trained = [distinct[k][path] for k in trained if path in distinct[k]]
+        self.unstacked, self.fresh = [], {}
+        for k, member in self.members.items():
+            if k in trained or len(places[k]) > FEW:
+                self.unstacked.append(Segment(distinct[k], index(places[k])))
+            else:
+                self.fresh.setdefault(member.layout, []).extend((n, distinct[k]) for n in places[k])
         self.N = len(own)
         try:
             yield
@@ -300,7 +317,7 @@ class Batch:
         if self.fresh is not None:
             self.stacks = {layout: self.stacks.get(layout) or Stack(layout) for layout in self.fresh}
             for layout, members in self.fresh.items():
-                self.stacks[layout].fill(members)
+                self.stacks[layout].fill(sorted(members, key=itemgetter(0)))
             self.fresh = None
         return list(self.stacks.values())
 
@@ -364,7 +381,9 @@ def mixed(
     for path in paths:
         if not isinstance(layers[path], Linear):
             raise UnsupportedError(f"{path} is no linear map; expected targets that are")
-    batch = Batch(model, {path: layers[path].weight.dense().shape for path in paths}, compute is loop)
+    batch = Batch(
+        model, {path: layers[path].weight.dense().shape for path in paths}, compute is loop, invariant
+    )
     copy = replica(model)
     if copy.lm_head is None and ("lm_head" in paths or invariant):
         copy.lm_head = Linear(bases(copy)["model.embed_tokens"].weight)

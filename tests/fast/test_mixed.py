@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from minilora.backend import to_device, to_host
 from minilora.decoding import generate, past_of
 from minilora.errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError
-from minilora.fast.mixed import Batch, Mixed, Stack, by_phase, gathered, loop, mixed, segments
+from minilora.fast.mixed import FEW, Batch, Mixed, Stack, by_phase, gathered, loop, mixed, segments
 from minilora.layers import Dropout, Linear, Need, Param
 from minilora.lora import LowRank, attach, bases, inject, merge, set_adapter, untie
 from minilora.methods.embedding import LowRankEmbedding
@@ -36,9 +36,9 @@ computes = st.sampled_from(COMPUTES)
 rows_of = st.lists(st.integers(-1, 3), min_size=1, max_size=6)  # which adapter each row has; -1: none
 
 
-def one_layer(base, compute, path="q"):
+def one_layer(base, compute, path="q", invariant=False):
     """A Mixed on its own, and its batch."""
-    made = Batch(None, {path: base.weight.data.shape}, compute is loop)
+    made = Batch(None, {path: base.weight.data.shape}, compute is loop, invariant)
     layer = made.layers[path] = Mixed(base, path, made, compute)
     return layer, made
 
@@ -228,6 +228,27 @@ def test_invariant_rows_have_the_same_bits_whoever_shares_their_batch(
         assert row or np.array_equal(y[n], base[n])
 
 
+@given(
+    seed=seeds,
+    numbers=st.lists(st.integers(-1, 3), min_size=1, max_size=20),
+    t=st.integers(1, 3),
+    dtype=dtypes,
+)
+@example(seed=0, numbers=[0] * FEW + [1] * (FEW + 1), t=1, dtype=np.float32)
+def test_invariant_computations_have_the_same_bits(seed, numbers, t, dtype):
+    """So a row's do not depend on whether the stack takes it."""
+    rng = np.random.default_rng(seed)
+    base = Linear(Param(rng.standard_normal((37, 50)).astype(dtype), False))
+    x = rng.standard_normal((len(numbers), t, 50)).astype(dtype)
+    adapters = family(rng, {"q": (37, 50)}, dtype)
+    results = []
+    for compute in (segments, gathered):
+        layer, made = one_layer(base, compute, invariant=True)
+        with made.rows(chosen(adapters, numbers)):
+            results.append(layer(x, Need.NONE)[0])
+    assert np.array_equal(*results)
+
+
 @pytest.mark.parametrize("width", [48, 130])
 def test_invariance_holds_where_blas_has_several_kernels(width):
     """At sizes for which the plain product of many rows does differ from that of one."""
@@ -238,7 +259,7 @@ def test_invariance_holds_where_blas_has_several_kernels(width):
         copy, made = mixed(model, invariant=invariant)
         adapters = [drawn(rng, made.shapes, r, np.float32, 0.1) for r in (1, 3, 8, 8, 16)]
         ids = batch(rng, n=23, t=5)[0]
-        rows = [[*adapters, None][n % 6] for n in range(23)]
+        rows = [[*adapters, None][n % 12 if n % 12 < 6 else 2] for n in range(23)]  # one has more than FEW
         y = decoded(copy, made, rows, ids)
         for n in range(23):
             same = np.array_equal(decoded(copy, made, rows[n : n + 1], ids[n : n + 1])[0], y[n])
@@ -373,6 +394,8 @@ def test_a_row_that_joins_costs_one_copy_and_one_that_leaves_at_most_one(monkeyp
     assert cost([0, 5, 3]) <= 2
     assert cost([0, 5, 3, 6]) == 1
     assert cost([0, 0, 5, 3]) == 1
+    assert cost([0, 5, 3] + [6] * FEW) >= FEW - 1
+    assert cost([0, 5, 3] + [7] * (FEW + 1)) == 0  # a prompt, say: a segment is cheaper
 
 
 def test_a_trained_adapter_is_never_stacked():
