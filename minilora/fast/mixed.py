@@ -191,10 +191,6 @@ class Counted:
         self.batch.check(len(ids))
         return self.base(ids, need)
 
-    def attend(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
-        """The logits (..., V) of x (..., D): the table as a tied head."""
-        return self.base.attend(x, need)
-
 
 class Stack:
     """The factors of frozen adapters of one layout, one slot for each row, in one array for each path.
@@ -289,7 +285,7 @@ class Batch:
                 raise InputError(
                     f"a row has {short(a)}; expected a mapping from paths to adapters, a name or None"
                 )
-        names = {name: self.named(name) for name in adapters if isinstance(name, str)}
+        names = {name: named(self.model, name) for name in adapters if isinstance(name, str)}
         own = [names[a] if isinstance(a, str) else a for a in adapters]
         distinct = {id(a): a for a in own if a}
         self.members = {k: self.members.get(k) or self.member(a) for k, a in distinct.items()}
@@ -320,15 +316,6 @@ class Batch:
                 self.stacks[layout].fill(sorted(members, key=itemgetter(0)))
             self.fresh = None
         return list(self.stacks.values())
-
-    def named(self, name: str) -> Adapters:
-        """The adapters that are injected in the model under a name; InputError if there are none."""
-        refuse_merged(self.model)
-        layers = {path: layer for path, layer in owners(self.model) if isinstance(layer, Adapted)}
-        names = {n for layer in layers.values() for n in layer.adapters}
-        if name not in names:
-            raise InputError(f"there is no adapter {short(name)}; {nearest(name, names)}")
-        return {path: layer.adapters[name] for path, layer in layers.items() if name in layer.adapters}
 
     def member(self, adapters: Adapters) -> Member:
         """Check that every adapter can be applied at its path."""
@@ -361,41 +348,53 @@ class Batch:
 
 
 def mixed(
-    model: Llama, targets: Any = "all-linear", *, compute: Compute = by_phase, invariant: bool = False
+    model: Llama, targets: Any = None, *, compute: Compute = by_phase, invariant: bool = False
 ) -> tuple[Llama, Batch]:
-    """A frozen replica of the model's base whose `targets` take one adapter for each row, and its batch.
+    """A frozen replica of the model's base whose linear maps take one adapter for each row, and its batch.
 
         replica, batch = mixed(model)
         with batch.rows([adapters, None, "a name"]):  # one for each row of ids
             logits, back = replica(ids)
 
-    `targets` are names, paths or a regex, as in LoraConfig. With `invariant` every product of the forward is
-    one for each row, so that a row's logits have the same bits whoever shares its batch; `loop` cannot do
-    that. StateError for a merged model.
+    `targets` are names, paths or a regex as in LoraConfig, if not every linear map. With `invariant` every
+    product of the forward is one for each row, so that a row's logits have the same bits whoever shares its
+    batch; `loop` cannot do that. StateError for a merged model.
     """
     refuse_merged(model)
     if invariant and compute is loop:
         raise ConfigError("compute is loop, which has products of several rows; expected another one")
     layers = with_head(model, bases(model))
-    paths = find_targets(layers, targets)
+    paths = list(layers) if targets is None else find_targets(layers, targets)
     for path in paths:
-        if not isinstance(layers[path], Linear):
+        if targets is not None and not isinstance(layers[path], Linear):
             raise UnsupportedError(f"{path} is no linear map; expected targets that are")
-    batch = Batch(
-        model, {path: layers[path].weight.dense().shape for path in paths}, compute is loop, invariant
-    )
+    shapes = {path: layers[path].weight.dense().shape for path in paths if isinstance(layers[path], Linear)}
+    batch = Batch(model, shapes, compute is loop, invariant)
     copy = replica(model)
-    if copy.lm_head is None and ("lm_head" in paths or invariant):
+    if copy.lm_head is None:
         copy.lm_head = Linear(bases(copy)["model.embed_tokens"].weight)
     for path, base in bases(copy).items():
         layer = RowByRow(base.weight, base.bias) if invariant and isinstance(base, Linear) else base
-        if path in paths:
+        if path in shapes:
             layer = batch.layers[path] = Mixed(layer, path, batch, compute)
         replace(copy, path, layer)
     freeze(copy)
     table = copy.model.embed_tokens
-    copy.model.embed_tokens = Counted(table.weight, table, batch)
+    counted: Any = Counted(
+        table.weight, table, batch
+    )  # which nobody attends to: the head is a layer of its own
+    copy.model.embed_tokens = counted
     return copy, batch
+
+
+def named(model: Any, name: str) -> Adapters:
+    """The adapters that are injected in the model under a name; InputError if there are none."""
+    refuse_merged(model)
+    layers = {path: layer for path, layer in owners(model) if isinstance(layer, Adapted)}
+    names = {n for layer in layers.values() for n in layer.adapters}
+    if name not in names:
+        raise InputError(f"there is no adapter {short(name)}; {nearest(name, names)}")
+    return {path: layer.adapters[name] for path, layer in layers.items() if name in layer.adapters}
 
 
 def refuse_merged(model: Any) -> None:
