@@ -16,6 +16,7 @@ Every function returns its distance to the exact sum, too. Stands in for PEFT's 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ def checked(updates: Sequence[Update]) -> list[Update]:
 def check_weights(weights: Sequence[float]) -> None:
     """InputError unless there are weights, all finite numbers, and not all 0."""
     for w in weights:
-        if isinstance(w, bool) or not isinstance(w, int | float) or not abs(w) <= np.finfo(np.float64).max:
+        if isinstance(w, bool) or not isinstance(w, int | float) or not abs(w) <= sys.float_info.max:
             raise InputError(f"a weight is {short(w)}; expected a finite number")
     if not any(weights):
         what = "the weights are all 0" if weights else "there are no adapters"

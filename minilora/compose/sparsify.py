@@ -111,7 +111,7 @@ def elected(updates: Sequence[Update], parts: Sequence[Array]) -> Array:
 def in_factors(updates: Sequence[Update], whole: Array, rank: int | None) -> Combined:
     """A matrix as factors of this rank, or of all its singular values that are more than rounding."""
     if not xp.isfinite(whole).all():
-        raise NonFiniteError("the result is not finite: its weights or factors are too large")
+        raise NonFiniteError("the sum is not finite: its weights or factors are too large")
     U, S, Vt = xp.linalg.svd(whole, full_matrices=False)
     values = to_host(S)
     if rank is None:
