@@ -1,9 +1,9 @@
 """Sums of adapters beside PEFT's add_weighted_adapter: every method that both have, and where the two differ.
 
-Adapters in float64 with random factors, so what is left is rounding. Two things enlarge it. PEFT holds the
-weights of all methods but "cat" in float32: they are powers of two here, but the roots that its "linear" takes
-are rounded, twice in each product of two (ROOTS). And a matrix cut at a rank is settled only as far as the gap
-between its singular values there allows: CUT leaves a factor of 1,000 for that beside 100 roundings.
+Adapters in float64 with random factors, so what is left is rounding. Two things enlarge it. PEFT holds
+the weights of all methods but "cat" in float32: they are powers of two here, but the roots that its "linear"
+takes are rounded, twice in each product of two (ROOTS). And a matrix cut at a rank is settled only as far as
+the gap between its singular values allows: CUT leaves a factor of 1,000 for that beside 100 roundings.
 `pytest -m parity -s` shows the figures.
 """
 
