@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .analysis.count import count, modules
     from .analysis.inspect import inspect
     from .completion import complete
+    from .compose.combine import add_weighted_adapter, combine
     from .compose.export import merge_checkpoint
     from .compose.extract import extract
     from .compose.truncate import compress
@@ -51,6 +52,7 @@ LATER = {  # imported on first use
     "analysis.count": ("count", "modules"),
     "analysis.inspect": ("inspect",),
     "completion": ("complete",),
+    "compose.combine": ("add_weighted_adapter", "combine"),
     "compose.export": ("merge_checkpoint",),
     "compose.extract": ("extract",),
     "compose.truncate": ("compress",),
@@ -67,13 +69,13 @@ MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "complete",
-    "compress", "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches",
-    "evaluate", "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load",
-    "load_adapter", "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
-    "participation_ratio", "plots", "remove", "save_adapter", "save_model", "scales", "set_adapter",
-    "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "trained", "unfreeze",
-    "unmerge", "use",
+    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "add_weighted_adapter", "batches",
+    "checkpoint", "combine", "complete", "compress", "corpus", "count", "decode", "digest", "disabled",
+    "effective_rank", "encode", "eval_batches", "evaluate", "extract", "finetune", "freeze", "fuse",
+    "generate", "inject", "inspect", "llama", "load", "load_adapter", "lora_plus", "merge",
+    "merge_checkpoint", "modules", "named_params", "open_adapter", "participation_ratio", "plots", "remove",
+    "save_adapter", "save_model", "scales", "set_adapter", "set_scale", "spectrum", "spectrum_between",
+    "stable_rank", "sweep", "train", "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
 
 

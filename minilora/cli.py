@@ -17,7 +17,20 @@ from . import __version__
 from .backend import cores
 from .console import drain, signals, streams
 from .errors import ConfigError, MiniloraError
-from .flags import Of, Options, Parser, as_typed, defaults, integers, renamed, show, target_spec, typed, words
+from .flags import (
+    Of,
+    Options,
+    Parser,
+    as_typed,
+    defaults,
+    integers,
+    renamed,
+    show,
+    target_spec,
+    typed,
+    weighted,
+    words,
+)
 from .session import bar
 from .table import plain
 
@@ -242,6 +255,17 @@ def parser() -> argparse.ArgumentParser:
     add("tuned", "the same checkpoint after training", metavar="TUNED")
     add("out", "the adapter's folder", metavar="OUT")
     choice(add)
+    of = Of("compose.combine", "combine", {"rank": "all that the method gives"})
+    add = command("combine", of.report, of.usual, "the weighted sum of adapters, or TIES, DARE and the like")
+    add("adapters", "PEFT folders and their weights, such as A:0.7 B:0.3; A:-1 takes A away", nargs="+",
+        type=weighted, metavar="ADAPTER:WEIGHT")  # fmt: skip
+    add("out", "the new adapter's folder", metavar="OUT")
+    add("--method", "linear, cat, svd, magnitude, ties, dare, dare_ties or peft_linear", metavar="NAME")
+    add("--rank", "rank of the result", type=int, metavar="R")
+    add("--density", "the share of entries that pruning keeps", type=float, metavar="D")
+    add("--seed", "seed of the entries that dare drops", **number)
+    add("--overwrite", again, **switch)
+    add("--json", table, **switch)
     of = Of("compose.export", "merge_checkpoint", {"dtype": "the base's"})
     add = command(
         "merge", of.report, of.usual, "merge an adapter into a base, and measure how much the logits change"

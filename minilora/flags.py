@@ -119,6 +119,17 @@ def target_spec(text: str) -> str | tuple[str, ...]:
     return text if text == "all-linear" else words(text)
 
 
+def weighted(text: str) -> tuple[str, float]:
+    """An adapter and its weight, such as runs/mine:0.7."""
+    folder, _, weight = text.rpartition(":")
+    try:
+        if folder:
+            return folder, float(weight)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} has no weight; expected ADAPTER:WEIGHT, such as {text}:0.5")
+
+
 def renamed(old: str, new: str) -> dict[str, Any]:
     """The settings of a renamed option: typing it is an error that names the new one."""
 

@@ -24,7 +24,7 @@ import pytest
 from minilora import cli, console, decoding, finetune, flags, lora
 from minilora.analysis import count
 from minilora.analysis import inspect as microscope
-from minilora.compose import export, extract, truncate
+from minilora.compose import combine, export, extract, truncate
 from minilora.data import corpora
 from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
 from minilora.formats import huggingface, tokenizer
@@ -63,7 +63,7 @@ def flat(name, value):
         yield name, int(np.random.default_rng(value).integers(1 << 60))
     elif isinstance(value, np.ndarray):
         yield name, tokenizer.decode(value.ravel())
-    elif isinstance(value, bool | int | float | str | Path | tuple | None):
+    elif isinstance(value, bool | int | float | str | Path | tuple | list | None):
         yield name, value
 
 
@@ -106,6 +106,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
                 (microscope, "report_page", "a page")],
     "compress": [(truncate, "compress", Found())],
     "extract": [(extract, "extract", Found())],
+    "combine": [(combine, "combine", Found())],
     "merge": [(export, "merge_checkpoint", Found())],
     "params": [(count, "count", Found())],
     "modules": [(count, "modules", Found())],
@@ -199,6 +200,16 @@ OPTIONS = {
     "extract": ({"base": ["b"], "tuned": ["t"], "out": ["o"]}, {
         "base": (["b2"], {"extract.base": "b2"}), "tuned": (["t2"], {"extract.tuned": "t2"}),
         "out": (["o2"], {"extract.out": "o2"}), **smaller("extract"),
+    }),
+    "combine": ({"adapters": ["a:0.7", "b/c:-1"], "out": ["o"]}, {
+        "adapters": (["a2:0.5"], {"combine.adapters": [("a2", 0.5)]}),
+        "out": (["o2"], {"combine.out": "o2"}),
+        "method": (["--method", "svd"], {"combine.method": "svd"}),
+        "rank": (["--rank", "3"], {"combine.rank": 3}),
+        "density": (["--density", "0.2"], {"combine.density": 0.2}),
+        "seed": (["--seed", "7"], {"combine.seed": 7}),
+        "overwrite": (["--overwrite"], {"combine.overwrite": True}),
+        "json": (["--json"], {"printed": JSON}),
     }),
     "merge": ({"base": ["b"], "adapter": ["a"], "out": ["o"]}, {
         "base": (["b2"], {"merge_checkpoint.base": "b2"}),
@@ -302,7 +313,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
-                        "inspect": 0}.get(command, 0)  # fmt: skip
+                        "combine": 2, "inspect": 0}.get(command, 0)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", OPTIONS)
@@ -365,6 +376,14 @@ def test_with_json_only_json_is_printed():
     given, _ = received("inspect", OPTIONS["inspect"][0] | both)
     assert given["printed"] == JSON
     assert given["o/report.html"] == "written"
+
+
+@pytest.mark.parametrize("text", ["a", ":1", "a:", "C:\\b", "a:b:c"])
+def test_an_adapter_without_a_weight_is_refused(text, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["combine", text, "out"])
+    assert e.value.code == 2
+    assert "has no weight; expected ADAPTER:WEIGHT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "params", "modules"])

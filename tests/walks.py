@@ -238,6 +238,8 @@ CACHE = (("MINILORA_CACHE", "in/cache"),)
 TRAIN = ["train", "--data", "in/own.txt", "--base", "in/base", "--steps", "2", "--batch", "2", "--length",
          "16", "--rank", "2", "--eval-every", "1", "--out", "work/out"]  # fmt: skip
 COMPRESS = ["compress", "in/adapter", "work/out", "--rank", "1"]
+COMBINE = ["combine", "in/adapter:0.7", "in/other:-0.3", "work/out", "--method", "ties", "--density", "0.5",
+           "--rank", "2"]  # fmt: skip
 EXTRACT = ["extract", "in/base", "in/tuned", "work/out", "--rank", "2"]
 BASE, ADAPTER = ("in/base",), ("in/adapter",)
 PLACES = (
@@ -246,6 +248,8 @@ PLACES = (
     Place("compress --overwrite, no exchange", [*COMPRESS, "--overwrite"], old=True, exchange=False),
     Place("extract", EXTRACT, inputs=("in/base", "in/tuned")),
     Place("extract --overwrite", [*EXTRACT, "--overwrite"], old=True),
+    Place("combine", COMBINE, inputs=("in/adapter", "in/other")),
+    Place("combine --overwrite", [*COMBINE, "--overwrite"], old=True),
     Place("merge", ["merge", "in/base", "in/adapter", "work/out"], inputs=("in/base", "in/adapter")),
     Place("train", TRAIN, inputs=BASE),
     Place("train --overwrite", [*TRAIN, "--overwrite"], old=True),
@@ -286,7 +290,7 @@ def make_world(root):
     from minilora.methods.lora_config import LoraConfig
     from minilora.model import Config, llama
     from minilora.peft.loading import save_adapter
-    from minilora.tree import freeze, named_params
+    from minilora.tree import freeze, named_params, trained
 
     for name in ("in/texts", "work", "home"):
         (root / name).mkdir(parents=True)
@@ -302,6 +306,9 @@ def make_world(root):
     freeze(model)
     inject(model, LoraConfig(r=3, alpha=5, init="both"), rng=np.random.default_rng(2))
     save_adapter(model, root / "in" / "adapter", base="in/base")
+    for p in trained(model).values():
+        p.data = -p.data[::-1]
+    save_adapter(model, root / "in" / "other", base="in/base")
     from test_plotting import make_rows
 
     rows = b"".join(map(sealed, make_rows(ranks=(), seeds=1)))

@@ -21,7 +21,8 @@ from ..peft.config import peft_config, targets
 from ..peft.folder import PREFIX, Adapter, open_adapter, write_adapter
 from ..table import counted
 from ..targets import LAYER
-from .truncate import Compression, check_choice, choose, refuse_same, shrunk, split
+from .arithmetic import split
+from .truncate import Compression, check_choice, choose, refuse_same, shrunk
 
 TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # and any name with "embed" in it
 
@@ -93,7 +94,7 @@ def extract(
         if U.shape[1] < k:
             change, _ = difference(before, after, f"{module}.weight")
             U, S, Vt = decomposed(change.T if flag else change)
-        A, B = split(U, S, Vt, k)
+        B, A = (half.astype(np.float32) for half in split(U, S, Vt, k))
         tensors |= {f"{PREFIX}{module}.lora_A.weight": A, f"{PREFIX}{module}.lora_B.weight": B}
     modules = [name.removesuffix(".weight") for name in before.shapes]
     config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(parts)))

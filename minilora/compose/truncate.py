@@ -6,7 +6,7 @@ The best rank-k approximation of ΔW = U S Vᵀ keeps the first k singular value
 
 An adapter's ΔW is never formed: QR of B and Aᵀ and the SVD of an r x r core give U, S and V (spectra.py).
 The file holds B = U sqrt(S) and A = sqrt(S) Vᵀ in float32 with scale 1; the residual is measured on these
-float32 factors. Stands in for mergekit's and PEFT's rank reduction; leaves out combining several adapters.
+float32 factors. Stands in for mergekit's and PEFT's rank reduction; combine.py combines several adapters.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from ..backend import to_device, to_host
 from ..errors import ConfigError, InputError, MismatchError, check_int, short
 from ..formats.atomic import check_free
+from ..layers import Factors
 from ..peft.config import peft_config, read_fields
 from ..peft.folder import (
     PREFIX,
@@ -35,8 +36,9 @@ from ..peft.folder import (
 )
 from ..peft.kinds import KINDS
 from ..peft.recognise import CONFIG
-from ..spectra import norm, quotient, rank_at, thin_svd, thin_values
+from ..spectra import norm, quotient, rank_at, thin_svd
 from ..table import Table, report
+from .arithmetic import size, split
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,6 @@ def ratio(rows: Sequence[Shrunk], part: str) -> float:
     """The root of the sum of squares of one field over the rows, relative to that of |ΔW|."""
     lost, whole = (math.hypot(*(getattr(row, name) for row in rows)) for name in (part, "norm"))
     return quotient(lost, whole)
-
-
-def split(U: np.ndarray, S: np.ndarray, Vt: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """A (k, I) and B (O, k) in float32; B A is the first k terms of U S Vᵀ."""
-    root = np.sqrt(S[:k])
-    return (root[:, None] * Vt[:k]).astype(np.float32), (U[:, :k] * root).astype(np.float32)
-
-
-def left_over(B: np.ndarray, A: np.ndarray, s: float, Bk: np.ndarray, Ak: np.ndarray) -> float:
-    """|s B A - Bk Ak|, Frobenius, from the thin factors of the difference: [s B, -Bk] [A; Ak]."""
-    both = np.hstack([s * B.astype(np.float64), -Bk.astype(np.float64)])
-    return norm(thin_values(to_device(both), to_device(np.vstack([A, Ak]))))
 
 
 # ---- which ranks
@@ -209,8 +199,9 @@ def compress(
     rows = []
     for module, (A, B, U, S, Vt) in parts.items():
         pair, k = given.pairs[module], chosen[module]
-        Ak, Bk = split(U, S, Vt, k)
-        lost = left_over(B, A, pair.scale, Bk, Ak)
+        Bk, Ak = (half.astype(np.float32) for half in split(U, S, Vt, k))
+        old = Factors(to_device(B), to_device(A), pair.scale)
+        lost = size([(1.0, old), (-1.0, Factors(to_device(Bk), to_device(Ak), 1.0))])
         rows.append(shrunk(module, pair.shape, pair.r, S, k, lost))
         inner, outer = (given.tensors.shapes[name] for name in (pair.A, pair.B))  # a convolution's: > 2 axes
         tensors[pair.A], tensors[pair.B] = Ak.reshape(k, *inner[1:]), Bk.reshape(-1, k, *outer[2:])

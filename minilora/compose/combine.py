@@ -1,0 +1,311 @@
+"""Several adapters -> one: their weighted sum, or what another method makes of them, module by module.
+
+    minilora combine A:0.7 B:0.3 OUT --method svd --rank 16
+
+Over PEFT folders (`combine`) and over the adapters in a model (`add_weighted_adapter`, PEFT's name). The
+methods are the functions of arithmetic.py and sparsify.py. A module that an adapter does not have counts as a
+change of 0. What has no ΔW = s B A (DoRA's magnitudes, biases, modules saved in full) has no sum here and is
+refused by name. Stands in for PEFT's add_weighted_adapter; leaves out its methods that prune A and B apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import quiet_overflow, to_device, to_host
+from ..errors import InputError, MiniloraError, MismatchError, UnsupportedError, nearest, short
+from ..formats.atomic import check_free
+from ..layers import Factors, Param
+from ..lora import LowRank, attach, check_name, unmerged
+from ..methods.embedding import LowRankEmbedding
+from ..model import Llama
+from ..peft.config import peft_config, read_fields
+from ..peft.folder import Adapter, check_agreement, open_adapter, write_adapter
+from ..peft.recognise import CONFIG
+from ..spectra import quotient
+from ..table import Table, report
+from .arithmetic import Combined, Update, cat, check_rank, check_weights, linear, peft_linear, svd
+from .sparsify import check_density, dare, dare_ties, magnitude, ties
+from .truncate import refuse_same
+
+METHODS: dict[str, Callable[..., Combined]] = {
+    f.__name__: f for f in (linear, cat, svd, peft_linear, magnitude, ties, dare, dare_ties)
+}
+SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of the result: its ranks, and its distance to the exact sum in Frobenius norms."""
+
+    module: str
+    shape: tuple[int, int]
+    ranks: tuple[int, ...]  # of the adapters that have it
+    rank: int
+    norm: float  # |Σ w ΔW|
+    residual: float  # |new - Σ w ΔW|
+    cut: float  # what the rank leaves out of what the method gives
+
+
+@report
+@dataclass(frozen=True)
+class Combination:
+    """What `combine` or `add_weighted_adapter` made; prints as a table."""
+
+    out: str
+    weights: tuple[tuple[str, float], ...]
+    method: str
+    rows: tuple[Part, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """The size of the new factors."""
+        return sum(row.rank * sum(row.shape) for row in self.rows)
+
+    @property
+    def residual(self) -> float:
+        """The distance to the exact sum over all modules together, relative to its norm."""
+        lost, whole = (
+            math.hypot(*(getattr(row, name) for row in self.rows)) for name in ("residual", "norm")
+        )
+        return quotient(lost, whole)
+
+    def data(self) -> dict[str, Any]:
+        return asdict(self) | {"parameters": self.parameters, "residual": self.residual}
+
+    def parts(self) -> list[str | Table]:
+        rows = []
+        for w in self.rows:
+            lost = (f"{quotient(part, w.norm):.2e}" for part in (w.residual, w.cut))
+            rows.append((w.module, f"{'+'.join(map(str, w.ranks))} -> {w.rank}", f"{w.norm:.2e}", *lost))
+        terms = " ".join(f"{weight:+g} {name}" for name, weight in self.weights)
+        return [
+            Table(("module", "rank", "|Σ w ΔW|", "residual", "cut"), rows),
+            f"{self.out}: {self.method} of {terms}",
+            f"{self.parameters:,} parameters, residual {self.residual:.3e} of |Σ w ΔW|",
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+
+# ---- the methods
+
+
+def check_options(method: str, rank: int | None, density: float | None, seed: int) -> None:
+    """InputError unless the method is one of METHODS and takes, and has, these options."""
+    if method not in METHODS:
+        raise InputError(f"method is {short(method)}; {nearest(str(method), METHODS)}")
+    takes = signature(METHODS[method]).parameters
+    for name, value in (("rank", rank), ("density", density)):
+        if value is not None and name not in takes:
+            raise InputError(f"{name} is {short(value)}; expected none, as method {method!r} takes none")
+        if value is None and name in takes and takes[name].default is Parameter.empty:
+            raise InputError(f"{name} is missing; method {method!r} needs one")
+    if rank is not None:
+        check_rank(rank)
+    if density is not None:
+        check_density(density)
+    if type(seed) is not int or seed < 0:
+        raise InputError(f"seed is {short(seed)}; expected an int, at least 0")
+
+
+def results(
+    updates: Mapping[str, Sequence[Update]],
+    method: str,
+    rank: int | None,
+    density: float | None,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, Factors, Part]]:
+    """(module, new factors, its row) for every module, by name, so that no order decides what is drawn."""
+    make, rng = METHODS[method], np.random.default_rng(seed)
+    takes = signature(make).parameters
+    shapes = {m: (change.B.shape[0], change.A.shape[1]) for m, ((_, change), *_) in updates.items()}
+    ranks = {m: tuple(len(change.A) for _, change in weighted) for m, weighted in updates.items()}
+    most = {m: min(*shapes[m], *(() if "density" in takes else (sum(ranks[m]),))) for m in updates}
+    check_rank(rank or 1, max(most.values()))
+    for i, module in enumerate(sorted(updates)):
+        options = {"rank": rank and min(rank, most[module]), "density": density, "rng": rng}
+        try:
+            with quiet_overflow():
+                made = make(updates[module], **{name: v for name, v in options.items() if name in takes})
+        except MiniloraError as e:
+            raise type(e)(f"{module}: {e}") from e
+        size, new = len(made.factors.A), made.factors
+        row = Part(module, shapes[module], ranks[module], size, made.norm, made.residual, made.cut)
+        if progress:
+            progress(i + 1, len(updates))
+        yield module, new, row
+
+
+# ---- over folders
+
+
+def combine(
+    adapters: Mapping[str, float] | Sequence[tuple[Path | str, float]],
+    out: Path | str,
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Combination:
+    """Write the combination of weighted PEFT folders, {"A": 0.7, "B": 0.3} or such pairs, as a new one.
+
+    `method` is one of METHODS; `rank` is that of the result, lower where a module cannot have it; `density`
+    and `seed` are for the methods that drop entries. The rows compare what was written with the exact sum.
+    InputError for the adapters, weights or options; MismatchError for adapters of different bases or shapes;
+    UnsupportedError for what has no sum; and whatever opening and writing raise.
+    """
+    given = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
+    check_weights([weight for _, weight in given])
+    check_options(method, rank, density, seed)
+    folders = [open_adapter(folder) for folder, _ in given]
+    places = [os.path.realpath(folder.where) for folder in folders]
+    if again := [str(folder.where) for i, folder in enumerate(folders) if places[i] in places[:i]]:
+        raise InputError(
+            f"{again[0]}: is given twice; expected each adapter once, with the sum of its weights"
+        )
+    for folder in folders:
+        check_summable(folder)
+    refuse_same(out, *(folder.where for folder in folders))
+    check_free(out, overwrite)
+    summed = [(folder, weight) for folder, (_, weight) in zip(folders, given, strict=True) if weight]
+    base = check_together([folder for folder, _ in summed])
+    updates: dict[str, list[Update]] = {}
+    for folder, weight in summed:
+        for module, pair in folder.pairs.items():
+            A, B = folder.factors(module)
+            updates.setdefault(module, []).append((weight, Factors(to_device(B), to_device(A), pair.scale)))
+    first = {m: folder for folder, _ in reversed(summed) for m in folder.pairs}  # whose names are taken
+    tensors, rows, sizes = {}, [], {}
+    for module, new, row in results(updates, method, rank, density, seed, progress):
+        pair, shapes = first[module].pairs[module], first[module].tensors.shapes
+        inner, outer = shapes[pair.A][1:], shapes[pair.B][2:]  # a convolution's have more axes
+        tensors[pair.A] = to_host(new.A).reshape(row.rank, *inner)
+        tensors[pair.B] = to_host(new.B).reshape(-1, row.rank, *outer)
+        sizes[module] = row.rank, row.rank
+        rows.append(row)
+    config = peft_config(sizes, list(sizes)) | shared([folder for folder, _ in summed])
+    wide = any(a.dtype == np.float64 for a in tensors.values())
+    write_adapter(out, config, tensors, base, "float64" if wide else "float32", overwrite)
+    notes = tuple(f"{folder.where}: {note}" for folder, _ in summed for note in folder.notes)
+    weights = tuple((str(folder), float(weight)) for folder, weight in given)
+    return Combination(str(out), weights, method, tuple(rows), notes)
+
+
+def check_summable(given: Adapter) -> None:
+    """UnsupportedError for whatever the adapter has besides s B A; and as `check_agreement`."""
+    check_agreement(given)
+    for module, pair in given.pairs.items():
+        for tensor in (*pair.vectors.values(), pair.bias):
+            if tensor:
+                what = f"acts beside the ΔW of {module}; adapters with such have no sum here"
+                raise UnsupportedError(f"{given.where}: {tensor} {what}")
+    for parameter, tensor in given.replaced.items():
+        what = f"replaces {parameter}; adapters with such have no sum here"
+        raise UnsupportedError(f"{given.where}: {tensor} {what}")
+
+
+def check_together(folders: Sequence[Adapter]) -> str | None:
+    """The fingerprint of the common base, if one is known; MismatchError if two cannot be of one base."""
+    first, bases = folders[0], {f.made["base"]: f for f in folders if "base" in f.made}
+    if len(bases) > 1:
+        one, other, *_ = bases.values()
+        raise MismatchError(
+            f"{other.where}: was trained on another base than {one.where}: fingerprints differ"
+        )
+    seen: dict[str, tuple[Adapter, tuple[Any, ...]]] = {}
+    for folder in folders:
+        if folder.settings.fan_in_fan_out != first.settings.fan_in_fan_out:
+            what = f"fan_in_fan_out is {folder.settings.fan_in_fan_out}"
+            raise MismatchError(f"{folder.where}: {what}; expected the same as in {first.where}")
+        shapes = folder.tensors.shapes
+        for module, pair in folder.pairs.items():
+            form = pair.embedding, pair.shape, shapes[pair.A][1:]
+            other, expected = seen.setdefault(module, (folder, form))
+            if form != expected:
+                what = (
+                    f"has a ΔW of {form_words(*form)}; expected {form_words(*expected)}, as {other.where} has"
+                )
+                raise MismatchError(f"{folder.where}: {module} {what}")
+    return next(iter(bases), None)
+
+
+def form_words(embedding: bool, shape: tuple[int, int], window: tuple[int, ...]) -> str:
+    """What kind of map a module's factors are for, in words."""
+    kind = "an embedding" if embedding else "a convolution" if len(window) > 1 else "a linear map"
+    return f"{kind}, {' x '.join(map(str, shape))}"
+
+
+def shared(folders: Sequence[Adapter]) -> dict[str, Any]:
+    """The fields of a config on which all adapters agree; of the selectors, only if they agree on all."""
+    configs = [read_fields(folder.where / CONFIG) for folder in folders]
+    first = configs[0]
+    selectors = {name: first.get(name) for name in SELECTORS}
+    alike = all({name: config.get(name) for name in SELECTORS} == selectors for config in configs)
+    alike &= all(folder.pairs.keys() == folders[0].pairs.keys() for folder in folders)
+    fields = selectors if alike else {}
+    for name in ("base_model_name_or_path", "task_type"):
+        if all(config.get(name) == first.get(name) for config in configs):
+            fields[name] = first.get(name)
+    return fields | {"fan_in_fan_out": folders[0].settings.fan_in_fan_out}
+
+
+# ---- in a model
+
+
+def add_weighted_adapter(
+    model: Llama,
+    adapters: Mapping[str, float],
+    name: str,
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Combination:
+    """Add the combination of a model's adapters, {"a": 0.7, "b": 0.3}, as a new, active adapter.
+
+    The options are those of `combine`. An error leaves the model as it was: InputError for the adapters,
+    weights, options or a name in use, UnsupportedError for an adapter other than LoRA, StateError for a
+    merged model.
+    """
+    check_weights(list(adapters.values()))
+    check_options(method, rank, density, seed)
+    layers = unmerged(model)
+    names = {n for layer in layers.values() for n in layer.adapters}
+    for adapter in adapters:
+        if adapter not in names:
+            raise InputError(f"there is no adapter {short(adapter)}; {nearest(str(adapter), names)}")
+    check_name(model, name)
+    updates: dict[str, list[Update]] = {}
+    kinds: dict[str, type] = {}
+    for path, layer in layers.items():
+        for adapter, weight in adapters.items():
+            if (one := layer.adapters.get(adapter)) is None:
+                continue
+            if type(one) not in (LowRank, LowRankEmbedding):
+                what = f"{adapter} is {type(one).__name__} at {path}"
+                raise UnsupportedError(f"{what}; only LoRA's s B A has a sum here")
+            if weight:
+                pair: Any = one.low_rank
+                kinds[path] = type(one)
+                change = Factors(pair.B.data, pair.A.data, pair.scale)
+                updates.setdefault(path, []).append((weight, change))
+    new, rows = {}, []
+    for path, factors, row in results(updates, method, rank, density, seed):
+        new[path] = kinds[path](Param(factors.A), Param(factors.B), 1.0)
+        rows.append(row)
+    attach(model, new, name)
+    return Combination(name, tuple((a, float(w)) for a, w in adapters.items()), method, tuple(rows))

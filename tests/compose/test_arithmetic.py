@@ -1,0 +1,311 @@
+"""A sum of adapters is the sum of their ΔW, at any rank, scale, order; all else says how far off it is."""
+
+import math
+from itertools import permutations
+
+import numpy as np
+import pytest
+from by_hand import U64, bound64
+from helpers import U, gamma, seeds, unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from library import LIBRARY
+from vectors import ALL, SUMS, exact, most, of, rounding, sized, summed, weighted, whole
+
+from minilora.backend import to_host
+from minilora.compose.arithmetic import Combined, cat, linear, peft_linear, size, svd
+from minilora.compose.sparsify import magnitude
+from minilora.errors import InputError, MismatchError, NonFiniteError
+from minilora.layers import Factors
+
+
+def product(made, wide=np.longdouble):
+    """B A of a result, which has scale 1."""
+    assert made.factors.scale == 1
+    return exact(made.factors, wide)
+
+
+def bits(made):
+    """The bytes of both factors."""
+    return [to_host(a).tobytes() for a in made.factors[:2]]
+
+
+def halved(made):
+    """What rounding U √S and √S Vᵀ to the dtype adds: (2u + u²) sum of s_i, at most sqrt(k) |new|."""
+    u = unit(to_host(made.factors.A).dtype)
+    return (2 * u + u * u) * math.sqrt(len(made.factors.A)) * (made.norm + made.residual)
+
+
+def slack(updates, made):
+    """What float64 and the dtype of the result may make of it, Frobenius."""
+    return 4 * rounding(updates) + 2 * halved(made)
+
+
+# ---- the exact sum
+
+
+@given(updates=weighted())
+def test_cat_is_the_sum_within_its_bound(updates):
+    """Two roundings, of w s and of w s A; and the bound of both products where they are computed, too."""
+    made, size = cat(updates), sized(updates)
+    counted = [(w, x) for w, x in updates if w]
+    R, K, r = sum(len(x.A) for _, x in counted), len(counted), max(len(x.A) for _, x in counted)
+    dtype = to_host(made.factors.A).dtype
+    u = unit(dtype)
+    assert to_host(made.factors.A).shape == (R, size.shape[1])
+    assert to_host(made.factors.B).shape == (size.shape[0], R)
+    assert (abs(product(made) - summed(updates)) <= (gamma(2, u) + gamma(R + 2, 2.0**-63)) * size).all()
+    apart = sum(dtype.type(w * x.scale) * (to_host(x.B) @ to_host(x.A)) for w, x in counted)
+    together = to_host(made.factors.B) @ to_host(made.factors.A)
+    assert (abs(together - apart) <= (gamma(R + 2, u) + gamma(r + K + 1, u)) * size).all()
+
+
+@given(updates=whole())
+def test_sums_of_integers_are_exact_in_any_order(updates):
+    expected = summed(updates)
+    for order in permutations(updates[:3]):
+        order = [*order, *updates[3:]]
+        assert (product(cat(order)) == expected).all()
+        assert (to_host(cat(order).factors.B) @ to_host(cat(order).factors.A) == expected).all()
+
+
+@given(updates=whole(equal=True))
+def test_the_cross_terms_of_integers_are_exact(updates):
+    """Every root of |w s| is an integer here."""
+    made = peft_linear(updates)
+    roots = [math.isqrt(int(abs(w * x.scale))) for w, x in updates]
+    signs = [1 if w > 0 else -1 for w, _ in updates]
+    expected = sum(
+        roots[i] * signs[j] * roots[j] * (to_host(updates[i][1].B) @ to_host(updates[j][1].A))
+        for i in range(len(updates))
+        for j in range(len(updates))
+    )
+    assert (product(made) == expected).all()
+
+
+@pytest.mark.parametrize("method", ALL)
+@settings(max_examples=12)
+@given(updates=weighted(), weight=st.sampled_from([1.0, 1, -1.0, 0.3, -2.5]))
+def test_one_adapter_is_itself_times_its_weight(method, updates, weight):
+    """For any scale: alpha is not r, and rsLoRA. In any method that drops nothing."""
+    one = [(weight, updates[0][1])]
+    made = ALL[method](one)
+    assert np.linalg.norm((product(made) - summed(one)).astype(float)) <= slack(one, made)
+    assert made.residual <= slack(one, made)
+
+
+@pytest.mark.parametrize("method", ALL)
+@settings(max_examples=12)
+@given(updates=weighted(equal=True), at=st.integers(0, 4), weight=st.sampled_from([0.0, 0, -0.0]))
+def test_an_adapter_of_weight_0_is_absent(method, updates, at, weight):
+    updates = [(w or 1.0, x) for w, x in updates]
+    more = [*updates[:at], (weight, updates[0][1]), *updates[at:]]
+    one, other = ALL[method](updates), ALL[method](more)
+    assert bits(one) == bits(other)
+    assert (one.norm, one.residual, one.cut) == (other.norm, other.residual, other.cut)
+
+
+@pytest.mark.parametrize("method", ALL)
+@settings(max_examples=12)
+@given(updates=weighted(equal=True))
+def test_the_order_of_adapters_does_not_matter(method, updates):
+    """Within rounding; signs are elected over numbers here of which no sum is near 0."""
+    one, other = ALL[method](updates), ALL[method](updates[::-1])
+    if method in ("ties", "dare_ties"):
+        sums = abs(sum(exact(x, float) for w, x in updates if w))
+        if (sums <= 100 * U64 * sum(abs(exact(x, float)) for _, x in updates)).any():
+            return
+    off = np.linalg.norm((product(one) - product(other)).astype(float))
+    crossed = sum(abs(w * x.scale) * np.linalg.norm(to_host(x.B)) ** 2 for w, x in updates)
+    crossed += sum(abs(w * x.scale) * np.linalg.norm(to_host(x.A)) ** 2 for w, x in updates)
+    more = gamma(20, unit(to_host(one.factors.A).dtype)) * crossed if method == "peft_linear" else 0
+    assert off <= slack(updates, one) + slack(updates, other) + more
+
+
+@pytest.mark.parametrize("method", SUMS)
+@settings(max_examples=12)
+@given(updates=weighted())
+def test_a_method_that_drops_nothing_is_the_sum(method, updates):
+    made = ALL[method](updates)
+    assert np.linalg.norm((product(made) - summed(updates)).astype(float)) <= slack(updates, made)
+
+
+@given(updates=weighted(least=2))
+def test_negation_takes_an_adapter_away(updates):
+    (_, one), (_, other) = updates[:2]
+    back = cat([(1.0, cat([(1.0, one), (1.0, other)]).factors), (-1.0, other)])
+    u = unit(to_host(one.A).dtype)
+    bound = 3 * gamma(4, u) * (sized([(1.0, one)]) + 2 * sized([(1.0, other)]))
+    assert (abs(product(back) - exact(one)) <= bound).all()
+
+
+# ---- what every result says of itself
+
+
+@pytest.mark.parametrize("method", ALL)
+@settings(max_examples=12)
+@given(updates=weighted(equal=True))
+def test_norm_and_residual_are_those_of_the_dense_matrices(method, updates):
+    made, expected = ALL[method](updates), summed(updates).astype(float)
+    lost = np.linalg.norm(product(made).astype(float) - expected)
+    B, A, _ = (to_host(part) for part in made.factors)
+    off = 4 * (rounding(updates) + bound64(A, B))  # the sum beside the new update, as thin factors
+    assert abs(made.norm - np.linalg.norm(expected)) <= 4 * rounding(updates)
+    assert abs(made.residual - lost) <= off
+    assert made.relative == (made.residual / made.norm if made.norm else math.inf if made.residual else 0)
+
+
+@pytest.mark.parametrize("method", ALL)
+@settings(max_examples=12)
+@given(updates=weighted(equal=True))
+def test_the_dtype_follows_and_the_operands_stay(method, updates):
+    before = [(to_host(x.B).tobytes(), to_host(x.A).tobytes()) for _, x in updates]
+    made = ALL[method](updates)
+    assert made.factors.A.dtype == made.factors.B.dtype == updates[0][1].A.dtype
+    assert [(to_host(x.B).tobytes(), to_host(x.A).tobytes()) for _, x in updates] == before
+    for mine in made.factors[:2]:
+        assert not any(np.shares_memory(to_host(mine), to_host(a)) for _, x in updates for a in x[:2])
+
+
+@settings(max_examples=20)
+@given(updates=weighted(dtype=np.float32), more=weighted(dtype=np.float64))
+def test_of_two_dtypes_the_wider_counts(updates, more):
+    shape = to_host(updates[0][1].B).shape[0], to_host(updates[0][1].A).shape[1]
+    B, A = (np.ones(size) for size in ((shape[0], 1), (1, shape[1])))
+    assert cat([*updates, (1.0, of(B, A, 1.0))]).factors.A.dtype == np.float64
+
+
+# ---- the nearest of a rank
+
+
+@given(updates=weighted(), rank=st.integers(1, 9))
+def test_svd_loses_no_more_than_eckart_and_young_say(updates, rank):
+    rank = min(rank, most(updates))
+    made, M = svd(updates, rank), summed(updates).astype(float)
+    S = np.linalg.svd(M, compute_uv=False)
+    tail = np.linalg.norm(S[rank:])
+    assert len(made.factors.A) == rank
+    assert abs(made.cut - tail) <= 4 * rounding(updates)
+    assert tail - slack(updates, made) <= made.residual <= tail + slack(updates, made)
+    assert abs(made.residual - np.linalg.norm(M - product(made).astype(float))) <= slack(updates, made)
+
+
+@given(updates=weighted(equal=True), seed=seeds)
+def test_no_other_update_of_that_rank_is_nearer(updates, seed):
+    rank, rng = len(updates[0][1].A), np.random.default_rng(seed)
+    rank = min(rank, most(updates))
+    best, M = svd(updates, rank), summed(updates).astype(float)
+    loss = slack(updates, best)
+    assert best.residual <= magnitude(updates, 0.5, rank).residual + loss
+    if rank == len(updates[0][1].A):
+        assert best.residual <= peft_linear(updates).residual + loss
+    Q = np.linalg.qr(rng.standard_normal((len(M), rank)))[0]
+    near = np.linalg.qr(np.linalg.svd(M)[0][:, :rank] + 0.1 * Q)[0]
+    for X in (Q, near):
+        assert best.residual <= np.linalg.norm(M - X @ (X.T @ M)) + loss
+
+
+@given(updates=weighted(least=2))
+def test_linear_is_cat_or_svd(updates):
+    rank = most(updates)
+    for one, other in ((linear(updates), cat(updates)), (linear(updates, rank), svd(updates, rank))):
+        assert bits(one) == bits(other)
+
+
+# ---- what PEFT calls linear
+
+
+@given(updates=weighted(equal=True))
+def test_peft_linear_is_the_double_sum_with_its_cross_terms(updates):
+    counted = [(w, x) for w, x in updates if w]
+    expected, scale = np.longdouble(0), np.longdouble(0)
+    for w, x in counted:
+        for v, y in counted:
+            root = np.sqrt(np.longdouble(abs(w * x.scale))) * np.sqrt(np.longdouble(abs(v * y.scale)))
+            term = root * math.copysign(1, v) * (to_host(x.B).astype(np.longdouble) @ to_host(y.A))
+            expected = expected + term
+            scale = scale + root * (abs(to_host(x.B)).astype(float) @ abs(to_host(y.A)))
+    made = peft_linear(updates)
+    u = unit(to_host(made.factors.A).dtype)
+    bound = (2 * gamma(1, u) + gamma(1, u) ** 2 + 2 * gamma(2 * len(counted) + 8, U)) * scale
+    assert (abs(product(made) - expected) <= bound).all()
+    cross = np.linalg.norm((expected - summed(updates)).astype(float))  # what it gets wrong
+    B, A, _ = (to_host(part) for part in made.factors)
+    off = np.linalg.norm(bound.astype(float)) + 4 * (rounding(updates) + bound64(A, B))
+    assert abs(made.residual - cross) <= off
+
+
+def test_peft_linear_is_far_from_the_sum_of_random_adapters():
+    """About as far as the sum is long, and no nearer for wide matrices: cross terms do not average out."""
+    rng = np.random.default_rng(0)
+    for D in (64, 256):
+        pairs = [of(rng.standard_normal((D, 4)), rng.standard_normal((4, D)), 2.0) for _ in range(2)]
+        assert 0.8 < peft_linear([(0.5, pair) for pair in pairs]).relative < 1.2
+
+
+# ---- on the device, and refusals
+
+
+@pytest.mark.skipif(LIBRARY != "numpy", reason="compares the stand-in with NumPy")
+@pytest.mark.parametrize("method", ALL)
+def test_the_device_computes_the_same_bits(method, request):
+    rng = np.random.default_rng(0)
+    parts = [(rng.standard_normal((7, 3)), rng.standard_normal((3, 5))) for _ in range(3)]
+
+    def run():
+        made = ALL[method]([(w, of(B, A, 0.7)) for w, (B, A) in zip((0.5, -1, 2), parts, strict=True)])
+        return bits(made), made.norm, made.residual, made.cut
+
+    host = run()
+    request.getfixturevalue("device")
+    assert run() == host
+
+
+def pair(O=4, I=3, r=2, size=1.0, dtype=np.float32):  # noqa: E741
+    return of(np.full((O, r), size, dtype), np.full((r, I), size, dtype), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "message"),
+    [
+        ([], InputError, "there are no adapters; expected at least one with a weight that is not 0"),
+        ([(0.0, pair()), (0, pair())], InputError, "the weights are all 0; expected at least one"),
+        ([(math.nan, pair())], InputError, "a weight is nan; expected a finite number"),
+        ([(1.0, pair()), (math.inf, pair())], InputError, "a weight is inf; expected a finite number"),
+        ([(10**400, pair())], InputError, "a weight is 1000"),
+        ([(True, pair())], InputError, "a weight is True; expected a finite number"),
+        ([("1", pair())], InputError, "a weight is '1'; expected a finite number"),
+        ([(1.0, pair(4)), (1.0, pair(5))], MismatchError, r"the updates are \(4, 3\) and \(5, 3\); expected"),
+        ([(1.0, pair(I=3)), (1.0, pair(I=4))], MismatchError, r"are \(4, 3\) and \(4, 4\); expected the"),
+        ([(1.0, pair(size=1e20))], NonFiniteError, "the sum is not finite in float32"),
+        ([(1.0, pair(size=math.nan))], NonFiniteError, "the sum is not finite"),
+        ([(1e300, pair(size=1e20))], NonFiniteError, "the sum is not finite"),
+    ],
+)
+@pytest.mark.parametrize("method", ALL)
+def test_what_has_no_sum_is_refused(method, updates, error, message):
+    with pytest.raises(error, match=message), np.errstate(all="ignore"):
+        ALL[method](updates) if method != "svd" else svd(updates, 1)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 4, 5, 2.0, True, "2", None])
+def test_a_rank_that_the_sum_cannot_have_is_refused(rank):
+    with pytest.raises(InputError, match=r"rank is .*; expected an int from 1 to 3, the most that it can be"):
+        svd([(1.0, pair(4, 5, 2)), (1.0, pair(4, 5, 1))], rank)  # 3 = 2 + 1
+    with pytest.raises(InputError, match="from 1 to 3"):
+        svd([(1.0, pair(4, 3, 2)), (1.0, pair(4, 3, 2))], rank)  # 3 inputs
+
+
+def test_peft_linear_needs_equal_ranks():
+    with pytest.raises(InputError, match=r"the ranks are \[2, 3\]; peft_linear adds factors: expected the"):
+        peft_linear([(1.0, pair(r=2)), (1.0, pair(r=3))])
+    assert isinstance(peft_linear([(1.0, pair(r=2)), (0.0, pair(r=3))]), Combined)  # which is absent
+
+
+def test_a_distance_is_a_sum_with_weight_minus_1():
+    rng = np.random.default_rng(0)
+    one = of(rng.standard_normal((5, 2)), rng.standard_normal((2, 4)), 3.0)
+    other = of(rng.standard_normal((5, 3)), rng.standard_normal((3, 4)), 0.5)
+    apart = np.linalg.norm((exact(one) - exact(other)).astype(float))
+    assert size([(1.0, one), (-1.0, other)]) == pytest.approx(apart, rel=1e-13)
+    assert size([(1.0, one), (-1.0, Factors(one.B * one.scale, one.A, 1.0))]) <= 1e-13 * apart
