@@ -68,8 +68,10 @@ class Stream:
     raises the `error`. Times are seconds of `time.perf_counter`.
     """
 
-    def __init__(self, request: Request, told: Callable[[], None] | None = None) -> None:
-        self.request = request
+    def __init__(
+        self, request: Request, prompt: np.ndarray, told: Callable[[], None] | None = None
+    ) -> None:
+        self.request, self.prompt = request, prompt  # (T,), checked
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
@@ -98,7 +100,10 @@ class Stream:
             self.finish_reason = reason
             self.changed.notify_all()
         if self.told:
-            self.told()
+            try:
+                self.told()
+            except Exception:  # whoever listened is gone, which is no reason to end others' texts
+                self.told = None
 
 
 @dataclass(eq=False)
@@ -176,8 +181,7 @@ class Engine:
         InputError for a request that the model cannot take or an adapter that does not exist, BusyError if
         the queue is full, StateError if the engine is stopping.
         """
-        self.check(request)
-        stream = Stream(request, told)
+        stream = Stream(request, self.check(request), told)
         with self.changed:
             if self.stopping:
                 raise StateError("the engine is stopping and takes no more requests")
@@ -188,19 +192,20 @@ class Engine:
             self.changed.notify()
         return stream
 
-    def check(self, request: Request) -> None:
-        """InputError for a request that cannot be served, before any arithmetic."""
+    def check(self, request: Request) -> np.ndarray:
+        """The ids (T,) of a request; InputError if it cannot be served, before any arithmetic."""
         new = request.max_new_tokens
         check_sampling(new, request.temperature, request.top_k, request.top_p)
         if type(request.seed) is not int or request.seed < 0:
             raise InputError(f"seed is {short(request.seed)}; expected an int, at least 0")
-        T = self.model.check([request.prompt]).shape[1]
-        if T + new > self.positions:
-            raise InputError(f"{T} tokens and {new} new ones; a slot has {self.positions} positions")
+        (ids,) = to_host(self.model.check([request.prompt]))
+        if len(ids) + new > self.positions:
+            raise InputError(f"{len(ids)} tokens and {new} new ones; a slot has {self.positions} positions")
         if request.adapter is not None:
             if self.bank is None:
                 raise InputError(f"there is no adapter {short(request.adapter)}; {nearest('', ())}")
             self.bank.check(request.adapter)
+        return ids
 
     def cancel(self, stream: Stream) -> None:
         """End a stream at the next step, wherever it is; one that has ended stays as it is."""
@@ -302,10 +307,10 @@ class Engine:
                 if loaded is None:  # there is no room in memory until others end
                     return
             self.unqueue(stream)
-            prompt = np.asarray(stream.request.prompt)
-            row = Running(stream, loaded and loaded.layers, np.random.default_rng(stream.request.seed), prompt)
+            rng = np.random.default_rng(stream.request.seed)
+            row = Running(stream, loaded.layers if loaded else None, rng, stream.prompt)
             self.running[heapq.heappop(self.free)] = row
-            self.counters.prompt_tokens += len(prompt)
+            self.counters.prompt_tokens += len(row.pending)
         if not read:
             self.read_ahead()
 
