@@ -3,9 +3,10 @@
 from helpers import LINEARS, tiny
 from library import np
 
-from minilora.lora import inject
+from minilora.lora import active, inject
 from minilora.methods.lora_config import LoraConfig
 from minilora.peft.loading import save_adapter
+from minilora.tree import size
 
 RANKS = {"a": 1, "b": 2, "c": 3, "d": 2, "e": 4}  # name -> r
 UNTIED = {"tie_word_embeddings": False}
@@ -24,6 +25,11 @@ def adapted(name, dtype=np.float64):
         targets = ["q_proj", "v_proj", "down_proj"] if name == "d" else LINEARS
         inject(model, LoraConfig(r=RANKS[name], alpha=9, targets=targets, init="both"), rng=rng)
     return model
+
+
+def bytes_of(name):
+    """Of an adapter's factors in float64."""
+    return 8 * sum(size(adapter) for adapter in active(adapted(name)).values())
 
 
 def write(folder, dtype=np.float64, names=tuple(RANKS)):

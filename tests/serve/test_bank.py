@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from peft_cases import FIXTURES
 from safetensors.numpy import load_file, save_file
-from served import RANKS, UNTIED, adapted, base, write
+from served import RANKS, UNTIED, adapted, base, bytes_of, write
 
 from minilora.backend import to_host
 from minilora.errors import (
@@ -31,7 +31,7 @@ from minilora.methods.lora_config import LoraConfig
 from minilora.peft.folder import CONFIG, WEIGHTS
 from minilora.peft.loading import save_adapter
 from minilora.serve.bank import Bank
-from minilora.tree import digest, size
+from minilora.tree import digest
 
 NAMES = list(RANKS)
 
@@ -39,11 +39,6 @@ NAMES = list(RANKS)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("bank"))
-
-
-def bytes_of(name):
-    """Of an adapter's factors in float64."""
-    return 8 * sum(size(adapter) for adapter in active(adapted(name)).values())
 
 
 def state(folder):
