@@ -311,12 +311,9 @@ class Llama:
 
         InputError for labels of another shape or outside the vocabulary.
         """
-        labels = host_ints("labels", labels)
-        if labels.shape != to_host(ids).shape:
-            raise InputError(f"labels have shape {labels.shape}; expected the ids' {to_host(ids).shape}")
-        check_range("label", labels[labels != IGNORE], self.config.vocab_size)
+        labels = self.check_labels(ids, labels)
         logits, back_logits = self(ids, train)
-        value, back_loss = cross_entropy(logits, to_device(labels))
+        value, back_loss = cross_entropy(logits, labels)
 
         def back(d: Any = 1.0) -> None:
             back_logits(back_loss(d))
@@ -340,6 +337,14 @@ class Llama:
             raise InputError(f"{ids.shape[1]} tokens; the model takes at most {limit}")
         check_range("token id", ids, self.config.vocab_size)
         return to_device(ids)
+
+    def check_labels(self, ids: Array, labels: Array) -> Array:
+        """The labels on the device, or InputError."""
+        labels = host_ints("labels", labels)
+        if labels.shape != to_host(ids).shape:
+            raise InputError(f"labels have shape {labels.shape}; expected the ids' {to_host(ids).shape}")
+        check_range("label", labels[labels != IGNORE], self.config.vocab_size)
+        return to_device(labels)
 
 
 def back_untrained(dlogits: Array) -> None:

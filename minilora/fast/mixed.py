@@ -1,15 +1,13 @@
-"""One batch, many adapters: each row has its own, over one base that all share.
+"""One batch, many adapters: each row names its own, over one base that all rows share.
 
-    y_n = x_n Wᵀ + s (x_n Aᵀ) Bᵀ        with A, B, s of row n; the first term alone if it has none
+    y_n = x_n Wᵀ + s (x_n Aᵀ) Bᵀ        with A, B, s of row n's adapter; y_n = x_n Wᵀ for a row without one
 
-W is the same for all rows, so x Wᵀ stays one product. For the rest there are three computations of one value.
-`loop`: one adapter after the other, each with its rows, base and all; it takes every kind of adapter.
-`gathered`: a stack of every row's factors, padded to the highest rank, and two batched products (BGMV).
-`segments`: the rows sorted by adapter, and two products for each (SGMV); no rank costs more than its own.
-
-A rewrite of a replica; blocks are unchanged. Punica (Chen et al. 2023, arXiv:2310.18547) has both kernels,
-S-LoRA (Sheng et al. 2023, arXiv:2311.03285) those for mixed ranks. Leaves out their memory pools and tensor
-parallelism.
+A rewrite of a replica: its linear maps become Mixed, and its blocks stay what they are. Three computations
+give the same values. `loop`: one adapter after the other, base and all, through the contract `Adapter`; the
+oracle. `segments`: the rows sorted by adapter, two products for each (SGMV). `gathered`: the factors of every
+row in one stack, two batched products for all (BGMV); a stack for each set of ranks, so that nothing is
+padded. SGMV and BGMV are Punica's (Chen et al. 2023, arXiv:2310.18547); rows of mixed ranks are S-LoRA's
+(Sheng et al. 2023, arXiv:2311.03285). Leaves out their paged memory and tensor parallelism.
 """
 
 from __future__ import annotations
@@ -17,140 +15,175 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from ..backend import Array, xp
-from ..errors import InputError, MismatchError, StateError, UnsupportedError, nearest, short
-from ..layers import Adapter, Linear, Need, Table
-from ..lora import Adapted, LowRank, adapted, bases, owners
+from ..errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError, nearest, short
+from ..layers import Adapter, Linear, Need, Pair, Param, Table
+from ..lora import Adapted, LowRank, bases, owners
 from ..model import Llama
-from ..ops import Back, back_same, rows
-from ..targets import find_targets
-from ..tree import replace
-from ..tree import replica as replica_of
+from ..ops import Back, back_nothing, back_same, rows
+from ..targets import find_targets, with_head
+from ..tree import freeze, named_params, replace, replica, trains
 
-Entry = Mapping[str, Adapter] | None  # path -> the adapter of a row there; None: the base alone
-Apply = Callable[[Linear, Array, Need], tuple[Array, Back]]  # base, x (N, T, I), need -> y (N, T, O), back
-Compute = Callable[[Sequence[Any]], Apply]  # one layer's adapter of each row -> what applies them
+Adapters = Mapping[str, Adapter]  # path -> the change of the layer there: what one row has
+Layout = tuple[tuple[str, int, Any], ...]  # path, rank and dtype of the factors at every path
+Compute = Callable[["Mixed", Array, Need], tuple[Array, Back]]  # layer, x (N, T, I), need -> y (N, T, O)
+
+
+FEW = 8  # rows with the same adapters, at most, for a slot each
+
+is_trained = attrgetter("trainable")
 
 
 class Segment(NamedTuple):
-    """The rows of a batch that have one adapter."""
+    """The rows of a batch that have the same adapters; None: those without."""
 
-    adapter: Any
+    adapters: Adapters | None
     rows: Any  # a slice if they are neighbours, else an array of ints
 
 
-def sorted_rows(adapters: Sequence[Any]) -> list[Segment]:
-    """The rows of each adapter, in the order of its first row; those without one are a segment of None."""
-    places: dict[int, tuple[Any, list[int]]] = {}
-    for n, adapter in enumerate(adapters):
-        places.setdefault(id(adapter), (adapter, []))[1].append(n)
-    return [Segment(adapter, index(n)) for adapter, n in places.values()]
+def index(numbers: Sequence[int]) -> Any:
+    """Row numbers as a slice, which copies nothing, if they are neighbours in order."""
+    first = numbers[0]
+    if list(numbers) == list(range(first, first + len(numbers))):
+        return slice(first, first + len(numbers))
+    return xp.asarray(numbers)
 
 
-def index(n: Sequence[int]) -> Any:
-    """Row numbers as a slice, which copies nothing, if they are neighbours."""
-    return slice(n[0], n[-1] + 1) if n[-1] - n[0] + 1 == len(n) else xp.asarray(n)
+def loop(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
+    """Each adapter alone, with the base and its own rows: K base products for K adapters."""
+    parts = []
+    for adapters, at in layer.batch.segments:
+        adapter = adapters.get(layer.path) if adapters else None
+        y, back_own = adapter(layer.base, x[at], need) if adapter else layer.base(x[at], need)
+        parts.append((at, y, back_own, adapter))
+    first = parts[0][1]
+    y = xp.empty((*x.shape[:-1], first.shape[-1]), first.dtype)
+    for at, own, *_ in parts:
+        y[at] = own
+
+    def back(dy: Array) -> Array:
+        dx = xp.empty(x.shape, dy.dtype) if need is Need.ALL else None
+        for at, _, back_own, adapter in parts:
+            d = back_own(dy[at])
+            if dx is not None:
+                dx[at] = d
+            if not trains(adapter):
+                freeze(adapter)  # which has no gradient then
+        return dx
+
+    return y, back
 
 
-def loop(adapters: Sequence[Adapter | None]) -> Apply:
-    """One adapter after the other, each on the base and its own rows."""
-    parts = sorted_rows(adapters)
-
-    def apply(base: Linear, x: Array, need: Need) -> tuple[Array, Back]:
-        done = [part.adapter(base, x[part.rows], need) if part.adapter else base(x[part.rows], need)
-                for part in parts]  # fmt: skip
-        y = xp.empty((*x.shape[:-1], done[0][0].shape[-1]), done[0][0].dtype)
-        for part, (own, _) in zip(parts, done, strict=True):
-            y[part.rows] = own
-
-        def back(dy: Array) -> Array:
-            dx = xp.empty(x.shape, dy.dtype) if need is Need.ALL else None
-            for part, (_, back_own) in zip(parts, done, strict=True):
-                d = back_own(dy[part.rows])
-                if dx is not None:
-                    dx[part.rows] = d
-            return dx
-
-        return y, back
-
-    return apply
+def segments(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
+    """The base once, then two products for each adapter and its rows: SGMV."""
+    return add_segments(layer, layer.batch.segments, x, need, *layer.base(x, need))
 
 
-def segments(adapters: Sequence[LowRank | None]) -> Apply:
-    """SGMV: the base once, then two products for each adapter and its rows."""
-    parts = [part for part in sorted_rows(adapters) if part.adapter]
-
-    def apply(base: Linear, x: Array, need: Need) -> tuple[Array, Back]:
-        y, back_base = base(x, need)
-        kept = []
-        for part in parts:
-            A, B, s, dropout = part.adapter.A, part.adapter.B, part.adapter.scale, part.adapter.dropout
-            z = x[part.rows]  # (n, T, I)
-            z, back_drop = dropout(z, need) if dropout else (z, back_same)
-            h = s * (rows(z) @ A.data.T)  # (n T, r)
-            y[part.rows] += (h @ B.data.T).reshape(*z.shape[:-1], -1)
-            if need is not Need.NONE:
-                kept.append((part, h, z, back_drop))
-
-        def back(dy: Array) -> Array:
-            dx = back_base(dy)
-            for part, h, z, back_drop in kept:
-                dh = part.adapter.learn(rows(dy[part.rows]), h, rows(z))
-                if need is Need.ALL:
-                    dx[part.rows] += back_drop((dh @ part.adapter.A.data).reshape(z.shape))
-            return dx
-
-        return y, back if kept else back_base
-
-    return apply
-
-
-def gathered(adapters: Sequence[LowRank | None]) -> Apply:
-    """BGMV: the base once, then two batched products with a stack of every row's factors.
-
-    Ranks below the highest R are padded with zeros. The backward is that of `segments`.
-    """
-    named_rows = [n for n, adapter in enumerate(adapters) if adapter]
-    own = [adapter for adapter in adapters if adapter]
-    if not own:
-        return segments(adapters)
-    at, by_segment = index(named_rows), segments(adapters)
-    R = max(len(adapter.A.data) for adapter in own)
-    A = xp.zeros((len(own), R, own[0].A.data.shape[1]), own[0].A.data.dtype)  # (n, R, I)
-    B = xp.zeros((len(own), R, len(own[0].B.data)), own[0].B.data.dtype)  # (n, R, O)
-    for k, adapter in enumerate(own):
-        A[k, : len(adapter.A.data)] = adapter.A.data
-        B[k, : len(adapter.A.data)] = adapter.scale * adapter.B.data.T
-
-    def apply(base: Linear, x: Array, need: Need) -> tuple[Array, Back]:
+def add_segments(
+    layer: Mixed, parts: Sequence[Segment], x: Array, need: Need, y: Array, back_base: Back
+) -> tuple[Array, Back]:
+    """Add the terms of these adapters to y, in place."""
+    kept = []
+    flat = same if layer.batch.invariant else rows  # a product for each row, or one for all of a segment
+    for adapters, at in parts:
+        adapter: Any = adapters.get(layer.path) if adapters else None
+        if adapter is None:
+            continue
+        z, back_drop = adapter.dropout(x[at], need) if adapter.dropout else (x[at], back_same)
+        h = flat(z) @ adapter.A.data.T  # (n T, r), or (n, T, r)
+        y[at] += (h @ scaled(adapter)).reshape(*z.shape[:-1], -1)
         if need is not Need.NONE:
-            return by_segment(base, x, need)
-        y, back = base(x, need)
-        y[at] += (x[at] @ A.swapaxes(1, 2)) @ B
-        return y, back
+            kept.append((adapter, at, adapter.scale * rows(h), rows(z), back_drop))
+    if not kept:
+        return y, back_base
 
-    return apply
+    def back(dy: Array) -> Array:
+        dx = back_base(dy)
+        for adapter, at, h, z, back_drop in kept:
+            if trains(adapter):
+                dh = adapter.learn(rows(dy[at]), h, z)
+            else:
+                dh = adapter.scale * (rows(dy[at]) @ adapter.B.data)
+            if need is Need.ALL:
+                dx[at] += back_drop((dh @ adapter.A.data).reshape(dx[at].shape))
+        return dx
+
+    return y, back
+
+
+def same(x: Array) -> Array:
+    """The array itself."""
+    return x
+
+
+def scaled(pair: Pair) -> Array:
+    """s Bᵀ (r, O), laid out like a slot of a stack, so that BLAS sums in the same order."""
+    return pair.scale * xp.ascontiguousarray(pair.B.data.T)
+
+
+def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
+    """The base once, then two batched products for each stack: BGMV.
+
+    Only frozen adapters of FEW rows are stacked. A stack is a copy: what is trained would change beside it,
+    and for many rows it is dearer than a segment. The others go by `segments`, and so do all where a gradient
+    is needed.
+    """
+    if need is not Need.NONE:
+        return segments(layer, x, need)
+    y, back = layer.base(x, need)
+    for stack in layer.batch.stacked():
+        if layer.path in stack.views:
+            A, B = stack.views[layer.path]  # (n, I, r), (n, r, O)
+            y[stack.rows] += (x[stack.rows] @ A) @ B
+    return add_segments(layer, layer.batch.unstacked, x, need, y, back)
+
+
+def by_phase(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
+    """`gathered` where each row has one token (decoding), else `segments`."""
+    return (gathered if x.shape[1] == 1 else segments)(layer, x, need)
 
 
 @dataclass(eq=False)
 class Mixed:
     """A Linear of which each row has its own adapter, or none."""
 
-    base: Linear
+    base: Any  # a Linear, or a RowByRow
+    path: str
+    batch: Batch
     compute: Compute
-    adapters: list[Any] = field(default_factory=list)  # one for each row
-    apply: Any = None  # what `compute` made of them
+    trained: list[Adapter] = field(default_factory=list)  # by which the tree knows that something is trained
 
     def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
-        return self.apply(self.base, x, need)
+        return self.compute(self, x, need)
+
+
+@dataclass(eq=False)
+class RowByRow:
+    """A frozen Linear as one product for each row of the batch: a row's bits do not depend on the others."""
+
+    weight: Param  # (O, I)
+    bias: Param | None
+
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        weight = self.weight
+        y = x @ weight.dense().T  # (N, T, I) (I, O)
+        if self.bias is not None:
+            y += self.bias.data
+
+        def back(dy: Array) -> Array:
+            return dy @ weight.dense()
+
+        return y, back if need is Need.ALL else back_nothing
 
 
 @dataclass(eq=False)
 class Counted:
-    """The table of a mixed model: refuses ids whose rows are not those of the batch, before anything else."""
+    """A table that refuses ids before anything is computed, unless the batch names as many rows."""
 
+    weight: Param  # the table (V, D)
     base: Table
     batch: Batch
 
@@ -158,107 +191,213 @@ class Counted:
         self.batch.check(len(ids))
         return self.base(ids, need)
 
-    def attend(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
-        """The logits (..., V) of x (..., D): a tied head."""
-        return self.base.attend(x, need)
+
+class Stack:
+    """The factors of frozen adapters of one layout, one slot for each row, in one array for each path.
+
+    A slot keeps what it has from one batch to the next; only rows that are new are copied.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.slots: list[Adapters] = []
+        self.arrays: dict[str, tuple[Array, Array]] = {}  # path -> A (slots, r, I), B (slots, r, O)
+        self.rows: Any = None
+        self.views: dict[str, tuple[Array, Array]] = {}  # path -> A (n, I, r), B (n, r, O) of `rows`
+
+    def fill(self, members: Sequence[tuple[int, Adapters]]) -> None:
+        """Give every row (its number, its adapters) a slot: the one that has them already, or a new copy."""
+        n = len(members)
+        if n > len(next(iter(self.arrays.values()), ((),))[0]):
+            self.grow(n, members[0][1])
+        free: dict[int, list[int]] = {}  # adapters -> their slots
+        for k, adapters in enumerate(self.slots[:n]):
+            free.setdefault(id(adapters), []).append(k)
+        order, new = [-1] * n, []  # slot -> which member
+        for m, (_, adapters) in enumerate(members):
+            if have := free.get(id(adapters)):
+                order[have.pop(0)] = m
+            else:
+                new.append(m)
+        for k in range(n):
+            if order[k] < 0:
+                order[k] = new.pop(0)
+                self.copy(k, members[order[k]][1])
+        self.slots = [members[m][1] for m in order]
+        self.rows = index([members[m][0] for m in order])
+        self.views = {path: (A[:n].swapaxes(1, 2), B[:n]) for path, (A, B) in self.arrays.items()}
+
+    def grow(self, n: int, like: Adapters) -> None:
+        """Make room for n slots, or twice the present ones; all of them are empty then."""
+        n, self.slots = max(n, 2 * len(self.slots)), []
+        for path, r, dtype in self.layout:
+            pair: Any = like[path]
+            A, B = xp.empty((n, r, pair.A.data.shape[1]), dtype), xp.empty((n, r, len(pair.B.data)), dtype)
+            self.arrays[path] = A, B
+
+    def copy(self, slot: int, adapters: Adapters) -> None:
+        """Copy A and s Bᵀ of every path into a slot."""
+        for path, (A, B) in self.arrays.items():
+            pair: Any = adapters[path]
+            A[slot] = pair.A.data
+            B[slot] = scaled(pair)
+
+
+class Member(NamedTuple):
+    """Adapters that have been checked, and what a batch needs to know about them."""
+
+    adapters: Adapters
+    layout: Layout
+    params: list[Param]
 
 
 class Batch:
-    """Which adapter each row of the next forward has."""
+    """Which adapters the rows of the next forward have. Not for two threads at once."""
 
-    def __init__(self, layers: Mapping[str, Mixed]) -> None:
-        self.layers = layers
-        self.entries: Sequence[Entry] | None = None
+    def __init__(
+        self, model: Llama, shapes: Mapping[str, tuple[int, int]], kinds: bool, invariant: bool
+    ) -> None:
+        self.model, self.shapes, self.kinds, self.invariant = model, shapes, kinds, invariant
+        self.layers: dict[str, Mixed] = {}
+        self.N: int | None = None
+        self.members: dict[int, Member] = {}
+        self.segments: list[Segment] = []
+        self.unstacked: list[Segment] = []  # of those, the ones that no stack takes
+        self.stacks: dict[Layout, Stack] = {}
+        self.fresh: dict[Layout, list[tuple[int, Adapters]]] | None = None  # rows that no stack has yet
 
     @contextlib.contextmanager
-    def rows(self, entries: Sequence[Entry]) -> Iterator[None]:
-        """Within the context the N rows of every forward have these adapters: path -> adapter, or None.
+    def rows(self, adapters: Sequence[Adapters | str | None]) -> Iterator[None]:
+        """Within the context row n of every forward has adapters[n]: path -> adapter, a name, or None.
 
-        An adapter that several rows have is one object. MismatchError for a path that is no target or factors
-        that do not fit the layer, UnsupportedError for a kind that cannot be mixed; then nothing is changed.
+        None is the base alone; a name is that of adapters injected in the model. Rows that have the same
+        object are computed together. Stacks copy frozen adapters: if those of a mapping have changed since
+        the last call, pass a new mapping, `dict(adapters)`. InputError for an unknown name, MismatchError for
+        a path that is no target or factors that do not fit there, UnsupportedError for a kind that cannot be
+        mixed, StateError for names in a merged model or within another `rows`: before anything is changed.
         """
-        for entry in {id(entry): entry for entry in entries if entry}.values():
-            self.fits(entry)
+        if self.N is not None:
+            raise StateError("the batch has its rows already; leave its context first")
+        if not len(adapters):
+            raise InputError("no rows; expected a mapping, a name or None for each row of ids")
+        for a in adapters:
+            if not isinstance(a, Mapping | str | None):
+                raise InputError(
+                    f"a row has {short(a)}; expected a mapping from paths to adapters, a name or None"
+                )
+        names = {name: named(self.model, name) for name in adapters if isinstance(name, str)}
+        own = [names[a] if isinstance(a, str) else a for a in adapters]
+        distinct = {id(a): a for a in own if a}
+        self.members = {k: self.members.get(k) or self.member(a) for k, a in distinct.items()}
+        places: dict[int, list[int]] = {}
+        for n, a in enumerate(own):
+            places.setdefault(id(a) if a else 0, []).append(n)
+        self.segments = [Segment(distinct.get(k), index(at)) for k, at in places.items()]
+        trained = [k for k, m in self.members.items() if any(map(is_trained, m.params))]
         for path, layer in self.layers.items():
-            layer.adapters = [entry.get(path) if entry else None for entry in entries]
-            layer.apply = layer.compute(layer.adapters)
-        self.entries = entries
+            layer.trained = [distinct[k][path] for k in trained if path in distinct[k]]
+        self.unstacked, self.fresh = [], {}
+        for k, member in self.members.items():
+            if k in trained or len(places[k]) > FEW:
+                self.unstacked.append(Segment(distinct[k], index(places[k])))
+            else:
+                self.fresh.setdefault(member.layout, []).extend((n, distinct[k]) for n in places[k])
+        self.N = len(own)
         try:
             yield
         finally:
-            self.entries = None
+            self.N = None
 
-    def fits(self, entry: Mapping[str, Adapter]) -> None:
-        """MismatchError or UnsupportedError unless every adapter can be applied at its path."""
-        for path, adapter in entry.items():
-            if path not in self.layers:
-                raise MismatchError(f"{path!r} is no target of this batch; {nearest(path, self.layers)}")
-            layer = self.layers[path]
-            if layer.compute is loop:
-                continue
-            if not isinstance(adapter, LowRank):
+    def stacked(self) -> list[Stack]:
+        """The stacks that hold the rows, filled when they are first asked for."""
+        if self.fresh is not None:
+            self.stacks = {layout: self.stacks.get(layout) or Stack(layout) for layout in self.fresh}
+            for layout, members in self.fresh.items():
+                self.stacks[layout].fill(sorted(members, key=itemgetter(0)))
+            self.fresh = None
+        return list(self.stacks.values())
+
+    def member(self, adapters: Adapters) -> Member:
+        """Check that every adapter can be applied at its path."""
+        layout: list[tuple[str, int, Any]] = []
+        params: list[Param] = []
+        for path, adapter in adapters.items():
+            if not (self.kinds or isinstance(adapter, LowRank)):
                 kind = type(adapter).__name__
-                raise UnsupportedError(f"{path}: {kind} cannot be mixed; expected LowRank, or compute=loop")
-            O, I = layer.base.weight.dense().shape  # noqa: E741
-            A, B = adapter.A.data.shape, adapter.B.data.shape
-            if A[1:] != (I,) or (O, A[0]) != B:
-                raise MismatchError(f"{path}: A is {A} and B {B}; expected (r, {I}) and ({O}, r)")
+                raise UnsupportedError(
+                    f"{path}: a {kind} cannot be mixed; expected a LowRank, or compute=loop"
+                )
+            if path not in self.shapes:
+                raise MismatchError(f"{path!r} is no target of the mixed model; {nearest(path, self.shapes)}")
+            if not isinstance(adapter, LowRank):
+                params += named_params(adapter).values()
+                continue
+            (O, I), A, B = self.shapes[path], adapter.A.data, adapter.B.data  # noqa: E741
+            if A.ndim != 2 or (*B.shape, *A.shape) != (O, len(A), len(A), I):
+                raise MismatchError(f"{path}: A is {A.shape}, B {B.shape}; expected (r, {I}) and ({O}, r)")
+            layout.append((path, len(A), A.dtype))
+            params += adapter.A, adapter.B
+        return Member(adapters, tuple(layout), params)
 
     def check(self, N: int) -> None:
-        """InputError unless a forward of N rows is what the batch names; StateError outside `rows`."""
-        if self.entries is None:
-            raise StateError("no row has an adapter yet; expected a call within batch.rows([...])")
-        if len(self.entries) != N:
-            raise InputError(f"{N} rows of ids, {len(self.entries)} rows with adapters; expected as many")
+        """InputError unless N rows are named; StateError outside of `rows`."""
+        if self.N is None:
+            raise StateError("no row has a name; expected a forward within batch.rows([...])")
+        if self.N != N:
+            raise InputError(f"{N} rows of ids, {self.N} adapters; expected one for each row, or None")
 
 
-def mixed(model: Llama, targets: Any = "all-linear", compute: Compute = segments) -> tuple[Llama, Batch]:
-    """A replica of the model whose `targets` take one adapter for each row, and the batch that says which.
+def mixed(
+    model: Llama, targets: Any = None, *, compute: Compute = by_phase, invariant: bool = False
+) -> tuple[Llama, Batch]:
+    """A frozen replica of the model's base whose linear maps take one adapter for each row, and its batch.
 
         replica, batch = mixed(model)
-        with batch.rows([{path: adapter}, None, ...]):  # one entry for each row of ids
-            logits, back = replica.forward(ids)
+        with batch.rows([adapters, None, "a name"]):  # one for each row of ids
+            logits, back = replica(ids)
 
-    The replica shares every array with the model; adapters that are injected in the model have no effect
-    (`named` makes entries of them). `targets` are names, paths or a regex as in LoraConfig; `compute` is
-    `segments`, `gathered` or `loop`. StateError if the model is merged.
+    `targets` are names, paths or a regex as in LoraConfig, if not every linear map. With `invariant` every
+    product of the forward is one for each row, so that a row's logits have the same bits whoever shares its
+    batch; `loop` cannot do that. StateError for a merged model.
     """
     refuse_merged(model)
-    layers = bases(model)
-    paths = find_targets(layers, targets)
-    if wrong := [path for path in paths if not isinstance(layers[path], Linear)]:
-        raise UnsupportedError(f"{wrong[0]} is an embedding; expected linear maps as targets")
-    copy = replica_of(model)
-    targeted: dict[str, Mixed] = {}
-    for path, layer in list(owners(copy)):
-        base = layer.base if isinstance(layer, Adapted) else layer
-        if path in paths:
-            targeted[path] = base = Mixed(base, compute)
-        replace(copy, path, base)
-    batch = Batch(targeted)
-    copy.model.embed_tokens = Counted(copy.model.embed_tokens, batch)
+    if invariant and compute is loop:
+        raise ConfigError("compute is loop, which has products of several rows; expected another one")
+    layers = with_head(model, bases(model))
+    paths = list(layers) if targets is None else find_targets(layers, targets)
+    for path in paths:
+        if targets is not None and not isinstance(layers[path], Linear):
+            raise UnsupportedError(f"{path} is no linear map; expected targets that are")
+    shapes = {path: layers[path].weight.dense().shape for path in paths if isinstance(layers[path], Linear)}
+    batch = Batch(model, shapes, compute is loop, invariant)
+    copy = replica(model)
+    if copy.lm_head is None:
+        copy.lm_head = Linear(bases(copy)["model.embed_tokens"].weight)
+    for path, base in bases(copy).items():
+        layer = RowByRow(base.weight, base.bias) if invariant and isinstance(base, Linear) else base
+        if path in shapes:
+            layer = batch.layers[path] = Mixed(layer, path, batch, compute)
+        replace(copy, path, layer)
+    freeze(copy)
+    table = copy.model.embed_tokens
+    counted: Any = Counted(
+        table.weight, table, batch
+    )  # which nobody attends to: the head is a layer of its own
+    copy.model.embed_tokens = counted
     return copy, batch
 
 
+def named(model: Any, name: str) -> Adapters:
+    """The adapters that are injected in the model under a name; InputError if there are none."""
+    refuse_merged(model)
+    layers = {path: layer for path, layer in owners(model) if isinstance(layer, Adapted)}
+    names = {n for layer in layers.values() for n in layer.adapters}
+    if name not in names:
+        raise InputError(f"there is no adapter {short(name)}; {nearest(name, names)}")
+    return {path: layer.adapters[name] for path, layer in layers.items() if name in layer.adapters}
+
+
 def refuse_merged(model: Any) -> None:
-    """StateError if adapters are merged."""
+    """StateError if adapters are merged into the model."""
     if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
         raise StateError("the model is merged; unmerge it before a mixed batch")
-
-
-def named(model: Any, names: Sequence[str | None]) -> list[Entry]:
-    """The entries of rows that name adapters injected in `model`; None is the base.
-
-    InputError for a name that no adapter has, StateError if the model is merged.
-    """
-    refuse_merged(model)
-    layers = adapted(model)
-    known = {name for layer in layers.values() for name in layer.adapters}
-    for name in names:
-        if name is not None and name not in known:
-            raise InputError(f"there is no adapter {short(name)}; {nearest(str(name), known)}")
-    entries: dict[str | None, Entry] = {
-        name: {path: layer.adapters[name] for path, layer in layers.items() if name in layer.adapters}
-        for name in known & set(names)
-    }
-    return [entries.get(name) for name in names]

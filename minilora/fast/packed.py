@@ -1,0 +1,145 @@
+"""Train many adapters in one pass: a packed batch, each group of whose rows trains an adapter of its own.
+
+    dA_k, dB_k = the gradient of loss_k, the mean over the rows of run k: one forward and backward for all k
+
+Every run has its own batches, optimizer and schedule. The base is frozen and shared, and no row reaches the
+adapter of another run, so the result is that of the runs one by one: up to rounding, or to the bit if no
+product has rows of two runs (`invariant`, mixed.py). It saves calls, which are launches on a GPU, but no
+operations: a processor that is busy already gains nothing (benchmarks/packed.py). Stands in for mLoRA's
+BatchLoRA (Ye et al. 2023, arXiv:2312.02515); leaves out its pipelines and its scheduler of jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ..backend import Array, floats, keep_memory, quiet_overflow, xp
+from ..errors import InputError, NonFiniteError, check_int
+from ..formats.checkpoint import History
+from ..layers import Param
+from ..lora import set_adapter, unmerged
+from ..model import Llama
+from ..ops import cross_entropy
+from ..optim import AdamW, squared_norm
+from ..training import check_batches
+from ..tree import named_params, trained
+from .mixed import mixed, named, segments
+from .parallel import Batch
+
+
+@dataclass(eq=False)
+class Run:
+    """How one of the adapters is trained: its batches, its optimizer, the factor on its learning rate."""
+
+    batches: Iterable[Batch]  # ids (n, T) and labels (n, T), of one T for all runs
+    optimizer: AdamW
+    schedule: Callable[[int], float] | None = None
+
+
+def train_packed(
+    model: Llama,
+    runs: Mapping[str, Run],
+    *,
+    steps: int,
+    invariant: bool = False,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, History]:
+    """Train adapters that are injected in the model, name -> run, together for `steps` updates of each.
+
+    Ranks, scales and targets may differ, and so may the counts of rows. With `invariant` a run's numbers have
+    the same bits whatever is packed beside it, which takes longer. Afterwards the active adapter is the one
+    from before. MismatchError for a name that no adapter has, UnsupportedError for a kind that cannot be
+    mixed, InputError for batches that run out or differ in length and for what two runs cannot share,
+    StateError for a merged model, NonFiniteError when a loss or gradient is not finite: all parameters are
+    then those of the last good step.
+    """
+    check_int("steps", steps, 1)
+    if not runs:
+        raise InputError("no runs; expected a Run for each adapter to train, by name")
+    for name, run in runs.items():
+        check_batches(run.batches, f"Run(ml.batches(...), ml.AdamW()) for {name!r}")
+    sources = {name: iter(run.batches) for name, run in runs.items()}
+    for what, objects in (
+        ("optimizer", [run.optimizer for run in runs.values()]),
+        ("iterator of batches", list(sources.values())),
+    ):
+        if len({id(each) for each in objects}) < len(runs):
+            raise InputError(f"two runs share an {what}; expected one for each")
+    keep_memory()
+    histories = {name: History() for name in runs}
+    with all_trained(model, runs) as params:
+        replica, batch = mixed(model, compute=segments, invariant=invariant)
+        entries = {name: named(model, name) for name in runs}
+        for adapters in entries.values():
+            batch.member(adapters)
+        for step in range(steps):
+            ids, labels = pack(replica, {name: next(source, None) for name, source in sources.items()}, step)
+            try:
+                with batch.rows([entries[name] for name in runs for _ in labels[name]]), quiet_overflow():
+                    losses = gradients(replica, ids, labels)
+                    squares = [squared_norm(params[name]) for name in runs]
+                    values = floats(*losses, *squares)  # a step's only copy to the host
+                found = dict(zip(runs, zip(values, values[len(runs) :], strict=False), strict=True))
+                for name, (loss, square) in found.items():
+                    if not math.isfinite(loss + square):
+                        what = "gradient" if math.isfinite(loss) else "loss"
+                        raise NonFiniteError(f"{name!r}, step {step + 1}: the {what} is not finite")
+                for name, run in runs.items():
+                    lr = run.optimizer.lr * (run.schedule(step) if run.schedule else 1.0)
+                    run.optimizer.step(params[name], lr, math.sqrt(found[name][1]))
+                    histories[name].loss.append(found[name][0])
+            finally:
+                for p in (p for some in params.values() for p in some.values()):
+                    p.grad = None
+            if progress:
+                progress(step + 1, {name: loss for name, (loss, _) in found.items()})
+    return histories
+
+
+def pack(model: Llama, batches: Mapping[str, Batch | None], step: int) -> tuple[Array, dict[str, Array]]:
+    """The ids of all runs below each other, and each run's labels; InputError if they cannot be packed."""
+    parts, labels = [], {}
+    for name, batch in batches.items():
+        if batch is None:
+            raise InputError(f"the batches of {name!r} ran out; expected one more for step {step + 1}")
+        parts.append(model.check(batch[0]))
+        labels[name] = model.check_labels(*batch)
+        if (T := parts[-1].shape[1]) != (first := parts[0].shape[1]):
+            raise InputError(f"the batch of {name!r} has {T} tokens a row; expected {first}, as the others")
+    return xp.concatenate(parts), labels
+
+
+def gradients(model: Llama, ids: Array, labels: Mapping[str, Array]) -> list[Array]:
+    """The loss of every run, whose gradient is left in its adapter."""
+    logits, back = model.forward(ids, train=True)
+    losses, dlogits, start = [], xp.empty_like(logits), 0
+    for own in labels.values():
+        at = slice(start, start := start + len(own))
+        loss, back_loss = cross_entropy(logits[at], own)
+        dlogits[at] = back_loss()
+        losses.append(loss)
+    back(dlogits)
+    return losses
+
+
+@contextlib.contextmanager
+def all_trained(model: Llama, names: Iterable[str]) -> Iterator[dict[str, dict[str, Param]]]:
+    """Within the context the adapters of these names are trained; yields the parameters of each, by path."""
+    layers = unmerged(model).values()
+    before = [(p, p.trainable) for p in named_params(model).values()], [layer.active for layer in layers]
+    try:
+        params = {}
+        for name in names:
+            set_adapter(model, name)
+            params[name] = trained(model)
+        for p in (p for some in params.values() for p in some.values()):
+            p.trainable = True
+        yield params
+    finally:
+        for p, trainable in before[0]:
+            p.trainable = trainable
+        for layer, active in zip(layers, before[1], strict=True):
+            layer.active = active

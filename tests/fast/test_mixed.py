@@ -1,0 +1,608 @@
+"""Each row of a mixed batch has what its adapter alone would give it, and nothing of its neighbours'."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from device import DeviceArray
+from helpers import (
+    LINEARS,
+    assert_layer_gradient,
+    assert_precision_scales,
+    batch,
+    dtypes,
+    flags,
+    merge_bound,
+    seeds,
+    sizes,
+    tiny,
+)
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from minilora.backend import to_device, to_host
+from minilora.decoding import generate, past_of
+from minilora.errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError
+from minilora.fast.mixed import FEW, Batch, Mixed, Stack, by_phase, gathered, loop, mixed, segments
+from minilora.layers import Dropout, Linear, Need, Param
+from minilora.lora import LowRank, attach, bases, inject, merge, set_adapter, untie
+from minilora.methods.embedding import LowRankEmbedding
+from minilora.methods.lora_config import LoraConfig
+from minilora.tree import digest, freeze, named_params, replica, trained
+
+COMPUTES = (loop, segments, gathered, by_phase)
+ROW_BY_ROW = (segments, gathered, by_phase)
+computes = st.sampled_from(COMPUTES)
+rows_of = st.lists(st.integers(-1, 3), min_size=1, max_size=6)  # which adapter each row has; -1: none
+
+
+def one_layer(base, compute, path="q", invariant=False):
+    """A Mixed on its own, and its batch."""
+    made = Batch(None, {path: base.weight.data.shape}, compute is loop, invariant)
+    layer = made.layers[path] = Mixed(base, path, made, compute)
+    return layer, made
+
+
+def drawn(rng, shapes, r, dtype=np.float64, scale=0.7, trainable=False, paths=None):
+    """Adapters of both factors for all paths (path -> (O, I)), or for some."""
+    draw = lambda *shape: Param(to_device(rng.standard_normal(shape).astype(dtype)), trainable)  # noqa: E731
+    return {p: LowRank(draw(r, shapes[p][1]), draw(shapes[p][0], r), scale) for p in paths or shapes}
+
+
+def chosen(adapters, numbers):
+    return [None if k < 0 else adapters[k] for k in numbers]
+
+
+def with_one(model, adapters):
+    """Inject ready adapters."""
+    if "lm_head" in adapters and model.lm_head is None:
+        untie(model)
+    attach(model, adapters, "a")
+
+
+def family(rng, shapes, dtype=np.float64, trainable=False):
+    """Four adapters: of three ranks and scales, one of them for some paths only."""
+    some = [p for k, p in enumerate(shapes) if k % 3 != 1]
+    how = ((2, 0.7, None), (5, -1.3, None), (2, 0.3, None), (1, 2.0, some))
+    return [drawn(rng, shapes, r, dtype, scale, trainable, paths) for r, scale, paths in how]
+
+
+@given(seed=seeds, numbers=rows_of, t=st.integers(1, 3), o=sizes, i=sizes, dtype=dtypes, compute=computes)
+def test_each_row_is_its_adapters_within_the_bound(seed, numbers, t, o, i, dtype, compute):
+    rng = np.random.default_rng(seed)
+    base = Linear(Param(rng.standard_normal((o, i)).astype(dtype), False))
+    layer, made = one_layer(base, compute)
+    adapters = family(rng, made.shapes, dtype)
+    x = rng.standard_normal((len(numbers), t, i)).astype(dtype)
+    with made.rows(chosen(adapters, numbers)):
+        y = layer(x, Need.NONE)[0]
+    assert y.dtype == dtype
+    wide = np.longdouble
+    for n, k in enumerate(numbers):
+        a = adapters[k]["q"] if k >= 0 else LowRank(Param(x[n, :1] * 0), Param(y[n, :1].T * 0), 0.0)
+        W, A, B, X = (v.astype(wide) for v in (base.weight.data, a.A.data, a.B.data, x[n].T))
+        exact = W @ X + dtype(a.scale).astype(wide) * (B @ (A @ X))
+        bound = merge_bound(base.weight.data, a.A.data, a.B.data, a.scale, x[n].T, dtype) / 2
+        assert (np.abs(y[n].T - exact) <= bound * (1 + 2.0**-10)).all()  # the exact value has 11 bits more
+
+
+@given(
+    seed=seeds,
+    numbers=rows_of,
+    t=st.integers(1, 3),
+    o=sizes,
+    i=sizes,
+    dtype=dtypes,
+    need=st.sampled_from(Need),
+)
+def test_on_integers_all_computations_are_equal_and_so_are_their_gradients(
+    seed, numbers, t, o, i, dtype, need
+):
+    """Products and sums below 2^24 round nothing."""
+    rng = np.random.default_rng(seed)
+    whole = lambda *shape: rng.integers(-3, 4, shape).astype(dtype)  # noqa: E731
+    base = Linear(Param(whole(o, i), False), Param(whole(o), False))
+    ranks, x, dy = (2, 4, 2, 1), whole(len(numbers), t, i), whole(len(numbers), t, o)
+    factors = [(whole(r, i), whole(o, r)) for r in ranks]
+    results = []
+    for compute in COMPUTES:
+        layer, made = one_layer(base, compute)
+        adapters = [{"q": LowRank(Param(A), Param(B), 0.5)} for A, B in factors]
+        for a in adapters:
+            freeze(a, keep=lambda _: need is not Need.NONE)
+        with made.rows(chosen(adapters, numbers)):
+            y, back = layer(x, need)
+        found = {"y": y}
+        if need is not Need.NONE:
+            dx = back(dy.copy())
+            assert (dx is None) is (need is Need.WEIGHTS)
+            found |= {} if dx is None else {"x": dx}
+            found |= grads(adapters)
+            reached = {int(name[0]) for name in found if "." in name}
+            assert reached == set(numbers) - {-1}
+        results.append(found)
+    W, b = base.weight.data, base.bias.data
+    for n, k in enumerate(numbers):
+        V = W + 0.5 * factors[k][1] @ factors[k][0] if k >= 0 else W
+        assert np.array_equal(results[0]["y"][n], x[n] @ V.T + b)
+        if need is Need.ALL:
+            assert np.array_equal(results[0]["x"][n], dy[n] @ V)
+    if need is not Need.NONE:
+        for k in set(numbers) - {-1}:
+            A, B = factors[k]
+            G = sum(dy[n].T @ x[n] for n in range(len(numbers)) if numbers[n] == k)
+            assert np.array_equal(results[0][f"{k}.q.A"], 0.5 * B.T @ G)
+            assert np.array_equal(results[0][f"{k}.q.B"], 0.5 * G @ A.T)
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        assert all(np.array_equal(other[k], a) for k, a in results[0].items())
+
+
+@given(
+    seed=seeds,
+    numbers=rows_of,
+    t=st.integers(1, 3),
+    o=sizes,
+    i=sizes,
+    compute=st.sampled_from([loop, segments]),
+)
+def test_gradients_are_those_of_the_complex_step(seed, numbers, t, o, i, compute):
+    rng = np.random.default_rng(seed)
+    layer, made = one_layer(Linear(Param(rng.standard_normal((o, i)), False)), compute)
+    adapters = family(rng, made.shapes, trainable=True)
+    params = {f"{k}.{name}": p for k in set(numbers) - {-1} for name, p in named_params(adapters[k]).items()}
+    with made.rows(chosen(adapters, numbers)):
+        assert_layer_gradient(layer, params, rng.standard_normal((len(numbers), t, i)), rng)
+
+
+@settings(max_examples=15)
+@given(seed=seeds, numbers=rows_of, t=st.integers(1, 4), how=flags, compute=computes)
+def test_a_mixed_model_is_each_row_with_its_adapter_alone(seed, numbers, t, how, compute):
+    """Logits of the whole network, against injected adapters, one at a time; base rows against the base."""
+
+    def both(dtype):
+        model, rng = tiny(seed, dtype, **how)
+        copy, made = mixed(model, LINEARS, compute=compute)
+        adapters = family(rng, made.shapes, dtype)
+        ids = batch(rng, n=len(numbers), t=t)[0]
+        with made.rows(chosen(adapters, numbers)):
+            yield copy(ids)[0]
+        y = []
+        for n, k in enumerate(numbers):
+            alone = replica(model)
+            if k >= 0:
+                with_one(alone, adapters[k])
+            y.append(alone(ids[n : n + 1])[0][0])
+        yield np.stack(y)
+
+    assert_precision_scales(both)
+
+
+@settings(max_examples=15)
+@given(seed=seeds, numbers=rows_of, how=flags, compute=computes)
+def test_cached_decoding_of_a_mixed_batch_is_its_full_forward(seed, numbers, how, compute):
+    def both(dtype):
+        model, rng = tiny(seed, dtype, **how)
+        copy, made = mixed(model, compute=compute)
+        adapters = family(rng, made.shapes, dtype)
+        ids = batch(rng, n=len(numbers), t=5)[0]
+        with made.rows(chosen(adapters, numbers)):
+            past = past_of(copy, len(ids), 5)
+            parts = (ids[:, :3], ids[:, 3:4], ids[:, 4:])
+            yield np.concatenate([copy.forward(part, past=past)[0] for part in parts], 1)
+            yield copy.forward(ids)[0][:, 2:]
+
+    assert_precision_scales(both)
+
+
+def decoded(copy, made, rows, ids):
+    """Logits of a prompt of 3 tokens and of 2 more, cached, of every row."""
+    with made.rows(rows):
+        past = past_of(copy, len(ids), 5)
+        parts = (ids[:, :3], ids[:, 3:4], ids[:, 4:])
+        return np.concatenate(
+            [*(copy.forward(part, past=past)[0] for part in parts), copy.forward(ids)[0]], 1
+        )
+
+
+@settings(max_examples=25)
+@given(
+    seed=seeds, numbers=rows_of, dtype=dtypes, how=flags, compute=st.sampled_from(ROW_BY_ROW), data=st.data()
+)
+def test_invariant_rows_have_the_same_bits_whoever_shares_their_batch(
+    seed, numbers, dtype, how, compute, data
+):
+    """A row alone; the same rows in any order; base rows beside base rows only."""
+    model, rng = tiny(seed, dtype, **how)
+    copy, made = mixed(model, LINEARS, compute=compute, invariant=True)
+    adapters = family(rng, made.shapes, dtype)
+    ids = batch(rng, n=len(numbers), t=5)[0]
+    rows = chosen(adapters, numbers)
+    y = decoded(copy, made, rows, ids)
+    for n in range(len(ids)):
+        assert np.array_equal(decoded(copy, made, rows[n : n + 1], ids[n : n + 1])[0], y[n])
+    order = data.draw(st.permutations(range(len(ids))))
+    assert np.array_equal(decoded(copy, made, [rows[n] for n in order], ids[order]), y[order])
+    base = decoded(copy, made, [None] * len(ids), ids)
+    for n, row in enumerate(rows):
+        assert row or np.array_equal(y[n], base[n])
+
+
+@given(
+    seed=seeds,
+    numbers=st.lists(st.integers(-1, 3), min_size=1, max_size=20),
+    t=st.integers(1, 3),
+    dtype=dtypes,
+)
+@example(seed=0, numbers=[0] * FEW + [1] * (FEW + 1), t=1, dtype=np.float32)
+def test_invariant_computations_have_the_same_bits(seed, numbers, t, dtype):
+    """So a row's do not depend on whether the stack takes it."""
+    rng = np.random.default_rng(seed)
+    base = Linear(Param(rng.standard_normal((37, 50)).astype(dtype), False))
+    x = rng.standard_normal((len(numbers), t, 50)).astype(dtype)
+    adapters = family(rng, {"q": (37, 50)}, dtype)
+    results = []
+    for compute in (segments, gathered):
+        layer, made = one_layer(base, compute, invariant=True)
+        with made.rows(chosen(adapters, numbers)):
+            results.append(layer(x, Need.NONE)[0])
+    assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("width", [48, 130])
+def test_invariance_holds_where_blas_has_several_kernels(width):
+    """At sizes for which the plain product of many rows does differ from that of one."""
+    how = {"hidden_size": width, "intermediate_size": 2 * width + 3, "head_dim": 8}
+    model, rng = tiny(3, np.float32, **how)
+    differs = False
+    for invariant in (True, False):
+        copy, made = mixed(model, invariant=invariant)
+        adapters = [drawn(rng, made.shapes, r, np.float32, 0.1) for r in (1, 3, 8, 8, 16)]
+        ids = batch(rng, n=23, t=5)[0]
+        rows = [[*adapters, None][n % 12 if n % 12 < 6 else 2] for n in range(23)]  # one has more than FEW
+        y = decoded(copy, made, rows, ids)
+        for n in range(23):
+            same = np.array_equal(decoded(copy, made, rows[n : n + 1], ids[n : n + 1])[0], y[n])
+            assert same or not invariant
+            differs = differs or not same
+    assert differs
+
+
+@settings(max_examples=15)
+@given(seed=seeds, numbers=rows_of, how=flags, compute=computes)
+def test_gradients_of_a_mixed_model_are_those_of_training_alone(seed, numbers, how, compute):
+    """Each adapter's, from its own rows; an adapter of the last block alone is reached as well."""
+
+    def both(dtype):
+        model, rng = tiny(seed, dtype, **how)
+        before = digest(model)
+        copy, made = mixed(model, LINEARS, compute=compute)
+        adapters = family(rng, made.shapes, dtype, trainable=True)
+        adapters[0] = {p: a for p, a in adapters[0].items() if ".1." in p}
+        ids = batch(rng, n=len(numbers), t=4)[0]
+        dlogits = rng.standard_normal((len(ids), 4, 11)).astype(dtype)
+        with made.rows(chosen(adapters, numbers)):
+            copy.forward(ids, train=True)[1](dlogits.copy())
+        assert digest(model) == before
+        assert all(
+            p.grad is None for p in [*named_params(model).values(), *named_params(bases_of(copy)).values()]
+        )
+        found = grads(adapters)
+        for k in range(4):
+            if k in numbers:
+                other = replica(model)
+                with_one(other, adapters[k])
+                own = [n for n in range(len(ids)) if numbers[n] == k]
+                other.forward(ids[own], train=True)[1](dlogits[own])
+        alone = grads(adapters)
+        assert alone.keys() == found.keys()
+        yield np.concatenate([np.ones(1, dtype), *(g.ravel() for g in found.values())])
+        yield np.concatenate([np.ones(1, dtype), *(g.ravel() for g in alone.values())])
+
+    assert_precision_scales(both)
+
+
+def bases_of(copy):
+    """The frozen parameters of a mixed replica."""
+    return {path: p for path, p in named_params(copy).items() if ".trained." not in path}
+
+
+def grads(adapters):
+    """The gradients, which are cleared."""
+    found = {}
+    for k, some in enumerate(adapters):
+        for name, p in named_params(some).items():
+            if p.grad is not None:
+                found[f"{k}.{name}"], p.grad = p.grad, None
+    return found
+
+
+def test_dropout_masks_are_those_of_training_alone():
+    model, rng = tiny(0)
+    copy, made = mixed(model)
+    ids, dlogits = batch(rng, t=4)[0], rng.standard_normal((5, 4, 11))
+    numbers, results = [0, 1, 1, 0, -1], []
+    for alone in (False, True):
+        rng = np.random.default_rng(5)
+        adapters = [drawn(rng, made.shapes, r, trainable=True) for r in (2, 3)]
+        for k, some in enumerate(adapters):
+            own = np.random.default_rng(k)
+            for adapter in some.values():
+                adapter.dropout = Dropout(0.4, own)
+        if alone:
+            for k, at in ((0, [0, 3]), (1, [1, 2])):
+                with made.rows([adapters[k]] * 2):
+                    copy.forward(ids[at], train=True)[1](dlogits[at])
+        else:
+            with made.rows(chosen(adapters, numbers)):
+                copy.forward(ids, train=True)[1](dlogits.copy())
+        results.append(grads(adapters))
+    assert results[0].keys() == results[1].keys()
+    for k, g in results[0].items():
+        assert np.allclose(g, results[1][k], rtol=1e-9, atol=1e-12), k
+
+
+# ---- stacks
+
+
+@given(
+    seed=seeds, batches=st.lists(st.lists(st.integers(-1, 5), min_size=1, max_size=6), min_size=1, max_size=6)
+)
+@example(seed=0, batches=[[0, 1, 2, 3], [0, 2, 3], [3, 2, 4, 0], [0, 0, 1, 1, 2, 2], [1], [-1], [1, 0]])
+def test_stacks_that_outlive_a_batch_give_what_new_ones_give(seed, batches):
+    """To the bit, whatever was in their slots; rows that were there before are not copied again."""
+    rng = np.random.default_rng(seed)
+    base = Linear(Param(rng.standard_normal((4, 5)), False))
+    layer, made = one_layer(base, gathered)
+    adapters = [drawn(rng, made.shapes, r) for r in (2, 2, 2, 3, 3, 2)]
+    copies, real, last = [], Stack.copy, Counter()
+    for numbers in batches:
+        x = rng.standard_normal((len(numbers), 1, 5))
+        with pytest.MonkeyPatch.context() as patch, made.rows(chosen(adapters, numbers)):
+            patch.setattr(Stack, "copy", lambda self, *a: copies.append(a) or real(self, *a))
+            y = layer(x, Need.NONE)[0]
+        new_layer, new = one_layer(base, gathered)
+        with new.rows(chosen(adapters, numbers)):
+            assert np.array_equal(y, new_layer(x, Need.NONE)[0])
+        now = Counter(k for k in numbers if k >= 0)
+        assert len(copies) <= now.total()
+        assert now != last or not copies
+        copies.clear()
+        last = now
+
+
+def test_a_row_that_joins_costs_one_copy_and_one_that_leaves_at_most_one(monkeypatch):
+    model, rng = tiny(0)
+    copy, made = mixed(model)
+    adapters = [drawn(rng, made.shapes, 2) for _ in range(9)]
+    copies, real = [], Stack.copy
+    monkeypatch.setattr(Stack, "copy", lambda self, *a: copies.append(a) or real(self, *a))
+
+    def cost(numbers, t=1):
+        copies.clear()
+        with made.rows(chosen(adapters, numbers)):
+            for _ in range(2):
+                copy.forward(np.zeros((len(numbers), t), int))
+        return len(copies)
+
+    assert cost([0, 1, 2, 3, 4], t=3) == 0  # a prompt needs no stack
+    assert cost([0, 1, 2, 3, 4]) == 5
+    assert cost([0, 1, 2, 3, 4]) == 0
+    assert cost([4, 2, 0, 1, 3]) == 0
+    assert cost([0, 1, 5, 3, 4]) == 1
+    assert cost([0, -1, 5, 3, 4]) <= 1
+    assert cost([0, 5, 3]) <= 2
+    assert cost([0, 5, 3, 6]) == 1
+    assert cost([0, 0, 5, 3]) == 1
+    assert cost([0, 5, 3] + [6] * FEW) >= FEW - 1
+    assert cost([0, 5, 3] + [7] * (FEW + 1)) == 0  # a prompt, say: a segment is cheaper
+
+
+def test_a_trained_adapter_is_never_stacked():
+    """Its arrays change in place, and a stack would not see that."""
+    model, rng = tiny(0)
+    copy, made = mixed(model, compute=gathered)
+    adapters = [drawn(rng, made.shapes, 2, trainable=k == 0) for k in range(2)]
+    ids = batch(rng, n=3, t=1)[0]
+    with made.rows([adapters[0], adapters[1], adapters[0]]):
+        before = copy.forward(ids)[0]
+        for p in named_params(adapters[0]).values():
+            p.data += 1
+        after = copy.forward(ids)[0]
+    assert np.array_equal(before[1], after[1])
+    assert (before[[0, 2]] != after[[0, 2]]).any(-1).all()
+    freeze(adapters[0])
+    with made.rows([adapters[0], adapters[1], adapters[0]]):
+        assert np.allclose(copy.forward(ids)[0], after, rtol=1e-12, atol=1e-12)
+
+
+# ---- what it costs
+
+
+@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_no_rank_costs_more_than_its_own(compute, t, device, monkeypatch):
+    """Multiplications counted on the stand-in: T (O I + r (O + I)) for each row of rank r."""
+    O, I, numbers = 7, 5, [0, 1, -1, 2, 0, 3, 1]  # noqa: E741
+    rng = np.random.default_rng(0)
+    layer, made = one_layer(Linear(Param(to_device(rng.standard_normal((O, I))), False)), compute)
+    ranks = (2, 5, 2, 1)
+    adapters = [drawn(rng, made.shapes, r) for r in ranks]
+    products, real = [], DeviceArray.__matmul__
+
+    def count(a, b):
+        y = real(a, b)
+        products.append(y.size * a.shape[-1])
+        return y
+
+    monkeypatch.setattr(DeviceArray, "__matmul__", count)
+    with made.rows(chosen(adapters, numbers)):
+        layer(to_device(rng.standard_normal((len(numbers), t, I))), Need.NONE)
+    assert sum(products) == t * sum(O * I + (ranks[k] * (O + I) if k >= 0 else 0) for k in numbers)
+    stacks = compute is gathered or (compute is by_phase and t == 1)
+    assert len(products) == (5 + 2 * 4 if compute is loop else 1 + 2 * (3 if stacks else 4))
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_the_mixed_model_is_the_same_on_the_device(compute, request):
+    def life():
+        model, rng = tiny(1, np.float32, tie_word_embeddings=True)
+        copy, made = mixed(model, LINEARS, compute=compute, invariant=compute is not loop)
+        adapters = family(rng, made.shapes, np.float32)
+        freeze(adapters[2], keep=lambda _: True)
+        ids, numbers = to_device(batch(rng, n=6, t=3)[0]), [0, 2, -1, 3, 1, 2]
+        numbers_out = []
+        with made.rows(chosen(adapters, numbers)):
+            y, back = copy.forward(ids, train=True)
+            back(to_device(rng.standard_normal(y.shape).astype(np.float32)))
+            numbers_out += [to_host(y), to_host(copy.forward(ids[:, :1])[0])]
+            numbers_out += list(generate(copy, ids, 3, rng=rng, temperature=0))
+        return [*numbers_out, *(to_host(g) for g in grads(adapters).values())]
+
+    host = life()
+    request.getfixturevalue("device")
+    for a, b in zip(host, life(), strict=True):
+        assert np.array_equal(a, b)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_nan_stays_in_its_own_rows(compute):
+    model, rng = tiny(0)
+    copy, made = mixed(model, compute=compute)
+    good, bad = (drawn(rng, made.shapes, 2) for _ in range(2))
+    for t in (1, 3):
+        ids = batch(rng, n=4, t=t)[0]
+        with made.rows([good, None, good, None]):
+            before = copy.forward(ids)[0]
+        next(iter(bad.values())).A.data[:] = np.nan
+        with made.rows([good, bad, good, None]), np.errstate(invalid="ignore"):
+            after = copy.forward(ids)[0]
+        assert np.isnan(after[1]).all()
+        assert np.allclose(after[[0, 2, 3]], before[[0, 2, 3]], rtol=1e-12, atol=1e-12)
+
+
+def injected(**how):
+    """A model with the adapters a (of all maps) and b (of some), and a mixed replica of it."""
+    model, rng = tiny(2)
+    for name, targets in (("a", "all-linear"), ("b", ["q_proj", "down_proj"])):
+        inject(model, LoraConfig(r=2, targets=targets, init="both", **how), rng=rng, name=name)
+    return model, rng
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_rows_name_injected_adapters(compute):
+    model, rng = injected()
+    copy, made = mixed(model, compute=compute)
+    ids = batch(rng, n=4, t=3)[0]
+    names = ["b", None, "a", "b"]
+    with made.rows(names):
+        y = copy(ids)[0]
+    plain = tiny(2)[0]
+    for n, name in enumerate(names):
+        if name:
+            set_adapter(model, name)
+        expected = (model if name else plain)(ids[n : n + 1])[0][0]
+        assert np.allclose(y[n], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_be_mixed_is_refused_before_anything_is_computed_or_changed(monkeypatch):
+    model, rng = injected()
+    copy, made = mixed(model)
+    ids = batch(rng, n=2, t=3)[0]
+    fine = drawn(rng, made.shapes, 2)
+    path = "model.layers.0.self_attn.q_proj"
+    wide, table = LowRank(Param(np.zeros((2, 9))), Param(np.zeros((24, 2))), 1.0), "model.embed_tokens"
+    embedding = LowRankEmbedding(Param(np.zeros((2, 11))), Param(np.zeros((10, 2))), 1.0)
+    with made.rows([fine, None]):
+        before = copy.forward(ids)[0]
+        with pytest.raises(InputError, match="3 rows of ids, 2 adapters"):
+            copy.forward(np.zeros((3, 2), int))
+    monkeypatch.setattr(Linear, "__call__", None)  # nothing is computed
+    with pytest.raises(StateError, match=r"within batch\.rows"):
+        copy.forward(ids)
+    dora = injected(dora=True)[0]
+    bias = tiny(2, attention_bias=True)[0]
+    inject(bias, LoraConfig(bias="lora_only"), rng=rng, name="a")
+    for rows, error, said in (
+        (["a", "bb"], InputError, "no adapter 'bb'; nearest: 'b'"),
+        ([3, None], InputError, "a row has 3"),
+        ([], InputError, "no rows"),
+        ([{path.replace("q_", "qq_"): fine[path]}, None], MismatchError, f"nearest: '{path}'"),
+        (
+            [{path: wide}, None],
+            MismatchError,
+            r"A is \(2, 9\), B \(24, 2\); expected \(r, 10\) and \(24, r\)",
+        ),
+        ([{table: embedding}, None], UnsupportedError, f"{table}: a LowRankEmbedding cannot be mixed"),
+    ):
+        with pytest.raises(error, match=said), made.rows(rows):
+            pass
+    for other, kind in ((dora, "DoRA"), (bias, "WithBias")):
+        with pytest.raises(UnsupportedError, match=f"a {kind} cannot be mixed"), mixed(other)[1].rows(["a"]):
+            pass
+    monkeypatch.undo()
+    with made.rows([fine, None]):
+        assert np.array_equal(copy.forward(ids)[0], before)
+        with pytest.raises(StateError, match="has its rows already"), made.rows([None]):
+            pass
+        assert np.array_equal(copy.forward(ids)[0], before)
+
+
+def test_a_merged_model_and_options_that_do_not_fit_are_refused():
+    model, _ = injected()
+    made = mixed(model)[1]
+    merge(model)
+    with pytest.raises(StateError, match="merged"):
+        mixed(model)
+    with pytest.raises(StateError, match="merged"), made.rows(["a"]):
+        pass
+    plain = tiny(2)[0]
+    with pytest.raises(ConfigError, match="compute is loop"):
+        mixed(plain, compute=loop, invariant=True)
+    with pytest.raises(UnsupportedError, match=r"model\.embed_tokens is no linear map"):
+        mixed(plain, ["embed_tokens"])
+    with pytest.raises(MismatchError, match="nearest"):
+        mixed(plain, ["qq_proj"])
+
+
+def test_the_loop_takes_every_kind_of_adapter():
+    model, rng = injected(dora=True)
+    copy, made = mixed(model, compute=loop)
+    ids = batch(rng, n=3, t=3)[0]
+    with made.rows(["a", None, "b"]):
+        y = copy(ids)[0]
+    for n, name in ((0, "a"), (2, "b")):
+        set_adapter(model, name)
+        assert np.allclose(y[n], model(ids[n : n + 1])[0][0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_mixed_replica_shares_the_base_and_leaves_the_model_as_it_was():
+    model, _ = injected()
+    before, names = digest(model), list(named_params(model))
+    copy, made = mixed(model, LINEARS)
+    arrays = {id(p.data) for p in named_params(bases(model)).values()}
+    assert {id(p.data) for p in named_params(copy).values()} == arrays
+    assert not trained(copy)
+    with made.rows(["a", "b"]):
+        copy.forward(np.zeros((2, 3), int), train=True)[1](np.ones((2, 3, 11)))
+    assert (digest(model), list(named_params(model))) == (before, names)
+    assert all(
+        (p.grad is not None) is p.trainable for p in named_params(model).values()
+    )  # b is the active one
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_frozen_adapter_gets_no_gradient_but_passes_dx_on(compute):
+    rng = np.random.default_rng(0)
+    layer, made = one_layer(Linear(Param(rng.standard_normal((4, 5)), False)), compute)
+    frozen, moving = drawn(rng, made.shapes, 2), drawn(rng, made.shapes, 3, trainable=True)
+    dy = rng.standard_normal((2, 3, 4))
+    with made.rows([frozen, moving]):
+        dx = layer(rng.standard_normal((2, 3, 5)))[1](dy.copy())
+    assert not grads([frozen])
+    assert len(grads([moving])) == 2
+    for n, a in enumerate((frozen["q"], moving["q"])):
+        assert np.allclose(dx[n], dy[n] @ (layer.base.weight.data + a.delta()), rtol=1e-13, atol=1e-13)
