@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .backend import Array, keep_memory, to_device, to_host, xp
-from .errors import InputError
+from .errors import InputError, short
 from .model import Llama, Turn
 from .ops import attend_one, attention
 from .tree import named_params
@@ -78,14 +78,7 @@ def generate(
     share of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for a
     meaningless setting or a text longer than the model takes.
     """
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected an int, at least 1")
-    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
-        raise InputError(f"temperature is {temperature!r}; expected a number, at least 0")
-    if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise InputError(f"top_k is {top_k!r}; expected an int, at least 1")
-    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p!r}; expected a number in (0, 1]")
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     ids = model.check(ids)
     T, limit = ids.shape[1], model.config.max_position_embeddings
     if T + max_new_tokens > limit:
@@ -101,6 +94,18 @@ def generate(
             ids = to_device(token[:, None])
 
     return tokens(ids)  # a generator of its own, so that the checks above run at once
+
+
+def check_sampling(max_new_tokens: object, temperature: object, top_k: object, top_p: object) -> None:
+    """InputError for a setting of `generate` that has no meaning."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {short(max_new_tokens)}; expected an int, at least 1")
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+        raise InputError(f"temperature is {short(temperature)}; expected a number, at least 0")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise InputError(f"top_k is {short(top_k)}; expected an int, at least 1")
+    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
+        raise InputError(f"top_p is {short(top_p)}; expected a number in (0, 1]")
 
 
 def sample(

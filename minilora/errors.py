@@ -49,6 +49,10 @@ class StateError(MiniloraError, RuntimeError):
     """A call in the wrong order: unmerge before merge, train while merged."""
 
 
+class BusyError(MiniloraError, RuntimeError):
+    """A queue is full; the same request may be accepted later."""
+
+
 class StorageError(MiniloraError, OSError):
     """The file system said no: missing, read-only, full."""
 

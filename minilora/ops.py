@@ -129,11 +129,13 @@ def rope_tables(positions: Array, heads: int, inverse: Array, dtype: Any) -> tup
 def rope(x: Array, cos: Array, sin: Array, width: int) -> tuple[Array, Back]:
     """Turn the pairs (j, j + E/2) of each head in x (N, T, H*E) by the angles of the tables.
 
+    cos and sin are (T, H*E), or (N, T, H*E) where every row is at a position of its own.
+
     [a, b] -> [a, b] * cos + [b, a] * [-sin, sin], Hugging Face's half-split. Three long passes over
     memory and one that swaps the halves: heads, of E numbers, are too short to loop over.
     """
     N, T, W = x.shape
-    cos, sin = cos[:, :W], sin[:, :W]  # keys may have fewer heads
+    cos, sin = cos[..., :W], sin[..., :W]  # keys may have fewer heads
 
     def turn(x: Array, sin: Array) -> Array:
         swapped = x.reshape(N, T, W // width, 2, width // 2)[..., ::-1, :].reshape(N, T, W)
@@ -227,13 +229,17 @@ def _add(total: Array, seen: int, part: Array) -> Array:
     return total
 
 
-def attend_one(q: Array, k: Array, v: Array) -> Array:
-    """`attention` of a single query (T = 1), the newest, without mask or backward.
+def attend_one(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """`attention` of a single query (T = 1), the newest, without backward.
 
-    The H/G heads that read one group take the place of the T queries: one product for all of them.
+    The H/G heads that read one group take the place of the T queries: one product for all of them. `mask`
+    (N, 1, 1, S) is added to the scores: 0, or -inf where a shorter row has no key. There exp is 0, and a
+    finite value times 0 changes no sum.
     """
     N, G, _, E = k.shape
     scores = (q.reshape(N, G, -1, E) / math.sqrt(E)) @ k.swapaxes(-1, -2)  # (N, G, H/G, S)
+    if mask is not None:
+        scores += mask
     return (softmax(scores)[0] @ v).reshape(q.shape)
 
 

@@ -8,7 +8,7 @@ is not finite and another base are errors that name module and file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,39 +93,25 @@ def load_adapter(
     if split:
         layers = with_head(model, layers)
     check_fit(given, layers, tied)
-    base = given.made.get("base")
-    if base and not force and base != (own := base_print(model)):
-        what = f"fingerprint {base[:12]!a}, this one has {own[:12]!a}"
-        raise MismatchError(f"{given.where}: was trained on another base: {what}")
+    if not force:
+        check_base(given, lambda: base_print(model))
     dtype = next(iter(named_params(model).values())).dense().dtype
-
-    def param(tensor: str, shape: tuple[int, ...]) -> Param:
-        with np.errstate(over="ignore"):
-            a = given.value(tensor).reshape(shape).astype(dtype)
-        if not np.isfinite(a).all():
-            raise NonFiniteError(f"{given.where}: {tensor} is not finite in {dtype}")
-        return Param(to_device(a))
-
     new: dict[str, Any] = {}
     norms, p_drop = {}, given.settings.lora_dropout
     for module, pair in given.pairs.items():
-        (O, I), r = pair.shape, pair.r  # noqa: E741
-        A, B = param(pair.A, (r, I)), param(pair.B, (O, r))
+        A, B, norm = factors(given, module, dtype)
         adapter: Any = LowRankEmbedding(A, B, pair.scale)
         if not pair.embedding:
             adapter = LowRank(A, B, pair.scale, Dropout(p_drop, rng) if p_drop and rng else None)
         if row := of_vectors(pair.vectors, f"{given.where}: {module}"):
-            adapter = row.build(adapter, param(pair.vectors[row.vector], (O,)))
+            adapter = row.build(adapter, param(given, pair.vectors[row.vector], pair.shape[:1], dtype))
         if pair.bias:
-            adapter = WithBias(adapter, param(pair.bias, (O,)))
+            adapter = WithBias(adapter, param(given, pair.bias, pair.shape[:1], dtype))
         new[module] = adapter
-        W = to_host(layers[module].weight.dense())
-        norms[module] = change_norm(to_host(A.data), to_host(B.data), pair.scale), float(np.linalg.norm(W))
-        if not norms[module][0] <= float(np.finfo(dtype).max):
-            raise NonFiniteError(f"{given.where}: the ΔW of {module} is not finite in {dtype}")
+        norms[module] = norm, float(np.linalg.norm(to_host(layers[module].weight.dense())))
     for parameter, tensor in given.replaced.items():
         module, _, kind = parameter.rpartition(".")
-        p = param(tensor, tuple(getattr(layers[module], kind).data.shape))
+        p = param(given, tensor, tuple(getattr(layers[module], kind).data.shape), dtype)
         if kind == "bias" and f"{module}.weight" not in given.replaced:
             new[module] = WithBias(None, p)
         else:
@@ -136,9 +122,37 @@ def load_adapter(
     attach(model, new, name)
     maps = [layer for layer in layers.values() if isinstance(layer, Linear | Embedding)]
     notes = list(given.notes)
-    if given.settings.base and not base:
+    if given.settings.base and "base" not in given.made:
         notes.append(f"its base is called {short(given.settings.base)}; only names and shapes were compared")
     return Attached(str(given.where), norms, len(maps), tuple(given.replaced), tuple(notes))
+
+
+def param(given: Adapter, tensor: str, shape: tuple[int, ...], dtype: Any) -> Param:
+    """A tensor of the file as a parameter of this shape and dtype; NonFiniteError names it."""
+    with np.errstate(over="ignore"):
+        a = given.value(tensor).reshape(shape).astype(dtype)
+    if not np.isfinite(a).all():
+        raise NonFiniteError(f"{given.where}: {tensor} is not finite in {dtype}")
+    return Param(to_device(a))
+
+
+def factors(given: Adapter, module: str, dtype: Any) -> tuple[Param, Param, float]:
+    """A (r, I), B (O, r) and |ΔW| of one module; NonFiniteError if any of them is not finite in `dtype`."""
+    pair = given.pairs[module]
+    (O, I), r = pair.shape, pair.r  # noqa: E741
+    A, B = param(given, pair.A, (r, I), dtype), param(given, pair.B, (O, r), dtype)
+    norm = change_norm(to_host(A.data), to_host(B.data), pair.scale)
+    if not norm <= float(np.finfo(dtype).max):
+        raise NonFiniteError(f"{given.where}: the ΔW of {module} is not finite in {dtype}")
+    return A, B, norm
+
+
+def check_base(given: Adapter, fingerprint: Callable[[], str]) -> None:
+    """MismatchError if the file names its base and `fingerprint()` is that of another one."""
+    base = given.made.get("base")
+    if base and base != (own := fingerprint()):
+        what = f"fingerprint {base[:12]!a}, this one has {own[:12]!a}"
+        raise MismatchError(f"{given.where}: was trained on another base: {what}")
 
 
 def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:

@@ -1,0 +1,415 @@
+"""Continuous batching: every step gives each running text one more token, and texts join and leave between.
+
+    step:  cancelled texts leave  ->  waiting ones take free slots  ->  one forward  ->  one token for each
+
+The M tokens of a step, next tokens and prompts alike, are the rows of one mixed batch (fast/mixed.py) over one
+cache (slots.py): iteration-level scheduling (Orca, Yu et al. 2022), with at most `chunk` tokens of prompts in a
+step, so that a long prompt holds up nobody for long (Sarathi-Serve, Agrawal et al. 2024). Adapters take free
+slots in turn: of the requests that come later, none of the same adapter goes before one that waits, and of each
+other adapter at most one. So a request that is alone with its adapter waits for as many admissions as there are
+other adapters waiting, however many requests these have.
+
+One thread computes: the caller's, by `step` or `run`, or the engine's own, after `start`. Stands in for the
+schedulers of vLLM and S-LoRA; leaves out preemption, shared prefixes and beams.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from ..backend import keep_memory, quiet_overflow, to_device, to_host
+from ..decoding import check_sampling, sample
+from ..errors import (
+    BusyError,
+    InputError,
+    NonFiniteError,
+    StateError,
+    check_int,
+    nearest,
+    short,
+)
+from ..fast.mixed import mixed
+from ..layers import Linear
+from ..lora import LowRank, bases
+from ..model import Llama
+from .bank import Bank
+from .slots import Span, slots_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue, as for `generate`: ids (T,), and the name of an adapter or None for the base.
+
+    The text ends before the first of the tokens `stops`. `seed` draws its tokens, and nobody else's.
+    """
+
+    prompt: Sequence[int] | np.ndarray
+    max_new_tokens: int
+    adapter: str | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    stops: frozenset[int] = frozenset()
+
+
+class Stream:
+    """What a request has brought so far. Iterating waits for the next token, until there is none.
+
+    `finish_reason` is None while it is not finished, then "stop", "length", "cancelled" or "error"; iterating
+    raises the `error`. Times are seconds of `time.perf_counter`.
+    """
+
+    def __init__(
+        self, request: Request, prompt: np.ndarray, told: Callable[[], None] | None = None
+    ) -> None:
+        self.request, self.prompt = request, prompt  # (T,), checked
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.times: list[float] = [time.perf_counter()]  # of its arrival, and of each token
+        self.told = told  # called by the engine's thread after every change
+        self.changed = threading.Condition()
+
+    def __iter__(self) -> Iterator[int]:
+        n = 0
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: n < len(self.tokens) or self.finish_reason is not None)
+            if n == len(self.tokens):
+                break
+            yield self.tokens[n]
+            n += 1
+        if self.error:
+            raise self.error
+
+    def tell(self, token: int | None = None, reason: str | None = None) -> None:
+        """Note a token, or the end, and wake whoever waits."""
+        with self.changed:
+            if token is not None:
+                self.tokens.append(token)
+                self.times.append(time.perf_counter())
+            self.finish_reason = reason
+            self.changed.notify_all()
+        if self.told:
+            try:
+                self.told()
+            except Exception:  # whoever listened is gone, which is no reason to end others' texts
+                self.told = None
+
+
+@dataclass(eq=False)
+class Running:
+    """A text in a slot."""
+
+    stream: Stream
+    layers: Mapping[str, LowRank] | None  # of its adapter; None: the base
+    rng: np.random.Generator
+    pending: np.ndarray  # ids that are not in the cache yet
+    seen: int = 0  # positions in the cache
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it was made."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    refused: int = 0  # because the queue was full
+
+
+REASONS = ("stop", "length", "cancelled", "error")
+
+
+class Engine:
+    """Serves requests for a base and the adapters of a bank, at most `slots` at a time.
+
+    `positions` bounds prompt and new tokens of a text, `queue` the requests that wait, `chunk` the tokens of
+    prompts in a step. With `invariant`, a text is the same to the bit in any company; that takes longer. The
+    model is only read. StateError if it is merged, ConfigError for a number that is none.
+
+        with Engine(model, Bank(model, "adapters/")) as engine:    # a thread of its own
+            for token in engine.submit(Request(ids, 20, "pirate")): ...
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        bank: Bank | None = None,
+        *,
+        slots: int = 32,
+        positions: int = 1024,
+        queue: int = 256,
+        chunk: int = 256,
+        invariant: bool = False,
+    ) -> None:
+        self.model, self.bank, self.invariant = model, bank, invariant
+        limits = {"slots": slots, "positions": positions, "queue": queue, "chunk": chunk}
+        for name, value in limits.items():
+            check_int(name, value, 1)
+        self.positions = min(positions, model.config.max_position_embeddings)
+        self.queue, self.chunk = queue, chunk
+        linear = [path for path, layer in bases(model).items() if isinstance(layer, Linear)]
+        self.replica, self.batch = mixed(model, linear)
+        self.cache = slots_of(model, slots, self.positions)
+        self.free = list(range(slots))  # a heap: the lowest is taken first
+        self.running: dict[int, Running] = {}  # by slot
+        self.waiting: OrderedDict[str | None, deque[Stream]] = OrderedDict()  # by adapter, the next in turn first
+        self.cancelled: list[Stream] = []
+        self.counters = Counters()
+        self.changed = threading.Condition()  # guards waiting, cancelled and stopping
+        self.stopping = False  # takes no more requests
+        self.dropping = False  # and cancels those at hand
+        self.thread: threading.Thread | None = None
+        keep_memory()
+
+    # ---- from any thread
+
+    def submit(self, request: Request, told: Callable[[], None] | None = None) -> Stream:
+        """Put a request into the queue; `told()` is called by the engine's thread after every change.
+
+        InputError for a request that the model cannot take or an adapter that does not exist, BusyError if
+        the queue is full, StateError if the engine is stopping.
+        """
+        stream = Stream(request, self.check(request), told)
+        with self.changed:
+            if self.stopping:
+                raise StateError("the engine is stopping and takes no more requests")
+            if (n := self.queued()) >= self.queue:
+                self.counters.refused += 1
+                raise BusyError(f"{n} requests are waiting; expected fewer than {self.queue}; try again later")
+            self.waiting.setdefault(request.adapter, deque()).append(stream)
+            self.changed.notify()
+        return stream
+
+    def check(self, request: Request) -> np.ndarray:
+        """The ids (T,) of a request; InputError if it cannot be served, before any arithmetic."""
+        new = request.max_new_tokens
+        check_sampling(new, request.temperature, request.top_k, request.top_p)
+        if type(request.seed) is not int or request.seed < 0:
+            raise InputError(f"seed is {short(request.seed)}; expected an int, at least 0")
+        (ids,) = to_host(self.model.check([request.prompt]))
+        if len(ids) + new > self.positions:
+            raise InputError(f"{len(ids)} tokens and {new} new ones; a slot has {self.positions} positions")
+        if request.adapter is not None:
+            if self.bank is None:
+                raise InputError(f"there is no adapter {short(request.adapter)}; {nearest('', ())}")
+            self.bank.check(request.adapter)
+        return ids
+
+    def cancel(self, stream: Stream) -> None:
+        """End a stream at the next step, wherever it is; one that has ended stays as it is."""
+        with self.changed:
+            self.cancelled.append(stream)
+            self.changed.notify()
+
+    def queued(self) -> int:
+        """How many requests wait."""
+        return sum(map(len, self.waiting.values()))
+
+    def start(self) -> None:
+        """Compute in a thread, until `stop`; StateError if it runs already or has stopped."""
+        if self.thread or self.stopping:
+            raise StateError("the engine has been started; make a new one")
+        self.thread = threading.Thread(target=self.loop, name="minilora-engine", daemon=True)
+        self.thread.start()
+
+    def stop(self, finish: bool = True) -> None:
+        """Take no more requests, and return when those at hand are finished, or cancelled."""
+        with self.changed:
+            self.stopping = True
+            self.dropping = not finish
+            self.changed.notify()
+        if self.thread:
+            self.thread.join()
+        else:
+            self.run()
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # ---- in the one thread that computes
+
+    def loop(self) -> None:
+        """Step while there is something to do; wait while there is not; end when stopping and idle."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.busy() or self.stopping)
+                if not self.busy():
+                    return
+            self.step()
+
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self.running or self.waiting or self.cancelled)
+
+    def run(self) -> None:
+        """Step until every request is finished."""
+        while self.busy():
+            self.step()
+
+    def step(self) -> None:
+        """One step: cancelled texts leave, waiting ones join, and each running one gets its next token."""
+        self.leave()
+        self.join()
+        if self.running:
+            self.forward()
+
+    def leave(self) -> None:
+        """Drop the cancelled requests; all, if the engine is to stop at once."""
+        with self.changed:
+            cancelled, self.cancelled = self.cancelled, []
+            if self.dropping:
+                cancelled += [stream for line in self.waiting.values() for stream in line]
+                cancelled += [row.stream for row in self.running.values()]
+        slots = {id(row.stream): slot for slot, row in self.running.items()}
+        for stream in cancelled:
+            if stream.finish_reason is None and id(stream) in slots:
+                self.end(slots[id(stream)], "cancelled")
+            elif stream.finish_reason is None:
+                self.refuse(stream, "cancelled")
+
+    def join(self) -> None:
+        """Give free slots to waiting requests, adapters in turn.
+
+        A step reads one adapter from disk at most, so that is as long as running texts are held up. One that
+        cannot be read fails its request. If none was read for now, one is read ahead.
+        """
+        read = False
+        while self.free and (line := self.in_turn(1)):
+            (stream,) = line
+            name = stream.request.adapter
+            loaded = None
+            if self.bank and name is not None:
+                missing = name not in self.bank.loaded
+                if missing and read:
+                    return
+                read |= missing
+                try:
+                    loaded = self.bank.take(name)
+                except Exception as e:  # of this request alone: a folder that is gone, damaged, another base's
+                    self.refuse(stream, "error", e)
+                    continue
+                if loaded is None:  # there is no room in memory until others end
+                    return
+            self.unqueue(stream)
+            rng = np.random.default_rng(stream.request.seed)
+            row = Running(stream, loaded.layers if loaded else None, rng, stream.prompt)
+            self.running[heapq.heappop(self.free)] = row
+            self.counters.prompt_tokens += len(row.pending)
+        if not read:
+            self.read_ahead()
+
+    def read_ahead(self) -> None:
+        """Read the adapter of one request that waits, if there is room beside those of the others."""
+        line = self.in_turn(len(self.running) + len(self.free))
+        names = [name for stream in line if (name := stream.request.adapter) is not None]
+        for stream in line:
+            name = stream.request.adapter
+            if self.bank and name is not None and name not in self.bank.loaded:
+                try:
+                    self.bank.fetch(name, keep=names)
+                except Exception as e:
+                    self.refuse(stream, "error", e)
+                return
+
+    def in_turn(self, count: int) -> list[Stream]:
+        """The waiting requests that are next, at most so many, one for each adapter."""
+        with self.changed:
+            return [line[0] for line in islice(self.waiting.values(), count)]
+
+    def unqueue(self, stream: Stream) -> None:
+        """Take a request out of its line, which goes to the end of all lines."""
+        with self.changed:
+            name = stream.request.adapter
+            line = self.waiting[name]
+            line.remove(stream)
+            if line:
+                self.waiting.move_to_end(name)
+            else:
+                del self.waiting[name]
+
+    def forward(self) -> None:
+        """One forward over the next tokens of the running texts, then a token for each that is read up to its end.
+
+        An error in it ends the texts that took part.
+        """
+        parts, left = [], self.chunk
+        for slot, row in sorted(self.running.items(), key=lambda item: (len(item[1].pending) > 1, item[0])):
+            count = len(row.pending) if len(row.pending) == 1 else min(len(row.pending), left)
+            left -= count * (len(row.pending) > 1)
+            if count:
+                parts.append((slot, row, count))
+        try:
+            logits = self.logits([(Span(slot, row.seen, count), row) for slot, row, count in parts])
+        except Exception as e:
+            for slot, _, _ in parts:
+                self.end(slot, "error", e)
+            return
+        self.counters.steps += 1
+        finite = np.isfinite(logits).all(-1)
+        for (slot, row, count), z, sound in zip(parts, logits, finite, strict=True):
+            row.seen, row.pending = row.seen + count, row.pending[count:]
+            if not sound:
+                name = row.stream.request.adapter
+                self.end(slot, "error", NonFiniteError(f"the logits are not finite, with adapter {short(name)}"))
+            elif not len(row.pending):
+                r = row.stream.request
+                self.extend(slot, row, int(sample(z[None], row.rng, r.temperature, r.top_k, r.top_p)[0]))
+
+    def logits(self, parts: Sequence[tuple[Span, Running]]) -> np.ndarray:
+        """The logits (n, V) after the last token of each span, float64, on the host."""
+        ids = np.concatenate([row.pending[: span.count] for span, row in parts])
+        entries = [row.layers for span, row in parts for _ in range(span.count)]
+        past = self.cache.step([span for span, _ in parts], self.invariant)
+        last = to_device(np.cumsum([span.count for span, _ in parts]) - 1)
+        with quiet_overflow(), self.batch.rows(entries):
+            logits, _ = self.replica.forward(to_device(ids[:, None]), past=past)
+        return to_host(logits[last, -1]).astype(np.float64)
+
+    def extend(self, slot: int, row: Running, token: int) -> None:
+        """Give a text its next token, or end it."""
+        request = row.stream.request
+        if token in request.stops:
+            self.end(slot, "stop")
+            return
+        self.counters.new_tokens += 1
+        row.pending = np.array([token])
+        if len(row.stream.tokens) + 1 < request.max_new_tokens:
+            row.stream.tell(token)
+        else:
+            self.end(slot, "length", token=token)
+
+    def end(self, slot: int, reason: str, error: Exception | None = None, token: int | None = None) -> None:
+        """Free a slot: nothing of its text stays, and its adapter may leave the memory."""
+        row = self.running.pop(slot)
+        self.cache.clear(slot)
+        heapq.heappush(self.free, slot)
+        if self.bank and row.stream.request.adapter is not None:
+            self.bank.give(row.stream.request.adapter)
+        self.close(row.stream, reason, error, token)
+
+    def refuse(self, stream: Stream, reason: str, error: Exception | None = None) -> None:
+        """End a request that waits."""
+        self.unqueue(stream)
+        self.close(stream, reason, error)
+
+    def close(self, stream: Stream, reason: str, error: Exception | None, token: int | None = None) -> None:
+        """Note the end of a stream."""
+        stream.error = error
+        self.counters.finished[reason] += 1
+        stream.tell(token, reason)

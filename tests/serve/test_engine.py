@@ -1,0 +1,449 @@
+"""Every request gets what it would get alone, whoever shares its steps; nobody is lost, nothing is left."""
+
+import gc
+import shutil
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from helpers import seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from safetensors.numpy import load_file, save_file
+from served import RANKS, adapted, base, bytes_of, write
+
+from minilora.backend import to_host
+from minilora.decoding import generate
+from minilora.errors import BusyError, ConfigError, InputError, NonFiniteError, StateError
+from minilora.lora import inject, merge
+from minilora.methods.lora_config import LoraConfig
+from minilora.peft.folder import WEIGHTS
+from minilora.serve.bank import Bank
+from minilora.serve.engine import REASONS, Engine, Request
+from minilora.tree import digest
+
+NAMES = [None, *RANKS]
+V, S = 11, 16
+MODELS = {name: adapted(name) for name in NAMES}
+SMALL = {"slots": 3, "queue": 100, "chunk": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("engine"))
+
+
+def engine(folder, budget=1 << 20, **how):
+    model = base()
+    return Engine(model, Bank(model, folder, budget), **SMALL | how)
+
+
+def alone(request):
+    """The tokens that `generate` gives for a request by itself, up to a stop."""
+    rng = np.random.default_rng(request.seed)
+    ids = np.array([request.prompt])
+    how = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
+    tokens = []
+    for token in generate(MODELS[request.adapter], ids, request.max_new_tokens, rng=rng, **how):
+        if int(token[0]) in request.stops:
+            break
+        tokens.append(int(token[0]))
+    return tokens
+
+
+@st.composite
+def requests(draw, greedy=None):
+    prompt = tuple(draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=9)))
+    cold = draw(st.booleans()) if greedy is None else greedy
+    return Request(
+        prompt,
+        draw(st.integers(1, S - len(prompt) if len(prompt) > 9 else 7)),
+        draw(st.sampled_from(NAMES)),
+        temperature=0 if cold else draw(st.sampled_from([0.5, 1.0, 2])),
+        top_k=draw(st.none() | st.integers(1, V)),
+        top_p=draw(st.sampled_from([1.0, 0.8])),
+        seed=draw(st.integers(0, 9)),
+        stops=draw(st.frozensets(st.integers(0, V - 1), max_size=2)),
+    )
+
+
+def assert_whole(served):
+    """Nothing runs or waits; every slot is free and zero, every adapter given back, every request counted."""
+    assert not served.running
+    assert not served.waiting
+    assert sorted(served.free) == list(range(served.cache.k.shape[1]))
+    assert not to_host(served.cache.k).any()
+    assert not to_host(served.cache.v).any()
+    assert all(loaded.users == 0 for loaded in served.bank.loaded.values())
+
+
+@given(plan=st.lists(st.tuples(requests(), st.integers(0, 3)), min_size=1, max_size=9))
+@settings(max_examples=25)
+def test_a_request_gets_the_tokens_that_it_would_get_alone(folder, plan):
+    """In float64: what its neighbours change is rounding, far below the gap between two logits here."""
+    served = engine(folder)
+    streams = []
+    for request, steps in plan:
+        streams.append(served.submit(request))
+        for _ in range(steps):
+            served.step()
+    served.run()
+    for stream in streams:
+        assert stream.tokens == alone(stream.request)
+        assert stream.finish_reason == ("length" if len(stream.tokens) == stream.request.max_new_tokens else "stop")
+        assert len(stream.times) == 1 + len(stream.tokens)
+        assert stream.times == sorted(stream.times)
+        assert stream.error is None
+    assert_whole(served)
+    new, read = sum(len(s.tokens) for s in streams), sum(len(s.prompt) for s in streams)
+    assert (served.counters.new_tokens, served.counters.prompt_tokens) == (new, read)
+    assert sum(served.counters.finished.values()) == len(streams)
+
+
+def test_the_adapters_here_write_different_texts():
+    texts = {tuple(alone(Request((1, 2, 3), 7, name, temperature=0))) for name in NAMES}
+    assert len(texts) == len(NAMES)
+
+
+# ---- the life of an engine
+
+
+class Life(RuleBasedStateMachine):
+    """Requests, good and bad, come, run, are cancelled; the folder of "bad" is damaged."""
+
+    @initialize(budget=st.sampled_from([9_000, 14_000, 1 << 20]))
+    def open(self, budget):
+        self.served = engine(self.folder, budget, queue=4)
+        self.before = digest(self.served.model)
+        self.streams, self.refused = [], 0
+
+    @rule(request=requests(greedy=True))
+    def submit(self, request):
+        waiting = self.served.queued()
+        try:
+            self.streams.append(self.served.submit(request))
+            assert waiting < 4
+        except BusyError as e:
+            assert waiting == 4
+            assert "4 requests are waiting; expected fewer than 4" in str(e)
+            self.refused += 1
+
+    @rule(data=st.data())
+    def bad(self, data):
+        wrong = data.draw(st.sampled_from([
+            Request((), 1), Request((V,), 1), Request((-1,), 1), Request((1.0,), 1), Request((1,), 0),
+            Request((1,), S), Request((1,), 1, "nobody"), Request((1,), 1, "../a"), Request((1,), 1, 3),
+            Request((1,), 1, temperature=-1), Request((1,), 1, top_p=0), Request((1,), 1, top_k=0),
+            Request((1,), 1, seed=-1), Request(((1,), (2,)), 1), Request((1,), 1, temperature=float("nan")),
+        ]))  # fmt: skip
+        before = self.served.queued(), len(self.served.running)
+        with pytest.raises(InputError):
+            self.served.submit(wrong)
+        assert before == (self.served.queued(), len(self.served.running))
+
+    @precondition(lambda self: self.served.queued() < 4)
+    @rule()
+    def damaged(self):
+        self.streams.append(self.served.submit(Request((1, 2), 3, "bad", temperature=0)))
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.served.cancel(data.draw(st.sampled_from(self.streams)))
+
+    @rule()
+    def step(self):
+        self.served.step()
+
+    @invariant()
+    def nobody_is_lost(self):
+        if not hasattr(self, "served"):
+            return
+        served = self.served
+        waiting = [stream for line in served.waiting.values() for stream in line]
+        running = [row.stream for row in served.running.values()]
+        ended = [stream for stream in self.streams if stream.finish_reason]
+        assert sorted(map(id, [*waiting, *running, *ended])) == sorted(map(id, self.streams))
+        assert sorted([*served.free, *served.running]) == list(range(SMALL["slots"]))
+        assert served.bank.counters.bytes <= served.bank.budget
+        users = sum(loaded.users for loaded in served.bank.loaded.values())
+        assert users == sum(stream.request.adapter is not None for stream in running)
+        assert sum(served.counters.finished.values()) == len(ended)
+        assert served.counters.refused == self.refused
+
+    def teardown(self):
+        if not hasattr(self, "served"):
+            return
+        self.served.run()
+        assert_whole(self.served)
+        for stream in self.streams:
+            assert stream.finish_reason in REASONS
+            assert (stream.error is not None) is (stream.finish_reason == "error")
+            if stream.request.adapter == "bad":
+                assert stream.finish_reason in ("error", "cancelled")
+            elif stream.finish_reason == "cancelled":
+                assert stream.tokens == alone(stream.request)[: len(stream.tokens)]
+            elif stream.finish_reason == "error":  # e is larger than the smallest budget
+                assert "the budget" in str(stream.error)
+            else:
+                assert stream.tokens == alone(stream.request)
+        assert digest(self.served.model) == self.before
+
+
+def test_nobody_is_lost_and_slots_and_adapters_come_back(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "all")
+    shutil.copytree(folder / "a", tmp_path / "all" / "bad")
+    (tmp_path / "all" / "bad" / WEIGHTS).write_bytes(b"")
+    Life.folder = tmp_path / "all"
+    case = Life.TestCase
+    case.settings = settings(max_examples=12, stateful_step_count=25)
+    case().runTest()
+
+
+# ---- errors
+
+
+def test_an_adapter_whose_logits_overflow_ends_its_own_request_only(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "all")
+    tensors = load_file(tmp_path / "all" / "a" / WEIGHTS)
+    save_file({name: t * 1e150 for name, t in tensors.items()}, tmp_path / "all" / "a" / WEIGHTS)
+    served = engine(tmp_path / "all")
+    streams = [served.submit(Request((1, 2, 3), 5, name, temperature=0)) for name in ("b", "a", None, "c", "a")]
+    served.run()
+    for stream in streams:
+        if stream.request.adapter == "a":
+            assert isinstance(stream.error, NonFiniteError)
+            assert "not finite, with adapter 'a'" in str(stream.error)
+            assert not stream.tokens
+        else:
+            assert stream.tokens == alone(stream.request)
+    assert_whole(served)
+
+
+def test_an_error_of_a_step_ends_its_texts_and_the_engine_goes_on(folder, monkeypatch):
+    served = engine(folder)
+    streams = [served.submit(Request((1, 2), 4, temperature=0)) for _ in range(2)]
+    served.step()
+
+    def fail(*_, **__):
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.replica, "forward", fail)
+        served.step()
+    assert [str(stream.error) for stream in streams] == ["no memory"] * 2
+    assert [stream.finish_reason for stream in streams] == ["error"] * 2
+    with pytest.raises(MemoryError):
+        list(streams[0])
+    again = served.submit(Request((1, 2), 4, temperature=0))
+    served.run()
+    assert again.tokens == alone(again.request)
+    assert_whole(served)
+
+
+def test_a_listener_that_fails_ends_nothing(folder):
+    served, calls = engine(folder), []
+
+    def gone():
+        calls.append(1)
+        raise RuntimeError("the loop is closed")
+
+    stream = served.submit(Request((1, 2), 4, temperature=0), gone)
+    served.run()
+    assert (len(calls), stream.tokens) == (1, alone(stream.request))
+
+
+def test_a_merged_model_is_not_served_and_an_engine_without_a_bank_has_no_adapters():
+    model = base()
+    inject(model, LoraConfig(r=2), rng=np.random.default_rng(0))
+    merge(model)
+    with pytest.raises(StateError, match="merged"):
+        Engine(model)
+    with pytest.raises(InputError, match="there is no adapter 'a'"):
+        Engine(base(), slots=1).submit(Request((1,), 1, "a"))
+    for name in ("slots", "positions", "queue", "chunk"):
+        with pytest.raises(ConfigError, match=f"{name} is 0"):
+            Engine(base(), **{name: 0})
+
+
+def test_the_prompt_is_that_of_the_moment_of_submitting(folder):
+    served, prompt = engine(folder), [1, 2, 3]
+    stream = served.submit(Request(prompt, 3, temperature=0))
+    prompt[0] = 7
+    served.run()
+    assert stream.tokens == alone(Request((1, 2, 3), 3, temperature=0))
+
+
+# ---- turns
+
+
+@given(floods=st.lists(st.integers(1, 6), min_size=1, max_size=4), slots=st.integers(1, 3), seed=seeds)
+@settings(max_examples=20)
+def test_a_request_that_is_alone_with_its_adapter_waits_for_one_of_each_other_at_most(folder, floods, slots, seed):
+    """Whoever comes first and however many they are; those that come later change nothing."""
+    served = engine(folder, slots=slots)
+    rng, admitted, real = np.random.default_rng(seed), [], served.unqueue
+    served.unqueue = lambda stream: admitted.append(stream) or real(stream)
+    others = [name for name, count in zip("abcd", floods, strict=False) for _ in range(count)]
+    for name in rng.permutation(others):
+        served.submit(Request((1,), int(rng.integers(1, 4)), str(name), temperature=0))
+    served.step()
+    before, ahead = len(admitted), set(served.waiting)
+    lone = served.submit(Request((1,), 1, "e", temperature=0))
+    for name in "abcd" * 2:
+        served.submit(Request((1,), 1, name, temperature=0))
+    served.run()
+    between = admitted[before : admitted.index(lone)]
+    assert len(between) <= len(ahead)
+    assert len({stream.request.adapter for stream in between}) == len(between)
+
+
+def test_requests_of_one_adapter_stay_in_order(folder):
+    served = engine(folder, slots=1)
+    streams = [served.submit(Request((1,), 1, "a", temperature=0)) for _ in range(5)]
+    served.run()
+    assert [s.times[1] for s in streams] == sorted(s.times[1] for s in streams)
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6))
+@settings(max_examples=15)
+def test_a_step_reads_a_token_of_each_running_text_and_a_chunk_of_prompts_at_most(folder, lengths):
+    served = engine(folder)
+    real, sizes = served.logits, []
+
+    def watched(parts):
+        sizes.append([span.count for span, _ in parts])
+        assert len(parts) == len(served.running) or sum(c for c in sizes[-1] if c > 1) == SMALL["chunk"]
+        decoding = {row.stream for _, row in served.running.items() if row.seen >= len(row.stream.prompt)}
+        assert decoding <= {row.stream for _, row in parts}
+        return real(parts)
+
+    served.logits = watched
+    for n in lengths:
+        served.submit(Request((1,) * n, 3, temperature=0))
+    served.run()
+    assert all(sum(c for c in counts if c > 1) <= SMALL["chunk"] for counts in sizes)
+    assert_whole(served)
+
+
+def test_a_step_reads_one_adapter_at_most_and_reads_ahead_for_those_that_wait(folder):
+    served = engine(folder, slots=2)
+    streams = [served.submit(Request((1,), 6, name, temperature=0)) for name in "abcde"]
+    loads = [0]
+    while served.busy():
+        served.step()
+        loads.append(served.bank.counters.loads)
+        assert loads[-1] - loads[-2] <= 1
+    assert loads[:6] == [0, 1, 2, 3, 4, 4]  # two as they join, two for those that take the slots next
+    assert (served.bank.counters.hits, served.bank.counters.misses) == (3, 2)
+    assert all(stream.tokens == alone(stream.request) for stream in streams)
+
+
+def test_reading_ahead_evicts_nobody_that_waits(folder):
+    served = engine(folder, sum(map(bytes_of, "abc")), slots=1)
+    for name in "abcdabcd":
+        served.submit(Request((1,), 4, name, temperature=0))
+    served.run()
+    assert_whole(served)
+    assert served.bank.counters.loads <= 8
+    assert sum(served.counters.finished.values()) == served.counters.finished["length"] == 8
+
+
+def test_adapters_that_fit_one_at_a_time_are_served_one_after_the_other(folder):
+    served = engine(folder, bytes_of("e"))
+    streams = [served.submit(Request((1, 2), 4, name, temperature=0)) for name in "ebecad"]
+    served.run()
+    assert all(stream.tokens == alone(stream.request) for stream in streams)
+    assert_whole(served)
+
+
+# ---- threads
+
+
+def test_streams_from_many_threads_and_a_graceful_stop(folder):
+    found = {}
+
+    def client(i):
+        request = Request((1 + i % 5, 2), 1 + i % 7, NAMES[i % len(NAMES)], temperature=0)
+        found[i] = (list(served.submit(request)), request)
+
+    with engine(folder) as served:
+        clients = [threading.Thread(target=client, args=(i,)) for i in range(24)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+    assert all(tokens == alone(request) for tokens, request in found.values())
+    assert len(found) == 24
+    assert not served.thread.is_alive()
+    assert_whole(served)
+    with pytest.raises(StateError, match="stopping"):
+        served.submit(Request((1,), 1))
+    with pytest.raises(StateError, match="has been started"):
+        served.start()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("finish", [False, True])
+def test_stop_finishes_or_cancels_what_is_at_hand(folder, finish, threaded):
+    served = engine(folder)
+    streams = [served.submit(Request((1, 2), 9, name, temperature=0)) for name in NAMES]
+    if threaded:
+        began = threading.Event()
+        streams.append(served.submit(Request((1,), 5, temperature=0), began.set))
+        served.start()
+        assert began.wait(30)
+    else:
+        served.step()
+    served.stop(finish)
+    reasons = {stream.finish_reason for stream in streams}
+    assert reasons <= ({"length"} if finish else {"length", "cancelled"})
+    assert finish or threaded or reasons == {"cancelled"}
+    assert_whole(served)
+
+
+def test_a_cancelled_stream_ends_at_the_next_step_wherever_it_is(folder):
+    served = engine(folder, slots=1)
+    runs, waits = (served.submit(Request((1, 2), 9, temperature=0)) for _ in range(2))
+    served.step()
+    for stream in (runs, waits):
+        served.cancel(stream)
+        served.cancel(stream)
+    served.step()
+    assert (runs.finish_reason, waits.finish_reason) == ("cancelled", "cancelled")
+    assert (len(runs.tokens), len(waits.tokens)) == (1, 0)
+    assert_whole(served)
+    served.cancel(runs)
+    served.run()
+    assert served.counters.finished["cancelled"] == 2
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_ten_thousand_requests(folder):
+    served = engine(folder, 14_000, slots=3)
+
+    def serve(count):
+        rng = np.random.default_rng(0)
+        for i in range(count):
+            stream = served.submit(Request((1, 2), 1 + i % 3, NAMES[rng.integers(len(NAMES) - 1)], temperature=0))
+            if i % 50 == 0:
+                served.cancel(stream)
+            while served.queued() > 20:
+                served.step()
+        served.run()
+
+    serve(1000)
+    gc.collect()
+    tracemalloc.start()
+    serve(1000)
+    gc.collect()
+    first = tracemalloc.get_traced_memory()[0]
+    serve(9000)
+    gc.collect()
+    last = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert last - first < 8 * 9000  # less than one pointer for each request
+    assert_whole(served)
