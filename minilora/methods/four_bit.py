@@ -81,9 +81,8 @@ BOOKS = {
 
 
 def middles(values: np.ndarray) -> np.ndarray:
-    """The middles between neighbours, rounded once to float32."""
-    wide = values.astype(np.float64)
-    return ((wide[1:] + wide[:-1]) / 2).astype(np.float32)
+    """The middles between neighbours."""
+    return (values[1:] + values[:-1]) / np.float32(2)
 
 
 @functools.cache

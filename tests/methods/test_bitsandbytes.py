@@ -156,6 +156,8 @@ def test_the_command_writes_what_quantizing_in_memory_gives(double, tmp_path):
         quantize_checkpoint(tmp_path / "out", tmp_path / "again")
     with pytest.raises(InputError, match="nearest: 'nf4'"):
         quantize_checkpoint(tmp_path / "in", tmp_path / "again", kind="int4")
+    with pytest.raises(InputError, match="is the input"):
+        quantize_checkpoint(tmp_path / "in", tmp_path / "in", overwrite=True)
     assert not (tmp_path / "again").exists()
 
 
@@ -258,6 +260,19 @@ def test_a_bad_file_is_refused_by_name(name, folder):
         load(folder)
     says(e.value, folder)
     assert PATH in str(e.value)
+
+
+@pytest.mark.parametrize(("value", "error", "says"), [
+    (numpy.nan, NonFiniteError, "not finite"), (numpy.inf, NonFiniteError, "not finite"),
+    (-1, FormatError, "at least 0"),
+])  # fmt: skip
+def test_a_bad_scale_in_float32_is_refused(value, error, says, tmp_path):
+    save_model(quantized(double=False)[0], tmp_path / "base", "")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors[f"{PATH}.absmax"][-1] = value
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=f"{PATH}: .*{says}"):
+        load(tmp_path / "base")
 
 
 @pytest.mark.parametrize("config", [

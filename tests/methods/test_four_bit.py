@@ -171,6 +171,14 @@ def test_zeros_stay_zeros(kind, double):
     assert not host(decoded(encoded(np.zeros((3, 50), np.float32), kind, 32, double))).any()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
+def test_zero_stays_zero_where_its_scale_does_not(kind):
+    w = np.ones((9, 32), np.float32)
+    w[1:8] = 0
+    assert not host(decoded(encoded(w, kind, 32, double=True)))[32 : 8 * 32].any()
+    assert host(encoded(w, kind, 32, double=True).scales())[1:8].any()
+
+
 @given(seed=seeds, count=st.integers(1, 600))
 def test_scales_in_8_bits_are_within_half_a_step_of_the_map(seed, count):
     rng = np.random.default_rng(seed)
