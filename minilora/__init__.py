@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from .compose.combine import add_weighted_adapter, combine
     from .compose.export import merge_checkpoint
     from .compose.extract import extract
+    from .compose.quantize import quantize_checkpoint
     from .compose.truncate import compress
     from .data.batching import batches, eval_batches
     from .data.corpora import corpus
     from .experiments.rank_sweep import Plan, sweep
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
+    from .methods.quantize import quantize
     from .peft.folder import open_adapter
     from .peft.loading import load_adapter, save_adapter
     from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
@@ -55,12 +57,14 @@ LATER = {  # imported on first use
     "compose.combine": ("add_weighted_adapter", "combine"),
     "compose.export": ("merge_checkpoint",),
     "compose.extract": ("extract",),
+    "compose.quantize": ("quantize_checkpoint",),
     "compose.truncate": ("compress",),
     "data.batching": ("batches", "eval_batches"),
     "data.corpora": ("corpus",),
     "experiments.rank_sweep": ("Plan", "sweep"),
     "formats.huggingface": ("checkpoint", "load", "save_model"),
     "formats.tokenizer": ("decode", "encode"),
+    "methods.quantize": ("quantize",),
     "peft.folder": ("open_adapter",),
     "peft.loading": ("load_adapter", "save_adapter"),
     "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
@@ -73,9 +77,9 @@ __all__ = [
     "checkpoint", "combine", "complete", "compress", "corpus", "count", "decode", "digest", "disabled",
     "effective_rank", "encode", "eval_batches", "evaluate", "extract", "finetune", "freeze", "fuse",
     "generate", "inject", "inspect", "llama", "load", "load_adapter", "lora_plus", "merge",
-    "merge_checkpoint", "modules", "named_params", "open_adapter", "participation_ratio", "plots", "remove",
-    "save_adapter", "save_model", "scales", "set_adapter", "set_scale", "spectrum", "spectrum_between",
-    "stable_rank", "sweep", "train", "trained", "unfreeze", "unmerge", "use",
+    "merge_checkpoint", "modules", "named_params", "open_adapter", "participation_ratio", "plots", "quantize",
+    "quantize_checkpoint", "remove", "save_adapter", "save_model", "scales", "set_adapter", "set_scale",
+    "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
 
 

@@ -110,6 +110,14 @@ def scatter_add(rows: int, ids: Array, values: Array) -> Array:
     return out
 
 
+def take_into(out: Array, table: Array, ids: Array) -> None:
+    """out[i] = table[ids[i]] for ids that are all in range, without an array between where NumPy is used."""
+    if on_host():
+        table.take(ids, out=out, mode="clip")  # the mode "raise" fills another array first
+    else:
+        out[...] = table[ids]
+
+
 def quiet_overflow() -> np.errstate:
     """A context where overflow is intended, or checked by other means (CuPy never warns about it)."""
     return np.errstate(over="ignore", invalid="ignore")

@@ -56,7 +56,7 @@ class Past:
 def past_of(model: Llama, N: int, S: int) -> Past:
     """Empty caches for N texts of at most S positions."""
     c = model.config
-    dtype = next(iter(named_params(model).values())).dense().dtype
+    dtype = next(iter(named_params(model).values())).dtype
     shape = (c.num_hidden_layers, 2, N, c.num_key_value_heads, S, c.E)
     return Past(model.tables(S, dtype), [KVCache(k, v) for k, v in xp.empty(shape, dtype)])
 

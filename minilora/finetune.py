@@ -30,11 +30,12 @@ from .formats.tokenizer import Tokenizer
 from .lora import inject
 from .methods.lora_config import LoraConfig
 from .optim import AdamW
-from .peft.loading import save_adapter
+from .methods.quantize import quantize
+from .peft.loading import base_print, save_adapter
 from .session import begin, fit, workshop
 from .table import plain, report
 from .training import evaluate
-from .tree import freeze, trained, unfreeze
+from .tree import freeze, size, trained, unfreeze
 
 CORPORA = (*corpora.MANIFEST, corpora.STDLIB)  # names that --data takes
 METHODS = ("lora", "dora", "full")
@@ -50,6 +51,7 @@ class Recipe:
     data: str  # text or examples, in a file or a folder of files, or a built-in corpus
     base: str = "base"  # a name, folder or GGUF file
     method: str = "lora"  # or "dora", or "full" fine-tuning
+    bits: int | None = None  # 4: the base is quantized to NF4 first, which is QLoRA
     r: int = LoraConfig.r
     alpha: float = LoraConfig.alpha
     targets: str | tuple[str, ...] = "all-linear"
@@ -65,6 +67,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method is {short(self.method)}; {nearest(str(self.method), METHODS)}")
+        if self.bits is not None and (type(self.bits) is not int or self.bits != 4):
+            raise ConfigError(f"bits is {short(self.bits)}; expected 4, or None for the base as it is")
+        if self.bits and self.method == "full":
+            raise ConfigError("a base in 4 bits cannot be trained in full; expected method lora or dora")
         for name in ("steps", "batch", "length", "eval_every", "eval_tokens"):
             check_int(name, getattr(self, name), 1)
         for name in ("warmup", "seed"):
@@ -130,11 +136,14 @@ def run(
     rows = max(1, min(8, LOGITS // (length * source.config.vocab_size)))
     text = prepare(recipe, words, length, rng, rows)
     model = assemble(source)
+    made = base_print(model) if recipe.bits else None
+    if recipe.bits:
+        quantize(model)
     if recipe.method == "full":
         unfreeze(model)
     else:
         inject(model, recipe.lora(), rng=np.random.default_rng(recipe.seed))
-    count = sum(p.data.size for p in trained(model).values())
+    count = size(trained(model))
     optimizer = AdamW(recipe.lr or RATES[recipe.method], betas=(0.9, 0.99))
 
     def measure() -> float:
@@ -155,7 +164,7 @@ def run(
                 model, out, card + "\n", token_ids(source.where), None, beside(source.where), overwrite
             )
         else:
-            save_adapter(model, out, base=recipe.base, overwrite=overwrite)
+            save_adapter(model, out, base=recipe.base, made=made, overwrite=overwrite)
     (_, before), (_, after) = history.evals[0], history.evals[-1]
     return Outcome(str(out), before, after, text.characters, count, speed, peak(), tuple(history.evals))
 

@@ -46,16 +46,36 @@ class Table(Layer, Protocol):
 
 
 class Param:
-    """An array, whether it is trained, and the gradient summed up so far (None: no gradient yet)."""
+    """A weight, whether it is trained, and the gradient summed up so far (None: no gradient yet).
+
+    `data` is what is stored and `dense()` the weight. Here they are one array; a packed weight stores fewer
+    bits, makes a new array each time it is asked for one, and cannot be trained.
+    """
 
     __slots__ = ("data", "grad", "trainable")
+    packed = False
 
-    def __init__(self, data: Array, trainable: bool = True) -> None:
+    def __init__(self, data: Any, trainable: bool = True) -> None:
         self.data, self.trainable = data, trainable
         self.grad: Array | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.data.shape
+
+    @property
+    def size(self) -> int:
+        """How many numbers the weight has."""
+        return self.data.size
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
+        return self.data.dtype
+
     def dense(self) -> Array:
-        """The weight as an array; a quantized weight decodes itself here."""
+        """The weight as an array; a packed one is decoded here."""
         return self.data
 
     def add_grad(self, g: Array) -> None:

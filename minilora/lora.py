@@ -155,7 +155,7 @@ def row_of(path: str, base: Any, adapter: Adapter) -> Row:
     """The report's row for one adapter."""
     pair = adapter.low_rank
     r, scale = (len(pair.A.data), pair.scale) if pair else (None, None)
-    return Row(path, tuple(base.weight.dense().shape), r, scale, type(adapter).__name__, size(adapter))
+    return Row(path, tuple(base.weight.shape), r, scale, type(adapter).__name__, size(adapter))
 
 
 def owners(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -269,7 +269,7 @@ def merged_layers(model: Any) -> dict[str, Layer]:
         for path, adapter in active(model).items():
             plain[path] = adapter.merged(layers[path].base)
             for name, p in named_params(plain[path]).items():
-                if not xp.isfinite(p.data).all():
+                if not xp.isfinite(p.dense()).all():
                     raise NonFiniteError(f"{path}.{name} is not finite with ΔW; nothing was merged")
     return plain
 

@@ -70,7 +70,7 @@ def spectrum_between(base: Any, tuned: Any) -> dict[str, np.ndarray]:
     return {
         path.removesuffix(".weight"): singular_values(after[path].dense() - p.dense())
         for path, p in before.items()
-        if p.dense().ndim == 2
+        if len(p.shape) == 2
     }
 
 

@@ -6,13 +6,13 @@ torch.nn.Module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from .digests import of_arrays
-from .errors import MismatchError, nearest
+from .errors import MismatchError, StateError, nearest
 from .layers import Dropout, Param
 from .table import printed
 
@@ -48,7 +48,7 @@ def named_params(tree: Any) -> dict[str, Param]:
 
 def size(tree: Any) -> int:
     """The number of parameters in a tree."""
-    return sum(p.data.size for p in named_params(tree).values())
+    return sum(p.size for p in named_params(tree).values())
 
 
 def trained(tree: Any) -> dict[str, Param]:
@@ -62,21 +62,50 @@ def trains(tree: Any) -> bool:
 
 
 def freeze(tree: Any, keep: Callable[[str], bool] = lambda path: False) -> None:
-    """Freeze the tree, except the parameters whose path `keep` accepts; those are trained."""
-    for path, p in named_params(tree).items():
-        p.trainable = keep(path)
+    """Freeze the tree, except the parameters whose path `keep` accepts; those are trained.
+
+    StateError if one of them is packed; nothing has changed by then.
+    """
+    params = named_params(tree)
+    kept = {path: p for path, p in params.items() if keep(path)}
+    check_trainable(kept)
+    for path, p in params.items():
+        p.trainable = path in kept
         p.grad = None
 
 
 def unfreeze(tree: Any) -> None:
-    """Train everything, in copies: the arrays that were loaded are never written."""
-    for p in named_params(tree).values():
+    """Train everything, in copies: the arrays that were loaded are never written. StateError as in `freeze`."""
+    params = named_params(tree)
+    check_trainable(params)
+    for p in params.values():
         p.data, p.grad, p.trainable = p.data.copy(), None, True
+
+
+def check_trainable(params: Mapping[str, Param]) -> None:
+    """StateError, with its path, if one of the parameters is packed."""
+    for path, p in params.items():
+        if p.packed:
+            raise StateError(f"{path} is quantized and cannot be trained; train an adapter beside it")
+
+
+def unpack(tree: Any) -> None:
+    """Decode every packed weight for good: a dense, frozen one takes its place."""
+    for path, p in named_params(tree).items():
+        if p.packed:
+            replace(tree, path, Param(p.dense(), trainable=False))
+
+
+def without_gradient(p: Param) -> Param:
+    """The same parameter once more, with a gradient of its own."""
+    twin = copy(p)
+    twin.grad = None
+    return twin
 
 
 def replica(tree: T) -> T:
     """A copy of a tree that shares every array and generator but not the gradients."""
-    shared: dict[int, Any] = {id(p): Param(p.data, p.trainable) for p in named_params(tree).values()}
+    shared: dict[int, Any] = {id(p): without_gradient(p) for p in named_params(tree).values()}
     shared |= {id(node.rng): node.rng for _, node in walk(tree) if isinstance(node, Dropout)}
     return deepcopy(tree, shared)
 
@@ -110,7 +139,7 @@ def branches(node: Any) -> list[str]:
             continue
         kind = "" if isinstance(part, list | dict) else f": {type(part).__name__}"
         shapes = [
-            f"{own} {' x '.join(map(str, p.data.shape))}{' *' * p.trainable}"
+            f"{own} {' x '.join(map(str, p.shape))}{' *' * p.trainable}"
             for own, p in children(part)
             if isinstance(p, Param)
         ]

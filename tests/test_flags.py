@@ -25,6 +25,7 @@ from minilora import cli, console, decoding, finetune, flags, lora
 from minilora.analysis import count
 from minilora.analysis import inspect as microscope
 from minilora.compose import combine, export, extract, truncate
+from minilora.compose import quantize as compose_quantize
 from minilora.data import corpora
 from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
 from minilora.formats import huggingface, tokenizer
@@ -108,6 +109,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "extract": [(extract, "extract", Found())],
     "combine": [(combine, "combine", Found())],
     "merge": [(export, "merge_checkpoint", Found())],
+    "quantize": [(compose_quantize, "quantize_checkpoint", Found())],
     "params": [(count, "count", Found())],
     "modules": [(count, "modules", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
@@ -161,6 +163,7 @@ OPTIONS = {
         "out": (["--out", "o2"], {"run.out": Path("o2")}),
         "base": (["--base", "b"], {"run.recipe.base": "b"}),
         "method": (["--method", "dora"], {"run.recipe.method": "dora"}),
+        "bits": (["--bits", "4"], {"run.recipe.bits": 4}),
         "r": (["--rank", "3"], {"run.recipe.r": 3}),
         "alpha": (["--alpha", "2.5"], {"run.recipe.alpha": 2.5}),
         "targets": (["--targets", "q_proj, v_proj"], {"run.recipe.targets": ("q_proj", "v_proj")}),
@@ -217,6 +220,15 @@ OPTIONS = {
         "out": (["o2"], {"merge_checkpoint.out": "o2"}),
         "dtype": (["--dtype", "float16"], {"merge_checkpoint.dtype": "float16"}),
         "force": (["--force"], {"merge_checkpoint.force": True}),
+        "json": (["--json"], {"printed": JSON}),
+    }),
+    "quantize": ({"base": ["b"], "out": ["o"]}, {
+        "base": (["b2"], {"quantize_checkpoint.base": "b2"}),
+        "out": (["o2"], {"quantize_checkpoint.out": "o2"}),
+        "kind": (["--kind", "fp4"], {"quantize_checkpoint.kind": "fp4"}),
+        "block": (["--block", "128"], {"quantize_checkpoint.block": 128}),
+        "double": (["--single"], {"quantize_checkpoint.double": False}),
+        "overwrite": (["--overwrite"], {"quantize_checkpoint.overwrite": True}),
         "json": (["--json"], {"printed": JSON}),
     }),
     "params": ({"model": ["m"]}, {
@@ -313,7 +325,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
-                        "combine": 2, "inspect": 0}.get(command, 0)  # fmt: skip
+                        "combine": 2, "inspect": 0, "quantize": 2}.get(command, 0)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", OPTIONS)

@@ -27,7 +27,7 @@ from ..peft.loading import load_adapter
 from ..peft.recognise import adapter_folder
 from ..spectra import quotient
 from ..table import Table, plain, report
-from ..tree import named_params
+from ..tree import named_params, unpack
 from .truncate import refuse_same
 
 
@@ -110,6 +110,7 @@ def merge_checkpoint(
     rows = tuple(changes(model, kind))
     lora.unmerge(model)
     lora.fuse(model)
+    unpack(model)
     for p in named_params(model).values():
         p.data = to_device(stored(to_host(p.dense()), kind))
     save_model(model, out, card(source, adapter), token_ids(source.where), kind, beside(source.where))

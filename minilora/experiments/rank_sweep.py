@@ -24,7 +24,7 @@ from ..methods.lora_config import LoraConfig
 from ..model import Llama
 from ..optim import AdamW, Schedule
 from ..training import evaluate, train
-from ..tree import digest, get, trained, unfreeze
+from ..tree import digest, get, size, trained, unfreeze
 from . import harness
 from .harness import Inputs, Progress, Row, RowForm, Store
 from .rows import Run, check_row, check_together, every
@@ -183,13 +183,13 @@ def trained_run(run: Run, inputs: Inputs) -> Row:
         eval_every=every(run.steps),
         threads=1,  # the other cores do other runs
     )
-    row = losses(model, run, inputs) | {"parameters": sum(p.data.size for p in trained(model).values())}
+    row = losses(model, run, inputs) | {"parameters": size(trained(model))}
     if run.kind == "final":
         row["curve"] = history.evals
         full = run.method == "full"
         changes = spectra.spectrum_between(inputs.base, model) if full else spectra.spectrum(model)
         row["spectra"] = rounded(changes)
-        row["shapes"] = {path: list(get(inputs.base, f"{path}.weight").data.shape) for path in changes}
+        row["shapes"] = {path: list(get(inputs.base, f"{path}.weight").shape) for path in changes}
     return row
 
 

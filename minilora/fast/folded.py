@@ -53,7 +53,7 @@ class Place(NamedTuple):
 
 
 def places(model: Any) -> list[Place]:
-    """The places of all active LowRank adapters without dropout; merged layers have none."""
+    """The places of all active LowRank adapters without dropout on dense weights; merged layers have none."""
     out = []
     for _, layer in walk(model):
         if isinstance(layer, Adapted) and layer.active and layer.merged is None:
@@ -61,7 +61,8 @@ def places(model: Any) -> list[Place]:
             name, adapter = layer.active, parent[layer.active]
             if isinstance(adapter, WithBias):
                 parent, name, adapter = adapter, "adapter", adapter.adapter
-            if isinstance(adapter, LowRank) and adapter.dropout is None:
+            lasting = not layer.base.weight.packed  # W + ΔW of a packed W would keep it decoded
+            if lasting and isinstance(adapter, LowRank) and adapter.dropout is None:
                 out.append(Place(parent, name, adapter, layer.base))
     return out
 

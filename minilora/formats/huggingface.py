@@ -4,17 +4,19 @@ Loading is strict: every tensor must be there, finite and of the right shape, an
 Tensors are read one by one, so a checkpoint of any architecture can be inspected without loading it. A
 loaded model is frozen and its memory is read-only. Stands in for transformers' from_pretrained and
 save_pretrained. Runs only Llama (Mistral without a sliding window is one); knows the names and shapes of
-Qwen 2 and 3, too (`Outline`). No pickle is ever opened.
+Qwen 2 and 3, too (`Outline`). Weights in 4 bits are bitsandbytes', and stay in 4 bits. No pickle is ever opened.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,19 @@ from ..errors import (
     short,
 )
 from ..lora import Adapted
+from ..methods.bitsandbytes import (
+    MOST,
+    PARTS,
+    STATE,
+    blocks_of,
+    config_of,
+    is_four_bit,
+    parts_of,
+    shape_of,
+)  # fmt: skip
+from ..methods.four_bit import Blocks, FourBit, decoded
 from ..model import Config, Llama, RopeScaling, blank
-from ..tree import freeze, named_params, walk
+from ..tree import freeze, named_params, replace, walk
 from . import archives, gguf
 from .atomic import exists, read, write_atomic, write_folder
 from .safetensors import CALLED, Tensors, json_object, layout, open_tensors, refuse_pointer, sealed, stored
@@ -138,7 +151,7 @@ def weights(spec: Path | str) -> Tensors:
     where = located(spec)
     if where.suffix == ".gguf":
         return gguf.open_gguf(where)[1]
-    tensors = open_tensors(where) if where.suffix == ".safetensors" else open_folder(where)
+    tensors = unpacked(open_tensors(where)) if where.suffix == ".safetensors" else open_folder(where)
     config = read_json(where / "config.json") if exists(where / "config.json") else {}
     root = root_of(config, tensors)
     names = {root + name: name for name in tensors if not is_buffer(name, tensors.shapes[name])}
@@ -235,7 +248,7 @@ def checked(where: Path, config: Config, tensors: Tensors) -> Tensors:
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
     if matrix_size(config) > 2 * held or config.num_hidden_layers > len(tensors):  # before it is allocated
         raise MismatchError(f"{where}: tensors are missing: {held:,} parameters are too few for its config")
-    expected = {path: p.data.shape for path, p in named_params(blank(config)).items()}
+    expected = {path: p.shape for path, p in named_params(blank(config)).items()}
     actual = {name: shape for name, shape in tensors.shapes.items() if not is_buffer(name, shape)}
     if config.tie_word_embeddings and TIED in tensors:
         if not tensors.shapes.get(TABLE) == expected[TABLE] or not repeats(tensors):
@@ -262,6 +275,9 @@ def assemble(source: Checkpoint, dtype: Any = np.float32) -> Llama:
     """The model of a checkpoint; its tensors are read one by one."""
     model = blank(source.config, dtype)
     for path, p in named_params(model).items():
+        if path in source.tensors.packed:
+            replace(model, path, FourBit(source.tensors.packed[path](dtype)))
+            continue
         with np.errstate(over="ignore", invalid="ignore"):
             cast = source.tensors[path].astype(dtype, copy=False)
         if not np.isfinite(cast).all():
@@ -285,6 +301,7 @@ def save_model(
 ) -> None:
     """Write a plain model as a new folder: config.json, model.safetensors, README.md; all or nothing.
 
+    Weights in 4 bits are written as bitsandbytes' (nf4 and fp4), and loaded again to the bit.
     `extra` goes into config.json next to the shape. `dtype` is "float32", "bfloat16", ... or None for the
     model's. `beside` holds more files by name, those of a tokenizer. StorageError if the folder exists,
     unless `overwrite`; StateError if the model has adapters; NonFiniteError for values not finite in `dtype`.
@@ -293,20 +310,24 @@ def save_model(
         raise ConfigError(f"dtype is {short(dtype)}; expected one of {', '.join(CALLED)}")
     if any(isinstance(node, Adapted) for _, node in walk(model)):
         raise StateError("the model has adapters; fuse() makes it a plain one that can be saved")
-    tensors = {path: to_host(p.dense()) for path, p in named_params(model).items()}
+    params = named_params(model)
+    tensors = {path: to_host(p.data) for path, p in params.items() if not p.packed}
+    packed = {path: p.data for path, p in params.items() if p.packed}
+    codes = {name: a for path, blocks in packed.items() for name, a in parts_of(path, blocks).items()}
     for path, a in tensors.items():
         if not np.isfinite(stored(a, kind := dtype or a.dtype.name)).all():
             raise NonFiniteError(f"{folder}: not written: {path} has values that are not finite in {kind}")
     config = {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
     config |= {"torch_dtype": dtype or str(next(iter(tensors.values())).dtype)} | asdict(model.config)
-    config |= {"tie_word_embeddings": TIED not in tensors} | dict(extra or {})
+    config |= {"tie_word_embeddings": TIED not in params} | dict(extra or {})
+    config |= {"quantization_config": config_of(blocks) for blocks in packed.values()}
 
     def fill(temp: Path) -> None:
         write_atomic(temp / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         write_atomic(temp / "README.md", card.encode())
         for name, content in (beside or {}).items():
             write_atomic(temp / name, content)
-        write_atomic(temp / "model.safetensors", layout(tensors, dtype))
+        write_atomic(temp / "model.safetensors", layout(tensors | codes, dtype, kept=codes))
 
     write_folder(folder, fill, overwrite)
 
@@ -347,7 +368,7 @@ def open_folder(folder: Path) -> Tensors:
             raise UnsupportedError(
                 f"{folder}: has only {pickles[-1]}, a pickle, which can run code; expected safetensors"
             )
-        return open_tensors(single)
+        return unpacked(open_tensors(single))
     weight_map = read_json(index, limit=1 << 24).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise FormatError(f"{index}: weight_map is {short(weight_map)}; expected file names by tensor")
@@ -360,7 +381,52 @@ def open_folder(folder: Path) -> Tensors:
     where = {tensor: shards[name] for tensor, name in weight_map.items()}
     shapes = {tensor: shard.shapes[tensor] for tensor, shard in where.items()}
     dtypes = {tensor: shard.dtypes[tensor] for tensor, shard in where.items()}
-    return Tensors(str(folder), shapes, dtypes, lambda tensor: where[tensor][tensor])
+    return unpacked(
+        Tensors(
+            str(folder), shapes, dtypes, lambda tensor: where[tensor][tensor],
+            bytes_of=lambda tensor: where[tensor].bytes_of(tensor),
+        )  # fmt: skip
+    )
+
+
+def unpacked(tensors: Tensors) -> Tensors:
+    """The tensors, with each 4-bit weight of bitsandbytes under its own name: decoded when it is read."""
+    kinds = {match[1]: match[2] for name in tensors if (match := STATE.fullmatch(name))}
+    if not kinds:
+        return tensors
+    names = {name: name for name in tensors}
+    packed, shapes = {}, {}
+    for weight, kind in kinds.items():
+        what, state_name = f"{tensors.where}: {weight}", f"{weight}.quant_state.bitsandbytes__{kind}"
+        names.pop(state_name)
+        parts = [part for part in PARTS if names.pop(f"{weight}.{part}", None)]
+        if names.pop(weight, None) is None:
+            raise FormatError(f"{what} is missing; its quant_state is there")
+        if math.prod(tensors.shapes[state_name]) > MOST:
+            raise FormatError(f"{what}: quant_state is too long; expected at most {MOST} bytes")
+        state = json_object(f"{what}: quant_state", tensors.bytes_of(state_name).tobytes())
+        shapes[weight] = shape_of(what, kind, state)
+        packed[weight] = partial(read_packed, tensors, weight, kind, state, parts)
+    rest = tensors.renamed(names)
+    return dataclasses.replace(
+        rest,
+        shapes={**rest.shapes, **shapes},
+        dtypes={**rest.dtypes, **{weight: kind.upper() for weight, kind in kinds.items()}},
+        fetch=lambda name: decoded(packed[name](np.float32)) if name in packed else rest.fetch(name),
+        packed=packed,
+    )
+
+
+def read_packed(
+    tensors: Tensors, weight: str, kind: str, state: Mapping[str, Any], parts: Iterable[str], dtype: Any
+) -> Blocks:
+    """A 4-bit weight from its tensors; errors as in `blocks_of`."""
+    arrays = {}
+    for part in parts:
+        name = f"{weight}.{part}"
+        arrays[part] = tensors.bytes_of(name) if tensors.dtypes[name] == "U8" else tensors[name]
+    what = f"{tensors.where}: {weight}"
+    return blocks_of(what, kind, state, tensors.bytes_of(weight), arrays, dtype)
 
 
 def plain_file(index: Path, name: str) -> Path:
@@ -412,8 +478,9 @@ def read_outline(path: Path | str) -> Outline:
 def forward(path: Path | str, settings: dict[str, Any]) -> dict[str, Any]:
     """The fields that only the forward pass needs (rotary); UnsupportedError for what it cannot do here."""
     for key, only in FORWARD.items():
-        if settings.get(key, only[0]) not in only:
-            raise UnsupportedError(f"{path}: {key} is {short(settings[key])}; expected {only[0]!r}")
+        value = settings.get(key, only[0])
+        if value not in only and not (key == "quantization_config" and is_four_bit(value)):
+            raise UnsupportedError(f"{path}: {key} is {short(value)}; expected {only[0]!r}")
     return rope(path, settings)
 
 

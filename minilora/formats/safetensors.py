@@ -4,8 +4,9 @@
 
 The package `safetensors` cannot give bfloat16 to NumPy, accepts a name that is given twice, and orders
 two entries of metadata at random. So the container is read and written here: strictly, and with the same
-bytes for the same tensors. The package's writer and reader are the oracle in the tests. Integers, booleans
-and 8-bit floats are not read; the error names the tensor and its dtype. No pickle is ever opened.
+bytes for the same tensors. The package's writer and reader are the oracle in the tests. Integers (but for the
+bytes of a quantized weight), booleans and 8-bit floats are not read; the error names the tensor and its dtype.
+No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from ..errors import FormatError, MismatchError, UnsupportedError, short
 from .atomic import read_at, stamp_of
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # in a file, and in this order
-OTHERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
+KNOWN = FLOATS | {"U8": "u1"}  # a quantized weight's codes
+OTHERS = {"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
 OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]{1,20}|F4|F8")
 CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NAMED = CALLED | {"uint8": "U8"}
 LONGEST = 100_000_000  # bytes of header
 MOST = 100_000  # tensors; factors of every expert of DeepSeek-V3 (58 layers, 256 experts) are 89,088
 POINTER = b"version https://git-lfs."  # the beginning of a Git LFS pointer file
@@ -46,12 +49,18 @@ class Tensors(Mapping[str, np.ndarray]):
     fetch: Callable[[str], np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # differences from the file
+    bytes_of: Callable[[str], np.ndarray] = dict[str, np.ndarray]().__getitem__  # of a U8 tensor, as uint8
+    packed: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # name -> (dtype -> quantized weight)
 
     def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
         """Some of the tensors under new names (new name -> old name), with notes on the change."""
         shapes = {new: self.shapes[old] for new, old in names.items()}
         dtypes = {new: self.dtypes[old] for new, old in names.items()}
-        return Tensors(self.where, shapes, dtypes, lambda new: self.fetch(names[new]), self.metadata, notes)
+        packed = {new: self.packed[old] for new, old in names.items() if old in self.packed}
+        return replace(
+            self, shapes=shapes, dtypes=dtypes, fetch=lambda new: self.fetch(names[new]), notes=notes,
+            bytes_of=lambda new: self.bytes_of(names[new]), packed=packed,
+        )  # fmt: skip
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.shapes:
@@ -115,8 +124,15 @@ def open_tensors(path: Path | str) -> Tensors:
         with np.errstate(invalid="ignore"):  # a signalling NaN
             return a.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
+    def bytes_of(name: str) -> np.ndarray:
+        dtype, shape, begin, stop = places[name]
+        if dtype != "U8":
+            raise FormatError(f"{path}: {name}: dtype is {dtype}; expected U8")
+        return np.frombuffer(read_at(path, 8 + length + begin, stop - begin, stamp), np.uint8).reshape(shape)
+
     shapes = {name: shape for name, (_, shape, _, _) in places.items()}
-    return Tensors(str(path), shapes, {name: place[0] for name, place in places.items()}, fetch, metadata)
+    dtypes = {name: place[0] for name, place in places.items()}
+    return Tensors(str(path), shapes, dtypes, fetch, metadata, bytes_of=bytes_of)
 
 
 def refuse_pointer(path: Path | str, start: bytes) -> None:
@@ -162,7 +178,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("entry", entry, "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or not (dtype in {*FLOATS, *OTHERS} or OTHER_FLOATS.fullmatch(dtype)):
+    if not isinstance(dtype, str) or not (dtype in {*KNOWN, *OTHERS} or OTHER_FLOATS.fullmatch(dtype)):
         raise wrong("dtype", dtype, f"one of {', '.join(FLOATS)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
         raise wrong("shape", shape, "a list of at most 8 ints, at least 0")
@@ -173,7 +189,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
     begin, end = offsets
     if not 0 <= begin <= end:
         raise wrong("data_offsets", offsets, "0 <= begin <= end")
-    if dtype in FLOATS and end - begin != (need := math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize):
+    if dtype in KNOWN and end - begin != (need := math.prod(shape) * np.dtype(KNOWN[dtype]).itemsize):
         raise wrong("data_offsets", offsets, f"{short(need)} bytes for {dtype} {short(shape)}")
     return dtype, tuple(shape), begin, end
 
@@ -203,18 +219,19 @@ def stored(a: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def layout(
-    tensors: Mapping[str, np.ndarray], dtype: str | None = None, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, np.ndarray], dtype: str | None = None, metadata: Mapping[str, str] | None = None,
+    kept: Container[str] = (),
 ) -> Iterator[bytes]:
-    """The bytes of a safetensors file, piece by piece: each array as it is, or all as `dtype`.
+    """The bytes of a safetensors file, piece by piece: each array as it is, or all but those `kept` as `dtype`.
 
     The order is the package's: wider dtypes first, then by name; the metadata is sorted.
     """
-    kinds = {name: CALLED[dtype or a.dtype.name] for name, a in tensors.items()}
-    order = sorted(tensors, key=lambda name: (list(FLOATS).index(kinds[name]), name))
+    kinds = {name: NAMED[a.dtype.name if name in kept else dtype or a.dtype.name] for name, a in tensors.items()}
+    order = sorted(tensors, key=lambda name: (list(KNOWN).index(kinds[name]), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
     begin = 0
     for name in order:
-        end = begin + tensors[name].size * np.dtype(FLOATS[kinds[name]]).itemsize
+        end = begin + tensors[name].size * np.dtype(KNOWN[kinds[name]]).itemsize
         shape = list(tensors[name].shape)
         header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
         begin = end
@@ -224,7 +241,7 @@ def layout(
     for name in order:
         a = narrowed(tensors[name]) if kinds[name] == "BF16" else tensors[name]
         with np.errstate(over="ignore", invalid="ignore"):
-            a = a.astype(FLOATS[kinds[name]], copy=False)
+            a = a.astype(KNOWN[kinds[name]], copy=False)
         yield a.tobytes()
 
 

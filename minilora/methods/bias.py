@@ -28,7 +28,7 @@ class WithBias:
 
     def change(self, base: Linear) -> Any:
         """ΔW (O, I) of the other adapter; zeros if there is none."""
-        return self.adapter.change(base) if self.adapter else xp.zeros_like(base.weight.dense())
+        return self.adapter.change(base) if self.adapter else xp.zeros(base.weight.shape, base.weight.dtype)
 
     def merged(self, base: Linear) -> Linear:
         """A plain, frozen Linear with a copy of the bias."""

@@ -53,7 +53,7 @@ class DoRA:
 
     def change(self, base: Linear) -> Array:
         """W' - W, (O, I): of full rank, since each row is scaled separately."""
-        return self.merged(base).weight.data - base.weight.dense()
+        return self.merged(base).weight.dense() - base.weight.dense()
 
     def merged(self, base: Linear) -> Linear:
         """A plain Linear with m V / |V|."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..backend import Array
 from ..layers import Need
 from ..ops import Back
-from ..tree import freeze
+from ..tree import freeze, unpack
 
 
 @dataclass(eq=False)
@@ -17,6 +17,13 @@ class FullCopy:
     """A layer of the same kind as the base, all of it trained."""
 
     layer: Any
+
+    @classmethod
+    def of(cls, base: Any) -> FullCopy:
+        """A fresh copy of a layer, whose packed weights are decoded once."""
+        layer = deepcopy(base)
+        unpack(layer)
+        return cls(layer)
 
     def __call__(self, base: Any, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         return self.layer(x, need)
@@ -33,7 +40,7 @@ class FullCopy:
     def change(self, base: Any) -> Array | None:
         """W' - W of a matrix; None for a norm."""
         W = base.weight.dense()
-        return self.layer.weight.data - W if W.ndim == 2 else None
+        return self.layer.weight.dense() - W if W.ndim == 2 else None
 
     def merged(self, base: Any) -> Any:
         """A frozen copy of the copy."""

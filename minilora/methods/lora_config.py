@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +119,7 @@ class LoraConfig:
         for path, base in layers.items():
             biased = self.bias == "all" or (self.bias == "lora_only" and path in new)
             if path in copies:
-                new[path] = FullCopy(deepcopy(base))
+                new[path] = FullCopy.of(base)
             elif biased and isinstance(base, Linear) and base.bias is not None:
                 new[path] = WithBias(new.get(path), Param(base.bias.data.copy()))
         return new
@@ -128,7 +127,7 @@ class LoraConfig:
     def low_rank(self, path: str, base: Any, rng: np.random.Generator) -> Adapter:
         """A fresh low-rank adapter for one layer: LoRA, or DoRA if `dora` is set."""
         r, alpha = pick(path, self.rank_pattern, self.r), pick(path, self.alpha_pattern, self.alpha)
-        W = base.weight.dense()
+        W = base.weight
         O, I = W.shape if isinstance(base, Linear) else W.shape[::-1]  # noqa: E741
         if r > min(O, I):
             raise ConfigError(f"r is {r} for {path} of shape {W.shape}; expected at most {min(O, I)}")
@@ -149,4 +148,4 @@ class LoraConfig:
         A = draw((r, I), "gaussian" if self.init == "both" else self.init)
         B = draw((O, r), "gaussian" if self.init == "both" else "zero")
         adapter = LowRank(A, B, scale, Dropout(self.dropout, rng) if self.dropout else None)
-        return DoRA(adapter, Param(row_norms(W)), self.detach) if self.dora else adapter
+        return DoRA(adapter, Param(row_norms(W.dense())), self.detach) if self.dora else adapter

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def load_adapter(
     check_fit(given, layers, tied)
     if not force:
         check_base(given, lambda: base_print(model))
-    dtype = next(iter(named_params(model).values())).dense().dtype
+    dtype = next(iter(named_params(model).values())).dtype
     new: dict[str, Any] = {}
     norms, p_drop = {}, given.settings.lora_dropout
     for module, pair in given.pairs.items():
@@ -111,11 +110,11 @@ def load_adapter(
         norms[module] = norm, float(np.linalg.norm(to_host(layers[module].weight.dense())))
     for parameter, tensor in given.replaced.items():
         module, _, kind = parameter.rpartition(".")
-        p = param(given, tensor, tuple(getattr(layers[module], kind).data.shape), dtype)
+        p = param(given, tensor, tuple(getattr(layers[module], kind).shape), dtype)
         if kind == "bias" and f"{module}.weight" not in given.replaced:
             new[module] = WithBias(None, p)
         else:
-            copy = new.setdefault(module, FullCopy(deepcopy(layers[module])))
+            copy = new.setdefault(module, FullCopy.of(layers[module]))
             setattr(copy.layer, kind, p)
     if split:
         untie(model)
@@ -163,7 +162,7 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
         if not isinstance(layer, Linear | Embedding):
             hint = "; train adapters of text on the language model only" if "language_model" in module else ""
             raise MismatchError(f"{path}: the base has no module {module}; {nearest(module, layers)}{hint}")
-        shape = tuple(layer.weight.dense().shape)
+        shape = tuple(layer.weight.shape)
         expected = shape[::-1] if isinstance(layer, Embedding) else shape
         flat = len(given.tensors.shapes[pair.A]) == 2
         if pair.shape != expected or pair.embedding != isinstance(layer, Embedding) or not flat:
@@ -184,7 +183,7 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
         if not isinstance(p, Param):
             known = [f"{m}.{k}" for m, layer in layers.items() for k in named_params(layer)]
             raise MismatchError(f"{path}: the base has no parameter {parameter}; {nearest(parameter, known)}")
-        if (shape := given.tensors.shapes[tensor]) != (own := tuple(p.data.shape)):
+        if (shape := given.tensors.shapes[tensor]) != (own := tuple(p.shape)):
             hint = "; resize the base's vocabulary first" if parameter.endswith(TABLES) else ""
             raise MismatchError(f"{path}: {tensor} has shape {shape}; the base's is {own}{hint}")
     tables, _ = unlisted(given)
@@ -230,12 +229,14 @@ def save_adapter(
     folder: Path | str,
     *,
     base: str | None = None,
+    made: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
     """Write the active adapter as a PEFT folder, whole or not at all; the same adapter gives the same bytes.
 
-    `base` goes into the config as base_model_name_or_path, the base's fingerprint into the file. An adapted
+    `base` goes into the config as base_model_name_or_path, the base's fingerprint into the file; `made` is
+    another one for it, that of the base which this model's was quantized from. An adapted
     embedding with a tied head becomes two pairs, since PEFT leaves the head unchanged. StorageError if the
     folder exists, unless `overwrite`; StateError if no adapter is active; NonFiniteError; UnsupportedError
     for an adapter that PEFT's files cannot hold.
@@ -290,4 +291,4 @@ def save_adapter(
     }
     config |= {kind.flag: True for kind in kinds.values() if kind}
     host = {name: to_host(a) for name, a in tensors.items()}
-    write_adapter(folder, config, host, base_print(model), dtype, overwrite)
+    write_adapter(folder, config, host, made or base_print(model), dtype, overwrite)

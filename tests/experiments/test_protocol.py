@@ -38,6 +38,7 @@ from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
 from minilora.lora import inject
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.quantize import quantize
 from minilora.model import Config, Llama, RopeScaling, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.peft.loading import load_adapter
@@ -431,6 +432,8 @@ def tuned(recipe):
 def tuned_by_hand(recipe):
     text, model = Path(recipe.data).read_text(), load(recipe.base)
     cut = int(len(text) * 0.95)
+    if recipe.bits:
+        quantize(model)
     if recipe.method == "full":
         unfreeze(model)
     else:
@@ -707,12 +710,13 @@ CASES = {
             data="own.txt",
             base="one",
             method="dora",
+            bits=4,
             r=3,
             alpha=5.0,
             lr=0.02,
             targets=("q_proj", "up_proj"),
             steps=7,
-            batch=4,
+            batch=9,
             length=13,
             warmup=2,
             seed=11,
@@ -725,6 +729,7 @@ CASES = {
             "data": ("other.txt", ALL),
             "base": ("two", ALL),
             "method": ("lora", ALL),
+            "bits": (None, ALL),
             "r": (1, ALL),
             "alpha": (9.0, ALL),
             "targets": ("all-linear", ALL),
@@ -1041,7 +1046,8 @@ def test_a_field_changes_only_what_it_names_and_a_run_follows_its_recipe(cls, na
 
 @pytest.mark.parametrize("method", finetune.METHODS)
 def test_the_default_rate_is_that_of_the_method(method):
-    recipe = replace(CASES[finetune.Recipe].usual, method=method, lr=None)
+    bits = None if method == "full" else 4
+    recipe = replace(CASES[finetune.Recipe].usual, method=method, bits=bits, lr=None)
     assert tuned(recipe) == tuned_by_hand(recipe)
 
 

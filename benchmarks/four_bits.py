@@ -1,0 +1,215 @@
+"""Four bits: how fast a weight is encoded and decoded, what training on it takes, and what it costs in loss.
+
+    python benchmarks/four_bits.py [speed] [memory] [loss]    what is named, or all of it; writes results/
+    python benchmarks/four_bits.py --draw                     only draws results/four_bits.png and .svg
+
+Speed: 16 million weights to NF4 and back, in blocks of 64 with double quantization, one thread; beside a copy of
+the float32 result, and beside bitsandbytes' CPU functions where it is installed. Contestants are processes that
+take turns (common.py); ratios are medians over rounds.
+
+Memory: `minilora train` on SmolLM2-135M, r = 8 on all linear maps, batch 8 of 128 tokens, as it is and with
+--bits 4, in processes of their own. Told are the bytes of the linear maps, what is resident once the base is ready
+(VmRSS after glibc's malloc_trim), and the most that a training step adds to be resident (VmHWM, which is reset
+before the first step).
+
+Loss: the shipped base on the five plays held out from its training, and SmolLM2 on them, before quantizing and
+after it, for every kind and several sizes of blocks.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from common import RESULTS, Contestant, alternate, answer, machine, ratio, threads
+
+N = 1 << 24
+ROUNDS = 15
+FILE = RESULTS / "four_bits.json"
+OURS = ("copy", "decode", "encode", "decode, single")
+THEIRS = ("bitsandbytes decode", "bitsandbytes encode")
+CELLS = [("nf4", 64, True), ("nf4", 64, False), ("fp4", 64, False), ("int4", 64, False), ("int4-affine", 64, False),
+         *[("nf4", block, True) for block in (32, 128, 256, 1024, 4096)]]  # fmt: skip
+
+
+# ---- speed
+
+
+def run_of(name: str) -> Any:
+    """What a contestant does."""
+    w = np.random.default_rng(0).standard_normal((N >> 12, 1 << 12), dtype=np.float32)
+    if name == "copy":
+        return lambda: w.copy()
+    if name.startswith("bitsandbytes"):
+        import torch
+        from bitsandbytes import functional
+
+        torch.set_num_threads(1)
+        tensor = torch.from_numpy(w)
+        codes, state = functional.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=True)
+        if name.endswith("decode"):
+            return lambda: functional.dequantize_4bit(codes, state)
+        return lambda: functional.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=True)
+    from minilora.methods.four_bit import decoded, encoded
+
+    blocks = encoded(w, "nf4", 64, double=name != "decode, single")
+    return (lambda: encoded(w)) if name == "encode" else (lambda: decoded(blocks))
+
+
+def speed() -> dict[str, Any]:
+    """Median milliseconds, and rates relative to the copy's."""
+    there = importlib.util.find_spec("bitsandbytes") is not None
+    if not there:
+        print("bitsandbytes is not installed: nothing beside it")
+    names = OURS + THEIRS * there
+    runners = {name: Contestant([__file__, "--as", name], threads(1)) for name in names}
+    times = alternate(runners, ROUNDS, 1)
+    found = {name: {"ms": median(t), "of_a_copy": ratio(times["copy"], t)} for name, t in times.items()}
+    for name, row in found.items():
+        print(f"{name:20} {row['ms']:8.1f} ms  {N / row['ms'] / 1e6:6.2f} G weights/s  {row['of_a_copy']:5.2f} of a copy")
+    return found
+
+
+# ---- memory
+
+
+def resident(what: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    return 1024 * int(re.search(rf"{what}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def train(bits: int | None) -> None:
+    """Be a process that trains, and tells its memory."""
+    import minilora as ml
+    from minilora.lora import bases
+    from minilora.targets import find_targets
+
+    model = ml.load("smollm2")
+    if bits:
+        ml.quantize(model)
+    ml.inject(model, ml.LoraConfig(r=8), rng=np.random.default_rng(0))
+    layers = bases(model)
+    maps = sum(layers[path].weight.data.nbytes for path in find_targets(layers, "all-linear"))
+    ctypes.CDLL(None).malloc_trim(0)
+    ready = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+    rng = np.random.default_rng(0)
+    batches = [tuple(rng.integers(0, model.config.vocab_size, (2, 8, 128)))] * 3
+    history = ml.train(model, batches, ml.AdamW(1e-3), steps=3, threads=1)
+    print(json.dumps({"maps": maps, "ready": ready, "peak": resident("VmHWM"), "losses": history.loss}))
+
+
+def memory() -> dict[str, Any]:
+    """Both bases, and 4 bits relative to float32."""
+    found = {}
+    for name, bits in (("float32", "0"), ("nf4", "4")):
+        done = subprocess.run([sys.executable, __file__, "--train", bits], capture_output=True, text=True, check=True)
+        found[name] = json.loads(done.stdout)
+    found["ratio"] = {what: found["nf4"][what] / found["float32"][what] for what in ("maps", "ready", "peak")}
+    print(json.dumps(found, indent=1))
+    return found
+
+
+# ---- loss
+
+
+def loss() -> list[dict[str, Any]]:
+    """One row for each base and cell, the base itself first."""
+    import minilora as ml
+    from minilora.formats import huggingface, tokenizer
+    from minilora.tree import replica
+
+    rows = []
+    play = ml.corpus("shakespeare").test
+    for base, limit in (("base", 512 * 128), ("smollm2", 16 * 128)):
+        model, ids = ml.load(base), play
+        if base == "smollm2":
+            words = huggingface.tokenizer_of(huggingface.checkpoint(base))
+            ids = words.encode(tokenizer.decode(play)[:40_000])
+        held = ml.eval_batches(ids, 4, 128, limit=limit)
+        rows.append({"base": base, "kind": "float32", "block": 0, "double": False, "bits": 32.0, "error": 0.0,
+                     "loss": ml.evaluate(model, held)})  # fmt: skip
+        for kind, block, double in CELLS:
+            four = replica(model)  # which shares what stays in float
+            report = ml.quantize(four, kind=kind, block=block, double=double)
+            rows.append({"base": base, "kind": kind, "block": block, "double": double, "bits": report.bits,
+                         "error": report.error, "loss": ml.evaluate(four, held)})  # fmt: skip
+        for row in rows:
+            print(row, flush=True) if row["base"] == base else None
+    return rows
+
+
+# ---- the figure
+
+
+def draw(found: dict[str, Any]) -> None:
+    """results/four_bits.png and .svg: the loss of quantizing against bits per weight."""
+    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, styled
+
+    looks = {"nf4": (BLUE, "o", "NF4"), "fp4": (ORANGE, "s", "FP4"), "int4": (GREEN, "^", "int4, symmetric"),
+             "int4-affine": (PINK, "D", "int4, affine")}  # fmt: skip
+    titles = {"base": "The shipped base, 344,736 parameters", "smollm2": "SmolLM2, 135 million parameters"}
+
+    @styled
+    def picture() -> Picture:
+        figure, (panels,) = axes(2, size=(12, 4.6))
+        says = []
+        for panel, base in zip(panels, titles, strict=True):
+            rows = [row for row in found["loss"] if row["base"] == base]
+            plain = rows[0]["loss"]
+            for kind, (colour, marker, label) in looks.items():
+                for double in (True, False):
+                    some = sorted((r["bits"], r["loss"] - plain, r["block"]) for r in rows
+                                  if r["kind"] == kind and r["double"] == double)  # fmt: skip
+                    if some:
+                        panel.plot([s[0] for s in some], [s[1] for s in some], color=colour, marker=marker,
+                                   linestyle="-" if len(some) > 1 else "none", markerfacecolor=colour if double else "white",
+                                   label=label + (", scales in 8 bits" if double else ", scales in float32"))  # fmt: skip
+                    for bits, more, block in some if double else ():
+                        panel.annotate(str(block), (bits, more), textcoords="offset points", xytext=(5, 5), fontsize=9,
+                                       color=GREY)  # fmt: skip
+            panel.set_title(f"{titles[base]}; float32: {plain:.4f}", fontsize=11)
+            panel.set_xlabel("bits per weight of the linear maps")
+            panel.set_ylim(bottom=0)
+            usual = next(r for r in rows if (r["kind"], r["block"], r["double"]) == ("nf4", 64, True))
+            says.append(f"{titles[base]}: {usual['loss'] - plain:+.4f} nats")
+        panels[0].set_ylabel("loss less that of float32 (nats per token)")
+        panels[0].legend(fontsize=9)
+        return Picture(figure, f"Loss added by quantizing, against bits per weight; NF4 in blocks of 64: {'; '.join(says)}.")
+
+    picture().save(RESULTS, "four_bits")
+
+
+def main() -> None:
+    """Measure, print, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", help="speed, memory, loss; all unless given")
+    parser.add_argument("--draw", action="store_true", help="only draw what is written")
+    parser.add_argument("--as", dest="part", help=argparse.SUPPRESS)
+    parser.add_argument("--train", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        answer(run_of(args.part))
+        return
+    if args.train is not None:
+        train(args.train)
+        return
+    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    if not args.draw:
+        for name, part in {"speed": speed, "memory": memory, "loss": loss}.items():
+            if not args.parts or name in args.parts:
+                found[name] = part()
+        RESULTS.mkdir(exist_ok=True)
+        FILE.write_text(json.dumps(found | machine(), indent=1) + "\n")
+    draw(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Merging an adapter into a 4-bit base: which part of ΔW survives, and what the loss is then.
+
+    python benchmarks/merge_four_bits.py           trains, writes results/merge_four_bits.json and draws it
+    python benchmarks/merge_four_bits.py --draw    only draws from it
+
+The shipped base learns the spelling of the First Folio, r = 8 on all linear maps, as in `minilora sweep`, in
+three ways: LoRA beside the float base W; QLoRA beside its NF4 base Ŵ; and QLoRA that starts at the residual of
+quantization, s B A = the best rank-8 part of W - Ŵ (LoftQ, Li et al. 2023, one round of it). Each is then run
+unmerged, and merged by each route:
+
+    W + ΔW        into the float base: what was lost by quantizing W comes back, but ΔW was made beside Ŵ
+    Ŵ + ΔW        into the decoded base, in float32: the function that QLoRA trained, and 8 times the memory
+    Q(W + ΔW)     the first, quantized
+    Q(Ŵ + ΔW)     the second, quantized again
+
+Of ΔW survives its component in W' - W0, W' the merged weight and W0 the weight it was added to:
+kept = <W' - W0, ΔW> / |ΔW|², and noise = |W' - W0 - ΔW| / |ΔW|, over all maps together, and for each map alone.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from common import RESULTS, write
+
+import minilora as ml
+from minilora.compose.truncate import split
+from minilora.experiments.rank_sweep import LENGTH, TEXT
+from minilora.lora import adapted, bases
+from minilora.table import Table
+from minilora.tree import get
+
+SEEDS, RANK, RATE = 3, 8, 1e-2  # the rate that the sweep chose for r = 8
+ROUTES = ("W + ΔW", "Ŵ + ΔW", "Q(W + ΔW)", "Q(Ŵ + ΔW)")
+WAYS = ("LoRA", "QLoRA", "QLoRA, residual start")
+BLOCK = 64
+
+
+def weights(model: Any) -> dict[str, np.ndarray]:
+    """Path -> W in float64 of every map that is quantized."""
+    return {path: get(model, f"{path}.weight").dense().astype(np.float64) for path in MAPS}
+
+
+def start_at_residual(model: Any, base: Any) -> None:
+    """s B A = the best rank-r part of W - Ŵ: the one line in which LoftQ's start differs."""
+    for path, layer in adapted(model).items():
+        pair = layer.adapters[layer.active].low_rank
+        U, S, Vt = np.linalg.svd(get(base, f"{path}.weight").dense() - layer.base.weight.dense(), full_matrices=False)
+        pair.A.data, B = split(U, S, Vt, RANK)
+        pair.B.data = B / np.float32(pair.scale)
+
+
+def trained(way: str, seed: int, base: Any, text: Any) -> Any:
+    """The adapted model after training."""
+    model = copy.deepcopy(base)
+    if way != "LoRA":
+        ml.quantize(model, block=BLOCK)
+    ml.inject(model, ml.LoraConfig(r=RANK, alpha=TEXT.alpha), rng=np.random.default_rng([seed, RANK]))
+    if way == WAYS[2]:
+        start_at_residual(model, base)
+    batches = ml.batches(text.train, np.random.default_rng([seed, 0]), TEXT.batch, LENGTH)
+    ml.train(model, batches, ml.AdamW(RATE, betas=(0.9, 0.99)), steps=TEXT.steps,
+             schedule=ml.Schedule(TEXT.steps, warmup=TEXT.steps // 20), threads=1)  # fmt: skip
+    return model
+
+
+def moved(new: np.ndarray, old: np.ndarray, change: np.ndarray) -> tuple[float, float, float]:
+    """<W' - W0, ΔW>, |W' - W0 - ΔW|² and |ΔW|²."""
+    return float(np.vdot(new - old, change)), float(((new - old - change) ** 2).sum()), float((change**2).sum())
+
+
+def measured(way: str, seed: int, base: Any, four: Any, text: Any, held: Any) -> list[dict[str, Any]]:
+    """A row unmerged, and one for each route."""
+    model = trained(way, seed, base, text)
+    deltas = {
+        path: (lambda f: (f.scale * f.B.astype(np.float64)) @ f.A)(layer.adapters[layer.active].change(layer.base))
+        for path, layer in adapted(model).items()
+    }
+    print(way, seed, flush=True)
+    rows = [{"way": way, "seed": seed, "route": "unmerged", "test": ml.evaluate(model, held)}]
+    for route in ROUTES:
+        start = base if "(W" in route or route[0] == "W" else four
+        old, merged = weights(start), copy.deepcopy(start)
+        for path, change in deltas.items():
+            layer = bases(merged)[path]
+            W = (old[path] + change).astype(np.float32)
+            layer.weight = type(get(base, f"{path}.weight"))(W, False)
+        if route[0] == "Q":
+            ml.quantize(merged, block=BLOCK)
+        parts = {path: moved(W, old[path], deltas[path]) for path, W in weights(merged).items()}
+        kept, noise, size = (sum(p[i] for p in parts.values()) for i in range(3))
+        rows.append({
+            "way": way, "seed": seed, "route": route, "test": ml.evaluate(merged, held),
+            "kept": kept / size, "noise": (noise / size) ** 0.5,
+            "maps": {path: [k / s, (n / s) ** 0.5] for path, (k, n, s) in parts.items()},
+        })  # fmt: skip
+    return rows
+
+
+BASE = ml.load("base")
+MAPS = [row.module for row in ml.quantize(copy.deepcopy(BASE)).rows]
+
+
+def measure() -> list[dict[str, Any]]:
+    """All rows: the two bases without an adapter, then every way, seed and route."""
+    text = ml.corpus("folio")
+    held = ml.eval_batches(text.test, 16, LENGTH, limit=512 * LENGTH)
+    four = copy.deepcopy(BASE)
+    report = ml.quantize(four, block=BLOCK)
+    rows = [{"way": "base", "route": "W", "test": ml.evaluate(BASE, held)},
+            {"way": "base", "route": "Ŵ", "test": ml.evaluate(four, held), "error": report.error}]  # fmt: skip
+    for seed in range(SEEDS):
+        for way in WAYS:
+            rows += measured(way, seed, BASE, four, text, held)
+    return rows
+
+
+def of(rows: list[dict[str, Any]], way: str, route: str, what: str) -> list[float]:
+    """One number of every seed."""
+    return [row[what] for row in rows if (row["way"], row["route"]) == (way, route)]
+
+
+def spread(values: list[float], form: str = ".4f") -> str:
+    """Mean, and the range over seeds."""
+    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown: mean and range over seeds."""
+    lines = []
+    for way in WAYS:
+        lines.append((way, "unmerged", spread(of(rows, way, "unmerged", "test")), "", ""))
+        for route in ROUTES:
+            kept, noise = (spread(of(rows, way, route, what), ".2f") for what in ("kept", "noise"))
+            lines.append((way, route, spread(of(rows, way, route, "test")), kept, noise))
+    return Table(("trained", "merged", "test loss", "kept of ΔW", "noise / ΔW"), lines).markdown("llrrr")
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """results/merge_four_bits.png and .svg."""
+    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
+
+    @styled
+    def picture() -> Picture:
+        figure, ((left, right),) = axes(2, size=(12, 4.6))
+        routes = ("unmerged", *ROUTES)
+        looks = dict(zip(WAYS, ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^")), strict=True))
+        for i, (way, (colour, marker)) in enumerate(looks.items()):
+            for panel, some, what in ((left, routes, "test"), (right, ROUTES, "kept")):
+                values = [of(rows, way, route, what) for route in some]
+                at = [j + 0.2 * (i - 1) for j in range(len(some))]
+                middle = [mean(v) for v in values]
+                ends = [[m - min(v) for m, v in zip(middle, values, strict=True)],
+                        [max(v) - m for m, v in zip(middle, values, strict=True)]]  # fmt: skip
+                panel.errorbar(at, middle, ends, color=colour, marker=marker, linestyle="none", capsize=3, label=way)
+        (four,) = of(rows, "base", "Ŵ", "test")
+        (plain,) = of(rows, "base", "W", "test")
+        left.set_ylabel("test loss (nats per character)")
+        left.set_title(f"Bases without an adapter: W {plain:.3f}, Ŵ {four:.3f}", fontsize=11)
+        left.legend(fontsize=9)
+        right.axhline(1, color=GREY, linewidth=1)
+        right.axhline(0, color=GREY, linewidth=1)
+        right.set_ylabel("share of ΔW that survives")
+        right.set_title("<W' - W0, ΔW> / |ΔW|², all maps together", fontsize=11)
+        for panel, some in ((left, routes), (right, ROUTES)):
+            panel.set_xticks(range(len(some)), some)
+            panel.set_xlabel("route of merging (Q: quantized to NF4)")
+        kept = {route: mean(of(rows, "QLoRA", route, "kept")) for route in ROUTES}
+        says = ", ".join(f"{route} {share:.2f}" for route, share in kept.items())
+        return Picture(figure, f"Test loss of three trainings by route of merging; of QLoRA's ΔW survives: {says}.")
+
+    picture().save(RESULTS, "merge_four_bits")
+
+
+def main() -> None:
+    """Measure, print, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--draw", action="store_true", help="only draw what is written")
+    if not parser.parse_args().draw:
+        write("merge_four_bits", measure())
+    rows = json.loads((RESULTS / "merge_four_bits.json").read_text())["rows"]
+    print(table(rows))
+    draw(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

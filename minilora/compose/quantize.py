@@ -1,0 +1,42 @@
+"""A base -> the same base with its linear maps in 4 bits: a folder that transformers and bitsandbytes load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import InputError, nearest
+from ..formats.atomic import check_free
+from ..formats.huggingface import assemble, beside, checkpoint, save_model, token_ids
+from ..methods.bitsandbytes import KINDS
+from ..methods.quantize import Quantized, quantize
+from ..table import plain
+from .truncate import refuse_same
+
+
+def quantize_checkpoint(
+    base: Path | str,
+    out: Path | str,
+    *,
+    kind: str = "nf4",
+    block: int = 64,
+    double: bool = True,
+    overwrite: bool = False,
+) -> Quantized:
+    """Write a base as a new folder in which the linear maps of the blocks are in 4 bits.
+
+    `kind` is "nf4" or "fp4"; `block` and `double` as in `ml.quantize`, and the result is its report. The folder
+    loads again to the bit. StorageError if it exists, unless `overwrite`; and whatever loading, quantizing and
+    saving raise.
+    """
+    source = checkpoint(base)
+    if kind not in KINDS:
+        raise InputError(f"kind is {kind!r}; {nearest(str(kind), KINDS)}")
+    refuse_same(out, source.where)
+    check_free(out, overwrite)
+    model = assemble(source)
+    result = quantize(model, kind=kind, block=block, double=double)
+    card = plain(f"{source.where.name}, its linear maps quantized to {kind} by minilora.") + "\n"
+    extra = token_ids(source.where)
+    save_model(model, out, card, extra, beside=beside(source.where), overwrite=overwrite)
+    return replace(result, out=str(out))

@@ -1,0 +1,299 @@
+"""A weight in 4 bits: blocks of codes of 16 values, and one scale for each block (QLoRA, Dettmers et al. 2023).
+
+    ŵ = q[code] c,   c = max |w| over a block of 64 weights,   code = the nearest of the 16 values to w / c
+
+NF4's values are quantiles of the normal distribution, so that weights like Gaussian noise use all of them. Two
+codes share a byte, the first in its upper half. Double quantization keeps c in 8 bits, too: less its mean, in
+blocks of 256. A weight ends within half the largest gap of its value: |w - ŵ| <= c (G / 2 + 4 u).
+
+Stands in for bitsandbytes' functional.py, with its numbers; it multiplies by 1 / c where this divides, so a code
+may differ where w / c is within rounding of the middle between two values. Leaves out kernels that compute with
+codes: a product decodes its weight, and drops it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, on_host, quiet_overflow, take_into, to_device, to_host, xp
+from ..errors import InputError, NonFiniteError, StateError, nearest, short
+from ..layers import Param
+
+BLOCKS = tuple(1 << n for n in range(5, 13))  # sizes of a block, 32 to 4096: those of bitsandbytes
+SCALES = 256  # scales in a block of double quantization
+CHUNK = 1 << 16  # weights that are encoded or decoded at once: what fits a core's cache
+U = 2.0**-24  # unit roundoff of float32, in which codes and scales are computed
+
+
+# ---- the values that codes stand for
+
+
+def spaced(start: float, stop: float, count: int) -> np.ndarray:
+    """`count` numbers from start to stop in float32, each half from its own end, as torch.linspace rounds."""
+    a, b, i = np.float32(start), np.float32(stop), np.arange(count, dtype=np.float32)
+    step = (b - a) / np.float32(count - 1)
+    return np.where(i < count // 2, a + step * i, b - step * i[::-1])
+
+
+def normal_floats() -> np.ndarray:
+    """NF4: quantiles of N(0, 1), 7 below zero, zero, and 8 above, scaled to [-1, 1].
+
+    They are evenly spaced in probability between 1/2 and 1 - (1/30 + 1/32) / 2 on either side. The paper's
+    equation 4 gives other values, the first of them infinite; these are the published ones, bit for bit.
+    """
+
+    def quantiles(count: int) -> np.ndarray:
+        return np.float32([NormalDist().inv_cdf(float(p)) for p in spaced(0.9677083, 0.5, count + 1)[:-1]])
+
+    values = np.sort(np.concatenate([-quantiles(7), np.zeros(1, np.float32), quantiles(8)]))
+    return values / values.max()
+
+
+def small_floats() -> np.ndarray:
+    """FP4 with 2 bits of exponent and 1 of mantissa, in bitsandbytes' order: the upper half is negative."""
+    positive = np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3]) / np.float32(12)
+    return np.concatenate([positive, -positive])
+
+
+def dynamic_map() -> np.ndarray:
+    """The 256 values of bitsandbytes' 8-bit "dynamic" numbers, sorted: seven decades, finer towards 1."""
+    values = [np.float32([0, 1])]
+    for i in range(7):
+        edges = spaced(0.1, 1, (1 << i) + 1)
+        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [middles, -middles]
+    return np.sort(np.concatenate(values))
+
+
+BOOKS = {
+    "nf4": normal_floats,
+    "fp4": small_floats,
+    "int4": lambda: np.arange(-7, 8, dtype=np.float32) / np.float32(7),  # symmetric: 15 steps
+    "int4-affine": lambda: np.arange(16, dtype=np.float32) / np.float32(15),  # from a block's least value up
+}
+
+
+def middles(values: np.ndarray) -> np.ndarray:
+    """The middles between neighbours."""
+    return (values[1:] + values[:-1]) / np.float32(2)
+
+
+@functools.cache
+def book(kind: str) -> np.ndarray:
+    """The values of the codes of a kind, float32, at most 16. InputError for an unknown kind."""
+    if kind not in BOOKS:
+        raise InputError(f"kind is {short(kind)}; {nearest(str(kind), BOOKS)}")
+    return BOOKS[kind]()
+
+
+@functools.cache
+def steps(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """The middles between neighbouring values, and the code of each value in rising order (-0 is 0)."""
+    values, codes = np.unique(book(kind), return_index=True)
+    return middles(values), codes.astype(np.uint8)
+
+
+def gap(kind: str) -> float:
+    """G: the largest gap between neighbouring values."""
+    return float(np.diff(np.unique(book(kind)).astype(np.float64)).max())
+
+
+@functools.cache
+def pairs(kind: str, library: Any) -> Array:
+    """The two values of each byte of codes, as one item of 8 bytes: (256,), on the device of that library."""
+    values = np.zeros(16, np.float32)
+    values[: len(book(kind))] = book(kind)
+    both = np.stack([values.repeat(16), np.tile(values, 16)], 1)
+    return to_device(np.ascontiguousarray(both).view(np.uint64).reshape(256))
+
+
+@functools.cache
+def scale_values(library: Any) -> Array:
+    """`dynamic_map` on the device of that library."""
+    return to_device(dynamic_map())
+
+
+# ---- blocks of codes
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """One scale for each block in 8 bits: c = map[code] c' + offset, c' for each SCALES of them."""
+
+    codes: Array  # (blocks,) uint8
+    absmax: Array  # c', float32
+    offset: Array  # the mean of all scales, float32, ()
+
+    def decoded(self) -> Array:
+        """The scales (blocks,)."""
+        values = scale_values(xp.ndarray)[self.codes.astype(xp.int64)]
+        last = xp.repeat(self.absmax, SCALES)[: len(values)]
+        return values * last + self.offset
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A weight's codes and scales, its shape and dtype; none of its arrays is written."""
+
+    codes: Array  # uint8, (ceil(size / 2),)
+    absmax: Array | Scales  # c of each block: float32, (blocks,)
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: str = "nf4"
+    block: int = 64
+    least: Array | None = None  # the least value of each block where codes count from it
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """All that is stored, but for the values that the kind fixes."""
+        scales = self.absmax
+        parts = (scales.codes, scales.absmax, scales.offset) if isinstance(scales, Scales) else (scales,)
+        return (self.codes, *parts, *(() if self.least is None else (self.least,)))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are stored."""
+        return sum(a.nbytes for a in self.arrays)
+
+    def scales(self) -> Array:
+        """The scale c of each block, (blocks,) float32."""
+        return self.absmax.decoded() if isinstance(self.absmax, Scales) else self.absmax
+
+
+class FourBit(Param):
+    """A frozen weight of 4-bit codes in the place of a Param; `dense` decodes it anew each time.
+
+    Adapters train beside it. StateError for training it, or for storing an array in its place.
+    """
+
+    __slots__ = ()
+    packed = True
+
+    def __init__(self, data: Blocks) -> None:
+        super().__init__(data, trainable=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (name == "trainable" and value) or (name == "data" and not isinstance(value, Blocks)):
+            what = "trained" if name == "trainable" else "written or merged into"
+            raise StateError(f"a 4-bit weight cannot be {what}; adapters go beside it, and fuse() takes its place")
+        super().__setattr__(name, value)
+
+    def add_grad(self, g: Array) -> None:
+        """StateError: it has no gradient."""
+        raise StateError("a 4-bit weight has no gradient; train an adapter beside it")
+
+    def dense(self) -> Array:
+        """The weight ŵ, in its own dtype."""
+        return decoded(self.data)
+
+
+def check_block(block: object) -> None:
+    """InputError unless it is a size of blocks."""
+    if type(block) is not int or block not in BLOCKS:
+        raise InputError(f"block is {short(block)}; expected one of {', '.join(map(str, BLOCKS))}")
+
+
+@quiet_overflow()
+def encoded(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -> Blocks:
+    """A weight of any shape as blocks of codes, row by row; the last block may be shorter.
+
+    `double` stores the scales in 8 bits. Computed in float32. InputError for kind or block, NonFiniteError for
+    values that are not finite there.
+    """
+    between, codes_of = steps(kind)
+    check_block(block)
+    affine, n = kind == "int4-affine", math.prod(w.shape)
+    count = -(-n // block)
+    codes = xp.zeros(count * block // 2, xp.uint8)
+    scale, least = xp.zeros(count, xp.float32), xp.zeros(count, xp.float32) if affine else None
+    flat, order = w.reshape(-1), to_device(codes_of)
+    ranked = bool((codes_of == np.arange(len(codes_of))).all())  # a code is the rank of its value
+    for some in chunks(count, block):
+        part = flat[some.start * block : some.stop * block]
+        x = xp.zeros((some.stop - some.start) * block, xp.float32)
+        x[: len(part)] = part
+        if affine:
+            x[len(part) :] = part[-1]
+        x = x.reshape(-1, block)
+        if least is not None:
+            least[some] = x.min(1)
+            x -= least[some, None]
+            scale[some] = x.max(1)
+        else:
+            scale[some] = xp.abs(x).max(1)
+        c = scale[some]
+        x /= xp.where(c > 0, c, xp.ones_like(c))[:, None]
+        rank = xp.zeros(x.shape, xp.uint8)
+        for middle in between.tolist():
+            rank += x > middle  # a tie goes down
+        code = (rank if ranked else order[rank.astype(xp.int64)]).reshape(-1)
+        codes[some.start * block // 2 : some.stop * block // 2] = 16 * code[::2] + code[1::2]
+    if not xp.isfinite(scale).all() or (least is not None and not xp.isfinite(least).all()):
+        raise NonFiniteError("the weight has values that are not finite in float32")
+    stored = scales_of(scale) if double else scale
+    blocks = Blocks(codes[: (n + 1) // 2], stored, tuple(w.shape), w.dtype, kind, block, least)
+    for a in blocks.arrays if on_host() else ():
+        a.flags.writeable = False
+    return blocks
+
+
+def chunks(count: int, block: int) -> Iterator[slice]:
+    """The blocks in slices that fit a cache; on a GPU all at once."""
+    step = max(CHUNK // block, 1) if on_host() else max(count, 1)
+    return (slice(i, min(i + step, count)) for i in range(0, count, step))
+
+
+def scales_of(scale: Array) -> Scales:
+    """Scales in 8 bits, around their mean: double quantization."""
+    offset = scale.mean()
+    rest = scale - offset
+    padded = xp.zeros(-(-len(rest) // SCALES) * SCALES, xp.float32)
+    padded[: len(rest)] = rest
+    padded = padded.reshape(-1, SCALES)
+    absmax = xp.abs(padded).max(1)
+    x = padded / xp.where(absmax > 0, absmax, xp.ones_like(absmax))[:, None]
+    between = to_device(middles(dynamic_map()))
+    codes = xp.searchsorted(between, x.reshape(-1)[: len(scale)]).astype(xp.uint8)
+    return Scales(codes, absmax, xp.asarray(offset, dtype=xp.float32))
+
+
+def decoded(blocks: Blocks) -> Array:
+    """The weight ŵ of codes and scales, a new array of its shape and dtype."""
+    scale, block, codes = blocks.scales(), blocks.block, blocks.codes
+    out = xp.empty(len(scale) * block, xp.float32)
+    out[2 * len(codes) :] = 0
+    items, table = out.view(xp.uint64), pairs(blocks.kind, xp.ndarray)
+    for some in chunks(len(scale), block):
+        two = slice(some.start * block // 2, min(some.stop * block // 2, len(codes)))
+        take_into(items[two], table, codes[two])
+        part = out[some.start * block : some.stop * block].reshape(-1, block)
+        part *= scale[some, None]
+        if blocks.least is not None:
+            part += blocks.least[some, None]
+    return out[: blocks.size].reshape(blocks.shape).astype(blocks.dtype, copy=False)
+
+
+def bound(blocks: Blocks, c: np.ndarray) -> np.ndarray:
+    """The largest |w - ŵ| that each block can have, (blocks,) float64; `c` are its scales before 8 bits.
+
+    Division errs by 2 u, a middle and the product by u each; the scale's own change comes on top, and what a
+    least value adds. The last term is for underflow.
+    """
+    c, own = c.astype(np.float64), to_host(blocks.scales()).astype(np.float64)
+    most = c * (gap(blocks.kind) / 2 + 4 * U) + (1 + U) * abs(own - c) + float(np.finfo(np.float32).smallest_subnormal)
+    if blocks.least is None:
+        return most
+    low = to_host(blocks.least).astype(np.float64)  # w - least, its largest and the last sum are rounded, too
+    return most + 3 * U * c + U * np.maximum(abs(low), abs(low + c)) * (1 + U)

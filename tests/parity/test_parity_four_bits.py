@@ -1,0 +1,123 @@
+"""Agreement with bitsandbytes and transformers on 4-bit weights (the extra `parity`, and bitsandbytes itself)."""
+
+import json
+
+import numpy as np
+import pytest
+from test_parity import TIED, UNTIED, batch, fresh
+
+from minilora.formats.huggingface import load, save_model
+from minilora.methods.four_bit import SCALES, U, book, decoded, dynamic_map, encoded, steps
+from minilora.methods.quantize import quantize
+from minilora.tree import freeze, named_params
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+functional = bitsandbytes.functional
+
+pytestmark = pytest.mark.parity
+SHAPES = ((96, 96), (352, 128), (24, 34))
+
+
+def theirs(w, kind, block, double):
+    """Their codes (bytes), and their state."""
+    codes, state = functional.quantize_4bit(torch.from_numpy(w), blocksize=block, quant_type=kind, compress_statistics=double)
+    return codes.numpy().reshape(-1), state
+
+
+def unpack(codes, n):
+    return np.stack([codes >> 4, codes & 15], 1).reshape(-1)[:n]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_values_are_theirs_to_the_bit(kind):
+    assert book(kind).tobytes() == functional.get_4bit_type(kind, device="cpu").numpy().tobytes()
+    assert dynamic_map().tobytes() == functional.create_dynamic_map().numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("block", [64, 128, 4096])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_codes_and_scales_are_theirs(kind, block, shape):
+    """A code differs only where w / c is within rounding of a middle: they multiply by 1 / c, this divides."""
+    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    ours, (codes, state) = encoded(w, kind, block, double=False), theirs(w, kind, block, False)
+    assert ours.absmax.tobytes() == state.absmax.numpy().tobytes()
+    a, b = unpack(ours.codes, w.size), unpack(codes, w.size)
+    x = w.reshape(-1) / np.repeat(ours.absmax, block)[: w.size]
+    near = (abs(x[:, None] - steps(kind)[0]) <= 4 * U).any(1)
+    differ = a != b
+    print(f"{kind} {block} {shape}: {differ.sum()} of {w.size} codes differ")
+    assert not (differ & ~near).any()
+    assert differ.sum() <= 3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_decoding_is_theirs_to_the_bit(kind):
+    w = np.random.default_rng(1).standard_normal((96, 128)).astype(np.float32)
+    codes, state = theirs(w, kind, 64, False)
+    ours = encoded(w, kind, 64, double=False)
+    object.__setattr__(ours, "codes", codes)
+    own = functional.dequantize_4bit(torch.from_numpy(codes).reshape(-1, 1), state)
+    assert decoded(ours).tobytes() == own.numpy().tobytes()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scales_in_8_bits_are_theirs(shape):
+    """The mean is summed in another order; apart from that, scales differ only beside a middle of the map."""
+    w = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    ours = encoded(w, "nf4", 64, double=True).absmax
+    _, state = theirs(w, "nf4", 64, True)
+    offset = float(state.offset)
+    assert abs(float(ours.offset) - offset) <= 32 * U * offset  # two orders of a sum of positive numbers
+    assert abs(ours.absmax - state.state2.absmax.numpy()).max() <= 64 * U * offset
+    differ = ours.codes != state.absmax.numpy()
+    print(f"{shape}: {differ.sum()} of {len(differ)} scales differ, offset by {float(ours.offset) - offset:.1e}")
+    steps8 = abs(ours.codes.astype(int) - state.absmax.numpy().astype(int))
+    assert steps8.max() <= 1
+    assert differ.mean() <= 0.02
+    assert len(ours.absmax) == -(-len(ours.codes) // SCALES)
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_transformers_loads_our_folder_with_the_same_logits(config, kind, double, tmp_path):
+    model, rng = fresh(config, np.float32)
+    freeze(model)
+    quantize(model, kind=kind, double=double)
+    save_model(model, tmp_path / "ours", "")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu", dtype=torch.float32)
+    found = {name: p for name, p in other.named_parameters() if isinstance(p, bitsandbytes.nn.Params4bit)}
+    params = named_params(model)
+    assert sorted(found) == sorted(path for path, p in params.items() if p.packed)
+    for path, p in found.items():
+        own = functional.dequantize_4bit(p.data, p.quant_state).numpy()
+        assert own.tobytes() == params[path].dense().tobytes(), path
+    ids = batch(rng)[0]
+    with torch.no_grad():
+        logits = other(torch.from_numpy(ids)).logits.numpy()
+    ours = model(ids)[0]
+    assert abs(logits - ours).max() <= 1000 * U * abs(ours).max()  # a network's roundings; see test_parity.py
+
+
+def test_their_folder_loads_here(tmp_path):
+    model, rng = fresh(TIED, np.float32)
+    save_model(model, tmp_path / "float", "")
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                          bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=how, device_map="cpu", dtype=torch.float32
+    )
+    other.save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]["load_in_4bit"] is True
+    ours = load(tmp_path / "theirs")
+    for name, p in other.named_parameters():
+        if isinstance(p, bitsandbytes.nn.Params4bit):
+            own = functional.dequantize_4bit(p.data, p.quant_state).numpy()
+            assert own.tobytes() == named_params(ours)[name].dense().tobytes()
+    ids = batch(rng)[0]
+    with torch.no_grad():
+        logits = other(torch.from_numpy(ids)).logits.numpy()
+    assert abs(logits - ours(ids)[0]).max() <= 1000 * U * abs(logits).max()
