@@ -249,13 +249,11 @@ def form_words(embedding: bool, shape: tuple[int, int], window: tuple[int, ...])
 
 
 def shared(folders: Sequence[Adapter]) -> dict[str, Any]:
-    """The fields of a config on which all adapters agree; of the selectors, only if they agree on all."""
+    """The fields of a config on which all agree, and the first one's selectors if all have its modules."""
     configs = [read_fields(folder.where / CONFIG) for folder in folders]
     first = configs[0]
-    selectors = {name: first.get(name) for name in SELECTORS}
-    alike = all({name: config.get(name) for name in SELECTORS} == selectors for config in configs)
-    alike &= all(folder.pairs.keys() == folders[0].pairs.keys() for folder in folders)
-    fields = selectors if alike else {}
+    alike = all(folder.pairs.keys() == folders[0].pairs.keys() for folder in folders)
+    fields = {name: first.get(name) for name in SELECTORS} if alike else {}
     for name in ("base_model_name_or_path", "task_type"):
         if all(config.get(name) == first.get(name) for config in configs):
             fields[name] = first.get(name)

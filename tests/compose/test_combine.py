@@ -225,7 +225,7 @@ def test_progress_is_told_module_by_module(tmp_path):
 # ---- what the config says
 
 
-def test_selectors_on_which_all_agree_are_kept_and_others_become_names(tmp_path):
+def test_selectors_are_kept_where_all_have_the_same_modules_and_become_names_elsewhere(tmp_path):
     rng = np.random.default_rng(0)
     modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     factors = [
