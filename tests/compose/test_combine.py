@@ -10,6 +10,7 @@ from by_hand import CONFIG, PREFIX, U64, WEIGHTS, bound64, changes, read_peft, w
 from helpers import EVERYTHING, LINEARS, batch, gamma, same_bits, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft_cases import FIXTURES
 from vectors import weights
 
 import minilora as ml
@@ -216,6 +217,14 @@ def test_the_report_names_modules_ranks_and_weights(tmp_path):
     assert made.data()["residual"] == made.residual
 
 
+def test_the_weights_of_the_base_that_peft_copies_are_left_out_and_it_is_said(tmp_path):
+    source = FIXTURES / "adapters" / "untied--embedding-and-head"
+    made = combine({source: 1}, tmp_path / "out")
+    assert [note for note in made.notes if "2 copies of the base's weights left out, as" in note]
+    assert not [name for name in open_adapter(tmp_path / "out").tensors if "base_layer" in name]
+    assert changes(tmp_path / "out").keys() == changes(source).keys() == {"lm_head", "model.embed_tokens"}
+
+
 def test_progress_is_told_module_by_module(tmp_path):
     told = []
     combine({two(tmp_path)[0]: 1}, tmp_path / "out", progress=lambda done, of: told.append((done, of)))
@@ -276,6 +285,7 @@ def listed(folder):
 DENSE = ("magnitude", "ties", "dare", "dare_ties")
 REFUSED = {
     "none": ({}, {}, InputError, "there are no adapters; expected at least one"),
+    "a name alone": (["ab"], {}, InputError, "an adapter is given as 'ab'; expected a pair, such as"),
     "all of weight 0": ({"a": 0, "b": 0.0}, {}, InputError, "the weights are all 0; expected at least one"),
     "nan": ({"a": math.nan}, {}, InputError, "a weight is nan; expected a finite number"),
     "inf": ({"a": 1, "b": -math.inf}, {}, InputError, "a weight is -inf; expected a finite number"),
