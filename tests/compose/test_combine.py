@@ -359,6 +359,13 @@ def test_what_acts_beside_the_factors_is_refused_by_name(config, message, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_one_adapter_by_two_names_is_given_twice(tmp_path):
+    a, _ = two(tmp_path)
+    (tmp_path / "here").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"here.a: is given twice"):
+        combine({a: 1, tmp_path / "here" / "a": 1}, tmp_path / "out")
+
+
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     rng = np.random.default_rng(0)
     m = "model.layers.0.mlp.m0"
@@ -458,6 +465,15 @@ def test_the_sum_acts_as_the_sum_on_every_layer(tmp_path):
     for path, adapter in active(model).items():
         found = to_host(adapter.delta()).astype(float)
         assert np.linalg.norm(found - deltas[path]) <= 1e-6 * np.linalg.norm(deltas[path]) + 1e-6
+
+
+def test_an_adapter_of_weight_0_adds_no_layer():
+    second = LoraConfig(r=2, alpha=5, targets=["v_proj"], init="both")
+    model, _ = with_two(0, LoraConfig(r=3, alpha=7, targets=["q_proj"], init="both"), second)
+    made = add_weighted_adapter(model, {"b": 0.0, "a": 1}, "alone")
+    assert {row.module.rpartition(".")[2] for row in made.rows} == {"q_proj"}
+    assert {row.ranks for row in made.rows} == {(3,)}
+    assert made.weights == (("b", 0.0), ("a", 1.0))
 
 
 def test_an_embedding_is_summed_as_an_embedding(tmp_path):
