@@ -7,7 +7,8 @@
     X.weight.quant_state.bitsandbytes__nf4   JSON: type, sizes, dtype, shape, offset           uint8
 
 transformers loads such a folder with bitsandbytes, and this package loads theirs. Kernels there know the values
-of nf4 and fp4 by heart, so a file with other values is refused, and int4 has no form.
+of nf4 and fp4 by heart, so a file with other values is refused, and int4 has no form. The map of 256 values is
+taken from the file, since its last bit depends on the machine that computed it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from ..backend import on_host, quiet_overflow, to_device, to_host
 from ..errors import FormatError, NonFiniteError, UnsupportedError, short
-from .four_bit import BLOCKS, SCALES, Blocks, Scales, book, dynamic_map
+from .four_bit import BLOCKS, SCALES, Blocks, Scales, U, book, dynamic_map
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__([a-z0-9]{1,8})")  # of a weight, and its kind
 KINDS = ("nf4", "fp4")
@@ -65,7 +66,7 @@ def parts_of(name: str, blocks: Blocks) -> dict[str, np.ndarray]:
         offset = float(to_host(scales.offset))
         state |= {"nested_blocksize": SCALES, "nested_dtype": "float32", "nested_offset": offset}
         parts |= {"absmax": to_host(scales.codes), "nested_absmax": to_host(scales.absmax)}
-        parts["nested_quant_map"] = dynamic_map()
+        parts["nested_quant_map"] = to_host(scales.values)
     else:
         parts["absmax"] = to_host(scales)
     parts[f"quant_state.bitsandbytes__{blocks.kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
@@ -116,9 +117,10 @@ def blocks_of(
         if a.shape != (length,) or a.dtype != wanted:
             given = f"{a.dtype} {a.shape}"
             raise FormatError(f"{what}: {name} is {given}; expected {np.dtype(wanted)} ({length},)")
-    for name, values in (("quant_map", book(kind)), ("nested_quant_map", dynamic_map() if double else None)):
-        if values is not None and not np.array_equal(parts[name], values):
-            raise FormatError(f"{what}: {name} has other values than those of {kind}")
+    if not np.array_equal(parts["quant_map"], book(kind)):
+        raise FormatError(f"{what}: quant_map has other values than those of {kind}")
+    if double and not np.allclose(parts["nested_quant_map"], dynamic_map(), rtol=4 * U, atol=0):
+        raise FormatError(f"{what}: nested_quant_map has other values than those of 8-bit dynamic numbers")
     top = parts["nested_absmax" if double else "absmax"]
     if not np.isfinite(top).all():
         raise NonFiniteError(f"{what}: the scales are not finite")
@@ -126,7 +128,8 @@ def blocks_of(
         raise FormatError(f"{what}: a scale is {top.min():.3g}; expected at least 0")
     scales: Any = device(parts["absmax"])
     if double:
-        scales = Scales(scales, device(top), device(np.float32(state["nested_offset"])))
+        offset, values = device(np.float32(state["nested_offset"])), device(parts["nested_quant_map"])
+        scales = Scales(scales, device(top), offset, values)
         with quiet_overflow():
             c = to_host(scales.decoded())
         if not np.isfinite(c).all():

@@ -36,10 +36,10 @@ U = 2.0**-24  # unit roundoff of float32, in which codes and scales are computed
 
 
 def spaced(start: float, stop: float, count: int) -> np.ndarray:
-    """`count` numbers from start to stop in float32, each half from its own end, as torch.linspace rounds."""
-    a, b, i = np.float32(start), np.float32(stop), np.arange(count, dtype=np.float32)
-    step = (b - a) / np.float32(count - 1)
-    return np.where(i < count // 2, a + step * i, b - step * i[::-1])
+    """`count` numbers from start to stop in float32, as torch.linspace rounds: each half from its own end, once."""
+    a, b, i = np.float32(start), np.float32(stop), np.arange(count)
+    step = float((b - a) / np.float32(count - 1))  # times i and the sum are exact in float64, up to one rounding
+    return np.where(i < count // 2, float(a) + step * i, float(b) - step * i[::-1]).astype(np.float32)
 
 
 def normal_floats() -> np.ndarray:
@@ -59,7 +59,7 @@ def normal_floats() -> np.ndarray:
 def small_floats() -> np.ndarray:
     """FP4 with 2 bits of exponent and 1 of mantissa, in bitsandbytes' order: the upper half is negative."""
     positive = np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3]) / np.float32(12)
-    return np.concatenate([positive, -positive])
+    return np.concatenate([positive, np.float32(0) - positive])  # zero twice, and not -0
 
 
 def dynamic_map() -> np.ndarray:
@@ -95,7 +95,7 @@ def book(kind: str) -> np.ndarray:
 
 @functools.cache
 def steps(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The middles between neighbouring values, and the code of each value in rising order (-0 is 0)."""
+    """The middles between neighbouring values, and the code of each value in rising order ."""
     values, codes = np.unique(book(kind), return_index=True)
     return middles(values), codes.astype(np.uint8)
 
@@ -130,12 +130,12 @@ class Scales:
     codes: Array  # (blocks,) uint8
     absmax: Array  # c', float32
     offset: Array  # the mean of all scales, float32, ()
+    values: Array  # the map, (256,) float32: `dynamic_map`, or a file's own that rounds it otherwise
 
     def decoded(self) -> Array:
         """The scales (blocks,)."""
-        values = scale_values(xp.ndarray)[self.codes.astype(xp.int64)]
-        last = xp.repeat(self.absmax, SCALES)[: len(values)]
-        return values * last + self.offset
+        q = self.values[self.codes.astype(xp.int64)]
+        return q * xp.repeat(self.absmax, SCALES)[: len(q)] + self.offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +266,7 @@ def scales_of(scale: Array) -> Scales:
     x = padded / xp.where(absmax > 0, absmax, xp.ones_like(absmax))[:, None]
     between = to_device(middles(dynamic_map()))
     codes = xp.searchsorted(between, x.reshape(-1)[: len(scale)]).astype(xp.uint8)
-    return Scales(codes, absmax, xp.asarray(offset, dtype=xp.float32))
+    return Scales(codes, absmax, xp.asarray(offset, dtype=xp.float32), scale_values(xp.ndarray))
 
 
 def decoded(blocks: Blocks) -> Array:

@@ -161,6 +161,22 @@ def test_the_command_writes_what_quantizing_in_memory_gives(double, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_a_files_own_map_is_kept_to_the_bit(folder, tmp_path):
+    """Another machine rounds its last bit otherwise."""
+    tensors = load_file(folder / "model.safetensors")
+    name = f"{PATH}.nested_quant_map"
+    tensors[name] = numpy.nextafter(tensors[name], numpy.float32(2))
+    tensors[name][tensors[name] < 1e-9] = dynamic_map()[tensors[name] < 1e-9]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = load(folder)
+    scales = named_params(model)[PATH].data.absmax
+    assert to_host(scales.values).tobytes() == tensors[name].tobytes()
+    save_model(model, tmp_path / "again", "")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(again[key].tobytes() == a.tobytes() for key, a in tensors.items())
+
+
 def test_int4_has_no_form_in_files_and_nothing_is_written(tmp_path):
     model, _ = quantized(kind="int4")
     with pytest.raises(UnsupportedError, match=f"{PATH} is int4; expected nf4 or fp4"):
