@@ -3,17 +3,17 @@
     python benchmarks/four_bits.py [speed] [memory] [loss]    what is named, or all of it; writes results/
     python benchmarks/four_bits.py --draw                     only draws results/four_bits.png and .svg
 
-Speed: 16 million weights to NF4 and back, in blocks of 64 with double quantization, one thread; beside a copy of
-the float32 result, and beside bitsandbytes' CPU functions where it is installed. Contestants are processes that
-take turns (common.py); ratios are medians over rounds.
+Speed: 16 million weights to NF4 and back, in blocks of 64 with double quantization, one thread; beside a copy
+of the float32 result, and beside bitsandbytes' CPU functions where it is installed. Contestants are processes
+that take turns (common.py); ratios are medians over rounds.
 
-Memory: `minilora train` on SmolLM2-135M, r = 8 on all linear maps, batch 8 of 128 tokens, as it is and with
---bits 4, in processes of their own. Told are the bytes of the linear maps, what is resident once the base is ready
-(VmRSS after glibc's malloc_trim), and the most that a training step adds to be resident (VmHWM, which is reset
-before the first step).
+Memory: LoRA on SmolLM2-135M, r = 8 on all linear maps, batch 8 of 128 tokens, three steps on one thread,
+beside the base as it is and in NF4, each in a process of its own. Told are the bytes of the linear maps, what
+is resident once the base is ready (VmRSS after glibc's malloc_trim), and the most that is resident while it
+trains (VmHWM, which is reset before the first step).
 
-Loss: the shipped base on the five plays held out from its training, and SmolLM2 on them, before quantizing and
-after it, for every kind and several sizes of blocks.
+Loss: the shipped base on the five plays held out from its training, and SmolLM2 on the beginning of them,
+before quantizing and after it, for every kind and several sizes of blocks.
 """
 
 import argparse
@@ -35,8 +35,8 @@ ROUNDS = 15
 FILE = RESULTS / "four_bits.json"
 OURS = ("copy", "decode", "encode", "decode, single")
 THEIRS = ("bitsandbytes decode", "bitsandbytes encode")
-CELLS = [("nf4", 64, True), ("nf4", 64, False), ("fp4", 64, False), ("int4", 64, False), ("int4-affine", 64, False),
-         *[("nf4", block, True) for block in (32, 128, 256, 1024, 4096)]]  # fmt: skip
+CELLS = [("nf4", 64, True), *((kind, 64, False) for kind in ("nf4", "fp4", "int4", "int4-affine")),
+         *(("nf4", block, True) for block in (32, 128, 256, 1024, 4096))]  # fmt: skip
 
 
 # ---- speed
@@ -53,10 +53,14 @@ def run_of(name: str) -> Any:
 
         torch.set_num_threads(1)
         tensor = torch.from_numpy(w)
-        codes, state = functional.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=True)
+        codes, state = functional.quantize_4bit(
+            tensor, blocksize=64, quant_type="nf4", compress_statistics=True
+        )
         if name.endswith("decode"):
             return lambda: functional.dequantize_4bit(codes, state)
-        return lambda: functional.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=True)
+        return lambda: functional.quantize_4bit(
+            tensor, blocksize=64, quant_type="nf4", compress_statistics=True
+        )
     from minilora.methods.four_bit import decoded, encoded
 
     blocks = encoded(w, "nf4", 64, double=name != "decode, single")
@@ -73,7 +77,7 @@ def speed() -> dict[str, Any]:
     times = alternate(runners, ROUNDS, 1)
     found = {name: {"ms": median(t), "of_a_copy": ratio(times["copy"], t)} for name, t in times.items()}
     for name, row in found.items():
-        print(f"{name:20} {row['ms']:8.1f} ms  {N / row['ms'] / 1e6:6.2f} G weights/s  {row['of_a_copy']:5.2f} of a copy")
+        print(f"{name:20} {row['ms']:8.1f} ms, {row['of_a_copy']:.2f} of a copy's rate")
     return found
 
 
@@ -110,7 +114,9 @@ def memory() -> dict[str, Any]:
     """Both bases, and 4 bits relative to float32."""
     found = {}
     for name, bits in (("float32", "0"), ("nf4", "4")):
-        done = subprocess.run([sys.executable, __file__, "--train", bits], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--train", bits], capture_output=True, text=True, check=True
+        )
         found[name] = json.loads(done.stdout)
     found["ratio"] = {what: found["nf4"][what] / found["float32"][what] for what in ("maps", "ready", "peak")}
     print(json.dumps(found, indent=1))
@@ -169,12 +175,18 @@ def draw(found: dict[str, Any]) -> None:
                     some = sorted((r["bits"], r["loss"] - plain, r["block"]) for r in rows
                                   if r["kind"] == kind and r["double"] == double)  # fmt: skip
                     if some:
-                        panel.plot([s[0] for s in some], [s[1] for s in some], color=colour, marker=marker,
-                                   linestyle="-" if len(some) > 1 else "none", markerfacecolor=colour if double else "white",
-                                   label=label + (", scales in 8 bits" if double else ", scales in float32"))  # fmt: skip
+                        panel.plot(
+                            [s[0] for s in some],
+                            [s[1] for s in some],
+                            color=colour,
+                            marker=marker,
+                            linestyle="-" if len(some) > 1 else "none",
+                            markerfacecolor=colour if double else "white",
+                            label=f"{label}, scales in {'8 bits' if double else 'float32'}",
+                        )
                     for bits, more, block in some if double else ():
-                        panel.annotate(str(block), (bits, more), textcoords="offset points", xytext=(5, 5), fontsize=9,
-                                       color=GREY)  # fmt: skip
+                        how = {"textcoords": "offset points", "xytext": (5, 5), "fontsize": 9, "color": GREY}
+                        panel.annotate(str(block), (bits, more), **how)
             panel.set_title(f"{titles[base]}; float32: {plain:.4f}", fontsize=11)
             panel.set_xlabel("bits per weight of the linear maps")
             panel.set_ylim(bottom=0)
@@ -182,7 +194,10 @@ def draw(found: dict[str, Any]) -> None:
             says.append(f"{titles[base]}: {usual['loss'] - plain:+.4f} nats")
         panels[0].set_ylabel("loss less that of float32 (nats per token)")
         panels[0].legend(fontsize=9)
-        return Picture(figure, f"Loss added by quantizing, against bits per weight; NF4 in blocks of 64: {'; '.join(says)}.")
+        return Picture(
+            figure,
+            f"Loss added by quantizing, against bits per weight; NF4 in blocks of 64: {'; '.join(says)}.",
+        )
 
     picture().save(RESULTS, "four_bits")
 

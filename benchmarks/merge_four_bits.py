@@ -4,9 +4,9 @@
     python benchmarks/merge_four_bits.py --draw    only draws from it
 
 The shipped base learns the spelling of the First Folio, r = 8 on all linear maps, as in `minilora sweep`, in
-three ways: LoRA beside the float base W; QLoRA beside its NF4 base Ŵ; and QLoRA that starts at the residual of
-quantization, s B A = the best rank-8 part of W - Ŵ (LoftQ, Li et al. 2023, one round of it). Each is then run
-unmerged, and merged by each route:
+three ways: LoRA beside the float base W; QLoRA beside its NF4 base Ŵ; and QLoRA that starts at the residual
+of quantization, s B A = the best rank-8 part of W - Ŵ (LoftQ, Li et al. 2023, one round of it). Each is then
+run unmerged, and merged by each route:
 
     W + ΔW        into the float base: what was lost by quantizing W comes back, but ΔW was made beside Ŵ
     Ŵ + ΔW        into the decoded base, in float32: the function that QLoRA trained, and 8 times the memory
@@ -14,7 +14,7 @@ unmerged, and merged by each route:
     Q(Ŵ + ΔW)     the second, quantized again
 
 Of ΔW survives its component in W' - W0, W' the merged weight and W0 the weight it was added to:
-kept = <W' - W0, ΔW> / |ΔW|², and noise = |W' - W0 - ΔW| / |ΔW|, over all maps together, and for each map alone.
+kept = <W' - W0, ΔW> / |ΔW|², and noise = |W' - W0 - ΔW| / |ΔW|, over all maps together and for each alone.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def start_at_residual(model: Any, base: Any) -> None:
     """s B A = the best rank-r part of W - Ŵ: the one line in which LoftQ's start differs."""
     for path, layer in adapted(model).items():
         pair = layer.adapters[layer.active].low_rank
-        U, S, Vt = np.linalg.svd(get(base, f"{path}.weight").dense() - layer.base.weight.dense(), full_matrices=False)
+        U, S, Vt = np.linalg.svd(
+            get(base, f"{path}.weight").dense() - layer.base.weight.dense(), full_matrices=False
+        )
         pair.A.data, B = split(U, S, Vt, RANK)
         pair.B.data = B / np.float32(pair.scale)
 
@@ -70,14 +72,20 @@ def trained(way: str, seed: int, base: Any, text: Any) -> Any:
 
 def moved(new: np.ndarray, old: np.ndarray, change: np.ndarray) -> tuple[float, float, float]:
     """<W' - W0, ΔW>, |W' - W0 - ΔW|² and |ΔW|²."""
-    return float(np.vdot(new - old, change)), float(((new - old - change) ** 2).sum()), float((change**2).sum())
+    return (
+        float(np.vdot(new - old, change)),
+        float(((new - old - change) ** 2).sum()),
+        float((change**2).sum()),
+    )
 
 
 def measured(way: str, seed: int, base: Any, four: Any, text: Any, held: Any) -> list[dict[str, Any]]:
     """A row unmerged, and one for each route."""
     model = trained(way, seed, base, text)
     deltas = {
-        path: (lambda f: (f.scale * f.B.astype(np.float64)) @ f.A)(layer.adapters[layer.active].change(layer.base))
+        path: (lambda f: (f.scale * f.B.astype(np.float64)) @ f.A)(
+            layer.adapters[layer.active].change(layer.base)
+        )
         for path, layer in adapted(model).items()
     }
     print(way, seed, flush=True)
@@ -112,7 +120,8 @@ def measure() -> list[dict[str, Any]]:
     four = copy.deepcopy(BASE)
     report = ml.quantize(four, block=BLOCK)
     rows = [{"way": "base", "route": "W", "test": ml.evaluate(BASE, held)},
-            {"way": "base", "route": "Ŵ", "test": ml.evaluate(four, held), "error": report.error}]  # fmt: skip
+            {"way": "base", "route": "Ŵ", "test": ml.evaluate(four, held), "error": report.error},
+    ]  # fmt: skip
     for seed in range(SEEDS):
         for way in WAYS:
             rows += measured(way, seed, BASE, four, text, held)
@@ -156,7 +165,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 middle = [mean(v) for v in values]
                 ends = [[m - min(v) for m, v in zip(middle, values, strict=True)],
                         [max(v) - m for m, v in zip(middle, values, strict=True)]]  # fmt: skip
-                panel.errorbar(at, middle, ends, color=colour, marker=marker, linestyle="none", capsize=3, label=way)
+                panel.errorbar(
+                    at, middle, ends, color=colour, marker=marker, linestyle="none", capsize=3, label=way
+                )
         (four,) = of(rows, "base", "Ŵ", "test")
         (plain,) = of(rows, "base", "W", "test")
         left.set_ylabel("test loss (nats per character)")
@@ -171,7 +182,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
             panel.set_xlabel("route of merging (Q: quantized to NF4)")
         kept = {route: mean(of(rows, "QLoRA", route, "kept")) for route in ROUTES}
         says = ", ".join(f"{route} {share:.2f}" for route, share in kept.items())
-        return Picture(figure, f"Test loss of three trainings by route of merging; of QLoRA's ΔW survives: {says}.")
+        return Picture(
+            figure, f"Test loss of three trainings by route of merging; of QLoRA's ΔW survives: {says}."
+        )
 
     picture().save(RESULTS, "merge_four_bits")
 

@@ -75,9 +75,9 @@ __all__ = [
     "compress", "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches",
     "evaluate", "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load",
     "load_adapter", "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
-    "participation_ratio", "plots", "quantize", "quantize_checkpoint", "remove", "save_adapter", "save_model", "scales",
-    "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "trained", "unfreeze",
-    "unmerge", "use",
+    "participation_ratio", "plots", "quantize", "quantize_checkpoint", "remove", "save_adapter", "save_model",
+    "scales", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train",
+    "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
 
 

@@ -3,12 +3,13 @@
     X.weight                                 codes, two in a byte      uint8 (ceil(O I / 2), 1)
     X.weight.absmax                          scales of blocks          float32, or uint8 if quantized twice
     X.weight.quant_map                       the 16 values             float32
-    X.weight.nested_absmax, .nested_quant_map    scales of the scales, and their 256 values     float32
-    X.weight.quant_state.bitsandbytes__nf4   JSON: type, sizes, dtype, shape, offset           uint8
+    X.weight.nested_absmax                   scales of the scales      float32
+    X.weight.nested_quant_map                the 256 values of those   float32
+    X.weight.quant_state.bitsandbytes__nf4   JSON: type, sizes, dtype, shape, offset     uint8
 
-transformers loads such a folder with bitsandbytes, and this package loads theirs. Kernels there know the values
-of nf4 and fp4 by heart, so a file with other values is refused, and int4 has no form. The map of 256 values is
-taken from the file, since its last bit depends on the machine that computed it.
+transformers loads such a folder with bitsandbytes, and this package loads theirs. Kernels there know the
+values of nf4 and fp4 by heart, so a file with other values is refused, and int4 has no form. The map of 256
+values is taken from the file, since its last bit depends on the machine that computed it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ KINDS = ("nf4", "fp4")
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 MOST = 1 << 12  # bytes of JSON; real ones have some 150
 FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # of the weight before; here it is the model's
 NESTED = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
@@ -57,7 +59,9 @@ def is_four_bit(config: object) -> bool:
 def parts_of(name: str, blocks: Blocks) -> dict[str, np.ndarray]:
     """The tensors of a weight, by name; UnsupportedError for a kind that bitsandbytes does not have."""
     if blocks.kind not in KINDS:
-        raise UnsupportedError(f"{name} is {blocks.kind}; expected nf4 or fp4, which bitsandbytes' files can hold")
+        raise UnsupportedError(
+            f"{name} is {blocks.kind}; expected nf4 or fp4, which bitsandbytes' files can hold"
+        )
     state: dict[str, Any] = {"quant_type": blocks.kind, "blocksize": blocks.block}
     state |= {"dtype": np.dtype(blocks.dtype).name, "shape": list(blocks.shape)}
     parts = {"quant_map": book(blocks.kind)}
@@ -80,15 +84,21 @@ def shape_of(what: str, kind: str, state: Mapping[str, Any]) -> tuple[int, ...]:
         odd = sorted(state.keys() ^ expected)[0]
         raise FormatError(f"{what}: the state {'has' if odd in state else 'lacks'} {short(odd)}")
     for field, values in (
-        ("quant_type", (kind,)), ("blocksize", BLOCKS), ("dtype", ("float32", "float16", "bfloat16", "float64")),
+        ("quant_type", (kind,)), ("blocksize", BLOCKS), ("dtype", DTYPES),
         ("nested_blocksize", (SCALES,)), ("nested_dtype", ("float32",)),
     ):  # fmt: skip
         if field in state and (state[field] not in values or type(state[field]) is not type(values[0])):
-            raise FormatError(f"{what}: {field} is {short(state[field])}; expected {' or '.join(map(str, values))}")
+            raise FormatError(
+                f"{what}: {field} is {short(state[field])}; expected {' or '.join(map(str, values))}"
+            )
     if kind not in KINDS:
         raise UnsupportedError(f"{what}: quant_type is {short(kind)}; expected nf4 or fp4")
     shape, offset = state["shape"], state.get("nested_offset", 0.0)
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 30 for n in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(n) is int and 0 < n < 1 << 30 for n in shape)
+    ):
         raise FormatError(f"{what}: shape is {short(shape)}; expected two ints, at least 1")
     if type(offset) is not float or not abs(offset) <= float(np.finfo(np.float32).max):
         raise FormatError(f"{what}: nested_offset is {short(offset)}; expected a finite number in float32")
@@ -96,12 +106,17 @@ def shape_of(what: str, kind: str, state: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def blocks_of(
-    what: str, kind: str, state: Mapping[str, Any], codes: np.ndarray, parts: Mapping[str, np.ndarray], dtype: Any
+    what: str,
+    kind: str,
+    state: Mapping[str, Any],
+    codes: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    dtype: Any,
 ) -> Blocks:
     """The weight of a checked state, its codes and its other parts, to be decoded in `dtype`.
 
-    FormatError, which begins with `what`, for parts of another length or type, for other values than the kind's,
-    and for a scale below zero; NonFiniteError for a scale that is not finite.
+    FormatError, which begins with `what`, for parts of another length or type, for other values than the
+    kind's, and for a scale below zero; NonFiniteError for a scale that is not finite.
     """
     shape, block = shape_of(what, kind, state), state["blocksize"]
     size, double = math.prod(shape), "nested_offset" in state

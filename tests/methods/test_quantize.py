@@ -1,4 +1,4 @@
-"""A quantized base: LoRA on it is LoRA on the decoded base, to the bit, and its 4-bit weights never change."""
+"""A quantized base: LoRA on it is LoRA on the decoded base to the bit, and its 4-bit weights never change."""
 
 import copy
 
@@ -67,9 +67,7 @@ def test_the_maps_of_the_blocks_are_quantized_and_nothing_else(tie):
     assert len(packed) == MAPS * model.config.num_hidden_layers
     assert all("layers." in path and path.endswith("_proj.weight") for path in packed)
     rest = [path for path in named_params(model) if path not in packed]
-    assert same_bits(
-        *({path: to_host(named_params(m)[path].data) for path in rest} for m in (before, model))
-    )
+    assert same_bits(*({path: to_host(named_params(m)[path].data) for path in rest} for m in (before, model)))
     assert size(model) == size(before)
     assert outline(model).replace(" *", "") == outline(before).replace(" *", "").replace(
         f"{size(trained(before)):,} trained", f"{size(trained(model)):,} trained"
@@ -215,7 +213,7 @@ def test_a_quantized_model_measures_and_writes_text():
 
 
 def test_quantizing_beneath_an_adapter_is_the_same_as_before_it():
-    model, rng, _ = quantized(3)
+    model, *_ = quantized(3)
     inject(model, KINDS["lora"], rng=numpy.random.default_rng(5))
     other, _ = tiny(3, np.float32, attention_bias=True)
     inject(other, KINDS["lora"], rng=numpy.random.default_rng(5))
@@ -241,7 +239,10 @@ def test_training_quantized_weights_is_refused_by_name_and_changes_nothing(act):
     states = [(p.data, p.trainable) for p in named_params(model).values()]
     with pytest.raises(StateError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight is quantized"):
         act(model)
-    assert all(p.data is a and p.trainable is t for p, (a, t) in zip(named_params(model).values(), states, strict=True))
+    assert all(
+        p.data is a and p.trainable is t
+        for p, (a, t) in zip(named_params(model).values(), states, strict=True)
+    )
     freeze(model, keep=lambda path: path == "model.norm.weight")
     assert list(trained(model)) == ["model.norm.weight"]
 

@@ -1,4 +1,4 @@
-"""Agreement with bitsandbytes and transformers on 4-bit weights (the extra `parity`, and bitsandbytes itself)."""
+"""Agreement with bitsandbytes and transformers on 4-bit weights, where they are installed."""
 
 import json
 
@@ -22,7 +22,9 @@ SHAPES = ((96, 96), (352, 128), (24, 34))
 
 def theirs(w, kind, block, double):
     """Their codes (bytes), and their state."""
-    codes, state = functional.quantize_4bit(torch.from_numpy(w), blocksize=block, quant_type=kind, compress_statistics=double)
+    codes, state = functional.quantize_4bit(
+        torch.from_numpy(w), blocksize=block, quant_type=kind, compress_statistics=double
+    )
     return codes.numpy().reshape(-1), state
 
 
@@ -40,7 +42,7 @@ def test_the_values_are_theirs_to_the_bit(kind):
 @pytest.mark.parametrize("block", [64, 128, 4096])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_and_scales_are_theirs(kind, block, shape):
-    """A code differs only where w / c is within rounding of a middle: they multiply by 1 / c, this divides."""
+    """A code differs only where w / c is within rounding of a middle: they multiply by 1 / c."""
     w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     ours, (codes, state) = encoded(w, kind, block, double=False), theirs(w, kind, block, False)
     assert ours.absmax.tobytes() == state.absmax.numpy().tobytes()
@@ -73,7 +75,9 @@ def test_scales_in_8_bits_are_theirs(shape):
     assert abs(float(ours.offset) - offset) <= 32 * U * offset  # two orders of a sum of positive numbers
     assert abs(ours.absmax - state.state2.absmax.numpy()).max() <= 64 * U * offset
     differ = ours.codes != state.absmax.numpy()
-    print(f"{shape}: {differ.sum()} of {len(differ)} scales differ, offset by {float(ours.offset) - offset:.1e}")
+    print(
+        f"{shape}: {differ.sum()} of {len(differ)} scales differ, offset by {float(ours.offset) - offset:.1e}"
+    )
     steps8 = abs(ours.codes.astype(int) - state.absmax.numpy().astype(int))
     assert steps8.max() <= 1
     assert differ.mean() <= 0.02
@@ -88,7 +92,9 @@ def test_transformers_loads_our_folder_with_the_same_logits(config, kind, double
     freeze(model)
     quantize(model, kind=kind, double=double)
     save_model(model, tmp_path / "ours", "")
-    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu", dtype=torch.float32)
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", device_map="cpu", dtype=torch.float32
+    )
     found = {name: p for name, p in other.named_parameters() if isinstance(p, bitsandbytes.nn.Params4bit)}
     params = named_params(model)
     assert sorted(found) == sorted(path for path, p in params.items() if p.packed)
@@ -105,13 +111,20 @@ def test_transformers_loads_our_folder_with_the_same_logits(config, kind, double
 def test_their_folder_loads_here(tmp_path):
     model, rng = fresh(TIED, np.float32)
     save_model(model, tmp_path / "float", "")
-    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                          bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
     other = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "float", quantization_config=how, device_map="cpu", dtype=torch.float32
     )
     other.save_pretrained(tmp_path / "theirs")
-    assert json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]["load_in_4bit"] is True
+    assert (
+        json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]["load_in_4bit"]
+        is True
+    )
     ours = load(tmp_path / "theirs")
     for name, p in other.named_parameters():
         if isinstance(p, bitsandbytes.nn.Params4bit):
