@@ -280,9 +280,10 @@ def decoded(blocks: Blocks) -> Array:
     out = xp.empty(len(scale) * block, xp.float32)
     out[2 * len(codes) :] = 0
     items, table = out.view(xp.uint64), pairs(blocks.kind, xp.ndarray)
+    index = xp.empty(CHUNK // 2 if on_host() else 0, xp.intp)
     for some in chunks(len(scale), block):
         two = slice(some.start * block // 2, min(some.stop * block // 2, len(codes)))
-        take_into(items[two], table, codes[two])
+        take_into(items[two], table, codes[two], index)
         part = out[some.start * block : some.stop * block].reshape(-1, block)
         part *= scale[some, None]
         if blocks.least is not None:

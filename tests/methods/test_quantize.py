@@ -4,7 +4,7 @@ import copy
 
 import numpy
 import pytest
-from helpers import LINEARS, batch, gradients, same_bits, tiny
+from helpers import LINEARS, assert_precision_scales, batch, gradients, same_bits, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
@@ -198,8 +198,19 @@ def test_merging_leaves_the_codes_and_unmerging_restores_the_model(kind):
     assert to_host(model(ids)[0]).tobytes() == y.tobytes()
     fuse(model)
     assert not [1 for p in named_params(model).values() if p.trainable]
-    bound = 64 * U * abs(y).max() * model.config.hidden_size  # coarse: that it is this function at all
-    assert abs(to_host(model(ids)[0]) - y).max() <= bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fusing_a_quantized_model_only_rounds(kind):
+    def both(dtype):
+        model, rng, _ = quantized(dtype=dtype)
+        inject(model, KINDS[kind], rng=rng)
+        ids = batch(rng)[0]
+        y = model(ids)[0]
+        fuse(model)
+        return y, model(ids)[0]
+
+    assert_precision_scales(both)
 
 
 def test_a_quantized_model_measures_and_writes_text():
