@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 from common import RESULTS, Contestant, alternate, answer, machine, ratio, threads
 
+from minilora.table import Table
+
 N = 1 << 24
 ROUNDS = 15
 FILE = RESULTS / "four_bits.json"
@@ -147,12 +149,40 @@ def loss() -> list[dict[str, Any]]:
             report = ml.quantize(four, kind=kind, block=block, double=double)
             rows.append({"base": base, "kind": kind, "block": block, "double": double, "bits": report.bits,
                          "error": report.error, "loss": ml.evaluate(four, held)})  # fmt: skip
-        for row in rows:
-            print(row, flush=True) if row["base"] == base else None
     return rows
 
 
-# ---- the figure
+# ---- the tables and the figure
+
+
+def table(found: dict[str, Any]) -> str:
+    """The losses in Markdown, beside what they cost."""
+    lines = []
+    for row in found["loss"]:
+        more = row["loss"] - next(r["loss"] for r in found["loss"] if r["base"] == row["base"])
+        scales = "" if row["kind"] == "float32" else "8 bits" if row["double"] else "float32"
+        lines.append((row["base"], row["kind"], str(row["block"] or ""), scales, f"{row['bits']:.3f}",
+                      f"{row['error']:.4f}", f"{row['loss']:.4f}", f"{more:+.4f}"))  # fmt: skip
+    head = ("base", "kind", "block", "scales", "bits per weight", "|W - Ŵ| / |W|", "loss", "more")
+    return Table(head, lines).markdown("lllrrrrr")
+
+
+def said(found: dict[str, Any]) -> list[str]:
+    """What the page says of speed and memory."""
+    ms = {name: f"{row['ms']:,.0f} ms" for name, row in found["speed"].items()}
+    rate, memory = found["speed"]["decode"]["of_a_copy"], found["memory"]
+
+    def megabytes(what: str) -> str:
+        four, plain = (memory[name][what] / 1e6 for name in ("nf4", "float32"))
+        return f"{four:,.0f} MB instead of {plain:,.0f} ({four / plain:.3f})"
+
+    return [
+        f"16 million weights are encoded in {ms['encode']} and decoded in {ms['decode']} on one thread, "
+        f"{rate:.2f} of the rate at which the float32 result is copied; bitsandbytes' CPU functions take "
+        f"{ms['bitsandbytes encode']} and {ms['bitsandbytes decode']}.",
+        f"the linear maps take {megabytes('maps')}, the process {megabytes('ready')} before the first step, "
+        f"and at its peak {megabytes('peak')}.",
+    ]
 
 
 def draw(found: dict[str, Any]) -> None:
@@ -223,6 +253,7 @@ def main() -> None:
                 found[name] = part()
         RESULTS.mkdir(exist_ok=True)
         FILE.write_text(json.dumps(found | machine(), indent=1) + "\n")
+    print(table(found), *said(found), sep="\n")
     draw(found)
 
 

@@ -30,8 +30,10 @@ from common import RESULTS, write
 import minilora as ml
 from minilora.compose.truncate import split
 from minilora.experiments.rank_sweep import LENGTH, TEXT
+from minilora.layers import Param
 from minilora.lora import adapted, bases
 from minilora.table import Table
+from minilora.targets import find_targets
 from minilora.tree import get
 
 SEEDS, RANK, RATE = 3, 8, 1e-2  # the rate that the sweep chose for r = 8
@@ -42,7 +44,9 @@ BLOCK = 64
 
 def weights(model: Any) -> dict[str, np.ndarray]:
     """Path -> W in float64 of every map that is quantized."""
-    return {path: get(model, f"{path}.weight").dense().astype(np.float64) for path in MAPS}
+    layers = bases(model)
+    paths = find_targets(layers, "all-linear")
+    return {path: layers[path].weight.dense().astype(np.float64) for path in paths}
 
 
 def start_at_residual(model: Any, base: Any) -> None:
@@ -94,9 +98,7 @@ def measured(way: str, seed: int, base: Any, four: Any, text: Any, held: Any) ->
         start = base if "(W" in route or route[0] == "W" else four
         old, merged = weights(start), copy.deepcopy(start)
         for path, change in deltas.items():
-            layer = bases(merged)[path]
-            W = (old[path] + change).astype(np.float32)
-            layer.weight = type(get(base, f"{path}.weight"))(W, False)
+            bases(merged)[path].weight = Param((old[path] + change).astype(np.float32), False)
         if route[0] == "Q":
             ml.quantize(merged, block=BLOCK)
         parts = {path: moved(W, old[path], deltas[path]) for path, W in weights(merged).items()}
@@ -109,22 +111,19 @@ def measured(way: str, seed: int, base: Any, four: Any, text: Any, held: Any) ->
     return rows
 
 
-BASE = ml.load("base")
-MAPS = [row.module for row in ml.quantize(copy.deepcopy(BASE)).rows]
-
-
 def measure() -> list[dict[str, Any]]:
     """All rows: the two bases without an adapter, then every way, seed and route."""
     text = ml.corpus("folio")
     held = ml.eval_batches(text.test, 16, LENGTH, limit=512 * LENGTH)
-    four = copy.deepcopy(BASE)
+    base = ml.load("base")
+    four = copy.deepcopy(base)
     report = ml.quantize(four, block=BLOCK)
-    rows = [{"way": "base", "route": "W", "test": ml.evaluate(BASE, held)},
+    rows = [{"way": "base", "route": "W", "test": ml.evaluate(base, held)},
             {"way": "base", "route": "Ŵ", "test": ml.evaluate(four, held), "error": report.error},
     ]  # fmt: skip
     for seed in range(SEEDS):
         for way in WAYS:
-            rows += measured(way, seed, BASE, four, text, held)
+            rows += measured(way, seed, base, four, text, held)
     return rows
 
 
