@@ -38,7 +38,7 @@ FILE = RESULTS / "four_bits.json"
 OURS = ("copy", "decode", "encode", "decode, single")
 THEIRS = ("bitsandbytes decode", "bitsandbytes encode")
 CELLS = [("nf4", 64, True), *((kind, 64, False) for kind in ("nf4", "fp4", "int4", "int4-affine")),
-         *(("nf4", block, True) for block in (32, 128, 256, 1024, 4096))]  # fmt: skip
+         *(("nf4", block, True) for block in (32, 256, 4096))]  # fmt: skip
 
 
 # ---- speed
@@ -136,7 +136,7 @@ def loss() -> list[dict[str, Any]]:
 
     rows = []
     play = ml.corpus("shakespeare").test
-    for base, limit in (("base", 512 * 128), ("smollm2", 16 * 128)):
+    for base, limit in (("base", 512 * 128), ("smollm2", 8 * 128)):
         model, ids = ml.load(base), play
         if base == "smollm2":
             words = huggingface.tokenizer_of(huggingface.checkpoint(base))
