@@ -35,7 +35,7 @@ from minilora.table import Table
 N = 1 << 24
 ROUNDS = 15
 FILE = RESULTS / "four_bits.json"
-OURS = ("copy", "decode", "encode", "decode, single")
+OURS = ("copy", "decode", "encode")
 THEIRS = ("bitsandbytes decode", "bitsandbytes encode")
 CELLS = [("nf4", 64, True), *((kind, 64, False) for kind in ("nf4", "fp4", "int4", "int4-affine")),
          *(("nf4", block, True) for block in (32, 256, 4096))]  # fmt: skip
@@ -65,7 +65,7 @@ def run_of(name: str) -> Any:
         )
     from minilora.methods.four_bit import decoded, encoded
 
-    blocks = encoded(w, "nf4", 64, double=name != "decode, single")
+    blocks = encoded(w)
     return (lambda: encoded(w)) if name == "encode" else (lambda: decoded(blocks))
 
 
@@ -223,7 +223,7 @@ def draw(found: dict[str, Any]) -> None:
             usual = next(r for r in rows if (r["kind"], r["block"], r["double"]) == ("nf4", 64, True))
             says.append(f"{titles[base]}: {usual['loss'] - plain:+.4f} nats")
         panels[0].set_ylabel("loss less that of float32 (nats per token)")
-        panels[0].legend(fontsize=9)
+        panels[0].legend(fontsize=9, loc="lower left")
         return Picture(
             figure,
             f"Loss added by quantizing, against bits per weight; NF4 in blocks of 64: {'; '.join(says)}.",
