@@ -142,7 +142,7 @@ MUTANTS = (
     Mutant("quantize-command-any-folder", "compose/quantize.py", "overwrite=overwrite)\n    return",
            "overwrite=False)\n    return", "bitsandbytes"),
     Mutant("train-bits-ignored", "finetune.py", "    if recipe.bits:\n        quantize(model)", "    if False:\n        quantize(model)",
-           "protocol"),
+           "finetune"),
     Mutant("train-bits-in-full", "finetune.py", 'if self.bits and self.method == "full":', "if False:", "finetune"),
     Mutant("train-bits-names-the-decoded-base", "finetune.py", "base_print(model) if recipe.bits else None", "None", "finetune"),
     # ---- functions: forward and backward
