@@ -130,6 +130,8 @@ def open_tensors(path: Path | str) -> Tensors:
         dtype, shape, begin, stop = places[name]
         if dtype != "U8":
             raise FormatError(f"{path}: {name}: dtype is {dtype}; expected U8")
+        if stop - begin != math.prod(shape):
+            raise FormatError(f"{path}: {name}: has {stop - begin} bytes; expected {short(shape)} of U8")
         return np.frombuffer(read_at(path, 8 + length + begin, stop - begin, stamp), np.uint8).reshape(shape)
 
     shapes = {name: shape for name, (_, shape, _, _) in places.items()}
@@ -191,7 +193,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
     begin, end = offsets
     if not 0 <= begin <= end:
         raise wrong("data_offsets", offsets, "0 <= begin <= end")
-    if dtype in KNOWN and end - begin != (need := math.prod(shape) * np.dtype(KNOWN[dtype]).itemsize):
+    if dtype in FLOATS and end - begin != (need := math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize):
         raise wrong("data_offsets", offsets, f"{short(need)} bytes for {dtype} {short(shape)}")
     return dtype, tuple(shape), begin, end
 
