@@ -333,7 +333,7 @@ def save_model(
         write_atomic(temp / "README.md", card.encode())
         for name, content in (beside or {}).items():
             write_atomic(temp / name, content)
-        write_atomic(temp / "model.safetensors", layout(tensors | codes, dtype, kept=codes))
+        write_atomic(temp / "model.safetensors", layout(tensors | codes, dtype, None, codes))
 
     write_folder(folder, fill, overwrite)
 
