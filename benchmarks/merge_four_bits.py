@@ -4,9 +4,9 @@
     python benchmarks/merge_four_bits.py --draw    only draws from it
 
 The shipped base learns the spelling of the First Folio, r = 8 on all linear maps, as in `minilora sweep`, in
-three ways: LoRA beside the float base W; QLoRA beside its NF4 base Ŵ; and QLoRA that starts at the residual of
-quantization, s B A = the best rank-8 part of W - Ŵ (LoftQ, Li et al. 2023, one round of it). Each is then run
-unmerged, and merged by each route:
+three ways: LoRA beside the float base W; QLoRA beside its NF4 base Ŵ; and QLoRA that starts at the residual
+of quantization, s B A = the best rank-8 part of W - Ŵ (LoftQ, Li et al. 2023, one round of it). Each is then
+run unmerged, and merged by each route:
 
     W + ΔW        into the float base: what was lost by quantizing W comes back, but ΔW was made beside Ŵ
     Ŵ + ΔW        into the decoded base, in float32: the function that QLoRA trained, and 8 times the memory
@@ -14,7 +14,8 @@ unmerged, and merged by each route:
     Q(Ŵ + ΔW)     the second, quantized again
 
 Of ΔW survives its component in W' - W0, W' the merged weight and W0 the weight it was added to:
-kept = <W' - W0, ΔW> / |ΔW|², and noise = |W' - W0 - ΔW| / |ΔW|, over all maps together, and for each map alone.
+kept = <W' - W0, ΔW> / |ΔW|², and noise = |W' - W0 - ΔW| / |ΔW|, over all maps together. How that depends on
+the size of ΔW is asked with QLoRA's ΔW made smaller.
 """
 
 import argparse
@@ -30,26 +31,33 @@ from common import RESULTS, write
 import minilora as ml
 from minilora.compose.truncate import split
 from minilora.experiments.rank_sweep import LENGTH, TEXT
+from minilora.layers import Param
 from minilora.lora import adapted, bases
 from minilora.table import Table
+from minilora.targets import find_targets
 from minilora.tree import get
 
 SEEDS, RANK, RATE = 3, 8, 1e-2  # the rate that the sweep chose for r = 8
 ROUTES = ("W + ΔW", "Ŵ + ΔW", "Q(W + ΔW)", "Q(Ŵ + ΔW)")
 WAYS = ("LoRA", "QLoRA", "QLoRA, residual start")
 BLOCK = 64
+SHRUNK = (1.0, 0.5, 0.25, 0.1, 0.05, 0.025, 0.01)  # factors of ΔW
 
 
 def weights(model: Any) -> dict[str, np.ndarray]:
     """Path -> W in float64 of every map that is quantized."""
-    return {path: get(model, f"{path}.weight").dense().astype(np.float64) for path in MAPS}
+    layers = bases(model)
+    paths = find_targets(layers, "all-linear")
+    return {path: layers[path].weight.dense().astype(np.float64) for path in paths}
 
 
 def start_at_residual(model: Any, base: Any) -> None:
     """s B A = the best rank-r part of W - Ŵ: the one line in which LoftQ's start differs."""
     for path, layer in adapted(model).items():
         pair = layer.adapters[layer.active].low_rank
-        U, S, Vt = np.linalg.svd(get(base, f"{path}.weight").dense() - layer.base.weight.dense(), full_matrices=False)
+        U, S, Vt = np.linalg.svd(
+            get(base, f"{path}.weight").dense() - layer.base.weight.dense(), full_matrices=False
+        )
         pair.A.data, B = split(U, S, Vt, RANK)
         pair.B.data = B / np.float32(pair.scale)
 
@@ -68,54 +76,67 @@ def trained(way: str, seed: int, base: Any, text: Any) -> Any:
     return model
 
 
-def moved(new: np.ndarray, old: np.ndarray, change: np.ndarray) -> tuple[float, float, float]:
-    """<W' - W0, ΔW>, |W' - W0 - ΔW|² and |ΔW|²."""
-    return float(np.vdot(new - old, change)), float(((new - old - change) ** 2).sum()), float((change**2).sum())
+def changes(model: Any) -> dict[str, np.ndarray]:
+    """Path -> ΔW in float64."""
+    factors = {path: layer.adapters[layer.active].low_rank for path, layer in adapted(model).items()}
+    return {
+        path: (pair.scale * pair.B.data.astype(np.float64)) @ pair.A.data for path, pair in factors.items()
+    }
+
+
+def merged(route: str, base: Any, four: Any, deltas: dict[str, np.ndarray]) -> tuple[Any, dict[str, Any]]:
+    """The merged model, and what became of ΔW."""
+    start = base if route in ("W + ΔW", "Q(W + ΔW)") else four
+    old, model = weights(start), copy.deepcopy(start)
+    for path, change in deltas.items():
+        bases(model)[path].weight = Param((old[path] + change).astype(np.float32), False)
+    if route[0] == "Q":
+        ml.quantize(model, block=BLOCK)
+    kept = noise = size = whole = 0.0
+    for path, W in weights(model).items():
+        move, change = W - old[path], deltas[path]
+        kept, noise = kept + np.vdot(move, change), noise + ((move - change) ** 2).sum()
+        size, whole = size + (change**2).sum(), whole + (old[path] ** 2).sum()
+    shares = {"size": size / whole, "noise": noise / size}
+    return model, {"kept": float(kept / size)} | {name: float(x**0.5) for name, x in shares.items()}
 
 
 def measured(way: str, seed: int, base: Any, four: Any, text: Any, held: Any) -> list[dict[str, Any]]:
     """A row unmerged, and one for each route."""
     model = trained(way, seed, base, text)
-    deltas = {
-        path: (lambda f: (f.scale * f.B.astype(np.float64)) @ f.A)(layer.adapters[layer.active].change(layer.base))
-        for path, layer in adapted(model).items()
-    }
     print(way, seed, flush=True)
     rows = [{"way": way, "seed": seed, "route": "unmerged", "test": ml.evaluate(model, held)}]
     for route in ROUTES:
-        start = base if "(W" in route or route[0] == "W" else four
-        old, merged = weights(start), copy.deepcopy(start)
-        for path, change in deltas.items():
-            layer = bases(merged)[path]
-            W = (old[path] + change).astype(np.float32)
-            layer.weight = type(get(base, f"{path}.weight"))(W, False)
-        if route[0] == "Q":
-            ml.quantize(merged, block=BLOCK)
-        parts = {path: moved(W, old[path], deltas[path]) for path, W in weights(merged).items()}
-        kept, noise, size = (sum(p[i] for p in parts.values()) for i in range(3))
-        rows.append({
-            "way": way, "seed": seed, "route": route, "test": ml.evaluate(merged, held),
-            "kept": kept / size, "noise": (noise / size) ** 0.5,
-            "maps": {path: [k / s, (n / s) ** 0.5] for path, (k, n, s) in parts.items()},
-        })  # fmt: skip
+        plain, became = merged(route, base, four, changes(model))
+        rows.append({"way": way, "seed": seed, "route": route, "test": ml.evaluate(plain, held)} | became)
     return rows
 
 
-BASE = ml.load("base")
-MAPS = [row.module for row in ml.quantize(copy.deepcopy(BASE)).rows]
+def scaled(seed: int, base: Any, four: Any, text: Any) -> list[dict[str, Any]]:
+    """What becomes of t ΔW, the ΔW of QLoRA made smaller: a row for each t and route that quantizes."""
+    deltas = changes(trained("QLoRA", seed, base, text))
+    rows = []
+    for t in SHRUNK:
+        for route in ROUTES[2:]:
+            _, became = merged(route, base, four, {path: t * change for path, change in deltas.items()})
+            rows.append({"way": "scaled", "seed": seed, "route": route, "t": t} | became)
+    return rows
 
 
 def measure() -> list[dict[str, Any]]:
     """All rows: the two bases without an adapter, then every way, seed and route."""
     text = ml.corpus("folio")
     held = ml.eval_batches(text.test, 16, LENGTH, limit=512 * LENGTH)
-    four = copy.deepcopy(BASE)
+    base = ml.load("base")
+    four = copy.deepcopy(base)
     report = ml.quantize(four, block=BLOCK)
-    rows = [{"way": "base", "route": "W", "test": ml.evaluate(BASE, held)},
-            {"way": "base", "route": "Ŵ", "test": ml.evaluate(four, held), "error": report.error}]  # fmt: skip
+    rows = [{"way": "base", "route": "W", "test": ml.evaluate(base, held)},
+            {"way": "base", "route": "Ŵ", "test": ml.evaluate(four, held), "error": report.error},
+    ]  # fmt: skip
     for seed in range(SEEDS):
         for way in WAYS:
-            rows += measured(way, seed, BASE, four, text, held)
+            rows += measured(way, seed, base, four, text, held)
+        rows += scaled(seed, base, four, text)
     return rows
 
 
@@ -140,6 +161,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return Table(("trained", "merged", "test loss", "kept of ΔW", "noise / ΔW"), lines).markdown("llrrr")
 
 
+def shares(rows: list[dict[str, Any]], route: str, t: float) -> tuple[float, float, float]:
+    """|t ΔW| / |W|, and kept and noise of t ΔW, means over seeds."""
+    some = [row for row in rows if (row["way"], row["route"], row.get("t")) == ("scaled", route, t)]
+    size, kept, noise = (mean(row[what] for row in some) for what in ("size", "kept", "noise"))
+    return size, kept, noise
+
+
+def said(rows: list[dict[str, Any]]) -> str:
+    """What the page says of small changes."""
+    (size, again, _), (_, once, noise) = (shares(rows, route, SHRUNK[-1]) for route in ROUTES[:1:-1])
+    return (
+        f"of a ΔW with a norm of {size:.1e} of W's, Q(Ŵ + ΔW) keeps {again:.2f}; Q(W + ΔW) keeps {once:.2f}, "
+        f"under noise {noise:.0f} times as large as ΔW"
+    )
+
+
 def draw(rows: list[dict[str, Any]]) -> None:
     """results/merge_four_bits.png and .svg."""
     from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
@@ -150,28 +187,38 @@ def draw(rows: list[dict[str, Any]]) -> None:
         routes = ("unmerged", *ROUTES)
         looks = dict(zip(WAYS, ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^")), strict=True))
         for i, (way, (colour, marker)) in enumerate(looks.items()):
-            for panel, some, what in ((left, routes, "test"), (right, ROUTES, "kept")):
-                values = [of(rows, way, route, what) for route in some]
-                at = [j + 0.2 * (i - 1) for j in range(len(some))]
-                middle = [mean(v) for v in values]
-                ends = [[m - min(v) for m, v in zip(middle, values, strict=True)],
-                        [max(v) - m for m, v in zip(middle, values, strict=True)]]  # fmt: skip
-                panel.errorbar(at, middle, ends, color=colour, marker=marker, linestyle="none", capsize=3, label=way)
-        (four,) = of(rows, "base", "Ŵ", "test")
-        (plain,) = of(rows, "base", "W", "test")
+            values = [of(rows, way, route, "test") for route in routes]
+            middle = [mean(v) for v in values]
+            ends = [
+                [m - min(v) for m, v in zip(middle, values, strict=True)],
+                [max(v) - m for m, v in zip(middle, values, strict=True)],
+            ]
+            at = [j + 0.2 * (i - 1) for j in range(len(routes))]
+            how = {"color": colour, "marker": marker, "linestyle": "none", "capsize": 3, "label": way}
+            left.errorbar(at, middle, ends, **how)
+        (four,), (plain,) = (of(rows, "base", W, "test") for W in ("Ŵ", "W"))
         left.set_ylabel("test loss (nats per character)")
         left.set_title(f"Bases without an adapter: W {plain:.3f}, Ŵ {four:.3f}", fontsize=11)
         left.legend(fontsize=9)
+        left.set_xticks(range(len(routes)), routes)
+        left.set_xlabel("route of merging (Q: quantized to NF4)")
+        for route, colour, marker in ((ROUTES[2], BLUE, "o"), (ROUTES[3], ORANGE, "s")):
+            sizes, kept, _ = zip(*(shares(rows, route, t) for t in SHRUNK), strict=True)
+            right.plot(sizes, kept, color=colour, marker=marker, label=route)
         right.axhline(1, color=GREY, linewidth=1)
-        right.axhline(0, color=GREY, linewidth=1)
+        right.set_xscale("log")
+        right.set_ylim(0, 1.1)
+        right.set_xlabel("|ΔW| / |W|, QLoRA's ΔW made smaller")
         right.set_ylabel("share of ΔW that survives")
         right.set_title("<W' - W0, ΔW> / |ΔW|², all maps together", fontsize=11)
-        for panel, some in ((left, routes), (right, ROUTES)):
-            panel.set_xticks(range(len(some)), some)
-            panel.set_xlabel("route of merging (Q: quantized to NF4)")
-        kept = {route: mean(of(rows, "QLoRA", route, "kept")) for route in ROUTES}
-        says = ", ".join(f"{route} {share:.2f}" for route, share in kept.items())
-        return Picture(figure, f"Test loss of three trainings by route of merging; of QLoRA's ΔW survives: {says}.")
+        right.legend()
+        last = {route: shares(rows, route, SHRUNK[-1])[1] for route in ROUTES[2:]}
+        says = ", ".join(f"of {route} {share:.2f}" for route, share in last.items())
+        return Picture(
+            figure,
+            "Test loss of three trainings by route of merging; and the share of ΔW that survives, against "
+            f"its size: at a hundredth of QLoRA's ΔW {says}.",
+        )
 
     picture().save(RESULTS, "merge_four_bits")
 
@@ -183,7 +230,7 @@ def main() -> None:
     if not parser.parse_args().draw:
         write("merge_four_bits", measure())
     rows = json.loads((RESULTS / "merge_four_bits.json").read_text())["rows"]
-    print(table(rows))
+    print(table(rows), said(rows), sep="\n")
     draw(rows)
 
 

@@ -110,10 +110,15 @@ def scatter_add(rows: int, ids: Array, values: Array) -> Array:
     return out
 
 
-def take_into(out: Array, table: Array, ids: Array) -> None:
-    """out[i] = table[ids[i]] for ids that are all in range, without an array between where NumPy is used."""
+def take_into(out: Array, table: Array, ids: Array, index: Array) -> None:
+    """out[i] = table[ids[i]] for ids that are all in range; `index` is room for as many (intp).
+
+    NumPy takes by no other kind of integer, and new arrays of a chunk's size cost more than the taking.
+    """
     if on_host():
-        table.take(ids, out=out, mode="clip")  # the mode "raise" fills another array first
+        index = index[: len(ids)]
+        index[...] = ids
+        table.take(index, out=out, mode="clip")  # the mode "raise" fills another array first
     else:
         out[...] = table[ids]
 

@@ -279,7 +279,9 @@ def parser() -> argparse.ArgumentParser:
     add("--json", table, **switch)
 
     of = Of("compose.quantize", "quantize_checkpoint")
-    add = command("quantize", of.report, of.usual, "a base with its linear maps in 4 bits, as bitsandbytes reads it")
+    add = command(
+        "quantize", of.report, of.usual, "a base with its linear maps in 4 bits, as bitsandbytes reads it"
+    )
     add("base", bases, metavar="BASE")
     add("out", "the new base's folder", metavar="OUT")
     add("--kind", "nf4 or fp4", metavar="NAME")

@@ -29,8 +29,8 @@ from .formats.huggingface import assemble, beside, checkpoint, save_model, token
 from .formats.tokenizer import Tokenizer
 from .lora import inject
 from .methods.lora_config import LoraConfig
-from .optim import AdamW
 from .methods.quantize import quantize
+from .optim import AdamW
 from .peft.loading import base_print, save_adapter
 from .session import begin, fit, workshop
 from .table import plain, report

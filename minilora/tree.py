@@ -75,7 +75,10 @@ def freeze(tree: Any, keep: Callable[[str], bool] = lambda path: False) -> None:
 
 
 def unfreeze(tree: Any) -> None:
-    """Train everything, in copies: the arrays that were loaded are never written. StateError as in `freeze`."""
+    """Train everything, in copies: the arrays that were loaded are never written.
+
+    StateError, as in `freeze`, if a parameter is packed.
+    """
     params = named_params(tree)
     check_trainable(params)
     for p in params.values():

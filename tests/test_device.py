@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(LIBRARY != "numpy", reason="compares the stand-i
 LAWS = ("test_ops.py", "test_layers.py", "test_optim.py")
 MORE = (
     "test_model.py", "test_lora.py", "test_training.py", "test_spectra.py", "test_finetune.py",
-    "formats/test_huggingface.py", "peft/test_folder.py", "compose", "analysis/test_inspect.py",
+    "formats/test_huggingface.py", "peft/test_folder.py", "methods", "compose", "analysis/test_inspect.py",
 )  # fmt: skip
 
 KINDS = {

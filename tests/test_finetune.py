@@ -15,10 +15,19 @@ from hypothesis import strategies as st
 from test_cli import minilora_, one_line
 
 from minilora import cli, finetune, session
+from minilora.compose.quantize import quantize_checkpoint
 from minilora.data import batching
 from minilora.data.examples import examples, padded
 from minilora.decoding import generate
-from minilora.errors import ConfigError, FormatError, InputError, MiniloraError, MismatchError, StorageError
+from minilora.errors import (
+    ConfigError,
+    FormatError,
+    InputError,
+    MiniloraError,
+    MismatchError,
+    StateError,
+    StorageError,
+)
 from minilora.finetune import Recipe, texts
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import BASE, load, read_json
@@ -103,20 +112,35 @@ class Stop(Exception):
     """A kill, as far as the training can tell."""
 
 
-@pytest.mark.parametrize("at", [1, 4, 5, 6])
-def test_a_killed_run_resumes_to_the_same_bytes(at, text, base, tmp_path):
+@pytest.mark.parametrize(("at", "bits"), [(1, None), (4, None), (4, 4), (5, None), (5, 4), (6, None)])
+def test_a_killed_run_resumes_to_the_same_bytes(at, bits, text, base, tmp_path):
     def stop(step, loss):
         if step == at:
             raise Stop
 
-    finetune.run(small(text, base), tmp_path / "whole")
+    finetune.run(small(text, base, bits=bits), tmp_path / "whole")
     with pytest.raises(Stop):
-        finetune.run(small(text, base), tmp_path / "a", progress=stop)
+        finetune.run(small(text, base, bits=bits), tmp_path / "a", progress=stop)
     assert not (tmp_path / "a").exists()
-    finetune.run(small(text, base), tmp_path / "a")
+    finetune.run(small(text, base, bits=bits), tmp_path / "a")
     for name in os.listdir(tmp_path / "whole"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_adapter_trained_in_4_bits_names_the_base_that_was_quantized(text, base, tmp_path):
+    """It loads on that base, in float or quantized again, and was trained beside the 4-bit one."""
+    finetune.run(small(text, base, bits=4), tmp_path / "four")
+    finetune.run(small(text, base), tmp_path / "float")
+    model = load(base)
+    load_adapter(model, tmp_path / "four")
+    four, plain = (open_adapter(tmp_path / name) for name in ("four", "float"))
+    assert four.made["base"] == plain.made["base"]
+    name = next(iter(four.tensors))
+    assert not np.array_equal(four.value(name), plain.value(name))
+    quantize_checkpoint(base, tmp_path / "base4")
+    with pytest.raises(StateError, match="quantized already"):
+        finetune.run(small(text, tmp_path / "base4", bits=4), tmp_path / "twice")
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -225,6 +249,9 @@ def test_the_speed_counts_only_the_steps_of_this_run(text, base, tmp_path, monke
     ("how", "error", "match"),
     [
         ({"method": "qlora"}, ConfigError, "method is 'qlora'; nearest: .*lora"),
+        ({"bits": 8}, ConfigError, "bits is 8; expected 4"),
+        ({"bits": 4.0}, ConfigError, "bits is 4.0; expected 4"),
+        ({"bits": 4, "method": "full"}, ConfigError, "cannot be trained in full"),
         ({"steps": 0}, ConfigError, "steps"),
         ({"batch": True}, ConfigError, "batch"),
         ({"length": 1.5}, ConfigError, "length"),

@@ -1,4 +1,7 @@
-"""A base -> the same base with its linear maps in 4 bits: a folder that transformers and bitsandbytes load."""
+"""A base -> the same base with its linear maps in 4 bits.
+
+The folder is one that transformers and bitsandbytes load, too (methods/bitsandbytes.py).
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,9 @@ def quantize_checkpoint(
 ) -> Quantized:
     """Write a base as a new folder in which the linear maps of the blocks are in 4 bits.
 
-    `kind` is "nf4" or "fp4"; `block` and `double` as in `ml.quantize`, and the result is its report. The folder
-    loads again to the bit. StorageError if it exists, unless `overwrite`; and whatever loading, quantizing and
-    saving raise.
+    `kind` is "nf4" or "fp4"; `block` and `double` as in `ml.quantize`, and the result is its report. The
+    folder loads again to the bit. StorageError if it exists, unless `overwrite`; InputError if it is the
+    base; and whatever loading, quantizing and saving raise.
     """
     source = checkpoint(base)
     if kind not in KINDS:

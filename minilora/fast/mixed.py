@@ -368,7 +368,7 @@ def mixed(
     for path in paths:
         if targets is not None and not isinstance(layers[path], Linear):
             raise UnsupportedError(f"{path} is no linear map; expected targets that are")
-    shapes = {path: layers[path].weight.dense().shape for path in paths if isinstance(layers[path], Linear)}
+    shapes = {path: layers[path].weight.shape for path in paths if isinstance(layers[path], Linear)}
     batch = Batch(model, shapes, compute is loop, invariant)
     copy = replica(model)
     if copy.lm_head is None:

@@ -4,7 +4,8 @@ Loading is strict: every tensor must be there, finite and of the right shape, an
 Tensors are read one by one, so a checkpoint of any architecture can be inspected without loading it. A
 loaded model is frozen and its memory is read-only. Stands in for transformers' from_pretrained and
 save_pretrained. Runs only Llama (Mistral without a sliding window is one); knows the names and shapes of
-Qwen 2 and 3, too (`Outline`). Weights in 4 bits are bitsandbytes', and stay in 4 bits. No pickle is ever opened.
+Qwen 2 and 3, too (`Outline`). Weights in 4 bits are bitsandbytes', and stay in 4 bits. No pickle is ever
+opened.
 """
 
 from __future__ import annotations
@@ -317,17 +318,22 @@ def save_model(
     for path, a in tensors.items():
         if not np.isfinite(stored(a, kind := dtype or a.dtype.name)).all():
             raise NonFiniteError(f"{folder}: not written: {path} has values that are not finite in {kind}")
-    config = {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "architectures": ["LlamaForCausalLM"],
+    }
     config |= {"torch_dtype": dtype or str(next(iter(tensors.values())).dtype)} | asdict(model.config)
     config |= {"tie_word_embeddings": TIED not in params} | dict(extra or {})
-    config |= {"quantization_config": config_of(blocks) for blocks in packed.values()}
+    if packed:
+        config["quantization_config"] = config_of(next(iter(packed.values())))
 
     def fill(temp: Path) -> None:
         write_atomic(temp / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         write_atomic(temp / "README.md", card.encode())
         for name, content in (beside or {}).items():
             write_atomic(temp / name, content)
-        write_atomic(temp / "model.safetensors", layout(tensors | codes, dtype, kept=codes))
+        write_atomic(temp / "model.safetensors", layout(tensors | codes, dtype, None, codes))
 
     write_folder(folder, fill, overwrite)
 
@@ -381,12 +387,14 @@ def open_folder(folder: Path) -> Tensors:
     where = {tensor: shards[name] for tensor, name in weight_map.items()}
     shapes = {tensor: shard.shapes[tensor] for tensor, shard in where.items()}
     dtypes = {tensor: shard.dtypes[tensor] for tensor, shard in where.items()}
-    return unpacked(
-        Tensors(
-            str(folder), shapes, dtypes, lambda tensor: where[tensor][tensor],
-            bytes_of=lambda tensor: where[tensor].bytes_of(tensor),
-        )  # fmt: skip
-    )
+
+    def fetch(tensor: str) -> np.ndarray:
+        return where[tensor][tensor]
+
+    def bytes_of(tensor: str) -> np.ndarray:
+        return where[tensor].bytes_of(tensor)
+
+    return unpacked(Tensors(str(folder), shapes, dtypes, fetch, bytes_of=bytes_of))
 
 
 def unpacked(tensors: Tensors) -> Tensors:

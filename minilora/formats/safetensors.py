@@ -4,9 +4,9 @@
 
 The package `safetensors` cannot give bfloat16 to NumPy, accepts a name that is given twice, and orders
 two entries of metadata at random. So the container is read and written here: strictly, and with the same
-bytes for the same tensors. The package's writer and reader are the oracle in the tests. Integers (but for the
-bytes of a quantized weight), booleans and 8-bit floats are not read; the error names the tensor and its dtype.
-No pickle is ever opened.
+bytes for the same tensors. The package's writer and reader are the oracle in the tests. Integers, booleans
+and 8-bit floats are not read, but for the bytes of a quantized weight; the error names the tensor and its
+dtype. No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Tensors(Mapping[str, np.ndarray]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # differences from the file
     bytes_of: Callable[[str], np.ndarray] = dict[str, np.ndarray]().__getitem__  # of a U8 tensor, as uint8
-    packed: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # name -> (dtype -> quantized weight)
+    packed: Mapping[str, Callable[[Any], Any]] = field(
+        default_factory=dict
+    )  # name -> (dtype -> quantized weight)
 
     def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
         """Some of the tensors under new names (new name -> old name), with notes on the change."""
@@ -128,6 +130,8 @@ def open_tensors(path: Path | str) -> Tensors:
         dtype, shape, begin, stop = places[name]
         if dtype != "U8":
             raise FormatError(f"{path}: {name}: dtype is {dtype}; expected U8")
+        if stop - begin != math.prod(shape):
+            raise FormatError(f"{path}: {name}: has {stop - begin} bytes; expected {short(shape)} of U8")
         return np.frombuffer(read_at(path, 8 + length + begin, stop - begin, stamp), np.uint8).reshape(shape)
 
     shapes = {name: shape for name, (_, shape, _, _) in places.items()}
@@ -189,7 +193,7 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
     begin, end = offsets
     if not 0 <= begin <= end:
         raise wrong("data_offsets", offsets, "0 <= begin <= end")
-    if dtype in KNOWN and end - begin != (need := math.prod(shape) * np.dtype(KNOWN[dtype]).itemsize):
+    if dtype in FLOATS and end - begin != (need := math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize):
         raise wrong("data_offsets", offsets, f"{short(need)} bytes for {dtype} {short(shape)}")
     return dtype, tuple(shape), begin, end
 
@@ -219,14 +223,18 @@ def stored(a: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def layout(
-    tensors: Mapping[str, np.ndarray], dtype: str | None = None, metadata: Mapping[str, str] | None = None,
+    tensors: Mapping[str, np.ndarray],
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
     kept: Container[str] = (),
 ) -> Iterator[bytes]:
-    """The bytes of a safetensors file, piece by piece: each array as it is, or all but those `kept` as `dtype`.
+    """The bytes of a safetensors file, piece by piece: each array as it is, or all as `dtype` but the `kept`.
 
     The order is the package's: wider dtypes first, then by name; the metadata is sorted.
     """
-    kinds = {name: NAMED[a.dtype.name if name in kept else dtype or a.dtype.name] for name, a in tensors.items()}
+    kinds = {
+        name: NAMED[a.dtype.name if name in kept else dtype or a.dtype.name] for name, a in tensors.items()
+    }
     order = sorted(tensors, key=lambda name: (list(KNOWN).index(kinds[name]), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
     begin = 0

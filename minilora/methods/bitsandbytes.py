@@ -3,11 +3,13 @@
     X.weight                                 codes, two in a byte      uint8 (ceil(O I / 2), 1)
     X.weight.absmax                          scales of blocks          float32, or uint8 if quantized twice
     X.weight.quant_map                       the 16 values             float32
-    X.weight.nested_absmax, .nested_quant_map    scales of the scales, and their 256 values     float32
-    X.weight.quant_state.bitsandbytes__nf4   JSON: type, sizes, dtype, shape, offset           uint8
+    X.weight.nested_absmax                   scales of the scales      float32
+    X.weight.nested_quant_map                the 256 values of those   float32
+    X.weight.quant_state.bitsandbytes__nf4   JSON: type, sizes, dtype, shape, offset     uint8
 
-transformers loads such a folder with bitsandbytes, and this package loads theirs. Kernels there know the values
-of nf4 and fp4 by heart, so a file with other values is refused, and int4 has no form.
+transformers loads such a folder with bitsandbytes, and this package loads theirs. Kernels there know the
+values of nf4 and fp4 by heart, so a file with other values is refused, and int4 has no form. The map of 256
+values is taken from the file, since its last bit depends on the machine that computed it.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import numpy as np
 
 from ..backend import on_host, quiet_overflow, to_device, to_host
 from ..errors import FormatError, NonFiniteError, UnsupportedError, short
-from .four_bit import BLOCKS, SCALES, Blocks, Scales, book, dynamic_map
+from .four_bit import BLOCKS, SCALES, Blocks, Scales, U, book, dynamic_map
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__([a-z0-9]{1,8})")  # of a weight, and its kind
 KINDS = ("nf4", "fp4")
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 MOST = 1 << 12  # bytes of JSON; real ones have some 150
 FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # of the weight before; here it is the model's
 NESTED = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
@@ -56,7 +59,9 @@ def is_four_bit(config: object) -> bool:
 def parts_of(name: str, blocks: Blocks) -> dict[str, np.ndarray]:
     """The tensors of a weight, by name; UnsupportedError for a kind that bitsandbytes does not have."""
     if blocks.kind not in KINDS:
-        raise UnsupportedError(f"{name} is {blocks.kind}; expected nf4 or fp4, which bitsandbytes' files can hold")
+        raise UnsupportedError(
+            f"{name} is {blocks.kind}; expected nf4 or fp4, which bitsandbytes' files can hold"
+        )
     state: dict[str, Any] = {"quant_type": blocks.kind, "blocksize": blocks.block}
     state |= {"dtype": np.dtype(blocks.dtype).name, "shape": list(blocks.shape)}
     parts = {"quant_map": book(blocks.kind)}
@@ -65,7 +70,7 @@ def parts_of(name: str, blocks: Blocks) -> dict[str, np.ndarray]:
         offset = float(to_host(scales.offset))
         state |= {"nested_blocksize": SCALES, "nested_dtype": "float32", "nested_offset": offset}
         parts |= {"absmax": to_host(scales.codes), "nested_absmax": to_host(scales.absmax)}
-        parts["nested_quant_map"] = dynamic_map()
+        parts["nested_quant_map"] = to_host(scales.values)
     else:
         parts["absmax"] = to_host(scales)
     parts[f"quant_state.bitsandbytes__{blocks.kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
@@ -79,15 +84,21 @@ def shape_of(what: str, kind: str, state: Mapping[str, Any]) -> tuple[int, ...]:
         odd = sorted(state.keys() ^ expected)[0]
         raise FormatError(f"{what}: the state {'has' if odd in state else 'lacks'} {short(odd)}")
     for field, values in (
-        ("quant_type", (kind,)), ("blocksize", BLOCKS), ("dtype", ("float32", "float16", "bfloat16", "float64")),
+        ("quant_type", (kind,)), ("blocksize", BLOCKS), ("dtype", DTYPES),
         ("nested_blocksize", (SCALES,)), ("nested_dtype", ("float32",)),
     ):  # fmt: skip
         if field in state and (state[field] not in values or type(state[field]) is not type(values[0])):
-            raise FormatError(f"{what}: {field} is {short(state[field])}; expected {' or '.join(map(str, values))}")
+            raise FormatError(
+                f"{what}: {field} is {short(state[field])}; expected {' or '.join(map(str, values))}"
+            )
     if kind not in KINDS:
         raise UnsupportedError(f"{what}: quant_type is {short(kind)}; expected nf4 or fp4")
     shape, offset = state["shape"], state.get("nested_offset", 0.0)
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 30 for n in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(n) is int and 0 < n < 1 << 30 for n in shape)
+    ):
         raise FormatError(f"{what}: shape is {short(shape)}; expected two ints, at least 1")
     if type(offset) is not float or not abs(offset) <= float(np.finfo(np.float32).max):
         raise FormatError(f"{what}: nested_offset is {short(offset)}; expected a finite number in float32")
@@ -95,12 +106,17 @@ def shape_of(what: str, kind: str, state: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def blocks_of(
-    what: str, kind: str, state: Mapping[str, Any], codes: np.ndarray, parts: Mapping[str, np.ndarray], dtype: Any
+    what: str,
+    kind: str,
+    state: Mapping[str, Any],
+    codes: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    dtype: Any,
 ) -> Blocks:
     """The weight of a checked state, its codes and its other parts, to be decoded in `dtype`.
 
-    FormatError, which begins with `what`, for parts of another length or type, for other values than the kind's,
-    and for a scale below zero; NonFiniteError for a scale that is not finite.
+    FormatError, which begins with `what`, for parts of another length or type, for other values than the
+    kind's, and for a scale below zero; NonFiniteError for a scale that is not finite.
     """
     shape, block = shape_of(what, kind, state), state["blocksize"]
     size, double = math.prod(shape), "nested_offset" in state
@@ -116,9 +132,10 @@ def blocks_of(
         if a.shape != (length,) or a.dtype != wanted:
             given = f"{a.dtype} {a.shape}"
             raise FormatError(f"{what}: {name} is {given}; expected {np.dtype(wanted)} ({length},)")
-    for name, values in (("quant_map", book(kind)), ("nested_quant_map", dynamic_map() if double else None)):
-        if values is not None and not np.array_equal(parts[name], values):
-            raise FormatError(f"{what}: {name} has other values than those of {kind}")
+    if not np.array_equal(parts["quant_map"], book(kind)):
+        raise FormatError(f"{what}: quant_map has other values than those of {kind}")
+    if double and not np.allclose(parts["nested_quant_map"], dynamic_map(), rtol=4 * U, atol=0):
+        raise FormatError(f"{what}: nested_quant_map has other values than those of 8-bit dynamic numbers")
     top = parts["nested_absmax" if double else "absmax"]
     if not np.isfinite(top).all():
         raise NonFiniteError(f"{what}: the scales are not finite")
@@ -126,7 +143,8 @@ def blocks_of(
         raise FormatError(f"{what}: a scale is {top.min():.3g}; expected at least 0")
     scales: Any = device(parts["absmax"])
     if double:
-        scales = Scales(scales, device(top), device(np.float32(state["nested_offset"])))
+        offset, values = device(np.float32(state["nested_offset"])), device(parts["nested_quant_map"])
+        scales = Scales(scales, device(top), offset, values)
         with quiet_overflow():
             c = to_host(scales.decoded())
         if not np.isfinite(c).all():

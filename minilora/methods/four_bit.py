@@ -1,21 +1,21 @@
-"""A weight in 4 bits: blocks of codes of 16 values, and one scale for each block (QLoRA, Dettmers et al. 2023).
+"""A weight in 4 bits: codes of 16 values, and a scale for each block of them (QLoRA, Dettmers et al. 2023).
 
-    ŵ = q[code] c,   c = max |w| over a block of 64 weights,   code = the nearest of the 16 values to w / c
+    ŵ = q[code] c,   c = max |w| over a block of 64 weights,   code: the nearest of the 16 values q to w / c
 
-NF4's values are quantiles of the normal distribution, so that weights like Gaussian noise use all of them. Two
-codes share a byte, the first in its upper half. Double quantization keeps c in 8 bits, too: less its mean, in
-blocks of 256. A weight ends within half the largest gap of its value: |w - ŵ| <= c (G / 2 + 4 u).
+NF4's values are quantiles of the normal distribution, so that weights like Gaussian noise use all of them.
+Two codes share a byte, the first in its upper half. Double quantization keeps c in 8 bits: less its mean, in
+blocks of 256. With G the largest gap between two values, |w - ŵ| <= c (G / 2 + 4 u).
 
-Stands in for bitsandbytes' functional.py, with its numbers; it multiplies by 1 / c where this divides, so a code
-may differ where w / c is within rounding of the middle between two values. Leaves out kernels that compute with
-codes: a product decodes its weight, and drops it again.
+Stands in for bitsandbytes' functional.py, with its numbers. Theirs multiplies by 1 / c where this divides, so
+a code may differ where w / c is within rounding of the middle between two values. Leaves out kernels that
+compute with codes: a product decodes its weight, and drops it again.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -37,9 +37,11 @@ U = 2.0**-24  # unit roundoff of float32, in which codes and scales are computed
 
 def spaced(start: float, stop: float, count: int) -> np.ndarray:
     """`count` numbers from start to stop in float32, each half from its own end, as torch.linspace rounds."""
-    a, b, i = np.float32(start), np.float32(stop), np.arange(count, dtype=np.float32)
-    step = (b - a) / np.float32(count - 1)
-    return np.where(i < count // 2, a + step * i, b - step * i[::-1])
+    a, b, i = np.float32(start), np.float32(stop), np.arange(count)
+    step = float(
+        (b - a) / np.float32(count - 1)
+    )  # times i and the sum are exact in float64, up to one rounding
+    return np.where(i < count // 2, float(a) + step * i, float(b) - step * i[::-1]).astype(np.float32)
 
 
 def normal_floats() -> np.ndarray:
@@ -50,7 +52,8 @@ def normal_floats() -> np.ndarray:
     """
 
     def quantiles(count: int) -> np.ndarray:
-        return np.float32([NormalDist().inv_cdf(float(p)) for p in spaced(0.9677083, 0.5, count + 1)[:-1]])
+        points = spaced(0.9677083, 0.5, count + 1)[:-1].tolist()
+        return np.array([NormalDist().inv_cdf(p) for p in points], np.float32)
 
     values = np.sort(np.concatenate([-quantiles(7), np.zeros(1, np.float32), quantiles(8)]))
     return values / values.max()
@@ -58,13 +61,13 @@ def normal_floats() -> np.ndarray:
 
 def small_floats() -> np.ndarray:
     """FP4 with 2 bits of exponent and 1 of mantissa, in bitsandbytes' order: the upper half is negative."""
-    positive = np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3]) / np.float32(12)
-    return np.concatenate([positive, -positive])
+    positive = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+    return np.concatenate([positive, np.float32(0) - positive])  # zero twice, and not -0
 
 
 def dynamic_map() -> np.ndarray:
     """The 256 values of bitsandbytes' 8-bit "dynamic" numbers, sorted: seven decades, finer towards 1."""
-    values = [np.float32([0, 1])]
+    values = [np.array([0, 1], np.float32)]
     for i in range(7):
         edges = spaced(0.1, 1, (1 << i) + 1)
         middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
@@ -72,7 +75,7 @@ def dynamic_map() -> np.ndarray:
     return np.sort(np.concatenate(values))
 
 
-BOOKS = {
+BOOKS: dict[str, Callable[[], np.ndarray]] = {
     "nf4": normal_floats,
     "fp4": small_floats,
     "int4": lambda: np.arange(-7, 8, dtype=np.float32) / np.float32(7),  # symmetric: 15 steps
@@ -95,7 +98,7 @@ def book(kind: str) -> np.ndarray:
 
 @functools.cache
 def steps(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The middles between neighbouring values, and the code of each value in rising order (-0 is 0)."""
+    """The middles between neighbouring values, and the code of each value in rising order ."""
     values, codes = np.unique(book(kind), return_index=True)
     return middles(values), codes.astype(np.uint8)
 
@@ -130,12 +133,12 @@ class Scales:
     codes: Array  # (blocks,) uint8
     absmax: Array  # c', float32
     offset: Array  # the mean of all scales, float32, ()
+    values: Array  # the map, (256,) float32: `dynamic_map`, or a file's own that rounds it otherwise
 
     def decoded(self) -> Array:
         """The scales (blocks,)."""
-        values = scale_values(xp.ndarray)[self.codes.astype(xp.int64)]
-        last = xp.repeat(self.absmax, SCALES)[: len(values)]
-        return values * last + self.offset
+        q = self.values[self.codes.astype(xp.int64)]
+        return q * xp.repeat(self.absmax, SCALES)[: len(q)] + self.offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +190,9 @@ class FourBit(Param):
     def __setattr__(self, name: str, value: Any) -> None:
         if (name == "trainable" and value) or (name == "data" and not isinstance(value, Blocks)):
             what = "trained" if name == "trainable" else "written or merged into"
-            raise StateError(f"a 4-bit weight cannot be {what}; adapters go beside it, and fuse() takes its place")
+            raise StateError(
+                f"a 4-bit weight cannot be {what}; adapters go beside it, and fuse() takes its place"
+            )
         super().__setattr__(name, value)
 
     def add_grad(self, g: Array) -> None:
@@ -209,8 +214,8 @@ def check_block(block: object) -> None:
 def encoded(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -> Blocks:
     """A weight of any shape as blocks of codes, row by row; the last block may be shorter.
 
-    `double` stores the scales in 8 bits. Computed in float32. InputError for kind or block, NonFiniteError for
-    values that are not finite there.
+    `double` stores the scales in 8 bits. Computed in float32. InputError for kind or block, NonFiniteError
+    for values that are not finite there.
     """
     between, codes_of = steps(kind)
     check_block(block)
@@ -266,7 +271,7 @@ def scales_of(scale: Array) -> Scales:
     x = padded / xp.where(absmax > 0, absmax, xp.ones_like(absmax))[:, None]
     between = to_device(middles(dynamic_map()))
     codes = xp.searchsorted(between, x.reshape(-1)[: len(scale)]).astype(xp.uint8)
-    return Scales(codes, absmax, xp.asarray(offset, dtype=xp.float32))
+    return Scales(codes, absmax, xp.asarray(offset, dtype=xp.float32), scale_values(xp.ndarray))
 
 
 def decoded(blocks: Blocks) -> Array:
@@ -275,9 +280,10 @@ def decoded(blocks: Blocks) -> Array:
     out = xp.empty(len(scale) * block, xp.float32)
     out[2 * len(codes) :] = 0
     items, table = out.view(xp.uint64), pairs(blocks.kind, xp.ndarray)
+    index = xp.empty(CHUNK // 2 if on_host() else 0, xp.intp)
     for some in chunks(len(scale), block):
         two = slice(some.start * block // 2, min(some.stop * block // 2, len(codes)))
-        take_into(items[two], table, codes[two])
+        take_into(items[two], table, codes[two], index)
         part = out[some.start * block : some.stop * block].reshape(-1, block)
         part *= scale[some, None]
         if blocks.least is not None:
@@ -292,7 +298,11 @@ def bound(blocks: Blocks, c: np.ndarray) -> np.ndarray:
     least value adds. The last term is for underflow.
     """
     c, own = c.astype(np.float64), to_host(blocks.scales()).astype(np.float64)
-    most = c * (gap(blocks.kind) / 2 + 4 * U) + (1 + U) * abs(own - c) + float(np.finfo(np.float32).smallest_subnormal)
+    most = (
+        c * (gap(blocks.kind) / 2 + 4 * U)
+        + (1 + U) * abs(own - c)
+        + float(np.finfo(np.float32).smallest_subnormal)
+    )
     if blocks.least is None:
         return most
     low = to_host(blocks.least).astype(np.float64)  # w - least, its largest and the last sum are rounded, too

@@ -2,9 +2,10 @@
 
     y = x Ŵᵀ + s (x Aᵀ) Bᵀ,   Ŵ = q[code] c decoded for each product, A and B as ever
 
-Weights are swapped, not layers: `quantize` puts a FourBit where a Param was, in all that "all-linear" means. The
-embedding, the head and the norms stay as they are. No gradient reaches Ŵ, and it passes through Ŵ to x. Stands
-in for bitsandbytes' Linear4bit and PEFT's prepare_model_for_kbit_training; leaves out bfloat16 and paging.
+Weights are swapped, not layers: `quantize` puts a FourBit where a Param was, in all that "all-linear" means.
+The embedding, the head and the norms stay as they are. The gradient passes through Ŵ to x, and none is kept
+for Ŵ. Stands in for bitsandbytes' Linear4bit and PEFT's prepare_model_for_kbit_training; leaves out bfloat16
+and paging.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ class Quantized:
             (w.module, " x ".join(map(str, w.shape)), f"{w.bits:.4f}", f"{w.error:.4f}", f"{w.reached:.4f}")
             for w in self.rows
         ]
-        return (
-            Table(("module", "shape", "bits", "|W - Ŵ|/|W|", "reached of the bound"), cells),
-            f"{self.out}{': ' if self.out else ''}{self.kind} in blocks of {self.block}: {self.bits:.4f} bits per weight, error {self.error:.4f}; "
-            f"{self.all_bits:.2f} bits per parameter of the whole model",
+        what = f"{self.out}: {self.kind}" if self.out else self.kind
+        total = (
+            f"{what} in blocks of {self.block}: {self.bits:.4f} bits per weight, error {self.error:.4f}; "
+            f"{self.all_bits:.2f} bits per parameter of the whole model"
         )
+        return Table(("module", "shape", "bits", "|W - Ŵ|/|W|", "reached of the bound"), cells), total
 
 
 def quantize(model: Any, *, kind: str = "nf4", block: int = 64, double: bool = True) -> Quantized:
@@ -105,7 +107,11 @@ def distances(weight: Param, blocks: Blocks) -> tuple[float, float, float]:
     e = abs(w - to_host(decoded(blocks)).astype(np.float64).reshape(-1))
     starts = np.arange(0, len(w), blocks.block)
     low = np.minimum.reduceat(w, starts) if blocks.least is not None else 0
-    c = np.maximum.reduceat(w, starts) - low if blocks.least is not None else np.maximum.reduceat(abs(w), starts)
+    c = (
+        np.maximum.reduceat(w, starts) - low
+        if blocks.least is not None
+        else np.maximum.reduceat(abs(w), starts)
+    )
     reached = np.maximum.reduceat(e, starts) / bound(blocks, c)
     return float(np.linalg.norm(e)), float(np.linalg.norm(w)), float(reached.max())
 

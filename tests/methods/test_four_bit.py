@@ -32,7 +32,8 @@ from minilora.ops import saved
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
 ]  # fmt: skip
 MIDDLES = [  # of bitsandbytes' kernel, dQuantizeNF4
     -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
@@ -152,7 +153,9 @@ def test_subnormal_weights_keep_the_bound(seed, kind, power, block):
 
 
 @given(seed=seeds, shape=shapes, dtype=dtypes, kind=st.sampled_from(["nf4", "fp4", "int4"]), block=blocks_of)
-def test_the_largest_and_zero_return_exactly_and_coding_again_changes_nothing(seed, shape, dtype, kind, block):
+def test_the_largest_and_zero_return_exactly_and_coding_again_changes_nothing(
+    seed, shape, dtype, kind, block
+):
     w = weights(seed, shape, np.float32).astype(dtype)
     blocks = encoded(w, kind, block, double=False)
     flat, own = host(w), host(decoded(blocks))
@@ -210,8 +213,10 @@ def test_two_codes_share_a_byte_the_first_in_its_upper_half():
     assert blocks.codes.dtype == np.uint8
 
 
-@pytest.mark.parametrize(("block", "double", "bits"), [(64, False, 4.5), (64, True, 4.126953125), (32, False, 5.0),
-                                                       (4096, False, 4 + 1 / 128)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("block", "double", "bits"),
+    [(64, False, 4.5), (64, True, 4.126953125), (32, False, 5.0), (4096, False, 4 + 1 / 128)],
+)
 def test_the_bits_per_weight_are_those_of_the_paper(block, double, bits):
     blocks = encoded(np.ones((1024, 1024), np.float32), "nf4", block, double)
     offset = 32 * double  # the mean, one number

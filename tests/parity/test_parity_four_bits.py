@@ -1,4 +1,4 @@
-"""Agreement with bitsandbytes and transformers on 4-bit weights (the extra `parity`, and bitsandbytes itself)."""
+"""Agreement with bitsandbytes and transformers on 4-bit weights, where they are installed."""
 
 import json
 
@@ -22,7 +22,9 @@ SHAPES = ((96, 96), (352, 128), (24, 34))
 
 def theirs(w, kind, block, double):
     """Their codes (bytes), and their state."""
-    codes, state = functional.quantize_4bit(torch.from_numpy(w), blocksize=block, quant_type=kind, compress_statistics=double)
+    codes, state = functional.quantize_4bit(
+        torch.from_numpy(w), blocksize=block, quant_type=kind, compress_statistics=double
+    )
     return codes.numpy().reshape(-1), state
 
 
@@ -40,11 +42,11 @@ def test_the_values_are_theirs_to_the_bit(kind):
 @pytest.mark.parametrize("block", [64, 128, 4096])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_and_scales_are_theirs(kind, block, shape):
-    """A code differs only where w / c is within rounding of a middle: they multiply by 1 / c, this divides."""
+    """A code differs only where w / c is within rounding of a middle: they multiply by 1 / c."""
     w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     ours, (codes, state) = encoded(w, kind, block, double=False), theirs(w, kind, block, False)
     assert ours.absmax.tobytes() == state.absmax.numpy().tobytes()
-    a, b = unpack(ours.codes, w.size), unpack(codes, w.size)
+    a, b = (book(kind)[unpack(packed, w.size)] for packed in (ours.codes, codes))  # fp4 has two codes for 0
     x = w.reshape(-1) / np.repeat(ours.absmax, block)[: w.size]
     near = (abs(x[:, None] - steps(kind)[0]) <= 4 * U).any(1)
     differ = a != b
@@ -60,7 +62,7 @@ def test_decoding_is_theirs_to_the_bit(kind):
     ours = encoded(w, kind, 64, double=False)
     object.__setattr__(ours, "codes", codes)
     own = functional.dequantize_4bit(torch.from_numpy(codes).reshape(-1, 1), state)
-    assert decoded(ours).tobytes() == own.numpy().tobytes()
+    assert np.array_equal(decoded(ours), own.numpy())  # their second zero of fp4 is -0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,11 +75,23 @@ def test_scales_in_8_bits_are_theirs(shape):
     assert abs(float(ours.offset) - offset) <= 32 * U * offset  # two orders of a sum of positive numbers
     assert abs(ours.absmax - state.state2.absmax.numpy()).max() <= 64 * U * offset
     differ = ours.codes != state.absmax.numpy()
-    print(f"{shape}: {differ.sum()} of {len(differ)} scales differ, offset by {float(ours.offset) - offset:.1e}")
+    print(
+        f"{shape}: {differ.sum()} of {len(differ)} scales differ, offset by {float(ours.offset) - offset:.1e}"
+    )
     steps8 = abs(ours.codes.astype(int) - state.absmax.numpy().astype(int))
     assert steps8.max() <= 1
     assert differ.mean() <= 0.02
     assert len(ours.absmax) == -(-len(ours.codes) // SCALES)
+
+
+def agree(other, folder, rng):
+    """Their logits are as near to those of the same weights in float64 as ours are, 64 times at most."""
+    ids = batch(rng)[0]
+    with torch.no_grad():
+        theirs = other(torch.from_numpy(ids)).logits.numpy()
+    ours, exact = (load(folder, dtype)(ids)[0] for dtype in (np.float32, np.float64))
+    rounding = max(abs(ours - exact).max(), U * abs(exact).max())
+    assert 0 < abs(theirs - exact).max() <= 64 * rounding
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
@@ -88,36 +102,38 @@ def test_transformers_loads_our_folder_with_the_same_logits(config, kind, double
     freeze(model)
     quantize(model, kind=kind, double=double)
     save_model(model, tmp_path / "ours", "")
-    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu", dtype=torch.float32)
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", device_map="cpu", dtype=torch.float32
+    )
     found = {name: p for name, p in other.named_parameters() if isinstance(p, bitsandbytes.nn.Params4bit)}
     params = named_params(model)
     assert sorted(found) == sorted(path for path, p in params.items() if p.packed)
     for path, p in found.items():
         own = functional.dequantize_4bit(p.data, p.quant_state).numpy()
         assert own.tobytes() == params[path].dense().tobytes(), path
-    ids = batch(rng)[0]
-    with torch.no_grad():
-        logits = other(torch.from_numpy(ids)).logits.numpy()
-    ours = model(ids)[0]
-    assert abs(logits - ours).max() <= 1000 * U * abs(ours).max()  # a network's roundings; see test_parity.py
+    agree(other, tmp_path / "ours", rng)
 
 
 def test_their_folder_loads_here(tmp_path):
     model, rng = fresh(TIED, np.float32)
     save_model(model, tmp_path / "float", "")
-    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                          bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
     other = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "float", quantization_config=how, device_map="cpu", dtype=torch.float32
     )
     other.save_pretrained(tmp_path / "theirs")
-    assert json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]["load_in_4bit"] is True
+    assert (
+        json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]["load_in_4bit"]
+        is True
+    )
     ours = load(tmp_path / "theirs")
     for name, p in other.named_parameters():
         if isinstance(p, bitsandbytes.nn.Params4bit):
             own = functional.dequantize_4bit(p.data, p.quant_state).numpy()
             assert own.tobytes() == named_params(ours)[name].dense().tobytes()
-    ids = batch(rng)[0]
-    with torch.no_grad():
-        logits = other(torch.from_numpy(ids)).logits.numpy()
-    assert abs(logits - ours(ids)[0]).max() <= 1000 * U * abs(logits).max()
+    agree(other, tmp_path / "theirs", rng)

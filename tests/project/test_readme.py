@@ -70,6 +70,18 @@ def test_the_step_table_matches_its_benchmark(monkeypatch):
     assert step.table(rows) in page("speed")
 
 
+def test_the_tables_of_four_bits_match_their_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import four_bits
+    import merge_four_bits
+
+    found, said = results("four_bits"), page("four_bits")
+    assert four_bits.table(found) in said
+    for sentence in four_bits.said(found):
+        assert sentence in said, sentence
+    assert merge_four_bits.table(results("merge_four_bits")["rows"]) in said
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 80
 
