@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 from .backend import cores
 from .console import drain, signals, streams
-from .errors import ConfigError, MiniloraError
+from .errors import ConfigError, MiniloraError, needed
 from .flags import Of, Options, Parser, as_typed, defaults, integers, renamed, show, target_spec, typed, words
 from .session import bar
 from .table import plain
@@ -104,6 +104,15 @@ def usual_train() -> dict[str, Any]:
     from .finetune import RATES, Recipe
 
     return defaults(Recipe) | {"lr": f"{RATES['lora']:g}; in full {RATES['full']:g}"}
+
+
+def usual_serve() -> dict[str, Any]:
+    """The defaults of a server, its engine and its bank."""
+    from .serve.bank import Bank
+    from .serve.engine import Engine
+
+    here = {"host": "127.0.0.1", "port": 8000, "grace": 30.0}
+    return defaults(Bank) | defaults(Engine) | here
 
 
 FIRST = """minilora: LoRA from scratch in NumPy. What to do first:
@@ -215,6 +224,23 @@ def parser() -> argparse.ArgumentParser:
         metavar="P",
     )
     add("--seed", "seed of the sampling", default=0, **number)
+
+    add = command("serve", serve, usual_serve, "answer OpenAI's clients over HTTP: a base and many adapters")
+    add("base", bases, metavar="BASE")
+    add("--adapters", "a folder with a PEFT folder for each adapter, which is the name of a model",
+        dest="folder", required=True, metavar="DIR")  # fmt: skip
+    add(
+        "--host",
+        "the address to listen at; the default one is reached from this machine alone",
+        metavar="HOST",
+    )
+    add("--port", "its port; 0 is any free one", **number)
+    add("--slots", "texts at a time", **number)
+    add("--positions", "tokens of a prompt and its text, at most", **number)
+    add("--queue", "requests that wait, at most; more are refused", **number)
+    add("--budget", "bytes of adapters in memory, at most", **number)
+    add("--grace", "seconds that texts have to end when the server is stopped", type=float, metavar="S")
+    add("--invariant", "the same text to the bit, whoever shares its steps; takes longer", **switch)
 
     of = Of("analysis.inspect", "inspect")
     add = command("inspect", inspect, of.usual, "which rank an adapter really uses, module by module")
@@ -396,6 +422,33 @@ def generate(options: Options) -> int:
         print(plain(piece, keep="\n"), end="", flush=True)
     print()
     return 0
+
+
+def serve(options: Options) -> int:
+    """Serve until interrupted; 130 if texts were cut off then."""
+    for package in ("starlette", "uvicorn"):
+        needed(package, "serve")
+    import numpy as np
+
+    from .formats import huggingface
+    from .serve import bank, chat, engine, http
+
+    base = huggingface.checkpoint(options.base)
+    name = options.base if options.base in huggingface.NAMES else base.where.resolve().name
+    words, template = huggingface.tokenizer_of(base), chat.chat_template(base.where)
+    llama = huggingface.assemble(base)
+    adapters = bank.Bank(llama, **typed(options, bank.Bank))
+    runner = engine.Engine(llama, adapters, **typed(options, engine.Engine))
+    service = http.Service(runner, words, name, template, rng=np.random.default_rng())
+    server = http.Server(service, **typed(options, http.Server))
+    print(plain(f"{name} and {len(adapters.names())} adapters: {server.url}/v1"), flush=True)
+    if not server.private:
+        print(f"minilora: whoever reaches {server.url} can use it; it asks for no key", file=sys.stderr)
+    try:
+        server.ended.wait()
+    except KeyboardInterrupt:
+        print("minilora: stopping; a second signal ends it at once", file=sys.stderr)
+    return 0 if server.stop() else 130
 
 
 def inspect(options: Options) -> int:

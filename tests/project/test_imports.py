@@ -16,6 +16,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "session", "completion",
     "data.batching", "data.user_files", "data.corpora", "data.examples",
     "peft.patterns", "peft.kinds", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
+    "serve.slots", "serve.bank", "serve.engine", "serve.metrics", "serve.chat", "serve.openai", "serve.http",
     "compose.truncate", "compose.extract", "compose.export", "console",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
     "finetune", "experiments.cluster", "experiments.harness", "experiments.rows",
@@ -24,7 +25,8 @@ ORDER = [  # a wing or a file stands above all that it imports
 ]  # fmt: skip
 MOST = 8  # files of a wing
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
-DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"}}
+DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
+         "jinja2": {"serve.chat"}}  # fmt: skip
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra"]
 TYPES = {"ndarray", "float32", "float64", "int64", "dtype", "errstate", "random.Generator"}
 DRAWS = {"random.default_rng"}  # random numbers are drawn on the host
@@ -61,6 +63,7 @@ def test_each_library_is_imported_in_one_place():
         assert "hashlib" not in names or module(file) == "digests"
         assert "matplotlib" not in names or module(file) == "analysis.plotting"
         assert not names & {"dask", "distributed"} or module(file) == "experiments.cluster"
+        assert not names & {"starlette", "uvicorn"} or module(file) == "serve.http"
         assert not names & {
             "torch",
             "transformers",
