@@ -430,8 +430,10 @@ def serve(options: Options) -> int:
         needed(package, "serve")
     import numpy as np
 
+    from .data import chat
     from .formats import huggingface
-    from .serve import bank, chat, engine, http
+    from .serve import bank, engine, http
+    from .serve.service import Service
 
     base = huggingface.checkpoint(options.base)
     name = options.base if options.base in huggingface.NAMES else base.where.resolve().name
@@ -439,7 +441,7 @@ def serve(options: Options) -> int:
     llama = huggingface.assemble(base)
     adapters = bank.Bank(llama, **typed(options, bank.Bank))
     runner = engine.Engine(llama, adapters, **typed(options, engine.Engine))
-    service = http.Service(runner, words, name, template, rng=np.random.default_rng())
+    service = Service(runner, words, name, template, rng=np.random.default_rng())
     server = http.Server(service, **typed(options, http.Server))
     print(plain(f"{name} and {len(adapters.names())} adapters: {server.url}/v1"), flush=True)
     if not server.private:

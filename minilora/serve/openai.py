@@ -1,8 +1,8 @@
 """The JSON of OpenAI's completions: a body -> what it asks for; a text, its pieces and errors -> JSON.
 
-Names and defaults are those of OpenAI's reference; `top_k` is vLLM's. Stands in for the protocol files of vLLM.
-Leaves out several choices, log probabilities, penalties, tools and images: each is refused by its name, unless
-its value asks for nothing. Knows neither sockets nor engines.
+Names and defaults are those of OpenAI's reference; `top_k` is vLLM's. Stands in for vLLM's protocol files.
+Leaves out several choices, log probabilities, penalties, tools and images: each is refused by its name,
+unless its value asks for nothing. Knows neither sockets nor engines.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 
 from ..errors import InputError, nearest, short
 from ..formats.safetensors import json_object
+from ..table import plain
 
 Json = dict[str, Any]
 MAX_SEED = 1 << 63
+GREEDY = 1e-5  # a temperature below it means 0, as in vLLM
 MAX_STOPS, MAX_STOP = 4, 256  # stop strings, and characters of one: what may become one is held back
 ROLES = ("system", "developer", "user", "assistant")
 IGNORED = {
@@ -35,8 +37,8 @@ NEUTRAL_COMPLETION = NEUTRAL | {"best_of": (1,), "echo": (False,), "logprobs": (
 NEUTRAL_CHAT = NEUTRAL | {
     "logprobs": (False,), "top_logprobs": (0,), "response_format": ({"type": "text"},), "tools": ([],),
     "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],),
-    "functions": ([],), "function_call": ("none",), "audio": (), "prediction": (), "reasoning_effort": ("none",),
-    "web_search_options": (), "verbosity": (),
+    "functions": ([],), "function_call": ("none",), "audio": (), "prediction": (),
+    "reasoning_effort": ("none",), "web_search_options": (), "verbosity": (),
 }  # fmt: skip
 READ = {"model", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "max_tokens"}
 
@@ -46,7 +48,8 @@ class Refused(InputError):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.code = status, code
+        self.param = param and plain(param[:200])
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def asked(raw: bytes, chat: bool) -> Asked:
     known = READ | own | IGNORED | neutral.keys()
     for name, value in body.items():
         if name not in known:
-            raise Refused(400, f"unrecognized field {short(name)}; {nearest(name, known)}", name[:200])
+            raise Refused(400, f"unrecognized field {short(name)}; {nearest(name, known)}", name)
         if name in neutral and value is not None and not same(value, neutral[name]):
             accepted = " or ".join(map(repr, (*neutral[name], None)))
             raise wrong(name, value, f"{accepted}: nothing else is supported")
@@ -102,7 +105,7 @@ def asked(raw: bytes, chat: bool) -> Asked:
         None if chat else check_prompt(given.get("prompt")),
         check_messages(given.get("messages")) if chat else (),
         limit or (None if chat else 16),
-        check_number(given, "temperature"),
+        0.0 if 0 < (t := check_number(given, "temperature")) < GREEDY else t,
         check_number(given, "top_p"),
         check_count(given, "top_k"),
         check_seed(given.get("seed")),
@@ -192,7 +195,7 @@ def check_message(param: str, message: object) -> dict[str, str]:
         raise wrong(f"{param}.role", role, f"one of {', '.join(ROLES)}")
     for name, value in message.items():
         if name not in ("role", "content", "name") and value not in (None, []):  # as in the answers of others
-            raise wrong(f"{param}.{name[:200]}", value, "role and content alone")
+            raise wrong(f"{param}.{name}", value, "role and content alone")
     if isinstance(content, list):
         parts = [
             part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"
@@ -246,7 +249,7 @@ class Answer:
         self.chat, self.model, self.created = chat, model, int(time.time())
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
 
-    def whole(self, text: str, reason: str, usage: Usage) -> Json:
+    def whole(self, text: str, reason: str | None, usage: Usage) -> Json:
         """All of it."""
         content: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"

@@ -14,9 +14,10 @@ ORDER = [  # a wing or a file stands above all that it imports
     "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "fast.packed",
     "session", "completion",
-    "data.batching", "data.user_files", "data.corpora", "data.examples",
+    "data.batching", "data.user_files", "data.corpora", "data.examples", "data.chat",
     "peft.patterns", "peft.kinds", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
-    "serve.slots", "serve.bank", "serve.engine", "serve.metrics", "serve.chat", "serve.openai", "serve.http",
+    "serve.slots", "serve.bank", "serve.engine", "serve.metrics", "serve.openai", "serve.service",
+    "serve.http",
     "compose.truncate", "compose.extract", "compose.export", "console",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
     "finetune", "experiments.cluster", "experiments.harness", "experiments.rows",
@@ -26,7 +27,7 @@ ORDER = [  # a wing or a file stands above all that it imports
 MOST = 8  # files of a wing
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
-         "jinja2": {"serve.chat"}}  # fmt: skip
+         "jinja2": {"data.chat"}}  # fmt: skip
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra"]
 TYPES = {"ndarray", "float32", "float64", "int64", "dtype", "errstate", "random.Generator"}
 DRAWS = {"random.default_rng"}  # random numbers are drawn on the host

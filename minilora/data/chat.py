@@ -1,11 +1,11 @@
-"""Messages -> the prompt that a base was trained on, by the chat template in its folder.
+r"""Messages -> the prompt that a base was trained on, by the chat template in its folder.
 
-    messages [{role, content}, ...]  ->  "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n"
+    [{role, content}, ...]  ->  "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
-A template is a program of Jinja, from the base's folder or GGUF file; it runs in Jinja's sandbox, with nothing
-to load and nothing to call but what messages and strings offer. Stands in for transformers'
-apply_chat_template, with its settings; leaves out tools, documents, the date, and templates by other names than
-"default". A template that computes for very long is not stopped: whoever wrote it wrote the weights, too.
+A template is a program of Jinja, from the base's folder or GGUF file. It runs in Jinja's sandbox, with
+nothing to load and nothing to call but what texts and lists offer. Stands in for transformers'
+apply_chat_template, with its settings; leaves out tools, documents, the date, and templates by other names
+than "default". One that computes for very long is not stopped: whoever wrote it wrote the weights, too.
 """
 
 from __future__ import annotations
