@@ -29,13 +29,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import ConfigError, MiniloraError, check_float, check_int
+from ..errors import ConfigError, MiniloraError, check_float, check_int, short
 from .metrics import CONTENT_TYPE
 from .openai import Answer, Json, Refused, card, failure
 from .service import Service, Text
 
 PATIENCE = 30.0  # seconds for a client to send a request, or to read what is sent
 KEEP_ALIVE = 15  # seconds between requests; more than the 5 of httpx, so that the client closes first
+MAX_PORT = (1 << 16) - 1
 CONNECTIONS = 512  # more are closed at once
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
@@ -224,11 +225,12 @@ class Connection(H11Protocol):  # type: ignore[misc]
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket at an address; port 0 is any free one. ConfigError if there can be none."""
-    check_int("port", port, 0)
+    if check_int("port", port, 0) > MAX_PORT:
+        raise ConfigError(f"port is {short(port)}; expected at most {MAX_PORT}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
-    except (OSError, OverflowError, ValueError) as e:
+    except (OSError, ValueError) as e:  # ValueError: a name that is none
         why = getattr(e, "strerror", None) or e
         raise ConfigError(
             f"cannot listen at {host}:{port}: {why}; expected a free address of this machine"

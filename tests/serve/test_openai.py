@@ -190,7 +190,9 @@ json_values = st.recursive(
     max_leaves=6,
 )
 NAMES = sorted(READ | {"prompt", "messages", "max_completion_tokens"} | IGNORED | NEUTRAL_CHAT.keys())
-bodies = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8) | st.just("\ud800"), json_values, max_size=4)
+bodies = st.dictionaries(
+    st.sampled_from(NAMES) | st.text(max_size=8) | st.just("\ud800"), json_values, max_size=4
+)
 
 
 @example(body={"\ud800": 1}, chat=True)
@@ -265,7 +267,11 @@ def test_without_stop_strings_nothing_is_held_back():
 def test_chunks_together_are_the_whole_answer(chat):
     answer = Answer("m", chat)
     whole, usage = answer.whole("one two", "length", Usage(3, 2)), answer.usage(Usage(3, 2))
-    chunks = [answer.chunk("one", None, True), answer.chunk(" two", None, False), answer.chunk("", "length", False)]
+    chunks = [
+        answer.chunk("one", None, True),
+        answer.chunk(" two", None, False),
+        answer.chunk("", "length", False),
+    ]
     assert whole["usage"] == usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     assert usage["choices"] == []
     for chunk in (*chunks, usage):
@@ -280,7 +286,11 @@ def test_chunks_together_are_the_whole_answer(chat):
         assert whole["choices"][0]["message"] == {"role": "assistant", "content": "one two"}
         assert (whole["object"], chunks[0]["object"]) == ("chat.completion", "chat.completion.chunk")
     else:
-        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"] == "one two"
+        assert (
+            "".join(chunk["choices"][0]["text"] for chunk in chunks)
+            == whole["choices"][0]["text"]
+            == "one two"
+        )
         assert {whole["object"], *(chunk["object"] for chunk in chunks)} == {"text_completion"}
 
 
@@ -289,10 +299,21 @@ def test_no_two_answers_have_the_same_id():
 
 
 def test_an_adapter_names_its_base_and_an_error_its_kind():
-    assert card("a", 7, "base") == {"id": "a", "object": "model", "created": 7, "owned_by": "minilora", "parent": "base"}
+    assert card("a", 7, "base") == {
+        "id": "a",
+        "object": "model",
+        "created": 7,
+        "owned_by": "minilora",
+        "parent": "base",
+    }
     assert card("base", 7, "base")["parent"] is None
     assert failure(404, "no", "model", "model_not_found") == {
-        "error": {"message": "no", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}
+        "error": {
+            "message": "no",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
     }
     assert failure(429, "full")["error"]["type"] == "rate_limit_error"
     assert failure(500, "oh")["error"]["type"] == "server_error"
