@@ -266,6 +266,23 @@ def parser() -> argparse.ArgumentParser:
     add("--targets", "mark the modules that these select", type=target_spec, **names)
     add("--json", table, **switch)
 
+    of = Of("serve.bench", "serve_bench")
+    add = command("serve-bench", of.report, of.usual, "how fast a base serves many adapters at once")
+    add("base", bases, nargs="?", **base)
+    add("--adapters", "numbers of adapters", type=integers, metavar="K,K,...")
+    add("--rank", "rank of A and B", type=int, metavar="R")
+    add("--targets", "the linear maps that are adapted", type=target_spec, **names)
+    add("--budget", "bytes of adapters in memory, at most", **number)
+    add("--slots", "texts that are written at the same time, at most", **number)
+    add("--requests", "requests in a round", **number)
+    add(
+        "--load", "rate of arrivals, as a share of what the base alone can serve", type=float, metavar="SHARE"
+    )
+    add("--zipf", "popularity of the k-th adapter is k to the power -Z", type=float, metavar="Z")
+    add("--rounds", "rounds, of which medians are taken", **number)
+    add("--seed", "seed of adapters and requests", **number)
+    add("--json", table, **switch)
+
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
     add("--rows", "the rows of the sweep", type=Path, default=Path("runs/sweep/rows.jsonl"), metavar="FILE")
     add("--out", "where the figures go", type=Path, default=Path("figures"), metavar="DIR")

@@ -31,6 +31,7 @@ from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
 from minilora.model import Config, llama
 from minilora.peft import loading
+from minilora.serve import bench
 
 CORES = 3
 PARSER = cli.parser()
@@ -109,6 +110,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "merge": [(export, "merge_checkpoint", Found())],
     "params": [(count, "count", Found())],
     "modules": [(count, "modules", Found())],
+    "serve-bench": [(bench, "serve_bench", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
                 (rank_figures, "merge_equivalence", Found())],
 }  # fmt: skip
@@ -220,6 +222,20 @@ OPTIONS = {
         "targets": (["--targets", "k_proj,o_proj"], {"modules.targets": ("k_proj", "o_proj")}),
         "json": (["--json"], {"printed": JSON}),
     }),
+    "serve-bench": ({}, {
+        "base": (["b2"], {"serve_bench.base": "b2"}),
+        "adapters": (["--adapters", "3,4"], {"serve_bench.adapters": (3, 4)}),
+        "rank": (["--rank", "3"], {"serve_bench.rank": 3}),
+        "targets": (["--targets", "k_proj,o_proj"], {"serve_bench.targets": ("k_proj", "o_proj")}),
+        "budget": (["--budget", "11"], {"serve_bench.budget": 11}),
+        "slots": (["--slots", "11"], {"serve_bench.slots": 11}),
+        "requests": (["--requests", "11"], {"serve_bench.requests": 11}),
+        "load": (["--load", "0.3"], {"serve_bench.load": 0.3}),
+        "zipf": (["--zipf", "0.3"], {"serve_bench.zipf": 0.3}),
+        "rounds": (["--rounds", "11"], {"serve_bench.rounds": 11}),
+        "seed": (["--seed", "7"], {"serve_bench.seed": 7}),
+        "json": (["--json"], {"printed": JSON}),
+    }),
     "figures": ({}, {
         "rows": (["--rows", "r"], {"read_rows.path": Path("r")}),
         "out": (["--out", "o"], {
@@ -302,7 +318,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
-                        "inspect": 0}.get(command, 0)  # fmt: skip
+                        "inspect": 0, "serve-bench": 11}.get(command, 0)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", OPTIONS)

@@ -141,7 +141,7 @@ class Bank:
         return True
 
     def room(self, size: int, keep: Collection[str]) -> list[str] | None:
-        """Which to evict so that `size` more bytes fit, the least recently used first; None if they cannot."""
+        """Which to evict so that `size` bytes more fit, the least recently used first; None if they cannot."""
         out, more = [], self.counters.bytes + size - self.budget
         for name, one in self.loaded.items():
             if more <= 0:

@@ -16,7 +16,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "session", "completion",
     "data.batching", "data.user_files", "data.corpora", "data.examples",
     "peft.patterns", "peft.kinds", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
-    "serve.bank", "serve.slots", "serve.engine",
+    "serve.bank", "serve.slots", "serve.engine", "serve.bench",
     "compose.truncate", "compose.extract", "compose.export", "console",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
     "finetune", "experiments.cluster", "experiments.harness", "experiments.rows",
