@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .formats.tokenizer import decode, encode
     from .peft.folder import open_adapter
     from .peft.loading import load_adapter, save_adapter
+    from .serve.bank import Bank
+    from .serve.engine import Engine, Request
     from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
 
 __version__ = "0.1.0"
@@ -61,19 +63,21 @@ LATER = {  # imported on first use
     "formats.tokenizer": ("decode", "encode"),
     "peft.folder": ("open_adapter",),
     "peft.loading": ("load_adapter", "save_adapter"),
+    "serve.bank": ("Bank",),
+    "serve.engine": ("Engine", "Request"),
     "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
 }
 MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "batches", "checkpoint", "complete",
-    "compress", "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches",
-    "evaluate", "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load",
-    "load_adapter", "lora_plus", "merge", "merge_checkpoint", "modules", "named_params", "open_adapter",
-    "participation_ratio", "plots", "remove", "save_adapter", "save_model", "scales", "set_adapter",
-    "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "trained", "unfreeze",
-    "unmerge", "use",
+    "AdamW", "Bank", "Config", "Engine", "Llama", "LoraConfig", "Plan", "Request", "Schedule", "batches",
+    "checkpoint", "complete", "compress", "corpus", "count", "decode", "digest", "disabled", "effective_rank",
+    "encode", "eval_batches", "evaluate", "extract", "finetune", "freeze", "fuse", "generate", "inject",
+    "inspect", "llama", "load", "load_adapter", "lora_plus", "merge", "merge_checkpoint", "modules",
+    "named_params", "open_adapter", "participation_ratio", "plots", "remove", "save_adapter", "save_model",
+    "scales", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train",
+    "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("serve", serve, usual_serve, "answer OpenAI's clients over HTTP: a base and many adapters")
     add("base", bases, metavar="BASE")
     add("--adapters", "a folder with a PEFT folder for each adapter, which is the name of a model",
-        dest="folder", required=True, metavar="DIR")  # fmt: skip
+        dest="folder", type=Path, required=True, metavar="DIR")  # fmt: skip
     add(
         "--host",
         "the address to listen at; the default one is reached from this machine alone",
@@ -290,6 +290,23 @@ def parser() -> argparse.ArgumentParser:
     add = command("modules", of.report, of.usual, "the modules of a base, and which of them a target selects")
     add("base", bases, nargs="?", **base)
     add("--targets", "mark the modules that these select", type=target_spec, **names)
+    add("--json", table, **switch)
+
+    of = Of("serve.bench", "serve_bench")
+    add = command("serve-bench", of.report, of.usual, "how fast a base serves many adapters at once")
+    add("base", bases, nargs="?", **base)
+    add("--adapters", "numbers of adapters", type=integers, metavar="K,K,...")
+    add("--rank", "rank of A and B", type=int, metavar="R")
+    add("--targets", "the linear maps that are adapted", type=target_spec, **names)
+    add("--budget", "bytes of adapters in memory, at most", **number)
+    add("--slots", "texts that are written at the same time, at most", **number)
+    add("--requests", "requests in a round", **number)
+    add(
+        "--load", "rate of arrivals, as a share of what the base alone can serve", type=float, metavar="SHARE"
+    )
+    add("--zipf", "popularity of the k-th adapter is k to the power -Z", type=float, metavar="Z")
+    add("--rounds", "rounds, of which medians are taken", **number)
+    add("--seed", "seed of adapters and requests", **number)
     add("--json", table, **switch)
 
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
@@ -432,8 +449,7 @@ def serve(options: Options) -> int:
 
     from .data import chat
     from .formats import huggingface
-    from .serve import bank, engine, http
-    from .serve.service import Service
+    from .serve import bank, engine, http, service
 
     base = huggingface.checkpoint(options.base)
     name = options.base if options.base in huggingface.NAMES else base.where.resolve().name
@@ -441,8 +457,8 @@ def serve(options: Options) -> int:
     llama = huggingface.assemble(base)
     adapters = bank.Bank(llama, **typed(options, bank.Bank))
     runner = engine.Engine(llama, adapters, **typed(options, engine.Engine))
-    service = Service(runner, words, name, template, rng=np.random.default_rng())
-    server = http.Server(service, **typed(options, http.Server))
+    answers = service.Service(runner, words, name, template, rng=np.random.default_rng())
+    server = http.Server(answers, **typed(options, http.Server))
     print(plain(f"{name} and {len(adapters.names())} adapters: {server.url}/v1"), flush=True)
     if not server.private:
         print(f"minilora: whoever reaches {server.url} can use it; it asks for no key", file=sys.stderr)

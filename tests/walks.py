@@ -264,6 +264,7 @@ QUIET = {  # commands that write nothing, and how they are called to show it
     "params": ["params", "in/base", "--rank", "2"],
     "modules": ["modules", "in/base"],
     "inspect": ["inspect", "in/adapter", "--base", "in/base"],
+    "serve": ["serve", "in/base", "--adapters", "in", "--host", "256.1.1.1"],  # ends when it cannot listen
 }
 
 

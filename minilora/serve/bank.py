@@ -21,13 +21,13 @@ from pathlib import Path
 
 from ..errors import InputError, StorageError, UnsupportedError, check_int, nearest, short
 from ..formats.atomic import exists, named, named_errors
-from ..layers import Linear
 from ..lora import LowRank, bases
 from ..model import Llama
 from ..peft.folder import Adapter, check_agreement, open_adapter
 from ..peft.loading import base_print, check_base, check_fit, factors
 from ..peft.recognise import CONFIG
-from ..tree import named_params
+from ..targets import with_head
+from ..tree import freeze, named_params
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # no separator, and neither . nor ..
 LISTED = 1000  # names that the nearest ones are sought among
@@ -64,8 +64,8 @@ class Bank:
         if not self.folder.is_dir():
             raise StorageError(f"{folder}: is not a folder; expected one with a PEFT folder for each adapter")
         self.counters = Counters()
-        self.layers = bases(model)
-        self.tied = model.lm_head is None
+        self.layers, self.tied = bases(model), model.lm_head is None
+        self.with_head = with_head(model, self.layers)
         self.dtype = next(iter(named_params(model).values())).dense().dtype
         self.fingerprint = functools.cache(lambda: base_print(model))
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
@@ -133,6 +133,7 @@ class Bank:
             for path, pair in given.pairs.items():
                 A, B, _ = factors(given, path, self.dtype)
                 layers[path] = LowRank(A, B, pair.scale)
+            freeze(layers)
             self.loaded[name] = Loaded(layers, size)
             self.counters.loads += 1
             self.counters.bytes += size
@@ -140,7 +141,7 @@ class Bank:
         return True
 
     def room(self, size: int, keep: Collection[str]) -> list[str] | None:
-        """Which to evict so that `size` more bytes fit, the least recently used first; None if they cannot fit."""
+        """Which to evict so that `size` bytes more fit, the least recently used first; None if they cannot."""
         out, more = [], self.counters.bytes + size - self.budget
         for name, one in self.loaded.items():
             if more <= 0:
@@ -163,13 +164,11 @@ class Bank:
         check_agreement(given)
         for path, pair in given.pairs.items():
             plain = not pair.embedding and not pair.vectors and not pair.bias
-            if not plain or (path in self.layers and not isinstance(self.layers[path], Linear)):
+            if not plain:
                 raise UnsupportedError(f"{where}: {path}: expected plain LoRA on a linear map, to be served")
         if given.replaced:
             what = f"replaces {next(iter(given.replaced))}"
             raise UnsupportedError(f"{where}: {what}; expected plain LoRA on linear maps, to be served")
-        if self.tied and "lm_head" in given.pairs:
-            raise UnsupportedError(f"{where}: lm_head: is tied to the embedding; expected other linear maps")
-        check_fit(given, self.layers, self.tied)
+        check_fit(given, self.with_head if "lm_head" in given.pairs else self.layers, self.tied)
         check_base(given, self.fingerprint)
         return given

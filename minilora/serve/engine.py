@@ -2,12 +2,12 @@
 
     step:  cancelled texts leave  ->  waiting ones take free slots  ->  one forward  ->  one token for each
 
-The M tokens of a step, next tokens and prompts alike, are the rows of one mixed batch (fast/mixed.py) over one
-cache (slots.py): iteration-level scheduling (Orca, Yu et al. 2022), with at most `chunk` tokens of prompts in a
-step, so that a long prompt holds up nobody for long (Sarathi-Serve, Agrawal et al. 2024). Adapters take free
-slots in turn: of the requests that come later, none of the same adapter goes before one that waits, and of each
-other adapter at most one. So a request that is alone with its adapter waits for as many admissions as there are
-other adapters waiting, however many requests these have.
+The M tokens of a step, next tokens and prompts alike, are the rows of one mixed batch (fast/mixed.py) over
+one cache (slots.py): iteration-level scheduling (Orca, Yu et al. 2022). At most `chunk` of them are of
+prompts, so that a long prompt holds up nobody for long (Sarathi-Serve, Agrawal et al. 2024). Adapters take
+free slots in turn: before a request that waits go those of its adapter that came earlier, and of each other
+adapter at most one for each of these and one more. So a request that is alone with its adapter waits for as
+many admissions as other adapters are waiting, however many requests these have.
 
 One thread computes: the caller's, by `step` or `run`, or the engine's own, after `start`. Stands in for the
 schedulers of vLLM and S-LoRA; leaves out preemption, shared prefixes and beams.
@@ -37,11 +37,12 @@ from ..errors import (
     short,
 )
 from ..fast.mixed import mixed
-from ..layers import Linear
-from ..lora import LowRank, bases
+from ..lora import LowRank
 from ..model import Llama
 from .bank import Bank
 from .slots import Span, slots_of
+
+REASONS = ("stop", "length", "cancelled", "error")
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,7 @@ class Stream:
     raises the `error`. Times are seconds of `time.perf_counter`.
     """
 
-    def __init__(
-        self, request: Request, prompt: np.ndarray, told: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, request: Request, prompt: np.ndarray, told: Callable[[], None] | None = None) -> None:
         self.request, self.prompt = request, prompt  # (T,), checked
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
@@ -83,7 +82,8 @@ class Stream:
         n = 0
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: n < len(self.tokens) or self.finish_reason is not None)
+                while n == len(self.tokens) and self.finish_reason is None:
+                    self.changed.wait()
             if n == len(self.tokens):
                 break
             yield self.tokens[n]
@@ -128,9 +128,6 @@ class Counters:
     refused: int = 0  # because the queue was full
 
 
-REASONS = ("stop", "length", "cancelled", "error")
-
-
 class Engine:
     """Serves requests for a base and the adapters of a bank, at most `slots` at a time.
 
@@ -159,12 +156,13 @@ class Engine:
             check_int(name, value, 1)
         self.positions = min(positions, model.config.max_position_embeddings)
         self.queue, self.chunk = queue, chunk
-        linear = [path for path, layer in bases(model).items() if isinstance(layer, Linear)]
-        self.replica, self.batch = mixed(model, linear)
+        self.replica, self.batch = mixed(model, invariant=invariant)
         self.cache = slots_of(model, slots, self.positions)
         self.free = list(range(slots))  # a heap: the lowest is taken first
         self.running: dict[int, Running] = {}  # by slot
-        self.waiting: OrderedDict[str | None, deque[Stream]] = OrderedDict()  # by adapter, the next in turn first
+        self.waiting: OrderedDict[str | None, deque[Stream]] = (
+            OrderedDict()
+        )  # by adapter, the next in turn first
         self.cancelled: list[Stream] = []
         self.counters = Counters()
         self.changed = threading.Condition()  # guards waiting, cancelled and stopping
@@ -187,7 +185,9 @@ class Engine:
                 raise StateError("the engine is stopping and takes no more requests")
             if (n := self.queued()) >= self.queue:
                 self.counters.refused += 1
-                raise BusyError(f"{n} requests are waiting; expected fewer than {self.queue}; try again later")
+                raise BusyError(
+                    f"{n} requests are waiting; expected fewer than {self.queue}; try again later"
+                )
             self.waiting.setdefault(request.adapter, deque()).append(stream)
             self.changed.notify()
         return stream
@@ -215,7 +215,8 @@ class Engine:
 
     def queued(self) -> int:
         """How many requests wait."""
-        return sum(map(len, self.waiting.values()))
+        with self.changed:
+            return sum(map(len, self.waiting.values()))
 
     def start(self) -> None:
         """Compute in a thread, until `stop`; StateError if it runs already or has stopped."""
@@ -301,7 +302,9 @@ class Engine:
                 read |= missing
                 try:
                     loaded = self.bank.take(name)
-                except Exception as e:  # of this request alone: a folder that is gone, damaged, another base's
+                except (
+                    Exception
+                ) as e:  # of this request alone: a folder that is gone, damaged, another base's
                     self.refuse(stream, "error", e)
                     continue
                 if loaded is None:  # there is no room in memory until others end
@@ -344,7 +347,7 @@ class Engine:
                 del self.waiting[name]
 
     def forward(self) -> None:
-        """One forward over the next tokens of the running texts, then a token for each that is read up to its end.
+        """One forward over the next tokens of the running texts; then each that is read to its end gets one.
 
         An error in it ends the texts that took part.
         """
@@ -366,17 +369,19 @@ class Engine:
             row.seen, row.pending = row.seen + count, row.pending[count:]
             if not sound:
                 name = row.stream.request.adapter
-                self.end(slot, "error", NonFiniteError(f"the logits are not finite, with adapter {short(name)}"))
+                self.end(
+                    slot, "error", NonFiniteError(f"the logits are not finite, with adapter {short(name)}")
+                )
             elif not len(row.pending):
                 r = row.stream.request
                 self.extend(slot, row, int(sample(z[None], row.rng, r.temperature, r.top_k, r.top_p)[0]))
 
     def logits(self, parts: Sequence[tuple[Span, Running]]) -> np.ndarray:
         """The logits (n, V) after the last token of each span, float64, on the host."""
-        ids = np.concatenate([row.pending[: span.count] for span, row in parts])
-        entries = [row.layers for span, row in parts for _ in range(span.count)]
+        ids = np.concatenate([row.pending[: span.length] for span, row in parts])
+        entries = [row.layers for span, row in parts for _ in range(span.length)]
         past = self.cache.step([span for span, _ in parts], self.invariant)
-        last = to_device(np.cumsum([span.count for span, _ in parts]) - 1)
+        last = to_device(np.cumsum([span.length for span, _ in parts]) - 1)
         with quiet_overflow(), self.batch.rows(entries):
             logits, _ = self.replica.forward(to_device(ids[:, None]), past=past)
         return to_host(logits[last, -1]).astype(np.float64)

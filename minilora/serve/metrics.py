@@ -60,8 +60,6 @@ class Metrics:
     def lines(self) -> Iterator[str]:
         """The lines of `text`."""
         engine, bank = self.engine, self.engine.bank
-        with engine.changed:
-            waiting = engine.queued()
         done = engine.counters
         tokens = {"prompt": done.prompt_tokens, "generated": done.new_tokens}
         yield from family("requests_total", "Answers by finish reason.", labelled("reason", self.finished))
@@ -69,7 +67,7 @@ class Metrics:
                           labelled("status", dict(self.refused)))  # fmt: skip
         yield from family("tokens_total", "Tokens read and generated.", labelled("kind", tokens))
         yield from family("steps_total", "Steps of the engine.", [("", "", done.steps)])
-        yield from family("requests_waiting", "Requests in the queue.", [("", "", waiting)])
+        yield from family("requests_waiting", "Requests in the queue.", [("", "", engine.queued())])
         yield from family("requests_running", "Slots in use.", [("", "", len(engine.running))])
         yield from family("slots", "Slots.", [("", "", len(engine.running) + len(engine.free))])
         if bank:

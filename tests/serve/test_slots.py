@@ -38,9 +38,9 @@ def through(model, texts, steps, alone=False, slots=None):
     slots = slots or slots_of(model, R, S)
     found = {}
     for spans in steps:
-        ids = [texts[s.slot][s.start : s.start + s.count] for s in spans]
+        ids = [texts[s.slot][s.start : s.start + s.length] for s in spans]
         logits, _ = model.forward(to_device(np.concatenate(ids)[:, None]), past=slots.step(spans, alone))
-        keys = [(s.slot, s.start + i) for s in spans for i in range(s.count)]
+        keys = [(s.slot, s.start + i) for s in spans for i in range(s.length)]
         found |= dict(zip(keys, to_host(logits)[:, 0], strict=True))
     return found
 
@@ -76,7 +76,7 @@ def test_by_itself_a_token_attends_the_same_to_the_bit_in_any_company(seed, sche
     def run(steps):
         slots, found = slots_of(model, R, S), {}
         for spans in steps:
-            keys = [(s.slot, s.start + i) for s in spans for i in range(s.count)]
+            keys = [(s.slot, s.start + i) for s in spans for i in range(s.length)]
             cache = slots.step(spans, alone=True).caches[1]
             y = cache.attend(*(to_device(np.concatenate([one[key] for key in keys])) for one in (q, k, v)))
             found |= dict(zip(keys, to_host(y), strict=True))
@@ -106,7 +106,7 @@ def test_what_lies_behind_a_mask_changes_no_bit(seed, n, s):
 
 
 def test_a_cleared_slot_leaves_nothing_to_the_next_text_not_even_nan():
-    model, rng = tiny(0)
+    model, _ = tiny(0)
     slots = slots_of(model, 2, S)
     slots.k[:, 1] = slots.v[:, 1] = math.nan
     slots.clear(1)
