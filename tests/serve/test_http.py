@@ -86,14 +86,14 @@ class Gate:
 
 
 @contextlib.contextmanager
-def served(folder, words=WORDS, template=True, grace=20.0, **limits):
+def served(folder, words=WORDS, template=True, grace=20.0, host="127.0.0.1", **limits):
     """A server at a free port of this machine, with what a test needs of it."""
     model = model_of(None)
     engine = Engine(model, Bank(model, folder), **{"slots": 8, "invariant": True} | limits)
     gate = Gate(engine)
     prompt = compiled(folder, TEMPLATE, {}) if template else None
     service = Service(engine, words, "base", prompt, rng=np.random.default_rng(0))
-    server = Server(service, port=0, grace=grace)
+    server = Server(service, host, 0, grace)
     server.service, server.gate = service, gate
     with httpx.Client(base_url=server.url, verify=False, timeout=60) as server.http:
         try:
@@ -213,6 +213,8 @@ def test_ids_are_a_prompt_too_and_nothing_is_put_before_them(folder):
         text, ids = ask("hey"), ask(list(b"hey"))
         assert text.choices[0].text == ask(list(b"@hey")).choices[0].text == ask("@hey").choices[0].text
         assert (text.usage.prompt_tokens, ids.usage.prompt_tokens) == (4, 3)
+        chat = client.chat.completions.create(model="a", messages=HI, max_tokens=1)
+        assert chat.usage.prompt_tokens == len("user: Hi\nassistant: ")  # a template has its own
 
 
 def test_a_text_ends_before_a_token_that_stops_it(folder):
@@ -242,6 +244,13 @@ def test_a_text_ends_before_a_string_that_stops_it_and_leaves_its_slot(server, c
         assert found.usage.completion_tokens == at + 3
     settled(server)
     assert len(server.engine.free) == 8
+
+
+def test_what_was_held_back_for_a_stop_string_that_does_not_come_is_shown(client):
+    text = alone("b", "To be", 9, temperature=0)
+    how = {"model": "b", "prompt": "To be", "max_tokens": 9, "temperature": 0, "stop": text[-2:] + "~"}
+    assert client.completions.create(**how).choices[0].text == text
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**how, stream=True)) == text
 
 
 def test_without_a_seed_each_request_has_another_and_with_one_the_same(client):
@@ -649,6 +658,14 @@ def test_a_client_that_does_not_go_on_is_cut_off(folder, impatient, sent):
         assert until(lambda: not server.uvicorn.server_state.connections)
 
 
+def test_a_client_may_wait_as_long_as_its_answer_takes(folder, impatient):
+    with served(folder) as server, client_of(server) as client:
+        threading.Timer(1.2, server.gate.open.set).start()
+        with server.gate:
+            found = client.completions.create(model="a", prompt="x", max_tokens=3)
+        assert found.usage.completion_tokens == 3
+
+
 def test_a_body_that_does_not_come_is_408(folder, impatient):
     with served(folder) as server, connected(server) as connection:
         connection.sendall(request(LONG)[:-5])
@@ -773,6 +790,13 @@ def test_an_address_that_is_taken_or_none_is_refused(server):
                        ("127.0.0.1", -1), ("x" * 80, 0)):  # fmt: skip
         with pytest.raises(ConfigError):
             listen(host, port).close()
+
+
+def test_an_address_that_others_reach_is_not_private(folder):
+    with served(folder) as server:
+        assert server.private
+    with served(folder, host="0.0.0.0") as server:
+        assert not server.private
 
 
 def test_grace_is_a_number_of_seconds(server):

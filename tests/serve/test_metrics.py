@@ -21,7 +21,9 @@ def samples(text):
     assert len({family.name for family in families}) == len(families)
     found = {}
     for family in families:
+        kinds = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
         for sample in family.samples:
+            assert sample.name.removeprefix(family.name) in kinds[family.type]
             assert sample.name.startswith(family.name)
             (label,) = sample.labels.values() or [""]
             found.setdefault(sample.name, {})[label] = sample.value
@@ -46,7 +48,7 @@ def test_the_text_is_what_the_engine_and_its_bank_have_done(tmp_path):
     engine = Engine(model, Bank(model, write(tmp_path, names=("a", "b"))), slots=3)
     metrics = Metrics(engine)
     for name in ("a", "b", "a", None):
-        engine.submit(Request([1, 2], 2, name))
+        engine.submit(Request([1, 2], 3, name))
     found = samples(metrics.text())
     assert found["minilora_requests_waiting"] == {"": 4}
     assert found["minilora_requests_running"] == {"": 0}
@@ -55,6 +57,7 @@ def test_the_text_is_what_the_engine_and_its_bank_have_done(tmp_path):
     assert found["minilora_requests_waiting"] == {"": 4 - len(engine.running)}
     assert found["minilora_requests_running"] == {"": len(engine.running)}
     assert len(engine.running) > 0
+    assert found["minilora_slots"] == {"": 3}
     engine.run()
     metrics.finished["length"] += 4
     metrics.refused[429] += 2
@@ -62,7 +65,7 @@ def test_the_text_is_what_the_engine_and_its_bank_have_done(tmp_path):
     metrics.whole.add(3)
     found = samples(metrics.text())
     assert found["minilora_slots"] == {"": 3}
-    assert found["minilora_tokens_total"] == {"prompt": 8, "generated": 8}
+    assert found["minilora_tokens_total"] == {"prompt": 8, "generated": 12}
     assert found["minilora_steps_total"] == {"": engine.counters.steps}
     assert found["minilora_requests_total"] == dict.fromkeys(REASONS, 0) | {"length": 4}
     assert found["minilora_refused_total"] == {"429": 2}
