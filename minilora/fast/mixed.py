@@ -31,7 +31,6 @@ Adapters = Mapping[str, Adapter]  # path -> the change of the layer there: what 
 Layout = tuple[tuple[str, int, Any], ...]  # path, rank and dtype of the factors at every path
 Compute = Callable[["Mixed", Array, Need], tuple[Array, Back]]  # layer, x (N, T, I), need -> y (N, T, O)
 
-
 FEW = 8  # rows with the same adapters, at most, for a slot each
 
 is_trained = attrgetter("trainable")
@@ -152,7 +151,7 @@ class Mixed:
 
     base: Any  # a Linear, or a RowByRow
     path: str
-    batch: Batch
+    batch: MixedBatch
     compute: Compute
     trained: list[Adapter] = field(default_factory=list)  # by which the tree knows that something is trained
 
@@ -185,7 +184,7 @@ class Counted:
 
     weight: Param  # the table (V, D)
     base: Table
-    batch: Batch
+    batch: MixedBatch
 
     def __call__(self, ids: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         self.batch.check(len(ids))
@@ -251,7 +250,7 @@ class Member(NamedTuple):
     params: list[Param]
 
 
-class Batch:
+class MixedBatch:
     """Which adapters the rows of the next forward have. Not for two threads at once."""
 
     def __init__(
@@ -349,7 +348,7 @@ class Batch:
 
 def mixed(
     model: Llama, targets: Any = None, *, compute: Compute = by_phase, invariant: bool = False
-) -> tuple[Llama, Batch]:
+) -> tuple[Llama, MixedBatch]:
     """A frozen replica of the model's base whose linear maps take one adapter for each row, and its batch.
 
         replica, batch = mixed(model)
@@ -369,7 +368,7 @@ def mixed(
         if targets is not None and not isinstance(layers[path], Linear):
             raise UnsupportedError(f"{path} is no linear map; expected targets that are")
     shapes = {path: layers[path].weight.dense().shape for path in paths if isinstance(layers[path], Linear)}
-    batch = Batch(model, shapes, compute is loop, invariant)
+    batch = MixedBatch(model, shapes, compute is loop, invariant)
     copy = replica(model)
     if copy.lm_head is None:
         copy.lm_head = Linear(bases(copy)["model.embed_tokens"].weight)
@@ -380,9 +379,7 @@ def mixed(
         replace(copy, path, layer)
     freeze(copy)
     table = copy.model.embed_tokens
-    counted: Any = Counted(
-        table.weight, table, batch
-    )  # which nobody attends to: the head is a layer of its own
+    counted: Any = Counted(table.weight, table, batch)  # no whole Table: the head is a layer of its own
     copy.model.embed_tokens = counted
     return copy, batch
 
