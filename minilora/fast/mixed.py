@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ..backend import Array, xp
 from ..errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError, nearest, short
-from ..layers import Adapter, Linear, Need, Pair, Param, Table
+from ..layers import Adapter, Linear, Need, Param, Table
 from ..lora import Adapted, LowRank, bases, owners
 from ..model import Llama
 from ..ops import Back, back_nothing, back_same, rows
@@ -84,18 +84,21 @@ def segments(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
 def add_segments(
     layer: Mixed, parts: Sequence[Segment], x: Array, need: Need, y: Array, back_base: Back
 ) -> tuple[Array, Back]:
-    """Add the terms of these adapters to y, in place."""
+    """Add the terms of these adapters to y, in place: one product for all rows of a segment.
+
+    In the invariant mode it is one for each row, with Bᵀ laid out as in a stack: BLAS sums in the same order.
+    """
     kept = []
-    flat = same if layer.batch.invariant else rows  # a product for each row, or one for all of a segment
+    flat, layout = (same, xp.ascontiguousarray) if layer.batch.invariant else (rows, same)
     for adapters, at in parts:
         adapter: Any = adapters.get(layer.path) if adapters else None
         if adapter is None:
             continue
         z, back_drop = adapter.dropout(x[at], need) if adapter.dropout else (x[at], back_same)
-        h = flat(z) @ adapter.A.data.T  # (n T, r), or (n, T, r)
-        y[at] += (h @ scaled(adapter)).reshape(*z.shape[:-1], -1)
+        h = adapter.scale * (flat(z) @ adapter.A.data.T)  # (n T, r), or (n, T, r)
+        y[at] += (h @ layout(adapter.B.data.T)).reshape(*z.shape[:-1], -1)
         if need is not Need.NONE:
-            kept.append((adapter, at, adapter.scale * rows(h), rows(z), back_drop))
+            kept.append((adapter, at, rows(h), rows(z), back_drop))
     if not kept:
         return y, back_base
 
@@ -118,11 +121,6 @@ def same(x: Array) -> Array:
     return x
 
 
-def scaled(pair: Pair) -> Array:
-    """s Bᵀ (r, O), laid out like a slot of a stack, so that BLAS sums in the same order."""
-    return pair.scale * xp.ascontiguousarray(pair.B.data.T)
-
-
 def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
     """The base once, then two batched products for each stack: BGMV.
 
@@ -135,8 +133,8 @@ def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
     y, back = layer.base(x, need)
     for stack in layer.batch.stacked():
         if layer.path in stack.views:
-            A, B = stack.views[layer.path]  # (n, I, r), (n, r, O)
-            y[stack.rows] += (x[stack.rows] @ A) @ B
+            A, B, s = stack.views[layer.path]  # (n, I, r), (n, r, O), (n, 1, 1)
+            y[stack.rows] += (s * (x[stack.rows] @ A)) @ B
     return add_segments(layer, layer.batch.unstacked, x, need, y, back)
 
 
@@ -200,9 +198,9 @@ class Stack:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.slots: list[Adapters] = []
-        self.arrays: dict[str, tuple[Array, Array]] = {}  # path -> A (slots, r, I), B (slots, r, O)
+        self.arrays: dict[str, tuple[Array, ...]] = {}  # path -> A (slots, r, I), B (slots, r, O), s
         self.rows: Any = None
-        self.views: dict[str, tuple[Array, Array]] = {}  # path -> A (n, I, r), B (n, r, O) of `rows`
+        self.views: dict[str, tuple[Array, ...]] = {}  # path -> A (n, I, r), B (n, r, O), s of `rows`
 
     def fill(self, members: Sequence[tuple[int, Adapters]]) -> None:
         """Give every row (its number, its adapters) a slot: the one that has them already, or a new copy."""
@@ -224,22 +222,21 @@ class Stack:
                 self.copy(k, members[order[k]][1])
         self.slots = [members[m][1] for m in order]
         self.rows = index([members[m][0] for m in order])
-        self.views = {path: (A[:n].swapaxes(1, 2), B[:n]) for path, (A, B) in self.arrays.items()}
+        self.views = {path: (A[:n].swapaxes(1, 2), B[:n], s[:n]) for path, (A, B, s) in self.arrays.items()}
 
     def grow(self, n: int, like: Adapters) -> None:
         """Make room for n slots, or twice the present ones; all of them are empty then."""
         n, self.slots = max(n, 2 * len(self.slots)), []
         for path, r, dtype in self.layout:
             pair: Any = like[path]
-            A, B = xp.empty((n, r, pair.A.data.shape[1]), dtype), xp.empty((n, r, len(pair.B.data)), dtype)
-            self.arrays[path] = A, B
+            shapes = (n, r, pair.A.data.shape[1]), (n, r, len(pair.B.data)), (n, 1, 1)
+            self.arrays[path] = tuple(xp.empty(shape, dtype) for shape in shapes)
 
     def copy(self, slot: int, adapters: Adapters) -> None:
-        """Copy A and s Bᵀ of every path into a slot."""
-        for path, (A, B) in self.arrays.items():
+        """Copy A, Bᵀ and s of every path into a slot."""
+        for path, (A, B, s) in self.arrays.items():
             pair: Any = adapters[path]
-            A[slot] = pair.A.data
-            B[slot] = scaled(pair)
+            A[slot], B[slot], s[slot] = pair.A.data, pair.B.data.T, pair.scale
 
 
 class Member(NamedTuple):
