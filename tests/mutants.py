@@ -951,6 +951,7 @@ MUTANTS = (
     Mutant("recomputed-unasked", "training.py", "recompute: bool = False", "recompute: bool = True", "recompute"),
     # ---- mixed batches and packed training
     Mutant("mixed-without-the-scale", "fast/mixed.py", "(s * (x[stack.rows] @ A)) @ B", "(x[stack.rows] @ A) @ B", "mixed"),
+    Mutant("mixed-scattered-rows-are-not-written", "fast/mixed.py", "        y[at] = part\n", "        pass\n", "mixed"),
     Mutant("mixed-segment-without-the-scale", "fast/mixed.py", "h = adapter.scale * (flat(z) @", "h = 1.0 * (flat(z) @", "mixed"),
     Mutant("mixed-neighbours-that-are-none", "fast/mixed.py", "if list(numbers) == list(range(first, first + len(numbers))):", "if numbers[-1] - first + 1 == len(numbers):", "mixed"),
     Mutant("mixed-rows-unsorted-in-a-stack", "fast/mixed.py", "self.rows = index([members[m][0] for m in order])", "self.rows = index([n for n, _ in members])", "mixed"),
@@ -965,8 +966,8 @@ MUTANTS = (
     Mutant("mixed-invariance-without-bias", "fast/mixed.py", "RowByRow(base.weight, base.bias)", "RowByRow(base.weight, None)", "mixed"),
     Mutant("mixed-slot-laid-out-otherwise", "fast/mixed.py", "(same, xp.ascontiguousarray) if layer.batch.invariant", "(same, same) if layer.batch.invariant", "mixed"),
     Mutant("mixed-tree-does-not-see-what-is-trained", "fast/mixed.py", "[distinct[k][path] for k in trained if path in distinct[k]]", "[]", "mixed"),
-    Mutant("mixed-dx-without-the-adapter", "fast/mixed.py", "dx[at] += back_drop(", "dx[at] += 0 * back_drop(", "mixed"),
-    Mutant("mixed-dx-through-the-mask-no-more", "fast/mixed.py", "dx[at] += back_drop((dh @ adapter.A.data).reshape(dx[at].shape))", "dx[at] += (dh @ adapter.A.data).reshape(dx[at].shape)", "mixed"),
+    Mutant("mixed-dx-without-the-adapter", "fast/mixed.py", "add_at(dx, at, back_drop(", "add_at(dx, at, 0 * back_drop(", "mixed"),
+    Mutant("mixed-dx-through-the-mask-no-more", "fast/mixed.py", "back_drop((dh @ adapter.A.data).reshape(dx[at].shape))", "(dh @ adapter.A.data).reshape(dx[at].shape)", "mixed"),
     Mutant("mixed-frozen-adapter-learns", "fast/mixed.py", "            if trains(adapter):\n", "            if adapter:\n", "mixed"),
     Mutant("mixed-loop-lets-a-frozen-adapter-learn", "fast/mixed.py", "            if not trains(adapter):\n", "            if not adapter:\n", "mixed"),
     Mutant("mixed-gathers-a-prompt", "fast/mixed.py", "(gathered if x.shape[1] == 1 else segments)", "(gathered)", "mixed"),

@@ -96,7 +96,7 @@ def add_segments(
             continue
         z, back_drop = adapter.dropout(x[at], need) if adapter.dropout else (x[at], back_same)
         h = adapter.scale * (flat(z) @ adapter.A.data.T)  # (n T, r), or (n, T, r)
-        y[at] += (h @ layout(adapter.B.data.T)).reshape(*z.shape[:-1], -1)
+        add_at(y, at, (h @ layout(adapter.B.data.T)).reshape(*z.shape[:-1], -1))
         if need is not Need.NONE:
             kept.append((adapter, at, rows(h), rows(z), back_drop))
     if not kept:
@@ -110,10 +110,18 @@ def add_segments(
             else:
                 dh = adapter.scale * (rows(dy[at]) @ adapter.B.data)
             if need is Need.ALL:
-                dx[at] += back_drop((dh @ adapter.A.data).reshape(dx[at].shape))
+                add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(dx[at].shape)))
         return dx
 
     return y, back
+
+
+def add_at(y: Array, at: Any, term: Array) -> None:
+    """y[at] += term; for a slice in the view alone, which Python would write back once more."""
+    part = y[at]
+    part += term
+    if not isinstance(at, slice):
+        y[at] = part
 
 
 def same(x: Array) -> Array:
@@ -134,7 +142,7 @@ def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
     for stack in layer.batch.stacked():
         if layer.path in stack.views:
             A, B, s = stack.views[layer.path]  # (n, I, r), (n, r, O), (n, 1, 1)
-            y[stack.rows] += (s * (x[stack.rows] @ A)) @ B
+            add_at(y, stack.rows, (s * (x[stack.rows] @ A)) @ B)
     return add_segments(layer, layer.batch.unstacked, x, need, y, back)
 
 
