@@ -141,7 +141,7 @@ class Bank:
         return True
 
     def room(self, size: int, keep: Collection[str]) -> list[str] | None:
-        """Which to evict so that `size` bytes more fit, the least recently used first; None if they cannot."""
+        """The least recently used ones that must go so that `size` bytes more fit; None if they never do."""
         out, more = [], self.counters.bytes + size - self.budget
         for name, one in self.loaded.items():
             if more <= 0:
