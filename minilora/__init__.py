@@ -82,8 +82,8 @@ __all__ = [
     "effective_rank", "encode", "eval_batches", "evaluate", "extract", "finetune", "freeze", "fuse",
     "generate", "inject", "inspect", "llama", "load", "load_adapter", "lora_plus", "merge",
     "merge_checkpoint", "mixed", "modules", "named_params", "open_adapter", "participation_ratio", "plots",
-    "remove", "save_adapter", "save_model", "scales", "serve_bench", "set_adapter", "set_scale",
-    "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge",
+    "remove", "save_adapter", "save_model", "scales", "serve_bench", "set_adapter", "set_scale", "spectrum",
+    "spectrum_between", "stable_rank", "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge",
     "use",
 ]  # fmt: skip
 
