@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,7 @@ from ..model import Llama
 from ..peft.loading import save_adapter
 from ..table import Table, report
 from ..tree import replica, trained
-from .bank import Bank, Counters
+from .bank import Bank, Counters, Loaded
 from .engine import Engine, Request, Stream
 
 PROMPT, NEW = (8, 32), (16, 48)  # the fewest and the most tokens of a prompt, and of what is written
@@ -190,10 +191,14 @@ def write_adapters(
 
 
 def resident(model: Llama, folder: Path, count: int, budget: int, size: int) -> Bank:
-    """A bank with the most popular of `count` adapters in memory, as many as fit."""
+    """A bank with the most popular of `count` adapters in memory, as many as fit: copies of one."""
     bank = Bank(model, folder, budget)
-    for name in names(min(count, budget // size))[::-1]:
-        bank.fetch(name)
+    *others, last = names(min(count, budget // size))[::-1] or [""]
+    if last and bank.fetch(last):
+        one = bank.loaded[last]
+        bank.loaded |= {name: Loaded(deepcopy(one.layers), one.bytes) for name in others}
+        bank.loaded.move_to_end(last)  # the most popular is the last to be evicted
+        bank.counters.bytes = one.bytes * len(bank.loaded)
     return bank
 
 

@@ -302,14 +302,13 @@ class Engine:
                 read |= missing
                 try:
                     loaded = self.bank.take(name)
-                except (
-                    Exception
-                ) as e:  # of this request alone: a folder that is gone, damaged, another base's
+                except Exception as e:  # a folder that is gone, damaged, another base's: this request's alone
                     self.refuse(stream, "error", e)
                     continue
                 if loaded is None:  # there is no room in memory until others end
                     return
             self.unqueue(stream)
+            self.pass_turn(name)
             rng = np.random.default_rng(stream.request.seed)
             row = Running(stream, loaded.layers if loaded else None, rng, stream.prompt)
             self.running[heapq.heappop(self.free)] = row
@@ -336,27 +335,30 @@ class Engine:
             return [line[0] for line in islice(self.waiting.values(), count)]
 
     def unqueue(self, stream: Stream) -> None:
-        """Take a request out of its line, which goes to the end of all lines."""
+        """Take a request out of its adapter's line."""
         with self.changed:
-            name = stream.request.adapter
-            line = self.waiting[name]
+            line = self.waiting[stream.request.adapter]
             line.remove(stream)
-            if line:
+            if not line:
+                del self.waiting[stream.request.adapter]
+
+    def pass_turn(self, name: str | None) -> None:
+        """An adapter has had its turn: what still waits for it goes behind all others."""
+        with self.changed:
+            if name in self.waiting:
                 self.waiting.move_to_end(name)
-            else:
-                del self.waiting[name]
 
     def forward(self) -> None:
         """One forward over the next tokens of the running texts; then each that is read to its end gets one.
 
         An error in it ends the texts that took part.
         """
-        parts, left = [], self.chunk
-        for slot, row in sorted(self.running.items(), key=lambda item: (len(item[1].pending) > 1, item[0])):
-            count = len(row.pending) if len(row.pending) == 1 else min(len(row.pending), left)
-            left -= count * (len(row.pending) > 1)
-            if count:
+        single = [(slot, row, 1) for slot, row in sorted(self.running.items()) if len(row.pending) == 1]
+        parts, left = single, self.chunk
+        for slot, row in self.running.items():  # in the order of their coming
+            if len(row.pending) > 1 and (count := min(len(row.pending), left)):
                 parts.append((slot, row, count))
+                left -= count
         try:
             logits = self.logits([(Span(slot, row.seen, count), row) for slot, row, count in parts])
         except Exception as e:
@@ -368,10 +370,8 @@ class Engine:
         for (slot, row, count), z, sound in zip(parts, logits, finite, strict=True):
             row.seen, row.pending = row.seen + count, row.pending[count:]
             if not sound:
-                name = row.stream.request.adapter
-                self.end(
-                    slot, "error", NonFiniteError(f"the logits are not finite, with adapter {short(name)}")
-                )
+                what = f"the logits are not finite, with adapter {short(row.stream.request.adapter)}"
+                self.end(slot, "error", NonFiniteError(what))
             elif not len(row.pending):
                 r = row.stream.request
                 self.extend(slot, row, int(sample(z[None], row.rng, r.temperature, r.top_k, r.top_p)[0]))

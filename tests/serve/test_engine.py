@@ -320,6 +320,28 @@ def test_a_request_that_is_alone_with_its_adapter_waits_for_one_of_each_other_at
     assert len({stream.request.adapter for stream in between}) == len(between)
 
 
+def test_a_cancelled_request_costs_its_adapter_no_turn(folder):
+    served = engine(folder, slots=1)
+    served.submit(Request((1,), 1, temperature=0))
+    served.step()
+    first, second, other = (served.submit(Request((1,), 1, name, temperature=0)) for name in "aab")
+    served.cancel(second)
+    served.run()
+    assert first.times[1] < other.times[1]
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_prompts_are_read_in_the_order_of_their_coming(folder, slots):
+    """A long prompt in a high slot is not overtaken by those that take the lower ones."""
+    served = engine(folder, slots=slots, chunk=2)
+    for _ in range(slots - 1):
+        served.submit(Request((1,), 2, temperature=0))
+    long = served.submit(Request((1,) * 9, 1, temperature=0))
+    later = [served.submit(Request((1,) * 9, 1, temperature=0)) for _ in range(4)]
+    served.run()
+    assert long.times[1] < min(stream.times[1] for stream in later)
+
+
 def test_requests_of_one_adapter_stay_in_order(folder):
     served = engine(folder, slots=1)
     streams = [served.submit(Request((1,), 1, "a", temperature=0)) for _ in range(5)]
