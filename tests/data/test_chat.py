@@ -80,6 +80,11 @@ def test_json_is_not_escaped_as_for_a_page_and_loops_can_be_left(tmp_path):
     )
 
 
+def test_a_block_takes_its_line_with_it(tmp_path):
+    source = "{% if true %}\n a\n  {% endif %}\nb"
+    assert chat_template(folder(tmp_path, source))(HI) == " a\nb"
+
+
 def test_tools_and_documents_are_none_and_so_not_there(tmp_path):
     source = "{% if tools is none and documents is none %}none{% endif %}"
     assert chat_template(folder(tmp_path, source))(HI) == "none"

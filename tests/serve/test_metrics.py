@@ -24,6 +24,7 @@ def samples(text):
         kinds = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
         for sample in family.samples:
             assert sample.name.removeprefix(family.name) in kinds[family.type]
+            assert sample.name.endswith("_total") is (family.type == "counter")
             assert sample.name.startswith(family.name)
             (label,) = sample.labels.values() or [""]
             found.setdefault(sample.name, {})[label] = sample.value
