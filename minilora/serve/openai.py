@@ -18,6 +18,7 @@ from ..formats.safetensors import json_object
 from ..table import plain
 
 Json = dict[str, Any]
+Messages = tuple[dict[str, str], ...]  # each with a role and a content
 MAX_SEED = 1 << 63
 GREEDY = 1e-5  # a temperature below it means 0, as in vLLM
 MAX_STOPS, MAX_STOP = 4, 256  # stop strings, and characters of one: what may become one is held back
@@ -54,11 +55,11 @@ class Refused(InputError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a body asks for. `prompt` is a text or token ids, or `messages` are (role, content)."""
+    """What a body asks for. `prompt` is a text or token ids, or there are `messages`."""
 
     model: str
     prompt: str | list[int] | None = None
-    messages: tuple[dict[str, str], ...] = ()
+    messages: Messages = ()
     max_tokens: int | None = None  # None: what there is room for
     temperature: float = 1.0
     top_p: float = 1.0
@@ -179,7 +180,7 @@ def check_prompt(value: object) -> str | list[int]:
     return value
 
 
-def check_messages(value: object) -> tuple[dict[str, str], ...]:
+def check_messages(value: object) -> Messages:
     """Messages, each a role and a text, or a list of parts of one."""
     if not isinstance(value, list) or not value:
         raise wrong("messages", value, "a list of at least one message")

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ..data.chat import Messages
 from ..errors import BusyError, InputError, MiniloraError, StateError, StorageError
 from ..formats.tokenizer import Growing, Tokenizer
 from ..table import plain
 from .engine import Engine, Request, Stream
 from .metrics import Metrics
-from .openai import Asked, Refused, Until, Usage, asked, card
+from .openai import Asked, Messages, Refused, Until, Usage, asked, card
 
 BODY, PER_TOKEN = 1 << 16, 32  # bytes of a body, and for each position of a slot
 
