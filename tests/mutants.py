@@ -1036,13 +1036,13 @@ MUTANTS = (
     Mutant("engine-drops-those-that-run-alone", "serve/engine.py", "                cancelled += [stream for line in self.waiting.values() for stream in line]\n", "", "engine"),
     Mutant("engine-token-of-the-first-of-a-prompt", "serve/engine.py", "np.cumsum([span.length for span, _ in parts]) - 1", "np.cumsum([span.length for span, _ in parts]) - [span.length for span, _ in parts]", "engine"),
     Mutant("engine-not-invariant", "serve/engine.py", "self.cache.step([span for span, _ in parts], self.invariant)", "self.cache.step([span for span, _ in parts])", "engine"),
-    Mutant("engine-takes-the-prompt-as-it-will-be", "serve/engine.py", "stream = Stream(request, self.check(request), told)", "self.check(request)\n        stream = Stream(request, request.prompt, told)", "engine"),
+    Mutant("engine-takes-the-prompt-as-it-will-be", "serve/engine.py", "stream = Stream(request, self.check(request), told, self.clock)", "self.check(request)\n        stream = Stream(request, request.prompt, told, self.clock)", "engine"),
     Mutant("engine-unknown-adapters-wait", "serve/engine.py", "            self.bank.check(request.adapter)\n", "            pass\n", "engine"),
     Mutant("bench-every-adapter-is-as-popular", "serve/bench.py", "** -float(zipf)", "** -0.0", "bench"),
     Mutant("bench-the-unpopular-stay", "serve/bench.py", "names(min(count, budget // size))[::-1] or", "names(min(count, budget // size)) or", "bench"),
     Mutant("bench-adapters-share-their-numbers", "serve/bench.py", "Loaded(deepcopy(one.layers), one.bytes)", "Loaded(one.layers, one.bytes)", "bench"),
     Mutant("bench-waiting-begins-at-the-start", "serve/bench.py", "1000 * (stream.times[1] - start - at)", "1000 * (stream.times[-1] - start - at + 1e-9)", "bench"),
-    Mutant("bench-all-arrive-at-once", "serve/bench.py", "while (wait := start + at - time.perf_counter()) > 0:", "while (wait := start - time.perf_counter()) > 0:", "bench"),
+    Mutant("bench-all-arrive-at-once", "serve/bench.py", "while (wait := start + at - engine.clock()) > 0:", "while (wait := start - engine.clock()) > 0:", "bench"),
     Mutant("bench-prompts-one-token-short", "serve/bench.py", "rng.integers(PROMPT[0], PROMPT[1] + 1)", "rng.integers(PROMPT[0], PROMPT[1])", "bench"),
 )
 # fmt: on
