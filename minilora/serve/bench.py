@@ -98,16 +98,21 @@ class Trial:
 
     def burst(self, requests: Sequence[Request]) -> None:
         """Serve requests that are all there at the start."""
-        start = time.perf_counter()
+        start = self.engine.clock()
         streams = play(self.engine, [0.0] * len(requests), requests)
-        seconds = time.perf_counter() - start
+        seconds = self.engine.clock() - start
         self.throughput.append(sum(len(stream.tokens) for stream in streams) / seconds)
         self.requests += len(requests)
 
-    def trickle(self, arrivals: Sequence[float], requests: Sequence[Request]) -> None:
+    def trickle(
+        self,
+        arrivals: Sequence[float],
+        requests: Sequence[Request],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Serve requests that come one after the other."""
-        start = time.perf_counter()
-        for at, stream in zip(arrivals, play(self.engine, arrivals, requests), strict=True):
+        start = self.engine.clock()
+        for at, stream in zip(arrivals, play(self.engine, arrivals, requests, sleep), strict=True):
             self.first.append(1000 * (stream.times[1] - start - at))
             self.last.append(1000 * (stream.times[-1] - start - at))
         self.requests += len(requests)
@@ -217,15 +222,20 @@ def workload(rng: np.random.Generator, count: int, adapters: int, zipf: float, V
     ]
 
 
-def play(engine: Engine, arrivals: Sequence[float], requests: Sequence[Request]) -> list[Stream]:
+def play(
+    engine: Engine,
+    arrivals: Sequence[float],
+    requests: Sequence[Request],
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Stream]:
     """Submit each request at its second, step until all are finished, and return their streams."""
-    start, streams = time.perf_counter(), []
+    start, streams = engine.clock(), []
     for at, request in zip(arrivals, requests, strict=True):
-        while (wait := start + at - time.perf_counter()) > 0:
+        while (wait := start + at - engine.clock()) > 0:
             if engine.busy():
                 engine.step()
             else:
-                time.sleep(wait)
+                sleep(wait)
         streams.append(engine.submit(request))
     engine.run()
     return streams

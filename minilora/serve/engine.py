@@ -66,15 +66,22 @@ class Stream:
     """What a request has brought so far. Iterating waits for the next token, until there is none.
 
     `finish_reason` is None while it is not finished, then "stop", "length", "cancelled" or "error"; iterating
-    raises the `error`. Times are seconds of `time.perf_counter`.
+    raises the `error`. Times are seconds of the engine's clock.
     """
 
-    def __init__(self, request: Request, prompt: np.ndarray, told: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        prompt: np.ndarray,
+        told: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.request, self.prompt = request, prompt  # (T,), checked
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
-        self.times: list[float] = [time.perf_counter()]  # of its arrival, and of each token
+        self.clock = clock
+        self.times: list[float] = [clock()]  # of its arrival, and of each token
         self.told = told  # called by the engine's thread after every change
         self.changed = threading.Condition()
 
@@ -96,7 +103,7 @@ class Stream:
         with self.changed:
             if token is not None:
                 self.tokens.append(token)
-                self.times.append(time.perf_counter())
+                self.times.append(self.clock())
             self.finish_reason = reason
             self.changed.notify_all()
         if self.told:
@@ -132,8 +139,9 @@ class Engine:
     """Serves requests for a base and the adapters of a bank, at most `slots` at a time.
 
     `positions` bounds prompt and new tokens of a text, `queue` the requests that wait, `chunk` the tokens of
-    prompts in a step. With `invariant`, a text is the same to the bit in any company; that takes longer. The
-    model is only read. StateError if it is merged, ConfigError for a number that is none.
+    prompts in a step. With `invariant`, a text is the same to the bit in any company; that takes longer.
+    `clock` gives the seconds in a stream's times. The model is only read. StateError if it is merged,
+    ConfigError for a number that has no meaning.
 
         with Engine(model, Bank(model, "adapters/")) as engine:    # a thread of its own
             for token in engine.submit(Request(ids, 20, "pirate")): ...
@@ -149,8 +157,9 @@ class Engine:
         queue: int = 256,
         chunk: int = 256,
         invariant: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.model, self.bank, self.invariant = model, bank, invariant
+        self.model, self.bank, self.invariant, self.clock = model, bank, invariant, clock
         limits = {"slots": slots, "positions": positions, "queue": queue, "chunk": chunk}
         for name, value in limits.items():
             check_int(name, value, 1)
@@ -179,7 +188,7 @@ class Engine:
         InputError for a request that the model cannot take or an adapter that does not exist, BusyError if
         the queue is full, StateError if the engine is stopping.
         """
-        stream = Stream(request, self.check(request), told)
+        stream = Stream(request, self.check(request), told, self.clock)
         with self.changed:
             if self.stopping:
                 raise StateError("the engine is stopping and takes no more requests")

@@ -160,6 +160,6 @@ class Text:
             self.service.engine.cancel(self.stream)
         metrics, times = self.service.metrics, self.stream.times
         metrics.finished[self.reason or "cancelled"] += 1
-        metrics.whole.add(time.perf_counter() - times[0])
+        metrics.whole.add(self.stream.clock() - times[0])
         if len(times) > 1:
             metrics.first.add(times[1] - times[0])

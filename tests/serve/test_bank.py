@@ -113,7 +113,7 @@ class Memory(RuleBasedStateMachine):
 def test_memory_holds_what_was_used_last_and_never_more_than_its_budget(folder):
     Memory.folder = folder
     case = Memory.TestCase
-    case.settings = settings(max_examples=8, stateful_step_count=15)
+    case.settings = settings(max_examples=5, stateful_step_count=15)
     case().runTest()
 
 
@@ -138,6 +138,13 @@ def test_one_that_is_larger_than_the_budget_is_refused_and_the_others_stay(folde
         bank.take("e")
     assert list(bank.loaded) == ["a"]
     assert bank.fetch("c")
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(-1, False), (0, True)])
+def test_the_budget_is_exact_to_the_byte(folder, spare, fits):
+    bank = Bank(base(), folder, bytes_of("b") + bytes_of("e") + spare)
+    assert bank.take("e")
+    assert (bank.take("b") is not None) is fits
 
 
 def test_what_found_no_room_is_not_read_again_before_there_is_some(folder, monkeypatch):

@@ -1,5 +1,6 @@
 """The benchmark's workload is what it says, and its report has a line for each number of adapters."""
 
+import time
 from collections import Counter
 
 import numpy as np
@@ -25,7 +26,7 @@ from minilora.serve.engine import Engine
 
 def test_the_popularity_of_adapters_is_zipfs_law():
     """Each count is binomial, so it is off by 5 standard deviations with a probability below 1e-6."""
-    rng, n, K = np.random.default_rng(0), 20_000, 5
+    rng, n, K = np.random.default_rng(0), 5_000, 5
     counts = Counter(request.adapter for request in workload(rng, n, K, 1.5, 7))
     weights = np.arange(1, K + 1) ** -1.5
     for name, p in zip(names(K), weights / weights.sum(), strict=True):
@@ -73,11 +74,11 @@ def test_requests_are_submitted_when_they_arrive(tmp_path):
     requests = workload(np.random.default_rng(0), 4, 0, 1.0, 11)
     requests = [type(r)(r.prompt[:3], 2, "a", temperature=0) for r in requests]
     arrivals = [0.0, 0.0, 0.05, 0.1]
+    start = time.perf_counter()
     streams = play(engine, arrivals, requests)
-    start = streams[0].times[0]
     assert all(len(stream.tokens) == 2 for stream in streams)
     for at, stream in zip(arrivals, streams, strict=True):
-        assert stream.times[0] - start >= at - 0.01
+        assert stream.times[0] - start >= at
 
 
 def test_the_report_has_a_line_for_each_number_of_adapters(tmp_path):

@@ -85,7 +85,7 @@ def assert_whole(served):
 
 
 @given(plan=st.lists(st.tuples(requests(), st.integers(0, 3)), min_size=1, max_size=9))
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_a_request_gets_the_tokens_that_it_would_get_alone(folder, plan):
     """In float64: what its neighbours change is rounding, far below the gap between two logits here."""
     served = engine(folder)
@@ -204,7 +204,7 @@ def test_nobody_is_lost_and_slots_and_adapters_come_back(folder, tmp_path):
     (tmp_path / "all" / "bad" / WEIGHTS).write_bytes(b"")
     Life.folder = tmp_path / "all"
     case = Life.TestCase
-    case.settings = settings(max_examples=12, stateful_step_count=25)
+    case.settings = settings(max_examples=9, stateful_step_count=25)
     case().runTest()
 
 
@@ -298,7 +298,7 @@ def test_the_prompt_is_that_of_the_moment_of_submitting(folder):
 
 
 @given(floods=st.lists(st.integers(1, 6), min_size=1, max_size=4), slots=st.integers(1, 3), seed=seeds)
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_a_request_that_is_alone_with_its_adapter_waits_for_one_of_each_other_at_most(
     folder, floods, slots, seed
 ):
@@ -491,7 +491,7 @@ def test_memory_is_flat_over_ten_thousand_requests(folder):
 @given(
     plan=st.lists(st.tuples(requests(), st.integers(0, 3)), min_size=1, max_size=7), chunk=st.integers(1, 9)
 )
-@settings(max_examples=15)
+@settings(max_examples=9)
 def test_in_the_invariant_mode_company_and_chunks_change_no_bit(float32, plan, chunk):
     """In float32, with a temperature: the logits of every token, and so the text, are those of a lone run."""
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from helpers import SIZES, assert_precision_scales, seeds, tiny
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilora.backend import to_device, to_host, xp
@@ -45,7 +45,11 @@ def through(model, texts, steps, alone=False, slots=None):
     return found
 
 
+UNORDERED = ({0: [1, 2], 1: [3, 4], 2: [5, 6]}, [[Span(slot, at, 1) for slot in (2, 0, 1)] for at in (0, 1)])
+
+
 @given(seed=seeds, schedule=schedules(), alone=st.booleans())
+@example(seed=0, schedule=UNORDERED, alone=False)  # every slot has a token, in another order than the slots'
 def test_every_token_has_the_logits_of_its_text_alone(seed, schedule, alone):
     """However the texts are cut into spans, and whatever lies in the other slots."""
     texts, steps = schedule
@@ -55,8 +59,8 @@ def test_every_token_has_the_logits_of_its_text_alone(seed, schedule, alone):
         found = through(model, texts, steps, alone)
         whole = {slot: to_host(model(to_device(np.array([ids])))[0])[0] for slot, ids in texts.items()}
         assert len(found) == sum(map(len, texts.values()))
-        yield np.stack(list(found.values()))
-        yield np.stack([whole[slot][position] for slot, position in found])
+        yield to_device(np.stack(list(found.values())))
+        yield to_device(np.stack([whole[slot][position] for slot, position in found]))
 
     assert_precision_scales(both)
 
