@@ -32,8 +32,7 @@ from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
 from minilora.model import Config, llama
 from minilora.peft import loading
-from minilora.serve import bank, engine, http, service
-from minilora.serve import bench
+from minilora.serve import bank, bench, engine, http, service
 
 CORES = 3
 PARSER = cli.parser()

@@ -21,9 +21,12 @@ CHATML = (
 )
 HI = [{"role": "user", "content": "Hi"}]
 messages = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text(max_size=9)}),
-    min_size=1, max_size=3,
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text(max_size=9)}
+    ),
+    min_size=1,
+    max_size=3,
+)
 
 
 def folder(where, template=None, file=None, **settings):
@@ -112,16 +115,29 @@ def test_a_template_that_is_no_text_is_refused(template, tmp_path):
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ ''.__class__.__mro__ }}", "{{ messages.__class__ }}", "{{ raise_exception.__globals__ }}",
-        "{{ raise_exception.__closure__ }}", "{{ namespace.__init__.__globals__ }}", "{{ dict.__base__ }}",
-        "{{ self.__init__.__globals__ }}", "{{ messages | attr('__class__') }}",
-        "{{ ('{0.__class__}').format(messages) }}", "{{ ''.format_map({}).__class__ }}",
-        "{{ messages.append(1) }}", "{{ messages[0].update({'role': 'x'}) }}", "{{ messages.clear() }}",
-        "{% include 'tokenizer_config.json' %}", "{% import 'os' as os %}{{ os.getcwd() }}",
-        "{% extends 'tokenizer_config.json' %}", "{{ open('/etc/passwd').read() }}", "{{ cycler(1) }}",
-        "{{ lipsum() }}", "{{ range(1000000) | list }}", "{{ strftime_now('%Y') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__ }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__closure__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ dict.__base__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ messages | attr('__class__') }}",
+        "{{ ('{0.__class__}').format(messages) }}",
+        "{{ ''.format_map({}).__class__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ messages.clear() }}",
+        "{% include 'tokenizer_config.json' %}",
+        "{% import 'os' as os %}{{ os.getcwd() }}",
+        "{% extends 'tokenizer_config.json' %}",
+        "{{ open('/etc/passwd').read() }}",
+        "{{ cycler(1) }}",
+        "{{ lipsum() }}",
+        "{{ range(1000000) | list }}",
+        "{{ strftime_now('%Y') }}",
     ],
-)  # fmt: skip
+)
 def test_a_template_reaches_nothing_and_changes_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "system", lambda command: pytest.fail("a command was run"))
     monkeypatch.chdir(tmp_path)
@@ -135,9 +151,12 @@ def test_a_template_reaches_nothing_and_changes_nothing(source, tmp_path, monkey
 
 
 def test_a_gguf_file_brings_its_template_and_the_names_of_its_tokens(tmp_path, monkeypatch):
-    values = {"tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
-              "tokenizer.ggml.tokens": ["<a>", "<b>"], "tokenizer.ggml.bos_token_id": 1,
-              "tokenizer.ggml.eos_token_id": 0}  # fmt: skip
+    values = {
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
+        "tokenizer.ggml.tokens": ["<a>", "<b>"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 0,
+    }
     monkeypatch.setattr(gguf, "opened", lambda path: SimpleNamespace(values=values))
     assert chat_template(tmp_path / "m.gguf")(HI) == "<b>Hi<a>"
     values["tokenizer.ggml.bos_token_id"] = 9  # which the vocabulary has not
@@ -158,9 +177,13 @@ def test_without_jinja_one_line_says_how_to_get_it(tmp_path, monkeypatch):
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "source",
-    [CHATML, "{{ bos_token }}{% for m in messages %}\n    [{{ m.role }}]\n  {{ m.content }}\n{% endfor %}",
-     "{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m | tojson }}{% endfor %}"],
-)  # fmt: skip
+    [
+        CHATML,
+        "{{ bos_token }}{% for m in messages %}\n    [{{ m.role }}]\n  {{ m.content }}\n{% endfor %}",
+        "{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+        "{{ ns.n }}{{ m | tojson }}{% endfor %}",
+    ],
+)
 @given(messages=messages)
 def test_the_prompt_is_that_of_transformers(source, messages, tmp_path_factory):
     from transformers.utils.chat_template_utils import render_jinja_template
