@@ -968,7 +968,7 @@ MUTANTS = (
     Mutant("mixed-tree-does-not-see-what-is-trained", "fast/mixed.py", "[adapters[path] for adapters in some if path in adapters]", "[]", "mixed"),
     Mutant("mixed-order-without-what-is-trained", "fast/mixed.py", "([id(a) for a in own], trained)) != self.order", "[id(a) for a in own]) != self.order", "mixed"),
     Mutant("mixed-dx-without-the-adapter", "fast/mixed.py", "add_at(dx, at, back_drop(", "add_at(dx, at, 0 * back_drop(", "mixed"),
-    Mutant("mixed-dx-through-the-mask-no-more", "fast/mixed.py", "back_drop((dh @ adapter.A.data).reshape(dx[at].shape))", "(dh @ adapter.A.data).reshape(dx[at].shape)", "mixed"),
+    Mutant("mixed-dx-through-the-mask-no-more", "fast/mixed.py", "back_drop((dh @ adapter.A.data).reshape(-1, *dx.shape[1:]))", "(dh @ adapter.A.data).reshape(-1, *dx.shape[1:])", "mixed"),
     Mutant("mixed-frozen-adapter-learns", "fast/mixed.py", "            if trains(adapter):\n", "            if adapter:\n", "mixed"),
     Mutant("mixed-loop-lets-a-frozen-adapter-learn", "fast/mixed.py", "            if not trains(adapter):\n", "            if not adapter:\n", "mixed"),
     Mutant("mixed-gathers-a-prompt", "fast/mixed.py", "(gathered if x.shape[1] == 1 else segments)", "(gathered)", "mixed"),

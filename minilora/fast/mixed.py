@@ -110,7 +110,7 @@ def add_segments(
             else:
                 dh = adapter.scale * (rows(dy[at]) @ adapter.B.data)
             if need is Need.ALL:
-                add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(dx[at].shape)))
+                add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(-1, *dx.shape[1:])))
         return dx
 
     return y, back
