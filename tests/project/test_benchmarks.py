@@ -113,3 +113,11 @@ def test_the_calls_of_packed_training_match_the_code_and_its_page_the_rows(monke
         assert "| " + " | ".join(f"{row['packed_to_unpacked']:.2f}" for row in own) + " |" in speed
     all_of = [[row["calls"][kind]["all"] for kind in packed.KINDS] for row in rows[: len(packed.RUNS)]]
     assert "| " + " | ".join(f"{ours / theirs:.2f}" for ours, theirs in all_of) + " |" in speed
+
+
+def test_the_page_on_serving_has_the_numbers_of_its_formulas(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import serving
+
+    need = {"part": "past one machine", **serving.count()}
+    assert serving.tables([need])[-1] in (ROOT / "docs/serving.md").read_text(encoding="utf-8")
