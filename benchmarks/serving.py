@@ -16,7 +16,8 @@ Each contestant has a process of its own with one thread, the runs alternate (co
 medians over the rounds. Times are the processor's: what other programs do meanwhile counts only as far as it
 disturbs the caches. Then waiting times: requests arrive as a Poisson process at LOAD of the base's throughput
 (serve/bench.py).
-Writes results/serving.json; --draw only draws results/serving.png and .svg from it. --count prints what a
+Writes results/serving.json; --draw only draws results/serving.png and .svg from it,
+and prints the tables of docs/serving.md. --count prints what a
 7B base and 10,000 adapters need past one machine, from formulas alone.
 """
 
@@ -40,6 +41,7 @@ import minilora as ml
 from minilora.analysis.count import LLAMAS
 from minilora.serve import bench
 from minilora.serve.engine import Engine, Request
+from minilora.table import Table
 
 SIZE, RANK = SIZES[1], 8
 REQUESTS, PROMPT, NEW, SLOTS = 96, 16, 24, 32
@@ -297,8 +299,61 @@ def count() -> dict[str, float]:
         "step_ms": 1000 * step / GPU["bandwidth"], "tokens_per_second": tokens,
         "fetch_ms": 1000 * adapter / GPU["bus"], "tokens_needed_per_second": needed,
         "replicas": int(-(-needed // tokens)), "replicas_of_merged_models": ADAPTERS,
-        "share_of_requests_for_the_first_thousand": float(held[999] / held[-1]),
+        "share_of_the_first_thousand": float(held[999] / held[-1]),
     }  # fmt: skip
+
+
+# ---- the tables of docs/serving.md
+
+
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Throughput, waiting times, and what a 7B base needs, in Markdown."""
+    fast = [row for row in rows if row["part"] == "throughput"]
+    waits = [row for row in rows if row["part"] == "waiting"]
+    (need,) = (row for row in rows if row["part"] == "past one machine")
+
+    def times(row: dict[str, Any], name: str, digits: int = 1) -> str:
+        return f"{row[name]:.{digits}f}" if name in row else ""
+
+    throughput = Table(
+        ("who", "adapters", "popularity", "targets", "tokens/s", "of base", "of 5", "x PEFT", "x merge"),
+        [
+            (row["kind"], f"{row['adapters']:,}" if row["adapters"] else "none",
+             row["popularity"] if row["adapters"] else "", row["targets"] if row["adapters"] else "",
+             f"{row['tokens_per_second']:,.0f}", f"{row['to_base']:.2f}", times(row, "to_five", 2),
+             times(row, "times_peft"), times(row, "times_merge"))
+            for row in fast
+        ],
+    )  # fmt: skip
+    waiting = Table(
+        ("adapters", "first token, median", "95 %", "last token, median", "95 %", "in memory when it came"),
+        [
+            (f"{row['adapters']:,}" if row["in_memory_at_most"] >= row["adapters"] else
+             f"{row['adapters']:,}, {row['in_memory_at_most']} in memory",
+             *(f"{ms:.0f} ms" for name in ("first_token_ms", "latency_ms") for ms in row[name]),
+             f"{row['in_memory']:.0%}")
+            for row in waits
+        ],
+    )  # fmt: skip
+    gb, ms = (lambda name: f"{need[name] / 1e9:,.1f} GB"), (lambda name: f"{need[name]:.1f} ms")
+    count = Table(
+        ("what", "how much"),
+        [
+            ("the base", gb("base_bytes")), ("one adapter", f"{need['adapter_bytes'] / 1e6:.1f} MB"),
+            ("all adapters", gb("all_adapters_bytes")), ("a merged copy for each", gb("merged_copies_bytes")),
+            ("keys and values of one token", f"{need['cache_bytes_per_token'] / 1e6:.2f} MB"),
+            ("texts at once on one GPU", f"{need['texts_at_once']}"),
+            ("bytes that a step of decoding reads", gb("bytes_per_step")),
+            ("of these, adapters", f"{need['of_it_adapters']:.1%}"),
+            ("a step takes at least", ms("step_ms")),
+            ("new tokens per second and GPU, at most", f"{need['tokens_per_second']:,.0f}"),
+            ("fetching one adapter takes", ms("fetch_ms")),
+            ("new tokens per second that are asked for", f"{need['tokens_needed_per_second']:,.0f}"),
+            ("replicas of the base", f"{need['replicas']}"),
+            ("requests for the first thousand adapters", f"{need['share_of_the_first_thousand']:.0%}"),
+        ],
+    )  # fmt: skip
+    return [table.markdown() for table in (throughput, waiting, count)]
 
 
 # ---- the figure
@@ -374,7 +429,9 @@ def main() -> None:
         return
     if not args.draw:
         write("serving", [*measure(args.rounds), {"part": "past one machine", **count()}])
-    draw(json.loads((RESULTS / "serving.json").read_text())["rows"])
+    rows = json.loads((RESULTS / "serving.json").read_text())["rows"]
+    print(*tables(rows), sep="\n\n")
+    draw(rows)
 
 
 if __name__ == "__main__":

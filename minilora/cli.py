@@ -297,7 +297,7 @@ def parser() -> argparse.ArgumentParser:
     add("base", bases, nargs="?", **base)
     add("--adapters", "numbers of adapters", type=integers, metavar="K,K,...")
     add("--rank", "rank of A and B", type=int, metavar="R")
-    add("--targets", "the linear maps that are adapted", type=target_spec, **names)
+    add("--targets", "the linear maps that have adapters", type=target_spec, **names)
     add("--budget", "bytes of adapters in memory, at most", **number)
     add("--slots", "texts that are written at the same time, at most", **number)
     add("--requests", "requests in a round", **number)

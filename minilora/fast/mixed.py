@@ -110,7 +110,7 @@ def add_segments(
             else:
                 dh = adapter.scale * (rows(dy[at]) @ adapter.B.data)
             if need is Need.ALL:
-                add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(dx[at].shape)))
+                add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(-1, *dx.shape[1:])))
         return dx
 
     return y, back
@@ -264,7 +264,8 @@ class MixedBatch:
         self.model, self.shapes, self.kinds, self.invariant = model, shapes, kinds, invariant
         self.layers: dict[str, Mixed] = {}
         self.N: int | None = None
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, Member] = {}  # by the id of their adapters
+        self.order: Any = None  # the rows' ids, and those that are trained
         self.segments: list[Segment] = []
         self.unstacked: list[Segment] = []  # of those, the ones that no stack takes
         self.stacks: dict[Layout, Stack] = {}
@@ -284,33 +285,41 @@ class MixedBatch:
             raise StateError("the batch has its rows already; leave its context first")
         if not len(adapters):
             raise InputError("no rows; expected a mapping, a name or None for each row of ids")
-        for a in adapters:
+        for a in {id(a): a for a in adapters}.values():
             if not isinstance(a, Mapping | str | None):
-                raise InputError(
-                    f"a row has {short(a)}; expected a mapping from paths to adapters, a name or None"
-                )
+                expected = "a mapping from paths to adapters, a name or None"
+                raise InputError(f"a row has {short(a)}; expected {expected}")
         names = {name: named(self.model, name) for name in adapters if isinstance(name, str)}
-        own = [names[a] if isinstance(a, str) else a for a in adapters]
+        own = [(names[a] if isinstance(a, str) else a) or None for a in adapters]
         distinct = {id(a): a for a in own if a}
         self.members = {k: self.members.get(k) or self.member(a) for k, a in distinct.items()}
-        places: dict[int, list[int]] = {}
-        for n, a in enumerate(own):
-            places.setdefault(id(a) if a else 0, []).append(n)
-        self.segments = [Segment(distinct.get(k), index(at)) for k, at in places.items()]
         trained = [k for k, m in self.members.items() if any(map(is_trained, m.params))]
-        for path, layer in self.layers.items():
-            layer.trained = [distinct[k][path] for k in trained if path in distinct[k]]
-        self.unstacked, self.fresh = [], {}
-        for k, member in self.members.items():
-            if k in trained or len(places[k]) > FEW:
-                self.unstacked.append(Segment(distinct[k], index(places[k])))
-            else:
-                self.fresh.setdefault(member.layout, []).extend((n, distinct[k]) for n in places[k])
+        if (order := ([id(a) for a in own], trained)) != self.order:
+            self.arrange(own, trained)
+            self.order = order
         self.N = len(own)
         try:
             yield
         finally:
             self.N = None
+
+    def arrange(self, own: Sequence[Adapters | None], trained: Sequence[int]) -> None:
+        """Sort the rows by their adapters, and these into what is stacked and what is not."""
+        places: dict[int, list[int]] = {}
+        for n, a in enumerate(own):
+            places.setdefault(id(a), []).append(n)
+        parts = {k: Segment(own[numbers[0]], index(numbers)) for k, numbers in places.items()}
+        self.segments = list(parts.values())
+        for path, layer in self.layers.items():
+            some = (self.members[k].adapters for k in trained)
+            layer.trained = [adapters[path] for adapters in some if path in adapters]
+        self.unstacked, self.fresh = [], {}
+        for k, member in self.members.items():
+            if k in trained or len(places[k]) > FEW:
+                self.unstacked.append(parts[k])
+            else:
+                rows = self.fresh.setdefault(member.layout, [])
+                rows += [(n, member.adapters) for n in places[k]]
 
     def stacked(self) -> list[Stack]:
         """The stacks that hold the rows, filled when they are first asked for."""

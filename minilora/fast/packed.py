@@ -5,8 +5,8 @@
 Every run has its own batches, optimizer and schedule. The base is frozen and shared, and no row reaches the
 adapter of another run, so the result is that of the runs one by one: up to rounding, or to the bit if no
 product has rows of two runs (`invariant`, mixed.py). It saves calls, which are launches on a GPU, but no
-operations: a processor that is busy already gains nothing (benchmarks/packed.py). Stands in for mLoRA's
-BatchLoRA (Ye et al. 2023, arXiv:2312.02515); leaves out its pipelines and its scheduler of jobs.
+operations: a processor gains only if batches are tiny (benchmarks/packed.py). Stands in for mLoRA's BatchLoRA
+(Ye et al. 2023, arXiv:2312.02515); leaves out its pipelines and its scheduler of jobs.
 """
 
 from __future__ import annotations

@@ -45,10 +45,12 @@ def through(model, texts, steps, alone=False, slots=None):
     return found
 
 
+APART = ({0: [1], 1: [2, 3], 2: [4]}, [[Span(0, 0, 1), Span(1, 0, 2), Span(2, 0, 1)]])
 UNORDERED = ({0: [1, 2], 1: [3, 4], 2: [5, 6]}, [[Span(slot, at, 1) for slot in (2, 0, 1)] for at in (0, 1)])
 
 
 @given(seed=seeds, schedule=schedules(), alone=st.booleans())
+@example(seed=0, schedule=APART, alone=False)
 @example(seed=0, schedule=UNORDERED, alone=False)  # every slot has a token, in another order than the slots'
 def test_every_token_has_the_logits_of_its_text_alone(seed, schedule, alone):
     """However the texts are cut into spans, and whatever lies in the other slots."""
