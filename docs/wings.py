@@ -137,7 +137,8 @@ Places = dict[str, Place]
 def place(graph: dict[str, set[str]], boxes: dict[str, Box]) -> Places:
     """The centres of the boxes, one row for each level: few lines run behind a box, and all are short.
 
-    Row by row, down, up and down again, every order at every choice of slots is compared.
+    Row by row, one from the middle first, then down, up and down again, every order at every choice of slots
+    is compared.
     """
     height, lines = levels(graph), arrows(graph)
     rows = [sorted(n for n in graph if height[n] == level) for level in range(max(height.values()) + 1)]
@@ -162,7 +163,8 @@ def place(graph: dict[str, set[str]], boxes: dict[str, Box]) -> Places:
             behind += sum(crosses(now[a], now[b], now[n], boxes[n]) for n in others if near or n in row)
         return 30 * behind + length
 
-    for row in [*reversed(rows), *rows, *reversed(rows)]:
+    middle = rows[2 * len(rows) // 3]
+    for row in [middle, *reversed(rows), *rows, *reversed(rows)]:
         slots = [s for s in itertools.combinations(SLOTS, len(row)) if all(b - a > 1 for a, b in pairwise(s))]
         at |= min(
             (
