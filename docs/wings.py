@@ -137,7 +137,8 @@ Places = dict[str, Place]
 def place(graph: dict[str, set[str]], boxes: dict[str, Box]) -> Places:
     """The centres of the boxes, one row for each level: few lines run behind a box, and all are short.
 
-    Row by row, up and down again, every order at every choice of slots is compared.
+    Row by row, one from the middle first, then down, up and down again, every order at every choice of slots
+    is compared.
     """
     height, lines = levels(graph), arrows(graph)
     rows = [sorted(n for n in graph if height[n] == level) for level in range(max(height.values()) + 1)]

@@ -41,11 +41,16 @@ if TYPE_CHECKING:
     from .data.batching import batches, eval_batches
     from .data.corpora import corpus
     from .experiments.rank_sweep import Plan, sweep
+    from .fast.mixed import mixed
+    from .fast.packed import Run, train_packed
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
     from .methods.quantize import quantize
     from .peft.folder import open_adapter
     from .peft.loading import load_adapter, save_adapter
+    from .serve.bank import Bank
+    from .serve.bench import serve_bench
+    from .serve.engine import Engine, Request
     from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
 
 __version__ = "0.1.0"
@@ -62,24 +67,30 @@ LATER = {  # imported on first use
     "data.batching": ("batches", "eval_batches"),
     "data.corpora": ("corpus",),
     "experiments.rank_sweep": ("Plan", "sweep"),
+    "fast.mixed": ("mixed",),
+    "fast.packed": ("Run", "train_packed"),
     "formats.huggingface": ("checkpoint", "load", "save_model"),
     "formats.tokenizer": ("decode", "encode"),
     "methods.quantize": ("quantize",),
     "peft.folder": ("open_adapter",),
     "peft.loading": ("load_adapter", "save_adapter"),
+    "serve.bank": ("Bank",),
+    "serve.bench": ("serve_bench",),
+    "serve.engine": ("Engine", "Request"),
     "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
 }
 MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Config", "Llama", "LoraConfig", "Plan", "Schedule", "add_weighted_adapter", "batches",
-    "checkpoint", "combine", "complete", "compress", "corpus", "count", "decode", "digest", "disabled",
-    "effective_rank", "encode", "eval_batches", "evaluate", "extract", "finetune", "freeze", "fuse",
-    "generate", "inject", "inspect", "llama", "load", "load_adapter", "lora_plus", "merge",
-    "merge_checkpoint", "modules", "named_params", "open_adapter", "participation_ratio", "plots", "quantize",
-    "quantize_checkpoint", "remove", "save_adapter", "save_model", "scales", "set_adapter", "set_scale",
-    "spectrum", "spectrum_between", "stable_rank", "sweep", "train", "trained", "unfreeze", "unmerge", "use",
+    "AdamW", "Bank", "Config", "Engine", "Llama", "LoraConfig", "Plan", "Request", "Run", "Schedule",
+    "add_weighted_adapter", "batches", "checkpoint", "combine", "complete", "compress", "corpus", "count",
+    "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate", "extract",
+    "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
+    "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params", "open_adapter",
+    "participation_ratio", "plots", "quantize", "quantize_checkpoint", "remove", "save_adapter", "save_model",
+    "scales", "serve_bench", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank",
+    "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
 
 

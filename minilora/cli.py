@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 from .backend import cores
 from .console import drain, signals, streams
-from .errors import ConfigError, MiniloraError
+from .errors import ConfigError, MiniloraError, needed
 from .flags import (
     Of,
     Options,
@@ -117,6 +117,15 @@ def usual_train() -> dict[str, Any]:
     from .finetune import RATES, Recipe
 
     return defaults(Recipe) | {"lr": f"{RATES['lora']:g}; in full {RATES['full']:g}"}
+
+
+def usual_serve() -> dict[str, Any]:
+    """The defaults of a server, its engine and its bank."""
+    from .serve.bank import Bank
+    from .serve.engine import Engine
+
+    here = {"host": "127.0.0.1", "port": 8000, "grace": 30.0}
+    return defaults(Bank) | defaults(Engine) | here
 
 
 FIRST = """minilora: LoRA from scratch in NumPy. What to do first:
@@ -230,6 +239,23 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", "seed of the sampling", default=0, **number)
 
+    add = command("serve", serve, usual_serve, "answer OpenAI's clients over HTTP: a base and many adapters")
+    add("base", bases, metavar="BASE")
+    add("--adapters", "a folder with a PEFT folder for each adapter, which is the name of a model",
+        dest="folder", type=Path, required=True, metavar="DIR")  # fmt: skip
+    add(
+        "--host",
+        "the address to listen at; the default one is reached from this machine alone",
+        metavar="HOST",
+    )
+    add("--port", "its port; 0 is any free one", **number)
+    add("--slots", "texts at a time", **number)
+    add("--positions", "tokens of a prompt and its text, at most", **number)
+    add("--queue", "requests that wait, at most; more are refused", **number)
+    add("--budget", "bytes of adapters in memory, at most", **number)
+    add("--grace", "seconds that texts have to end when the server is stopped", type=float, metavar="S")
+    add("--invariant", "the same text to the bit, whoever shares its steps; takes longer", **switch)
+
     of = Of("analysis.inspect", "inspect")
     add = command("inspect", inspect, of.usual, "which rank an adapter really uses, module by module")
     add("adapter", "a PEFT folder", metavar="ADAPTER")
@@ -301,6 +327,23 @@ def parser() -> argparse.ArgumentParser:
     add = command("modules", of.report, of.usual, "the modules of a base, and which of them a target selects")
     add("base", bases, nargs="?", **base)
     add("--targets", "mark the modules that these select", type=target_spec, **names)
+    add("--json", table, **switch)
+
+    of = Of("serve.bench", "serve_bench")
+    add = command("serve-bench", of.report, of.usual, "how fast a base serves many adapters at once")
+    add("base", bases, nargs="?", **base)
+    add("--adapters", "numbers of adapters", type=integers, metavar="K,K,...")
+    add("--rank", "rank of A and B", type=int, metavar="R")
+    add("--targets", "the linear maps that have adapters", type=target_spec, **names)
+    add("--budget", "bytes of adapters in memory, at most", **number)
+    add("--slots", "texts that are written at the same time, at most", **number)
+    add("--requests", "requests in a round", **number)
+    add(
+        "--load", "rate of arrivals, as a share of what the base alone can serve", type=float, metavar="SHARE"
+    )
+    add("--zipf", "popularity of the k-th adapter is k to the power -Z", type=float, metavar="Z")
+    add("--rounds", "rounds, of which medians are taken", **number)
+    add("--seed", "seed of adapters and requests", **number)
     add("--json", table, **switch)
 
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
@@ -433,6 +476,34 @@ def generate(options: Options) -> int:
         print(plain(piece, keep="\n"), end="", flush=True)
     print()
     return 0
+
+
+def serve(options: Options) -> int:
+    """Serve until interrupted; 130 if texts were cut off then."""
+    for package in ("starlette", "uvicorn"):
+        needed(package, "serve")
+    import numpy as np
+
+    from .data import chat
+    from .formats import huggingface
+    from .serve import bank, engine, http, service
+
+    base = huggingface.checkpoint(options.base)
+    name = options.base if options.base in huggingface.NAMES else base.where.resolve().name
+    words, template = huggingface.tokenizer_of(base), chat.chat_template(base.where)
+    llama = huggingface.assemble(base)
+    adapters = bank.Bank(llama, **typed(options, bank.Bank))
+    runner = engine.Engine(llama, adapters, **typed(options, engine.Engine))
+    answers = service.Service(runner, words, name, template, rng=np.random.default_rng())
+    server = http.Server(answers, **typed(options, http.Server))
+    print(plain(f"{name} and {len(adapters.names())} adapters: {server.url}/v1"), flush=True)
+    if not server.private:
+        print(f"minilora: whoever reaches {server.url} can use it; it asks for no key", file=sys.stderr)
+    try:
+        server.ended.wait()
+    except KeyboardInterrupt:
+        print("minilora: stopping; a second signal ends it at once", file=sys.stderr)
+    return 0 if server.stop() else 130
 
 
 def inspect(options: Options) -> int:

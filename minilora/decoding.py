@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def generate(
     return tokens(ids)  # a generator of its own, so that the checks above run at once
 
 
-def check_sampling(max_new_tokens: object, temperature: object, top_k: object, top_p: object) -> None:
+def check_sampling(max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
     """InputError for a setting of `generate` that has no meaning."""
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {short(max_new_tokens)}; expected an int, at least 1")

@@ -16,6 +16,7 @@ from argparse import SUPPRESS
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from threading import Event
 from unittest import mock
 
 import numpy as np
@@ -32,6 +33,7 @@ from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
 from minilora.model import Config, llama
 from minilora.peft import loading
+from minilora.serve import bank, bench, engine, http, service
 
 CORES = 3
 PARSER = cli.parser()
@@ -44,6 +46,8 @@ class Found:
     """In the place of any result."""
 
     test = speed = characters = 0
+    url, private, ended = "http://h", True, Event()
+    ended.set()
 
     def data(self):
         return {"found": math.inf}
@@ -53,6 +57,12 @@ class Found:
 
     def save(self, folder, name):
         (folder / name).write_text("a picture")
+
+    def names(self):
+        return ["a", "b"]
+
+    def stop(self):
+        return True
 
 
 def flat(name, value):
@@ -103,6 +113,8 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "train": [(finetune, "run", Found())],
     "generate": [(huggingface, "checkpoint", ...), (loading, "load_adapter", "loaded"), (lora, "merge"),
                  (decoding, "generate", [np.array([33])])],
+    "serve": [(huggingface, "checkpoint", ...), (bank, "Bank", Found()), (engine, "Engine", Found()),
+              (service, "Service", Found()), (http, "Server", Found())],
     "inspect": [(microscope, "inspect", Found()), (microscope, "pictures", {"drawn": Found()}),
                 (microscope, "report_page", "a page")],
     "compress": [(truncate, "compress", Found())],
@@ -112,6 +124,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "quantize": [(compose_quantize, "quantize_checkpoint", Found())],
     "params": [(count, "count", Found())],
     "modules": [(count, "modules", Found())],
+    "serve-bench": [(bench, "serve_bench", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
                 (rank_figures, "merge_equivalence", Found())],
 }  # fmt: skip
@@ -186,6 +199,19 @@ OPTIONS = {
         "top_p": (["--top-p", "0.6"], {"generate.top_p": 0.6}),
         "seed": (["--seed", "7"], {"generate.rng": int(np.random.default_rng(7).integers(1 << 60))}),
     }),
+    "serve": ({"base": ["../one"], "folder": ["--adapters", "a"]}, {
+        "base": (["../two"], {"checkpoint.spec": "../two", "Service.name": "two",
+                              "printed": "two and 2 adapters: http://h/v1\n"}),
+        "folder": (["--adapters", "a2"], {"Bank.folder": Path("a2")}),
+        "host": (["--host", "::1"], {"Server.host": "::1"}),
+        "port": (["--port", "0"], {"Server.port": 0}),
+        "slots": (["--slots", "3"], {"Engine.slots": 3}),
+        "positions": (["--positions", "5"], {"Engine.positions": 5}),
+        "queue": (["--queue", "7"], {"Engine.queue": 7}),
+        "budget": (["--budget", "11"], {"Bank.budget": 11}),
+        "grace": (["--grace", "1.5"], {"Server.grace": 1.5}),
+        "invariant": (["--invariant"], {"Engine.invariant": True}),
+    }),
     "inspect": ({"adapter": ["a"]}, {
         "adapter": (["a2"], {"inspect.adapter": "a2"}),
         "base": (["--base", "b"], {"inspect.base": "b"}),
@@ -243,6 +269,20 @@ OPTIONS = {
         "targets": (["--targets", "k_proj,o_proj"], {"modules.targets": ("k_proj", "o_proj")}),
         "json": (["--json"], {"printed": JSON}),
     }),
+    "serve-bench": ({}, {
+        "base": (["b2"], {"serve_bench.base": "b2"}),
+        "adapters": (["--adapters", "3,4"], {"serve_bench.adapters": (3, 4)}),
+        "rank": (["--rank", "3"], {"serve_bench.rank": 3}),
+        "targets": (["--targets", "k_proj,o_proj"], {"serve_bench.targets": ("k_proj", "o_proj")}),
+        "budget": (["--budget", "11"], {"serve_bench.budget": 11}),
+        "slots": (["--slots", "11"], {"serve_bench.slots": 11}),
+        "requests": (["--requests", "11"], {"serve_bench.requests": 11}),
+        "load": (["--load", "0.3"], {"serve_bench.load": 0.3}),
+        "zipf": (["--zipf", "0.3"], {"serve_bench.zipf": 0.3}),
+        "rounds": (["--rounds", "11"], {"serve_bench.rounds": 11}),
+        "seed": (["--seed", "7"], {"serve_bench.seed": 7}),
+        "json": (["--json"], {"printed": JSON}),
+    }),
     "figures": ({}, {
         "rows": (["--rows", "r"], {"read_rows.path": Path("r")}),
         "out": (["--out", "o"], {
@@ -278,6 +318,7 @@ def received(command, typed):
             spies.put(*call)
         assert cli.main([command, *(word for words in typed.values() for word in words)]) == 0
         written = {str(path): "written" for path in Path().rglob("*") if path.is_file()}
+    spies.given.pop("Service.rng", None)  # which no option sets
     return spies.given | written | {"printed": out.getvalue()}, spies.defaults
 
 
@@ -325,7 +366,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
-                        "combine": 2, "inspect": 0, "quantize": 2}.get(command, 0)  # fmt: skip
+                        "combine": 2, "inspect": 0, "quantize": 2, "serve": 7, "serve-bench": 11}.get(command, 0)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", OPTIONS)

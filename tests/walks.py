@@ -270,7 +270,21 @@ QUIET = {  # commands that write nothing, and how they are called to show it
     "params": ["params", "in/base", "--rank", "2"],
     "modules": ["modules", "in/base"],
     "inspect": ["inspect", "in/adapter", "--base", "in/base"],
+    "serve": ["serve", "in/base", "--adapters", "in", "--host", "256.1.1.1"],  # ends when it cannot listen
+    "serve-bench": [
+        "serve-bench",
+        "in/base",
+        "--adapters",
+        "2",
+        "--rank",
+        "2",
+        "--requests",
+        "3",
+        "--rounds",
+        "1",
+    ],
 }
+TEMPORARY = {"serve-bench"}  # of these, those that fill a temporary folder meanwhile
 
 
 def commands():

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ..backend import Array, xp
 from ..errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError, nearest, short
-from ..layers import Adapter, Linear, Need, Pair, Param, Table
+from ..layers import Adapter, Linear, Need, Param, Table
 from ..lora import Adapted, LowRank, bases, owners
 from ..model import Llama
 from ..ops import Back, back_nothing, back_same, rows
@@ -30,7 +30,6 @@ from ..tree import freeze, named_params, replace, replica, trains
 Adapters = Mapping[str, Adapter]  # path -> the change of the layer there: what one row has
 Layout = tuple[tuple[str, int, Any], ...]  # path, rank and dtype of the factors at every path
 Compute = Callable[["Mixed", Array, Need], tuple[Array, Back]]  # layer, x (N, T, I), need -> y (N, T, O)
-
 
 FEW = 8  # rows with the same adapters, at most, for a slot each
 
@@ -85,18 +84,21 @@ def segments(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
 def add_segments(
     layer: Mixed, parts: Sequence[Segment], x: Array, need: Need, y: Array, back_base: Back
 ) -> tuple[Array, Back]:
-    """Add the terms of these adapters to y, in place."""
+    """Add the terms of these adapters to y, in place: one product for all rows of a segment.
+
+    In the invariant mode it is one for each row, with Bᵀ laid out as in a stack: BLAS sums in the same order.
+    """
     kept = []
-    flat = same if layer.batch.invariant else rows  # a product for each row, or one for all of a segment
+    flat, layout = (same, xp.ascontiguousarray) if layer.batch.invariant else (rows, same)
     for adapters, at in parts:
         adapter: Any = adapters.get(layer.path) if adapters else None
         if adapter is None:
             continue
         z, back_drop = adapter.dropout(x[at], need) if adapter.dropout else (x[at], back_same)
-        h = flat(z) @ adapter.A.data.T  # (n T, r), or (n, T, r)
-        y[at] += (h @ scaled(adapter)).reshape(*z.shape[:-1], -1)
+        h = adapter.scale * (flat(z) @ adapter.A.data.T)  # (n T, r), or (n, T, r)
+        add_at(y, at, (h @ layout(adapter.B.data.T)).reshape(*z.shape[:-1], -1))
         if need is not Need.NONE:
-            kept.append((adapter, at, adapter.scale * rows(h), rows(z), back_drop))
+            kept.append((adapter, at, rows(h), rows(z), back_drop))
     if not kept:
         return y, back_base
 
@@ -108,20 +110,23 @@ def add_segments(
             else:
                 dh = adapter.scale * (rows(dy[at]) @ adapter.B.data)
             if need is Need.ALL:
-                dx[at] += back_drop((dh @ adapter.A.data).reshape(dx[at].shape))
+                add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(-1, *dx.shape[1:])))
         return dx
 
     return y, back
 
 
+def add_at(y: Array, at: Any, term: Array) -> None:
+    """y[at] += term; for a slice in the view alone, which Python would write back once more."""
+    part = y[at]
+    part += term
+    if not isinstance(at, slice):
+        y[at] = part
+
+
 def same(x: Array) -> Array:
     """The array itself."""
     return x
-
-
-def scaled(pair: Pair) -> Array:
-    """s Bᵀ (r, O), laid out like a slot of a stack, so that BLAS sums in the same order."""
-    return pair.scale * xp.ascontiguousarray(pair.B.data.T)
 
 
 def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
@@ -136,8 +141,8 @@ def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
     y, back = layer.base(x, need)
     for stack in layer.batch.stacked():
         if layer.path in stack.views:
-            A, B = stack.views[layer.path]  # (n, I, r), (n, r, O)
-            y[stack.rows] += (x[stack.rows] @ A) @ B
+            A, B, s = stack.views[layer.path]  # (n, I, r), (n, r, O), (n, 1, 1)
+            add_at(y, stack.rows, (s * (x[stack.rows] @ A)) @ B)
     return add_segments(layer, layer.batch.unstacked, x, need, y, back)
 
 
@@ -152,7 +157,7 @@ class Mixed:
 
     base: Any  # a Linear, or a RowByRow
     path: str
-    batch: Batch
+    batch: MixedBatch
     compute: Compute
     trained: list[Adapter] = field(default_factory=list)  # by which the tree knows that something is trained
 
@@ -185,7 +190,7 @@ class Counted:
 
     weight: Param  # the table (V, D)
     base: Table
-    batch: Batch
+    batch: MixedBatch
 
     def __call__(self, ids: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         self.batch.check(len(ids))
@@ -201,9 +206,9 @@ class Stack:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.slots: list[Adapters] = []
-        self.arrays: dict[str, tuple[Array, Array]] = {}  # path -> A (slots, r, I), B (slots, r, O)
+        self.arrays: dict[str, tuple[Array, ...]] = {}  # path -> A (slots, r, I), B (slots, r, O), s
         self.rows: Any = None
-        self.views: dict[str, tuple[Array, Array]] = {}  # path -> A (n, I, r), B (n, r, O) of `rows`
+        self.views: dict[str, tuple[Array, ...]] = {}  # path -> A (n, I, r), B (n, r, O), s of `rows`
 
     def fill(self, members: Sequence[tuple[int, Adapters]]) -> None:
         """Give every row (its number, its adapters) a slot: the one that has them already, or a new copy."""
@@ -225,22 +230,21 @@ class Stack:
                 self.copy(k, members[order[k]][1])
         self.slots = [members[m][1] for m in order]
         self.rows = index([members[m][0] for m in order])
-        self.views = {path: (A[:n].swapaxes(1, 2), B[:n]) for path, (A, B) in self.arrays.items()}
+        self.views = {path: (A[:n].swapaxes(1, 2), B[:n], s[:n]) for path, (A, B, s) in self.arrays.items()}
 
     def grow(self, n: int, like: Adapters) -> None:
         """Make room for n slots, or twice the present ones; all of them are empty then."""
         n, self.slots = max(n, 2 * len(self.slots)), []
         for path, r, dtype in self.layout:
             pair: Any = like[path]
-            A, B = xp.empty((n, r, pair.A.data.shape[1]), dtype), xp.empty((n, r, len(pair.B.data)), dtype)
-            self.arrays[path] = A, B
+            shapes = (n, r, pair.A.data.shape[1]), (n, r, len(pair.B.data)), (n, 1, 1)
+            self.arrays[path] = tuple(xp.empty(shape, dtype) for shape in shapes)
 
     def copy(self, slot: int, adapters: Adapters) -> None:
-        """Copy A and s Bᵀ of every path into a slot."""
-        for path, (A, B) in self.arrays.items():
+        """Copy A, Bᵀ and s of every path into a slot."""
+        for path, (A, B, s) in self.arrays.items():
             pair: Any = adapters[path]
-            A[slot] = pair.A.data
-            B[slot] = scaled(pair)
+            A[slot], B[slot], s[slot] = pair.A.data, pair.B.data.T, pair.scale
 
 
 class Member(NamedTuple):
@@ -251,7 +255,7 @@ class Member(NamedTuple):
     params: list[Param]
 
 
-class Batch:
+class MixedBatch:
     """Which adapters the rows of the next forward have. Not for two threads at once."""
 
     def __init__(
@@ -260,7 +264,8 @@ class Batch:
         self.model, self.shapes, self.kinds, self.invariant = model, shapes, kinds, invariant
         self.layers: dict[str, Mixed] = {}
         self.N: int | None = None
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, Member] = {}  # by the id of their adapters
+        self.order: Any = None  # the rows' ids, and those that are trained
         self.segments: list[Segment] = []
         self.unstacked: list[Segment] = []  # of those, the ones that no stack takes
         self.stacks: dict[Layout, Stack] = {}
@@ -280,33 +285,41 @@ class Batch:
             raise StateError("the batch has its rows already; leave its context first")
         if not len(adapters):
             raise InputError("no rows; expected a mapping, a name or None for each row of ids")
-        for a in adapters:
+        for a in {id(a): a for a in adapters}.values():
             if not isinstance(a, Mapping | str | None):
-                raise InputError(
-                    f"a row has {short(a)}; expected a mapping from paths to adapters, a name or None"
-                )
+                expected = "a mapping from paths to adapters, a name or None"
+                raise InputError(f"a row has {short(a)}; expected {expected}")
         names = {name: named(self.model, name) for name in adapters if isinstance(name, str)}
-        own = [names[a] if isinstance(a, str) else a for a in adapters]
+        own = [(names[a] if isinstance(a, str) else a) or None for a in adapters]
         distinct = {id(a): a for a in own if a}
         self.members = {k: self.members.get(k) or self.member(a) for k, a in distinct.items()}
-        places: dict[int, list[int]] = {}
-        for n, a in enumerate(own):
-            places.setdefault(id(a) if a else 0, []).append(n)
-        self.segments = [Segment(distinct.get(k), index(at)) for k, at in places.items()]
         trained = [k for k, m in self.members.items() if any(map(is_trained, m.params))]
-        for path, layer in self.layers.items():
-            layer.trained = [distinct[k][path] for k in trained if path in distinct[k]]
-        self.unstacked, self.fresh = [], {}
-        for k, member in self.members.items():
-            if k in trained or len(places[k]) > FEW:
-                self.unstacked.append(Segment(distinct[k], index(places[k])))
-            else:
-                self.fresh.setdefault(member.layout, []).extend((n, distinct[k]) for n in places[k])
+        if (order := ([id(a) for a in own], trained)) != self.order:
+            self.arrange(own, trained)
+            self.order = order
         self.N = len(own)
         try:
             yield
         finally:
             self.N = None
+
+    def arrange(self, own: Sequence[Adapters | None], trained: Sequence[int]) -> None:
+        """Sort the rows by their adapters, and these into what is stacked and what is not."""
+        places: dict[int, list[int]] = {}
+        for n, a in enumerate(own):
+            places.setdefault(id(a), []).append(n)
+        parts = {k: Segment(own[numbers[0]], index(numbers)) for k, numbers in places.items()}
+        self.segments = list(parts.values())
+        for path, layer in self.layers.items():
+            some = (self.members[k].adapters for k in trained)
+            layer.trained = [adapters[path] for adapters in some if path in adapters]
+        self.unstacked, self.fresh = [], {}
+        for k, member in self.members.items():
+            if k in trained or len(places[k]) > FEW:
+                self.unstacked.append(parts[k])
+            else:
+                rows = self.fresh.setdefault(member.layout, [])
+                rows += [(n, member.adapters) for n in places[k]]
 
     def stacked(self) -> list[Stack]:
         """The stacks that hold the rows, filled when they are first asked for."""
@@ -349,7 +362,7 @@ class Batch:
 
 def mixed(
     model: Llama, targets: Any = None, *, compute: Compute = by_phase, invariant: bool = False
-) -> tuple[Llama, Batch]:
+) -> tuple[Llama, MixedBatch]:
     """A frozen replica of the model's base whose linear maps take one adapter for each row, and its batch.
 
         replica, batch = mixed(model)
@@ -369,7 +382,7 @@ def mixed(
         if targets is not None and not isinstance(layers[path], Linear):
             raise UnsupportedError(f"{path} is no linear map; expected targets that are")
     shapes = {path: layers[path].weight.shape for path in paths if isinstance(layers[path], Linear)}
-    batch = Batch(model, shapes, compute is loop, invariant)
+    batch = MixedBatch(model, shapes, compute is loop, invariant)
     copy = replica(model)
     if copy.lm_head is None:
         copy.lm_head = Linear(bases(copy)["model.embed_tokens"].weight)
@@ -380,9 +393,7 @@ def mixed(
         replace(copy, path, layer)
     freeze(copy)
     table = copy.model.embed_tokens
-    counted: Any = Counted(
-        table.weight, table, batch
-    )  # which nobody attends to: the head is a layer of its own
+    counted: Any = Counted(table.weight, table, batch)  # no whole Table: the head is a layer of its own
     copy.model.embed_tokens = counted
     return copy, batch
 

@@ -5,8 +5,8 @@
 Every run has its own batches, optimizer and schedule. The base is frozen and shared, and no row reaches the
 adapter of another run, so the result is that of the runs one by one: up to rounding, or to the bit if no
 product has rows of two runs (`invariant`, mixed.py). It saves calls, which are launches on a GPU, but no
-operations: a processor that is busy already gains nothing (benchmarks/packed.py). Stands in for mLoRA's
-BatchLoRA (Ye et al. 2023, arXiv:2312.02515); leaves out its pipelines and its scheduler of jobs.
+operations: a processor gains only if batches are tiny (benchmarks/packed.py). Stands in for mLoRA's BatchLoRA
+(Ye et al. 2023, arXiv:2312.02515); leaves out its pipelines and its scheduler of jobs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..backend import Array, floats, keep_memory, quiet_overflow, xp
-from ..errors import InputError, NonFiniteError, check_int
-from ..formats.checkpoint import History
+from ..errors import InputError, NonFiniteError, check_int, short
 from ..layers import Param
 from ..lora import set_adapter, unmerged
 from ..model import Llama
 from ..ops import cross_entropy
 from ..optim import AdamW, squared_norm
-from ..training import check_batches
 from ..tree import named_params, trained
 from .mixed import mixed, named, segments
 from .parallel import Batch
@@ -46,21 +44,24 @@ def train_packed(
     steps: int,
     invariant: bool = False,
     progress: Callable[[int, dict[str, float]], None] | None = None,
-) -> dict[str, History]:
+) -> dict[str, list[float]]:
     """Train adapters that are injected in the model, name -> run, together for `steps` updates of each.
 
-    Ranks, scales and targets may differ, and so may the counts of rows. With `invariant` a run's numbers have
-    the same bits whatever is packed beside it, which takes longer. Afterwards the active adapter is the one
-    from before. MismatchError for a name that no adapter has, UnsupportedError for a kind that cannot be
-    mixed, InputError for batches that run out or differ in length and for what two runs cannot share,
-    StateError for a merged model, NonFiniteError when a loss or gradient is not finite: all parameters are
-    then those of the last good step.
+    Returns the losses of every step, by name. Ranks, scales and targets may differ, and so may the counts of
+    rows. With `invariant` a run has the same bits whatever is packed beside it, which takes longer.
+    Afterwards the active adapter is the one from before. MismatchError for a name that no adapter has,
+    UnsupportedError for a kind that cannot be mixed, InputError for batches that run out or differ in length
+    and for what two runs cannot share, StateError for a merged model, NonFiniteError when a loss or gradient
+    is not finite: all parameters are then those of the last good step.
     """
     check_int("steps", steps, 1)
     if not runs:
         raise InputError("no runs; expected a Run for each adapter to train, by name")
     for name, run in runs.items():
-        check_batches(run.batches, f"Run(ml.batches(...), ml.AdamW()) for {name!r}")
+        if not isinstance(run.batches, Iterable):
+            raise InputError(
+                f"the batches of {name!r} are {short(run.batches)}; expected (ids, labels) pairs"
+            )
     sources = {name: iter(run.batches) for name, run in runs.items()}
     for what, objects in (
         ("optimizer", [run.optimizer for run in runs.values()]),
@@ -69,7 +70,7 @@ def train_packed(
         if len({id(each) for each in objects}) < len(runs):
             raise InputError(f"two runs share an {what}; expected one for each")
     keep_memory()
-    histories = {name: History() for name in runs}
+    history: dict[str, list[float]] = {name: [] for name in runs}
     with all_trained(model, runs) as params:
         replica, batch = mixed(model, compute=segments, invariant=invariant)
         entries = {name: named(model, name) for name in runs}
@@ -90,13 +91,13 @@ def train_packed(
                 for name, run in runs.items():
                     lr = run.optimizer.lr * (run.schedule(step) if run.schedule else 1.0)
                     run.optimizer.step(params[name], lr, math.sqrt(found[name][1]))
-                    histories[name].loss.append(found[name][0])
+                    history[name].append(found[name][0])
             finally:
                 for p in (p for some in params.values() for p in some.values()):
                     p.grad = None
             if progress:
                 progress(step + 1, {name: loss for name, (loss, _) in found.items()})
-    return histories
+    return history
 
 
 def pack(model: Llama, batches: Mapping[str, Batch | None], step: int) -> tuple[Array, dict[str, Array]]:
@@ -105,6 +106,8 @@ def pack(model: Llama, batches: Mapping[str, Batch | None], step: int) -> tuple[
     for name, batch in batches.items():
         if batch is None:
             raise InputError(f"the batches of {name!r} ran out; expected one more for step {step + 1}")
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise InputError(f"the batches of {name!r} have {short(batch)}; expected (ids, labels) pairs")
         parts.append(model.check(batch[0]))
         labels[name] = model.check_labels(*batch)
         if (T := parts[-1].shape[1]) != (first := parts[0].shape[1]):

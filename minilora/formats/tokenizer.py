@@ -184,19 +184,45 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
     )
 
 
-def stream(words: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as it grows, up to a stop token; an incomplete character waits for its rest."""
-    ids: list[int] = []
-    shown = 0
-    for token in tokens:
-        if token in words.stops:
-            break
-        ids.append(token)
-        text = words.decode(np.array(ids))
+class Growing:
+    """The text of tokens as it grows; an incomplete character waits for its rest.
+
+    Only the tokens of the piece before are decoded again, so each token takes the same time however long the
+    text is; a decoder may look at its neighbour (a space that is dropped in front, bytes that make one
+    character), as in the incremental decoding of vLLM.
+    """
+
+    def __init__(self, words: Tokenizer) -> None:
+        self.words = words
+        self.shown: list[int] = []  # the tokens of the last piece
+        self.new: list[int] = []  # those whose text is not shown yet
+
+    def add(self, token: int) -> str:
+        """The text that a token completes, "" if that is none."""
+        self.new.append(token)
+        text = self.piece()
         if not text.endswith("\ufffd"):
-            yield text[shown:]
-            shown = len(text)
-    if ids and (rest := words.decode(np.array(ids))[shown:]):
+            self.shown, self.new = self.new, []
+            return text
+        return ""
+
+    def rest(self) -> str:
+        """What is left at the end: an incomplete character."""
+        return self.piece() if self.new else ""
+
+    def piece(self) -> str:
+        """The text of the new tokens, beside those before them."""
+        before = self.words.decode(np.array(self.shown, int))
+        return self.words.decode(np.array(self.shown + self.new))[len(before) :]
+
+
+def stream(words: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens piece by piece, up to a stop token."""
+    text = Growing(words)
+    for token in takewhile(lambda token: token not in words.stops, tokens):
+        if piece := text.add(token):
+            yield piece
+    if rest := text.rest():
         yield rest
 
 

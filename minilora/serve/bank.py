@@ -13,23 +13,24 @@ from __future__ import annotations
 import functools
 import os
 import re
-import stat
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError, StorageError, UnsupportedError, check_int, nearest, short
 from ..formats.atomic import exists, named, named_errors
-from ..layers import Linear
 from ..lora import LowRank, bases
 from ..model import Llama
 from ..peft.folder import Adapter, check_agreement, open_adapter
 from ..peft.loading import base_print, check_base, check_fit, factors
 from ..peft.recognise import CONFIG
-from ..tree import named_params
+from ..targets import with_head
+from ..tree import freeze, named_params
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # no separator, and neither . nor ..
+PLAIN = "A and B of a linear map, the only kind that is served"
 LISTED = 1000  # names that the nearest ones are sought among
 
 
@@ -64,23 +65,23 @@ class Bank:
         if not self.folder.is_dir():
             raise StorageError(f"{folder}: is not a folder; expected one with a PEFT folder for each adapter")
         self.counters = Counters()
-        self.layers = bases(model)
-        self.tied = model.lm_head is None
+        self.layers, self.tied = bases(model), model.lm_head is None
+        self.with_head = with_head(model, self.layers)
         self.dtype = next(iter(named_params(model).values())).dense().dtype
         self.fingerprint = functools.cache(lambda: base_print(model))
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
         self.full: dict[str, int] = {}  # the bytes of the adapter that found no room last
 
-    def names(self) -> list[str]:
-        """The names of all adapters in the folder, sorted."""
+    def names(self, most: int | None = None) -> list[str]:
+        """The names of the adapters in the folder, sorted; the first `most` of them."""
         with named_errors(self.folder):
-            there = sorted(entry.name for entry in os.scandir(self.folder))
-        return [name for name in there if NAME.fullmatch(name) and self.has(name)]
+            there = sorted(os.listdir(self.folder))
+        return list(islice((name for name in there if NAME.fullmatch(name) and self.has(name)), most))
 
     def has(self, name: str) -> bool:
         """Whether a folder of that name, no link, has an adapter's config."""
         where = self.folder / name
-        return exists(where) and stat.S_ISDIR(os.lstat(where).st_mode) and exists(where / CONFIG)
+        return where.is_dir() and not where.is_symlink() and exists(where / CONFIG)
 
     def check(self, name: object) -> None:
         """InputError unless there is an adapter of that name, with the nearest names; nothing is read."""
@@ -89,12 +90,12 @@ class Bank:
                 f"the adapter's name is {short(name)}; expected letters, digits, ., _ and -, not . first"
             )
         if name not in self.loaded and not self.has(name):
-            raise InputError(f"there is no adapter {name!r}; {nearest(name, self.names()[:LISTED])}")
+            raise InputError(f"there is no adapter {name!r}; {nearest(name, self.names(LISTED))}")
 
     def take(self, name: str) -> Loaded | None:
         """The adapter, read if it is not in memory, which stays there until it is given back.
 
-        None if there is no room for it before others are given back. Errors as in `read`.
+        None if there is no room for it before others are given back. Errors as in `opened`.
         """
         known = name in self.loaded
         if not self.fetch(name):
@@ -111,7 +112,8 @@ class Bank:
     def fetch(self, name: str, keep: Collection[str] = ()) -> bool:
         """Have the adapter in memory, as the most recently used; False if there is no room for it.
 
-        None in use goes out for it, and none of `keep`. Errors as in `read`.
+        None in use goes out for it, and none of `keep`. InputError for one that is larger than the
+        budget, NonFiniteError for its numbers, and other errors as in `opened`.
         """
         if name not in self.loaded:
             if self.full and self.room(self.full.get(name, 0), keep) is None:
@@ -133,6 +135,7 @@ class Bank:
             for path, pair in given.pairs.items():
                 A, B, _ = factors(given, path, self.dtype)
                 layers[path] = LowRank(A, B, pair.scale)
+            freeze(layers)
             self.loaded[name] = Loaded(layers, size)
             self.counters.loads += 1
             self.counters.bytes += size
@@ -140,7 +143,7 @@ class Bank:
         return True
 
     def room(self, size: int, keep: Collection[str]) -> list[str] | None:
-        """Which to evict so that `size` more bytes fit, the least recently used first; None if they cannot fit."""
+        """The least recently used ones that must go so that `size` bytes more fit; None if they never do."""
         out, more = [], self.counters.bytes + size - self.budget
         for name, one in self.loaded.items():
             if more <= 0:
@@ -163,13 +166,11 @@ class Bank:
         check_agreement(given)
         for path, pair in given.pairs.items():
             plain = not pair.embedding and not pair.vectors and not pair.bias
-            if not plain or (path in self.layers and not isinstance(self.layers[path], Linear)):
-                raise UnsupportedError(f"{where}: {path}: expected plain LoRA on a linear map, to be served")
+            if not plain:
+                raise UnsupportedError(f"{where}: {path}: is adapted by more than {PLAIN}")
         if given.replaced:
             what = f"replaces {next(iter(given.replaced))}"
-            raise UnsupportedError(f"{where}: {what}; expected plain LoRA on linear maps, to be served")
-        if self.tied and "lm_head" in given.pairs:
-            raise UnsupportedError(f"{where}: lm_head: is tied to the embedding; expected other linear maps")
-        check_fit(given, self.layers, self.tied)
+            raise UnsupportedError(f"{where}: {what}; expected no more than {PLAIN}")
+        check_fit(given, self.with_head if "lm_head" in given.pairs else self.layers, self.tied)
         check_base(given, self.fingerprint)
         return given

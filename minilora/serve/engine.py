@@ -2,12 +2,12 @@
 
     step:  cancelled texts leave  ->  waiting ones take free slots  ->  one forward  ->  one token for each
 
-The M tokens of a step, next tokens and prompts alike, are the rows of one mixed batch (fast/mixed.py) over one
-cache (slots.py): iteration-level scheduling (Orca, Yu et al. 2022), with at most `chunk` tokens of prompts in a
-step, so that a long prompt holds up nobody for long (Sarathi-Serve, Agrawal et al. 2024). Adapters take free
-slots in turn: of the requests that come later, none of the same adapter goes before one that waits, and of each
-other adapter at most one. So a request that is alone with its adapter waits for as many admissions as there are
-other adapters waiting, however many requests these have.
+The M tokens of a step, next tokens and prompts alike, are the rows of one mixed batch (fast/mixed.py) over
+one cache (slots.py): iteration-level scheduling (Orca, Yu et al. 2022). At most `chunk` of them are of
+prompts, so that a long prompt holds up nobody for long (Sarathi-Serve, Agrawal et al. 2024). Adapters take
+free slots in turn: before a request that waits go those of its adapter that came earlier, and of each other
+adapter at most one for each of these and one more. So a request that is alone with its adapter waits for as
+many admissions as other adapters are waiting, however many requests these have.
 
 One thread computes: the caller's, by `step` or `run`, or the engine's own, after `start`. Stands in for the
 schedulers of vLLM and S-LoRA; leaves out preemption, shared prefixes and beams.
@@ -37,11 +37,12 @@ from ..errors import (
     short,
 )
 from ..fast.mixed import mixed
-from ..layers import Linear
-from ..lora import LowRank, bases
+from ..lora import LowRank
 from ..model import Llama
 from .bank import Bank
 from .slots import Span, slots_of
+
+REASONS = ("stop", "length", "cancelled", "error")
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,22 @@ class Stream:
     """What a request has brought so far. Iterating waits for the next token, until there is none.
 
     `finish_reason` is None while it is not finished, then "stop", "length", "cancelled" or "error"; iterating
-    raises the `error`. Times are seconds of `time.perf_counter`.
+    raises the `error`. Times are seconds of the engine's clock.
     """
 
     def __init__(
-        self, request: Request, prompt: np.ndarray, told: Callable[[], None] | None = None
+        self,
+        request: Request,
+        prompt: np.ndarray,
+        told: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.request, self.prompt = request, prompt  # (T,), checked
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
-        self.times: list[float] = [time.perf_counter()]  # of its arrival, and of each token
+        self.clock = clock
+        self.times: list[float] = [clock()]  # of its arrival, and of each token
         self.told = told  # called by the engine's thread after every change
         self.changed = threading.Condition()
 
@@ -83,7 +89,8 @@ class Stream:
         n = 0
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: n < len(self.tokens) or self.finish_reason is not None)
+                while n == len(self.tokens) and self.finish_reason is None:
+                    self.changed.wait()
             if n == len(self.tokens):
                 break
             yield self.tokens[n]
@@ -96,7 +103,7 @@ class Stream:
         with self.changed:
             if token is not None:
                 self.tokens.append(token)
-                self.times.append(time.perf_counter())
+                self.times.append(self.clock())
             self.finish_reason = reason
             self.changed.notify_all()
         if self.told:
@@ -128,15 +135,13 @@ class Counters:
     refused: int = 0  # because the queue was full
 
 
-REASONS = ("stop", "length", "cancelled", "error")
-
-
 class Engine:
     """Serves requests for a base and the adapters of a bank, at most `slots` at a time.
 
     `positions` bounds prompt and new tokens of a text, `queue` the requests that wait, `chunk` the tokens of
-    prompts in a step. With `invariant`, a text is the same to the bit in any company; that takes longer. The
-    model is only read. StateError if it is merged, ConfigError for a number that is none.
+    prompts in a step. With `invariant`, a text is the same to the bit in any company; that takes longer.
+    `clock` gives the seconds in a stream's times. The model is only read. StateError if it is merged,
+    ConfigError for a number that has no meaning.
 
         with Engine(model, Bank(model, "adapters/")) as engine:    # a thread of its own
             for token in engine.submit(Request(ids, 20, "pirate")): ...
@@ -152,19 +157,21 @@ class Engine:
         queue: int = 256,
         chunk: int = 256,
         invariant: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.model, self.bank, self.invariant = model, bank, invariant
+        self.model, self.bank, self.invariant, self.clock = model, bank, invariant, clock
         limits = {"slots": slots, "positions": positions, "queue": queue, "chunk": chunk}
         for name, value in limits.items():
             check_int(name, value, 1)
         self.positions = min(positions, model.config.max_position_embeddings)
         self.queue, self.chunk = queue, chunk
-        linear = [path for path, layer in bases(model).items() if isinstance(layer, Linear)]
-        self.replica, self.batch = mixed(model, linear)
+        self.replica, self.batch = mixed(model, invariant=invariant)
         self.cache = slots_of(model, slots, self.positions)
         self.free = list(range(slots))  # a heap: the lowest is taken first
         self.running: dict[int, Running] = {}  # by slot
-        self.waiting: OrderedDict[str | None, deque[Stream]] = OrderedDict()  # by adapter, the next in turn first
+        self.waiting: OrderedDict[str | None, deque[Stream]] = (
+            OrderedDict()
+        )  # by adapter, the next in turn first
         self.cancelled: list[Stream] = []
         self.counters = Counters()
         self.changed = threading.Condition()  # guards waiting, cancelled and stopping
@@ -181,13 +188,15 @@ class Engine:
         InputError for a request that the model cannot take or an adapter that does not exist, BusyError if
         the queue is full, StateError if the engine is stopping.
         """
-        stream = Stream(request, self.check(request), told)
+        stream = Stream(request, self.check(request), told, self.clock)
         with self.changed:
             if self.stopping:
                 raise StateError("the engine is stopping and takes no more requests")
             if (n := self.queued()) >= self.queue:
                 self.counters.refused += 1
-                raise BusyError(f"{n} requests are waiting; expected fewer than {self.queue}; try again later")
+                raise BusyError(
+                    f"{n} requests are waiting; expected fewer than {self.queue}; try again later"
+                )
             self.waiting.setdefault(request.adapter, deque()).append(stream)
             self.changed.notify()
         return stream
@@ -215,7 +224,8 @@ class Engine:
 
     def queued(self) -> int:
         """How many requests wait."""
-        return sum(map(len, self.waiting.values()))
+        with self.changed:
+            return sum(map(len, self.waiting.values()))
 
     def start(self) -> None:
         """Compute in a thread, until `stop`; StateError if it runs already or has stopped."""
@@ -301,12 +311,13 @@ class Engine:
                 read |= missing
                 try:
                     loaded = self.bank.take(name)
-                except Exception as e:  # of this request alone: a folder that is gone, damaged, another base's
+                except Exception as e:  # a folder that is gone, damaged, another base's: this request's alone
                     self.refuse(stream, "error", e)
                     continue
                 if loaded is None:  # there is no room in memory until others end
                     return
             self.unqueue(stream)
+            self.pass_turn(name)
             rng = np.random.default_rng(stream.request.seed)
             row = Running(stream, loaded.layers if loaded else None, rng, stream.prompt)
             self.running[heapq.heappop(self.free)] = row
@@ -333,27 +344,30 @@ class Engine:
             return [line[0] for line in islice(self.waiting.values(), count)]
 
     def unqueue(self, stream: Stream) -> None:
-        """Take a request out of its line, which goes to the end of all lines."""
+        """Take a request out of its adapter's line."""
         with self.changed:
-            name = stream.request.adapter
-            line = self.waiting[name]
+            line = self.waiting[stream.request.adapter]
             line.remove(stream)
-            if line:
+            if not line:
+                del self.waiting[stream.request.adapter]
+
+    def pass_turn(self, name: str | None) -> None:
+        """An adapter has had its turn: what still waits for it goes behind all others."""
+        with self.changed:
+            if name in self.waiting:
                 self.waiting.move_to_end(name)
-            else:
-                del self.waiting[name]
 
     def forward(self) -> None:
-        """One forward over the next tokens of the running texts, then a token for each that is read up to its end.
+        """One forward over the next tokens of the running texts; then each that is read to its end gets one.
 
         An error in it ends the texts that took part.
         """
-        parts, left = [], self.chunk
-        for slot, row in sorted(self.running.items(), key=lambda item: (len(item[1].pending) > 1, item[0])):
-            count = len(row.pending) if len(row.pending) == 1 else min(len(row.pending), left)
-            left -= count * (len(row.pending) > 1)
-            if count:
+        single = [(slot, row, 1) for slot, row in sorted(self.running.items()) if len(row.pending) == 1]
+        parts, left = single, self.chunk
+        for slot, row in self.running.items():  # in the order of their coming
+            if len(row.pending) > 1 and (count := min(len(row.pending), left)):
                 parts.append((slot, row, count))
+                left -= count
         try:
             logits = self.logits([(Span(slot, row.seen, count), row) for slot, row, count in parts])
         except Exception as e:
@@ -365,18 +379,18 @@ class Engine:
         for (slot, row, count), z, sound in zip(parts, logits, finite, strict=True):
             row.seen, row.pending = row.seen + count, row.pending[count:]
             if not sound:
-                name = row.stream.request.adapter
-                self.end(slot, "error", NonFiniteError(f"the logits are not finite, with adapter {short(name)}"))
+                what = f"the logits are not finite, with adapter {short(row.stream.request.adapter)}"
+                self.end(slot, "error", NonFiniteError(what))
             elif not len(row.pending):
                 r = row.stream.request
                 self.extend(slot, row, int(sample(z[None], row.rng, r.temperature, r.top_k, r.top_p)[0]))
 
     def logits(self, parts: Sequence[tuple[Span, Running]]) -> np.ndarray:
         """The logits (n, V) after the last token of each span, float64, on the host."""
-        ids = np.concatenate([row.pending[: span.count] for span, row in parts])
-        entries = [row.layers for span, row in parts for _ in range(span.count)]
+        ids = np.concatenate([row.pending[: span.length] for span, row in parts])
+        entries = [row.layers for span, row in parts for _ in range(span.length)]
         past = self.cache.step([span for span, _ in parts], self.invariant)
-        last = to_device(np.cumsum([span.count for span, _ in parts]) - 1)
+        last = to_device(np.cumsum([span.length for span, _ in parts]) - 1)
         with quiet_overflow(), self.batch.rows(entries):
             logits, _ = self.replica.forward(to_device(ids[:, None]), past=past)
         return to_host(logits[last, -1]).astype(np.float64)

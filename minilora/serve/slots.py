@@ -28,11 +28,11 @@ Part = Callable[[Array, Array, Array], Array]  # q (M, H, 1, E), a layer's k and
 
 
 class Span(NamedTuple):
-    """`count` tokens of the text in a slot, from position `start` on."""
+    """`length` tokens of the text in a slot, from position `start` on."""
 
     slot: int
     start: int
-    count: int
+    length: int
 
 
 @dataclass(eq=False)
@@ -86,13 +86,17 @@ class Slots:
         With `alone` every token attends by itself, so that it comes out the same, to the bit, in any company
         and however its text is cut into spans.
         """
-        slots = np.repeat([s.slot for s in spans], [s.count for s in spans])
-        positions = np.concatenate([np.arange(s.start, s.start + s.count) for s in spans])
-        parts = [(slice(m, m + 1), one(int(slot), int(p) + 1))
-                 for m, (slot, p) in enumerate(zip(slots, positions, strict=True))] if alone else cut(spans, self.k.dtype)  # fmt: skip
-        where = to_device(slots), to_device(positions)
-        cos, sin = (table[where[1]][:, None] for table in self.tables)
-        return Step((cos, sin), [LayerSlots(k, v, *where, parts) for k, v in zip(self.k, self.v, strict=True)])
+        slots = np.repeat([s.slot for s in spans], [s.length for s in spans])
+        positions = np.concatenate([np.arange(s.start, s.start + s.length) for s in spans])
+        if alone:
+            stops = enumerate(zip(slots.tolist(), (positions + 1).tolist(), strict=True))
+            parts = [(slice(m, m + 1), one(slot, stop)) for m, (slot, stop) in stops]
+        else:
+            parts = cut(spans, self.k.dtype)
+        at = to_device(slots), to_device(positions)
+        cos, sin = (table[at[1]][:, None] for table in self.tables)
+        layers = zip(self.k, self.v, strict=True)
+        return Step((cos, sin), [LayerSlots(k, v, *at, parts) for k, v in layers])
 
     def clear(self, slot: int) -> None:
         """Forget the text in a slot: not even a NaN of it reaches the next one."""
@@ -112,12 +116,12 @@ def cut(spans: Sequence[Span], dtype: Any) -> list[tuple[Any, Part]]:
     parts: list[tuple[Any, Part]] = []
     single, at, m = [], [], 0
     for span in spans:
-        if span.count == 1:
+        if span.length == 1:
             single.append(span)
             at.append(m)
         else:
-            parts.append((slice(m, m + span.count), causal(span.slot, span.start + span.count)))
-        m += span.count
+            parts.append((slice(m, m + span.length), causal(span.slot, span.start + span.length)))
+        m += span.length
     if single:
         rows = slice(at[0], at[-1] + 1) if at[-1] - at[0] + 1 == len(at) else to_device(np.array(at))
         parts.append((rows, together(single, dtype)))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.errors import FormatError, InputError, MiniloraError, StorageError, UnsupportedError
-from minilora.formats.tokenizer import VOCAB, encode, stream, tokenizer
+from minilora.formats.tokenizer import VOCAB, Tokenizer, encode, stream, tokenizer
 
 package = pytest.importorskip("tokenizers")
 
@@ -199,3 +199,21 @@ def test_streaming_shows_no_partial_characters(text, words):
     parts = list(stream(words, words.encode(text)))
     assert "".join(parts) == text
     assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
+
+
+@given(ids=st.lists(st.integers(0, 4)))
+def test_a_decoder_that_drops_the_first_space_is_asked_with_the_token_before(ids):
+    """As those of sentencepiece: " of a text" is "of a text"."""
+    pieces = (" a", " bc", "d", " ", " \ufffd")
+
+    def decode(ids):
+        return "".join(pieces[i] for i in ids).removeprefix(" ")
+
+    assert "".join(stream(Tokenizer(None, decode), ids)) == decode(ids)
+
+
+def test_a_token_takes_the_same_time_however_long_the_text_is():
+    asked = []
+    words = Tokenizer(None, lambda ids: asked.append(len(ids)) or "a" * len(ids))
+    assert "".join(stream(words, range(50))) == "a" * 50
+    assert max(asked) == 2

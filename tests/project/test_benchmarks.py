@@ -1,6 +1,6 @@
 """The GPU benchmark without a GPU: its dry run passes and writes nothing, a real one is refused.
 
-And the table of the activations that a block stores matches the code.
+And the table of the activations that a block stores matches the code, as do the calls of packed training.
 """
 
 import json
@@ -92,3 +92,32 @@ def test_the_table_of_stored_activations_matches_the_code(monkeypatch):
     total = {kind: sum(a.nbytes for a in some.values()) for kind, some in found.items()}
     assert total["LoRA"] == total["everything trained"]  # LoRA saves no activations
     assert total["LoRA, recomputed"] < total["frozen base"] / 5
+
+
+def test_the_calls_of_packed_training_match_the_code_and_its_page_the_rows(monkeypatch):
+    """And packing saves calls, the more the more runs, but no more than those of the base."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import packed
+
+    rows = json.loads((ROOT / "benchmarks/results/packed.json").read_text())["rows"]
+    size = packed.SIZES[1]
+    some = {row["runs"]: row["calls"] for row in rows if row["size"] == packed.named(size)}
+    assert some[2] == {kind: packed.calls(2, kind, size) for kind in packed.KINDS}
+    assert packed.table(rows) in (ROOT / "benchmarks/results/packed.md").read_text()
+    share = [calls["packed"]["all"] / calls["unpacked"]["all"] for K, calls in some.items() if K > 1]
+    assert share == sorted(share, reverse=True)
+    assert 0.5 < share[-1] < share[0] < 1
+    speed = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    for size in packed.SIZES:
+        own = [row for row in rows if row["size"] == packed.named(size)]
+        assert "| " + " | ".join(f"{row['packed_to_unpacked']:.2f}" for row in own) + " |" in speed
+    all_of = [[row["calls"][kind]["all"] for kind in packed.KINDS] for row in rows[: len(packed.RUNS)]]
+    assert "| " + " | ".join(f"{ours / theirs:.2f}" for ours, theirs in all_of) + " |" in speed
+
+
+def test_the_page_on_serving_has_the_numbers_of_its_formulas(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import serving
+
+    need = {"part": "past one machine", **serving.count()}
+    assert serving.tables([need])[-1] in (ROOT / "docs/serving.md").read_text(encoding="utf-8")

@@ -11,12 +11,13 @@ ORDER = [  # a wing or a file stands above all that it imports
     "adapters", "optim", "spectra",
     "methods.bias", "methods.dora", "methods.embedding", "methods.full_copy", "methods.lora_config",
     "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
-    "fast.folded", "fast.recompute", "fast.parallel", "fast.mixed",
+    "fast.folded", "fast.recompute", "fast.parallel", "fast.mixed", "fast.packed",
     "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
-    "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "fast.packed",
-    "session", "completion",
-    "data.batching", "data.user_files", "data.corpora", "data.examples",
+    "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
+    "data.batching", "data.user_files", "data.corpora", "data.examples", "data.chat",
     "peft.patterns", "peft.kinds", "peft.config", "peft.recognise", "peft.folder", "peft.loading",
+    "serve.bank", "serve.slots", "serve.engine", "serve.bench", "serve.metrics", "serve.openai",
+    "serve.service", "serve.http",
     "compose.arithmetic", "compose.sparsify", "compose.truncate", "compose.extract", "compose.export",
     "compose.combine", "compose.quantize", "console",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
@@ -26,7 +27,8 @@ ORDER = [  # a wing or a file stands above all that it imports
 ]  # fmt: skip
 MOST = 8  # files of a wing
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
-DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"}}
+DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
+         "jinja2": {"data.chat"}}  # fmt: skip
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra"]
 TYPES = {"ndarray", "float32", "float64", "int64", "dtype", "errstate", "random.Generator"}
 DRAWS = {"random.default_rng"}  # random numbers are drawn on the host
@@ -63,6 +65,7 @@ def test_each_library_is_imported_in_one_place():
         assert "hashlib" not in names or module(file) == "digests"
         assert "matplotlib" not in names or module(file) == "analysis.plotting"
         assert not names & {"dask", "distributed"} or module(file) == "experiments.cluster"
+        assert not names & {"starlette", "uvicorn"} or module(file) == "serve.http"
         assert not names & {
             "torch",
             "transformers",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from helpers import SIZES, assert_precision_scales, seeds, tiny
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilora.backend import to_device, to_host, xp
@@ -38,14 +38,20 @@ def through(model, texts, steps, alone=False, slots=None):
     slots = slots or slots_of(model, R, S)
     found = {}
     for spans in steps:
-        ids = [texts[s.slot][s.start : s.start + s.count] for s in spans]
+        ids = [texts[s.slot][s.start : s.start + s.length] for s in spans]
         logits, _ = model.forward(to_device(np.concatenate(ids)[:, None]), past=slots.step(spans, alone))
-        keys = [(s.slot, s.start + i) for s in spans for i in range(s.count)]
+        keys = [(s.slot, s.start + i) for s in spans for i in range(s.length)]
         found |= dict(zip(keys, to_host(logits)[:, 0], strict=True))
     return found
 
 
+APART = ({0: [1], 1: [2, 3], 2: [4]}, [[Span(0, 0, 1), Span(1, 0, 2), Span(2, 0, 1)]])
+UNORDERED = ({0: [1, 2], 1: [3, 4], 2: [5, 6]}, [[Span(slot, at, 1) for slot in (2, 0, 1)] for at in (0, 1)])
+
+
 @given(seed=seeds, schedule=schedules(), alone=st.booleans())
+@example(seed=0, schedule=APART, alone=False)
+@example(seed=0, schedule=UNORDERED, alone=False)  # every slot has a token, in another order than the slots'
 def test_every_token_has_the_logits_of_its_text_alone(seed, schedule, alone):
     """However the texts are cut into spans, and whatever lies in the other slots."""
     texts, steps = schedule
@@ -55,8 +61,8 @@ def test_every_token_has_the_logits_of_its_text_alone(seed, schedule, alone):
         found = through(model, texts, steps, alone)
         whole = {slot: to_host(model(to_device(np.array([ids])))[0])[0] for slot, ids in texts.items()}
         assert len(found) == sum(map(len, texts.values()))
-        yield np.stack(list(found.values()))
-        yield np.stack([whole[slot][position] for slot, position in found])
+        yield to_device(np.stack(list(found.values())))
+        yield to_device(np.stack([whole[slot][position] for slot, position in found]))
 
     assert_precision_scales(both)
 
@@ -76,7 +82,7 @@ def test_by_itself_a_token_attends_the_same_to_the_bit_in_any_company(seed, sche
     def run(steps):
         slots, found = slots_of(model, R, S), {}
         for spans in steps:
-            keys = [(s.slot, s.start + i) for s in spans for i in range(s.count)]
+            keys = [(s.slot, s.start + i) for s in spans for i in range(s.length)]
             cache = slots.step(spans, alone=True).caches[1]
             y = cache.attend(*(to_device(np.concatenate([one[key] for key in keys])) for one in (q, k, v)))
             found |= dict(zip(keys, to_host(y), strict=True))
@@ -106,7 +112,7 @@ def test_what_lies_behind_a_mask_changes_no_bit(seed, n, s):
 
 
 def test_a_cleared_slot_leaves_nothing_to_the_next_text_not_even_nan():
-    model, rng = tiny(0)
+    model, _ = tiny(0)
     slots = slots_of(model, 2, S)
     slots.k[:, 1] = slots.v[:, 1] = math.nan
     slots.clear(1)

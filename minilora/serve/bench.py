@@ -1,0 +1,241 @@
+"""How fast a base serves many adapters: Poisson arrivals, Zipf popularity, throughput and waiting times.
+
+    P(adapter k) = k^-zipf / sum over K        time between arrivals ~ Exp(rate)
+
+S-LoRA's workload (Sheng et al. 2023, section 7) on adapters of random numbers, since time does not depend on
+values. Throughput is that of requests that are all there at the start. Waiting times are those of requests
+that arrive at a share `load` of the rate at which the base alone, so measured, can serve them. Both are taken
+for one number of adapters after the other, round after round, and compared within a round. Adapters are in
+memory from the start, the popular ones first, as far as they fit.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, check_float, check_int, short
+from ..formats import huggingface
+from ..lora import inject
+from ..methods.lora_config import LoraConfig
+from ..model import Llama
+from ..peft.loading import save_adapter
+from ..table import Table, report
+from ..tree import replica, trained
+from .bank import Bank, Counters, Loaded
+from .engine import Engine, Request, Stream
+
+PROMPT, NEW = (8, 32), (16, 48)  # the fewest and the most tokens of a prompt, and of what is written
+POINTS = (50, 95)  # percentiles of waiting times
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one number of adapters is served; 0 is the base alone. Times are milliseconds, of all rounds."""
+
+    adapters: int
+    tokens_per_second: float
+    to_base: float  # this throughput over that of the base in the same round
+    first_token: tuple[float, ...]  # from arrival to the first token, at POINTS
+    latency: tuple[float, ...]  # from arrival to the last token
+    in_memory: float  # the share of requests for which no adapter was read
+    evictions: int
+
+    def cells(self) -> tuple[str, ...]:
+        times = (f"{ms:,.0f}" for ms in (*self.first_token, *self.latency))
+        numbers = f"{self.tokens_per_second:,.0f}", f"{self.to_base:.2f}", *times
+        return (f"{self.adapters:,}" if self.adapters else "none", *numbers, f"{self.in_memory:.0%}")
+
+
+@report
+@dataclass(frozen=True)
+class Served:
+    """The result of `serve_bench`; prints as a table."""
+
+    rank: int
+    targets: str
+    bytes: int  # of one adapter in memory
+    budget: int
+    slots: int
+    requests: int
+    load: float
+    zipf: float
+    rows: tuple[Row, ...]
+
+    def data(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def parts(self) -> list[str | Table]:
+        head = ["adapters", "tokens/s", "to base", *(f"first p{p}" for p in POINTS)]
+        head += [*(f"last p{p}" for p in POINTS), "in memory"]
+        what = f"rank {self.rank} on {self.targets}, {self.bytes:,} bytes each; {self.budget:,} in memory"
+        how = f"{self.requests} requests, {self.slots} at a time, Zipf {self.zipf:g}; ms from arrival to the "
+        how += f"first and last token at {self.load:.0%} of the rate that the base can serve"
+        return [Table(head, [row.cells() for row in self.rows]), what, how]
+
+
+@dataclass(eq=False)
+class Trial:
+    """An engine for one number of adapters, and what was measured of it, round by round."""
+
+    adapters: int
+    engine: Engine
+    reads: int  # adapters that were read before
+    throughput: list[float] = field(default_factory=list)  # tokens per second
+    first: list[float] = field(default_factory=list)  # milliseconds, of all requests
+    last: list[float] = field(default_factory=list)
+    requests: int = 0
+
+    def burst(self, requests: Sequence[Request]) -> None:
+        """Serve requests that are all there at the start."""
+        start = self.engine.clock()
+        streams = play(self.engine, [0.0] * len(requests), requests)
+        seconds = self.engine.clock() - start
+        self.throughput.append(sum(len(stream.tokens) for stream in streams) / seconds)
+        self.requests += len(requests)
+
+    def trickle(
+        self,
+        arrivals: Sequence[float],
+        requests: Sequence[Request],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Serve requests that come one after the other."""
+        start = self.engine.clock()
+        for at, stream in zip(arrivals, play(self.engine, arrivals, requests, sleep), strict=True):
+            self.first.append(1000 * (stream.times[1] - start - at))
+            self.last.append(1000 * (stream.times[-1] - start - at))
+        self.requests += len(requests)
+
+    def row(self, base: Trial) -> Row:
+        """The medians and percentiles over all rounds."""
+        pairs = zip(self.throughput, base.throughput, strict=True)
+        first, last = (tuple(np.percentile(ms, POINTS).tolist()) for ms in (self.first, self.last))
+        counters = self.engine.bank.counters if self.engine.bank else Counters()
+        share = 1 - (counters.loads - self.reads) / self.requests
+        to_base = median(own / other for own, other in pairs)
+        return Row(self.adapters, median(self.throughput), to_base, first, last, share, counters.evictions)
+
+
+def serve_bench(
+    base: Path | str = "base",
+    adapters: Sequence[int] = (1, 5, 100, 1000),
+    *,
+    rank: int = 8,
+    targets: str | Sequence[str] = "all-linear",
+    budget: int = 1 << 30,
+    slots: int = 32,
+    requests: int = 200,
+    load: float = 0.7,
+    zipf: float = 1.0,
+    rounds: int = 3,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, known: None,
+) -> Served:
+    """Measure a base with these numbers of adapters, beside the base alone.
+
+    The adapters lie in a temporary folder meanwhile. ConfigError for a number that has no meaning.
+    """
+    for name, value in {"requests": requests, "rounds": rounds}.items():
+        check_int(name, value, 1)
+    check_float("load", load, 0, math.inf, open_low=True)
+    check_float("zipf", zipf, 0, math.inf)
+    if not adapters or any(type(n) is not int or n < 1 for n in adapters):
+        raise ConfigError(f"adapters is {short(adapters)}; expected numbers of adapters, at least 1")
+    model, rng = huggingface.load(base), np.random.default_rng(seed)
+    V = model.config.vocab_size
+    with tempfile.TemporaryDirectory() as temp:
+        config = LoraConfig(r=rank, targets=targets, init="both")
+        size = write_adapters(model, Path(temp), max(adapters), config, rng)
+        trials = []
+        for n in (0, *adapters):
+            bank = resident(model, Path(temp), n, budget, size) if n else None
+            engine = Engine(model, bank, slots=slots, positions=PROMPT[1] + NEW[1], queue=requests)
+            trials.append(Trial(n, engine, bank.counters.loads if bank else 0))
+        known = 2 * rounds * len(trials)
+        for done in range(0, known, 2 * len(trials)):
+            for i, trial in enumerate(trials):
+                trial.burst(workload(rng, requests, trial.adapters, zipf, V))
+                progress(done + i + 1, known)
+            rate = load * trials[0].throughput[-1] / (sum(NEW) / 2)  # requests per second
+            arrivals = np.cumsum(rng.exponential(1 / rate, requests)).tolist()
+            for i, trial in enumerate(trials):
+                trial.trickle(arrivals, workload(rng, requests, trial.adapters, zipf, V))
+                progress(done + len(trials) + i + 1, known)
+        rows = tuple(trial.row(trials[0]) for trial in trials)
+    what = targets if isinstance(targets, str) else ",".join(targets)
+    return Served(rank, what, size, budget, slots, requests, load, zipf, rows)
+
+
+def names(count: int) -> list[str]:
+    """The names of so many adapters, the most popular first."""
+    return [f"a{k:05}" for k in range(count)]
+
+
+def write_adapters(
+    model: Llama, folder: Path, count: int, config: LoraConfig, rng: np.random.Generator
+) -> int:
+    """Fill a folder with adapters of the same numbers, by name; returns the bytes of one in memory."""
+    first, *others = names(count)
+    copy = replica(model)
+    inject(copy, config, rng=rng)
+    save_adapter(copy, folder / first)
+    for name in others:
+        shutil.copytree(folder / first, folder / name)
+    return sum(p.data.nbytes for p in trained(copy).values())
+
+
+def resident(model: Llama, folder: Path, count: int, budget: int, size: int) -> Bank:
+    """A bank with the most popular of `count` adapters in memory, as many as fit: copies of one."""
+    bank = Bank(model, folder, budget)
+    *others, last = names(min(count, budget // size))[::-1] or [""]
+    if last and bank.fetch(last):
+        one = bank.loaded[last]
+        bank.loaded |= {name: Loaded(deepcopy(one.layers), one.bytes) for name in others}
+        bank.loaded.move_to_end(last)  # the most popular is the last to be evicted
+        bank.counters.bytes = one.bytes * len(bank.loaded)
+    return bank
+
+
+def workload(rng: np.random.Generator, count: int, adapters: int, zipf: float, V: int) -> list[Request]:
+    """Requests with random prompts, and with adapters of these popularities; 0 adapters: for the base."""
+    known, weights = names(adapters), np.arange(1, adapters + 1) ** -float(zipf)
+    chosen = rng.choice(adapters, count, p=weights / weights.sum()) if adapters else None
+    return [
+        Request(
+            rng.integers(0, V, int(rng.integers(PROMPT[0], PROMPT[1] + 1))),
+            int(rng.integers(NEW[0], NEW[1] + 1)),
+            None if chosen is None else known[chosen[i]],
+            temperature=0,
+        )
+        for i in range(count)
+    ]
+
+
+def play(
+    engine: Engine,
+    arrivals: Sequence[float],
+    requests: Sequence[Request],
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Stream]:
+    """Submit each request at its second, step until all are finished, and return their streams."""
+    start, streams = engine.clock(), []
+    for at, request in zip(arrivals, requests, strict=True):
+        while (wait := start + at - engine.clock()) > 0:
+            if engine.busy():
+                engine.step()
+            else:
+                sleep(wait)
+        streams.append(engine.submit(request))
+    engine.run()
+    return streams
