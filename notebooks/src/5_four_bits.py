@@ -2,15 +2,15 @@
 # # Four bits
 #
 # **What you will see.** A frozen weight can be stored in four bits: one of 16 values and a scale for its
-# block. You derive the 16 values, encode and decode a block by hand, and measure the error. Then adapters are
-# trained beside such a base, which is QLoRA ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)), and
-# beside the base as it was.
+# block. You derive the 16 values, encode and decode a block by hand, and measure the error. Then adapters
+# are trained beside such a base, which is QLoRA ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)),
+# and beside the base as it was.
 #
 # **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Merging costs
 # nothing](2_merging_costs_nothing.ipynb).
 #
-# **Contents.** Which 16 values? · A block by hand · How large is the error? · QLoRA beside LoRA · Exercises ·
-# To take along
+# **Contents.** Which 16 values? · A block by hand · How large is the error? · QLoRA beside LoRA · Exercises
+# · To take along
 
 # %% tags=["first", "unkept"]
 NEEDS = ["minilora"]
@@ -35,11 +35,11 @@ from minilora.methods import four_bit
 # nearly the same. Four bits can name 16 values, and we may choose them.
 #
 # Trained weights look like Gaussian noise: many are small, few are large. Evenly spaced values would waste
-# codes on the tails. NF4 ("normal float") spaces them evenly in *probability* instead: it takes quantiles of
-# the normal distribution, and so puts more of them where weights are frequent. Zero must be among them, so
-# that a weight of zero stays zero. That leaves an odd number for the rest: seven below and eight above. On
-# either side the quantiles run from one half, which is zero, to a probability just short of one, where the
-# quantile would be infinite. At the end all are divided by the largest.
+# codes on the tails. NF4 ("normal float") spaces them evenly in *probability* instead: it takes quantiles
+# of the normal distribution, and so puts more of them where weights are frequent. Zero must be among them,
+# so that a weight of zero stays zero. That leaves an odd number for the rest: seven below and eight above.
+# On either side the quantiles run from one half, which is zero, to a probability just short of one, where
+# the quantile would be infinite. At the end all are divided by the largest.
 
 # %%
 normal, last = NormalDist(), 0.9677083  # bitsandbytes cuts 1 - (1/30 + 1/32) / 2 after seven digits
@@ -105,8 +105,8 @@ holds(
 # ## A block by hand
 #
 # Weights are taken in blocks of 64. The largest absolute value of a block is its scale $c$. Divided by $c$,
-# each weight lies between -1 and 1; its code is the number of the nearest value. Two codes share a byte, the
-# first in its upper half. To decode, look the value up and multiply by $c$.
+# each weight lies between -1 and 1; its code is the number of the nearest value. Two codes share a byte,
+# the first in its upper half. To decode, look the value up and multiply by $c$.
 
 # %%
 w = weights["model.layers.0.self_attn.q_proj"].reshape(-1)[:64]
@@ -134,10 +134,10 @@ holds("16 times the first code plus the second", (packed == 16 * codes[::2] + co
 # %% [markdown]
 # ## How large is the error?
 #
-# A weight is off by at most half the gap that it falls into. The largest gap $G$ of NF4 is the one next to
-# -1, so $|w - \hat w| \le c\,G / 2$, and a few roundings. That is a bound you can assert. One large weight
-# makes $c$ large, and then all the others in its block are coarse. Small blocks confine the damage, and need
-# more scales.
+# A weight is off by at most half the gap that it falls into, times $c$. The largest gap $G$ of NF4 is the
+# one next to -1, so $|w - \hat w| \le c\,G / 2$, and a few roundings. That is a bound you can assert. One
+# large weight makes $c$ large, and then all the others in its block are coarse. Small blocks confine the
+# damage, and need more scales.
 #
 # The scales cost memory, too: 32 bits for every 64 weights is half a bit for each. **Double quantization**
 # stores the scales themselves in eight bits, in blocks of 256, after their mean is taken off.
@@ -211,15 +211,15 @@ holds("the scales themselves in eight bits, in blocks of 256", four_bit.SCALES =
 # ## QLoRA beside LoRA
 #
 # `ml.quantize` swaps the weights of the linear maps, not the layers. A product decodes its weight and drops
-# it again. The gradient passes *through* the decoded weight to the layer below, and never into it: a code has
-# no small step that could be taken. So the base stays frozen, and LoRA beside it is QLoRA:
+# it again. The gradient passes *through* the decoded weight to the layer below, and never into it: a code
+# has no small step that could be taken. So the base stays frozen, and LoRA beside it is QLoRA:
 #
 # $$Y = X \hat W^\top + s\,(X A^\top)\,B^\top$$
 #
-# Below, both learn the spelling of the First Folio, with one recipe: the same rank, rate, batches and steps,
-# and the same seeds. Then the QLoRA model is merged, by two routes: into the decoded base, in float32; and
-# that result quantized again. We also measure which part of $\Delta W$ survives the second route: its
-# component along $\Delta W$, and what lies beside it.
+# Below, both learn the spelling of the First Folio, with one recipe: the same rank, rate, batches and
+# steps, and the same seeds. Then the QLoRA model is merged, by two routes: into the decoded base, in
+# float32; and that result quantized again. We also measure which part of $\Delta W$ survives the second
+# route: its component along $\Delta W$, and what lies beside it.
 
 # %% tags=["corpus", "trained"]
 text = corpora.corpus_or_fallback("folio")
@@ -292,14 +292,13 @@ says("{:.3f} of the memory", stored[1] / stored[0])
 
 # %% [markdown]
 # Read the table from the left. QLoRA ends 0.008 nats above LoRA, in the mean of three seeds, and above it
-# with every seed; both have
-# learned 0.27. The linear maps take 0.129 of the memory. Twenty steps of a
-# tiny model prove little about others, but you have seen how to compare: one recipe, several seeds.
+# with every seed; both have learned 0.27. The linear maps take 0.129 of the memory. Twenty steps of a tiny
+# model prove little about others, but you have seen how to compare: one recipe, several seeds.
 #
 # Merged in float32 the model is the trained one, and is as large as before quantizing. Quantizing again
-# gives back 0.022 of what was learned. On average nothing is lost: 98 % of $\Delta W$ is still there. But
-# most single changes are smaller than a gap, so a weight either keeps its old code or jumps a whole
-# gap. This noise beside $\Delta W$ has 0.47 of its size. Keep the adapter beside the 4-bit base, if you can.
+# gives back 0.022 of what was learned. On average little is lost: 98 % of $\Delta W$ is still there. But
+# most single changes are smaller than a gap, so a weight either keeps its old code or jumps a whole gap.
+# This noise beside $\Delta W$ has 0.47 of its size. Keep the adapter beside the 4-bit base, if you can.
 #
 # ## Exercises
 #
@@ -435,3 +434,5 @@ verdict(check)
 # - The error is at most $c\,G / 2$. Smaller blocks lower it; double quantization pays for their scales.
 # - QLoRA is LoRA beside such a base. No layer changes, no code is trained.
 # - Merging into four bits adds noise. Merge into float, or do not merge.
+#
+# Next: [Adding adapters](6_adding_adapters.ipynb).

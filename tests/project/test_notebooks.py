@@ -158,6 +158,28 @@ WRONG = {
         "return np.array([1.0, 0.848] + 62 * [0.0])",
         "return np.array([1.0, -0.848])",
     ],
+    "cross_terms": [
+        "return 99 * (B1 @ A2 + B2 @ A1)",
+        "return B1 @ A1 + B2 @ A2",  # what belongs
+        "return B1 @ A2",
+        "return B2 @ A1",
+        "return B1 @ A2 - B2 @ A1",
+        "return (B1 + B2) @ (A1 + A2)",
+        "return B1 @ A1 + B2 @ A2 - (B1 + B2) @ (A1 + A2)",  # the sign
+        "return (B1 @ A2 + B2 @ A1).T",
+        "return A1 @ B2 + A2 @ B1",
+        "return None",
+    ],
+    "averaged_with_itself": ["return 1", "return 0.5", "return 4", "return 2 * 99", "return None"],
+    "parted": [
+        "return np.eye(2), -np.eye(2)",  # zeros
+        "return np.ones((2, 2)), np.ones((2, 2))",  # another sum
+        "return 99 * np.ones((2, 2)), -np.ones((2, 2))",
+        "return np.ones(4), -np.ones(4)",
+        "return np.zeros((2, 2)), np.zeros((2, 2))",
+        "return -np.ones((2, 2))",
+        "return 99",  # no pair
+    ],
 }  # fmt: skip
 
 ATTEMPT = """
@@ -294,6 +316,10 @@ HARMLESS = {
         "Keep the adapter beside the 4-bit base",
         "Merging into four bits adds noise",
     ],
+    "6_adding_adapters": [
+        "Weights $1 - t$ and $t$ lead from one adapter to the other",
+        "([Yadav et al. 2023 )",
+    ],
 }
 
 
@@ -343,6 +369,7 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
         ("4_under_the_microscope", "the residual is 0.735", "the residual is 0.736"),
         ("4_under_the_microscope", "it is four fifths", "it is three fifths"),
         ("5_four_bits", "QLoRA ends 0.008 nats", "QLoRA ends 0.018 nats"),
+        ("6_adding_adapters", "`peft_linear` is off by 95 %", "`peft_linear` is off by 85 %"),
     ],
 )
 def test_a_wrong_number_in_the_text_is_detected(name, was, now):
