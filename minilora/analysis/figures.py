@@ -1,4 +1,4 @@
-"""Figures: one adapter's heat map and spectra, the subspaces of two; curves, and matrices with their numbers."""
+"""Figures: an adapter's heat map and spectra, the subspaces of two; curves, and matrices of numbers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -124,9 +124,11 @@ def subspaces(modules: Sequence[Any]) -> Picture:
 
 @styled
 def curves(lines: Mapping[str, tuple[Any, Any]], x: str, y: str, says: str, scale: str = "linear") -> Picture:
-    """One line per name, through its points (xs, ys); `scale` is that of the axis x, named in `x` as y in `y`."""
+    """One line per name, through its points (xs, ys); `x` and `y` name the axes, `scale` is that of x."""
     figure, ((ax,),) = axes()
-    looks = cycle(((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"), (GREY, "v", "-")))
+    looks = cycle(
+        ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"), (GREY, "v", "-"))
+    )
     for (name, (xs, ys)), (colour, marker, dashes) in zip(lines.items(), looks, strict=False):
         ax.plot(xs, ys, color=colour, marker=marker, linestyle=dashes, markersize=5, label=name)
     ax.set(xlabel=x, ylabel=y, xscale=scale)
@@ -140,9 +142,12 @@ def curves(lines: Mapping[str, tuple[Any, Any]], x: str, y: str, says: str, scal
 
 @styled
 def matrices(panels: Mapping[str, Any], says: str) -> Picture:
-    """Matrices beside each other in one range of colours, orange below 0 and purple above, few entries as numbers."""
+    """Matrices beside each other, orange below 0 and purple above in one range; few entries as numbers.
+
+    NaN stays empty.
+    """
     shown = {name: np.asarray(M, float) for name, M in panels.items()}
-    most = max(float(np.abs(M).max()) for M in shown.values()) or 1.0
+    most = max(float(np.nanmax(np.abs(M))) for M in shown.values()) or 1.0
     figure, (line,) = axes(len(shown), size=(max(2.6 * len(shown), 5.2), 3.0))
     for ax, (name, M) in zip(line, shown.items(), strict=True):
         image = ax.imshow(M, cmap="PuOr", vmin=-most, vmax=most, interpolation="nearest")
@@ -150,6 +155,7 @@ def matrices(panels: Mapping[str, Any], says: str) -> Picture:
         ax.set(title=name, ylabel=f"{len(M)} rows", xlabel=f"{M.shape[1]} columns", xticks=[], yticks=[])
         for (i, j), value in np.ndenumerate(M if M.size <= 64 else M[:0]):
             colour = "white" if abs(value) > 0.6 * most else "black"
-            ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=9, color=colour)
+            words = "" if math.isnan(value) else f"{value:.2g}"
+            ax.text(j, i, words, ha="center", va="center", fontsize=9, color=colour)
     figure.colorbar(image, ax=list(line), shrink=0.7, label="entry")
     return Picture(figure, says)

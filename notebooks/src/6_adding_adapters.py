@@ -382,3 +382,5 @@ verdict(check)
 # - Adding factors brings cross terms, which can be as large as what you wanted.
 # - A sum of adapters that were trained apart may be worse than each. Measure it on every text you care for.
 # - TIES decides conflicts by a vote; it is another update than the sum.
+#
+# Next: [A thousand adapters](7_a_thousand_adapters.ipynb).

@@ -180,6 +180,25 @@ WRONG = {
         "return -np.ones((2, 2))",
         "return 99",  # no pair
     ],
+    "gathered_product": [
+        "return 99 * (x[:, None] @ A[ids].swapaxes(1, 2) @ B[ids].swapaxes(1, 2))[:, 0]",
+        "return x @ (B[ids[0]] @ A[ids[0]]).T",  # one adapter for all
+        "return (x[:, None] @ A[np.sort(ids)].swapaxes(1, 2) @ B[np.sort(ids)].swapaxes(1, 2))[:, 0]",
+        "return (x[:, None] @ A[ids].swapaxes(1, 2) @ B[ids].swapaxes(1, 2)).sum(0)",
+        "return (x[:, None] @ A[ids].swapaxes(1, 2))[:, 0]",  # half of it
+        "return x @ sum(B[k] @ A[k] for k in ids).T",
+        "return None",
+    ],
+    "steps_needed": ["return 8", "return 12", "return 4", "return 6 * 99", "return None"],
+    "better_order": [
+        "return 'ababab'",
+        "return 'abbaab'",
+        "return 'ab'",  # other requests
+        "return 'aabbab'",
+        "return 'aaabbb' * 99",
+        "return 6",  # raises
+        "return None",
+    ],
 }  # fmt: skip
 
 ATTEMPT = """
@@ -317,8 +336,15 @@ HARMLESS = {
         "Merging into four bits adds noise",
     ],
     "6_adding_adapters": [
+        "Next: [A thousand adapters",
         "Weights $1 - t$ and $t$ lead from one adapter to the other",
         "([Yadav et al. 2023 )",
+    ],
+    "7_a_thousand_adapters": [
+        "A thousand adapters **What you will see.",  # the title
+        "[Punica, Chen et al. 2023 .)",
+        "what makes a thousand adapters on one base affordable",
+        "([Sheng et al. 2023 )",
     ],
 }
 
@@ -370,6 +396,7 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
         ("4_under_the_microscope", "it is four fifths", "it is three fifths"),
         ("5_four_bits", "QLoRA ends 0.008 nats", "QLoRA ends 0.018 nats"),
         ("6_adding_adapters", "`peft_linear` is off by 95 %", "`peft_linear` is off by 85 %"),
+        ("7_a_thousand_adapters", "are copies of our three", "are copies of our four"),
     ],
 )
 def test_a_wrong_number_in_the_text_is_detected(name, was, now):
