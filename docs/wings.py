@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "minilora"
 APART = 2.3  # inches from one box of a row to the next
-SLOTS = range(-5, 6)  # of a row, half as far apart
+SLOTS = range(-6, 7)  # of a row, half as far apart
 
 
 class Import(NamedTuple):
@@ -156,13 +156,15 @@ def place(graph: dict[str, set[str]], boxes: dict[str, Box]) -> Places:
 
     def cost(row: Places) -> float:
         now, length, behind = at | row, 0.0, 0
-        for (a, b), others in between.items():
-            if near := a in row or b in row:
+        for (a, b), others in moved.items():
+            if a in row or b in row:
                 length += math.dist(now[a], now[b])
-            behind += sum(crosses(now[a], now[b], now[n], boxes[n]) for n in others if near or n in row)
+            behind += sum(crosses(now[a], now[b], now[n], boxes[n]) for n in others)
         return 30 * behind + length
 
     for row in [*rows, *reversed(rows)]:
+        moved = {ends: [n for n in others if n in row or not {*ends}.isdisjoint(row)]  # what the row decides
+                 for ends, others in between.items() if not {*ends, *others}.isdisjoint(row)}  # fmt: skip
         slots = [s for s in itertools.combinations(SLOTS, len(row)) if all(b - a > 1 for a, b in pairwise(s))]
         at |= min(
             (

@@ -205,7 +205,7 @@ OPTIONS = {
         "out": (["o2"], {"extract.out": "o2"}), **smaller("extract"),
     }),
     "combine": ({"adapters": ["a:0.7", "b/c:-1"], "out": ["o"]}, {
-        "adapters": (["a2:0.5"], {"combine.adapters": [("a2", 0.5)]}),
+        "adapters": (["C:a2:0.5"], {"combine.adapters": [("C:a2", 0.5)]}),
         "out": (["o2"], {"combine.out": "o2"}),
         "method": (["--method", "svd"], {"combine.method": "svd"}),
         "rank": (["--rank", "3"], {"combine.rank": 3}),

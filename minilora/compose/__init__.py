@@ -1,1 +1,1 @@
-"""Adapters made from adapters and models: truncated, extracted, merged into a base."""
+"""Adapters made from adapters and models: summed, truncated, extracted, merged into a base."""

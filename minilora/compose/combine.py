@@ -31,7 +31,7 @@ from ..peft.config import peft_config, read_fields
 from ..peft.folder import Adapter, check_agreement, open_adapter, write_adapter
 from ..peft.recognise import CONFIG
 from ..spectra import quotient
-from ..table import Table, report
+from ..table import Table, counted, report
 from .arithmetic import Combined, Update, cat, check_rank, check_weights, linear, peft_linear, svd
 from .sparsify import check_density, dare, dare_ties, magnitude, ties
 from .truncate import refuse_same
@@ -168,6 +168,8 @@ def combine(
     UnsupportedError for what has no sum; and whatever opening and writing raise.
     """
     given = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
+    if odd := [pair for pair in given if not isinstance(pair, tuple | list) or len(pair) != 2]:
+        raise InputError(f"an adapter is given as {short(odd[0])}; expected a pair, such as ('A', 0.7)")
     check_weights([weight for _, weight in given])
     check_options(method, rank, density, seed)
     folders = [open_adapter(folder) for folder, _ in given]
@@ -199,7 +201,7 @@ def combine(
     config = peft_config(sizes, list(sizes)) | shared([folder for folder, _ in summed])
     wide = any(a.dtype == np.float64 for a in tensors.values())
     write_adapter(out, config, tensors, base, "float64" if wide else "float32", overwrite)
-    notes = tuple(f"{folder.where}: {note}" for folder, _ in summed for note in folder.notes)
+    notes = tuple(f"{folder.where}: {note}" for folder, _ in summed for note in notes_on(folder))
     weights = tuple((str(folder), float(weight)) for folder, weight in given)
     return Combination(str(out), weights, method, tuple(rows), notes)
 
@@ -242,6 +244,13 @@ def check_together(folders: Sequence[Adapter]) -> str | None:
     return next(iter(bases), None)
 
 
+def notes_on(folder: Adapter) -> Iterator[str]:
+    """What is unusual in an adapter, and what of its file is in no sum."""
+    yield from folder.notes
+    if copies := [pair.copy for pair in folder.pairs.values() if pair.copy]:
+        yield f"{counted(len(copies), 'copy', 'copies')} of the base's weights left out, as {copies[0]}"
+
+
 def form_words(embedding: bool, shape: tuple[int, int], window: tuple[int, ...]) -> str:
     """What kind of map a module's factors are for, in words."""
     kind = "an embedding" if embedding else "a convolution" if len(window) > 1 else "a linear map"
@@ -249,13 +258,11 @@ def form_words(embedding: bool, shape: tuple[int, int], window: tuple[int, ...])
 
 
 def shared(folders: Sequence[Adapter]) -> dict[str, Any]:
-    """The fields of a config on which all adapters agree; of the selectors, only if they agree on all."""
+    """The fields of a config on which all agree, and the first one's selectors if all have its modules."""
     configs = [read_fields(folder.where / CONFIG) for folder in folders]
     first = configs[0]
-    selectors = {name: first.get(name) for name in SELECTORS}
-    alike = all({name: config.get(name) for name in SELECTORS} == selectors for config in configs)
-    alike &= all(folder.pairs.keys() == folders[0].pairs.keys() for folder in folders)
-    fields = selectors if alike else {}
+    alike = all(folder.pairs.keys() == folders[0].pairs.keys() for folder in folders)
+    fields = {name: first.get(name) for name in SELECTORS} if alike else {}
     for name in ("base_model_name_or_path", "task_type"):
         if all(config.get(name) == first.get(name) for config in configs):
             fields[name] = first.get(name)

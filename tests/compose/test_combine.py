@@ -10,6 +10,7 @@ from by_hand import CONFIG, PREFIX, U64, WEIGHTS, bound64, changes, read_peft, w
 from helpers import EVERYTHING, LINEARS, batch, gamma, same_bits, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft_cases import FIXTURES
 from vectors import weights
 
 import minilora as ml
@@ -216,6 +217,14 @@ def test_the_report_names_modules_ranks_and_weights(tmp_path):
     assert made.data()["residual"] == made.residual
 
 
+def test_the_weights_of_the_base_that_peft_copies_are_left_out_and_it_is_said(tmp_path):
+    source = FIXTURES / "adapters" / "untied--embedding-and-head"
+    made = combine({source: 1}, tmp_path / "out")
+    assert [note for note in made.notes if "2 copies of the base's weights left out, as" in note]
+    assert not [name for name in open_adapter(tmp_path / "out").tensors if "base_layer" in name]
+    assert changes(tmp_path / "out").keys() == changes(source).keys() == {"lm_head", "model.embed_tokens"}
+
+
 def test_progress_is_told_module_by_module(tmp_path):
     told = []
     combine({two(tmp_path)[0]: 1}, tmp_path / "out", progress=lambda done, of: told.append((done, of)))
@@ -225,7 +234,7 @@ def test_progress_is_told_module_by_module(tmp_path):
 # ---- what the config says
 
 
-def test_selectors_on_which_all_agree_are_kept_and_others_become_names(tmp_path):
+def test_selectors_are_kept_where_all_have_the_same_modules_and_become_names_elsewhere(tmp_path):
     rng = np.random.default_rng(0)
     modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     factors = [
@@ -276,6 +285,7 @@ def listed(folder):
 DENSE = ("magnitude", "ties", "dare", "dare_ties")
 REFUSED = {
     "none": ({}, {}, InputError, "there are no adapters; expected at least one"),
+    "a name alone": (["ab"], {}, InputError, "an adapter is given as 'ab'; expected a pair, such as"),
     "all of weight 0": ({"a": 0, "b": 0.0}, {}, InputError, "the weights are all 0; expected at least one"),
     "nan": ({"a": math.nan}, {}, InputError, "a weight is nan; expected a finite number"),
     "inf": ({"a": 1, "b": -math.inf}, {}, InputError, "a weight is -inf; expected a finite number"),
@@ -347,6 +357,13 @@ def test_what_acts_beside_the_factors_is_refused_by_name(config, message, tmp_pa
         with pytest.raises(UnsupportedError, match=message):
             combine({a: 1, b: weight}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_adapter_by_two_names_is_given_twice(tmp_path):
+    a, _ = two(tmp_path)
+    (tmp_path / "here").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"here.a: is given twice"):
+        combine({a: 1, tmp_path / "here" / "a": 1}, tmp_path / "out")
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
@@ -448,6 +465,15 @@ def test_the_sum_acts_as_the_sum_on_every_layer(tmp_path):
     for path, adapter in active(model).items():
         found = to_host(adapter.delta()).astype(float)
         assert np.linalg.norm(found - deltas[path]) <= 1e-6 * np.linalg.norm(deltas[path]) + 1e-6
+
+
+def test_an_adapter_of_weight_0_adds_no_layer():
+    second = LoraConfig(r=2, alpha=5, targets=["v_proj"], init="both")
+    model, _ = with_two(0, LoraConfig(r=3, alpha=7, targets=["q_proj"], init="both"), second)
+    made = add_weighted_adapter(model, {"b": 0.0, "a": 1}, "alone")
+    assert {row.module.rpartition(".")[2] for row in made.rows} == {"q_proj"}
+    assert {row.ranks for row in made.rows} == {(3,)}
+    assert made.weights == (("b", 0.0), ("a", 1.0))
 
 
 def test_an_embedding_is_summed_as_an_embedding(tmp_path):
