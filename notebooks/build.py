@@ -41,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 ROWS = HERE.parent / "figures" / "rows.jsonl"  # what the third lesson reads
 LESSONS = (
     "1_lora_from_one_equation", "2_merging_costs_nothing", "3_which_rank", "4_under_the_microscope",
+    "5_four_bits", "6_adding_adapters", "7_a_thousand_adapters",
 )  # fmt: skip
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.(?P<decimals>\d+))?(?:e(?P<power>[-+]\d+))?")

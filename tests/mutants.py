@@ -563,6 +563,12 @@ MUTANTS = (
     Mutant("all-modules-in-memory", "analysis/inspect.py", "for module in each(one, given.pairs):",
            "held = [given.factors(name) for name in given.pairs]\n"
            "        for module in each(one, given.pairs):", "inspect"),
+    Mutant("matrices-that-forget-the-negative", "analysis/figures.py", "np.nanmax(np.abs(M))", "np.nanmax(M)",
+           "plotting"),
+    Mutant("matrices-numbered-across", "analysis/figures.py", "ax.text(j, i, words", "ax.text(i, j, words",
+           "plotting"),
+    Mutant("curves-without-a-scale", "analysis/figures.py", "ax.set(xlabel=x, ylabel=y, xscale=scale)",
+           "ax.set(xlabel=x, ylabel=y)", "plotting"),
     Mutant("heat-map-of-the-last-expert", "analysis/figures.py", "grid[place] = math.fsum(values) / len(values)",
            "grid[place] = values[-1]", "inspect"),
     Mutant("figure-drawn-again", "analysis/plotting.py", "            self.made[kind] = stream.getvalue()\n",

@@ -1,7 +1,7 @@
-"""The figures of one adapter: heat map, spectra, and the subspaces of two beside each other."""
+"""Figures: an adapter's heat map and spectra, the subspaces of two; curves, and matrices of numbers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -120,3 +120,42 @@ def subspaces(modules: Sequence[Any]) -> Picture:
     figure.suptitle("Common subspace of two adapters; dotted: chance", fontsize=12)
     text = f"Subspace similarity of two adapters, first to all directions: {'; '.join(says)}."
     return Picture(figure, text)
+
+
+@styled
+def curves(lines: Mapping[str, tuple[Any, Any]], x: str, y: str, says: str, scale: str = "linear") -> Picture:
+    """One line per name, through its points (xs, ys); `x` and `y` name the axes, `scale` is that of x."""
+    figure, ((ax,),) = axes()
+    looks = cycle(
+        ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"), (GREY, "v", "-"))
+    )
+    for (name, (xs, ys)), (colour, marker, dashes) in zip(lines.items(), looks, strict=False):
+        ax.plot(xs, ys, color=colour, marker=marker, linestyle=dashes, markersize=5, label=name)
+    ax.set(xlabel=x, ylabel=y, xscale=scale)
+    if scale == "log":
+        at = sorted({float(v) for xs, _ in lines.values() for v in xs})
+        ax.set_xticks(at, [f"{v:g}" for v in at])
+        ax.minorticks_off()
+    ax.legend(fontsize=9)
+    return Picture(figure, says)
+
+
+@styled
+def matrices(panels: Mapping[str, Any], says: str) -> Picture:
+    """Matrices beside each other, orange below 0 and purple above in one range; few entries as numbers.
+
+    NaN stays empty.
+    """
+    shown = {name: np.asarray(M, float) for name, M in panels.items()}
+    most = max(float(np.nanmax(np.abs(M))) for M in shown.values()) or 1.0
+    figure, (line,) = axes(len(shown), size=(max(2.6 * len(shown), 5.2), 3.0))
+    for ax, (name, M) in zip(line, shown.items(), strict=True):
+        image = ax.imshow(M, cmap="PuOr", vmin=-most, vmax=most, interpolation="nearest")
+        ax.grid(False)
+        ax.set(title=name, ylabel=f"{len(M)} rows", xlabel=f"{M.shape[1]} columns", xticks=[], yticks=[])
+        for (i, j), value in np.ndenumerate(M if M.size <= 64 else M[:0]):
+            colour = "white" if abs(value) > 0.6 * most else "black"
+            words = "" if math.isnan(value) else f"{value:.2g}"
+            ax.text(j, i, words, ha="center", va="center", fontsize=9, color=colour)
+    figure.colorbar(image, ax=list(line), shrink=0.7, label="entry")
+    return Picture(figure, says)

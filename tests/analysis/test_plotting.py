@@ -360,7 +360,11 @@ VIEWS = {
     "heat_map beside a base": lambda: figures.heat_map(some_modules(base=0.25)),
     "adapter_spectra": lambda: figures.adapter_spectra(some_modules()),
     "subspaces": lambda: figures.subspaces(some_modules(other=0.9)),
+    "curves": lambda: figures.curves(LINES, "block size", "error", "3 lines.", "log"),
+    "matrices": lambda: figures.matrices(MATRICES, "2 matrices."),
 }
+LINES = {"one": ([2, 8, 4], [3.0, 1.0, 2.0]), "two": ([2, 16], [0.5, 0.25]), "three": ([4], [7.0])}
+MATRICES = {"small": [[1, -0.25, 0], [0.5, math.nan, -4]], "large": np.arange(99).reshape(9, 11) / 50}
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -664,3 +668,32 @@ def test_a_table_escapes_html():
     found = Table(["<b>"], [["<c>", "<d>"]], "<a>").html()
     for letter in "abcd":
         assert f"&lt;{letter}&gt;" in found
+
+
+def test_curves_go_through_their_points_each_with_a_look_of_its_own():
+    (ax,) = VIEWS["curves"]().figure.axes
+    for name, points in LINES.items():
+        assert [list(v) for v in line(ax, name)] == [list(v) for v in points]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("block size", "error", "log")
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["2", "4", "8", "16"]
+    assert list(ax.get_xticks()) == [2, 4, 8, 16]
+    looks = {(x.get_marker(), x.get_linestyle(), x.get_color()) for x in ax.get_lines()}
+    assert len(looks) == len(LINES)
+    (plain,) = figures.curves({"one": ([0.0, 1.0], [2.0, 3.0])}, "t", "loss", "One line.").figure.axes
+    assert plain.get_xscale() == "linear"
+
+
+def test_matrices_share_a_range_around_zero_and_small_ones_show_their_numbers():
+    small, large, _ = VIEWS["matrices"]().figure.axes
+    assert [ax.get_title() for ax in (small, large)] == list(MATRICES)
+    assert [ax.get_ylabel() for ax in (small, large)] == ["2 rows", "9 rows"]
+    assert [ax.get_xlabel() for ax in (small, large)] == ["3 columns", "11 columns"]
+    for ax, M in zip((small, large), MATRICES.values(), strict=True):
+        found = np.ma.filled(ax.get_images()[0].get_array().astype(float), np.nan)
+        assert np.array_equal(found, M, equal_nan=True)
+        assert ax.get_images()[0].get_clim() == (-4, 4)
+    written = {t.get_position(): t.get_text() for t in small.texts}  # (column, row)
+    assert written == {(0, 0): "1", (1, 0): "-0.25", (2, 0): "0", (0, 1): "0.5", (1, 1): "", (2, 1): "-4"}
+    assert not large.texts
+    zero, *_ = figures.matrices({"nothing": np.zeros((2, 2))}, "Nothing.").figure.axes
+    assert zero.get_images()[0].get_clim() == (-1, 1)

@@ -138,6 +138,67 @@ WRONG = {
         "return np.linalg.solve(R, A), B @ np.linalg.inv(R)",
         "return None",
     ],
+    "unpacked": [
+        "return 99 * c * values[np.stack([packed // 16, packed % 16], 1).reshape(-1)]",
+        "return values[np.stack([packed // 16, packed % 16], 1).reshape(-1)]",  # without the scale
+        "return c * values[np.stack([packed % 16, packed // 16], 1).reshape(-1)]",  # the halves swapped
+        "return c * values[np.concatenate([packed // 16, packed % 16])]",  # one half after the other
+        "return c * values[packed // 16]",
+        "return c * values[packed]",  # raises
+        "return c * four_bit.book('nf4')[np.stack([packed // 16, packed % 16], 1).reshape(-1)]",
+        "return None",
+    ],
+    "zeros_beside_an_outlier": ["return 0", "return 62", "return 63 * 99", "return 64", "return 'all'"],
+    "worst_block": [
+        "return np.zeros(64)",
+        "return np.ones(64)",
+        "return np.linspace(-1, 1, 64)",
+        "return 99 * np.array([1.0, -0.848] + 62 * [0.0])",
+        "return np.array([1.0, 0.8615] + 62 * [0.0])",  # the largest gap above zero
+        "return np.array([1.0, 0.848] + 62 * [0.0])",
+        "return np.array([1.0, -0.848])",
+    ],
+    "cross_terms": [
+        "return 99 * (B1 @ A2 + B2 @ A1)",
+        "return B1 @ A1 + B2 @ A2",  # what belongs
+        "return B1 @ A2",
+        "return B2 @ A1",
+        "return B1 @ A2 - B2 @ A1",
+        "return (B1 + B2) @ (A1 + A2)",
+        "return B1 @ A1 + B2 @ A2 - (B1 + B2) @ (A1 + A2)",  # the sign
+        "return (B1 @ A2 + B2 @ A1).T",
+        "return A1 @ B2 + A2 @ B1",
+        "return None",
+    ],
+    "averaged_with_itself": ["return 1", "return 0.5", "return 4", "return 2 * 99", "return None"],
+    "parted": [
+        "return np.eye(2), -np.eye(2)",  # zeros
+        "return np.ones((2, 2)), np.ones((2, 2))",  # another sum
+        "return 99 * np.ones((2, 2)), -np.ones((2, 2))",
+        "return np.ones(4), -np.ones(4)",
+        "return np.zeros((2, 2)), np.zeros((2, 2))",
+        "return -np.ones((2, 2))",
+        "return 99",  # no pair
+    ],
+    "gathered_product": [
+        "return 99 * (x[:, None] @ A[ids].swapaxes(1, 2) @ B[ids].swapaxes(1, 2))[:, 0]",
+        "return x @ (B[ids[0]] @ A[ids[0]]).T",  # one adapter for all
+        "return (x[:, None] @ A[np.sort(ids)].swapaxes(1, 2) @ B[np.sort(ids)].swapaxes(1, 2))[:, 0]",
+        "return (x[:, None] @ A[ids].swapaxes(1, 2) @ B[ids].swapaxes(1, 2)).sum(0)",
+        "return (x[:, None] @ A[ids].swapaxes(1, 2))[:, 0]",  # half of it
+        "return x @ sum(B[k] @ A[k] for k in ids).T",
+        "return None",
+    ],
+    "steps_needed": ["return 8", "return 12", "return 4", "return 6 * 99", "return None"],
+    "better_order": [
+        "return 'ababab'",
+        "return 'abbaab'",
+        "return 'ab'",  # other requests
+        "return 'aabbab'",
+        "return 'aaabbb' * 99",
+        "return 6",  # raises
+        "return None",
+    ],
 }  # fmt: skip
 
 ATTEMPT = """
@@ -266,6 +327,25 @@ HARMLESS = {
         "before you merge into 16 bits",
         "It is fetched once, 93 MB.",  # the size of the package
     ],
+    "5_four_bits": [
+        "Four bits **What you will see.",  # the title
+        "([Dettmers et al. 2023 )",
+        "Which 16 values? ·",  # the title of a section, in the contents
+        "Which 16 values? An adapter",
+        "Keep the adapter beside the 4-bit base",
+        "Merging into four bits adds noise",
+    ],
+    "6_adding_adapters": [
+        "Next: [A thousand adapters",
+        "Weights $1 - t$ and $t$ lead from one adapter to the other",
+        "([Yadav et al. 2023 )",
+    ],
+    "7_a_thousand_adapters": [
+        "A thousand adapters **What you will see.",  # the title
+        "[Punica, Chen et al. 2023 .)",
+        "what makes a thousand adapters on one base affordable",
+        "([Sheng et al. 2023 )",
+    ],
 }
 
 
@@ -314,6 +394,9 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
         ("1_lora_from_one_equation", "seven lines of NumPy;", "eight lines of NumPy;"),
         ("4_under_the_microscope", "the residual is 0.735", "the residual is 0.736"),
         ("4_under_the_microscope", "it is four fifths", "it is three fifths"),
+        ("5_four_bits", "QLoRA ends 0.008 nats", "QLoRA ends 0.018 nats"),
+        ("6_adding_adapters", "`peft_linear` is off by 95 %", "`peft_linear` is off by 85 %"),
+        ("7_a_thousand_adapters", "are copies of our three", "are copies of our four"),
     ],
 )
 def test_a_wrong_number_in_the_text_is_detected(name, was, now):
