@@ -8,12 +8,11 @@ stands in the SVG, and tests/project/test_documents.py compares it with the code
 """
 
 import ast
-import itertools
 import math
+import random
 import textwrap
 from collections.abc import Iterator
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "minilora"
 APART = 2.3  # inches from one box of a row to the next
 SLOTS = range(-6, 7)  # of a row, half as far apart
+STARTS = 20  # random ones, of which the best is drawn
 
 
 class Import(NamedTuple):
@@ -132,50 +132,56 @@ class Box(NamedTuple):
 
 Place = tuple[float, float]  # inches
 Places = dict[str, Place]
+Between = dict[tuple[str, str], list[str]]  # a line -> the boxes that it might run behind
 
 
 def place(graph: dict[str, set[str]], boxes: dict[str, Box]) -> Places:
-    """The centres of the boxes, one row for each level: few lines run behind a box, and all are short.
+    """The centres of the boxes, one row for each level: no line runs behind a box, and all are short.
 
-    Row by row, one from the middle first, then down, up and down again, every order at every choice of slots
-    is compared.
+    From a random start each box in turn takes the best free slot of its row, or changes places with another,
+    until none is better off. The best of STARTS is taken.
     """
     height, lines = levels(graph), arrows(graph)
     rows = [sorted(n for n in graph if height[n] == level) for level in range(max(height.values()) + 1)]
-    y, at = 0.0, dict.fromkeys(graph, (0.0, 0.0))
+    row_of = {node: row for row in rows for node in row}
+    up, top = dict[str, float](), 0.0
     for row in rows:
         tall = max(boxes[node].height for node in row)
-        y += tall
-        at |= {node: (0.0, y) for node in row}
-        y += tall + 0.28
-
-    between = {  # the boxes beside which a line passes
-        (a, b): [n for n in graph if n not in (a, b) and at[b][1] < at[n][1] + boxes[n].height
-                 and at[n][1] - boxes[n].height < at[a][1]]
+        up |= dict.fromkeys(row, top + tall)
+        top += 2 * tall + 0.28
+    between = {  # the boxes that a line might run behind
+        (a, b): [n for n in graph if n not in (a, b) and up[b] < up[n] + boxes[n].height
+                 and up[n] - boxes[n].height < up[a]]
         for a, b in lines
     }  # fmt: skip
+    about = {n: {ends: others for ends, others in between.items() if n in (*ends, *others)} for n in graph}
 
-    def cost(row: Places) -> float:
-        now, length, behind = at | row, 0.0, 0
-        for (a, b), others in moved.items():
-            if a in row or b in row:
-                length += math.dist(now[a], now[b])
-            behind += sum(crosses(now[a], now[b], now[n], boxes[n]) for n in others)
-        return 30 * behind + length
-
-    for row in [*rows, *reversed(rows)]:
-        moved = {ends: [n for n in others if n in row or not {*ends}.isdisjoint(row)]  # what the row decides
-                 for ends, others in between.items() if not {*ends, *others}.isdisjoint(row)}  # fmt: skip
-        slots = [s for s in itertools.combinations(SLOTS, len(row)) if all(b - a > 1 for a, b in pairwise(s))]
-        at |= min(
-            (
-                {node: (slot * APART / 2, at[node][1]) for node, slot in zip(order, chosen, strict=True)}
-                for order in itertools.permutations(row)
-                for chosen in slots
-            ),
-            key=cost,
+    def cost(slots: dict[str, int], some: Between) -> float:
+        at = {node: (slot * APART / 2, up[node]) for node, slot in slots.items()}
+        behind = sum(
+            crosses(at[a], at[b], at[n], boxes[n]) for (a, b), others in some.items() for n in others
         )
-    return at
+        return 30 * behind + sum(math.dist(at[a], at[b]) for a, b in some)
+
+    def moves(slots: dict[str, int], node: str) -> Iterator[dict[str, int]]:
+        others = [slots[n] for n in row_of[node] if n != node]
+        yield from (slots | {node: s} for s in SLOTS if all(abs(s - other) > 1 for other in others))
+        yield from (slots | {node: slots[n], n: slots[node]} for n in row_of[node] if n != node)
+
+    def settled(slots: dict[str, int]) -> dict[str, int]:
+        before = None
+        while slots != before:
+            before = slots
+            for node in graph:
+                near = about[node] | {ends: ns for n in row_of[node] for ends, ns in about[n].items()}
+                slots = min(moves(slots, node), key=lambda new: cost(new, near))  # noqa: B023
+        return slots
+
+    rng = random.Random(0)
+    starts = ({node: 2 * s - 6 for row in rows for node, s in zip(row, rng.sample(range(7), len(row)), strict=True)}
+              for _ in range(STARTS))  # fmt: skip
+    best = min(map(settled, starts), key=lambda slots: cost(slots, between))
+    return {node: (slot * APART / 2, up[node]) for node, slot in best.items()}
 
 
 def crosses(a: Place, b: Place, at: Place, box: Box) -> bool:
