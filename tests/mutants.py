@@ -1006,7 +1006,7 @@ MUTANTS = (
     Mutant("packed-transfers-each-loss", "fast/packed.py", "values = floats(*losses, *squares)", "values = [floats(v)[0] for v in (*losses, *squares)]", "packed"),
     Mutant("packed-shares-a-generator", "fast/packed.py", "map(generators, entries.values())", "[]", "packed"),
     Mutant("packed-shares-the-bits-of-a-generator", "fast/packed.py", "node.rng.bit_generator", "node.rng", "packed"),
-    Mutant("packed-steps-before-all-rates", "fast/packed.py", "                rates = {\n", "                for name, run in runs.items():\n                    lr = run.optimizer.lr * (run.schedule(step) if run.schedule else 1.0)\n                    run.optimizer.step(params[name], lr, math.sqrt(found[name][1]))\n                rates = {\n", "packed"),
+    Mutant("packed-steps-before-all-rates", "fast/packed.py", "                rates = {\n                    name: run.optimizer.lr * (run.schedule(step) if run.schedule else 1.0)\n                    for name, run in runs.items()\n                }\n                for name, run in runs.items():\n                    run.optimizer.step(params[name], rates[name], ", "                for name, run in runs.items():\n                    run.optimizer.step(params[name], run.optimizer.lr * (run.schedule(step) if run.schedule else 1.0), ", "packed"),
 )
 # fmt: on
 

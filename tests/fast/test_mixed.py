@@ -270,8 +270,11 @@ def test_invariant_bits_do_not_depend_on_how_factors_and_scale_are_stored(r):
 
 
 @given(seed=seeds, kinds=st.tuples(dtypes, dtypes, dtypes), o=sizes, i=sizes, r=st.integers(1, 3))
+@example(seed=0, kinds=(np.float32, np.float64, np.float64), o=4, i=5, r=2)
+@example(seed=0, kinds=(np.float64, np.float32, np.float64), o=4, i=5, r=2)
+@example(seed=0, kinds=(np.float32, np.float32, np.float64), o=4, i=5, r=2)
 def test_factors_of_other_widths_give_the_same_values(seed, kinds, o, i, r):
-    """Those of the computation that is an adapter alone, at the precision of the widest of its operands."""
+    """The loop's, within the bound of both: products at the widest of their operands, then a sum of x's."""
     rng = np.random.default_rng(seed)
     draw = lambda dtype, *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
     adapter = LowRank(Param(draw(kinds[0], r, i), False), Param(draw(kinds[1], o, r), False), 0.7)
@@ -283,8 +286,8 @@ def test_factors_of_other_widths_give_the_same_values(seed, kinds, o, i, r):
             results.append(layer(x, Need.NONE)[0])
     A, B, X = (np.abs(v.astype(float)) for v in (adapter.A.data, adapter.B.data, x[0, 0]))
     h, y = unit(np.result_type(kinds[0], kinds[2])), unit(np.result_type(*kinds))
-    bound = 2 * (gamma(i + 2, h) + gamma(r, y) + unit(kinds[2])) * 1.01 * 0.7 * (B @ (A @ X))
-    assert (np.abs(results[0] - results[1])[0, 0] <= bound).all()
+    bound = 2 * (gamma(i + 2, h) + gamma(r, y) + unit(kinds[2])) * 0.7 * (B @ (A @ X))
+    assert (np.abs(results[0] - results[1])[0, 0] <= 1.01 * bound).all()  # its terms of second order
 
 
 @pytest.mark.parametrize("width", [48, 130])
@@ -502,6 +505,7 @@ def test_what_changed_before_the_last_call_is_copied_anew(between):
     model, rng = injected()
     copy, made = mixed(model)
     ids, adapters = batch(rng, n=1, t=1)[0], drawn(rng, made.shapes, 2)
+    freeze(model)  # or b, the active one, would not be stacked
     with made.rows([adapters]):
         before = copy.forward(ids)[0]
     for p in named_params(adapters).values():
@@ -513,10 +517,13 @@ def test_what_changed_before_the_last_call_is_copied_anew(between):
     with made.rows([dict(adapters)]):
         assert np.array_equal(copy.forward(ids)[0], after)
     assert (before != after).all()
-    for p in named_params(model).values():
-        p.data += p.trainable  # b is the active one
-    with made.rows(between):
-        assert (copy.forward(ids)[0] != named_before).all() == (between == ["b"])
+    for _ in range(2):
+        for path, p in named_params(model).items():
+            p.data += ".b." in path
+        with made.rows(between):
+            changed = copy.forward(ids)[0]
+        assert (changed != named_before).all() == (between == ["b"])
+        named_before = changed
 
 
 def test_a_mapping_that_has_the_address_of_a_dead_one_is_another():
@@ -562,11 +569,21 @@ class Short:
             raise MemoryError
 
 
-@pytest.mark.parametrize("again", [[0, 1], [2, 3], [4, 0, 1], [1], [3, 1, 0]])
+MORE = [0, 1], [2, 3, 4, 0, 1, 2, 3, 4]  # a batch, and one that needs more room
+
+
+@pytest.mark.parametrize("again", [[0, 1], [2, 3], [4, 0, 1], [1], [3, 1, 0], [0, 0, 1]])
 @pytest.mark.parametrize(
-    ("what", "at"), [*(("a copy", k) for k in range(1, 9)), *(("the memory", k) for k in range(1, 10))]
+    ("what", "at", "first", "then"),
+    [
+        *(("a copy", k, *MORE) for k in range(1, 9)),
+        *(("the memory", k, *MORE) for k in range(1, 10)),
+        ("a copy", 1, [0, 0, 1], [0, 2, 1]),
+    ],
 )
-def test_a_stack_that_could_not_be_filled_has_no_factors_of_another(what, at, again, monkeypatch):
+def test_a_stack_that_could_not_be_filled_has_no_factors_of_another(
+    what, at, first, then, again, monkeypatch
+):
     """Whatever failed and whoever comes next; nor is the adapter of any layer left out."""
     rng, shapes = np.random.default_rng(0), {"q": (4, 5), "k": (3, 5)}
     made = MixedBatch(None, shapes, False, False)
@@ -587,14 +604,14 @@ def test_a_stack_that_could_not_be_filled_has_no_factors_of_another(what, at, ag
             raise MemoryError
         real(stack, slot, some)
 
-    forward([0, 1])
+    forward(first)
     with monkeypatch.context() as patch:
         if what == "a copy":
             patch.setattr(Stack, "copy", half)
         else:
             patch.setattr("minilora.fast.mixed.xp", Short(at))
         with pytest.raises(MemoryError):
-            forward([2, 3, 4, 0, 1, 2, 3, 4])
+            forward(then)
     for _ in range(2):
         for y, (path, layer) in zip(forward(again), made.layers.items(), strict=True):
             for n, k in enumerate(again):
@@ -617,6 +634,9 @@ def test_texts_of_several_rows_are_those_rows_and_are_not_stacked(seed, texts, c
     layer, made = one_layer(base, compute, invariant=invariant and compute is not loop)
     adapters, (numbers, lengths) = family(rng, made.shapes), zip(*texts, strict=True)
     x = rng.standard_normal((sum(lengths), 1, 5))
+    rows = [k for k, n in texts for _ in range(n)]
+    with made.rows(chosen(adapters, rows)):
+        one = layer(x, Need.NONE)[0]
     with made.rows(chosen(adapters, numbers), lengths):
         y = layer(x, Need.NONE)[0]
         made.check(sum(lengths))
@@ -624,9 +644,6 @@ def test_texts_of_several_rows_are_those_rows_and_are_not_stacked(seed, texts, c
     slots = [m.adapters for stack in made.stacks.values() for m in stack.slots if m]
     if compute in (gathered, by_phase):
         assert sorted(map(id, slots)) == sorted(id(adapters[k]) for k in numbers if k in single)
-    rows = [k for k, n in texts for _ in range(n)]
-    with made.rows(chosen(adapters, rows)):
-        one = layer(x, Need.NONE)[0]
     assert np.array_equal(y, one) if invariant else np.allclose(y, one, rtol=1e-12, atol=1e-12)
 
 
