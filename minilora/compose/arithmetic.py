@@ -2,11 +2,11 @@
 
     Σ w ΔW = Σ w s B A = [B_1 ... B_K] [w_1 s_1 A_1; ...; w_K s_K A_K]        rank at most Σ r
 
-That is the exact sum, `cat`. Of w s a power of two stands on B, too, so that both sides are equally large and
-neither overflows where the sum does not. Interpolation (weights 1 - t and t), task arithmetic and negation (weight -1:
-forgetting) are its weights (Ilharco et al. 2022). `svd` is the nearest update of a given rank, from the thin
-factors. `peft_linear` adds the factors instead, as PEFT's "linear" and LoRAHub do; a product of sums holds
-B_i A_j of every two adapters, which is another update:
+That is the exact sum, `cat`. Of w s a power of two stands on B, too: then both sides are equally large, and
+neither overflows where the sum does not. Interpolation (weights 1 - t and t), task arithmetic and negation
+(weight -1: forgetting) are its weights (Ilharco et al. 2022). `svd` is the nearest update of a given rank,
+from the thin factors. `peft_linear` adds the factors instead, as PEFT's "linear" and LoRAHub do; a product of
+sums holds B_i A_j of every two adapters, which is another update:
 
     (Σ √|w s| B) (Σ ±√|w s| A) = Σ_ij √|w_i s_i| ±√|w_j s_j| B_i A_j
 
@@ -141,7 +141,7 @@ def total(updates: Sequence[Update]) -> Factors:
 
 
 def balanced(w: float, change: Factors) -> tuple[Array, Array]:
-    """B and A in float64 with the product w s B A; the largest entries of both are alike within a factor of 4.
+    """B and A in float64 with the product w s B A, whose largest entries are alike within a factor of 4.
 
     w s = m 2^e. Powers of two are exact, so the only roundings are those of m and of m A.
     """

@@ -3,9 +3,10 @@
     minilora combine A:0.7 B:0.3 OUT --method svd --rank 16
 
 Over PEFT folders (`combine`) and over the adapters in a model (`add_weighted_adapter`, PEFT's name). The
-methods are the functions of arithmetic.py and sparsify.py. The order of the adapters decides nothing. A module that an adapter does not have counts as a
-change of 0. What has no ΔW = s B A (DoRA's magnitudes, biases, modules saved in full) has no sum here and is
-refused by name. Stands in for PEFT's add_weighted_adapter; leaves out its methods that prune A and B apart.
+methods are the functions of arithmetic.py and sparsify.py. The order of the adapters changes no more than
+roundings. A module that an adapter does not have counts as a change of 0. What has no ΔW = s B A (DoRA's
+magnitudes, biases, modules saved in full) has no sum here and is refused by name. Stands in for PEFT's
+add_weighted_adapter; leaves out its methods that prune A and B apart.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def results(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Factors, Part]]:
-    """(module, new factors, its row) for every module, by name, so that no order decides what is drawn."""
+    """(module, new factors, its row) for every module, by name. No order decides what is drawn."""
     make, rng = METHODS[method], np.random.default_rng(seed)
     takes = signature(make).parameters
     shapes = {m: (change.B.shape[0], change.A.shape[1]) for m, ((_, change), *_) in updates.items()}

@@ -10,11 +10,11 @@ With a density d, weights w, and sums over the adapters:
 
 A sparse matrix is not one of low rank: the result becomes factors again by an SVD, at `rank`, or at all the
 rank that it has. As in PEFT the signs are elected before the weights act. Stands in for PEFT's
-"magnitude_prune_svd", "ties_svd", "dare_linear_svd" and "dare_ties_svd"; leaves out its forms without "_svd",
-which prune A and B apart.
+"magnitude_prune_svd", "ties_svd", "dare_linear_svd" and "dare_ties_svd"; leaves out its forms without
+"_svd", which prune A and B apart.
 
-The adapters act in the order of their digests, so no order in which they are named changes a bit, not even
-what `dare` draws. Adapters that are equal draw differently, one after the other.
+The adapters act in the order of their digests, so none in which they are named changes a bit, not even what
+`dare` draws. Adapters that are equal draw differently, one after the other.
 
 Memory: the dense ΔW and its SVD, in float64; for the methods of TIES all K of them, and K masks. The embedding
 of 128,000 tokens of width 4,096 has 4 GB of each.
@@ -75,7 +75,7 @@ def dare_ties(
 
 
 def prepared(updates: Sequence[Update], density: float) -> list[Update]:
-    """The updates that count, in the order that only they decide; InputError if the density keeps no entry."""
+    """The updates that count, in an order of their own; InputError if the density keeps no entry."""
     check_density(density)
     updates = checked(updates)
     O, I = updates[0][1].B.shape[0], updates[0][1].A.shape[1]  # noqa: E741
@@ -85,7 +85,7 @@ def prepared(updates: Sequence[Update], density: float) -> list[Update]:
 
 
 def settled(update: Update) -> tuple[str, float, float]:
-    """What orders updates: the digest of the factors' numbers, whatever their dtype; then scale and weight."""
+    """What orders updates: the digest of the factors' numbers, of any dtype; then scale and weight."""
     w, change = update
     return of_arrays([("B", change.B), ("A", change.A)], np.float64), change.scale, w
 

@@ -197,8 +197,9 @@ def test_what_is_drawn_depends_on_the_numbers_of_an_adapter_and_not_on_its_weigh
     rng = np.random.default_rng(0)
     parts = [(rng.integers(-9, 9, (6, 3)), rng.integers(-9, 9, (3, 5))) for _ in range(2)]
 
-    def kept(weights, dtype, parts=parts):
-        updates = [(w, of(B.astype(dtype), A.astype(dtype), 1.0)) for w, (B, A) in zip(weights, parts, strict=True)]
+    def kept(weights, dtype):
+        typed = [of(B.astype(dtype), A.astype(dtype), 1.0) for B, A in parts]
+        updates = list(zip(weights, typed, strict=True))
         return abs(product(dare(updates, 0.5, np.random.default_rng(1)))) > slack(updates, 0.5)
 
     first = kept((1.0, 0.5), np.float64)

@@ -114,7 +114,7 @@ def rounding(updates, density=1.0):
 
 
 def halved(updates, u, density=1.0):
-    """What rounding U √S and √S Vᵀ, or B and A, to a dtype adds: (2u + u²) times their columns (`bound32`)."""
+    """What rounding U √S and √S Vᵀ, or B and A, to a dtype adds: (2u + u²) of their columns (`bound32`)."""
     return (2 * u + u * u) * terms(updates) * crossed(updates, density)
 
 
