@@ -141,7 +141,7 @@ def total(updates: Sequence[Update]) -> Factors:
 
 
 def balanced(w: float, change: Factors) -> tuple[Array, Array]:
-    """B and A in float64 with the product w s B A, whose largest entries are alike within a factor of 4.
+    """B and A in float64 with the product w s B A, whose largest entries are alike within a factor of 8.
 
     w s = m 2^e. Powers of two are exact, so the only roundings are those of m and of m A.
     """

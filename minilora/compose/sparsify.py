@@ -16,7 +16,7 @@ rank that it has. As in PEFT the signs are elected before the weights act. Stand
 The adapters act in the order of their digests, so none in which they are named changes a bit, not even of
 what `dare` draws. Adapters that are equal draw differently, one after the other.
 
-Memory: the dense ΔW and its SVD, in float64; for the methods of TIES all K of them, and K masks. The embedding
+Memory: the dense ΔW and its SVD, in float64; for the methods of TIES all K of them, and K masks. An embedding
 of 128,000 tokens of width 4,096 has 4 GB of each.
 """
 
