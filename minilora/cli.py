@@ -28,6 +28,7 @@ from .flags import (
     show,
     target_spec,
     typed,
+    unweighted,
     weighted,
     words,
 )
@@ -286,7 +287,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("combine", of.report, of.usual, "the weighted sum of adapters, or TIES, DARE and the like")
     add("adapters", "PEFT folders and their weights, such as A:0.7 B:0.3; A:-1 takes A away", nargs="+",
         type=weighted, metavar="ADAPTER:WEIGHT")  # fmt: skip
-    add("out", "the new adapter's folder", metavar="OUT")
+    add("out", "the new adapter's folder", type=unweighted, metavar="OUT")
     add("--method", "linear, cat, svd, magnitude, ties, dare, dare_ties or peft_linear", metavar="NAME")
     add("--rank", "rank of the result", type=int, metavar="R")
     add("--density", "the share of entries that pruning keeps", type=float, metavar="D")

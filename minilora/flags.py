@@ -21,9 +21,23 @@ Options = argparse.Namespace
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with plain errors, even for odd file names from a glob, and with the defaults in its help."""
+    """A parser with plain errors, even for odd file names from a glob, and with the defaults in its help.
+
+    Options may stand anywhere between what has no name, as in A:0.7 B:0.3 --rank 16 OUT, or else before a --.
+    """
 
     usual: Callable[[], Mapping[str, Any]] = dict  # gives the defaults that argparse does not hold
+    apart = False  # whether argparse parses the options, and then the rest, by calls of their own
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; for a command as its parse_known_intermixed_args, which calls this one."""
+        if self.apart or self._subparsers or "--" in args:  # which the other way loses
+            return super().parse_known_args(args, namespace)
+        self.apart = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.apart = False
 
     def format_help(self) -> str:
         """As argparse's, with the default after each option that takes a value."""
@@ -128,6 +142,15 @@ def weighted(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} has no weight; expected ADAPTER:WEIGHT, such as {text}:0.5")
+
+
+def unweighted(text: str) -> str:
+    """A new folder, which an adapter and its weight are not: then the folder was forgotten."""
+    try:
+        weighted(text)
+    except argparse.ArgumentTypeError:
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is an adapter and its weight; expected a new folder after it")
 
 
 def renamed(old: str, new: str) -> dict[str, Any]:

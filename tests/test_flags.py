@@ -439,6 +439,29 @@ def test_an_adapter_without_a_weight_is_refused(text, capsys):
     assert "has no weight; expected ADAPTER:WEIGHT" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_stand_before_between_or_after_what_has_no_name(command):
+    needed, options = OPTIONS[command]
+    typed = list(needed.values())
+    names = [w for words in typed if words[0][0] != "-" for w in words]
+    first = [w for words in typed if words[0][0] == "-" for w in words]
+    first += next((words for words, _ in options.values() if words[0].startswith("--") and len(words) > 1
+                   and words[0] not in first), [])  # fmt: skip
+    orders = [first + names, names + first, *([*names[:i], *first, *names[i:]] for i in range(1, len(names)))]
+    found = [received(command, {"all": order})[0] for order in orders]
+    assert all(given == found[0] for given in found)
+
+
+def test_after_two_dashes_a_prompt_may_look_like_an_option():
+    given, _ = received("generate", {"all": ["--base", "../one", "--adapter", "a", "--", "--seed"]})
+    assert given["generate.ids"] == "--seed"
+
+
+@pytest.mark.parametrize("text", ["C:\\out", "a:b", "out", ":1", "b:"])
+def test_a_new_folder_may_have_a_colon(text):
+    assert flags.unweighted(text) == text
+
+
 @pytest.mark.parametrize("command", ["train", "params", "modules"])
 def test_all_linear_is_passed_as_a_keyword(command):
     given, _ = received(command, OPTIONS[command][0] | {"targets": ["--targets", "all-linear"]})

@@ -2,10 +2,11 @@
 
     Σ w ΔW = Σ w s B A = [B_1 ... B_K] [w_1 s_1 A_1; ...; w_K s_K A_K]        rank at most Σ r
 
-That is the exact sum, `cat`. Interpolation (weights 1 - t and t), task arithmetic and negation (weight -1:
-forgetting) are its weights (Ilharco et al. 2022). `svd` is the nearest update of a given rank, from the thin
-factors. `peft_linear` adds the factors instead, as PEFT's "linear" and LoRAHub do; a product of sums holds
-B_i A_j of every two adapters, which is another update:
+That is the exact sum, `cat`. Of w s a power of two stands on B, too: then both sides are equally large, and
+neither overflows where the sum does not. Interpolation (weights 1 - t and t), task arithmetic and negation
+(weight -1: forgetting) are its weights (Ilharco et al. 2022). `svd` is the nearest update of a given rank,
+from the thin factors. `peft_linear` adds the factors instead, as PEFT's "linear" and LoRAHub do; a product of
+sums holds B_i A_j of every two adapters, which is another update:
 
     (Σ √|w s| B) (Σ ±√|w s| A) = Σ_ij √|w_i s_i| ±√|w_j s_j| B_i A_j
 
@@ -16,9 +17,9 @@ Every function returns its distance to the exact sum, too. Stands in for PEFT's 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -81,12 +82,12 @@ def peft_linear(updates: Sequence[Update]) -> Combined:
     ranks = [len(change.A) for _, change in updates]
     if len({*ranks}) > 1:
         raise InputError(f"the ranks are {short(ranks)}; peft_linear adds factors: expected the same rank")
-    sizes = [w * change.scale for w, change in updates]
-    roots = [math.sqrt(abs(size)) for size in sizes]
     B, A = xp.zeros(updates[0][1].B.shape), xp.zeros(updates[0][1].A.shape)
-    for (_, change), size, root in zip(updates, sizes, roots, strict=True):
-        B = B + root * change.B.astype(xp.float64)
-        A = A + math.copysign(root, size) * change.A.astype(xp.float64)  # the sign stands on one side
+    with quiet_overflow():
+        for w, change in updates:
+            root = math.sqrt(abs(w * change.scale))
+            B = B + root * change.B.astype(xp.float64)
+            A = A + math.copysign(root, w * change.scale) * change.A.astype(xp.float64)  # the sign, once
     return measured(updates, B, A)
 
 
@@ -96,7 +97,7 @@ def peft_linear(updates: Sequence[Update]) -> Combined:
 def checked(updates: Sequence[Update]) -> list[Update]:
     """The updates that count: those whose weight is not 0; or the errors that `cat` names."""
     check_weights([w for w, _ in updates])
-    counted = [(w, change) for w, change in updates if w]
+    counted = [(float(w), change) for w, change in updates if w]
     shapes = {(change.B.shape[0], change.A.shape[1]): None for _, change in counted}
     if len(shapes) > 1:
         one, other, *_ = shapes
@@ -107,16 +108,24 @@ def checked(updates: Sequence[Update]) -> list[Update]:
 def check_weights(weights: Sequence[float]) -> None:
     """InputError unless there are weights, all finite numbers, and not all 0."""
     for w in weights:
-        if isinstance(w, bool) or not isinstance(w, int | float) or not abs(w) <= sys.float_info.max:
+        if not is_finite(w):
             raise InputError(f"a weight is {short(w)}; expected a finite number")
     if not any(weights):
         what = "the weights are all 0" if weights else "there are no adapters"
         raise InputError(f"{what}; expected at least one with a weight that is not 0")
 
 
+def is_finite(w: object) -> bool:
+    """Whether it is a real number that a float can hold, which True is not."""
+    try:
+        return isinstance(w, Real) and not isinstance(w, bool) and math.isfinite(w)
+    except OverflowError:  # an int of many digits
+        return False
+
+
 def check_rank(rank: int, most: float = math.inf) -> None:
     """InputError unless the rank is one that an update can have, `most` at most."""
-    if type(rank) is not int or not 1 <= rank <= most:
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= most:
         up_to = f"from 1 to {most}, the most that it can be" if most < math.inf else "of at least 1"
         raise InputError(f"rank is {short(rank)}; expected an int {up_to}")
 
@@ -124,11 +133,34 @@ def check_rank(rank: int, most: float = math.inf) -> None:
 def total(updates: Sequence[Update]) -> Factors:
     """Σ w s B A as its thin factors in float64: B (O, Σ r), A (Σ r, I), scale 1; or NonFiniteError."""
     with quiet_overflow():
-        A = xp.concatenate([(w * change.scale) * change.A.astype(xp.float64) for w, change in updates])
-        B = xp.concatenate([change.B.astype(xp.float64) for _, change in updates], axis=1)
-    if not (xp.isfinite(A).all() and xp.isfinite(B).all()):
-        raise NonFiniteError("the sum is not finite: its weights or factors are too large")
+        sides = [balanced(w, change) for w, change in updates]
+        B = xp.concatenate([B for B, _ in sides], axis=1)
+        A = xp.concatenate([A for _, A in sides])
+        check_finite(longest(B) * longest(A))
     return Factors(B, A, 1.0)
+
+
+def balanced(w: float, change: Factors) -> tuple[Array, Array]:
+    """B and A in float64 with the product w s B A, whose largest entries are alike within a factor of 8.
+
+    w s = m 2^e. Powers of two are exact, so the only roundings are those of m and of m A.
+    """
+    (m, e), (n, f) = math.frexp(w), math.frexp(change.scale)
+    B, A = change.B.astype(xp.float64), change.A.astype(xp.float64)
+    (_, b), (_, a) = (math.frexp(float(abs(side).max())) for side in (B, A))
+    half = (e + f + a - b) // 2
+    return xp.ldexp(B, half), xp.ldexp(m * n * A, e + f - half)
+
+
+def longest(a: Array) -> float:
+    """What |a| is at most, Frobenius: no square can overflow. NaN if an entry is."""
+    return float(abs(a).max()) * math.sqrt(a.size)
+
+
+def check_finite(bound: float) -> None:
+    """NonFiniteError unless what bounds a sum is finite; LAPACK would print what it thinks of the others."""
+    if not math.isfinite(bound):
+        raise NonFiniteError("the sum is not finite: its weights or factors are too large")
 
 
 def size(updates: Sequence[Update]) -> float:

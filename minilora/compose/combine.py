@@ -3,18 +3,20 @@
     minilora combine A:0.7 B:0.3 OUT --method svd --rank 16
 
 Over PEFT folders (`combine`) and over the adapters in a model (`add_weighted_adapter`, PEFT's name). The
-methods are the functions of arithmetic.py and sparsify.py. A module that an adapter does not have counts as a
-change of 0. What has no ΔW = s B A (DoRA's magnitudes, biases, modules saved in full) has no sum here and is
-refused by name. Stands in for PEFT's add_weighted_adapter; leaves out its methods that prune A and B apart.
+methods are the functions of arithmetic.py and sparsify.py. The order of the adapters changes no more than
+roundings. A module that an adapter does not have counts as a change of 0. What has no ΔW = s B A (DoRA's
+magnitudes, biases, modules saved in full) has no sum here and is refused by name. Stands in for PEFT's
+add_weighted_adapter; leaves out its methods that prune A and B apart.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from inspect import Parameter, signature
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ class Combination:
         return sum(row.rank * sum(row.shape) for row in self.rows)
 
     @property
-    def residual(self) -> float:
+    def relative(self) -> float:
         """The distance to the exact sum over all modules together, relative to its norm."""
         lost, whole = (
             math.hypot(*(getattr(row, name) for row in self.rows)) for name in ("residual", "norm")
@@ -80,7 +82,7 @@ class Combination:
         return quotient(lost, whole)
 
     def data(self) -> dict[str, Any]:
-        return asdict(self) | {"parameters": self.parameters, "residual": self.residual}
+        return asdict(self) | {"parameters": self.parameters, "relative": self.relative}
 
     def parts(self) -> list[str | Table]:
         rows = []
@@ -91,7 +93,7 @@ class Combination:
         return [
             Table(("module", "rank", "|Σ w ΔW|", "residual", "cut"), rows),
             f"{self.out}: {self.method} of {terms}",
-            f"{self.parameters:,} parameters, residual {self.residual:.3e} of |Σ w ΔW|",
+            f"{self.parameters:,} parameters, residual {self.relative:.3e} of |Σ w ΔW|",
             *(f"note: {note}" for note in self.notes),
         ]
 
@@ -101,7 +103,7 @@ class Combination:
 
 def check_options(method: str, rank: int | None, density: float | None, seed: int) -> None:
     """InputError unless the method is one of METHODS and takes, and has, these options."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"method is {short(method)}; {nearest(str(method), METHODS)}")
     takes = signature(METHODS[method]).parameters
     for name, value in (("rank", rank), ("density", density)):
@@ -113,7 +115,7 @@ def check_options(method: str, rank: int | None, density: float | None, seed: in
         check_rank(rank)
     if density is not None:
         check_density(density)
-    if type(seed) is not int or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise InputError(f"seed is {short(seed)}; expected an int, at least 0")
 
 
@@ -125,7 +127,7 @@ def results(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Factors, Part]]:
-    """(module, new factors, its row) for every module, by name, so that no order decides what is drawn."""
+    """(module, new factors, its row) for every module, by name. No order decides what is drawn."""
     make, rng = METHODS[method], np.random.default_rng(seed)
     takes = signature(make).parameters
     shapes = {m: (change.B.shape[0], change.A.shape[1]) for m, ((_, change), *_) in updates.items()}
@@ -139,8 +141,8 @@ def results(
                 made = make(updates[module], **{name: v for name, v in options.items() if name in takes})
         except MiniloraError as e:
             raise type(e)(f"{module}: {e}") from e
-        size, new = len(made.factors.A), made.factors
-        row = Part(module, shapes[module], ranks[module], size, made.norm, made.residual, made.cut)
+        new, k = made.factors, len(made.factors.A)
+        row = Part(module, shapes[module], ranks[module], k, made.norm, made.residual, made.cut)
         if progress:
             progress(i + 1, len(updates))
         yield module, new, row
@@ -167,9 +169,7 @@ def combine(
     InputError for the adapters, weights or options; MismatchError for adapters of different bases or shapes;
     UnsupportedError for what has no sum; and whatever opening and writing raise.
     """
-    given = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
-    if odd := [pair for pair in given if not isinstance(pair, tuple | list) or len(pair) != 2]:
-        raise InputError(f"an adapter is given as {short(odd[0])}; expected a pair, such as ('A', 0.7)")
+    given = pairs_of(adapters)
     check_weights([weight for _, weight in given])
     check_options(method, rank, density, seed)
     folders = [open_adapter(folder) for folder, _ in given]
@@ -201,9 +201,24 @@ def combine(
     config = peft_config(sizes, list(sizes)) | shared([folder for folder, _ in summed])
     wide = any(a.dtype == np.float64 for a in tensors.values())
     write_adapter(out, config, tensors, base, "float64" if wide else "float32", overwrite)
-    notes = tuple(f"{folder.where}: {note}" for folder, _ in summed for note in notes_on(folder))
+    notes = tuple(
+        f"{folder.where}: {note}" for folder, _ in summed for note in notes_on(folder, lost=base is None)
+    )
     weights = tuple((str(folder), float(weight)) for folder, weight in given)
     return Combination(str(out), weights, method, tuple(rows), notes)
+
+
+def pairs_of(adapters: Any) -> list[tuple[Path | str, float]]:
+    """The weighted folders as pairs; InputError for anything else."""
+    given = adapters.items() if isinstance(adapters, Mapping) else adapters
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise InputError(f"the adapters are {short(given)}; expected their weights, such as {{'A': 0.7}}")
+    pairs = list(given)
+    for pair in pairs:
+        right = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str | os.PathLike)
+        if not right:
+            raise InputError(f"an adapter is given as {short(pair)}; expected a pair, such as ('A', 0.7)")
+    return pairs
 
 
 def check_summable(given: Adapter) -> None:
@@ -220,7 +235,7 @@ def check_summable(given: Adapter) -> None:
 
 
 def check_together(folders: Sequence[Adapter]) -> str | None:
-    """The fingerprint of the common base, if one is known; MismatchError if two cannot be of one base."""
+    """The fingerprint of the common base, if all have it; MismatchError if two cannot be of one base."""
     first, bases = folders[0], {f.made["base"]: f for f in folders if "base" in f.made}
     if len(bases) > 1:
         one, other, *_ = bases.values()
@@ -241,12 +256,14 @@ def check_together(folders: Sequence[Adapter]) -> str | None:
                     f"has a ΔW of {form_words(*form)}; expected {form_words(*expected)}, as {other.where} has"
                 )
                 raise MismatchError(f"{folder.where}: {module} {what}")
-    return next(iter(bases), None)
+    return next(iter(bases), None) if all("base" in f.made for f in folders) else None
 
 
-def notes_on(folder: Adapter) -> Iterator[str]:
-    """What is unusual in an adapter, and what of its file is in no sum."""
+def notes_on(folder: Adapter, lost: bool) -> Iterator[str]:
+    """What is unusual in an adapter, what of its file is in no sum, and whether its base's fingerprint is."""
     yield from folder.notes
+    if lost and "base" in folder.made:
+        yield "the fingerprint of its base left out, as not all adapters have one"
     if copies := [pair.copy for pair in folder.pairs.values() if pair.copy]:
         yield f"{counted(len(copies), 'copy', 'copies')} of the base's weights left out, as {copies[0]}"
 
@@ -288,7 +305,7 @@ def add_weighted_adapter(
     weights, options or a name in use, UnsupportedError for an adapter other than LoRA, StateError for a
     merged model.
     """
-    check_weights(list(adapters.values()))
+    check_weights([weight for _, weight in pairs_of(adapters)])
     check_options(method, rank, density, seed)
     layers = unmerged(model)
     names = {n for layer in layers.values() for n in layer.adapters}

@@ -10,31 +10,39 @@ With a density d, weights w, and sums over the adapters:
 
 A sparse matrix is not one of low rank: the result becomes factors again by an SVD, at `rank`, or at all the
 rank that it has. As in PEFT the signs are elected before the weights act. Stands in for PEFT's
-"magnitude_prune_svd", "ties_svd", "dare_linear_svd" and "dare_ties_svd"; leaves out its forms without "_svd",
-which prune A and B apart.
+"magnitude_prune_svd", "ties_svd", "dare_linear_svd" and "dare_ties_svd"; leaves out its forms without
+"_svd", which prune A and B apart.
+
+The adapters act in the order of their digests, so none in which they are named changes a bit, not even of
+what `dare` draws. Adapters that are equal draw differently, one after the other.
+
+Memory: the dense ΔW and its SVD, in float64; for the methods of TIES all K of them, and K masks. An embedding
+of 128,000 tokens of width 4,096 has 4 GB of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import numpy as np
 
-from ..backend import Array, to_device, to_host, xp
-from ..errors import InputError, NonFiniteError, short
+from ..backend import Array, quiet_overflow, to_device, to_host, xp
+from ..digests import of_arrays
+from ..errors import InputError, short
 from ..layers import Factors
 from ..spectra import norm
-from .arithmetic import Combined, Update, check_rank, checked, measured, split
+from .arithmetic import Combined, Update, check_finite, check_rank, checked, longest, measured, split
 
 
 def magnitude(updates: Sequence[Update], density: float, rank: int | None = None) -> Combined:
     """The sum of the updates, each without all but its largest entries.
 
-    InputError for a density outside (0, 1], or a rank above the shape; others as `arithmetic.cat`.
+    InputError for a density outside (0, 1] or that keeps no entry, or for a rank above the shape; others as
+    `arithmetic.cat`.
     """
     updates = prepared(updates, density)
-    whole = sum(w * largest(dense(change), density) for w, change in updates)
-    return in_factors(updates, whole, rank)
+    return in_factors(updates, added(updates, (largest(dense(x), density) for _, x in updates)), rank)
 
 
 def dare(
@@ -42,11 +50,11 @@ def dare(
 ) -> Combined:
     """The sum of the updates, each with a share of its entries dropped at random and the others enlarged.
 
-    Draws one number per entry, row by row, one adapter after the other. Errors as in `magnitude`.
+    Draws one number per entry, row by row, one adapter after the other, in the order of their digests.
+    Errors as in `magnitude`.
     """
     updates = prepared(updates, density)
-    whole = sum(w * dropped(dense(change), density, rng) for w, change in updates)
-    return in_factors(updates, whole, rank)
+    return in_factors(updates, added(updates, (dropped(dense(x), density, rng) for _, x in updates)), rank)
 
 
 def ties(updates: Sequence[Update], density: float, rank: int | None = None) -> Combined:
@@ -67,27 +75,46 @@ def dare_ties(
 
 
 def prepared(updates: Sequence[Update], density: float) -> list[Update]:
-    """The updates that count; InputError for a density outside (0, 1]."""
+    """The updates that count, in an order of their own; InputError if the density keeps no entry."""
     check_density(density)
-    return checked(updates)
+    updates = checked(updates)
+    O, I = updates[0][1].B.shape[0], updates[0][1].A.shape[1]  # noqa: E741
+    if not int(density * O * I):
+        raise InputError(f"density is {short(density)}; expected one that keeps an entry of {O * I:,}")
+    return sorted(updates, key=settled)
+
+
+def settled(update: Update) -> tuple[str, float, float]:
+    """What orders updates: the digest of the factors' numbers, of any dtype; then scale and weight."""
+    w, change = update
+    return of_arrays([("B", change.B), ("A", change.A)], np.float64), change.scale, w
 
 
 def check_density(density: float) -> None:
     """InputError unless it is a share of entries to keep."""
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
         raise InputError(f"density is {short(density)}; expected the share of entries to keep, in (0, 1]")
 
 
 def dense(change: Factors) -> Array:
-    """ΔW (O, I) in float64."""
-    return change.scale * (change.B.astype(xp.float64) @ change.A.astype(xp.float64))
+    """ΔW (O, I) in float64; NonFiniteError if it is not finite."""
+    with quiet_overflow():
+        whole = change.scale * (change.B.astype(xp.float64) @ change.A.astype(xp.float64))
+    check_finite(longest(whole))
+    return whole
+
+
+def added(updates: Sequence[Update], parts: Iterable[Array]) -> Array:
+    """Σ w T, one part at a time."""
+    with quiet_overflow():
+        return sum(w * part for (w, _), part in zip(updates, parts, strict=True))
 
 
 def largest(change: Array, density: float) -> Array:
     """ΔW with all but its int(density O I) largest entries 0; of equal ones the first are kept."""
     keep = int(density * change.size)
-    if keep in (0, change.size):
-        return change if keep else xp.zeros_like(change)
+    if keep == change.size:
+        return change
     entries = abs(change).reshape(-1)
     least = xp.partition(entries, change.size - keep)[change.size - keep]
     above, equal = entries > least, entries == least
@@ -97,21 +124,22 @@ def largest(change: Array, density: float) -> Array:
 
 def dropped(change: Array, density: float, rng: np.random.Generator) -> Array:
     """ΔW with each entry kept with probability `density` and divided by it."""
-    return change * to_device(rng.random(change.shape) < density) / density
+    with quiet_overflow():
+        return change * to_device(rng.random(change.shape) < density) / density
 
 
 def elected(updates: Sequence[Update], parts: Sequence[Array]) -> Array:
     """The mean of w T over the adapters whose T has the sign that most weight has; 0 where none has."""
-    sign = xp.where(sum(parts) >= 0, 1.0, -1.0)
+    with quiet_overflow():
+        sign = xp.where(sum(parts) >= 0, 1.0, -1.0)
     agreeing = [xp.sign(part) == sign for part in parts]
-    whole = sum(w * part * agrees for (w, _), part, agrees in zip(updates, parts, agreeing, strict=True))
+    whole = added(updates, (part * agrees for part, agrees in zip(parts, agreeing, strict=True)))
     return whole / xp.maximum(sum(agrees.astype(xp.float64) for agrees in agreeing), 1.0)
 
 
 def in_factors(updates: Sequence[Update], whole: Array, rank: int | None) -> Combined:
     """A matrix as factors of this rank, or of all its singular values that are more than rounding."""
-    if not xp.isfinite(whole).all():
-        raise NonFiniteError("the sum is not finite: its weights or factors are too large")
+    check_finite(longest(whole))
     U, S, Vt = xp.linalg.svd(whole, full_matrices=False)
     values = to_host(S)
     if rank is None:

@@ -1,16 +1,16 @@
 """A sum of adapters is the sum of their ΔW, at any rank, scale, order; all else says how far off it is."""
 
 import math
+from fractions import Fraction
 from itertools import permutations
 
 import numpy as np
 import pytest
-from by_hand import U64, bound64
 from helpers import U, gamma, seeds, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import LIBRARY
-from vectors import ALL, SUMS, exact, most, of, rounding, sized, summed, weighted, whole
+from vectors import ALL, SUMS, exact, most, of, rounding, sized, slack, summed, weighted, whole
 
 from minilora.backend import to_host
 from minilora.compose.arithmetic import Combined, cat, linear, peft_linear, size, svd
@@ -30,23 +30,15 @@ def bits(made):
     return [to_host(a).tobytes() for a in made.factors[:2]]
 
 
-def halved(made):
-    """What rounding U √S and √S Vᵀ to the dtype adds: (2u + u²) sum of s_i, at most sqrt(k) |new|."""
-    u = unit(to_host(made.factors.A).dtype)
-    return (2 * u + u * u) * math.sqrt(len(made.factors.A)) * (made.norm + made.residual)
-
-
-def slack(updates, made):
-    """What float64 and the dtype of the result may make of it, Frobenius."""
-    return 4 * rounding(updates) + 2 * halved(made)
-
-
 # ---- the exact sum
 
 
 @given(updates=weighted())
 def test_cat_is_the_sum_within_its_bound(updates):
-    """Two roundings, of w s and of w s A; and the bound of both products where they are computed, too."""
+    """Three roundings, of m, of m A, and to the dtype; and the bound of both products where computed.
+
+    In float32 the two of float64 are no more than a further one.
+    """
     made, size = cat(updates), sized(updates)
     counted = [(w, x) for w, x in updates if w]
     R, K, r = sum(len(x.A) for _, x in counted), len(counted), max(len(x.A) for _, x in counted)
@@ -54,10 +46,11 @@ def test_cat_is_the_sum_within_its_bound(updates):
     u = unit(dtype)
     assert to_host(made.factors.A).shape == (R, size.shape[1])
     assert to_host(made.factors.B).shape == (size.shape[0], R)
-    assert (abs(product(made) - summed(updates)) <= (gamma(2, u) + gamma(R + 2, 2.0**-63)) * size).all()
+    off = (gamma(3 if u == U else 2, u) + gamma(R + 2, 2.0**-63)) * size
+    assert (abs(product(made) - summed(updates)) <= off).all()
     apart = sum(dtype.type(w * x.scale) * (to_host(x.B) @ to_host(x.A)) for w, x in counted)
     together = to_host(made.factors.B) @ to_host(made.factors.A)
-    assert (abs(together - apart) <= (gamma(R + 2, u) + gamma(r + K + 1, u)) * size).all()
+    assert (abs(together - apart) <= (gamma(R + 3, u) + gamma(r + K + 1, u)) * size).all()
 
 
 @given(updates=whole())
@@ -90,8 +83,8 @@ def test_one_adapter_is_itself_times_its_weight(method, updates, weight):
     """For any scale: alpha is not r, and rsLoRA. In any method that drops nothing."""
     one = [(weight, updates[0][1])]
     made = ALL[method](one)
-    assert np.linalg.norm((product(made) - summed(one)).astype(float)) <= slack(one, made)
-    assert made.residual <= slack(one, made)
+    assert np.linalg.norm((product(made) - summed(one)).astype(float)) <= slack(one)
+    assert made.residual <= slack(one)
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -109,17 +102,11 @@ def test_an_adapter_of_weight_0_is_absent(method, updates, at, weight):
 @settings(max_examples=12)
 @given(updates=weighted(equal=True))
 def test_the_order_of_adapters_does_not_matter(method, updates):
-    """Within rounding; signs are elected over numbers here of which no sum is near 0."""
+    """Within the rounding of both; where entries are dropped, see test_sparsify.py, to the bit."""
     one, other = ALL[method](updates), ALL[method](updates[::-1])
-    if method in ("ties", "dare_ties"):
-        sums = abs(sum(exact(x, float) for w, x in updates if w))
-        if (sums <= 100 * U64 * sum(abs(exact(x, float)) for _, x in updates)).any():
-            return
-    off = np.linalg.norm((product(one) - product(other)).astype(float))
-    crossed = sum(abs(w * x.scale) * np.linalg.norm(to_host(x.B)) ** 2 for w, x in updates)
-    crossed += sum(abs(w * x.scale) * np.linalg.norm(to_host(x.A)) ** 2 for w, x in updates)
-    more = gamma(20, unit(to_host(one.factors.A).dtype)) * crossed if method == "peft_linear" else 0
-    assert off <= slack(updates, one) + slack(updates, other) + more
+    assert np.linalg.norm((product(one) - product(other)).astype(float)) <= 2 * slack(updates)
+    if method not in ("cat", "linear", "svd", "peft_linear"):
+        assert bits(one) == bits(other)
 
 
 @pytest.mark.parametrize("method", SUMS)
@@ -127,15 +114,16 @@ def test_the_order_of_adapters_does_not_matter(method, updates):
 @given(updates=weighted())
 def test_a_method_that_drops_nothing_is_the_sum(method, updates):
     made = ALL[method](updates)
-    assert np.linalg.norm((product(made) - summed(updates)).astype(float)) <= slack(updates, made)
+    assert np.linalg.norm((product(made) - summed(updates)).astype(float)) <= slack(updates)
 
 
 @given(updates=weighted(least=2))
 def test_negation_takes_an_adapter_away(updates):
     (_, one), (_, other) = updates[:2]
     back = cat([(1.0, cat([(1.0, one), (1.0, other)]).factors), (-1.0, other)])
-    u = unit(to_host(one.A).dtype)
-    bound = 3 * gamma(4, u) * (sized([(1.0, one)]) + 2 * sized([(1.0, other)]))
+    u, r = unit(to_host(one.A).dtype), len(one.A) + 2 * len(other.A)
+    each = gamma(3, u) + gamma(r + 2, 2.0**-63)  # three roundings of each A, and the product in a wide type
+    bound = each * (sized([(1.0, one)]) + 2 * sized([(1.0, other)]))  # the factors of cat need none again
     assert (abs(product(back) - exact(one)) <= bound).all()
 
 
@@ -148,10 +136,8 @@ def test_negation_takes_an_adapter_away(updates):
 def test_norm_and_residual_are_those_of_the_dense_matrices(method, updates):
     made, expected = ALL[method](updates), summed(updates).astype(float)
     lost = np.linalg.norm(product(made).astype(float) - expected)
-    B, A, _ = (to_host(part) for part in made.factors)
-    off = 4 * (rounding(updates) + bound64(A, B))  # the sum beside the new update, as thin factors
-    assert abs(made.norm - np.linalg.norm(expected)) <= 4 * rounding(updates)
-    assert abs(made.residual - lost) <= off
+    assert abs(made.norm - np.linalg.norm(expected)) <= rounding(updates)
+    assert abs(made.residual - lost) <= rounding(updates)  # of the factors as they are: no dtype in it
     assert made.relative == (made.residual / made.norm if made.norm else math.inf if made.residual else 0)
 
 
@@ -185,9 +171,9 @@ def test_svd_loses_no_more_than_eckart_and_young_say(updates, rank):
     S = np.linalg.svd(M, compute_uv=False)
     tail = np.linalg.norm(S[rank:])
     assert len(made.factors.A) == rank
-    assert abs(made.cut - tail) <= 4 * rounding(updates)
-    assert tail - slack(updates, made) <= made.residual <= tail + slack(updates, made)
-    assert abs(made.residual - np.linalg.norm(M - product(made).astype(float))) <= slack(updates, made)
+    assert abs(made.cut - tail) <= rounding(updates)
+    assert tail - slack(updates) <= made.residual <= tail + slack(updates)
+    assert abs(made.residual - np.linalg.norm(M - product(made).astype(float))) <= slack(updates)
 
 
 @given(updates=weighted(equal=True), seed=seeds)
@@ -195,8 +181,8 @@ def test_no_other_update_of_that_rank_is_nearer(updates, seed):
     rank, rng = len(updates[0][1].A), np.random.default_rng(seed)
     rank = min(rank, most(updates))
     best, M = svd(updates, rank), summed(updates).astype(float)
-    loss = slack(updates, best)
-    assert best.residual <= magnitude(updates, 0.5, rank).residual + loss
+    loss = slack(updates)
+    assert best.residual <= magnitude(updates, 0.5 if M.size > 1 else 1, rank).residual + loss
     if rank == len(updates[0][1].A):
         assert best.residual <= peft_linear(updates).residual + loss
     Q = np.linalg.qr(rng.standard_normal((len(M), rank)))[0]
@@ -227,12 +213,13 @@ def test_peft_linear_is_the_double_sum_with_its_cross_terms(updates):
             scale = scale + root * (abs(to_host(x.B)).astype(float) @ abs(to_host(y.A)))
     made = peft_linear(updates)
     u = unit(to_host(made.factors.A).dtype)
-    bound = (2 * gamma(1, u) + gamma(1, u) ** 2 + 2 * gamma(2 * len(counted) + 8, U)) * scale
+    K, r = len(counted), len(to_host(made.factors.A))
+    sides = gamma(2 * (K + 2), U)  # of each side: w s and its root, at most 2; times B; K - 1 sums
+    wide = gamma(r + K * K + 8, 2.0**-63)  # this oracle
+    bound = (2 * u + u * u + sides + wide) * (1 + gamma(2, u)) * scale  # 2u: both are rounded to the dtype
     assert (abs(product(made) - expected) <= bound).all()
     cross = np.linalg.norm((expected - summed(updates)).astype(float))  # what it gets wrong
-    B, A, _ = (to_host(part) for part in made.factors)
-    off = np.linalg.norm(bound.astype(float)) + 4 * (rounding(updates) + bound64(A, B))
-    assert abs(made.residual - cross) <= off
+    assert abs(made.residual - cross) <= np.linalg.norm(bound.astype(float)) + rounding(updates)
 
 
 def test_peft_linear_is_far_from_the_sum_of_random_adapters():
@@ -280,12 +267,60 @@ def pair(O=4, I=3, r=2, size=1.0, dtype=np.float32):  # noqa: E741
         ([(1.0, pair(size=1e20))], NonFiniteError, "the sum is not finite in float32"),
         ([(1.0, pair(size=math.nan))], NonFiniteError, "the sum is not finite"),
         ([(1e300, pair(size=1e20))], NonFiniteError, "the sum is not finite"),
+        ([(1.0, pair(size=1e200, dtype=np.float64))], NonFiniteError, "the sum is not finite"),
+        ([(1e200, pair(size=1e75, dtype=np.float64))] * 2, NonFiniteError, "the sum is not finite"),
+        ([(1.0, pair(size=-math.inf))], NonFiniteError, "the sum is not finite"),
     ],
 )
 @pytest.mark.parametrize("method", ALL)
 def test_what_has_no_sum_is_refused(method, updates, error, message):
-    with pytest.raises(error, match=message), np.errstate(all="ignore"):
+    with pytest.raises(error, match=message):
         ALL[method](updates) if method != "svd" else svd(updates, 1)
+
+
+def test_lapack_is_not_asked_about_what_is_not_finite(capfd):
+    """It would print of an "illegal value"."""
+    for large in (pair(size=1e200, dtype=np.float64), pair(size=math.nan)):
+        for measure in (lambda x: size([(1.0, x), (-1.0, x)]), *(ALL[m] for m in ("svd", "magnitude"))):
+            with pytest.raises(NonFiniteError):
+                measure([(1.0, large)]) if measure in ALL.values() else measure(large)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("method", ALL)
+@settings(max_examples=12)
+@given(
+    updates=weighted(equal=True, dtype=np.float32),
+    shift=st.tuples(*[st.integers(-100, 100)] * 2),
+)
+def test_a_weight_makes_up_for_factors_of_any_size(method, updates, shift):
+    """Powers of two on w, A and B whose product is 1 change nothing: no side overflows, or rounds to 0."""
+    a, b = shift
+    moved = [
+        (w * 2.0 ** -(a + b), of(np.ldexp(to_host(x.B), b), np.ldexp(to_host(x.A), a), x.scale))
+        for w, x in updates
+    ]
+    one, other = product(ALL[method](updates)), product(ALL[method](moved))
+    assert np.linalg.norm((one - other).astype(float)) <= 2 * slack(updates)
+
+
+def test_both_sides_of_a_sum_are_alike():
+    """With all of w s on one side that side overflows float32, rounds to 0, or overflows with both on it."""
+    for w, a, b in ((1e30, 1e10, 1e-30), (1e-30, 1e-18, 1.0), (1e30, 1e30, 1e-30), (2.0, 3.0, 5.0)):
+        change = of(np.full((4, 2), b, np.float32), np.full((2, 3), a, np.float32), 1.0)
+        made = cat([(w, change)])
+        assert made.relative <= gamma(3, 2.0**-24)
+        assert 1 / 8 <= abs(to_host(made.factors.A)).max() / abs(to_host(made.factors.B)).max() <= 4
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_numbers_of_any_kind_are_weights(method):
+    """NumPy's scalars, and fractions."""
+    for weight in (np.float32(0.5), np.float64(0.5), np.int64(2), Fraction(1, 2), np.float16(2)):
+        one, other = (ALL[method]([(w, pair(dtype=np.float32))]) for w in (weight, float(weight)))
+        assert bits(one) == bits(other)
+        assert type(one.norm) is type(one.residual) is float
+    assert len(svd([(1, pair())], np.int64(1)).factors.A) == 1
 
 
 @pytest.mark.parametrize("rank", [0, -1, 4, 5, 2.0, True, "2", None])
@@ -306,6 +341,9 @@ def test_a_distance_is_a_sum_with_weight_minus_1():
     rng = np.random.default_rng(0)
     one = of(rng.standard_normal((5, 2)), rng.standard_normal((2, 4)), 3.0)
     other = of(rng.standard_normal((5, 3)), rng.standard_normal((3, 4)), 0.5)
-    apart = np.linalg.norm((exact(one) - exact(other)).astype(float))
-    assert size([(1.0, one), (-1.0, other)]) == pytest.approx(apart, rel=1e-13)
-    assert size([(1.0, one), (-1.0, Factors(one.B * one.scale, one.A, 1.0))]) <= 1e-13 * apart
+    apart, off = (
+        np.linalg.norm((exact(one) - exact(other)).astype(float)),
+        rounding([(1.0, one), (-1.0, other)]),
+    )
+    assert abs(size([(1.0, one), (-1.0, other)]) - apart) <= off
+    assert size([(1.0, one), (-1.0, Factors(one.B * one.scale, one.A, 1.0))]) <= rounding([(1.0, one)] * 2)

@@ -3,7 +3,8 @@
 import math
 
 import numpy as np
-from by_hand import bound64
+from by_hand import U64
+from helpers import unit
 from hypothesis import strategies as st
 
 from minilora.backend import to_device, to_host
@@ -81,6 +82,43 @@ def sized(updates):
     return sum(abs(w * x.scale) * (abs(to_host(x.B)).astype(float) @ abs(to_host(x.A))) for w, x in updates)
 
 
-def rounding(updates):
-    """What QR, SVD and products in float64 may make of a sum, Frobenius."""
-    return sum(bound64(to_host(x.A), to_host(x.B), w * x.scale) for w, x in updates)
+STAGES = 5  # two QR factorizations, their product, its SVD, and what is cut off as no more than rounding
+
+
+def crossed(updates, density=1.0):
+    """(Σ √|w s| |B|) (Σ √|w s| |A|) / density: no method's update is longer, nor are its factors' columns.
+
+    Its terms are those of peft_linear, and among them are those of the sum. An entry that DARE keeps grows
+    by 1 / density. Made of the operands alone, so a wrong result cannot widen the bounds below.
+    """
+    roots = [math.sqrt(abs(w * x.scale)) for w, x in updates]
+    B, A = (sum(c * np.linalg.norm(to_host(x[i])) for c, (_, x) in zip(roots, updates, strict=True))
+            for i in (0, 1))  # fmt: skip
+    return B * A / density
+
+
+def terms(updates):
+    """√k, for the most singular values k of a result: their sum is at most √k times its norm."""
+    return math.sqrt(min(updates[0][1].B.shape[0], updates[0][1].A.shape[1]))
+
+
+def rounding(updates, density=1.0):
+    """What float64 may make of a sum, a new update, or their distance, Frobenius.
+
+    Each of the STAGES errs by (O + I + R + 2) u times the columns' |b_j| |a_j|, summed (`bound64`); R counts
+    the ranks of both, and both are at most `crossed` long.
+    """
+    (O, I), R = exact(updates[0][1]).shape, sum(len(x.A) for _, x in updates)  # noqa: E741
+    stage = (O + I + R + min(O, I) + 2) * U64
+    return STAGES * stage * 2 * terms(updates) * crossed(updates, density)
+
+
+def halved(updates, u, density=1.0):
+    """What rounding U √S and √S Vᵀ, or B and A, to a dtype adds: (2u + u²) of their columns (`bound32`)."""
+    return (2 * u + u * u) * terms(updates) * crossed(updates, density)
+
+
+def slack(updates, density=1.0, u=None):
+    """What float64 and then the dtype of the result may make of an update, Frobenius."""
+    u = u or unit(np.result_type(*(x.A.dtype for _, x in updates)))
+    return rounding(updates, density) + halved(updates, u, density)
