@@ -121,7 +121,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the largest tensor that is not in 4 bits, "bfloat16", ...; a merged model is written in it."""
+        """The dtype of the largest tensor that is not in 4 bits, "bfloat16", ...; a merged model has it."""
         shapes, called = self.tensors.shapes, {F: name for name, F in CALLED.items()}
         rest = [name for name in shapes if name not in self.tensors.packed]
         largest = max(rest, key=lambda name: math.prod(shapes[name]))

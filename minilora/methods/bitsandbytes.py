@@ -36,7 +36,7 @@ NESTED = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
 def config_of(blocks: Blocks, dense: Iterable[str]) -> dict[str, Any]:
-    """The entry quantization_config of config.json, from one of the weights and the names of the dense maps."""
+    """The entry quantization_config of config.json, from one of the weights and the dense maps' names."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -3,7 +3,7 @@
     W' = m V / |V| with V = W + ΔW, one norm |V| per output row; m (O,) starts at |W|
 
 With z = x Vᵀ and g = m / |V|, y = g z + b. The gradient through |V| is exact; `detach` leaves it out, as
-the paper's section 4.3 and PEFT do.
+the paper's section 4.3 and PEFT do. Beside a packed W, V is formed again for the gradient, and not kept.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class Scales:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight's codes and scales, its shape and dtype; none of its arrays is written, so copies share them."""
+    """A weight's codes and scales, its shape and dtype; no array is written, and copies share them."""
 
     codes: Array  # uint8, (ceil(size / 2),)
     absmax: Array | Scales  # c of each block: float32, (blocks,)
@@ -267,7 +267,7 @@ def encoded(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -
 
 @quiet_overflow()
 def finite(blocks: Blocks) -> bool:
-    """Whether all of ŵ is finite in its dtype: no value is larger than 1, so the ends of each block decide."""
+    """Whether all of ŵ is finite in its dtype: values are at most 1, so the ends of each block decide."""
     c, low = blocks.scales(), blocks.least
     ends = [c] if low is None else [low, c + low]
     return all(bool(xp.isfinite(a.astype(blocks.dtype)).all()) for a in ends)
@@ -313,8 +313,9 @@ def decoded(blocks: Blocks) -> Array:
 def bound(blocks: Blocks, c: np.ndarray) -> np.ndarray:
     """The largest |w - ŵ| that each block can have, (blocks,) float64; `c` are its scales before 8 bits.
 
-    Division errs by 2 u, a middle and the product by u each; the scale's own change comes on top, what a least
-    value adds, and that w comes from a wider dtype, or ŵ goes to a narrower one. The rest is for underflow.
+    Division errs by 2 u, a middle and the product by u each; the scale's own change comes on top, what a
+    least value adds, and that w comes from a wider dtype, or ŵ goes to a narrower one. The rest is for
+    underflow.
     """
     c, own = c.astype(np.float64), to_host(blocks.scales()).astype(np.float64)
     tiny, dtype = float(np.finfo(np.float32).smallest_subnormal), np.finfo(blocks.dtype)

@@ -235,9 +235,10 @@ def save_adapter(
     """Write the active adapter as a PEFT folder, whole or not at all; the same adapter gives the same bytes.
 
     `base` goes into the config as base_model_name_or_path, the base's fingerprint into the file, behind that
-    of the base it was `quantized_from`, if given: the adapter then loads beside either. An adapted embedding with a tied head becomes two pairs, since PEFT leaves the head unchanged. StorageError if the
-    folder exists, unless `overwrite`; StateError if no adapter is active; NonFiniteError; UnsupportedError
-    for an adapter that PEFT's files cannot hold.
+    of the base it was `quantized_from`, if given: the adapter then loads beside either. An adapted embedding
+    with a tied head becomes two pairs, since PEFT leaves the head unchanged. StorageError if the folder
+    exists, unless `overwrite`; StateError if no adapter is active; NonFiniteError; UnsupportedError for an
+    adapter that PEFT's files cannot hold.
     """
     adapters = active(model)
     if not adapters:

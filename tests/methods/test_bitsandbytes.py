@@ -140,7 +140,7 @@ def test_maps_that_were_fused_are_named_in_the_config(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_what_is_not_quantized_keeps_the_bases_dtype(dtype, tmp_path):
     """Quantizing writes it, and so does merging afterwards, although the largest tensor is in 4 bits."""
-    model, rng = tiny(0, np.float64, intermediate_size=64)
+    model, _ = tiny(0, np.float64, intermediate_size=64)
     freeze(model)
     save_model(model, tmp_path / "in", "", dtype=dtype)
     quantize_checkpoint(tmp_path / "in", tmp_path / "out")

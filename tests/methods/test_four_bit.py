@@ -42,7 +42,12 @@ MIDDLES = [  # of bitsandbytes' kernel, dQuantizeNF4
     -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
     0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
 ]  # fmt: skip
-GAPS = {"nf4": 1 - 0.6961928009986877, "fp4": 1 / 3 + 2 * U, "int4": 1 / 7 + 2 * U, "int4-affine": 1 / 15 + 2 * U}
+GAPS = {
+    "nf4": 1 - 0.6961928009986877,
+    "fp4": 1 / 3 + 2 * U,
+    "int4": 1 / 7 + 2 * U,
+    "int4-affine": 1 / 15 + 2 * U,
+}
 kinds = st.sampled_from(sorted(BOOKS))
 all_dtypes = st.sampled_from([np.float16, np.float32, np.float64])
 blocks_of = st.sampled_from([32, 64, 256])
@@ -169,7 +174,9 @@ def test_values_beside_the_middles_reach_the_bound_and_no_more(seed, kind, dtype
     assert dtype == numpy.float16 or excess(to_device(w), blocks) >= 0.99
 
 
-@given(seed=seeds, kind=kinds, block=blocks_of, double=st.booleans(), at_once=st.integers(1, 3), data=st.data())
+@given(
+    seed=seeds, kind=kinds, block=blocks_of, double=st.booleans(), at_once=st.integers(1, 3), data=st.data()
+)
 def test_chunks_change_no_bit(seed, kind, block, double, at_once, data):
     """The last chunk may be shorter, and so may its last block, by an odd number of weights."""
     w = weights(seed, (1, data.draw(st.integers(1, 5 * block))), np.float32)

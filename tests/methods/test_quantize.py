@@ -20,8 +20,8 @@ from minilora.methods import four_bit
 from minilora.methods.four_bit import BOOKS, FourBit, U, encoded, gap
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
-from minilora.optim import AdamW
 from minilora.model import Config, llama
+from minilora.optim import AdamW
 from minilora.peft.loading import base_print, load_adapter, save_adapter
 from minilora.training import evaluate, train
 from minilora.tree import digest, freeze, get, named_params, outline, replica, size, trained, unfreeze, unpack
