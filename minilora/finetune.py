@@ -136,7 +136,7 @@ def run(
     rows = max(1, min(8, LOGITS // (length * source.config.vocab_size)))
     text = prepare(recipe, words, length, rng, rows)
     model = assemble(source)
-    made = base_print(model) if recipe.bits else None
+    quantized_from = base_print(model) if recipe.bits else None
     if recipe.bits:
         quantize(model)
     if recipe.method == "full":
@@ -164,7 +164,7 @@ def run(
                 model, out, card + "\n", token_ids(source.where), None, beside(source.where), overwrite
             )
         else:
-            save_adapter(model, out, base=recipe.base, made=made, overwrite=overwrite)
+            save_adapter(model, out, base=recipe.base, quantized_from=quantized_from, overwrite=overwrite)
     (_, before), (_, after) = history.evals[0], history.evals[-1]
     return Outcome(str(out), before, after, text.characters, count, speed, peak(), tuple(history.evals))
 

@@ -123,9 +123,12 @@ def settings(tree: Any) -> dict[str, Any]:
     }
 
 
-def digest(tree: Any) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name."""
-    return of_arrays((path, p.dense()) for path, p in sorted(named_params(tree).items()))
+def digest(tree: Any, dtype: Any = None) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name.
+
+    Each as it is, or as `dtype`; a packed one is decoded for the time that it is hashed.
+    """
+    return of_arrays(((path, p.dense()) for path, p in sorted(named_params(tree).items())), dtype)
 
 
 def outline(tree: Any) -> str:

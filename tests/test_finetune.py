@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_cli import minilora_, one_line
 
 from minilora import cli, finetune, session
+from minilora.compose.export import merge_checkpoint
 from minilora.compose.quantize import quantize_checkpoint
 from minilora.data import batching
 from minilora.data.examples import examples, padded
@@ -33,9 +34,10 @@ from minilora.formats import tokenizer
 from minilora.formats.huggingface import BASE, load, read_json
 from minilora.formats.tokenizer import Tokenizer, stream
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.quantize import quantize
 from minilora.model import Config, llama
 from minilora.peft.folder import open_adapter
-from minilora.peft.loading import load_adapter
+from minilora.peft.loading import base_print, load_adapter
 from minilora.training import evaluate
 from minilora.tree import digest
 
@@ -128,17 +130,29 @@ def test_a_killed_run_resumes_to_the_same_bytes(at, bits, text, base, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_an_adapter_trained_in_4_bits_names_the_base_that_was_quantized(text, base, tmp_path):
-    """It loads on that base, in float or quantized again, and was trained beside the 4-bit one."""
-    finetune.run(small(text, base, bits=4), tmp_path / "four")
-    finetune.run(small(text, base), tmp_path / "float")
-    model = load(base)
-    load_adapter(model, tmp_path / "four")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_trained_in_4_bits_loads_in_float_quantized_again_and_from_the_folder(
+    method, text, base, tmp_path
+):
+    """It was trained beside the 4-bit base, and is refused beside a third one."""
+    finetune.run(small(text, base, bits=4, method=method), tmp_path / "four")
+    finetune.run(small(text, base, method=method), tmp_path / "float")
+    quantize_checkpoint(base, tmp_path / "base4")
+    again, other = load(base), load(base)
+    quantize(again)
+    quantize(other, kind="fp4")
+    for model in (load(base), again, load(tmp_path / "base4"), load(tmp_path / "base4", np.float64)):
+        load_adapter(model, tmp_path / "four")
+    for where in (base, tmp_path / "base4"):
+        merge_checkpoint(where, tmp_path / "four", tmp_path / f"merged-{Path(where).name}")
+    with pytest.raises(MismatchError, match="another base"):
+        load_adapter(other, tmp_path / "four")
+    with pytest.raises(MismatchError, match="another base"):  # the bits are those it was trained in
+        load_adapter(load(tmp_path / "base4"), tmp_path / "float")
     four, plain = (open_adapter(tmp_path / name) for name in ("four", "float"))
-    assert four.made["base"] == plain.made["base"]
+    assert four.made["base"].split() == [plain.made["base"], base_print(again)]
     name = next(iter(four.tensors))
     assert not np.array_equal(four.value(name), plain.value(name))
-    quantize_checkpoint(base, tmp_path / "base4")
     with pytest.raises(StateError, match="quantized already"):
         finetune.run(small(text, tmp_path / "base4", bits=4), tmp_path / "twice")
 

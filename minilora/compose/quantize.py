@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InputError, nearest
+import numpy as np
+
 from ..formats.atomic import check_free
 from ..formats.huggingface import assemble, beside, checkpoint, save_model, token_ids
 from ..methods.bitsandbytes import KINDS
+from ..methods.four_bit import check_form
 from ..methods.quantize import Quantized, quantize
 from ..table import plain
 from .truncate import refuse_same
@@ -28,18 +30,17 @@ def quantize_checkpoint(
 ) -> Quantized:
     """Write a base as a new folder in which the linear maps of the blocks are in 4 bits.
 
-    `kind` is "nf4" or "fp4"; `block` and `double` as in `ml.quantize`, and the result is its report. The
-    folder loads again to the bit. StorageError if it exists, unless `overwrite`; InputError if it is the
-    base; and whatever loading, quantizing and saving raise.
+    `kind` is "nf4" or "fp4"; `block` and `double` as in `ml.quantize`, and the result is its report. What is
+    not quantized keeps the base's dtype. The folder loads again to the bit. StorageError if it exists, unless
+    `overwrite`; InputError if it is the base; and whatever loading, quantizing and saving raise.
     """
+    check_form(kind, block, KINDS)
     source = checkpoint(base)
-    if kind not in KINDS:
-        raise InputError(f"kind is {kind!r}; {nearest(str(kind), KINDS)}")
     refuse_same(out, source.where)
     check_free(out, overwrite)
-    model = assemble(source)
+    model = assemble(source, np.float64 if source.dtype == "float64" else np.float32)
     result = quantize(model, kind=kind, block=block, double=double)
     card = plain(f"{source.where.name}, its linear maps quantized to {kind} by minilora.") + "\n"
     extra = token_ids(source.where)
-    save_model(model, out, card, extra, beside=beside(source.where), overwrite=overwrite)
+    save_model(model, out, card, extra, source.dtype, beside=beside(source.where), overwrite=overwrite)
     return replace(result, out=str(out))

@@ -36,6 +36,7 @@ from ..errors import (
     nearest,
     short,
 )
+from ..layers import Linear
 from ..lora import Adapted
 from ..methods.bitsandbytes import (
     MOST,
@@ -120,10 +121,11 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the largest tensor, "bfloat16", ...; a merged model is written in it."""
-        shapes, kinds = self.tensors.shapes, self.tensors.dtypes
-        kind = kinds[max(shapes, key=lambda name: math.prod(shapes[name]))]
-        return {F: name for name, F in CALLED.items()}.get(kind, "float32")
+        """The dtype of the largest tensor that is not in 4 bits, "bfloat16", ...; a merged model has it."""
+        shapes, called = self.tensors.shapes, {F: name for name, F in CALLED.items()}
+        rest = [name for name in shapes if name not in self.tensors.packed]
+        largest = max(rest, key=lambda name: math.prod(shapes[name]))
+        return called.get(self.tensors.dtypes[largest], "float32")
 
 
 def checkpoint(spec: Path | str = "base") -> Checkpoint:
@@ -326,7 +328,9 @@ def save_model(
     config |= {"torch_dtype": dtype or str(next(iter(tensors.values())).dtype)} | asdict(model.config)
     config |= {"tie_word_embeddings": TIED not in params} | dict(extra or {})
     if packed:
-        config["quantization_config"] = config_of(next(iter(packed.values())))
+        maps = {path: node for path, node in walk(model) if isinstance(node, Linear)}
+        dense = [path for path, layer in maps.items() if not layer.weight.packed]
+        config["quantization_config"] = config_of(next(iter(packed.values())), dense)
 
     def fill(temp: Path) -> None:
         write_atomic(temp / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

@@ -39,6 +39,11 @@ BRIEF = 1024  # bytes; a pointer has fewer
 PRINTABLE = re.compile(r"[!-~]{1,500}")
 
 
+def no_bytes(name: str) -> np.ndarray:
+    """FormatError: none of these tensors is one of bytes."""
+    raise FormatError(f"{name}: is stored in a format without tensors of bytes")
+
+
 @dataclass(frozen=True, eq=False)
 class Tensors(Mapping[str, np.ndarray]):
     """Name -> array, read on access: float64 as it is, all narrower dtypes as float32."""
@@ -49,10 +54,8 @@ class Tensors(Mapping[str, np.ndarray]):
     fetch: Callable[[str], np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # differences from the file
-    bytes_of: Callable[[str], np.ndarray] = dict[str, np.ndarray]().__getitem__  # of a U8 tensor, as uint8
-    packed: Mapping[str, Callable[[Any], Any]] = field(
-        default_factory=dict
-    )  # name -> (dtype -> quantized weight)
+    bytes_of: Callable[[str], np.ndarray] = no_bytes  # of a U8 tensor, as uint8
+    packed: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # of 4-bit weights, by dtype
 
     def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
         """Some of the tensors under new names (new name -> old name), with notes on the change."""

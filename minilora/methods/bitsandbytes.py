@@ -17,14 +17,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from ..backend import on_host, quiet_overflow, to_device, to_host
+from ..backend import to_device, to_host, xp
 from ..errors import FormatError, NonFiniteError, UnsupportedError, short
-from .four_bit import BLOCKS, SCALES, Blocks, Scales, U, book, dynamic_map
+from .four_bit import BLOCKS, SCALES, Blocks, Scales, U, book, dynamic_map, finite, scale_values, unwritten
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__([a-z0-9]{1,8})")  # of a weight, and its kind
 KINDS = ("nf4", "fp4")
@@ -35,8 +35,8 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")  # of the weight before; 
 NESTED = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
-def config_of(blocks: Blocks) -> dict[str, Any]:
-    """The entry quantization_config of config.json, from one of a model's weights."""
+def config_of(blocks: Blocks, dense: Iterable[str]) -> dict[str, Any]:
+    """The entry quantization_config of config.json, from one of the weights and the dense maps' names."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -45,7 +45,7 @@ def config_of(blocks: Blocks) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": isinstance(blocks.absmax, Scales),
         "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": ["lm_head", *sorted(set(dense) - {"lm_head"})],  # as bitsandbytes has it
     }
 
 
@@ -116,7 +116,7 @@ def blocks_of(
     """The weight of a checked state, its codes and its other parts, to be decoded in `dtype`.
 
     FormatError, which begins with `what`, for parts of another length or type, for other values than the
-    kind's, and for a scale below zero; NonFiniteError for a scale that is not finite.
+    kind's, and for a scale below zero; NonFiniteError for a scale that is not finite in `dtype`.
     """
     shape, block = shape_of(what, kind, state), state["blocksize"]
     size, double = math.prod(shape), "nested_offset" in state
@@ -137,24 +137,18 @@ def blocks_of(
     if double and not np.allclose(parts["nested_quant_map"], dynamic_map(), rtol=4 * U, atol=0):
         raise FormatError(f"{what}: nested_quant_map has other values than those of 8-bit dynamic numbers")
     top = parts["nested_absmax" if double else "absmax"]
-    if not np.isfinite(top).all():
-        raise NonFiniteError(f"{what}: the scales are not finite")
     if (top < 0).any():
         raise FormatError(f"{what}: a scale is {top.min():.3g}; expected at least 0")
-    scales: Any = device(parts["absmax"])
+
+    def kept(a: Any) -> Any:
+        return unwritten(to_device(np.array(a)))
+
+    scales: Any = kept(parts["absmax"])
     if double:
-        offset, values = device(np.float32(state["nested_offset"])), device(parts["nested_quant_map"])
-        scales = Scales(scales, device(top), offset, values)
-        with quiet_overflow():
-            c = to_host(scales.decoded())
-        if not np.isfinite(c).all():
-            raise NonFiniteError(f"{what}: the scales are not finite")
-    return Blocks(device(codes.reshape(-1)), scales, shape, np.dtype(dtype), kind, block)
-
-
-def device(a: Any) -> Any:
-    """An array on the device, which nothing writes into."""
-    own = to_device(np.array(a))
-    if on_host():
-        own.flags.writeable = False
-    return own
+        values, usual = parts["nested_quant_map"], scale_values(xp.ndarray)
+        own = usual if values.tobytes() == to_host(usual).tobytes() else kept(values)
+        scales = Scales(scales, kept(top), kept(np.float32(state["nested_offset"])), own)
+    blocks = Blocks(kept(codes.reshape(-1)), scales, shape, np.dtype(dtype), kind, block)
+    if not finite(blocks):
+        raise NonFiniteError(f"{what}: the scales are not finite in {blocks.dtype}")
+    return blocks

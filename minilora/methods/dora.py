@@ -3,7 +3,7 @@
     W' = m V / |V| with V = W + ΔW, one norm |V| per output row; m (O,) starts at |W|
 
 With z = x Vᵀ and g = m / |V|, y = g z + b. The gradient through |V| is exact; `detach` leaves it out, as
-the paper's section 4.3 and PEFT do.
+the paper's section 4.3 and PEFT do. Beside a packed W, V is formed again for the gradient, and not kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class DoRA:
 
     def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         A, B, s, m = self.low_rank.A, self.low_rank.B, self.low_rank.scale, self.magnitude
-        V = base.weight.dense() + self.low_rank.delta()  # (O, I)
+        V = self.direction(base)  # (O, I)
+        kept = None if base.weight.packed else V  # else it would be the base decoded, kept for each layer
         n, bias = row_norms(V), base.bias
         g = m.data / n
         x_ = rows(x)
@@ -41,6 +42,7 @@ class DoRA:
             dm = xp.einsum("mo,mo->o", dy_, z) / n
             m.add_grad(dm)
             dz = g * dy_
+            V = self.direction(base) if kept is None else kept
             self.low_rank.learn(dz, h, x_)
             if not self.detach:  # d|V| = -m dm / |V|, and the gradient of |V| is V / |V|
                 dV = (-g * dm / n)[:, None] * V
@@ -51,13 +53,17 @@ class DoRA:
         y = y.reshape(*x.shape[:-1], -1)
         return y, Linear.back_to_bias(bias, back) if bias is not None and bias.trainable else back
 
+    def direction(self, base: Linear) -> Array:
+        """V = W + ΔW, (O, I)."""
+        return base.weight.dense() + self.low_rank.delta()
+
     def change(self, base: Linear) -> Array:
         """W' - W, (O, I): of full rank, since each row is scaled separately."""
         return self.merged(base).weight.dense() - base.weight.dense()
 
     def merged(self, base: Linear) -> Linear:
         """A plain Linear with m V / |V|."""
-        V = base.weight.dense() + self.low_rank.delta()
+        V = self.direction(base)
         return Linear(Param((self.magnitude.data / row_norms(V))[:, None] * V, False), base.bias)
 
 

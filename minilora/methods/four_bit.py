@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -88,19 +88,24 @@ def middles(values: np.ndarray) -> np.ndarray:
     return (values[1:] + values[:-1]) / np.float32(2)
 
 
+def unwritten(a: Array) -> Array:
+    """The same array, into which NumPy writes no more; a GPU's cannot be closed."""
+    if isinstance(a, np.ndarray):
+        a.flags.writeable = False
+    return a
+
+
 @functools.cache
 def book(kind: str) -> np.ndarray:
-    """The values of the codes of a kind, float32, at most 16. InputError for an unknown kind."""
-    if kind not in BOOKS:
-        raise InputError(f"kind is {short(kind)}; {nearest(str(kind), BOOKS)}")
-    return BOOKS[kind]()
+    """The values of the codes of a kind, float32, at most 16."""
+    return unwritten(BOOKS[kind]())
 
 
 @functools.cache
 def steps(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The middles between neighbouring values, and the code of each value in rising order ."""
+    """The middles between neighbouring values, and the code of each value, from the least value up."""
     values, codes = np.unique(book(kind), return_index=True)
-    return middles(values), codes.astype(np.uint8)
+    return unwritten(middles(values)), unwritten(codes.astype(np.uint8))
 
 
 def gap(kind: str) -> float:
@@ -114,13 +119,13 @@ def pairs(kind: str, library: Any) -> Array:
     values = np.zeros(16, np.float32)
     values[: len(book(kind))] = book(kind)
     both = np.stack([values.repeat(16), np.tile(values, 16)], 1)
-    return to_device(np.ascontiguousarray(both).view(np.uint64).reshape(256))
+    return unwritten(to_device(np.ascontiguousarray(both).view(np.uint64).reshape(256)))
 
 
 @functools.cache
 def scale_values(library: Any) -> Array:
     """`dynamic_map` on the device of that library."""
-    return to_device(dynamic_map())
+    return unwritten(to_device(dynamic_map()))
 
 
 # ---- blocks of codes
@@ -143,7 +148,7 @@ class Scales:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight's codes and scales, its shape and dtype; none of its arrays is written."""
+    """A weight's codes and scales, its shape and dtype; no array is written, and copies share them."""
 
     codes: Array  # uint8, (ceil(size / 2),)
     absmax: Array | Scales  # c of each block: float32, (blocks,)
@@ -152,6 +157,9 @@ class Blocks:
     kind: str = "nf4"
     block: int = 64
     least: Array | None = None  # the least value of each block where codes count from it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Blocks:
+        return self
 
     @property
     def size(self) -> int:
@@ -188,24 +196,21 @@ class FourBit(Param):
         super().__init__(data, trainable=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if (name == "trainable" and value) or (name == "data" and not isinstance(value, Blocks)):
-            what = "trained" if name == "trainable" else "written or merged into"
-            raise StateError(
-                f"a 4-bit weight cannot be {what}; adapters go beside it, and fuse() takes its place"
-            )
+        trains = (name == "trainable" and value) or (name == "grad" and value is not None)
+        if trains or (name == "data" and not isinstance(value, Blocks)):
+            what = "trained; train an adapter beside it" if trains else "written; fuse() makes a dense one"
+            raise StateError(f"a 4-bit weight cannot be {what}")
         super().__setattr__(name, value)
-
-    def add_grad(self, g: Array) -> None:
-        """StateError: it has no gradient."""
-        raise StateError("a 4-bit weight has no gradient; train an adapter beside it")
 
     def dense(self) -> Array:
         """The weight ŵ, in its own dtype."""
         return decoded(self.data)
 
 
-def check_block(block: object) -> None:
-    """InputError unless it is a size of blocks."""
+def check_form(kind: object, block: object, kinds: Iterable[str] = BOOKS) -> None:
+    """InputError unless these are one of the kinds and a size of blocks."""
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"kind is {short(kind)}; {nearest(str(kind), kinds)}")
     if type(block) is not int or block not in BLOCKS:
         raise InputError(f"block is {short(block)}; expected one of {', '.join(map(str, BLOCKS))}")
 
@@ -214,12 +219,14 @@ def check_block(block: object) -> None:
 def encoded(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -> Blocks:
     """A weight of any shape as blocks of codes, row by row; the last block may be shorter.
 
-    `double` stores the scales in 8 bits. Computed in float32. InputError for kind or block, NonFiniteError
-    for values that are not finite there.
+    `double` stores the scales in 8 bits. Computed in float32. InputError for kind, block or a weight without
+    numbers, NonFiniteError for values that are not finite there, or not in the weight's dtype once decoded.
     """
-    between, codes_of = steps(kind)
-    check_block(block)
+    check_form(kind, block)
     affine, n = kind == "int4-affine", math.prod(w.shape)
+    if not n:
+        raise InputError(f"the weight has shape {tuple(w.shape)}; expected at least one number")
+    between, codes_of = steps(kind)
     count = -(-n // block)
     codes = xp.zeros(count * block // 2, xp.uint8)
     scale, least = xp.zeros(count, xp.float32), xp.zeros(count, xp.float32) if affine else None
@@ -246,12 +253,24 @@ def encoded(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -
         code = (rank if ranked else order[rank.astype(xp.int64)]).reshape(-1)
         codes[some.start * block // 2 : some.stop * block // 2] = 16 * code[::2] + code[1::2]
     if not xp.isfinite(scale).all() or (least is not None and not xp.isfinite(least).all()):
-        raise NonFiniteError("the weight has values that are not finite in float32")
+        whole = xp.isfinite(w.astype(xp.float32)).all()
+        what = "a block whose range is" if whole else "values that are"
+        raise NonFiniteError(f"the weight has {what} not finite in float32")
     stored = scales_of(scale) if double else scale
     blocks = Blocks(codes[: (n + 1) // 2], stored, tuple(w.shape), w.dtype, kind, block, least)
-    for a in blocks.arrays if on_host() else ():
-        a.flags.writeable = False
+    if not finite(blocks):
+        raise NonFiniteError(f"the weight has values that in {kind} are not finite in {w.dtype}")
+    for a in blocks.arrays:
+        unwritten(a)
     return blocks
+
+
+@quiet_overflow()
+def finite(blocks: Blocks) -> bool:
+    """Whether all of ŵ is finite in its dtype: values are at most 1, so the ends of each block decide."""
+    c, low = blocks.scales(), blocks.least
+    ends = [c] if low is None else [low, c + low]
+    return all(bool(xp.isfinite(a.astype(blocks.dtype)).all()) for a in ends)
 
 
 def chunks(count: int, block: int) -> Iterator[slice]:
@@ -262,7 +281,7 @@ def chunks(count: int, block: int) -> Iterator[slice]:
 
 def scales_of(scale: Array) -> Scales:
     """Scales in 8 bits, around their mean: double quantization."""
-    offset = scale.mean()
+    offset = xp.asarray(scale.mean(dtype=xp.float64), dtype=xp.float32)  # whose sum does not overflow
     rest = scale - offset
     padded = xp.zeros(-(-len(rest) // SCALES) * SCALES, xp.float32)
     padded[: len(rest)] = rest
@@ -271,7 +290,7 @@ def scales_of(scale: Array) -> Scales:
     x = padded / xp.where(absmax > 0, absmax, xp.ones_like(absmax))[:, None]
     between = to_device(middles(dynamic_map()))
     codes = xp.searchsorted(between, x.reshape(-1)[: len(scale)]).astype(xp.uint8)
-    return Scales(codes, absmax, xp.asarray(offset, dtype=xp.float32), scale_values(xp.ndarray))
+    return Scales(codes, absmax, offset, scale_values(xp.ndarray))
 
 
 def decoded(blocks: Blocks) -> Array:
@@ -294,16 +313,19 @@ def decoded(blocks: Blocks) -> Array:
 def bound(blocks: Blocks, c: np.ndarray) -> np.ndarray:
     """The largest |w - ŵ| that each block can have, (blocks,) float64; `c` are its scales before 8 bits.
 
-    Division errs by 2 u, a middle and the product by u each; the scale's own change comes on top, and what a
-    least value adds. The last term is for underflow.
+    Division errs by 2 u, a middle and the product by u each; the scale's own change comes on top, what a
+    least value adds, and that w comes from a wider dtype, or ŵ goes to a narrower one. The rest is for
+    underflow.
     """
     c, own = c.astype(np.float64), to_host(blocks.scales()).astype(np.float64)
-    most = (
-        c * (gap(blocks.kind) / 2 + 4 * U)
-        + (1 + U) * abs(own - c)
-        + float(np.finfo(np.float32).smallest_subnormal)
-    )
-    if blocks.least is None:
-        return most
-    low = to_host(blocks.least).astype(np.float64)  # w - least, its largest and the last sum are rounded, too
-    return most + 3 * U * c + U * np.maximum(abs(low), abs(low + c)) * (1 + U)
+    tiny, dtype = float(np.finfo(np.float32).smallest_subnormal), np.finfo(blocks.dtype)
+    most, top = c * (gap(blocks.kind) / 2 + 4 * U) + (1 + U) * abs(own - c) + tiny, c
+    if blocks.least is not None:  # w - least, its largest and the last sum are rounded, too
+        low = to_host(blocks.least).astype(np.float64)
+        top = np.maximum(abs(low), abs(low + c))
+        most += 3 * U * c + U * top * (1 + U)
+    if dtype.bits > 32:
+        most += U * top
+    if dtype.bits < 32:
+        most += float(dtype.eps) / 2 * (top + most) + float(dtype.smallest_subnormal)
+    return most

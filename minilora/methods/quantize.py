@@ -20,10 +20,11 @@ from ..backend import to_host
 from ..errors import NonFiniteError, StateError
 from ..layers import Param
 from ..lora import Adapted, bases, owners
+from ..spectra import quotient
 from ..table import Table, report
 from ..targets import find_targets
 from ..tree import named_params
-from .four_bit import Blocks, FourBit, bound, decoded, encoded
+from .four_bit import Blocks, FourBit, bound, check_form, decoded, encoded
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Quantized:
             f"{what} in blocks of {self.block}: {self.bits:.4f} bits per weight, error {self.error:.4f}; "
             f"{self.all_bits:.2f} bits per parameter of the whole model"
         )
-        return Table(("module", "shape", "bits", "|W - Ŵ|/|W|", "reached of the bound"), cells), total
+        return Table(("module", "shape", "bits", "|W - Ŵ|/|W|", "largest |w - ŵ|/bound"), cells), total
 
 
 def quantize(model: Any, *, kind: str = "nf4", block: int = 64, double: bool = True) -> Quantized:
@@ -75,6 +76,7 @@ def quantize(model: Any, *, kind: str = "nf4", block: int = 64, double: bool = T
     """
     if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
         raise StateError("the model is merged; unmerge it first")
+    check_form(kind, block)
     layers = bases(model)
     new, rows, lost = {}, [], []
     for path in find_targets(layers, "all-linear"):
@@ -88,17 +90,14 @@ def quantize(model: Any, *, kind: str = "nf4", block: int = 64, double: bool = T
         error, size, reached = distances(weight, new[path])
         lost.append((error, size))
         bits = 8 * new[path].nbytes / weight.size
-        rows.append(Row(path, tuple(weight.shape), bits, ratio(error, size), reached))
+        rows.append(Row(path, tuple(weight.shape), bits, quotient(error, size), reached))
     for path, blocks in new.items():
         layers[path].weight = FourBit(blocks)
     error, size = np.sqrt(np.square(lost).sum(0)).tolist()
     held = list(new.values())
-    return Quantized(kind, block, tuple(rows), bits_of(held), bits_of(everything(model)), ratio(error, size))
-
-
-def ratio(part: float, whole: float) -> float:
-    """The quotient; 0 of nothing."""
-    return part / whole if whole else 0.0
+    return Quantized(
+        kind, block, tuple(rows), bits_of(held), bits_of(everything(model)), quotient(error, size)
+    )
 
 
 def distances(weight: Param, blocks: Blocks) -> tuple[float, float, float]:
@@ -106,12 +105,10 @@ def distances(weight: Param, blocks: Blocks) -> tuple[float, float, float]:
     w = to_host(weight.dense()).astype(np.float64).reshape(-1)
     e = abs(w - to_host(decoded(blocks)).astype(np.float64).reshape(-1))
     starts = np.arange(0, len(w), blocks.block)
-    low = np.minimum.reduceat(w, starts) if blocks.least is not None else 0
-    c = (
-        np.maximum.reduceat(w, starts) - low
-        if blocks.least is not None
-        else np.maximum.reduceat(abs(w), starts)
-    )
+    if blocks.least is None:
+        c = np.maximum.reduceat(abs(w), starts)
+    else:
+        c = np.maximum.reduceat(w, starts) - np.minimum.reduceat(w, starts)
     reached = np.maximum.reduceat(e, starts) / bound(blocks, c)
     return float(np.linalg.norm(e)), float(np.linalg.norm(w)), float(reached.max())
 

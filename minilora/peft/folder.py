@@ -394,7 +394,7 @@ def write_adapter(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Write config and tensors as an adapter's folder, with digest and the fingerprint of the base."""
+    """Write config and tensors as an adapter's folder, with digest and the fingerprints of bases it fits."""
     for name, a in tensors.items():
         if not np.isfinite(a).all():
             raise NonFiniteError(f"{name} is not finite; nothing was written")

@@ -17,7 +17,6 @@ import numpy as np
 
 from ..backend import to_device, to_host
 from ..errors import MismatchError, NonFiniteError, StateError, UnsupportedError, nearest, short
-from ..formats.huggingface import fingerprint
 from ..formats.safetensors import CALLED, stored
 from ..layers import Dropout, Embedding, Linear, Pair, Param
 from ..lora import LowRank, active, attach, bases, check_name, untie
@@ -27,7 +26,7 @@ from ..methods.full_copy import FullCopy
 from ..model import Llama
 from ..table import counted, report
 from ..targets import with_head
-from ..tree import named_params
+from ..tree import digest, named_params
 from .config import alphas_of, chosen, meant, peft_config, targets
 from .folder import (
     PATTERNS,
@@ -147,9 +146,9 @@ def factors(given: Adapter, module: str, dtype: Any) -> tuple[Param, Param, floa
 
 
 def check_base(given: Adapter, fingerprint: Callable[[], str]) -> None:
-    """MismatchError if the file names its base and `fingerprint()` is that of another one."""
+    """MismatchError if the file names bases that it fits and `fingerprint()` is that of another one."""
     base = given.made.get("base")
-    if base and base != (own := fingerprint()):
+    if base and (own := fingerprint()) not in base.split():
         what = f"fingerprint {base[:12]!a}, this one has {own[:12]!a}"
         raise MismatchError(f"{given.where}: was trained on another base: {what}")
 
@@ -221,7 +220,7 @@ def check_copy(given: Adapter, tensor: str, W: np.ndarray) -> None:
 
 def base_print(model: Any) -> str:
     """The fingerprint of the base of a model beneath all adapters; a shared parameter counts once."""
-    return fingerprint({path: p.dense() for path, p in named_params(bases(model)).items()})
+    return digest(bases(model), np.float32)  # as huggingface.fingerprint, with one weight decoded at a time
 
 
 def save_adapter(
@@ -229,17 +228,17 @@ def save_adapter(
     folder: Path | str,
     *,
     base: str | None = None,
-    made: str | None = None,
+    quantized_from: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
     """Write the active adapter as a PEFT folder, whole or not at all; the same adapter gives the same bytes.
 
-    `base` goes into the config as base_model_name_or_path, the base's fingerprint into the file; `made` is
-    another one for it, that of the base which this model's was quantized from. An adapted
-    embedding with a tied head becomes two pairs, since PEFT leaves the head unchanged. StorageError if the
-    folder exists, unless `overwrite`; StateError if no adapter is active; NonFiniteError; UnsupportedError
-    for an adapter that PEFT's files cannot hold.
+    `base` goes into the config as base_model_name_or_path, the base's fingerprint into the file, behind that
+    of the base it was `quantized_from`, if given: the adapter then loads beside either. An adapted embedding
+    with a tied head becomes two pairs, since PEFT leaves the head unchanged. StorageError if the folder
+    exists, unless `overwrite`; StateError if no adapter is active; NonFiniteError; UnsupportedError for an
+    adapter that PEFT's files cannot hold.
     """
     adapters = active(model)
     if not adapters:
@@ -291,4 +290,5 @@ def save_adapter(
     }
     config |= {kind.flag: True for kind in kinds.values() if kind}
     host = {name: to_host(a) for name, a in tensors.items()}
-    write_adapter(folder, config, host, made or base_print(model), dtype, overwrite)
+    fingerprints = " ".join(filter(None, (quantized_from, base_print(model))))
+    write_adapter(folder, config, host, fingerprints, dtype, overwrite)

@@ -324,3 +324,9 @@ def test_the_dtypes_have_the_sizes_of_the_format():
         "F64": 8, "F32": 4, "BF16": 2, "F16": 2
     }  # fmt: skip
     assert set(CALLED.values()) == set(FLOATS)
+
+
+def test_tensors_of_another_format_have_no_bytes():
+    found = tensors.Tensors("a.gguf", {"a": (2,)}, {"a": "F32"}, {"a": np.zeros(2)}.__getitem__)
+    with pytest.raises(FormatError, match="a: is stored in a format without tensors of bytes"):
+        found.bytes_of("a")

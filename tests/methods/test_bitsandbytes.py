@@ -4,13 +4,13 @@ import json
 
 import numpy
 import pytest
-from helpers import batch, same_bits, says, tiny
+from helpers import batch, same_bits, says, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
 from safetensors.numpy import load_file, save_file
 
-from minilora.backend import to_host
+from minilora.backend import to_device, to_host
 from minilora.compose.quantize import quantize_checkpoint
 from minilora.errors import (
     FormatError,
@@ -23,9 +23,10 @@ from minilora.errors import (
 )
 from minilora.formats import huggingface
 from minilora.formats.huggingface import checkpoint, load, save_model, weights
-from minilora.lora import inject
-from minilora.methods.bitsandbytes import KINDS, is_four_bit
-from minilora.methods.four_bit import Scales, book, dynamic_map
+from minilora.formats.safetensors import CALLED
+from minilora.lora import fuse, inject
+from minilora.methods.bitsandbytes import KINDS, blocks_of, is_four_bit, parts_of, shape_of
+from minilora.methods.four_bit import BLOCKS, Scales, book, decoded, dynamic_map, encoded
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
 from minilora.tree import digest, freeze, named_params
@@ -80,6 +81,92 @@ def test_saving_and_loading_are_inverse_to_the_bit(seed, kind, block, double, ti
     save_model(other, out / "again", "")
     for name in ("model.safetensors", "config.json"):
         assert (out / "base" / name).read_bytes() == (out / "again" / name).read_bytes()
+
+
+@settings(max_examples=60)
+@given(seed=seeds, shape=st.tuples(st.integers(1, 19), st.integers(1, 31)), kind=st.sampled_from(KINDS),
+       block=st.sampled_from(BLOCKS), double=st.booleans())  # fmt: skip
+def test_the_parts_of_any_weight_give_it_back(seed, shape, kind, block, double):
+    """An odd number of weights, and every size of blocks."""
+    w = numpy.random.default_rng(seed).standard_normal(shape).astype(numpy.float32)
+    blocks = encoded(to_device(w), kind, block, double)
+    parts = parts_of("w", blocks)
+    codes = parts.pop("w")
+    assert codes.shape == (-(-w.size // 2), 1)
+    state = json.loads(parts.pop(f"w.quant_state.bitsandbytes__{kind}").tobytes())
+    assert shape_of("w", kind, state) == shape
+    own = blocks_of("w", kind, state, codes, {k.removeprefix("w."): a for k, a in parts.items()}, np.float32)
+    assert same_bits(*({str(i): to_host(a) for i, a in enumerate(b.arrays)} for b in (blocks, own)))
+    assert (own.shape, own.dtype, own.kind, own.block) == (shape, w.dtype, kind, block)
+    for a in own.arrays:
+        if isinstance(a, numpy.ndarray):
+            with pytest.raises(ValueError, match="read-only"):
+                a[...] = 0
+    assert not double or own.absmax.values is blocks.absmax.values  # 1 kB once, not for each weight
+
+
+def test_a_folder_in_shards_is_the_same_model(folder):
+    """Parts of one weight may lie in several files."""
+    expected, tensors = stored(load(folder)), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({k: a for k, a in tensors.items() if files[k] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert same_bits(stored(load(folder)), expected)
+
+
+def test_renamed_a_weight_is_still_in_4_bits(folder):
+    tensors = checkpoint(folder).tensors
+    other = tensors.renamed({f"x.{name}": name for name in tensors})
+    assert other.packed.keys() == {f"x.{name}" for name in tensors.packed}
+    assert PATH in tensors.packed
+    blocks = other.packed[f"x.{PATH}"](np.float32)
+    assert to_host(decoded(blocks)).tobytes() == other[f"x.{PATH}"].tobytes() == tensors[PATH].tobytes()
+
+
+def test_maps_that_were_fused_are_named_in_the_config(tmp_path):
+    """So transformers leaves them dense."""
+    model, rng = quantized()
+    inject(model, LoraConfig(r=2, targets=["q_proj"], init="both"), rng=rng)
+    fuse(model)
+    save_model(model, tmp_path / "base", "")
+    config = json.loads((tmp_path / "base/config.json").read_text())["quantization_config"]
+    skipped = [f"model.layers.{i}.self_attn.q_proj" for i in range(model.config.num_hidden_layers)]
+    assert config["llm_int8_skip_modules"] == ["lm_head", *skipped]
+    assert same_bits(stored(load(tmp_path / "base")), stored(model))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_what_is_not_quantized_keeps_the_bases_dtype(dtype, tmp_path):
+    """Quantizing writes it, and so does merging afterwards, although the largest tensor is in 4 bits."""
+    model, _ = tiny(0, np.float64, intermediate_size=64)
+    freeze(model)
+    save_model(model, tmp_path / "in", "", dtype=dtype)
+    quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    tensors = checkpoint(tmp_path / "out")
+    plain = {kind for name, kind in tensors.tensors.dtypes.items() if name not in tensors.tensors.packed}
+    assert plain == {CALLED[dtype]}
+    assert tensors.dtype == dtype == json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"]
+    again = load(tmp_path / "in", np.float64)
+    quantize(again)
+    assert digest(again) == digest(load(tmp_path / "out", np.float64))
+
+
+def test_a_scale_that_is_too_large_for_the_asked_dtype_is_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    state(nested_offset=70000.0)(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    source = checkpoint(folder).tensors.packed[PATH]
+    assert source(np.float32).dtype == np.float32
+    with pytest.raises(NonFiniteError, match=f"{PATH}: the scales are not finite in float16"):
+        source(np.float16)
+
+
+@pytest.mark.parametrize("how", [{"kind": ["nf4"]}, {"kind": None}, {"block": 48}, {"block": "64"}])
+def test_kind_and_block_are_looked_at_before_the_base_is_read(how, tmp_path):
+    with pytest.raises(InputError, match=next(iter(how))):
+        quantize_checkpoint(tmp_path / "missing", tmp_path / "out", **how)
 
 
 def test_the_tensors_are_bitsandbytes_own(folder):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from test_parity import TIED, UNTIED, batch, fresh
 
+from minilora.compose.quantize import quantize_checkpoint
 from minilora.formats.huggingface import load, save_model
-from minilora.methods.four_bit import SCALES, U, book, decoded, dynamic_map, encoded, steps
+from minilora.lora import fuse, inject
+from minilora.methods.four_bit import SCALES, U, book, decoded, dynamic_map, encoded, middles, steps
+from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
 from minilora.tree import freeze, named_params
 
@@ -33,7 +36,7 @@ def unpack(codes, n):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_the_values_are_theirs_to_the_bit(kind):
+def test_the_values_are_their_codesto_the_bit(kind):
     assert book(kind).tobytes() == functional.get_4bit_type(kind, device="cpu").numpy().tobytes()
     assert dynamic_map().tobytes() == functional.create_dynamic_map().numpy().tobytes()
 
@@ -50,13 +53,12 @@ def test_codes_and_scales_are_theirs(kind, block, shape):
     x = w.reshape(-1) / np.repeat(ours.absmax, block)[: w.size]
     near = (abs(x[:, None] - steps(kind)[0]) <= 4 * U).any(1)
     differ = a != b
-    print(f"{kind} {block} {shape}: {differ.sum()} of {w.size} codes differ")
+    print(f"{kind} {block} {shape}: {differ.sum()} of {w.size} codes differ, {near.sum()} are near a middle")
     assert not (differ & ~near).any()
-    assert differ.sum() <= 3
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_decoding_is_theirs_to_the_bit(kind):
+def test_decoding_is_their_codesto_the_bit(kind):
     w = np.random.default_rng(1).standard_normal((96, 128)).astype(np.float32)
     codes, state = theirs(w, kind, 64, False)
     ours = encoded(w, kind, 64, double=False)
@@ -74,13 +76,19 @@ def test_scales_in_8_bits_are_theirs(shape):
     offset = float(state.offset)
     assert abs(float(ours.offset) - offset) <= 32 * U * offset  # two orders of a sum of positive numbers
     assert abs(ours.absmax - state.state2.absmax.numpy()).max() <= 64 * U * offset
-    differ = ours.codes != state.absmax.numpy()
+    their_codes, top = state.absmax.numpy(), state.state2.absmax.numpy().repeat(SCALES)[: len(ours.codes)]
+    differ = ours.codes != their_codes
     print(
         f"{shape}: {differ.sum()} of {len(differ)} scales differ, offset by {float(ours.offset) - offset:.1e}"
     )
-    steps8 = abs(ours.codes.astype(int) - state.absmax.numpy().astype(int))
-    assert steps8.max() <= 1
-    assert differ.mean() <= 0.02
+    assert abs(ours.codes.astype(int) - their_codes.astype(int)).max() <= 1
+    c, between = encoded(w, "nf4", 64, double=False).absmax, middles(dynamic_map())
+    x = (
+        c - np.float32(offset)
+    ) / top  # moved by the offset's error and by that of the largest, relative to it
+    moved = (32 * U + 64 * U) * offset / top + 4 * U
+    near = (abs(x[:, None] - between) <= moved[:, None]).any(1)
+    assert not (differ & ~near).any()
     assert len(ours.absmax) == -(-len(ours.codes) // SCALES)
 
 
@@ -112,6 +120,25 @@ def test_transformers_loads_our_folder_with_the_same_logits(config, kind, double
         own = functional.dequantize_4bit(p.data, p.quant_state).numpy()
         assert own.tobytes() == params[path].dense().tobytes(), path
     agree(other, tmp_path / "ours", rng)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_transformers_leaves_fused_maps_dense_and_reads_what_a_command_wrote(dtype, tmp_path):
+    model, rng = fresh(TIED, np.float32)
+    save_model(model, tmp_path / "in", "", dtype=dtype)
+    quantize_checkpoint(tmp_path / "in", tmp_path / "four")
+    model = load(tmp_path / "four")
+    inject(model, LoraConfig(r=2, targets=["q_proj"], init="both"), rng=rng)
+    fuse(model)
+    save_model(model, tmp_path / "fused", "")
+    for name in ("four", "fused"):
+        other = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, device_map="cpu", dtype=torch.float32
+        )
+        found = {k for k, p in other.named_parameters() if isinstance(p, bitsandbytes.nn.Params4bit)}
+        assert found == {path for path, p in named_params(load(tmp_path / name)).items() if p.packed}
+        if dtype == "float32":  # else they compute in bfloat16
+            agree(other, tmp_path / name, rng)
 
 
 def test_their_folder_loads_here(tmp_path):
