@@ -174,7 +174,7 @@ def place(graph: dict[str, set[str]], boxes: dict[str, Box]) -> Places:
             before = slots
             for node in graph:
                 near = about[node] | {ends: ns for n in row_of[node] for ends, ns in about[n].items()}
-                slots = min(moves(slots, node), key=lambda new: cost(new, near))  # noqa: B023
+                slots = min(moves(slots, node), key=lambda new: cost(new, near))
         return slots
 
     rng = random.Random(0)

@@ -236,12 +236,13 @@ def check_summable(given: Adapter) -> None:
 
 def check_together(folders: Sequence[Adapter]) -> str | None:
     """The fingerprint of the common base, if all have it; MismatchError if two cannot be of one base."""
-    first, bases = folders[0], {f.made["base"]: f for f in folders if "base" in f.made}
-    if len(bases) > 1:
-        one, other, *_ = bases.values()
-        raise MismatchError(
-            f"{other.where}: was trained on another base than {one.where}: fingerprints differ"
-        )
+    first, marked = folders[0], [folder for folder in folders if "base" in folder.made]
+    common = marked[0].made["base"].split() if marked else []  # two of an adapter beside a base in 4 bits
+    for folder in marked:
+        common = [base for base in common if base in folder.made["base"].split()]
+        if not common:
+            where = f"{folder.where}: was trained on another base than {marked[0].where}"
+            raise MismatchError(f"{where}: fingerprints differ")
     seen: dict[str, tuple[Adapter, tuple[Any, ...]]] = {}
     for folder in folders:
         if folder.settings.fan_in_fan_out != first.settings.fan_in_fan_out:
@@ -256,7 +257,7 @@ def check_together(folders: Sequence[Adapter]) -> str | None:
                     f"has a ΔW of {form_words(*form)}; expected {form_words(*expected)}, as {other.where} has"
                 )
                 raise MismatchError(f"{folder.where}: {module} {what}")
-    return next(iter(bases), None) if all("base" in f.made for f in folders) else None
+    return " ".join(common) if len(marked) == len(folders) else None
 
 
 def notes_on(folder: Adapter, lost: bool) -> Iterator[str]:

@@ -29,7 +29,7 @@ from minilora.errors import (
 from minilora.layers import Factors, Linear
 from minilora.lora import active, adapted, inject, merge, set_adapter
 from minilora.methods.lora_config import LoraConfig
-from minilora.peft.folder import check_agreement, open_adapter
+from minilora.peft.folder import check_agreement, open_adapter, write_adapter
 from minilora.peft.loading import load_adapter, save_adapter
 from minilora.tree import named_params
 
@@ -592,6 +592,28 @@ def test_a_sum_has_the_fingerprint_that_all_its_adapters_have(tmp_path):
         made = combine(adapters, tmp_path / str(i))
         assert open_adapter(tmp_path / str(i)).made.get("base") == base
         assert [said for said in made.notes if "fingerprint" in said] == notes
+
+
+@pytest.mark.parametrize(("bases", "common"), [
+    (("f q", "f"), "f"), (("f", "f q"), "f"), (("f q", "f q"), "f q"), (("f q", "f r"), "f"), (("f q", "q"), "q"),
+    (("f q", "g"), None), (("f", "q"), None), (("f q", "q r", "r f"), None),
+])  # fmt: skip
+def test_a_sum_fits_the_bases_that_all_its_adapters_fit(bases, common, tmp_path):
+    """An adapter that was trained beside 4 bits fits two bases: the float one, and that as it is decoded."""
+    model, _ = with_two(0)
+    adapters = {}
+    for i, base in enumerate(bases):
+        folder = saved(model, tmp_path / str(i))[0]
+        tensors = {**open_adapter(folder).tensors}
+        write_adapter(folder, json.loads((folder / CONFIG).read_text()), tensors, base, overwrite=True)
+        adapters[folder] = 1
+    if common is None:
+        with pytest.raises(MismatchError, match=r"was trained on another base than .*: fingerprints differ"):
+            combine(adapters, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:
+        combine(adapters, tmp_path / "out")
+        assert open_adapter(tmp_path / "out").made["base"] == common
 
 
 IN_A_MODEL = {
