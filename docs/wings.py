@@ -177,10 +177,15 @@ def place(graph: dict[str, set[str]], boxes: dict[str, Box]) -> Places:
                 slots = min(moves(slots, node), key=lambda new: cost(new, near))
         return slots
 
+    def start() -> dict[str, int]:
+        return {
+            node: slot
+            for row in rows
+            for node, slot in zip(row, rng.sample(SLOTS[::2], len(row)), strict=True)
+        }
+
     rng = random.Random(0)
-    starts = ({node: 2 * s - 6 for row in rows for node, s in zip(row, rng.sample(range(7), len(row)), strict=True)}
-              for _ in range(STARTS))  # fmt: skip
-    best = min(map(settled, starts), key=lambda slots: cost(slots, between))
+    best = min((settled(start()) for _ in range(STARTS)), key=lambda slots: cost(slots, between))
     return {node: (slot * APART / 2, up[node]) for node, slot in best.items()}
 
 

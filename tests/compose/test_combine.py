@@ -595,8 +595,8 @@ def test_a_sum_has_the_fingerprint_that_all_its_adapters_have(tmp_path):
 
 
 @pytest.mark.parametrize(("bases", "common"), [
-    (("f q", "f"), "f"), (("f", "f q"), "f"), (("f q", "f q"), "f q"), (("f q", "f r"), "f"), (("f q", "q"), "q"),
-    (("f q", "g"), None), (("f", "q"), None), (("f q", "q r", "r f"), None),
+    (("f q", "f"), "f"), (("f", "f q"), "f"), (("f q", "f q"), "f q"), (("f q", "f r"), "f"),
+    (("f q", "q"), "q"), (("f q", "g"), None), (("f", "q"), None), (("f q", "q r", "r f"), None),
 ])  # fmt: skip
 def test_a_sum_fits_the_bases_that_all_its_adapters_fit(bases, common, tmp_path):
     """An adapter that was trained beside 4 bits fits two bases: the float one, and that as it is decoded."""
