@@ -58,7 +58,7 @@ def training(size: tuple[int, ...], K: int, kind: str, steps: int) -> Callable[[
     model, batches = adapters(size, K)
 
     def packed() -> None:
-        runs = {name: ml.Run([batch] * steps, ml.AdamW(lr=1e-3)) for name, batch in batches.items()}
+        runs = {name: ml.PackedRun([batch] * steps, ml.AdamW(lr=1e-3)) for name, batch in batches.items()}
         ml.train_packed(model, runs, steps=steps)
 
     def unpacked() -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .data.corpora import corpus
     from .experiments.rank_sweep import Plan, sweep
     from .fast.mixed import mixed
-    from .fast.packed import Run, train_packed
+    from .fast.packed import PackedRun, train_packed
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
     from .peft.folder import open_adapter
@@ -63,7 +63,7 @@ LATER = {  # imported on first use
     "data.corpora": ("corpus",),
     "experiments.rank_sweep": ("Plan", "sweep"),
     "fast.mixed": ("mixed",),
-    "fast.packed": ("Run", "train_packed"),
+    "fast.packed": ("PackedRun", "train_packed"),
     "formats.huggingface": ("checkpoint", "load", "save_model"),
     "formats.tokenizer": ("decode", "encode"),
     "peft.folder": ("open_adapter",),
@@ -77,7 +77,7 @@ MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Bank", "Config", "Engine", "Llama", "LoraConfig", "Plan", "Request", "Run", "Schedule",
+    "AdamW", "Bank", "Config", "Engine", "Llama", "LoraConfig", "PackedRun", "Plan", "Request", "Schedule",
     "batches", "checkpoint", "complete", "compress", "corpus", "count", "decode", "digest", "disabled",
     "effective_rank", "encode", "eval_batches", "evaluate", "extract", "finetune", "freeze", "fuse",
     "generate", "inject", "inspect", "llama", "load", "load_adapter", "lora_plus", "merge",

@@ -13,13 +13,22 @@ padded. SGMV and BGMV are Punica's (Chen et al. 2023, arXiv:2310.18547); rows of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from ..backend import Array, xp
-from ..errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError, nearest, short
+from ..errors import (
+    ConfigError,
+    InputError,
+    MismatchError,
+    StateError,
+    UnsupportedError,
+    check_int,
+    nearest,
+    short,
+)
 from ..layers import Adapter, Linear, Need, Param, Table
 from ..lora import Adapted, LowRank, bases, owners
 from ..model import Llama
@@ -28,7 +37,7 @@ from ..targets import find_targets, with_head
 from ..tree import freeze, named_params, replace, replica, trains
 
 Adapters = Mapping[str, Adapter]  # path -> the change of the layer there: what one row has
-Layout = tuple[tuple[str, int, Any], ...]  # path, rank and dtype of the factors at every path
+Layout = tuple[tuple[str, int, Any, Any], ...]  # at every path: path, rank, dtype of A, dtype of B
 Compute = Callable[["Mixed", Array, Need], tuple[Array, Back]]  # layer, x (N, T, I), need -> y (N, T, O)
 
 FEW = 8  # rows with the same adapters, at most, for a slot each
@@ -86,7 +95,8 @@ def add_segments(
 ) -> tuple[Array, Back]:
     """Add the terms of these adapters to y, in place: one product for all rows of a segment.
 
-    In the invariant mode it is one for each row, with Bᵀ laid out as in a stack: BLAS sums in the same order.
+    In the invariant mode it is one for each row, with A and Bᵀ laid out as in a stack: BLAS sums in the same
+    order.
     """
     kept = []
     flat, layout = (same, xp.ascontiguousarray) if layer.batch.invariant else (rows, same)
@@ -95,7 +105,7 @@ def add_segments(
         if adapter is None:
             continue
         z, back_drop = adapter.dropout(x[at], need) if adapter.dropout else (x[at], back_same)
-        h = adapter.scale * (flat(z) @ adapter.A.data.T)  # (n T, r), or (n, T, r)
+        h = float(adapter.scale) * (flat(z) @ layout(adapter.A.data).T)  # (n T, r), or (n, T, r)
         add_at(y, at, (h @ layout(adapter.B.data.T)).reshape(*z.shape[:-1], -1))
         if need is not Need.NONE:
             kept.append((adapter, at, rows(h), rows(z), back_drop))
@@ -108,7 +118,7 @@ def add_segments(
             if trains(adapter):
                 dh = adapter.learn(rows(dy[at]), h, z)
             else:
-                dh = adapter.scale * (rows(dy[at]) @ adapter.B.data)
+                dh = float(adapter.scale) * (rows(dy[at]) @ adapter.B.data)
             if need is Need.ALL:
                 add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(-1, *dx.shape[1:])))
         return dx
@@ -132,9 +142,9 @@ def same(x: Array) -> Array:
 def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
     """The base once, then two batched products for each stack: BGMV.
 
-    Only frozen adapters of FEW rows are stacked. A stack is a copy: what is trained would change beside it,
-    and for many rows it is dearer than a segment. The others go by `segments`, and so do all where a gradient
-    is needed.
+    Only frozen adapters of FEW rows are stacked, each a text of its own. A stack is a copy: what is trained
+    would change beside it, and for many rows it is dearer than a segment. The others go by `segments`, and so
+    do all where a gradient is needed.
     """
     if need is not Need.NONE:
         return segments(layer, x, need)
@@ -142,7 +152,8 @@ def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
     for stack in layer.batch.stacked():
         if layer.path in stack.views:
             A, B, s = stack.views[layer.path]  # (n, I, r), (n, r, O), (n, 1, 1)
-            add_at(y, stack.rows, (s * (x[stack.rows] @ A)) @ B)
+            h = x[stack.rows] @ A
+            add_at(y, stack.rows, (s.astype(h.dtype, copy=False) * h) @ B)
     return add_segments(layer, layer.batch.unstacked, x, need, y, back)
 
 
@@ -197,48 +208,68 @@ class Counted:
         return self.base(ids, need)
 
 
+@dataclass(eq=False)
+class Member:
+    """Adapters as they were when they were checked: if they change, another Member takes its place."""
+
+    adapters: Adapters
+    items: list[tuple[str, Adapter]]
+    layout: Layout
+    params: list[Param]
+    trained: bool
+
+    def current(self) -> bool:
+        """Whether the mapping still has these adapters, trained or frozen as before."""
+        return list(self.adapters.items()) == self.items and any(map(is_trained, self.params)) is self.trained
+
+
 class Stack:
     """The factors of frozen adapters of one layout, one slot for each row, in one array for each path.
 
-    A slot keeps what it has from one batch to the next; only rows that are new are copied.
+    A slot keeps what it has from one batch to the next; only rows that are new are copied. There are fewer
+    than four slots for each row.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.slots: list[Adapters] = []
+        self.slots: list[Member | None] = []  # None: nothing that is whole
         self.arrays: dict[str, tuple[Array, ...]] = {}  # path -> A (slots, r, I), B (slots, r, O), s
         self.rows: Any = None
         self.views: dict[str, tuple[Array, ...]] = {}  # path -> A (n, I, r), B (n, r, O), s of `rows`
 
-    def fill(self, members: Sequence[tuple[int, Adapters]]) -> None:
-        """Give every row (its number, its adapters) a slot: the one that has them already, or a new copy."""
-        n = len(members)
-        if n > len(next(iter(self.arrays.values()), ((),))[0]):
-            self.grow(n, members[0][1])
-        free: dict[int, list[int]] = {}  # adapters -> their slots
-        for k, adapters in enumerate(self.slots[:n]):
-            free.setdefault(id(adapters), []).append(k)
-        order, new = [-1] * n, []  # slot -> which member
-        for m, (_, adapters) in enumerate(members):
-            if have := free.get(id(adapters)):
-                order[have.pop(0)] = m
+    def fill(self, rows: Sequence[tuple[int, Member]]) -> None:
+        """Give every row (its number, its member) a slot: one that has the member already, or a new copy."""
+        n = len(rows)
+        if not n <= len(self.slots) < 4 * n:
+            self.resize(n, rows[0][1].adapters)
+        free: dict[Member | None, list[int]] = {}  # member -> its slots
+        for k, member in enumerate(self.slots[:n]):
+            free.setdefault(member, []).append(k)
+        order, new = {}, []  # slot -> number of its row
+        for number, member in rows:
+            if have := free.get(member):
+                order[have.pop(0)] = number
             else:
-                new.append(m)
+                new.append((number, member))
         for k in range(n):
-            if order[k] < 0:
-                order[k] = new.pop(0)
-                self.copy(k, members[order[k]][1])
-        self.slots = [members[m][1] for m in order]
-        self.rows = index([members[m][0] for m in order])
+            if k not in order:
+                order[k], member = new.pop(0)
+                self.slots[k] = None  # until all is copied
+                self.copy(k, member.adapters)
+                self.slots[k] = member
+        self.slots[n:] = [None] * (len(self.slots) - n)
+        self.rows = index([order[k] for k in range(n)])
         self.views = {path: (A[:n].swapaxes(1, 2), B[:n], s[:n]) for path, (A, B, s) in self.arrays.items()}
 
-    def grow(self, n: int, like: Adapters) -> None:
-        """Make room for n slots, or twice the present ones; all of them are empty then."""
-        n, self.slots = max(n, 2 * len(self.slots)), []
-        for path, r, dtype in self.layout:
+    def resize(self, n: int, like: Adapters) -> None:
+        """Make room for n slots, in a power of two; all of them are empty then."""
+        self.slots, self.arrays, self.views = [], {}, {}  # their memory first
+        room, arrays = 1 << (n - 1).bit_length(), {}
+        for path, r, *dtypes in self.layout:
             pair: Any = like[path]
-            shapes = (n, r, pair.A.data.shape[1]), (n, r, len(pair.B.data)), (n, 1, 1)
-            self.arrays[path] = tuple(xp.empty(shape, dtype) for shape in shapes)
+            shapes = (room, r, pair.A.data.shape[1]), (room, r, len(pair.B.data)), (room, 1, 1)
+            arrays[path] = tuple(map(xp.empty, shapes, [*dtypes, float]))
+        self.arrays, self.slots = arrays, [None] * room
 
     def copy(self, slot: int, adapters: Adapters) -> None:
         """Copy A, Bᵀ and s of every path into a slot."""
@@ -247,16 +278,12 @@ class Stack:
             A[slot], B[slot], s[slot] = pair.A.data, pair.B.data.T, pair.scale
 
 
-class Member(NamedTuple):
-    """Adapters that have been checked, and what a batch needs to know about them."""
-
-    adapters: Adapters
-    layout: Layout
-    params: list[Param]
-
-
 class MixedBatch:
-    """Which adapters the rows of the next forward have. Not for two threads at once."""
+    """Which adapters the rows of the next forward have. Not for two threads at once.
+
+    It keeps the adapters of the last batch and, in stacks, fewer than four copies of the factors of each row
+    that was stacked last.
+    """
 
     def __init__(
         self, model: Llama, shapes: Mapping[str, tuple[int, int]], kinds: bool, invariant: bool
@@ -265,21 +292,27 @@ class MixedBatch:
         self.layers: dict[str, Mixed] = {}
         self.N: int | None = None
         self.members: dict[int, Member] = {}  # by the id of their adapters
-        self.order: Any = None  # the rows' ids, and those that are trained
+        self.order: Any = None  # the member of each row, and those of texts of several rows
         self.segments: list[Segment] = []
         self.unstacked: list[Segment] = []  # of those, the ones that no stack takes
         self.stacks: dict[Layout, Stack] = {}
-        self.fresh: dict[Layout, list[tuple[int, Adapters]]] | None = None  # rows that no stack has yet
+        self.fresh: dict[Layout, list[tuple[int, Member]]] | None = None  # rows that no stack has yet
 
     @contextlib.contextmanager
-    def rows(self, adapters: Sequence[Adapters | str | None]) -> Iterator[None]:
+    def rows(
+        self, adapters: Sequence[Adapters | str | None], lengths: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """Within the context row n of every forward has adapters[n]: path -> adapter, a name, or None.
 
-        None is the base alone; a name is that of adapters injected in the model. Rows that have the same
-        object are computed together. Stacks copy frozen adapters: if those of a mapping have changed since
-        the last call, pass a new mapping, `dict(adapters)`. InputError for an unknown name, MismatchError for
-        a path that is no target or factors that do not fit there, UnsupportedError for a kind that cannot be
-        mixed, StateError for names in a merged model or within another `rows`: before anything is changed.
+        None is the base alone; a name is that of adapters injected in the model, found and stacked anew in
+        each call. With `lengths` adapters[n] has lengths[n] rows, one after the other: the tokens of a text,
+        which no stack takes. Rows that have the same object are computed together. Stacks copy frozen
+        adapters: if arrays of a mapping have changed since the last call, pass a new one, `dict(adapters)`.
+
+        Refused before anything is changed: InputError for an unknown name or another number of lengths,
+        ConfigError for a length below 1, MismatchError for a path that is no target or factors that do not
+        fit there, UnsupportedError for a kind that cannot be mixed, StateError for names in a merged model or
+        within another `rows`.
         """
         if self.N is not None:
             raise StateError("the batch has its rows already; leave its context first")
@@ -289,50 +322,64 @@ class MixedBatch:
             if not isinstance(a, Mapping | str | None):
                 expected = "a mapping from paths to adapters, a name or None"
                 raise InputError(f"a row has {short(a)}; expected {expected}")
-        names = {name: named(self.model, name) for name in adapters if isinstance(name, str)}
-        own = [(names[a] if isinstance(a, str) else a) or None for a in adapters]
+        counts = [1] * len(adapters) if lengths is None else [check_int("a length", n, 1) for n in lengths]
+        if len(counts) != len(adapters):
+            raise InputError(f"{len(counts)} lengths, {len(adapters)} adapters; expected one for each")
+        names = dict.fromkeys(a for a in adapters if isinstance(a, str))
+        found = {name: named(self.model, name) for name in names}
+        own = [(found[a] if isinstance(a, str) else a) or None for a in adapters]
         distinct = {id(a): a for a in own if a}
-        self.members = {k: self.members.get(k) or self.member(a) for k, a in distinct.items()}
-        trained = [k for k, m in self.members.items() if any(map(is_trained, m.params))]
-        if (order := ([id(a) for a in own], trained)) != self.order:
-            self.arrange(own, trained)
+        self.members = {k: self.checked(a) for k, a in distinct.items()}
+        texts = [(self.members.get(id(a)), count) for a, count in zip(own, counts, strict=True)]
+        rows = [member for member, count in texts for _ in range(count)]
+        if (order := (rows, {member for member, count in texts if count > 1})) != self.order:
+            self.order = None
+            self.arrange(*order)
             self.order = order
-        self.N = len(own)
+        trained = [member.adapters for member in self.members.values() if member.trained]
         try:
+            self.N = len(rows)
+            for path, layer in self.layers.items():
+                layer.trained = [some[path] for some in trained if path in some]
             yield
         finally:
             self.N = None
+            for layer in self.layers.values():
+                layer.trained = []
 
-    def arrange(self, own: Sequence[Adapters | None], trained: Sequence[int]) -> None:
+    def arrange(self, rows: Sequence[Member | None], several: Container[Member | None]) -> None:
         """Sort the rows by their adapters, and these into what is stacked and what is not."""
-        places: dict[int, list[int]] = {}
-        for n, a in enumerate(own):
-            places.setdefault(id(a), []).append(n)
-        parts = {k: Segment(own[numbers[0]], index(numbers)) for k, numbers in places.items()}
-        self.segments = list(parts.values())
-        for path, layer in self.layers.items():
-            some = (self.members[k].adapters for k in trained)
-            layer.trained = [adapters[path] for adapters in some if path in adapters]
-        self.unstacked, self.fresh = [], {}
-        for k, member in self.members.items():
-            if k in trained or len(places[k]) > FEW:
-                self.unstacked.append(parts[k])
+        places: dict[Member | None, list[int]] = {}
+        for n, member in enumerate(rows):
+            places.setdefault(member, []).append(n)
+        self.segments, self.unstacked, self.fresh = [], [], {}
+        for member, numbers in places.items():
+            part = Segment(member.adapters if member else None, index(numbers))
+            self.segments.append(part)
+            if member is None:
+                continue
+            if member.trained or member in several or len(numbers) > FEW:
+                self.unstacked.append(part)
             else:
-                rows = self.fresh.setdefault(member.layout, [])
-                rows += [(n, member.adapters) for n in places[k]]
+                self.fresh.setdefault(member.layout, []).extend((n, member) for n in numbers)
 
     def stacked(self) -> list[Stack]:
         """The stacks that hold the rows, filled when they are first asked for."""
         if self.fresh is not None:
             self.stacks = {layout: self.stacks.get(layout) or Stack(layout) for layout in self.fresh}
-            for layout, members in self.fresh.items():
-                self.stacks[layout].fill(sorted(members, key=itemgetter(0)))
+            for layout, rows in self.fresh.items():
+                self.stacks[layout].fill(sorted(rows, key=itemgetter(0)))
             self.fresh = None
         return list(self.stacks.values())
 
+    def checked(self, adapters: Adapters) -> Member:
+        """The last batch's member with these adapters, if they are what they were, or a new one."""
+        member = self.members.get(id(adapters))
+        return member if member and member.current() else self.member(adapters)
+
     def member(self, adapters: Adapters) -> Member:
         """Check that every adapter can be applied at its path."""
-        layout: list[tuple[str, int, Any]] = []
+        layout: list[tuple[str, int, Any, Any]] = []
         params: list[Param] = []
         for path, adapter in adapters.items():
             if not (self.kinds or isinstance(adapter, LowRank)):
@@ -348,9 +395,10 @@ class MixedBatch:
             (O, I), A, B = self.shapes[path], adapter.A.data, adapter.B.data  # noqa: E741
             if A.ndim != 2 or (*B.shape, *A.shape) != (O, len(A), len(A), I):
                 raise MismatchError(f"{path}: A is {A.shape}, B {B.shape}; expected (r, {I}) and ({O}, r)")
-            layout.append((path, len(A), A.dtype))
+            layout.append((path, len(A), A.dtype, B.dtype))
             params += adapter.A, adapter.B
-        return Member(adapters, tuple(layout), params)
+        trained = any(map(is_trained, params))
+        return Member(adapters, list(adapters.items()), tuple(layout), params, trained)
 
     def check(self, N: int) -> None:
         """InputError unless N rows are named; StateError outside of `rows`."""
@@ -371,7 +419,7 @@ def mixed(
 
     `targets` are names, paths or a regex as in LoraConfig, if not every linear map. With `invariant` every
     product of the forward is one for each row, so that a row's logits have the same bits whoever shares its
-    batch; `loop` cannot do that. StateError for a merged model.
+    batch, unless dropout draws; `loop` cannot do that. StateError for a merged model.
     """
     refuse_merged(model)
     if invariant and compute is loop:

@@ -15,21 +15,22 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..backend import Array, floats, keep_memory, quiet_overflow, xp
 from ..errors import InputError, NonFiniteError, check_int, short
-from ..layers import Param
+from ..layers import Dropout, Param
 from ..lora import set_adapter, unmerged
 from ..model import Llama
 from ..ops import cross_entropy
 from ..optim import AdamW, squared_norm
-from ..tree import named_params, trained
+from ..tree import named_params, trained, walk
 from .mixed import mixed, named, segments
 from .parallel import Batch
 
 
 @dataclass(eq=False)
-class Run:
+class PackedRun:
     """How one of the adapters is trained: its batches, its optimizer, the factor on its learning rate."""
 
     batches: Iterable[Batch]  # ids (n, T) and labels (n, T), of one T for all runs
@@ -39,7 +40,7 @@ class Run:
 
 def train_packed(
     model: Llama,
-    runs: Mapping[str, Run],
+    runs: Mapping[str, PackedRun],
     *,
     steps: int,
     invariant: bool = False,
@@ -51,24 +52,21 @@ def train_packed(
     rows. With `invariant` a run has the same bits whatever is packed beside it, which takes longer.
     Afterwards the active adapter is the one from before. MismatchError for a name that no adapter has,
     UnsupportedError for a kind that cannot be mixed, InputError for batches that run out or differ in length
-    and for what two runs cannot share, StateError for a merged model, NonFiniteError when a loss or gradient
-    is not finite: all parameters are then those of the last good step.
+    and for runs that share an optimizer, batches or a generator of dropout masks, StateError for a merged
+    model, NonFiniteError when a loss or gradient is not finite: all parameters are then those of the last
+    good step.
     """
     check_int("steps", steps, 1)
     if not runs:
-        raise InputError("no runs; expected a Run for each adapter to train, by name")
+        raise InputError("no runs; expected a PackedRun for each adapter to train, by name")
     for name, run in runs.items():
         if not isinstance(run.batches, Iterable):
             raise InputError(
                 f"the batches of {name!r} are {short(run.batches)}; expected (ids, labels) pairs"
             )
     sources = {name: iter(run.batches) for name, run in runs.items()}
-    for what, objects in (
-        ("optimizer", [run.optimizer for run in runs.values()]),
-        ("iterator of batches", list(sources.values())),
-    ):
-        if len({id(each) for each in objects}) < len(runs):
-            raise InputError(f"two runs share an {what}; expected one for each")
+    refuse_shared("an optimizer", [[run.optimizer] for run in runs.values()])
+    refuse_shared("an iterator of batches", [[source] for source in sources.values()])
     keep_memory()
     history: dict[str, list[float]] = {name: [] for name in runs}
     with all_trained(model, runs) as params:
@@ -76,6 +74,7 @@ def train_packed(
         entries = {name: named(model, name) for name in runs}
         for adapters in entries.values():
             batch.member(adapters)
+        refuse_shared("a generator of dropout masks", map(generators, entries.values()))
         for step in range(steps):
             ids, labels = pack(replica, {name: next(source, None) for name, source in sources.items()}, step)
             try:
@@ -88,9 +87,12 @@ def train_packed(
                     if not math.isfinite(loss + square):
                         what = "gradient" if math.isfinite(loss) else "loss"
                         raise NonFiniteError(f"{name!r}, step {step + 1}: the {what} is not finite")
+                rates = {
+                    name: run.optimizer.lr * (run.schedule(step) if run.schedule else 1.0)
+                    for name, run in runs.items()
+                }
                 for name, run in runs.items():
-                    lr = run.optimizer.lr * (run.schedule(step) if run.schedule else 1.0)
-                    run.optimizer.step(params[name], lr, math.sqrt(found[name][1]))
+                    run.optimizer.step(params[name], rates[name], math.sqrt(found[name][1]))
                     history[name].append(found[name][0])
             finally:
                 for p in (p for some in params.values() for p in some.values()):
@@ -98,6 +100,18 @@ def train_packed(
             if progress:
                 progress(step + 1, {name: loss for name, (loss, _) in found.items()})
     return history
+
+
+def refuse_shared(what: str, objects: Iterable[Iterable[Any]]) -> None:
+    """InputError if two runs have the same object among theirs."""
+    each = [{id(one) for one in some} for some in objects]
+    if sum(map(len, each)) > len(set().union(*each)):
+        raise InputError(f"two runs share {what}; expected one for each")
+
+
+def generators(tree: Any) -> list[Any]:
+    """What the dropout masks of a tree are drawn by."""
+    return [node.rng.bit_generator for _, node in walk(tree) if isinstance(node, Dropout)]
 
 
 def pack(model: Llama, batches: Mapping[str, Batch | None], step: int) -> tuple[Array, dict[str, Array]]:

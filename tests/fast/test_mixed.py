@@ -12,10 +12,12 @@ from helpers import (
     batch,
     dtypes,
     flags,
+    gamma,
     merge_bound,
     seeds,
     sizes,
     tiny,
+    unit,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -249,10 +251,50 @@ def test_invariant_computations_have_the_same_bits(seed, numbers, t, dtype):
     assert np.array_equal(*results)
 
 
+@pytest.mark.parametrize("r", [1, 2, 8, 16])
+def test_invariant_bits_do_not_depend_on_how_factors_and_scale_are_stored(r):
+    """Factors in either order, a scale that is a float64: at a size for which BLAS has several kernels."""
+    rng = np.random.default_rng(0)
+    base = Linear(Param(rng.standard_normal((130, 200)).astype(np.float32), False))
+    x = rng.standard_normal((9, 1, 200)).astype(np.float32)
+    adapters = drawn(rng, {"q": (130, 200)}, r, np.float32)
+    a, results = adapters["q"], []
+    for A in (a.A.data, np.asfortranarray(a.A.data)):
+        for B in (a.B.data, np.asfortranarray(a.B.data)):
+            for scale in (0.7, np.float64(0.7)):
+                for compute in (segments, gathered):
+                    layer, made = one_layer(base, compute, invariant=True)
+                    with made.rows([{"q": LowRank(Param(A, False), Param(B, False), scale)}] * FEW + [None]):
+                        results.append(layer(x, Need.NONE)[0])
+    assert all(np.array_equal(y, results[0]) for y in results)
+
+
+@given(seed=seeds, kinds=st.tuples(dtypes, dtypes, dtypes), o=sizes, i=sizes, r=st.integers(1, 3))
+@example(seed=0, kinds=(np.float32, np.float64, np.float64), o=4, i=5, r=2)
+@example(seed=0, kinds=(np.float64, np.float32, np.float64), o=4, i=5, r=2)
+@example(seed=0, kinds=(np.float32, np.float32, np.float64), o=4, i=5, r=2)
+def test_factors_of_other_widths_give_the_same_values(seed, kinds, o, i, r):
+    """The loop's, within the bound of both: products at the widest of their operands, then a sum of x's."""
+    rng = np.random.default_rng(seed)
+    draw = lambda dtype, *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
+    adapter = LowRank(Param(draw(kinds[0], r, i), False), Param(draw(kinds[1], o, r), False), 0.7)
+    base, x = Linear(Param(np.zeros((o, i), kinds[2]), False)), draw(kinds[2], 1, 1, i)
+    results = []
+    for compute in (loop, gathered):
+        layer, made = one_layer(base, compute)
+        with made.rows([{"q": adapter}]):
+            results.append(layer(x, Need.NONE)[0])
+    A, B, X = (np.abs(v.astype(float)) for v in (adapter.A.data, adapter.B.data, x[0, 0]))
+    h, y = unit(np.result_type(kinds[0], kinds[2])), unit(np.result_type(*kinds))
+    bound = 2 * (gamma(i + 2, h) + gamma(r, y) + unit(kinds[2])) * 0.7 * (B @ (A @ X))
+    assert (np.abs(results[0] - results[1])[0, 0] <= 1.01 * bound).all()  # its terms of second order
+
+
 @pytest.mark.parametrize("width", [48, 130])
 def test_invariance_holds_where_blas_has_several_kernels(width):
     """At sizes for which the plain product of many rows does differ from that of one."""
     how = {"hidden_size": width, "intermediate_size": 2 * width + 3, "head_dim": 8}
+    how |= {"attention_bias": True, "mlp_bias": True}
     model, rng = tiny(3, np.float32, **how)
     differs = False
     for invariant in (True, False):
@@ -400,7 +442,16 @@ def test_a_row_that_joins_costs_one_copy_and_one_that_leaves_at_most_one(monkeyp
     assert cost([0, 5, 3, 6]) == 1
     assert cost([0, 0, 5, 3]) == 1
     assert cost([0, 5, 3] + [6] * FEW) >= FEW - 1
-    assert cost([0, 5, 3] + [7] * (FEW + 1)) == 0  # a prompt, say: a segment is cheaper
+    assert cost([0, 5, 3] + [7] * (FEW + 1)) == 3  # to a segment; the stack shrinks
+    assert cost([0, 5, 3] + [7] * (FEW + 1)) == 0
+
+
+def test_a_name_is_looked_up_once_for_all_of_its_rows(monkeypatch):
+    model, _ = injected()
+    made, asked = mixed(model)[1], []
+    monkeypatch.setattr("minilora.fast.mixed.named", lambda model, name: asked.append(name) or {})
+    with made.rows(["a", None, "b", "a", "a"]):
+        assert asked == ["a", "b"]
 
 
 def test_a_trained_adapter_is_never_stacked():
@@ -425,6 +476,190 @@ def test_a_trained_adapter_is_never_stacked():
         for p in named_params(adapters[0]).values():
             p.data -= 1
         assert np.allclose(copy.forward(ids[turned])[0], before[turned], rtol=1e-9, atol=1e-9)
+
+
+def test_an_adapter_that_was_trained_within_rows_is_copied_anew():
+    model, rng = tiny(0)
+    copy, made = mixed(model)
+    adapters, ids = drawn(rng, made.shapes, 2), batch(rng, n=1, t=3)[0]
+    with made.rows([adapters]):
+        before = copy.forward(ids[:, :1])[0]
+    freeze(adapters, keep=lambda _: True)
+    with made.rows([adapters]):
+        copy.forward(ids, train=True)[1](np.ones((1, 3, 11)))
+        assert trained(copy)
+    assert not trained(copy)  # the base alone again
+    for p in named_params(adapters).values():
+        p.data -= 0.1 * p.grad
+    freeze(adapters)
+    with made.rows([adapters]):
+        after = copy.forward(ids[:, :1])[0]
+    with made.rows([dict(adapters)]):
+        assert np.array_equal(copy.forward(ids[:, :1])[0], after)
+    assert (before != after).all()
+
+
+@pytest.mark.parametrize("between", [[None], ["b"]])
+def test_what_changed_before_the_last_call_is_copied_anew(between):
+    """By name it may change before any: a name is looked up in each call."""
+    model, rng = injected()
+    copy, made = mixed(model)
+    ids, adapters = batch(rng, n=1, t=1)[0], drawn(rng, made.shapes, 2)
+    freeze(model)  # or b, the active one, would not be stacked
+    with made.rows([adapters]):
+        before = copy.forward(ids)[0]
+    for p in named_params(adapters).values():
+        p.data += 1
+    with made.rows(between):
+        named_before = copy.forward(ids)[0]
+    with made.rows([adapters]):
+        after = copy.forward(ids)[0]
+    with made.rows([dict(adapters)]):
+        assert np.array_equal(copy.forward(ids)[0], after)
+    assert (before != after).all()
+    for _ in range(2):
+        for path, p in named_params(model).items():
+            p.data += ".b." in path
+        with made.rows(between):
+            changed = copy.forward(ids)[0]
+        assert (changed != named_before).all() == (between == ["b"])
+        named_before = changed
+
+
+def test_a_mapping_that_has_the_address_of_a_dead_one_is_another():
+    rng = np.random.default_rng(0)
+    layer, made = one_layer(Linear(Param(rng.standard_normal((4, 5)), False)), gathered)
+    x = rng.standard_normal((1, 1, 5))
+    for _ in range(20):
+        adapters = drawn(rng, made.shapes, 2)
+        address = id(adapters)
+        with made.rows([adapters]):
+            layer(x, Need.NONE)
+        with made.rows([None]):
+            pass
+        del adapters
+        factors, others = drawn(rng, made.shapes, 2)["q"], []
+        while len(others) < 2000 and (not others or id(others[-1]) != address):
+            others.append({"q": factors})
+        with made.rows([others[-1]]):
+            y = layer(x, Need.NONE)[0]
+        assert np.allclose(y, factors(layer.base, x, Need.NONE)[0], rtol=1e-12, atol=1e-12)
+
+
+class Short:
+    """NumPy, out of memory at one of its allocations."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def empty(self, *args):
+        self.count()
+        return np.empty(*args)
+
+    def asarray(self, *args):
+        self.count()
+        return np.asarray(*args)
+
+    def count(self):
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError
+
+
+MORE = [0, 1], [2, 3, 4, 0, 1, 2, 3, 4]  # a batch, and one that needs more room
+
+
+@pytest.mark.parametrize("again", [[0, 1], [2, 3], [4, 0, 1], [1], [3, 1, 0], [0, 0, 1]])
+@pytest.mark.parametrize(
+    ("what", "at", "first", "then"),
+    [
+        *(("a copy", k, *MORE) for k in range(1, 9)),
+        *(("the memory", k, *MORE) for k in range(1, 10)),
+        ("a copy", 1, [0, 0, 1], [0, 2, 1]),
+    ],
+)
+def test_a_stack_that_could_not_be_filled_has_no_factors_of_another(
+    what, at, first, then, again, monkeypatch
+):
+    """Whatever failed and whoever comes next; nor is the adapter of any layer left out."""
+    rng, shapes = np.random.default_rng(0), {"q": (4, 5), "k": (3, 5)}
+    made = MixedBatch(None, shapes, False, False)
+    for path, shape in shapes.items():
+        made.layers[path] = Mixed(Linear(Param(rng.standard_normal(shape), False)), path, made, gathered)
+    adapters, x, real = [drawn(rng, shapes, 2) for _ in range(5)], rng.standard_normal((8, 1, 5)), Stack.copy
+
+    def forward(numbers):
+        with made.rows(chosen(adapters, numbers)):
+            return [layer(x[: len(numbers)], Need.NONE)[0] for layer in made.layers.values()]
+
+    def half(stack, slot, some):
+        nonlocal at
+        at -= 1
+        if at == 0:
+            A, B, s = stack.arrays["q"]
+            A[slot], B[slot], s[slot] = 0, 0, 0
+            raise MemoryError
+        real(stack, slot, some)
+
+    forward(first)
+    with monkeypatch.context() as patch:
+        if what == "a copy":
+            patch.setattr(Stack, "copy", half)
+        else:
+            patch.setattr("minilora.fast.mixed.xp", Short(at))
+        with pytest.raises(MemoryError):
+            forward(then)
+    for _ in range(2):
+        for y, (path, layer) in zip(forward(again), made.layers.items(), strict=True):
+            for n, k in enumerate(again):
+                alone = adapters[k][path](layer.base, x[n : n + 1], Need.NONE)[0][0]
+                assert np.allclose(y[n], alone, rtol=1e-12, atol=1e-12)
+
+
+# ---- texts of several rows
+
+
+@given(
+    seed=seeds,
+    texts=st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 3)), min_size=1, max_size=5),
+    compute=computes,
+    invariant=st.booleans(),
+)
+def test_texts_of_several_rows_are_those_rows_and_are_not_stacked(seed, texts, compute, invariant):
+    rng = np.random.default_rng(seed)
+    base = Linear(Param(rng.standard_normal((4, 5)), False))
+    layer, made = one_layer(base, compute, invariant=invariant and compute is not loop)
+    adapters, (numbers, lengths) = family(rng, made.shapes), zip(*texts, strict=True)
+    x = rng.standard_normal((sum(lengths), 1, 5))
+    rows = [k for k, n in texts for _ in range(n)]
+    with made.rows(chosen(adapters, rows)):
+        one = layer(x, Need.NONE)[0]
+    with made.rows(chosen(adapters, numbers), lengths):
+        y = layer(x, Need.NONE)[0]
+        made.check(sum(lengths))
+    single = {k for k, _ in texts if k >= 0} - {k for k, n in texts if n > 1}
+    slots = [m.adapters for stack in made.stacks.values() for m in stack.slots if m]
+    if compute in (gathered, by_phase):
+        assert sorted(map(id, slots)) == sorted(id(adapters[k]) for k in numbers if k in single)
+    assert np.array_equal(y, one) if invariant else np.allclose(y, one, rtol=1e-12, atol=1e-12)
+
+
+@given(batches=st.lists(st.integers(1, 40), min_size=1, max_size=8))
+@example(batches=[33, 8, 9, 2, 1])
+def test_a_stack_has_fewer_than_four_slots_for_each_row(batches):
+    """However many there were before; so its memory is bounded by that of the rows' adapters."""
+    rng = np.random.default_rng(0)
+    layer, made = one_layer(Linear(Param(rng.standard_normal((4, 5)), False)), gathered)
+    adapters = [drawn(rng, made.shapes, 2) for _ in range(max(batches))]
+    for n in batches:
+        with made.rows(adapters[:n]):
+            layer(rng.standard_normal((n, 1, 5)), Need.NONE)
+        (stack,) = made.stacks.values()
+        assert all(n <= len(a) < 4 * n for a in stack.arrays["q"])
+        assert [m.adapters for m in stack.slots if m] == adapters[:n]  # and nobody who left is kept alive
 
 
 # ---- what it costs
@@ -555,6 +790,18 @@ def test_what_cannot_be_mixed_is_refused_before_anything_is_computed_or_changed(
     for other, kind in ((dora, "DoRA"), (bias, "WithBias")):
         with pytest.raises(UnsupportedError, match=f"a {kind} cannot be mixed"), mixed(other)[1].rows(["a"]):
             pass
+    for lengths, error, said in (
+        ([1], InputError, "1 lengths, 2 adapters"),
+        ([1, 0], ConfigError, "a length is 0; expected an int, at least 1"),
+    ):
+        with pytest.raises(error, match=said), made.rows([fine, None], lengths):
+            pass
+    spoilt = dict(fine)
+    with made.rows([spoilt, None]):
+        pass
+    spoilt["model.nonsense"] = fine[path]
+    with pytest.raises(MismatchError, match=r"'model\.nonsense' is no target"), made.rows([spoilt, None]):
+        pass
     monkeypatch.undo()
     with made.rows([fine, None]):
         assert np.array_equal(copy.forward(ids)[0], before)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.errors import InputError, MismatchError, NonFiniteError, StateError, UnsupportedError
-from minilora.fast.packed import Run, train_packed
+from minilora.fast.packed import PackedRun, train_packed
 from minilora.lora import active, inject, merge, set_adapter
 from minilora.methods.lora_config import LoraConfig
 from minilora.optim import AdamW, Schedule
@@ -50,7 +50,7 @@ def run_of(name):
     k, rng = NAMES.index(name), np.random.default_rng(7 + ord(name))
     batches = [batch(rng, n=1 + k, t=T) for _ in range(STEPS)]
     optimizer = AdamW(lr=0.02 * (k + 1), eps=0.1, clip=(1.0, None, 0.05, 0.3)[k], weight_decay=0.1 * k)
-    return Run(batches, optimizer, Schedule(STEPS, warmup=k % 2) if k else None)
+    return PackedRun(batches, optimizer, Schedule(STEPS, warmup=k % 2) if k else None)
 
 
 def arrays(model, name):
@@ -154,29 +154,66 @@ def test_what_cannot_be_packed_is_refused_and_changes_nothing():
     before = {path: (p.data.copy(), p.trainable) for path, p in named_params(model).items()}
     chosen = active(model)
     a, twice = run_of("a"), AdamW()
-    short = Run([batch(np.random.default_rng(0), n=2, t=T + 1)] * 3, AdamW())
-    wrong = Run([(np.zeros((1, T), int), np.full((1, T), 99))], AdamW())
+    short = PackedRun([batch(np.random.default_rng(0), n=2, t=T + 1)] * 3, AdamW())
+    wrong = PackedRun([(np.zeros((1, T), int), np.full((1, T), 99))], AdamW())
     one = iter(a.batches)
     for runs, error, said in (
         ({"a": a, "bb": run_of("b")}, MismatchError, "no adapter 'bb'; nearest: 'b'"),
         ({"a": run_of("a"), "dora": run_of("b")}, UnsupportedError, "a DoRA cannot be mixed"),
         ({"a": run_of("a"), "b": short}, InputError, "the batch of 'b' has 5 tokens a row; expected 4"),
         ({"a": run_of("a"), "b": wrong}, InputError, "label 99; expected 0 to 10"),
-        ({"a": Run([], AdamW())}, InputError, "the batches of 'a' ran out"),
-        ({"a": Run("text", AdamW())}, InputError, "the batches of 'a' have 't'; expected"),
-        ({"a": Run(7, AdamW())}, InputError, "the batches of 'a' are 7; expected"),
-        ({"a": Run(a.batches, twice), "b": Run(a.batches, twice)}, InputError, "share an optimizer"),
-        ({"a": Run(one, AdamW()), "b": Run(one, AdamW())}, InputError, "share an iterator of batches"),
+        ({"a": PackedRun([], AdamW())}, InputError, "the batches of 'a' ran out"),
+        ({"a": PackedRun("text", AdamW())}, InputError, "the batches of 'a' have 't'; expected"),
+        ({"a": PackedRun(7, AdamW())}, InputError, "the batches of 'a' are 7; expected"),
+        (
+            {"a": PackedRun(a.batches, twice), "b": PackedRun(a.batches, twice)},
+            InputError,
+            "share an optimizer",
+        ),
+        (
+            {"a": PackedRun(one, AdamW()), "b": PackedRun(one, AdamW())},
+            InputError,
+            "share an iterator of batches",
+        ),
         ({}, InputError, "no runs"),
     ):
         with pytest.raises(error, match=said):
             train_packed(model, runs, steps=1)
+    with pytest.raises(ZeroDivisionError):  # after the gradients, before any adapter moves
+        train_packed(model, {"a": run_of("a"), "b": PackedRun(run_of("b").batches, twice, broken)}, steps=1)
+    assert twice.t == 0
     merge(model)
     with pytest.raises(StateError, match="merged"):
         train_packed(model, {"a": run_of("a")}, steps=1)
     assert active(model) == chosen
     assert all(np.array_equal(p.data, before[path][0]) and p.trainable == before[path][1] and p.grad is None
                for path, p in named_params(model).items() if path in before)  # fmt: skip
+
+
+def broken(step):
+    """A schedule that fails."""
+    return 1 / step
+
+
+def test_runs_that_share_a_generator_of_masks_are_refused():
+    """What one draws would change the other's masks; the layers of one run do share theirs."""
+
+    def model(*rngs):
+        made, _ = tiny(0)
+        for name, rng in zip("ab", rngs, strict=True):
+            inject(made, LoraConfig(r=2, dropout=0.3, init="both"), rng=rng, name=name)
+        return made
+
+    rng = np.random.default_rng(0)
+    runs = {name: run_of(name) for name in "ab"}
+    for other in (rng, np.random.Generator(rng.bit_generator)):
+        with pytest.raises(InputError, match="two runs share a generator of dropout masks"):
+            train_packed(model(rng, other), runs, steps=1)
+    own = [np.random.default_rng(k) for k in range(2)]
+    losses = train_packed(model(*own), runs, steps=2, invariant=True)
+    again = [np.random.default_rng(k) for k in range(2)]
+    alone = train_packed(model(*again), {"b": run_of("b")}, steps=2, invariant=True)
+    assert losses["b"] == alone["b"]
 
 
 def test_a_run_that_diverges_is_named_and_every_run_keeps_its_last_good_step():
