@@ -10,7 +10,6 @@ changes is read again once its adapter has left the memory.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections import OrderedDict
@@ -68,7 +67,7 @@ class Bank:
         self.layers, self.tied = bases(model), model.lm_head is None
         self.with_head = with_head(model, self.layers)
         self.dtype = next(iter(named_params(model).values())).dense().dtype
-        self.fingerprint = functools.cache(lambda: base_print(model))
+        self.fingerprint = base_print(model)  # now, since it reads all of the base
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
         self.full: dict[str, int] = {}  # the bytes of the adapter that found no room last
 
@@ -172,5 +171,5 @@ class Bank:
             what = f"replaces {next(iter(given.replaced))}"
             raise UnsupportedError(f"{where}: {what}; expected no more than {PLAIN}")
         check_fit(given, self.with_head if "lm_head" in given.pairs else self.layers, self.tied)
-        check_base(given, self.fingerprint)
+        check_base(given, lambda: self.fingerprint)
         return given
