@@ -90,17 +90,23 @@ class Trial:
 
     adapters: int
     engine: Engine
-    before: Counters = field(default_factory=Counters)  # the bank's, when measuring began
+    before: Counters = field(init=False)  # the bank's, when measuring began
     throughput: list[float] = field(default_factory=list)  # tokens per second
     first: list[float] = field(default_factory=list)  # milliseconds, of all requests
     last: list[float] = field(default_factory=list)
     requests: int = 0
 
+    def __post_init__(self) -> None:
+        self.before = self.counters()
+
+    def counters(self) -> Counters:
+        """The bank's at this moment."""
+        return replace(self.engine.bank.counters) if self.engine.bank else Counters()
+
     def warm(self, requests: Sequence[Request]) -> None:
         """Serve requests before anything is measured."""
         play(self.engine, [0.0] * len(requests), requests)
-        if self.engine.bank:
-            self.before = replace(self.engine.bank.counters)
+        self.before = self.counters()
 
     def burst(self, requests: Sequence[Request]) -> None:
         """Serve requests that are all there at the start."""
@@ -127,7 +133,7 @@ class Trial:
         """The medians and percentiles over all rounds."""
         pairs = zip(self.throughput, base.throughput, strict=True)
         first, last = (tuple(np.percentile(ms, POINTS).tolist()) for ms in (self.first, self.last))
-        after = self.engine.bank.counters if self.engine.bank else self.before
+        after = self.counters()
         share = 1 - (after.loads - self.before.loads) / self.requests
         evictions = after.evictions - self.before.evictions
         to_base = median(own / other for own, other in pairs)

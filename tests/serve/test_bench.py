@@ -95,9 +95,9 @@ def test_a_round_has_the_same_texts_for_all_and_turns_go_forwards_and_backwards(
         watched(name, getattr(bench.Trial, name))
     serve_bench(tmp_path / "base", (1, 3), rank=2, slots=2, requests=6, rounds=2)
     assert [(name, n) for name, n, _ in seen] == [
-        *(("warm", n) for n in (0, 1, 3)), *(("burst", n) for n in (0, 1, 3)), *(("trickle", n) for n in (0, 1, 3)),
-        *(("burst", n) for n in (3, 1, 0)), *(("trickle", n) for n in (3, 1, 0)),
-    ]  # fmt: skip
+        *((name, n) for name in ("warm", "burst", "trickle") for n in (0, 1, 3)),
+        *((name, n) for name in ("burst", "trickle") for n in (3, 1, 0)),
+    ]
     for at in range(3, len(seen), 3):
         assert seen[at][2] == seen[at + 1][2] == seen[at + 2][2]
     assert len({str(texts) for _, _, texts in seen[3::3]}) == 4
@@ -130,7 +130,7 @@ def test_what_cannot_be_measured_is_refused_before_any_adapter_is_written(tmp_pa
         serve_bench(tmp_path / "base", **how)
     monkeypatch.setattr(bench, "PROMPT", (1, 3))
     monkeypatch.setattr(bench, "NEW", (2, 5))
-    with pytest.raises(ConfigError, match="budget is 99 bytes; expected at least [0-9,]+, those of one"):
+    with pytest.raises(ConfigError, match=r"budget is 99 bytes; expected at least [0-9,]+, those of one"):
         serve_bench(tmp_path / "base", **how, budget=99)
 
 

@@ -88,7 +88,7 @@ def assert_whole(served):
 
 
 @given(plan=st.lists(st.tuples(requests(), st.integers(0, 3)), min_size=1, max_size=9))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_a_request_gets_the_tokens_that_it_would_get_alone(folder, plan):
     """In float64: what its neighbours change is rounding, far below the gap between two logits here."""
     served = engine(folder)
@@ -407,7 +407,7 @@ def damaged(folder, tmp_path_factory):
     longest=st.integers(1, 3),
     seed=seeds,
 )
-@settings(max_examples=12)
+@settings(max_examples=9)
 def test_a_lone_request_waits_for_the_longest_text_once_for_each_adapter_ahead_and_once_more(
     damaged, floods, slots, budget, longest, seed
 ):
@@ -425,7 +425,7 @@ def test_a_lone_request_waits_for_the_longest_text_once_for_each_adapter_ahead_a
     ahead, steps = len(served.waiting), 0
     lone = served.submit(Request((1,), 1, "e", temperature=0))
     while not lone.tokens:
-        flood(floods if served.queued() < 50 else ())
+        flood(floods if served.queued() < 20 else ())
         served.step()
         steps += 1
         assert steps <= (ahead + 1) * longest
@@ -492,7 +492,7 @@ def test_requests_of_one_adapter_stay_in_order(folder):
 
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_a_step_reads_a_token_of_each_running_text_and_a_chunk_of_prompts_at_most(folder, lengths):
     served = engine(folder)
     real, sizes = served.logits, []
@@ -637,9 +637,9 @@ def test_an_error_in_the_context_of_an_engine_waits_for_no_text(folder):
     served.step = lambda: (stopping.wait(30), real())
     stop = served.stop
     served.stop = lambda finish=True: (stopping.set(), stop(finish))
-    with pytest.raises(KeyError), served:
-        stream = served.submit(Request((1, 2), 9, temperature=0))
-        raise KeyError
+    stream = served.submit(Request((1, 2), 9, temperature=0))
+    with pytest.raises(ZeroDivisionError), served:
+        broken()
     assert stream.finish_reason == "cancelled"
 
 
@@ -709,7 +709,7 @@ def logits_of(served, chosen):
 @given(
     plan=st.lists(st.tuples(requests(), st.integers(0, 3)), min_size=1, max_size=7), chunk=st.integers(1, 9)
 )
-@settings(max_examples=9)
+@settings(max_examples=5)
 def test_in_the_invariant_mode_company_and_chunks_change_no_bit(float32, plan, chunk):
     """In float32, with a temperature: the logits of every token, and so the text, are those of a lone run."""
 
@@ -748,7 +748,9 @@ def test_at_a_real_width_the_mode_changes_what_company_would_change(tmp_path):
         together = logits_of(Engine(model, Bank(model, tmp_path), slots=5, chunk=7, **how), plan)
         count = 0
         for pair, (_, own) in zip(plan, together, strict=True):
-            ((_, lone),) = logits_of(Engine(model, Bank(model, tmp_path), slots=1, positions=70, **how), [pair])
+            ((_, lone),) = logits_of(
+                Engine(model, Bank(model, tmp_path), slots=1, positions=70, **how), [pair]
+            )
             count += sum(not np.array_equal(own[at], z) for at, z in lone.items())
         return count
 
