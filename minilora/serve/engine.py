@@ -21,6 +21,7 @@ schedulers of vLLM and S-LoRA; leaves out preemption, shared prefixes and beams.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 import time
@@ -319,7 +320,8 @@ class Engine:
                 mine.clear()
         for stream in streams:
             if stream.finish_reason is None:
-                self.close(stream, "error", failed(cause))
+                with contextlib.suppress(BaseException):  # of who is told; the others must be, too
+                    self.close(stream, "error", failed(cause))
 
     def leave(self) -> None:
         """Drop the cancelled requests; all, if the engine is to stop at once."""

@@ -296,6 +296,14 @@ def test_an_error_that_is_nobodys_ends_all_streams_and_the_engine_refuses(
     assert served.counters.finished == dict.fromkeys(REASONS, 0) | {"error": len(streams)}
 
 
+def test_a_listener_that_leaves_the_program_leaves_no_stream_without_an_end(folder):
+    served = engine(folder)
+    streams = [served.submit(Request((1, 2), 4), sys.exit) for _ in range(3)]
+    with pytest.raises(SystemExit):
+        served.run()
+    assert [stream.finish_reason for stream in streams] == ["error"] * 3
+
+
 def test_an_error_in_sampling_ends_its_text_only(folder, monkeypatch):
     served, real = engine(folder), engine_module.sample
     monkeypatch.setattr(
