@@ -344,9 +344,17 @@ def test_what_is_cancelled_over_and_over_is_noted_once_and_not_at_all_when_it_ha
 
 def test_a_stream_that_nobody_computes_says_so(folder):
     served = engine(folder)
-    stream = served.submit(Request((1, 2), 2, temperature=0))
-    with pytest.raises(StateError, match="the engine has not been started"):
-        next(iter(stream))
+    stream, caught = served.submit(Request((1, 2), 2, temperature=0)), []
+
+    def read():
+        with pytest.raises(StateError, match="the engine has not been started"):
+            next(iter(stream))
+        caught.append(True)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(10)
+    assert caught
     served.run()
     assert list(stream) == alone(stream.request)
 
@@ -621,7 +629,9 @@ def test_stop_finishes_or_cancels_what_is_at_hand(folder, finish, threaded):
         assert began.wait(30)
     else:
         served.step()
+    waited = [] if threaded else [stream for stream in streams if not stream.tokens]
     served.stop(finish)
+    assert threaded or all(bool(stream.tokens) is finish for stream in waited)
     reasons = {stream.finish_reason for stream in streams}
     assert reasons <= ({"length"} if finish else {"length", "cancelled"})
     assert finish or threaded or reasons == {"cancelled"}
