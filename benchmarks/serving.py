@@ -236,7 +236,7 @@ def waiting(folder: Path, speed: float, rounds: int) -> list[dict[str, Any]]:
         bank = bench.resident(model, where, n, budget, size) if n else None
         served = Engine(model, bank, slots=SLOTS, positions=sum(p[1] for p in (bench.PROMPT, bench.NEW)),
                         queue=REQUESTS, clock=clock)  # fmt: skip
-        trials.append(bench.Trial(n, served, bank.counters.loads if bank else 0))
+        trials.append(bench.Trial(n, served))
     rate = LOAD * speed / (sum(bench.NEW) / 2)
     for _ in range(rounds):
         arrivals = np.cumsum(rng.exponential(1 / rate, REQUESTS)).tolist()

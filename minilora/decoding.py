@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, keep_memory, to_device, to_host, xp
+from .backend import Array, keep_memory, quiet_overflow, to_device, to_host, xp
 from .errors import InputError, short
 from .model import Llama, Turn
 from .ops import attend_one, attention
@@ -52,6 +52,10 @@ class Past:
         cos, sin = self.tables
         seen = self.caches[0].seen
         return cos[seen : seen + T], sin[seen : seen + T]
+
+    def last(self, x: Array) -> Array:
+        """The last position alone, x (N, T, D) -> (N, 1, D): it gives the next token."""
+        return x[:, -1:]
 
 
 def past_of(model: Llama, N: int, S: int) -> Past:
@@ -116,8 +120,9 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     order = np.argsort(-logits, axis=-1, kind="stable")
-    z = np.take_along_axis(logits, order, -1) / temperature
-    p = np.exp(z - z[:, :1])
+    z = np.take_along_axis(logits, order, -1)
+    with quiet_overflow():  # to -inf, at a temperature near 0
+        p = np.exp((z - z[:, :1]) / temperature)
     p /= p.sum(-1, keepdims=True)
     if top_k is not None:
         p[:, top_k:] = 0

@@ -137,6 +137,9 @@ class Past(Protocol):
     def turn(self, T: int) -> Turn:
         """The tables of the next T positions."""
 
+    def last(self, x: Array) -> Array:
+        """Of the blocks' result x (N, T, D), what gets logits."""
+
 
 def after(need: Need, layer: Any) -> Need:
     """The need of the layers after `layer`: once something in it is trained, they must return dx, too."""
@@ -276,7 +279,7 @@ class Llama:
     def forward(self, ids: Array, train: bool = False, past: Past | None = None) -> tuple[Array, Back]:
         """As `__call__`, for ids that are checked and on the device.
 
-        With a `past` the ids continue it, and only the last position gets logits: (N, 1, V).
+        With a `past` the ids continue it, and only what `past.last` chooses gets logits.
         """
         decoder = self.model
         need = Need.WEIGHTS if train else Need.NONE
@@ -292,7 +295,7 @@ class Llama:
             if (need := after(need, block)) is Need.ALL:
                 backs.append(back)
         if past:
-            x = x[:, -1:]
+            x = past.last(x)
         x, back = decoder.norm(x, need)
         if (need := after(need, decoder.norm)) is Need.ALL:
             backs.append(back)

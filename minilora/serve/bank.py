@@ -10,13 +10,12 @@ changes is read again once its adapter has left the memory.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError, StorageError, UnsupportedError, check_int, nearest, short
@@ -31,7 +30,7 @@ from ..tree import freeze, named_params
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # no separator, and neither . nor ..
 PLAIN = "A and B of a linear map, the only kind that is served"
-LISTED = 1000  # names that the nearest ones are sought among
+NEIGHBOURS = 100  # before and after a name, in order, that the nearest ones are sought among
 
 
 @dataclass
@@ -57,6 +56,7 @@ class Loaded:
 class Bank:
     """The adapters in a folder, for one base; `budget` bytes of them at most are in memory.
 
+    Whoever computes with one keeps it, and copies of it, as long as that takes: those bytes come on top.
     StorageError if there is no such folder, ConfigError for a budget that is no number.
     """
 
@@ -68,15 +68,24 @@ class Bank:
         self.layers, self.tied = bases(model), model.lm_head is None
         self.with_head = with_head(model, self.layers)
         self.dtype = next(iter(named_params(model).values())).dense().dtype
-        self.fingerprint = functools.cache(lambda: base_print(model))
+        self.fingerprint = base_print(model)  # now, since it reads all of the base
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
         self.full: dict[str, int] = {}  # the bytes of the adapter that found no room last
 
-    def names(self, most: int | None = None) -> list[str]:
-        """The names of the adapters in the folder, sorted; the first `most` of them."""
+    def names(self) -> list[str]:
+        """The names of the adapters in the folder, sorted."""
+        return list(filter(self.has, self.listed()))
+
+    def listed(self) -> list[str]:
+        """The names in the folder that an adapter may have, sorted."""
         with named_errors(self.folder):
-            there = sorted(os.listdir(self.folder))
-        return list(islice((name for name in there if NAME.fullmatch(name) and self.has(name)), most))
+            return sorted(filter(NAME.fullmatch, os.listdir(self.folder)))
+
+    def near(self, name: str) -> str:
+        """The names most like one that is unknown; of most, nothing but the name is looked at."""
+        there = self.listed()
+        at = bisect_left(there, name)
+        return nearest(name, filter(self.has, there[max(at - NEIGHBOURS, 0) : at + NEIGHBOURS]))
 
     def has(self, name: str) -> bool:
         """Whether a folder of that name, no link, has an adapter's config."""
@@ -90,7 +99,7 @@ class Bank:
                 f"the adapter's name is {short(name)}; expected letters, digits, ., _ and -, not . first"
             )
         if name not in self.loaded and not self.has(name):
-            raise InputError(f"there is no adapter {name!r}; {nearest(name, self.names(LISTED))}")
+            raise InputError(f"there is no adapter {name!r}; {self.near(name)}")
 
     def take(self, name: str) -> Loaded | None:
         """The adapter, read if it is not in memory, which stays there until it is given back.
@@ -172,5 +181,5 @@ class Bank:
             what = f"replaces {next(iter(given.replaced))}"
             raise UnsupportedError(f"{where}: {what}; expected no more than {PLAIN}")
         check_fit(given, self.with_head if "lm_head" in given.pairs else self.layers, self.tied)
-        check_base(given, self.fingerprint)
+        check_base(given, lambda: self.fingerprint)
         return given

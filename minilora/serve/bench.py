@@ -5,8 +5,9 @@
 S-LoRA's workload (Sheng et al. 2023, section 7) on adapters of random numbers, since time does not depend on
 values. Throughput is that of requests that are all there at the start. Waiting times are those of requests
 that arrive at a share `load` of the rate at which the base alone, so measured, can serve them. Both are taken
-for one number of adapters after the other, round after round, and compared within a round. Adapters are in
-memory from the start, the popular ones first, as far as they fit.
+for one number of adapters after the other, round after round, in turns forwards and backwards, and compared
+within a round: its prompts, lengths and arrivals are the same for all. Adapters are in memory from the start,
+the popular ones first, as far as they fit; a first burst is not measured.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +32,7 @@ from ..model import Llama
 from ..peft.loading import save_adapter
 from ..table import Table, report
 from ..tree import replica, trained
-from .bank import Bank, Counters, Loaded
+from .bank import Bank, Counters
 from .engine import Engine, Request, Stream
 
 PROMPT, NEW = (8, 32), (16, 48)  # the fewest and the most tokens of a prompt, and of what is written
@@ -90,11 +90,23 @@ class Trial:
 
     adapters: int
     engine: Engine
-    reads: int  # adapters that were read before
+    before: Counters = field(init=False)  # the bank's, when measuring began
     throughput: list[float] = field(default_factory=list)  # tokens per second
     first: list[float] = field(default_factory=list)  # milliseconds, of all requests
     last: list[float] = field(default_factory=list)
     requests: int = 0
+
+    def __post_init__(self) -> None:
+        self.before = self.counters()
+
+    def counters(self) -> Counters:
+        """The bank's at this moment."""
+        return replace(self.engine.bank.counters) if self.engine.bank else Counters()
+
+    def warm(self, requests: Sequence[Request]) -> None:
+        """Serve requests before anything is measured."""
+        play(self.engine, [0.0] * len(requests), requests)
+        self.before = self.counters()
 
     def burst(self, requests: Sequence[Request]) -> None:
         """Serve requests that are all there at the start."""
@@ -121,10 +133,11 @@ class Trial:
         """The medians and percentiles over all rounds."""
         pairs = zip(self.throughput, base.throughput, strict=True)
         first, last = (tuple(np.percentile(ms, POINTS).tolist()) for ms in (self.first, self.last))
-        counters = self.engine.bank.counters if self.engine.bank else Counters()
-        share = 1 - (counters.loads - self.reads) / self.requests
+        after = self.counters()
+        share = 1 - (after.loads - self.before.loads) / self.requests
+        evictions = after.evictions - self.before.evictions
         to_base = median(own / other for own, other in pairs)
-        return Row(self.adapters, median(self.throughput), to_base, first, last, share, counters.evictions)
+        return Row(self.adapters, median(self.throughput), to_base, first, last, share, evictions)
 
 
 def serve_bench(
@@ -144,34 +157,42 @@ def serve_bench(
 ) -> Served:
     """Measure a base with these numbers of adapters, beside the base alone.
 
-    The adapters lie in a temporary folder meanwhile. ConfigError for a number that has no meaning.
+    The adapters lie in a temporary folder meanwhile. ConfigError for a number that has no meaning, a budget
+    below one adapter, or a base that takes no text of the workload: before any is written.
     """
-    for name, value in {"requests": requests, "rounds": rounds}.items():
+    for name, value in {"requests": requests, "rounds": rounds, "slots": slots, "budget": budget}.items():
         check_int(name, value, 1)
     check_float("load", load, 0, math.inf, open_low=True)
     check_float("zipf", zipf, 0, math.inf)
     if not adapters or any(type(n) is not int or n < 1 for n in adapters):
         raise ConfigError(f"adapters is {short(adapters)}; expected numbers of adapters, at least 1")
+    config = LoraConfig(r=rank, targets=targets, init="both")
     model, rng = huggingface.load(base), np.random.default_rng(seed)
-    V = model.config.vocab_size
+    V, positions = model.config.vocab_size, PROMPT[1] + NEW[1]
+    if (most := model.config.max_position_embeddings) < positions:
+        raise ConfigError(f"{base}: takes {most} tokens; expected at least {positions}, the longest text")
+    if budget < (size := bytes_of(adapted(model, config, rng))):
+        raise ConfigError(f"budget is {budget:,} bytes; expected at least {size:,}, those of one adapter")
     with tempfile.TemporaryDirectory() as temp:
-        config = LoraConfig(r=rank, targets=targets, init="both")
-        size = write_adapters(model, Path(temp), max(adapters), config, rng)
+        write_adapters(model, Path(temp), max(adapters), config, rng)
         trials = []
         for n in (0, *adapters):
             bank = resident(model, Path(temp), n, budget, size) if n else None
-            engine = Engine(model, bank, slots=slots, positions=PROMPT[1] + NEW[1], queue=requests)
-            trials.append(Trial(n, engine, bank.counters.loads if bank else 0))
+            trials.append(Trial(n, Engine(model, bank, slots=slots, positions=positions, queue=requests)))
+            trials[-1].warm(workload(rng, min(slots, requests), n, zipf, V))
         known = 2 * rounds * len(trials)
         for done in range(0, known, 2 * len(trials)):
-            for i, trial in enumerate(trials):
-                trial.burst(workload(rng, requests, trial.adapters, zipf, V))
-                progress(done + i + 1, known)
+            turn = trials if done % (4 * len(trials)) == 0 else trials[::-1]
+            same = texts(rng, requests, V)
+            for i, trial in enumerate(turn, 1):
+                trial.burst(popular(rng, same, trial.adapters, zipf))
+                progress(done + i, known)
             rate = load * trials[0].throughput[-1] / (sum(NEW) / 2)  # requests per second
             arrivals = np.cumsum(rng.exponential(1 / rate, requests)).tolist()
-            for i, trial in enumerate(trials):
-                trial.trickle(arrivals, workload(rng, requests, trial.adapters, zipf, V))
-                progress(done + len(trials) + i + 1, known)
+            same = texts(rng, requests, V)
+            for i, trial in enumerate(turn, len(trials) + 1):
+                trial.trickle(arrivals, popular(rng, same, trial.adapters, zipf))
+                progress(done + i, known)
         rows = tuple(trial.row(trials[0]) for trial in trials)
     what = targets if isinstance(targets, str) else ",".join(targets)
     return Served(rank, what, size, budget, slots, requests, load, zipf, rows)
@@ -187,39 +208,59 @@ def write_adapters(
 ) -> int:
     """Fill a folder with adapters of the same numbers, by name; returns the bytes of one in memory."""
     first, *others = names(count)
-    copy = replica(model)
-    inject(copy, config, rng=rng)
+    copy = adapted(model, config, rng)
     save_adapter(copy, folder / first)
     for name in others:
         shutil.copytree(folder / first, folder / name)
-    return sum(p.data.nbytes for p in trained(copy).values())
+    return bytes_of(copy)
+
+
+def adapted(model: Llama, config: LoraConfig, rng: np.random.Generator) -> Llama:
+    """A replica with an adapter of random numbers."""
+    copy = replica(model)
+    inject(copy, config, rng=rng)
+    return copy
+
+
+def bytes_of(model: Llama) -> int:
+    """Of a model's adapter in memory."""
+    return sum(p.data.nbytes for p in trained(model).values())
 
 
 def resident(model: Llama, folder: Path, count: int, budget: int, size: int) -> Bank:
-    """A bank with the most popular of `count` adapters in memory, as many as fit: copies of one."""
+    """A bank with the most popular of `count` adapters in memory, as many as fit."""
     bank = Bank(model, folder, budget)
-    *others, last = names(min(count, budget // size))[::-1] or [""]
-    if last and bank.fetch(last):
-        one = bank.loaded[last]
-        bank.loaded |= {name: Loaded(deepcopy(one.layers), one.bytes) for name in others}
-        bank.loaded.move_to_end(last)  # the most popular is the last to be evicted
-        bank.counters.bytes = one.bytes * len(bank.loaded)
+    for name in reversed(names(min(count, budget // size))):  # the most popular is the last to be evicted
+        bank.fetch(name)
     return bank
 
 
-def workload(rng: np.random.Generator, count: int, adapters: int, zipf: float, V: int) -> list[Request]:
-    """Requests with random prompts, and with adapters of these popularities; 0 adapters: for the base."""
-    known, weights = names(adapters), np.arange(1, adapters + 1) ** -float(zipf)
-    chosen = rng.choice(adapters, count, p=weights / weights.sum()) if adapters else None
+def workload(rng: np.random.Generator, count: int, adapters: int, zipf: float, V: int) -> Sequence[Request]:
+    """Requests with random prompts and lengths, for adapters of these popularities."""
+    return popular(rng, texts(rng, count, V), adapters, zipf)
+
+
+def texts(rng: np.random.Generator, count: int, V: int) -> list[Request]:
+    """Requests for the base, with random prompts and lengths."""
     return [
         Request(
             rng.integers(0, V, int(rng.integers(PROMPT[0], PROMPT[1] + 1))),
             int(rng.integers(NEW[0], NEW[1] + 1)),
-            None if chosen is None else known[chosen[i]],
             temperature=0,
         )
-        for i in range(count)
+        for _ in range(count)
     ]
+
+
+def popular(
+    rng: np.random.Generator, requests: Sequence[Request], adapters: int, zipf: float
+) -> Sequence[Request]:
+    """The requests for adapters of these popularities; 0 adapters: for the base."""
+    if not adapters:
+        return requests
+    known, weights = names(adapters), np.arange(1, adapters + 1) ** -float(zipf)
+    chosen = rng.choice(adapters, len(requests), p=weights / weights.sum())
+    return [replace(request, adapter=known[k]) for request, k in zip(requests, chosen, strict=True)]
 
 
 def play(
@@ -228,7 +269,10 @@ def play(
     requests: Sequence[Request],
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[Stream]:
-    """Submit each request at its second, step until all are finished, and return their streams."""
+    """Submit each request at its second, step until all are finished, and return their streams.
+
+    Raises the error of a stream that has one.
+    """
     start, streams = engine.clock(), []
     for at, request in zip(arrivals, requests, strict=True):
         while (wait := start + at - engine.clock()) > 0:
@@ -238,4 +282,7 @@ def play(
                 sleep(wait)
         streams.append(engine.submit(request))
     engine.run()
+    for stream in streams:
+        if stream.error:
+            raise stream.error
     return streams

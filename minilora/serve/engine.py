@@ -4,10 +4,16 @@
 
 The M tokens of a step, next tokens and prompts alike, are the rows of one mixed batch (fast/mixed.py) over
 one cache (slots.py): iteration-level scheduling (Orca, Yu et al. 2022). At most `chunk` of them are of
-prompts, so that a long prompt holds up nobody for long (Sarathi-Serve, Agrawal et al. 2024). Adapters take
-free slots in turn: before a request that waits go those of its adapter that came earlier, and of each other
-adapter at most one for each of these and one more. So a request that is alone with its adapter waits for as
-many admissions as other adapters are waiting, however many requests these have.
+prompts, so that a long prompt holds up nobody for long (Sarathi-Serve, Agrawal et al. 2024).
+
+Adapters take free slots in turn, one request each. One that must be read while another is read, or for which
+there is no room in memory, keeps its turn and a free slot, and others may pass: those that need no reading,
+or, where there is no room, those for the base. So a request that is alone with its adapter, behind requests
+of W other adapters, waits for (W + 1) times the steps that the longest text spends in its slot, at most: be
+they many, damaged, or larger than what memory has left.
+
+What raises while a text's adapter is read or its token drawn ends that text; in the forward, those that took
+part; anywhere else, all of them, and the engine refuses from then on. So no stream waits for ever.
 
 One thread computes: the caller's, by `step` or `run`, or the engine's own, after `start`. Stands in for the
 schedulers of vLLM and S-LoRA; leaves out preemption, shared prefixes and beams.
@@ -15,6 +21,7 @@ schedulers of vLLM and S-LoRA; leaves out preemption, shared prefixes and beams.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 import time
@@ -66,22 +73,21 @@ class Stream:
     """What a request has brought so far. Iterating waits for the next token, until there is none.
 
     `finish_reason` is None while it is not finished, then "stop", "length", "cancelled" or "error"; iterating
-    raises the `error`. Times are seconds of the engine's clock.
+    raises the `error`, and StateError if no thread computes. Times are seconds of the engine's clock.
     """
 
     def __init__(
         self,
         request: Request,
         prompt: np.ndarray,
+        engine: Engine,
         told: Callable[[], None] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.request, self.prompt = request, prompt  # (T,), checked
+        self.request, self.prompt, self.engine = request, prompt, engine  # prompt (T,), checked
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
-        self.clock = clock
-        self.times: list[float] = [clock()]  # of its arrival, and of each token
+        self.times: list[float] = [engine.clock()]  # of its arrival, and of each token
         self.told = told  # called by the engine's thread after every change
         self.changed = threading.Condition()
 
@@ -90,6 +96,8 @@ class Stream:
         while True:
             with self.changed:
                 while n == len(self.tokens) and self.finish_reason is None:
+                    if self.engine.thread is None:
+                        raise StateError("the engine has not been started; call start() or run() first")
                     self.changed.wait()
             if n == len(self.tokens):
                 break
@@ -103,7 +111,7 @@ class Stream:
         with self.changed:
             if token is not None:
                 self.tokens.append(token)
-                self.times.append(self.clock())
+                self.times.append(self.engine.clock())
             self.finish_reason = reason
             self.changed.notify_all()
         if self.told:
@@ -129,8 +137,8 @@ class Counters:
     """What an engine has done since it was made."""
 
     steps: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
+    prompt_tokens: int = 0  # read
+    new_tokens: int = 0  # written
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     refused: int = 0  # because the queue was full
 
@@ -140,8 +148,10 @@ class Engine:
 
     `positions` bounds prompt and new tokens of a text, `queue` the requests that wait, `chunk` the tokens of
     prompts in a step. With `invariant`, a text is the same to the bit in any company; that takes longer.
-    `clock` gives the seconds in a stream's times. The model is only read. StateError if it is merged,
-    ConfigError for a number that has no meaning.
+    `clock` gives the seconds in a stream's times. The model is only read. Memory beyond the model and the
+    bank's budget: the slots, the stacks of a step's next tokens (`MixedBatch`), and the adapters of the last
+    step, though they be evicted. StateError if the model is merged, ConfigError for a number that has no
+    meaning.
 
         with Engine(model, Bank(model, "adapters/")) as engine:    # a thread of its own
             for token in engine.submit(Request(ids, 20, "pirate")): ...
@@ -172,11 +182,12 @@ class Engine:
         self.waiting: OrderedDict[str | None, deque[Stream]] = (
             OrderedDict()
         )  # by adapter, the next in turn first
-        self.cancelled: list[Stream] = []
+        self.cancelled: set[Stream] = set()
         self.counters = Counters()
         self.changed = threading.Condition()  # guards waiting, cancelled and stopping
         self.stopping = False  # takes no more requests
         self.dropping = False  # and cancels those at hand
+        self.failure: BaseException | None = None  # that ended all streams
         self.thread: threading.Thread | None = None
         keep_memory()
 
@@ -186,10 +197,12 @@ class Engine:
         """Put a request into the queue; `told()` is called by the engine's thread after every change.
 
         InputError for a request that the model cannot take or an adapter that does not exist, BusyError if
-        the queue is full, StateError if the engine is stopping.
+        the queue is full, StateError if the engine is stopping or has failed.
         """
-        stream = Stream(request, self.check(request), told, self.clock)
+        stream = Stream(request, self.check(request), self, told)
         with self.changed:
+            if self.failure:
+                raise failed(self.failure)
             if self.stopping:
                 raise StateError("the engine is stopping and takes no more requests")
             if (n := self.queued()) >= self.queue:
@@ -207,6 +220,8 @@ class Engine:
         check_sampling(new, request.temperature, request.top_k, request.top_p)
         if type(request.seed) is not int or request.seed < 0:
             raise InputError(f"seed is {short(request.seed)}; expected an int, at least 0")
+        if type(request.stops) is not frozenset or any(type(token) is not int for token in request.stops):
+            raise InputError(f"stops is {short(request.stops)}; expected a frozenset of ints")
         (ids,) = to_host(self.model.check([request.prompt]))
         if len(ids) + new > self.positions:
             raise InputError(f"{len(ids)} tokens and {new} new ones; a slot has {self.positions} positions")
@@ -217,10 +232,15 @@ class Engine:
         return ids
 
     def cancel(self, stream: Stream) -> None:
-        """End a stream at the next step, wherever it is; one that has ended stays as it is."""
+        """End a stream at the next step, wherever it is; one that has ended stays as it is.
+
+        InputError for what is no stream of this engine.
+        """
+        if not isinstance(stream, Stream) or stream.engine is not self:
+            raise InputError(f"{short(stream)} is no stream of this engine; expected one that submit() gave")
         with self.changed:
-            self.cancelled.append(stream)
-            self.changed.notify()
+            if stream.finish_reason is None:
+                self.cancelled.add(stream)
 
     def queued(self) -> int:
         """How many requests wait."""
@@ -231,14 +251,18 @@ class Engine:
         """Compute in a thread, until `stop`; StateError if it runs already or has stopped."""
         if self.thread or self.stopping:
             raise StateError("the engine has been started; make a new one")
-        self.thread = threading.Thread(target=self.loop, name="minilora-engine", daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self.loop, name="minilora-engine", daemon=True)
+        thread.start()
+        self.thread = thread
 
     def stop(self, finish: bool = True) -> None:
-        """Take no more requests, and return when those at hand are finished, or cancelled."""
+        """Take no more requests, and return when those at hand are finished, or cancelled.
+
+        Who wants them cancelled is not overruled by who lets them finish.
+        """
         with self.changed:
             self.stopping = True
-            self.dropping = not finish
+            self.dropping |= not finish
             self.changed.notify()
         if self.thread:
             self.thread.join()
@@ -249,8 +273,8 @@ class Engine:
         self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop(finish=kind is None)
 
     # ---- in the one thread that computes
 
@@ -273,19 +297,39 @@ class Engine:
             self.step()
 
     def step(self) -> None:
-        """One step: cancelled texts leave, waiting ones join, and each running one gets its next token."""
-        self.leave()
-        self.join()
-        if self.running:
-            self.forward()
+        """One step: cancelled texts leave, waiting ones join, and each running one gets its next token.
+
+        What raises here is an error of the engine's: it ends all streams.
+        """
+        try:
+            self.leave()
+            self.join()
+            if self.running:
+                self.forward()
+        except BaseException as e:
+            self.fail(e)
+            raise
+
+    def fail(self, cause: BaseException) -> None:
+        """End every stream, and refuse from now on."""
+        with self.changed:
+            self.stopping, self.failure = True, cause
+            streams = [stream for line in self.waiting.values() for stream in line]
+            streams += [row.stream for row in self.running.values()]
+            for mine in (self.waiting, self.running, self.cancelled):
+                mine.clear()
+        for stream in streams:
+            if stream.finish_reason is None:
+                with contextlib.suppress(BaseException):  # of who is told; the others must be, too
+                    self.close(stream, "error", failed(cause))
 
     def leave(self) -> None:
         """Drop the cancelled requests; all, if the engine is to stop at once."""
         with self.changed:
-            cancelled, self.cancelled = self.cancelled, []
+            cancelled, self.cancelled = self.cancelled, set()
             if self.dropping:
-                cancelled += [stream for line in self.waiting.values() for stream in line]
-                cancelled += [row.stream for row in self.running.values()]
+                cancelled.update(*self.waiting.values())
+                cancelled.update(row.stream for row in self.running.values())
         slots = {id(row.stream): slot for slot, row in self.running.items()}
         for stream in cancelled:
             if stream.finish_reason is None and id(stream) in slots:
@@ -299,35 +343,38 @@ class Engine:
         A step reads one adapter from disk at most, so that is as long as running texts are held up. One that
         cannot be read fails its request. If none was read for now, one is read ahead.
         """
-        read = False
-        while self.free and (line := self.in_turn(1)):
+        read = full = False
+        passed = 0  # the first lines, which keep their turns and as many free slots
+        while len(self.free) > passed and (line := self.in_turn(passed, passed + 1)):
             (stream,) = line
-            name = stream.request.adapter
-            loaded = None
+            name, loaded = stream.request.adapter, None
             if self.bank and name is not None:
                 missing = name not in self.bank.loaded
-                if missing and read:
-                    return
+                if full or (missing and read):
+                    passed += 1
+                    continue
                 read |= missing
                 try:
                     loaded = self.bank.take(name)
                 except Exception as e:  # a folder that is gone, damaged, another base's: this request's alone
                     self.refuse(stream, "error", e)
+                    self.pass_turn(name)
                     continue
-                if loaded is None:  # there is no room in memory until others end
-                    return
-            self.unqueue(stream)
-            self.pass_turn(name)
+                if loaded is None:  # before others end; until then nobody else takes memory
+                    full = True
+                    passed += 1
+                    continue
             rng = np.random.default_rng(stream.request.seed)
             row = Running(stream, loaded.layers if loaded else None, rng, stream.prompt)
             self.running[heapq.heappop(self.free)] = row
-            self.counters.prompt_tokens += len(row.pending)
+            self.unqueue(stream)
+            self.pass_turn(name)
         if not read:
             self.read_ahead()
 
     def read_ahead(self) -> None:
         """Read the adapter of one request that waits, if there is room beside those of the others."""
-        line = self.in_turn(len(self.running) + len(self.free))
+        line = self.in_turn(0, len(self.running) + len(self.free))
         names = [name for stream in line if (name := stream.request.adapter) is not None]
         for stream in line:
             name = stream.request.adapter
@@ -336,12 +383,13 @@ class Engine:
                     self.bank.fetch(name, keep=names)
                 except Exception as e:
                     self.refuse(stream, "error", e)
+                    self.pass_turn(name)
                 return
 
-    def in_turn(self, count: int) -> list[Stream]:
-        """The waiting requests that are next, at most so many, one for each adapter."""
+    def in_turn(self, start: int, stop: int) -> list[Stream]:
+        """The next requests of the adapters that are next: from the `start`-th of them to the `stop`-th."""
         with self.changed:
-            return [line[0] for line in islice(self.waiting.values(), count)]
+            return [line[0] for line in islice(self.waiting.values(), start, stop)]
 
     def unqueue(self, stream: Stream) -> None:
         """Take a request out of its adapter's line."""
@@ -375,25 +423,29 @@ class Engine:
                 self.end(slot, "error", e)
             return
         self.counters.steps += 1
-        finite = np.isfinite(logits).all(-1)
-        for (slot, row, count), z, sound in zip(parts, logits, finite, strict=True):
+        for (slot, row, count), z in zip(parts, logits, strict=True):
+            if row.seen < len(row.stream.prompt):
+                self.counters.prompt_tokens += count
             row.seen, row.pending = row.seen + count, row.pending[count:]
-            if not sound:
-                what = f"the logits are not finite, with adapter {short(row.stream.request.adapter)}"
-                self.end(slot, "error", NonFiniteError(what))
-            elif not len(row.pending):
-                r = row.stream.request
-                self.extend(slot, row, int(sample(z[None], row.rng, r.temperature, r.top_k, r.top_p)[0]))
+            try:
+                token = draw(row, z)
+            except Exception as e:  # its numbers are its own
+                self.end(slot, "error", e)
+                continue
+            if token is not None:
+                self.extend(slot, row, token)
 
     def logits(self, parts: Sequence[tuple[Span, Running]]) -> np.ndarray:
         """The logits (n, V) after the last token of each span, float64, on the host."""
         ids = np.concatenate([row.pending[: span.length] for span, row in parts])
-        entries = [row.layers for span, row in parts for _ in range(span.length)]
-        past = self.cache.step([span for span, _ in parts], self.invariant)
-        last = to_device(np.cumsum([span.length for span, _ in parts]) - 1)
-        with quiet_overflow(), self.batch.rows(entries):
+        layers = [row.layers for _, row in parts]
+        lengths = [span.length for span, _ in parts]
+        last = to_device(np.cumsum(lengths) - 1)
+        whole = any(some and "lm_head" in some for some in layers)  # which must see the rows of the batch
+        past = self.cache.step([span for span, _ in parts], self.invariant, None if whole else last)
+        with quiet_overflow(), self.batch.rows(layers, lengths):
             logits, _ = self.replica.forward(to_device(ids[:, None]), past=past)
-        return to_host(logits[last, -1]).astype(np.float64)
+        return to_host((logits[last] if whole else logits)[:, 0]).astype(np.float64)
 
     def extend(self, slot: int, row: Running, token: int) -> None:
         """Give a text its next token, or end it."""
@@ -410,11 +462,12 @@ class Engine:
 
     def end(self, slot: int, reason: str, error: Exception | None = None, token: int | None = None) -> None:
         """Free a slot: nothing of its text stays, and its adapter may leave the memory."""
-        row = self.running.pop(slot)
+        row = self.running[slot]
         self.cache.clear(slot)
-        heapq.heappush(self.free, slot)
         if self.bank and row.stream.request.adapter is not None:
             self.bank.give(row.stream.request.adapter)
+        del self.running[slot]
+        heapq.heappush(self.free, slot)
         self.close(row.stream, reason, error, token)
 
     def refuse(self, stream: Stream, reason: str, error: Exception | None = None) -> None:
@@ -427,3 +480,21 @@ class Engine:
         stream.error = error
         self.counters.finished[reason] += 1
         stream.tell(token, reason)
+
+
+def draw(row: Running, logits: np.ndarray) -> int | None:
+    """A text's next token from its logits (V,); None before its prompt is read. NonFiniteError."""
+    request = row.stream.request
+    if not np.isfinite(logits).all():
+        raise NonFiniteError(f"the logits are not finite, with adapter {short(request.adapter)}")
+    if len(row.pending):
+        return None
+    how = request.temperature, request.top_k, request.top_p
+    return int(sample(logits[None], row.rng, *how)[0])
+
+
+def failed(cause: BaseException) -> StateError:
+    """What an engine says that has failed."""
+    error = StateError("the engine has failed and takes no more requests; make a new one")
+    error.__cause__ = cause
+    return error

@@ -110,6 +110,8 @@ class Service:
     def failed(self, e: Exception) -> Refused:
         """The answer to an error of the server's: a bad adapter's, whose name is told without its folder."""
         print(plain(f"minilora: {type(e).__name__}: {e}"), file=sys.stderr)
+        if isinstance(e, StateError):  # the engine's, which has failed
+            return Refused(503, str(e), code="stopping")
         if not isinstance(e, MiniloraError) or not self.engine.bank:
             return Refused(500, "internal error")
         folder = str(self.engine.bank.folder)
@@ -160,6 +162,6 @@ class Text:
             self.service.engine.cancel(self.stream)
         metrics, times = self.service.metrics, self.stream.times
         metrics.finished[self.reason or "cancelled"] += 1
-        metrics.whole.add(self.stream.clock() - times[0])
+        metrics.whole.add(self.service.engine.clock() - times[0])
         if len(times) > 1:
             metrics.first.add(times[1] - times[0])

@@ -63,29 +63,37 @@ class Step:
 
     tables: Turn  # cos and sin (M, 1, H*E)
     caches: list[LayerSlots]
+    rows: Array | None  # that get logits; None: all
 
     def turn(self, T: int) -> Turn:
         """The tables of the M tokens."""
         return self.tables
+
+    def last(self, x: Array) -> Array:
+        """Of x (M, 1, D), the rows that get logits."""
+        return x if self.rows is None else x[self.rows]
 
 
 @dataclass(eq=False)
 class Slots:
     """Keys and values of R texts of at most S positions: 2 L R G S E numbers, allocated once.
 
-    What no text has filled is zero.
+    What no text has filled is zero, and so is all from `filled` on in each slot.
     """
 
     tables: Turn  # cos and sin (S, H*E)
     k: Array  # (L, R, G, S, E)
     v: Array
+    filled: np.ndarray  # (R,) positions, on the host
 
-    def step(self, spans: Sequence[Span], alone: bool = False) -> Step:
+    def step(self, spans: Sequence[Span], alone: bool = False, rows: Array | None = None) -> Step:
         """The past for ids (M, 1), the tokens of these spans one after another, with one span per slot.
 
         With `alone` every token attends by itself, so that it comes out the same, to the bit, in any company
-        and however its text is cut into spans.
+        and however its text is cut into spans. Only `rows` get logits, or all of them.
         """
+        for span in spans:
+            self.filled[span.slot] = max(self.filled[span.slot], span.start + span.length)
         slots = np.repeat([s.slot for s in spans], [s.length for s in spans])
         positions = np.concatenate([np.arange(s.start, s.start + s.length) for s in spans])
         if alone:
@@ -96,11 +104,13 @@ class Slots:
         at = to_device(slots), to_device(positions)
         cos, sin = (table[at[1]][:, None] for table in self.tables)
         layers = zip(self.k, self.v, strict=True)
-        return Step((cos, sin), [LayerSlots(k, v, *at, parts) for k, v in layers])
+        return Step((cos, sin), [LayerSlots(k, v, *at, parts) for k, v in layers], rows)
 
     def clear(self, slot: int) -> None:
         """Forget the text in a slot: not even a NaN of it reaches the next one."""
-        self.k[:, slot] = self.v[:, slot] = 0
+        filled = self.filled[slot]
+        self.k[:, slot, :, :filled] = self.v[:, slot, :, :filled] = 0
+        self.filled[slot] = 0
 
 
 def slots_of(model: Llama, R: int, S: int) -> Slots:
@@ -108,7 +118,7 @@ def slots_of(model: Llama, R: int, S: int) -> Slots:
     c = model.config
     dtype = next(iter(named_params(model).values())).dense().dtype
     k, v = xp.zeros((2, c.num_hidden_layers, R, c.num_key_value_heads, S, c.E), dtype)
-    return Slots(model.tables(S, dtype), k, v)
+    return Slots(model.tables(S, dtype), k, v, np.zeros(R, int))
 
 
 def cut(spans: Sequence[Span], dtype: Any) -> list[tuple[Any, Part]]:

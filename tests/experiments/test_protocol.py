@@ -28,6 +28,7 @@ import minilora
 from minilora import cli, finetune, session, spectra
 from minilora.adapters import scales
 from minilora.backend import to_host
+from minilora.compose.combine import add_weighted_adapter, combine
 from minilora.data import batching, corpora
 from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
@@ -36,16 +37,20 @@ from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
-from minilora.lora import inject
+from minilora.lora import inject, set_adapter
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
 from minilora.model import Config, Llama, RopeScaling, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
-from minilora.peft.loading import load_adapter
+from minilora.peft.folder import open_adapter
+from minilora.peft.loading import load_adapter, save_adapter
+from minilora.serve import bench
+from minilora.serve.engine import Engine, Request
 from minilora.training import evaluate, train
 from minilora.tree import named_params, trained, unfreeze
 
 PACKAGE = Path(minilora.__file__).parent
+ONE = np.array([[65]])  # a prompt of one letter
 TINY = Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
               num_key_value_heads=1, max_position_embeddings=130)  # fmt: skip
 LENGTH = 128  # of a window in sweep and pretraining
@@ -322,7 +327,65 @@ def said(seed):
     return {"text": out.getvalue()}
 
 
+def with_two():
+    """A model of two adapters."""
+    model, rng = load("one"), np.random.default_rng(0)
+    for name in "ab":
+        inject(model, LoraConfig(r=2, init="both"), rng=rng, name=name)
+    return model
+
+
+def summed(seed):
+    """What DARE makes of two folders."""
+    model, out = with_two(), next(outs)
+    for name in "ab":
+        set_adapter(model, name)
+        save_adapter(model, out / name)
+    combine({out / "a": 1, out / "b": 1}, out / "sum", method="dare", density=0.5, seed=seed)
+    return {name: a.tobytes() for name, a in open_adapter(out / "sum").tensors.items()}
+
+
+def added(seed):
+    """What DARE makes of two adapters of a model."""
+    model = with_two()
+    add_weighted_adapter(model, {"a": 1, "b": 1}, "sum", method="dare", density=0.5, seed=seed)
+    return bits(trained(model))
+
+
+def served(seed):
+    """The text of a request."""
+    engine = Engine(load("one"))
+    stream = engine.submit(Request(ONE[0], 30, seed=seed))
+    engine.run()
+    return {"": stream.tokens}
+
+
+def benched(seed):
+    """The adapters and requests of serve-bench."""
+    found, play, adapted = [], bench.play, bench.adapted
+
+    def played(engine, arrivals, requests, *how):
+        found.append([(bytes(r.prompt), r.max_new_tokens, r.adapter) for r in requests])
+        return play(engine, arrivals, requests, *how)
+
+    def made(*how):
+        found.append(bits(trained(copy := adapted(*how))))
+        return copy
+
+    with mock.patch.multiple(bench, play=played, adapted=made):
+        bench.serve_bench("one", (2,), rank=2, requests=5, rounds=1, seed=seed)
+    assert len(found) == 2 + 2 * 3  # to measure an adapter, to write it; to warm up, at once and one by one
+    return dict(enumerate(found))
+
+
 SEEDS = {
+    "combine.combine": [summed],
+    "combine.add_weighted_adapter": [added],
+    "engine.Request": [served],
+    "bench.serve_bench": [benched],
+    "openai.Asked": [],  # hands it to its Request, which serve/test_http.py sees
+    "cli combine": [],  # and these to their functions, which test_flags.py sees
+    "cli serve-bench": [],
     "finetune.Recipe": [fine_tuned(method) for method in finetune.METHODS],
     "rows.Run": [swept("lora"), swept("full")],
     "pretrain.Recipe": [pretrained],
@@ -368,7 +431,6 @@ def injected(rng):
     return model
 
 
-ONE = np.array([[65]])  # a prompt of one letter
 DRAWS = {
     "llama": lambda rng: bits(named_params(llama(TINY, rng))),
     "inject": lambda rng: bits(trained(injected(rng))),

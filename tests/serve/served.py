@@ -1,5 +1,7 @@
 """What the tests of serve/ share: a folder of PEFT adapters over one tiny base, and each one's own model."""
 
+import functools
+
 from helpers import LINEARS, tiny
 from library import np
 
@@ -27,6 +29,7 @@ def adapted(name, dtype=np.float64):
     return model
 
 
+@functools.cache
 def bytes_of(name):
     """Of an adapter's factors in float64."""
     return 8 * sum(size(adapter) for adapter in active(adapted(name)).values())

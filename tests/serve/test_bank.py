@@ -218,6 +218,23 @@ def test_an_unknown_name_is_refused_with_the_nearest(folder):
         bank.check("aa")
 
 
+def test_an_unknown_name_costs_a_look_at_its_neighbours_whatever_the_folder_holds(tmp_path, monkeypatch):
+    for k in range(250):
+        (tmp_path / f"x{k:03}").mkdir()
+        (tmp_path / f"x{k:03}" / CONFIG).write_text("{}")
+    bank, looks = Bank(base(), tmp_path), []
+    monkeypatch.setattr(bank, "has", lambda name, real=bank.has: looks.append(name) or real(name))
+    with pytest.raises(InputError, match="nearest: 'x120'"):
+        bank.check("x120a")
+    assert looks == ["x120a", *(f"x{k:03}" for k in range(21, 221))]
+
+
+def test_the_base_is_read_when_the_bank_is_made_and_not_in_a_step(folder, monkeypatch):
+    bank = Bank(base(), folder)
+    monkeypatch.setattr("minilora.peft.loading.fingerprint", None)
+    assert bank.take("a")
+
+
 def test_links_are_no_adapters(tmp_path):
     inside = write(tmp_path / "outside", names=("a", "b"))
     inner = tmp_path / "adapters"

@@ -5,11 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from served import base, write
+from served import base, bytes_of, write
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, FormatError
 from minilora.formats.huggingface import save_model
 from minilora.methods.lora_config import LoraConfig
+from minilora.peft.folder import WEIGHTS
+from minilora.serve import bench
 from minilora.serve.bank import Bank
 from minilora.serve.bench import (
     NEW,
@@ -21,7 +23,7 @@ from minilora.serve.bench import (
     workload,
     write_adapters,
 )
-from minilora.serve.engine import Engine
+from minilora.serve.engine import Engine, Request
 
 
 def test_the_popularity_of_adapters_is_zipfs_law():
@@ -57,15 +59,9 @@ def test_the_adapters_in_memory_are_those_that_reading_gives_the_popular_ones_la
             assert np.array_equal(mine.A.data, adapter.A.data)
             assert np.array_equal(mine.B.data, adapter.B.data)
             assert mine.scale == adapter.scale
-    arrays = {id(a.A.data) for one in bank.loaded.values() for a in one.layers.values()}
-    assert len(arrays) == 3 * len(adapter_paths(read))
     assert list(resident(model, tmp_path, 1, size - 1, size).loaded) == []
     assert bank.take(names(5)[4]).bytes == size
     assert names(3)[2] not in bank.loaded
-
-
-def adapter_paths(bank):
-    return next(iter(bank.loaded.values())).layers
 
 
 def test_requests_are_submitted_when_they_arrive(tmp_path):
@@ -81,10 +77,65 @@ def test_requests_are_submitted_when_they_arrive(tmp_path):
         assert stream.times[0] - start >= at
 
 
+def test_a_round_has_the_same_texts_for_all_and_turns_go_forwards_and_backwards(tmp_path, monkeypatch):
+    save_model(base(np.float32), tmp_path / "base", "")
+    monkeypatch.setattr(bench, "PROMPT", (1, 3))
+    monkeypatch.setattr(bench, "NEW", (2, 5))
+    seen = []
+
+    def watched(name, real):
+        def call(trial, *given):
+            requests = given[-1]
+            seen.append((name, trial.adapters, [(r.prompt.tolist(), r.max_new_tokens) for r in requests]))
+            return real(trial, *given)
+
+        monkeypatch.setattr(bench.Trial, name, call)
+
+    for name in ("warm", "burst", "trickle"):
+        watched(name, getattr(bench.Trial, name))
+    serve_bench(tmp_path / "base", (1, 3), rank=2, slots=2, requests=6, rounds=2)
+    assert [(name, n) for name, n, _ in seen] == [
+        *((name, n) for name in ("warm", "burst", "trickle") for n in (0, 1, 3)),
+        *((name, n) for name in ("burst", "trickle") for n in (3, 1, 0)),
+    ]
+    for at in range(3, len(seen), 3):
+        assert seen[at][2] == seen[at + 1][2] == seen[at + 2][2]
+    assert len({str(texts) for _, _, texts in seen[3::3]}) == 4
+
+
+def test_what_is_read_and_evicted_before_measuring_does_not_count(tmp_path):
+    model = base()
+    engine = Engine(model, Bank(model, write(tmp_path, names=("a", "e")), bytes_of("e")), slots=1)
+    trial = bench.Trial(2, engine)
+    trial.warm([Request((1,), 1, name, temperature=0) for name in "ae"])
+    trial.burst([Request((1,), 1, name, temperature=0) for name in "ea"])
+    trial.first = trial.last = [0.0]
+    row = trial.row(trial)
+    assert (row.in_memory, row.evictions) == (0.5, 1)
+
+
+def test_a_stream_that_fails_fails_the_benchmark(tmp_path):
+    model = base()
+    engine = Engine(model, Bank(model, write(tmp_path, names=("a",))), slots=1)
+    (tmp_path / "a" / WEIGHTS).write_bytes(b"")
+    with pytest.raises(FormatError):
+        play(engine, [0.0], [Request((1,), 2, "a", temperature=0)])
+
+
+def test_what_cannot_be_measured_is_refused_before_any_adapter_is_written(tmp_path, monkeypatch):
+    save_model(base(np.float32), tmp_path / "base", "")
+    monkeypatch.setattr(bench, "write_adapters", None)
+    how = {"adapters": (1,), "requests": 2}
+    with pytest.raises(ConfigError, match="takes 16 tokens; expected at least 80, the longest text"):
+        serve_bench(tmp_path / "base", **how)
+    monkeypatch.setattr(bench, "PROMPT", (1, 3))
+    monkeypatch.setattr(bench, "NEW", (2, 5))
+    with pytest.raises(ConfigError, match=r"budget is 99 bytes; expected at least [0-9,]+, those of one"):
+        serve_bench(tmp_path / "base", **how, budget=99)
+
+
 def test_the_report_has_a_line_for_each_number_of_adapters(tmp_path):
     save_model(base(np.float32), tmp_path / "base", "")
-    import minilora.serve.bench as bench
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "PROMPT", (1, 3))
         patch.setattr(bench, "NEW", (2, 5))

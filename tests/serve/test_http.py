@@ -520,7 +520,7 @@ bodies = st.binary(max_size=40) | st.builds(
 )
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=bodies, path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
 def test_any_body_gets_an_answer_or_an_error_in_json(server, body, path):
     reply = post(server, body, path)
@@ -587,9 +587,39 @@ def test_an_error_after_the_first_text_is_an_event_that_the_client_raises(folder
         assert client.completions.create(model="a", prompt="x", max_tokens=3).choices
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_engine_fails_all_who_wait_are_told_and_so_is_who_comes_later(folder):
+    async def ask(client, streams):
+        try:
+            async for _ in await client.completions.create(**LONG, stream=streams):
+                begun.set()
+        except openai.APIError as e:
+            return e
+
+    async def all_of():
+        async with client_of(server, asynchronous=True) as client:
+            streams = [asyncio.create_task(ask(client, True)) for _ in range(2)]
+            await asyncio.to_thread(begun.wait, 20)
+            with server.gate:
+                waiting = [asyncio.create_task(ask(client, False)) for _ in range(3)]
+                await asyncio.to_thread(until, lambda: server.engine.queued() >= 3)
+                server.engine.join = lambda: 1 / 0
+            return await asyncio.gather(*streams), await asyncio.gather(*waiting)
+
+    begun = threading.Event()
+    with served(folder, slots=2) as server:
+        events, errors = asyncio.run(all_of())
+        assert all("the engine has failed" in e.message for e in (*events, *errors))
+        assert not any(isinstance(e, openai.APIStatusError) for e in events)
+        assert [e.status_code for e in errors] == [503] * 3
+        refused(post(server, LONG), 503, "takes no more requests", code="stopping")
+        assert server.http.get("/health").status_code == 503
+
+
 # ---- many at once
 
 
+@pytest.mark.slow
 def test_two_hundred_clients_at_once_each_get_their_own_text(folder):
     cases = [(("base", *NAMES)[i % 4], "To be"[: 1 + i % 5], 3 + i % 6, i) for i in range(200)]
 

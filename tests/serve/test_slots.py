@@ -33,6 +33,20 @@ def schedules(draw):
     return texts, steps
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_only_the_rows_that_are_asked_for_get_logits(alone):
+    spans, ids = [Span(2, 0, 3), Span(0, 0, 1), Span(1, 0, 2)], np.arange(1, 7)[:, None]
+
+    def both(dtype):
+        model, _ = tiny(0, dtype)
+        for rows in (None, to_device(np.array([2, 3, 5]))):
+            logits, _ = model.forward(to_device(ids), past=slots_of(model, R, S).step(spans, alone, rows))
+            assert logits.shape == (6 if rows is None else 3, 1, V)
+            yield logits[[2, 3, 5]] if rows is None else logits
+
+    assert_precision_scales(both)
+
+
 def through(model, texts, steps, alone=False, slots=None):
     """(slot, position) -> logits (V,) of every token, by steps over slots."""
     slots = slots or slots_of(model, R, S)
@@ -114,7 +128,11 @@ def test_what_lies_behind_a_mask_changes_no_bit(seed, n, s):
 def test_a_cleared_slot_leaves_nothing_to_the_next_text_not_even_nan():
     model, _ = tiny(0)
     slots = slots_of(model, 2, S)
-    slots.k[:, 1] = slots.v[:, 1] = math.nan
+    for span in (Span(1, 0, 4), Span(1, 4, 1)):  # which may fail and be computed again
+        slots.step([span])
+        slots.k[:, 1, :, span.start : span.start + span.length] = math.nan
+        slots.v[:, 1, :, span.start : span.start + span.length] = math.nan
+    slots.step([Span(1, 4, 1)])
     slots.clear(1)
     assert not np.asarray(to_host(slots.k)).any()
     assert not np.asarray(to_host(slots.v)).any()
