@@ -381,6 +381,8 @@ def benched(seed):
 SEEDS = {
     "combine.combine": [summed],
     "combine.add_weighted_adapter": [added],
+    "combine.results": [],  # these two are parts of both
+    "combine.check_options": [],
     "engine.Request": [served],
     "bench.serve_bench": [benched],
     "openai.Asked": [],  # hands it to its Request, which serve/test_http.py sees
