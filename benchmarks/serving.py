@@ -237,6 +237,7 @@ def waiting(folder: Path, speed: float, rounds: int) -> list[dict[str, Any]]:
         served = Engine(model, bank, slots=SLOTS, positions=sum(p[1] for p in (bench.PROMPT, bench.NEW)),
                         queue=REQUESTS, clock=clock)  # fmt: skip
         trials.append(bench.Trial(n, served))
+        trials[-1].warm(bench.workload(rng, SLOTS, n, 1.0, SIZE[5]))
     rate = LOAD * speed / (sum(bench.NEW) / 2)
     for _ in range(rounds):
         arrivals = np.cumsum(rng.exponential(1 / rate, REQUESTS)).tolist()

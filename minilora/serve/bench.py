@@ -86,18 +86,15 @@ class Served:
 
 @dataclass(eq=False)
 class Trial:
-    """An engine for one number of adapters, and what was measured of it, round by round."""
+    """An engine for one number of adapters, and what was measured of it after `warm`, round by round."""
 
     adapters: int
     engine: Engine
-    before: Counters = field(init=False)  # the bank's, when measuring began
+    before: Counters = field(default_factory=Counters)  # the bank's, when measuring began
     throughput: list[float] = field(default_factory=list)  # tokens per second
     first: list[float] = field(default_factory=list)  # milliseconds, of all requests
     last: list[float] = field(default_factory=list)
     requests: int = 0
-
-    def __post_init__(self) -> None:
-        self.before = self.counters()
 
     def counters(self) -> Counters:
         """The bank's at this moment."""

@@ -231,7 +231,7 @@ def test_an_unknown_name_costs_a_look_at_its_neighbours_whatever_the_folder_hold
 
 def test_the_base_is_read_when_the_bank_is_made_and_not_in_a_step(folder, monkeypatch):
     bank = Bank(base(), folder)
-    monkeypatch.setattr("minilora.peft.loading.fingerprint", None)
+    monkeypatch.setattr("minilora.peft.loading.digest", None)
     assert bank.take("a")
 
 
