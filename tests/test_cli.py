@@ -403,6 +403,7 @@ def merged(monkeypatch):
     monkeypatch.setattr(merge_equivalence, "run", lambda: MERGED)
 
 
+@pytest.mark.slow
 def test_figures_need_only_the_rows(tmp_path, main, merged, capsys):
     assert main("figures", "--rows", with_rows(tmp_path, ranks=(1,)), "--out", tmp_path / "a") == 0
     assert capsys.readouterr() == (f"figures: {tmp_path / 'a'}\n", "")
@@ -513,6 +514,7 @@ def pretrained(tmp_path_factory):
         return folder / "whole", pretrain.run(small(**LONG), folder / "whole", config=TINY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [100, 251, 300])
 def test_stopped_pretraining_resumes_to_the_same_bytes(stop, pretrained, tmp_path, texts):
     recipe, (undisturbed, whole) = small(**LONG), pretrained

@@ -639,6 +639,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NAMES)
 def test_targets_with_similar_names_get_separate_figures(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -90,6 +90,7 @@ OTHERS = {"numpy": "1.0", "minilora": "9.9", "python": "2.7", "blas": "mkl", "ba
           "OMP_NUM_THREADS": "4", "base": "0" * 64}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_result_from_another_environment_is_refused(name, serial, tmp_path):
     with pytest.raises(MismatchError, match=f"{name} is '{OTHERS[name]}'; expected"), \
@@ -156,6 +157,7 @@ def test_jobs_and_a_cluster_exclude_each_other(refused):
     assert "expected one of them" in refused("--dask", "tcp://127.0.0.1:8786", "--jobs", "1")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["nobody", "silence", "another"])
 def test_an_address_without_a_scheduler_is_refused_in_time(who, refused, monkeypatch):
     pytest.importorskip("distributed")

@@ -481,6 +481,7 @@ def test_only_a_broken_run_is_done_again():
     assert executor.tries == ["a", "b", "c", "b"]
 
 
+@pytest.mark.slow
 def test_a_run_that_always_kills_its_process_is_an_error_and_keeps_the_other_rows(things, tmp_path):
     inputs = read_inputs(things[0], [things[1]])
     with harness.open_store(tmp_path / "out", deadly, inputs, {}, RowForm(), jobs=2) as store:

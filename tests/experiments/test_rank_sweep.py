@@ -489,6 +489,7 @@ def kill_workers():
     return len(workers)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_only_a_retry(place, whole, tmp_path):
     killed = 0
 
@@ -502,6 +503,7 @@ def test_a_killed_worker_costs_only_a_retry(place, whole, tmp_path):
     assert held(tmp_path / "out") == held(whole[0])
 
 
+@pytest.mark.slow
 def test_a_worker_killed_between_two_stages_costs_only_a_retry(place, whole, tmp_path):
     killed = 0
 

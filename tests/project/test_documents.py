@@ -246,6 +246,7 @@ def test_the_reading_walk_visits_each_definition_once_and_counts_moves(house, tm
     assert built.moves("entry") == (3, 1)  # to helper, back up to own, down to Box
 
 
+@pytest.mark.slow
 def test_a_revision_is_compared_with_the_work_tree(house):
     if not (ROOT / ".git").exists():
         pytest.skip("no git repository")

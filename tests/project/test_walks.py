@@ -61,6 +61,7 @@ def some(points, count=1):
     return list(points)[-2 :: -max(len(points) // count, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_command_leaves_the_old_or_the_new_output(name, walk):
     """A sample; the whole walk is below."""

@@ -599,6 +599,7 @@ def test_when_the_engine_fails_all_who_wait_are_told_and_so_is_who_comes_later(f
     async def all_of():
         async with client_of(server, asynchronous=True) as client:
             streams = [asyncio.create_task(ask(client, True)) for _ in range(2)]
+            await asyncio.to_thread(until, lambda: len(server.engine.running) == 2)
             await asyncio.to_thread(begun.wait, 20)
             with server.gate:
                 waiting = [asyncio.create_task(ask(client, False)) for _ in range(3)]
@@ -734,6 +735,7 @@ def impatient(monkeypatch):
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sent",
     [b"", b"POST /v1/comp", HEALTH[:-2], HEALTH, HEALTH + HEALTH[:7]],
@@ -758,6 +760,7 @@ def test_a_client_that_does_not_go_on_is_cut_off(folder, impatient, sent):
         assert until(lambda: not server.uvicorn.server_state.connections)
 
 
+@pytest.mark.slow
 def test_a_client_may_wait_as_long_as_its_answer_takes(folder, impatient):
     with served(folder) as server, client_of(server) as client:
         threading.Timer(1.2, server.gate.open.set).start()
