@@ -90,7 +90,6 @@ OTHERS = {"numpy": "1.0", "minilora": "9.9", "python": "2.7", "blas": "mkl", "ba
           "OMP_NUM_THREADS": "4", "base": "0" * 64}  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_result_from_another_environment_is_refused(name, serial, tmp_path):
     with pytest.raises(MismatchError, match=f"{name} is '{OTHERS[name]}'; expected"), \

@@ -735,7 +735,6 @@ def impatient(monkeypatch):
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "sent",
     [b"", b"POST /v1/comp", HEALTH[:-2], HEALTH, HEALTH + HEALTH[:7]],
