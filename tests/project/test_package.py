@@ -23,7 +23,7 @@ def python(code, **env):
 
 
 def test_importing_costs_little_more_than_numpy(tmp_path):
-    """At most half of NumPy's own time: the shortest of each, taking turns, since others only make them longer."""
+    """At most half of NumPy's own time: the shortest of each, since load only makes them longer."""
 
     def seconds(module):
         """The processor time of an import in a fresh process, its byte code being there."""
