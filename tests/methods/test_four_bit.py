@@ -193,8 +193,8 @@ def test_chunks_change_no_bit(seed, kind, block, double, at_once, data):
 @given(seed=seeds, kind=kinds, count=st.integers(1, 90), power=st.sampled_from([-100, 0, 126]))
 def test_the_offset_is_the_mean_of_the_scales(seed, kind, count, power):
     """Of numbers whose sum need not be finite in float32."""
-    w = np.random.default_rng(seed).uniform(-1, 1, (count, 32)).astype(np.float32) * np.float32(2.0**power)
-    one, two = (encoded(w, kind, 32, double) for double in (False, True))
+    w = numpy.random.default_rng(seed).uniform(-1, 1, (count, 32)) * 2.0**power
+    one, two = (encoded(to_device(w, np.float32), kind, 32, double) for double in (False, True))
     mean = host(one.absmax).mean()
     assert abs(host(two.absmax.offset)[0] - mean) <= U * mean * (1 + count * 2.0**-29)
 
