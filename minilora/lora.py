@@ -207,7 +207,12 @@ def check_name(model: Any, name: str) -> None:
     layers = [layer for _, layer in owners(model) if isinstance(layer, Adapted)]
     if any(name in layer.adapters for layer in layers):
         raise InputError(f"adapter {name!r} is there already; expected a new name")
-    if any(layer.merged is not None for layer in layers):
+    refuse_merged(model)
+
+
+def refuse_merged(model: Any) -> None:
+    """StateError if an adapter is merged into the model."""
+    if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
         raise StateError("the model is merged; unmerge it first")
 
 
@@ -234,8 +239,7 @@ def adapted(model: Any) -> dict[str, Adapted]:
 def unmerged(model: Any) -> dict[str, Adapted]:
     """`adapted` of a model that is not merged; StateError if it is."""
     layers = adapted(model)
-    if any(layer.merged is not None for layer in layers.values()):
-        raise StateError("the model is merged; unmerge it first")
+    refuse_merged(model)
     return layers
 
 

@@ -30,7 +30,7 @@ from ..errors import (
     short,
 )
 from ..layers import Adapter, Linear, Need, Param, Table
-from ..lora import Adapted, LowRank, bases, owners
+from ..lora import Adapted, LowRank, bases, owners, refuse_merged
 from ..model import Llama
 from ..ops import Back, back_nothing, back_same, rows
 from ..targets import find_targets, with_head
@@ -454,9 +454,3 @@ def named(model: Any, name: str) -> Adapters:
     if name not in names:
         raise InputError(f"there is no adapter {short(name)}; {nearest(name, names)}")
     return {path: layer.adapters[name] for path, layer in layers.items() if name in layer.adapters}
-
-
-def refuse_merged(model: Any) -> None:
-    """StateError if adapters are merged into the model."""
-    if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
-        raise StateError("the model is merged; unmerge it before a mixed batch")

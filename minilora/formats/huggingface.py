@@ -50,7 +50,7 @@ from ..methods.bitsandbytes import (
 )  # fmt: skip
 from ..methods.four_bit import Blocks, FourBit, decoded
 from ..model import Config, Llama, RopeScaling, blank
-from ..tree import freeze, named_params, replace, walk
+from ..tree import dtype_of, freeze, named_params, replace, walk
 from . import archives, gguf
 from .atomic import exists, read, write_atomic, write_folder
 from .safetensors import CALLED, Tensors, json_object, layout, open_tensors, refuse_pointer, sealed, stored
@@ -325,7 +325,7 @@ def save_model(
         "hidden_act": "silu",
         "architectures": ["LlamaForCausalLM"],
     }
-    config |= {"torch_dtype": dtype or str(next(iter(tensors.values())).dtype)} | asdict(model.config)
+    config |= {"torch_dtype": dtype or str(dtype_of(model))} | asdict(model.config)
     config |= {"tie_word_embeddings": TIED not in params} | dict(extra or {})
     if packed:
         maps = {path: node for path, node in walk(model) if isinstance(node, Linear)}
