@@ -95,7 +95,7 @@ def test_the_parts_of_any_weight_give_it_back(seed, shape, kind, block, double):
     assert codes.shape == (-(-w.size // 2), 1)
     state = json.loads(parts.pop(f"w.quant_state.bitsandbytes__{kind}").tobytes())
     assert shape_of("w", kind, state) == shape
-    own = blocks_of("w", kind, state, codes, {k.removeprefix("w."): a for k, a in parts.items()}, np.float32)
+    own = blocks_of("w", state, codes, {k.removeprefix("w."): a for k, a in parts.items()}, np.float32)
     assert same_bits(*({str(i): to_host(a) for i, a in enumerate(b.arrays)} for b in (blocks, own)))
     assert (own.shape, own.dtype, own.kind, own.block) == (shape, w.dtype, kind, block)
     for a in own.arrays:
