@@ -4,8 +4,8 @@ Loading is strict: every tensor must be there, finite and of the right shape, an
 Tensors are read one by one, so a checkpoint of any architecture can be inspected without loading it. A
 loaded model is frozen and its memory is read-only. Stands in for transformers' from_pretrained and
 save_pretrained. Runs only Llama (Mistral without a sliding window is one); knows the names and shapes of
-Qwen 2 and 3, too (`Outline`). Weights in 4 bits are bitsandbytes', and stay in 4 bits. No pickle is ever
-opened.
+Qwen 2 and 3, too (`Outline`). Weights in 4 bits have bitsandbytes' form, and stay in 4 bits. No pickle is
+ever opened.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the largest tensor that is not in 4 bits, "bfloat16", ...; a merged model has it."""
+        """The dtype of the largest tensor that is not in 4 bits, "bfloat16", ...: that of a merged model."""
         shapes, called = self.tensors.shapes, {F: name for name, F in CALLED.items()}
         rest = [name for name in shapes if name not in self.tensors.packed]
         largest = max(rest, key=lambda name: math.prod(shapes[name]))
@@ -303,10 +303,11 @@ def save_model(
 ) -> None:
     """Write a plain model as a new folder: config.json, model.safetensors, README.md; all or nothing.
 
-    Weights in 4 bits are written as bitsandbytes' (nf4 and fp4), and loaded again to the bit.
-    `extra` goes into config.json next to the shape. `dtype` is "float32", "bfloat16", ... or None for the
-    model's. `beside` holds more files by name, those of a tokenizer. StorageError if the folder exists,
-    unless `overwrite`; StateError if the model has adapters; NonFiniteError for values not finite in `dtype`.
+    Weights in 4 bits are written in bitsandbytes' form, and load again to the bit. `extra` goes into
+    config.json next to the shape. `dtype`, of all other weights, is "float32", "bfloat16", ... or None for
+    the model's. `beside` holds more files by name, those of a tokenizer. StorageError if the folder exists,
+    unless `overwrite`; StateError if the model has adapters; NonFiniteError for values not finite in `dtype`;
+    UnsupportedError for 4-bit weights that are neither nf4 nor fp4.
     """
     if dtype is not None and dtype not in CALLED:
         raise ConfigError(f"dtype is {short(dtype)}; expected one of {', '.join(CALLED)}")
