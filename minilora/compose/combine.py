@@ -26,7 +26,7 @@ from ..backend import quiet_overflow, to_device, to_host
 from ..errors import InputError, MiniloraError, MismatchError, UnsupportedError, nearest, short
 from ..formats.atomic import check_free
 from ..layers import Factors, Param
-from ..lora import LowRank, attach, check_name, unmerged
+from ..lora import LowRank, adapted, attach, check_name
 from ..methods.embedding import LowRankEmbedding
 from ..model import Llama
 from ..peft.config import peft_config, read_fields
@@ -308,7 +308,7 @@ def add_weighted_adapter(
     """
     check_weights([weight for _, weight in pairs_of(adapters)])
     check_options(method, rank, density, seed)
-    layers = unmerged(model)
+    layers = adapted(model)
     names = {n for layer in layers.values() for n in layer.adapters}
     for adapter in adapters:
         if adapter not in names:

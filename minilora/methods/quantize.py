@@ -19,7 +19,7 @@ import numpy as np
 from ..backend import to_host
 from ..errors import NonFiniteError, StateError
 from ..layers import Param
-from ..lora import bases, refuse_merged
+from ..lora import bases, unmerged
 from ..spectra import quotient
 from ..table import Table, report
 from ..targets import find_targets
@@ -75,7 +75,7 @@ def quantize(model: Any, *, kind: str = "nf4", block: int = 64, double: bool = T
     leaves the model as it was: InputError for kind or block, StateError if the model is merged or quantized
     already, NonFiniteError names the weight.
     """
-    refuse_merged(model)
+    unmerged(model)
     check_form(kind, block)
     layers = bases(model)
     new, rows, lost = {}, [], []
