@@ -196,6 +196,14 @@ def parser() -> argparse.ArgumentParser:
     add("--target", SUPPRESS, **renamed("--target", "--data; --targets are the linear maps that LoRA adapts"))
     add("--modules", SUPPRESS, **renamed("--modules", "--targets"))
 
+    of = Of("experiments.adding_adapters", "Plan")
+    add = command("experiment", experiment, of.usual, "one question about LoRA: its rows, figures and answer")
+    add("name", "adding-adapters", choices=("adding-adapters",))
+    add("--base", "the model to start from: base (ships) or a folder", **base)
+    add("--jobs", "number of processes (default: one per core)", **number)
+    add("--out", "where rows and figures go", type=Path, default=Path("runs/adding-adapters"), metavar="DIR")
+    add("--quick", "a small grid, done in half a minute", **switch)
+
     of = Of("experiments.pretrain", "Recipe")
     add = command("pretrain", pretrain, of.usual, "train the base model from its seed")
     add("--out", "the model's folder", type=Path, default=Path("runs/base"), metavar="DIR")
@@ -376,6 +384,26 @@ def sweep(options: Options) -> int:
     draw(rows, out)
     print(rank_report.table(rows))
     print(plain(f"figures and report: {out / 'report.html'}"))
+    return int(any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final"))
+
+
+def experiment(options: Options) -> int:
+    """Run one experiment, draw it, and print its tables."""
+    from .experiments import adding_adapters, adding_figures
+    from .formats.atomic import make_folder
+
+    quick: dict[str, Any] = adding_adapters.QUICK if options.quick else {}
+    plan = adding_adapters.Plan(**quick | typed(options, adding_adapters.Plan))
+    with bar("runs") as show:
+        rows = adding_adapters.run(
+            plan, options.out, jobs=getattr(options, "jobs", None),
+            progress=lambda done, known, row: show(done, known),
+        )  # fmt: skip
+    make_folder(options.out)
+    for name, picture in adding_figures.pictures(rows).items():
+        picture.save(options.out, name)
+    print(*adding_figures.tables(rows), sep="\n\n")
+    print(plain(f"figures: {options.out}"))
     return int(any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final"))
 
 

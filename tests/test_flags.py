@@ -28,7 +28,15 @@ from minilora.analysis import inspect as microscope
 from minilora.compose import combine, export, extract, truncate
 from minilora.compose import quantize as compose_quantize
 from minilora.data import corpora
-from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
+from minilora.experiments import (
+    adding_adapters,
+    adding_figures,
+    merge_equivalence,
+    pretrain,
+    rank_figures,
+    rank_report,
+    rank_sweep,
+)
 from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
 from minilora.model import Config, llama
@@ -108,6 +116,8 @@ class Spies(ExitStack):
 
 CALLED = {  # by command: the functions that it calls, and what they return here
     "sweep": [(rank_sweep, "sweep", []), (cli, "draw"), (rank_report, "table", "a table")],
+    "experiment": [(adding_adapters, "run", []), (adding_figures, "pictures", {"drawn": Found()}),
+                   (adding_figures, "tables", ["a table"])],
     "pretrain": [(pretrain, "run", Found())],
     "data": [(corpora, "fetch_texts", "texts"), (huggingface, "smollm2", "a model")],
     "train": [(finetune, "run", Found())],
@@ -162,6 +172,16 @@ OPTIONS = {
             "sweep.out": Path("runs/quick"), "draw.out": Path("runs/quick"),
             "printed": "a table\nfigures and report: runs/quick/report.html\n",
         }),
+    }),
+    "experiment": ({"name": ["adding-adapters"]}, {
+        "name": (["adding-adapters"], {}),
+        "base": (["--base", "b"], {"run.plan.base": "b"}),
+        "jobs": (["--jobs", "2"], {"run.jobs": 2}),
+        "out": (["--out", "o"], {
+            "run.out": Path("o"), "runs/adding-adapters/drawn": None, "o/drawn": "written",
+            "printed": "a table\nfigures: o\n",
+        }),
+        "quick": (["--quick"], {f"run.plan.{name}": value for name, value in adding_adapters.QUICK.items()}),
     }),
     "pretrain": ({}, {
         "out": (["--out", "o"], {"run.out": Path("o"),
@@ -366,7 +386,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
-                        "combine": 2, "inspect": 0, "quantize": 2, "serve": 7,
+                        "combine": 2, "experiment": 1, "inspect": 0, "quantize": 2, "serve": 7,
                         "serve-bench": 11}.get(command, 0)  # fmt: skip
 
 

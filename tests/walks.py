@@ -64,7 +64,15 @@ def prepare():
     from minilora.analysis import inspect, plotting
     from minilora.data import corpora
     from minilora.digests import of_bytes
-    from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
+    from minilora.experiments import (
+        adding_adapters,
+        adding_figures,
+        merge_equivalence,
+        pretrain,
+        rank_figures,
+        rank_report,
+        rank_sweep,
+    )
     from minilora.model import Config
 
     drawn = merge_equivalence.run(draws=1)
@@ -79,7 +87,12 @@ def prepare():
     rank_figures.merge_equivalence = lambda rows: pictures["a"]
     rank_report.pictures = lambda rows: pictures
     inspect.pictures = lambda seen: pictures
-    rank_sweep.LENGTH = 32
+    rank_sweep.LENGTH = adding_adapters.LENGTH = 32
+    adding_adapters.QUICK |= dict.fromkeys(("steps", "search_steps", "test_windows", "valid_windows"), 1)
+    adding_adapters.QUICK |= {"rank": 2, "targets": ("folio", "kjv")}
+    adding_adapters.METHODS, adding_adapters.SCALES = {"linear": {"method": "linear"}}, (1.0,)
+    adding_figures.METHODS = adding_adapters.METHODS
+    adding_figures.pictures = lambda rows: pictures
     pretrain.Config = lambda: Config(**TINY)
     pretrain.LENGTH = 32
     np.random.default_rng(0)
@@ -264,6 +277,8 @@ PLACES = (
     Place("figures", ["figures", "--rows", "in/rows.jsonl", "--out", "work/out"], whole=False),
     Place("sweep", ["sweep", "--data", "in/own.txt", "--base", "in/base", "--ranks", "1", "--seeds", "1",
                     "--steps", "2", "--jobs", "1", "--out", "work/out"], whole=False, inputs=BASE),
+    Place("experiment", ["experiment", "adding-adapters", "--quick", "--base", "in/base", "--jobs", "1",
+                         "--out", "work/out"], whole=False, env=CACHE, inputs=BASE),
 )  # fmt: skip
 QUIET = {  # commands that write nothing, and how they are called to show it
     "generate": ["generate", "Now", "--base", "in/base", "--adapter", "in/adapter", "--max-tokens", "3"],

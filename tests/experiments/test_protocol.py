@@ -32,6 +32,7 @@ from minilora.compose.combine import add_weighted_adapter, combine
 from minilora.data import batching, corpora
 from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
+from minilora.experiments import adding_adapters as adding
 from minilora.experiments import merge_equivalence, pretrain, rank_sweep
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
@@ -216,6 +217,26 @@ def test_a_sweep_trains_on_train_selects_on_valid_and_reports_test():
             apart(windows, part)
 
 
+def test_adapters_to_add_are_trained_on_train_and_their_scales_chosen_on_valid():
+    seen, real = {}, adding.work
+
+    def work(run, inputs):
+        with Seen().watching() as one:
+            row = real(run, inputs)
+        for part in ("trained", "measured"):
+            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
+        return row
+
+    with mock.patch.object(adding, "work", work), few_sums():
+        adding.run(ADDED, next(outs), jobs=1)
+    learned, valid, test = ("".join(parts) for parts in zip(*map(split, CORPORA.values()), strict=True))
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test])
+        assert not any(w in split(CORPORA[adding.OWN])[0] for w in seen[kind, "trained"])
+    within(seen["search", "measured"], valid, [learned, test])
+    within(seen["final", "measured"], valid + test, [learned])
+
+
 def test_pretraining_never_sees_the_held_out_text():
     learned, valid, test = split(CORPORA["folio"])
     recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
@@ -289,6 +310,26 @@ def swept(method):
         return {part: found[part] for part in kept}
 
     return run
+
+
+ADDED = adding.Plan(("folio", "kjv"), "one", 3, 5.0, (1e-4, 0.05), 13, 4, 1, 6, 7, 9)
+
+
+def few_sums():
+    """One method of adding adapters, and one scale."""
+    return mock.patch.multiple(adding, METHODS={"linear": {"method": "linear"}}, SCALES=(1.0,))
+
+
+def summing(seed):
+    """Of the last adapter, the joint one, every part; and what dare leaves of two of them."""
+    rates = tuple((name, 0.02) for name in (*ADDED.targets, adding.JOINT))
+    cell = adding.Run("final", ADDED, seed, rates)
+    inputs = Inputs("one", load("one"), CORPORA)
+    methods = mock.patch.multiple(adding, METHODS={"dare": adding.METHODS["dare"]}, SCALES=(1.0,))
+    with methods, mock.patch.object(adding, "add_weighted_adapter", wraps=add_weighted_adapter) as adds:
+        found = trained_from(adding, lambda: adding.work(cell, inputs)["losses"])
+    assert adds.call_args.kwargs["seed"] == seed
+    return {part: a for part, a in found.items() if not part.endswith(".B")}
 
 
 def pretrained(seed):
@@ -389,6 +430,7 @@ SEEDS = {
     "cli combine": [],  # and these to their functions, which test_flags.py sees
     "cli serve-bench": [],
     "finetune.Recipe": [fine_tuned(method) for method in finetune.METHODS],
+    "adding_adapters.Run": [summing],
     "rows.Run": [swept("lora"), swept("full")],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
@@ -662,6 +704,57 @@ def set_up_by_hand(setting):
         return planned_by_hand(Plan(("folio",), ranks=(2, 3), base="one"))
 
 
+def added_up(plan):
+    """What is run, the validation losses of the search, and test losses of the joint adapter and the base."""
+    with few_sums():
+        rows = adding.run(plan, next(outs), jobs=1)
+    runs = [[row["config"][k] for k in ("kind", "seed", "rates", "texts")] for row in rows]
+    finals = [row["losses"] for row in rows if row["config"]["kind"] == "final"]
+    return {
+        "runs": json.dumps(runs),
+        "valid": {tuple(row["config"]["rates"][0]): row["valid"] for row in rows if "valid" in row},
+        "joint": [losses[adding.JOINT] for losses in finals],
+        "base": [losses["base"] for losses in finals],
+    }
+
+
+def added_up_by_hand(plan):
+    names, texts = (*plan.targets, "joint"), (*plan.targets, "shakespeare")
+    digests = [CORPORA[text].digest for text in texts]
+
+    def loss(model, text, split, windows):
+        ids = getattr(CORPORA[text], split)
+        return evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=windows * LENGTH))
+
+    def learn(name, rate, seed, steps):
+        model, mine = load(plan.base), plan.targets if name == "joint" else (name,)
+        inject(model, LoraConfig(r=plan.rank, alpha=plan.alpha), rng=np.random.default_rng([seed, 0]))
+        rngs = [np.random.default_rng([seed, 1, i]) for i in range(len(mine))]
+        streams = [
+            batching.batches(CORPORA[text].train, rng, plan.batch, LENGTH)
+            for text, rng in zip(mine, rngs, strict=True)
+        ]
+        steps *= len(mine)
+        turns = (next(streams[i % len(mine)]) for i in itertools.count())
+        schedule = Schedule(steps, warmup=steps // 20)
+        train(model, turns, AdamW(rate, betas=(0.9, 0.99)), steps=steps, schedule=schedule, threads=1)
+        return model, mine
+
+    runs, valid, best = [], {}, []
+    for name in names:
+        for rate in plan.rates:
+            model, mine = learn(name, rate, 1000, plan.search_steps)
+            found = [loss(model, text, "valid", plan.valid_windows) for text in mine]
+            valid[name, rate] = sum(found) / len(found)
+            runs.append(("search", 1000, [(name, rate)], digests))
+        best.append((name, min(plan.rates, key=lambda rate: valid[name, rate])))
+    runs += [("final", seed, best, digests) for seed in range(plan.seeds)]
+    joint = [learn(*best[-1], seed, plan.steps)[0] for seed in range(plan.seeds)]
+    tested = [{text: loss(m, text, "test", plan.test_windows) for text in texts} for m in joint]
+    base = {text: loss(load(plan.base), text, "test", plan.test_windows) for text in texts}
+    return {"runs": json.dumps(runs), "valid": valid, "joint": tested, "base": [base] * plan.seeds}
+
+
 def injected_and_trained(config):
     model, rng = tiny(0, np.float32, attention_bias=True)
     inject(model, config, rng=rng)
@@ -898,6 +991,24 @@ CASES = {
             "base": ("two", "base runs"),
             "test_windows": (12, "test_windows runs"),
             "valid_windows": (7, "valid_windows runs"),
+        },
+    ),
+    adding.Plan: Case(
+        ADDED,
+        added_up,
+        added_up_by_hand,
+        {
+            "targets": (("kjv", "folio"), "runs valid joint"),
+            "base": ("two", "valid joint base"),
+            "rank": (2, "valid joint"),
+            "alpha": (8.0, "valid joint"),
+            "rates": ((1e-4, 0.03), "runs valid joint"),
+            "steps": (14, "joint"),
+            "search_steps": (5, "valid"),
+            "seeds": (2, "runs joint base"),
+            "batch": (2, "valid joint"),
+            "test_windows": (8, "joint base"),
+            "valid_windows": (10, "valid"),
         },
     ),
     Setting: Case(
