@@ -184,10 +184,10 @@ def combine(
         for module, pair in folder.pairs.items():
             A, B = folder.factors(module)
             updates.setdefault(module, []).append((weight, Factors(to_device(B), to_device(A), pair.scale)))
-    first = {m: folder for folder, _ in reversed(summed) for m in folder.pairs}  # whose names the tensors get
+    like = {m: folder for folder, _ in summed for m in folder.pairs}  # any: all have the same names and form
     tensors, rows, sizes = {}, [], {}
     for new, row in results(updates, method, rank, density, seed, progress):
-        folder = first[row.module]
+        folder = like[row.module]
         pair, shapes = folder.pairs[row.module], folder.tensors.shapes
         inner, outer = shapes[pair.A][1:], shapes[pair.B][2:]  # a convolution's have more axes
         tensors[pair.A] = to_host(new.A).reshape(row.rank, *inner)

@@ -277,6 +277,16 @@ def test_what_has_no_sum_is_refused(method, updates, error, message):
         ALL[method](updates) if method != "svd" else svd(updates, 1)
 
 
+def test_cross_terms_too_large_for_their_dtype_are_refused():
+    """The entries of the sum are 4, those of B_1 A_2 are 2e50, and all factors are within float32."""
+    B, A = np.ones((4, 2), np.float32), np.ones((2, 3), np.float32)
+    large, small = np.float32(1e25), np.float32(1e-25)
+    updates = [(1.0, of(B * large, A * small, 1.0)), (1.0, of(B * small, A * large, 1.0))]
+    assert math.isfinite(cat(updates).norm)
+    with pytest.raises(NonFiniteError, match="the sum is not finite in float32"):
+        peft_linear(updates)
+
+
 def test_lapack_is_not_asked_about_what_is_not_finite(capfd):
     """It would print of an "illegal value"."""
     for large in (pair(size=1e200, dtype=np.float64), pair(size=math.nan)):
