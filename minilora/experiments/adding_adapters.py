@@ -36,7 +36,7 @@ OWN = "shakespeare"  # the base's own text: what a combination costs there
 JOINT = "joint"
 SEARCH_SEED = 1000
 TIMES = (0.25, 0.5, 0.75)  # between two adapters
-SCALES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 METHODS: dict[str, dict[str, Any]] = {  # name -> the options of `add_weighted_adapter`, but for svd's rank
     "linear": {"method": "linear"},
     "svd": {"method": "svd"},
