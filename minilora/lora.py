@@ -204,10 +204,14 @@ def check_name(model: Any, name: str) -> None:
     """InputError or StateError unless the model can take an adapter of that name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) or name == "__base__":
         raise InputError(f"adapter name is {short(name)}; expected letters, digits, -, _ (not __base__)")
-    layers = [layer for _, layer in owners(model) if isinstance(layer, Adapted)]
-    if any(name in layer.adapters for layer in layers):
+    if any(isinstance(layer, Adapted) and name in layer.adapters for _, layer in owners(model)):
         raise InputError(f"adapter {name!r} is there already; expected a new name")
-    if any(layer.merged is not None for layer in layers):
+    refuse_merged(model)
+
+
+def refuse_merged(model: Any) -> None:
+    """StateError if the model is merged."""
+    if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
         raise StateError("the model is merged; unmerge it first")
 
 
@@ -234,8 +238,7 @@ def adapted(model: Any) -> dict[str, Adapted]:
 def unmerged(model: Any) -> dict[str, Adapted]:
     """`adapted` of a model that is not merged; StateError if it is."""
     layers = adapted(model)
-    if any(layer.merged is not None for layer in layers.values()):
-        raise StateError("the model is merged; unmerge it first")
+    refuse_merged(model)
     return layers
 
 

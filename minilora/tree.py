@@ -51,6 +51,11 @@ def size(tree: Any) -> int:
     return sum(p.size for p in named_params(tree).values())
 
 
+def dtype_of(tree: Any) -> Any:
+    """The dtype of the parameters, which is that of the first."""
+    return next(iter(named_params(tree).values())).dtype
+
+
 def trained(tree: Any) -> dict[str, Param]:
     """Path -> Param of the trained parameters."""
     return {path: p for path, p in named_params(tree).items() if p.trainable}

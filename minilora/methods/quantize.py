@@ -19,7 +19,7 @@ import numpy as np
 from ..backend import to_host
 from ..errors import NonFiniteError, StateError
 from ..layers import Param
-from ..lora import Adapted, bases, owners
+from ..lora import bases, refuse_merged
 from ..spectra import quotient
 from ..table import Table, report
 from ..targets import find_targets
@@ -74,8 +74,7 @@ def quantize(model: Any, *, kind: str = "nf4", block: int = 64, double: bool = T
     from 32 to 4096; `double` stores the scales in 8 bits. An error leaves the model as it was: InputError for
     kind or block, StateError if the model is merged or quantized already, NonFiniteError names the weight.
     """
-    if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
-        raise StateError("the model is merged; unmerge it first")
+    refuse_merged(model)
     check_form(kind, block)
     layers = bases(model)
     new, rows, lost = {}, [], []

@@ -26,7 +26,7 @@ from ..methods.full_copy import FullCopy
 from ..model import Llama
 from ..table import counted, report
 from ..targets import with_head
-from ..tree import digest, named_params
+from ..tree import digest, dtype_of, named_params
 from .config import alphas_of, chosen, meant, peft_config, targets
 from .folder import (
     PATTERNS,
@@ -93,7 +93,7 @@ def load_adapter(
     check_fit(given, layers, tied)
     if not force:
         check_base(given, lambda: base_print(model))
-    dtype = next(iter(named_params(model).values())).dtype
+    dtype = dtype_of(model)
     new: dict[str, Any] = {}
     norms, p_drop = {}, given.settings.lora_dropout
     for module, pair in given.pairs.items():
