@@ -210,7 +210,7 @@ def check_name(model: Any, name: str) -> None:
 
 
 def refuse_merged(model: Any) -> None:
-    """StateError if the model is merged."""
+    """StateError if an adapter is merged into the model."""
     if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
         raise StateError("the model is merged; unmerge it first")
 
