@@ -1384,7 +1384,7 @@ MUTANTS = (
     Mutant("slots-in-order-though-they-are-not", "serve/slots.py", "dense, where = np.array_equal(slots, np.arange(n)), to_device(slots)", "dense, where = len(slots) == n, to_device(slots)", "slots"),
     Mutant("slots-span-begins-at-zero", "serve/slots.py", "np.arange(s.start, s.start + s.length)", "np.arange(s.length)", "slots"),
     Mutant("slots-span-sees-only-itself", "serve/slots.py", "causal(span.slot, span.start + span.length)", "causal(span.slot, span.length)", "slots"),
-    Mutant("slots-rows-of-singles-taken-for-neighbours", "serve/slots.py", "if at[-1] - at[0] + 1 == len(at) else", "if at else", "slots"),
+    Mutant("slots-rows-of-singles-taken-for-neighbours", "serve/slots.py", "parts.append((index(at),", "parts.append((slice(at[0], at[-1] + 1),", "slots"),
     Mutant("slots-clear-the-keys-alone", "serve/slots.py", "self.k[:, slot, :, :filled] = self.v[:, slot, :, :filled] = 0", "self.k[:, slot, :, :filled] = 0", "slots"),
     Mutant("slots-attend-together-where-each-should-alone", "serve/slots.py", "        if alone:\n", "        if not spans:\n", "slots"),
     Mutant("attend-one-forgets-its-mask", "ops.py", "        scores += mask\n", "        pass\n", "slots"),

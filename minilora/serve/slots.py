@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Array, to_device, xp
+from ..fast.mixed import index
 from ..model import Llama, Turn
 from ..ops import attend_one, attention
 from ..tree import dtype_of
@@ -133,8 +134,7 @@ def cut(spans: Sequence[Span], dtype: Any) -> list[tuple[Any, Part]]:
             parts.append((slice(m, m + span.length), causal(span.slot, span.start + span.length)))
         m += span.length
     if single:
-        rows = slice(at[0], at[-1] + 1) if at[-1] - at[0] + 1 == len(at) else to_device(np.array(at))
-        parts.append((rows, together(single, dtype)))
+        parts.append((index(at), together(single, dtype)))
     return parts
 
 
