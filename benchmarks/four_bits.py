@@ -9,9 +9,9 @@ that take turns (common.py). Times are of the processor, so that other processes
 medians.
 
 Memory: LoRA on SmolLM2-135M, r = 8 on all linear maps, batch 8 of 128 tokens, three steps on one thread,
-beside the base as it is and in NF4, each in a process of its own. It reports the bytes of the linear maps, the
-resident memory once the base is ready (VmRSS after glibc's malloc_trim), and the most while it trains (VmHWM,
-which is reset before the first step).
+beside the base as it is and in NF4, each in a process of its own. It reports the bytes of the linear maps,
+the resident memory once the base is ready (VmRSS after glibc's malloc_trim), and the most while it trains
+(VmHWM, which is reset before the first step).
 
 Loss: the shipped base on the five plays held out from its training, and SmolLM2 on the beginning of them,
 before quantizing and after it, for every kind and several sizes of blocks.
