@@ -53,7 +53,7 @@ class Mixed:
     path: str
     batch: MixedBatch
     compute: Compute
-    trained: list[Adapter] = field(default_factory=list)  # of the batch's, where a walk of the tree sees them
+    trained: list[Adapter] = field(default_factory=list)  # in this batch; a walk of the tree finds them
 
     def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         return self.compute(self, x, need)
@@ -299,7 +299,7 @@ class MixedBatch:
         self.layers: dict[str, Mixed] = {}
         self.N: int | None = None  # rows; None: outside of `rows`
         self.members: dict[int, Member] = {}  # by the id of their adapters
-        self.order: Any = None  # what was arranged last: the member of each row, those of several rows a text
+        self.order: Any = None  # the last arrangement: the member of each row, those of texts of several rows
         self.segments: list[Segment] = []
         self.unstacked: list[Segment] = []  # of these, those that no stack takes
         self.stacks: dict[Layout, Stack] = {}

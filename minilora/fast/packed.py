@@ -72,7 +72,7 @@ def train_packed(
         replica, batch = mixed(model, compute=segments, invariant=invariant)
         entries = {name: named(model, name) for name in runs}
         for adapters in entries.values():
-            batch.member(adapters)
+            batch.checked(adapters)
         refuse_shared("a generator of dropout masks", map(generators, entries.values()))
         for step in range(steps):
             ids, labels = pack(replica, {name: next(source, None) for name, source in sources.items()}, step)

@@ -168,7 +168,8 @@ def serve_bench(
     V, positions = model.config.vocab_size, PROMPT[1] + NEW[1]
     if (most := model.config.max_position_embeddings) < positions:
         raise ConfigError(f"{base}: takes {most} tokens; expected at least {positions}, the longest text")
-    if budget < (size := bytes_of(copy := adapted(model, config, rng))):
+    copy = adapted(model, config, rng)
+    if budget < (size := bytes_of(copy)):
         raise ConfigError(f"budget is {budget:,} bytes; expected at least {size:,}, those of one adapter")
     with tempfile.TemporaryDirectory() as temp:
         write_adapters(copy, Path(temp), max(adapters))
