@@ -227,8 +227,9 @@ holds("a thousand folders are copies of our three", len(everything) == 1000)
 holds("So a small memory serves most of them", seen.hits > seen.misses)
 holds("a text joins while others are being written", len(streams) == 5)
 begun = sorted(streams.values(), key=lambda stream: stream.times[1])
-turns = ["folio-501", None, "kjv-502", "code-503", "kjv-745"]
-holds("The text of the base begins at once", [stream.request.adapter for stream in begun] == turns)
+turns = [stream.request.adapter for stream in begun]
+holds("The text of the base begins at once", turns[:2] == ["folio-501", None])
+holds("`kjv-502` and `code-503` are a token or two behind", turns[2:] == ["kjv-502", "code-503", "kjv-745"])
 
 # %% [markdown]
 # Compare the lines: one base wrote them all, in the same steps. The text of the base begins at once. Of the
