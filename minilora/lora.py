@@ -204,7 +204,8 @@ def check_name(model: Any, name: str) -> None:
     """InputError or StateError unless the model can take an adapter of that name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) or name == "__base__":
         raise InputError(f"adapter name is {short(name)}; expected letters, digits, -, _ (not __base__)")
-    if any(isinstance(layer, Adapted) and name in layer.adapters for _, layer in owners(model)):
+    layers = [layer for _, layer in owners(model) if isinstance(layer, Adapted)]
+    if any(name in layer.adapters for layer in layers):
         raise InputError(f"adapter {name!r} is there already; expected a new name")
     refuse_merged(model)
 
