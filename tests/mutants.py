@@ -1452,6 +1452,12 @@ MUTANTS = (
     Mutant("bench-times-slower-than-the-base", "serve/bench.py", "median(own / other for own, other in pairs)", "median(other / own for own, other in pairs)", "bench"),
     Mutant("bench-adapts-every-map", "serve/bench.py", "LoraConfig(r=rank, targets=targets, init=", "LoraConfig(r=rank, targets=\"all-linear\", init=", "bench"),
     Mutant("bench-queue-of-the-default", "serve/bench.py", ", queue=requests)", ")", "bench"),
+    Mutant("bank-neighbours-from-the-end", "serve/bank.py", "there[max(at - NEIGHBOURS, 0) :", "there[at - NEIGHBOURS :", "bank"),
+    Mutant("bank-remembers-a-size-for-ever", "serve/bank.py", "            self.full = {}\n", "", "bank"),
+    Mutant("engine-reads-ahead-over-the-next", "serve/engine.py", "keep=names)", "keep=())", "engine"),
+    Mutant("bench-budget-of-just-one", "serve/bench.py", "if budget < (size", "if budget <= (size", "bench"),
+    Mutant("bench-other-percentiles", "serve/bench.py", "POINTS = (50, 95)", "POINTS = (50, 99)", "bench"),
+    Mutant("bench-warms-up-with-more-than-all", "serve/bench.py", "min(slots, requests), n, zipf", "slots, n, zipf", "bench"),
     Mutant("bench-prompts-one-token-short", "serve/bench.py", "rng.integers(PROMPT[0], PROMPT[1] + 1)", "rng.integers(PROMPT[0], PROMPT[1])", "bench"),
 )
 # fmt: on

@@ -102,7 +102,10 @@ def test_requests_arrive_at_a_share_of_the_bases_rate_and_ratios_are_to_the_base
     save_model(base(np.float32), tmp_path / "base", "")
     monkeypatch.setattr(bench, "PROMPT", (1, 3))
     monkeypatch.setattr(bench, "NEW", (2, 5))
-    n, seen = 1000, []
+    n, seen, warmed = 1000, [], []
+
+    def warm(trial, requests):
+        warmed.append(len(requests))
 
     def burst(trial, requests):
         trial.throughput.append(700.0 / (1 + trial.adapters))
@@ -110,9 +113,9 @@ def test_requests_arrive_at_a_share_of_the_bases_rate_and_ratios_are_to_the_base
 
     def trickle(trial, arrivals, requests):
         seen.append((arrivals, trial.engine))
-        trial.first, trial.last = [1.0], [2.0]
+        trial.first, trial.last = list(range(101)), list(range(0, 202, 2))
 
-    for name, fake in (("warm", lambda trial, requests: None), ("burst", burst), ("trickle", trickle)):
+    for name, fake in (("warm", warm), ("burst", burst), ("trickle", trickle)):
         monkeypatch.setattr(bench.Trial, name, fake)
     how = {"rank": 3, "targets": ["q_proj"], "slots": 5, "requests": n, "load": 0.3, "rounds": 1}
     result = serve_bench(tmp_path / "base", (3,), **how)
@@ -123,6 +126,9 @@ def test_requests_arrive_at_a_share_of_the_bases_rate_and_ratios_are_to_the_base
     assert [(engine.queue, len(engine.free), engine.positions) for _, engine in seen] == [(n, 5, 8)] * 2
     maps = [layer.weight.shape for path, layer in bases(base()).items() if "q_proj" in path]
     assert result.bytes == 4 * 3 * sum(map(sum, maps))
+    assert [(row.first_token, row.latency) for row in result.rows] == [((50, 95), (100, 190))] * 2
+    serve_bench(tmp_path / "base", (3,), **how | {"requests": 4, "budget": result.bytes})
+    assert warmed == [5, 5, 4, 4]
 
 
 def test_what_is_read_and_evicted_before_measuring_does_not_count(tmp_path):

@@ -571,6 +571,17 @@ def test_reading_ahead_evicts_nobody_that_waits(folder):
     assert sum(served.counters.finished.values()) == served.counters.finished["length"] == 8
 
 
+def test_reading_ahead_evicts_nothing_that_the_next_requests_need(folder):
+    served = engine(folder, bytes_of("b"), slots=2)
+    served.bank.fetch("a")
+    for name in (None, None, "a", "b"):
+        served.submit(Request((1,), 9, name, temperature=0))
+        served.step()
+    assert list(served.bank.loaded) == list(served.waiting)[:1] == ["a"]
+    served.run()
+    assert served.bank.counters.loads == 2
+
+
 def test_adapters_that_fit_one_at_a_time_are_served_one_after_the_other(folder):
     served = engine(folder, bytes_of("e"))
     streams = [served.submit(Request((1, 2), 4, name, temperature=0)) for name in "ebecad"]
