@@ -1452,6 +1452,7 @@ MUTANTS = (
     Mutant("bench-times-slower-than-the-base", "serve/bench.py", "median(own / other for own, other in pairs)", "median(other / own for own, other in pairs)", "bench"),
     Mutant("bench-adapts-every-map", "serve/bench.py", "LoraConfig(r=rank, targets=targets, init=", "LoraConfig(r=rank, targets=\"all-linear\", init=", "bench"),
     Mutant("bench-queue-of-the-default", "serve/bench.py", ", queue=requests)", ")", "bench"),
+    Mutant("slots-filled-up-to-the-last-step", "serve/slots.py", "max(self.filled[span.slot], span.start + span.length)", "span.start + span.length", "slots"),
     Mutant("bank-neighbours-from-the-end", "serve/bank.py", "there[max(at - NEIGHBOURS, 0) :", "there[at - NEIGHBOURS :", "bank"),
     Mutant("bank-remembers-a-size-for-ever", "serve/bank.py", "            self.full = {}\n", "", "bank"),
     Mutant("engine-reads-ahead-over-the-next", "serve/engine.py", "keep=names)", "keep=())", "engine"),
