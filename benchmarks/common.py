@@ -13,15 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-PAUSE = (
-    0.25  # seconds; threads of BLAS and OpenMP go on spinning, on the next one's core, when theirs is done
-)
+import minilora as ml
+
+PAUSE = 0.25  # seconds: threads of BLAS and OpenMP go on spinning for a while, on the next one's core
 RESULTS = Path(__file__).parent / "results"
 SIZES = (
     # D, L, H, F, T, V, N
@@ -109,6 +110,18 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def in_torch(model: ml.Llama) -> Any:
+    """transformers' model with the same weights, and no token at which it stops."""
+    import torch
+    import transformers
+
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**asdict(model.config))).eval()
+    state = {path: torch.tensor(p.data) for path, p in ml.named_params(model).items()}
+    theirs.load_state_dict(state, strict=False)  # the tied head has a second name there
+    theirs.generation_config.eos_token_id = None
+    return theirs
 
 
 def machine() -> dict[str, Any]:

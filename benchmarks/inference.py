@@ -21,16 +21,14 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 import numpy as np
-from common import RESULTS, SIZES, Contestant, alternate, answer, named, ratio, threads, write
+from common import RESULTS, SIZES, Contestant, alternate, answer, in_torch, named, ratio, threads, write
 
 import minilora as ml
 from minilora.backend import keep_memory
-from minilora.tree import named_params
 
 PROMPT, NEW = 32, 96
 TOKENS = 64  # of one run that times a token
@@ -79,13 +77,9 @@ def decoding(size: tuple[int, ...], batch: int, library: str, cores: int) -> Cal
         return lambda: text(model, ids, NEW)
 
     import torch
-    import transformers
 
     torch.set_num_threads(cores)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**asdict(model.config))).eval()
-    state = {path: torch.tensor(p.data) for path, p in named_params(model).items()}
-    theirs.load_state_dict(state, strict=False)  # the tied head has a second name there
-    theirs.generation_config.eos_token_id = None
+    theirs = in_torch(model)
     prompt = torch.tensor(ids)
     seen = torch.ones_like(prompt)  # no token is padding
 

@@ -9,7 +9,7 @@ second: above 1 packing pays. Two sizes: batches as the sweep has them, and tiny
 takes more time than the products.
 
 Calls are the array operations of one step, divided by K, on the stand-in device of the tests: products, sums,
-copies, allocations, and chains that CuPy would fuse as one. On a GPU they would be launches. Views are none.
+copies, allocations, and chains that CuPy would fuse as one; not views. On a GPU they would be launches.
 Writes results/packed.json and results/packed.md.
 """
 

@@ -15,10 +15,9 @@ own ("distinct"). Equal lengths are PEFT's best case: no padding, and nobody wai
 Each contestant has a process of its own with one thread, the runs alternate (common.py), and ratios are
 medians over the rounds. Times are the processor's: what other programs do meanwhile counts only as far as it
 disturbs the caches. Then waiting times: requests arrive as a Poisson process at LOAD of the base's throughput
-(serve/bench.py).
-Writes results/serving.json; --draw only draws results/serving.png and .svg from it,
-and prints the tables of docs/serving.md. --count prints what a
-7B base and 10,000 adapters need past one machine, from formulas alone.
+(serve/bench.py). Writes results/serving.json; --draw only draws results/serving.png and .svg from it, and
+prints the tables of docs/serving.md. --count prints what a 7B base and 10,000 adapters need past one machine,
+from formulas alone.
 """
 
 import argparse
@@ -29,13 +28,12 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from common import RESULTS, SIZES, Contestant, alternate, ratio, threads, write
+from common import RESULTS, SIZES, Contestant, alternate, answer, in_torch, ratio, threads, write
 
 import minilora as ml
 from minilora.analysis.count import LLAMAS
@@ -58,7 +56,7 @@ RUNS = (  # kind, adapters, popularity, targets
     ("peft", 64, "distinct", "all-linear"),
     ("merge", 64, "zipf", "all-linear"),
 )
-WAITS = ((0, 1 << 30), (5, 1 << 30), (64, 1 << 30), (1000, 1 << 30), (1000, 99 * 315_392))
+WAITS = ((0, 0), (5, 5), (64, 64), (1000, 1000), (1000, 99))  # adapters, and how many of them memory holds
 
 
 def fresh() -> ml.Llama:
@@ -71,16 +69,12 @@ def fresh() -> ml.Llama:
 
 def work(adapters: int, popularity: str) -> list[Request]:
     """The requests of a run, the same for every contestant."""
-    rng, known = np.random.default_rng(1), bench.names(adapters)
-    weights = np.arange(1, adapters + 1) ** -1.0
+    rng, chosen = np.random.default_rng(1), [None] * REQUESTS
     if popularity == "distinct":
-        chosen = np.arange(REQUESTS) % adapters
+        chosen = [bench.names(adapters)[i % adapters] for i in range(REQUESTS)]
     elif adapters:
-        chosen = rng.choice(adapters, REQUESTS, p=weights / weights.sum())
-    return [
-        Request(rng.integers(0, SIZE[5], PROMPT), NEW, known[chosen[i]] if adapters else None, temperature=0)
-        for i in range(REQUESTS)
-    ]
+        chosen = bench.drawn(rng, REQUESTS, adapters, 1.0)
+    return [Request(rng.integers(0, SIZE[5], PROMPT), NEW, name, temperature=0) for name in chosen]
 
 
 # ---- the contestants
@@ -129,12 +123,8 @@ def peft(folder: Path, requests: list[Request], adapters: int) -> Callable[[], A
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    model = fresh()
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**asdict(model.config))).eval()
-    state = {path: torch.tensor(p.data) for path, p in ml.named_params(model).items()}
-    theirs.load_state_dict(state, strict=False)  # the tied head has a second name there
-    theirs.generation_config.eos_token_id = None
     first, *others = bench.names(adapters)
+    theirs = in_torch(fresh())
     mixed = PeftModel.from_pretrained(theirs, folder / first, adapter_name=first).eval()
     for name in others:
         mixed.load_adapter(folder / name, adapter_name=name)
@@ -166,17 +156,7 @@ def act(folder: str, kind: str, adapters: str, popularity: str, targets: str, ch
         run = merge(where, requests, n)
     else:
         run = engine(where, requests, n, 100 if kind == "small memory" else max(n, 1))
-    return run() if check else answer(run)
-
-
-def answer(run: Callable[[], Any]) -> None:
-    """As in common.py, with one run to warm up, and in the processor's milliseconds."""
-    run()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        start = time.process_time()
-        run()
-        print(1000 * (time.process_time() - start), flush=True)
+    return run() if check else answer(run, 1, time.process_time)
 
 
 class Clock:
@@ -232,8 +212,8 @@ def waiting(folder: Path, speed: float, rounds: int) -> list[dict[str, Any]]:
     """A row for each number of adapters: percentiles of waiting times, and who was in memory."""
     model, rng, rows = fresh(), np.random.default_rng(2), []
     trials, where, size, clock = [], folder / "all-linear", one(folder / "all-linear"), Clock()
-    for n, budget in WAITS:
-        bank = bench.resident(model, where, n, budget, size) if n else None
+    for n, most in WAITS:
+        bank = bench.resident(model, where, n, most * size, size) if n else None
         served = Engine(model, bank, slots=SLOTS, positions=sum(p[1] for p in (bench.PROMPT, bench.NEW)),
                         queue=REQUESTS, clock=clock)  # fmt: skip
         trials.append(bench.Trial(n, served))
@@ -243,15 +223,15 @@ def waiting(folder: Path, speed: float, rounds: int) -> list[dict[str, Any]]:
         arrivals = np.cumsum(rng.exponential(1 / rate, REQUESTS)).tolist()
         for trial in trials:
             trial.trickle(arrivals, bench.workload(rng, REQUESTS, trial.adapters, 1.0, SIZE[5]), clock.sleep)
-            trial.throughput.append(1.0)
-    for (n, budget), trial in zip(WAITS, trials, strict=True):
+            trial.throughput.append(1.0)  # which a row has, but this part does not measure
+    for (n, most), trial in zip(WAITS, trials, strict=True):
         seen = trial.row(trials[0])
         rows.append({
-            "part": "waiting", "adapters": n, "in_memory_at_most": budget // size, "load": LOAD,
+            "part": "waiting", "adapters": n, "in_memory_at_most": most, "load": LOAD,
             "requests_per_second": rate, "first_token_ms": seen.first_token, "latency_ms": seen.latency,
             "in_memory": seen.in_memory, "evictions": seen.evictions,
         })  # fmt: skip
-        print(f"{n:5} adapters, {budget // size:5} in memory: first token {seen.first_token} ms, "
+        print(f"{n:5} adapters, {most:5} in memory: first token {seen.first_token} ms, "
               f"last {seen.latency} ms, read for {1 - seen.in_memory:.1%}", flush=True)  # fmt: skip
     return rows
 
@@ -263,8 +243,9 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             config = ml.LoraConfig(r=RANK, alpha=RANK, targets=targets, init="both")
             folder, rng = Path(temp, name.replace(",", "")), np.random.default_rng(3)
             folder.mkdir()
-            size = bench.write_adapters(fresh(), folder, 2000 if name == "all-linear" else 1000, config, rng)
-            (folder / "bytes").write_text(str(size))
+            model = bench.adapted(fresh(), config, rng)
+            bench.write_adapters(model, folder, 2000 if name == "all-linear" else 1000)
+            (folder / "bytes").write_text(str(bench.bytes_of(model)))
         rows = race(Path(temp), rounds)
         speed = next(row for row in rows if row["kind"] == "base")["tokens_per_second"]
         return rows + waiting(Path(temp), speed, rounds)

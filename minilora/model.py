@@ -138,7 +138,7 @@ class Past(Protocol):
         """The tables of the next T positions."""
 
     def last(self, x: Array) -> Array:
-        """Of the blocks' result x (N, T, D), what gets logits."""
+        """The rows and positions of the blocks' result x (N, T, D) that get logits."""
 
 
 def after(need: Need, layer: Any) -> Need:
@@ -279,7 +279,7 @@ class Llama:
     def forward(self, ids: Array, train: bool = False, past: Past | None = None) -> tuple[Array, Back]:
         """As `__call__`, for ids that are checked and on the device.
 
-        With a `past` the ids continue it, and only what `past.last` chooses gets logits.
+        With a `past` the ids continue it, and only what `past.last` returns gets logits.
         """
         decoder = self.model
         need = Need.WEIGHTS if train else Need.NONE

@@ -38,11 +38,14 @@ import numpy as np
 from nbformat import v4
 
 HERE = Path(__file__).resolve().parent
-ROWS = HERE.parent / "figures" / "rows.jsonl"  # what the third lesson reads
 LESSONS = (
     "1_lora_from_one_equation", "2_merging_costs_nothing", "3_which_rank", "4_under_the_microscope",
     "5_four_bits", "6_adding_adapters", "7_a_thousand_adapters",
 )  # fmt: skip
+READ = {  # lesson -> the file that it reads, and what makes it
+    LESSONS[2]: (HERE.parent / "figures/rows.jsonl", "minilora sweep --out figures"),
+    LESSONS[6]: (HERE.parent / "benchmarks/results/serving.json", "python benchmarks/serving.py"),
+}
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.(?P<decimals>\d+))?(?:e(?P<power>[-+]\d+))?")
 FIGURE = re.compile(r'<img alt="(?P<says>[^"]*)" [^>]*src="data:image/png;base64,(?P<png>[^"]*)"')
@@ -299,15 +302,17 @@ def main(argv=None):
     names = [Path(name).stem for name in args.names] or list(LESSONS)
     if unknown := set(names) - set(LESSONS):
         parser.error(f"there is no lesson {min(unknown)!r}; there are {', '.join(LESSONS)}")
-    if LESSONS[2] in names and not ROWS.exists():
-        print("figures/rows.jsonl is missing; `minilora sweep` makes it", file=sys.stderr)
-        return 1
+    read = [READ[name] for name in names if name in READ]
+    for path, command in read:
+        if not path.exists():
+            print(f"{path.relative_to(HERE.parent)} is missing; `{command}` makes it", file=sys.stderr)
+            return 1
     if args.student:
         args.student.mkdir(parents=True, exist_ok=True)
         for name in names:
             (args.student / f"{name}.ipynb").write_text(written(student(notebook(name))), encoding="utf-8")
-        if LESSONS[2] in names:
-            shutil.copyfile(ROWS, args.student / ROWS.name)
+        for path, _ in read:
+            shutil.copyfile(path, args.student / path.name)
         return 0
     nbs = {name: notebook(name, claims=True) for name in names}
     missing = set(lacking(nbs.values()))

@@ -2,8 +2,8 @@
 
     y_n = x_n Wᵀ + s (x_n Aᵀ) Bᵀ        with A, B, s of row n's adapter; y_n = x_n Wᵀ for a row without one
 
-A rewrite of a replica: its linear maps become Mixed, and its blocks stay what they are. Three computations
-give the same values. `loop`: one adapter after the other, base and all, through the contract `Adapter`; the
+A rewrite of a replica: its linear maps become Mixed, its blocks stay as they are. Three computations give the
+same values. `loop`: one adapter after the other, each with the base, through the contract `Adapter`; the
 oracle. `segments`: the rows sorted by adapter, two products for each (SGMV). `gathered`: the factors of every
 row in one stack, two batched products for all (BGMV); a stack for each set of ranks, so that nothing is
 padded. SGMV and BGMV are Punica's (Chen et al. 2023, arXiv:2310.18547); rows of mixed ranks are S-LoRA's
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from ..backend import Array, xp
@@ -36,130 +35,14 @@ from ..ops import Back, back_nothing, back_same, rows
 from ..targets import find_targets, with_head
 from ..tree import freeze, named_params, replace, replica, trains
 
-Adapters = Mapping[str, Adapter]  # path -> the change of the layer there: what one row has
-Layout = tuple[tuple[str, int, Any, Any], ...]  # at every path: path, rank, dtype of A, dtype of B
+Adapters = Mapping[str, Adapter]  # those of one row: path -> the change of the layer there
+Layout = tuple[tuple[str, int, Any, Any], ...]  # path, rank, dtype of A, dtype of B; at every path
 Compute = Callable[["Mixed", Array, Need], tuple[Array, Back]]  # layer, x (N, T, I), need -> y (N, T, O)
 
-FEW = 8  # rows with the same adapters, at most, for a slot each
-
-is_trained = attrgetter("trainable")
+FEW = 8  # adapters with more rows than this are not stacked
 
 
-class Segment(NamedTuple):
-    """The rows of a batch that have the same adapters; None: those without."""
-
-    adapters: Adapters | None
-    rows: Any  # a slice if they are neighbours, else an array of ints
-
-
-def index(numbers: Sequence[int]) -> Any:
-    """Row numbers as a slice, which copies nothing, if they are neighbours in order."""
-    first = numbers[0]
-    if list(numbers) == list(range(first, first + len(numbers))):
-        return slice(first, first + len(numbers))
-    return xp.asarray(numbers)
-
-
-def loop(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
-    """Each adapter alone, with the base and its own rows: K base products for K adapters."""
-    parts = []
-    for adapters, at in layer.batch.segments:
-        adapter = adapters.get(layer.path) if adapters else None
-        y, back_own = adapter(layer.base, x[at], need) if adapter else layer.base(x[at], need)
-        parts.append((at, y, back_own, adapter))
-    first = parts[0][1]
-    y = xp.empty((*x.shape[:-1], first.shape[-1]), first.dtype)
-    for at, own, *_ in parts:
-        y[at] = own
-
-    def back(dy: Array) -> Array:
-        dx = xp.empty(x.shape, dy.dtype) if need is Need.ALL else None
-        for at, _, back_own, adapter in parts:
-            d = back_own(dy[at])
-            if dx is not None:
-                dx[at] = d
-            if not trains(adapter):
-                freeze(adapter)  # which has no gradient then
-        return dx
-
-    return y, back
-
-
-def segments(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
-    """The base once, then two products for each adapter and its rows: SGMV."""
-    return add_segments(layer, layer.batch.segments, x, need, *layer.base(x, need))
-
-
-def add_segments(
-    layer: Mixed, parts: Sequence[Segment], x: Array, need: Need, y: Array, back_base: Back
-) -> tuple[Array, Back]:
-    """Add the terms of these adapters to y, in place: one product for all rows of a segment.
-
-    In the invariant mode it is one for each row, with A and Bᵀ laid out as in a stack: BLAS sums in the same
-    order.
-    """
-    kept = []
-    flat, layout = (same, xp.ascontiguousarray) if layer.batch.invariant else (rows, same)
-    for adapters, at in parts:
-        adapter: Any = adapters.get(layer.path) if adapters else None
-        if adapter is None:
-            continue
-        z, back_drop = adapter.dropout(x[at], need) if adapter.dropout else (x[at], back_same)
-        h = float(adapter.scale) * (flat(z) @ layout(adapter.A.data).T)  # (n T, r), or (n, T, r)
-        add_at(y, at, (h @ layout(adapter.B.data.T)).reshape(*z.shape[:-1], -1))
-        if need is not Need.NONE:
-            kept.append((adapter, at, rows(h), rows(z), back_drop))
-    if not kept:
-        return y, back_base
-
-    def back(dy: Array) -> Array:
-        dx = back_base(dy)
-        for adapter, at, h, z, back_drop in kept:
-            if trains(adapter):
-                dh = adapter.learn(rows(dy[at]), h, z)
-            else:
-                dh = float(adapter.scale) * (rows(dy[at]) @ adapter.B.data)
-            if need is Need.ALL:
-                add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(-1, *dx.shape[1:])))
-        return dx
-
-    return y, back
-
-
-def add_at(y: Array, at: Any, term: Array) -> None:
-    """y[at] += term; for a slice in the view alone, which Python would write back once more."""
-    part = y[at]
-    part += term
-    if not isinstance(at, slice):
-        y[at] = part
-
-
-def same(x: Array) -> Array:
-    """The array itself."""
-    return x
-
-
-def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
-    """The base once, then two batched products for each stack: BGMV.
-
-    Only frozen adapters of FEW rows are stacked, each a text of its own. A stack is a copy: what is trained
-    would change beside it, and for many rows it is dearer than a segment. The others go by `segments`, and so
-    do all where a gradient is needed.
-    """
-    if need is not Need.NONE:
-        return segments(layer, x, need)
-    y, back = layer.base(x, need)
-    for stack in layer.batch.stacked():
-        if layer.path in stack.views:
-            A, B, s = stack.views[layer.path]  # (n, I, r), (n, r, O), (n, 1, 1)
-            h = x[stack.rows] @ A
-            add_at(y, stack.rows, (s.astype(h.dtype, copy=False) * h) @ B)
-    return add_segments(layer, layer.batch.unstacked, x, need, y, back)
-
-
-def by_phase(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
-    """`gathered` where each row has one token (decoding), else `segments`."""
-    return (gathered if x.shape[1] == 1 else segments)(layer, x, need)
+# ---- the layers
 
 
 @dataclass(eq=False)
@@ -170,7 +53,7 @@ class Mixed:
     path: str
     batch: MixedBatch
     compute: Compute
-    trained: list[Adapter] = field(default_factory=list)  # by which the tree knows that something is trained
+    trained: list[Adapter] = field(default_factory=list)  # in this batch; a walk of the tree finds them
 
     def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         return self.compute(self, x, need)
@@ -197,7 +80,7 @@ class RowByRow:
 
 @dataclass(eq=False)
 class Counted:
-    """A table that refuses ids before anything is computed, unless the batch names as many rows."""
+    """An embedding that refuses ids, before anything is computed, unless the batch names as many rows."""
 
     weight: Param  # the table (V, D)
     base: Table
@@ -208,9 +91,131 @@ class Counted:
         return self.base(ids, need)
 
 
+# ---- three computations, and which one when
+
+
+def loop(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
+    """Each adapter alone, with the base and its own rows: K base products for K adapters."""
+    parts = []
+    for adapters, at in layer.batch.segments:
+        adapter = adapters.get(layer.path) if adapters else None
+        y, back_own = adapter(layer.base, x[at], need) if adapter else layer.base(x[at], need)
+        parts.append((at, y, back_own, adapter))
+    first = parts[0][1]
+    y = xp.empty((*x.shape[:-1], first.shape[-1]), first.dtype)
+    for at, own, *_ in parts:
+        y[at] = own
+
+    def back(dy: Array) -> Array:
+        dx = xp.empty(x.shape, dy.dtype) if need is Need.ALL else None
+        for at, _, back_own, adapter in parts:
+            d = back_own(dy[at])
+            if dx is not None:
+                dx[at] = d
+            if not trains(adapter):
+                freeze(adapter)  # drops the gradient that it got
+        return dx
+
+    return y, back
+
+
+def segments(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
+    """The base once, then two products for each adapter and its rows: SGMV."""
+    return add_segments(layer, layer.batch.segments, x, need, *layer.base(x, need))
+
+
+def add_segments(
+    layer: Mixed, parts: Sequence[Segment], x: Array, need: Need, y: Array, back_base: Back
+) -> tuple[Array, Back]:
+    """Add the terms of these adapters to y, in place: one product for all rows of a segment.
+
+    In the invariant mode it is one for each row, with A and Bᵀ laid out as in a stack, so that BLAS sums in
+    the same order.
+    """
+    kept = []
+    for adapters, at in parts:
+        adapter: Any = adapters.get(layer.path) if adapters else None
+        if adapter is None:
+            continue
+        z, back_drop = adapter.dropout(x[at], need) if adapter.dropout else (x[at], back_same)
+        A, Bt = adapter.A.data, adapter.B.data.T
+        if layer.batch.invariant:
+            A, Bt = xp.ascontiguousarray(A), xp.ascontiguousarray(Bt)
+        else:
+            z = rows(z)
+        h = float(adapter.scale) * (z @ A.T)  # (n, T, r), or (n T, r)
+        add_at(y, at, h @ Bt)
+        if need is not Need.NONE:
+            kept.append((adapter, at, rows(h), rows(z), back_drop))
+    if not kept:
+        return y, back_base
+
+    def back(dy: Array) -> Array:
+        dx = back_base(dy)
+        for adapter, at, h, z, back_drop in kept:
+            if trains(adapter):
+                dh = adapter.learn(rows(dy[at]), h, z)
+            else:
+                dh = float(adapter.scale) * (rows(dy[at]) @ adapter.B.data)
+            if need is Need.ALL:
+                add_at(dx, at, back_drop((dh @ adapter.A.data).reshape(-1, *dx.shape[1:])))
+        return dx
+
+    return y, back
+
+
+def add_at(y: Array, at: Any, term: Array) -> None:
+    """y[at] += term, in its shape; a slice is a view, so that nothing need be written back."""
+    part = y[at]
+    part += term.reshape(part.shape)
+    if not isinstance(at, slice):
+        y[at] = part
+
+
+def gathered(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
+    """The base once, then two batched products for each stack: BGMV.
+
+    Only frozen adapters with at most FEW rows are stacked, one slot for each row. A stack holds copies: it
+    would not follow training, and for many rows a segment costs less. The others go through `segments`, as do
+    all of them if a gradient is needed.
+    """
+    if need is not Need.NONE:
+        return segments(layer, x, need)
+    y, back = layer.base(x, need)
+    for stack in layer.batch.stacked():
+        if layer.path in stack.views:
+            A, B, s = stack.views[layer.path]  # (n, I, r), (n, r, O), (n, 1, 1)
+            h = x[stack.rows] @ A
+            add_at(y, stack.rows, (s.astype(h.dtype, copy=False) * h) @ B)
+    return add_segments(layer, layer.batch.unstacked, x, need, y, back)
+
+
+def by_phase(layer: Mixed, x: Array, need: Need) -> tuple[Array, Back]:
+    """`gathered` where each row has one token (decoding), else `segments`."""
+    return (gathered if x.shape[1] == 1 else segments)(layer, x, need)
+
+
+# ---- the rows of a batch
+
+
+class Segment(NamedTuple):
+    """The rows of a batch that have the same adapters; None: those without."""
+
+    adapters: Adapters | None
+    rows: Any  # a slice if they are neighbours, else an array of ints
+
+
+def index(numbers: Sequence[int]) -> Any:
+    """Row numbers as a slice, which copies nothing, if they are neighbours in order."""
+    first = numbers[0]
+    if list(numbers) == list(range(first, first + len(numbers))):
+        return slice(first, first + len(numbers))
+    return xp.asarray(numbers)
+
+
 @dataclass(eq=False)
 class Member:
-    """Adapters as they were when they were checked: if they change, another Member takes its place."""
+    """Adapters as they were when they were checked; if they change, a new Member takes its place."""
 
     adapters: Adapters
     items: list[tuple[str, Adapter]]
@@ -220,19 +225,20 @@ class Member:
 
     def current(self) -> bool:
         """Whether the mapping still has these adapters, trained or frozen as before."""
-        return list(self.adapters.items()) == self.items and any(map(is_trained, self.params)) is self.trained
+        trained = any(p.trainable for p in self.params)
+        return list(self.adapters.items()) == self.items and trained is self.trained
 
 
 class Stack:
     """The factors of frozen adapters of one layout, one slot for each row, in one array for each path.
 
-    A slot keeps what it has from one batch to the next; only rows that are new are copied. There are fewer
-    than four slots for each row.
+    A slot keeps its factors from one batch to the next, and only those of new rows are copied. There are
+    fewer than four slots for each row.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.slots: list[Member | None] = []  # None: nothing that is whole
+        self.slots: list[Member | None] = []  # None: empty, or half a copy
         self.arrays: dict[str, tuple[Array, ...]] = {}  # path -> A (slots, r, I), B (slots, r, O), s
         self.rows: Any = None
         self.views: dict[str, tuple[Array, ...]] = {}  # path -> A (n, I, r), B (n, r, O), s of `rows`
@@ -282,19 +288,20 @@ class MixedBatch:
     """Which adapters the rows of the next forward have. Not for two threads at once.
 
     It keeps the adapters of the last batch and, in stacks, fewer than four copies of the factors of each row
-    that was stacked last.
+    that was stacked last. `shapes` are those of the targets' weights, path -> (O, I). With `any_kind` every
+    kind of adapter is accepted, else a LowRank alone.
     """
 
     def __init__(
-        self, model: Llama, shapes: Mapping[str, tuple[int, int]], kinds: bool, invariant: bool
+        self, model: Llama, shapes: Mapping[str, tuple[int, int]], any_kind: bool, invariant: bool
     ) -> None:
-        self.model, self.shapes, self.kinds, self.invariant = model, shapes, kinds, invariant
+        self.model, self.shapes, self.any_kind, self.invariant = model, shapes, any_kind, invariant
         self.layers: dict[str, Mixed] = {}
-        self.N: int | None = None
+        self.N: int | None = None  # rows; None: outside of `rows`
         self.members: dict[int, Member] = {}  # by the id of their adapters
-        self.order: Any = None  # the member of each row, and those of texts of several rows
+        self.order: Any = None  # the last arrangement: the member of each row, those of texts of several rows
         self.segments: list[Segment] = []
-        self.unstacked: list[Segment] = []  # of those, the ones that no stack takes
+        self.unstacked: list[Segment] = []  # of these, those that no stack takes
         self.stacks: dict[Layout, Stack] = {}
         self.fresh: dict[Layout, list[tuple[int, Member]]] | None = None  # rows that no stack has yet
 
@@ -304,9 +311,9 @@ class MixedBatch:
     ) -> Iterator[None]:
         """Within the context row n of every forward has adapters[n]: path -> adapter, a name, or None.
 
-        None is the base alone; a name is that of adapters injected in the model, found and stacked anew in
-        each call. With `lengths` adapters[n] has lengths[n] rows, one after the other: the tokens of a text,
-        which no stack takes. Rows that have the same object are computed together. Stacks copy frozen
+        None is the base alone; a name is that of adapters injected in the model, which each call finds and
+        stacks anew. With `lengths` adapters[n] has lengths[n] rows, one after the other: the tokens of one
+        text, which are not stacked. Rows that have the same object are computed together. Stacks copy frozen
         adapters: if arrays of a mapping have changed since the last call, pass a new one, `dict(adapters)`.
 
         Refused before anything is changed: InputError for an unknown name or another number of lengths,
@@ -316,26 +323,13 @@ class MixedBatch:
         """
         if self.N is not None:
             raise StateError("the batch has its rows already; leave its context first")
-        if not len(adapters):
-            raise InputError("no rows; expected a mapping, a name or None for each row of ids")
-        for a in {id(a): a for a in adapters}.values():
-            if not isinstance(a, Mapping | str | None):
-                expected = "a mapping from paths to adapters, a name or None"
-                raise InputError(f"a row has {short(a)}; expected {expected}")
-        counts = [1] * len(adapters) if lengths is None else [check_int("a length", n, 1) for n in lengths]
-        if len(counts) != len(adapters):
-            raise InputError(f"{len(counts)} lengths, {len(adapters)} adapters; expected one for each")
-        names = dict.fromkeys(a for a in adapters if isinstance(a, str))
-        found = {name: named(self.model, name) for name in names}
-        own = [(found[a] if isinstance(a, str) else a) or None for a in adapters]
-        distinct = {id(a): a for a in own if a}
-        self.members = {k: self.checked(a) for k, a in distinct.items()}
-        texts = [(self.members.get(id(a)), count) for a, count in zip(own, counts, strict=True)]
+        texts = self.texts(adapters, lengths)
         rows = [member for member, count in texts for _ in range(count)]
-        if (order := (rows, {member for member, count in texts if count > 1})) != self.order:
-            self.order = None
-            self.arrange(*order)
-            self.order = order
+        several = {member for member, count in texts if count > 1}
+        if (rows, several) != self.order:
+            self.order = None  # until all is arranged
+            self.arrange(rows, several)
+            self.order = rows, several
         trained = [member.adapters for member in self.members.values() if member.trained]
         try:
             self.N = len(rows)
@@ -346,6 +340,54 @@ class MixedBatch:
             self.N = None
             for layer in self.layers.values():
                 layer.trained = []
+
+    def texts(
+        self, adapters: Sequence[Adapters | str | None], lengths: Sequence[int] | None
+    ) -> list[tuple[Member | None, int]]:
+        """The adapters of each text and its number of rows, checked; errors as in `rows`."""
+        if not len(adapters):
+            raise InputError("no rows; expected a mapping, a name or None for each row of ids")
+        for a in adapters:
+            if not isinstance(a, Mapping | str | None):
+                expected = "a mapping from paths to adapters, a name or None"
+                raise InputError(f"a row has {short(a)}; expected {expected}")
+        counts = [1] * len(adapters) if lengths is None else [check_int("a length", n, 1) for n in lengths]
+        if len(counts) != len(adapters):
+            raise InputError(f"{len(counts)} lengths, {len(adapters)} adapters; expected one for each")
+        names = dict.fromkeys(a for a in adapters if isinstance(a, str))
+        found = {name: named(self.model, name) for name in names}
+        own = [(found[a] if isinstance(a, str) else a) or None for a in adapters]
+        distinct = {id(a): a for a in own if a}
+        self.members = {k: self.member(a) for k, a in distinct.items()}
+        return [(self.members.get(id(a)), count) for a, count in zip(own, counts, strict=True)]
+
+    def member(self, adapters: Adapters) -> Member:
+        """The last batch's member with these adapters, if they are as they were; else a new one, checked."""
+        last = self.members.get(id(adapters))
+        return last if last and last.current() else self.checked(adapters)
+
+    def checked(self, adapters: Adapters) -> Member:
+        """A new member; raises unless every adapter can be applied at its path."""
+        layout: list[tuple[str, int, Any, Any]] = []
+        params: list[Param] = []
+        for path, adapter in adapters.items():
+            if not (self.any_kind or isinstance(adapter, LowRank)):
+                kind = type(adapter).__name__
+                raise UnsupportedError(
+                    f"{path}: a {kind} cannot be mixed; expected a LowRank, or compute=loop"
+                )
+            if path not in self.shapes:
+                raise MismatchError(f"{path!r} is no target of the mixed model; {nearest(path, self.shapes)}")
+            if not isinstance(adapter, LowRank):
+                params += named_params(adapter).values()
+                continue
+            (O, I), A, B = self.shapes[path], adapter.A.data, adapter.B.data  # noqa: E741
+            if A.ndim != 2 or (*B.shape, *A.shape) != (O, len(A), len(A), I):
+                raise MismatchError(f"{path}: A is {A.shape}, B {B.shape}; expected (r, {I}) and ({O}, r)")
+            layout.append((path, len(A), A.dtype, B.dtype))
+            params += adapter.A, adapter.B
+        trained = any(p.trainable for p in params)
+        return Member(adapters, list(adapters.items()), tuple(layout), params, trained)
 
     def arrange(self, rows: Sequence[Member | None], several: Container[Member | None]) -> None:
         """Sort the rows by their adapters, and these into what is stacked and what is not."""
@@ -368,37 +410,9 @@ class MixedBatch:
         if self.fresh is not None:
             self.stacks = {layout: self.stacks.get(layout) or Stack(layout) for layout in self.fresh}
             for layout, rows in self.fresh.items():
-                self.stacks[layout].fill(sorted(rows, key=itemgetter(0)))
+                self.stacks[layout].fill(sorted(rows))
             self.fresh = None
         return list(self.stacks.values())
-
-    def checked(self, adapters: Adapters) -> Member:
-        """The last batch's member with these adapters, if they are what they were, or a new one."""
-        member = self.members.get(id(adapters))
-        return member if member and member.current() else self.member(adapters)
-
-    def member(self, adapters: Adapters) -> Member:
-        """Check that every adapter can be applied at its path."""
-        layout: list[tuple[str, int, Any, Any]] = []
-        params: list[Param] = []
-        for path, adapter in adapters.items():
-            if not (self.kinds or isinstance(adapter, LowRank)):
-                kind = type(adapter).__name__
-                raise UnsupportedError(
-                    f"{path}: a {kind} cannot be mixed; expected a LowRank, or compute=loop"
-                )
-            if path not in self.shapes:
-                raise MismatchError(f"{path!r} is no target of the mixed model; {nearest(path, self.shapes)}")
-            if not isinstance(adapter, LowRank):
-                params += named_params(adapter).values()
-                continue
-            (O, I), A, B = self.shapes[path], adapter.A.data, adapter.B.data  # noqa: E741
-            if A.ndim != 2 or (*B.shape, *A.shape) != (O, len(A), len(A), I):
-                raise MismatchError(f"{path}: A is {A.shape}, B {B.shape}; expected (r, {I}) and ({O}, r)")
-            layout.append((path, len(A), A.dtype, B.dtype))
-            params += adapter.A, adapter.B
-        trained = any(map(is_trained, params))
-        return Member(adapters, list(adapters.items()), tuple(layout), params, trained)
 
     def check(self, N: int) -> None:
         """InputError unless N rows are named; StateError outside of `rows`."""
@@ -406,6 +420,9 @@ class MixedBatch:
             raise StateError("no row has a name; expected a forward within batch.rows([...])")
         if self.N != N:
             raise InputError(f"{N} rows of ids, {self.N} adapters; expected one for each row, or None")
+
+
+# ---- a model
 
 
 def mixed(
@@ -419,7 +436,8 @@ def mixed(
 
     `targets` are names, paths or a regex as in LoraConfig, if not every linear map. With `invariant` every
     product of the forward is one for each row, so that a row's logits have the same bits whoever shares its
-    batch, unless dropout draws; `loop` cannot do that. StateError for a merged model.
+    batch, unless dropout draws. ConfigError for `invariant` with `loop`, which cannot do that; MismatchError
+    and UnsupportedError for targets that are not there or are no linear maps; StateError for a merged model.
     """
     unmerged(model)
     if invariant and compute is loop:

@@ -48,13 +48,12 @@ def train_packed(
 ) -> dict[str, list[float]]:
     """Train adapters that are injected in the model, name -> run, together for `steps` updates of each.
 
-    Returns the losses of every step, by name. Ranks, scales and targets may differ, and so may the counts of
-    rows. With `invariant` a run has the same bits whatever is packed beside it, which takes longer.
-    Afterwards the active adapter is the one from before. MismatchError for a name that no adapter has,
-    UnsupportedError for a kind that cannot be mixed, InputError for batches that run out or differ in length
-    and for runs that share an optimizer, batches or a generator of dropout masks, StateError for a merged
-    model, NonFiniteError when a loss or gradient is not finite: all parameters are then those of the last
-    good step.
+    Returns the losses of every step, by name. Ranks, scales, targets and counts of rows may differ. With
+    `invariant` a run has the same bits whatever is packed beside it, which takes longer. Afterwards the same
+    adapter is active as before. MismatchError for a name that no adapter has, UnsupportedError for a kind
+    that cannot be mixed, InputError for batches that run out or differ in length and for runs that share an
+    optimizer, batches or a generator of dropout masks, StateError for a merged model, NonFiniteError when a
+    loss or gradient is not finite: all parameters are then those of the last good step.
     """
     check_int("steps", steps, 1)
     if not runs:
@@ -73,7 +72,7 @@ def train_packed(
         replica, batch = mixed(model, compute=segments, invariant=invariant)
         entries = {name: named(model, name) for name in runs}
         for adapters in entries.values():
-            batch.member(adapters)
+            batch.checked(adapters)
         refuse_shared("a generator of dropout masks", map(generators, entries.values()))
         for step in range(steps):
             ids, labels = pack(replica, {name: next(source, None) for name, source in sources.items()}, step)
@@ -110,7 +109,7 @@ def refuse_shared(what: str, objects: Iterable[Iterable[Any]]) -> None:
 
 
 def generators(tree: Any) -> list[Any]:
-    """What the dropout masks of a tree are drawn by."""
+    """The generators of a tree's dropout masks."""
     return [node.rng.bit_generator for _, node in walk(tree) if isinstance(node, Dropout)]
 
 
@@ -130,7 +129,7 @@ def pack(model: Llama, batches: Mapping[str, Batch | None], step: int) -> tuple[
 
 
 def gradients(model: Llama, ids: Array, labels: Mapping[str, Array]) -> list[Array]:
-    """The loss of every run, whose gradient is left in its adapter."""
+    """The loss of every run; its gradient is left in the run's adapter."""
     logits, back = model.forward(ids, train=True)
     losses, dlogits, start = [], xp.empty_like(logits), 0
     for own in labels.values():
@@ -145,8 +144,8 @@ def gradients(model: Llama, ids: Array, labels: Mapping[str, Array]) -> list[Arr
 @contextlib.contextmanager
 def all_trained(model: Llama, names: Iterable[str]) -> Iterator[dict[str, dict[str, Param]]]:
     """Within the context the adapters of these names are trained; yields the parameters of each, by path."""
-    layers = unmerged(model).values()
-    before = [(p, p.trainable) for p in named_params(model).values()], [layer.active for layer in layers]
+    activated = [(layer, layer.active) for layer in unmerged(model).values()]
+    flags = [(p, p.trainable) for p in named_params(model).values()]
     try:
         params = {}
         for name in names:
@@ -156,7 +155,7 @@ def all_trained(model: Llama, names: Iterable[str]) -> Iterator[dict[str, dict[s
             p.trainable = True
         yield params
     finally:
-        for p, trainable in before[0]:
+        for p, trainable in flags:
             p.trainable = trainable
-        for layer, active in zip(layers, before[1], strict=True):
+        for layer, active in activated:
             layer.active = active

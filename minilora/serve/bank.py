@@ -3,9 +3,9 @@
     bytes of one = itemsize * sum over its modules of r (I + O)
 
 A folder holds PEFT folders; an adapter's name is its folder's. S-LoRA (Sheng et al. 2023, arXiv:2311.03285)
-keeps all adapters in host memory and fetches those in use; here the host's memory is what is bounded. Leaves
-out every adapter but plain LoRA on linear maps. Nothing is written, and no lock is taken. A folder that
-changes is read again once its adapter has left the memory.
+keeps all adapters in host memory and fetches those in use; here host memory itself is bounded. Leaves out
+every adapter but plain LoRA on linear maps. Nothing is written, and no lock is taken. A folder that changes
+is read again once its adapter has left the memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..tree import dtype_of, freeze
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # no separator, and neither . nor ..
 PLAIN = "A and B of a linear map, the only kind that is served"
-NEIGHBOURS = 100  # before and after a name, in order, that the nearest ones are sought among
+NEIGHBOURS = 100  # names before an unknown one, and as many after it, among which the nearest are sought
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Loaded:
 class Bank:
     """The adapters in a folder, for one base; `budget` bytes of them at most are in memory.
 
-    Whoever computes with one keeps it, and copies of it, as long as that takes: those bytes come on top.
-    StorageError if there is no such folder, ConfigError for a budget that is no number.
+    An engine keeps the adapters of its last step, and copies of them, on top of that budget. StorageError if
+    there is no such folder, ConfigError for a budget that is no int of at least 1.
     """
 
     def __init__(self, model: Llama, folder: Path | str, budget: int = 1 << 30) -> None:
@@ -70,7 +70,7 @@ class Bank:
         self.dtype = dtype_of(model)
         self.fingerprint = base_print(model)  # now, since it reads all of the base
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
-        self.full: dict[str, int] = {}  # the bytes of the adapter that found no room last
+        self.full: dict[str, int] = {}  # the last adapter that found no room -> its bytes
 
     def names(self) -> list[str]:
         """The names of the adapters in the folder, sorted."""
@@ -82,7 +82,7 @@ class Bank:
             return sorted(filter(NAME.fullmatch, os.listdir(self.folder)))
 
     def near(self, name: str) -> str:
-        """The names most like one that is unknown; of most, nothing but the name is looked at."""
+        """The names most like an unknown one; only its neighbours' folders are looked into."""
         there = self.listed()
         at = bisect_left(there, name)
         return nearest(name, filter(self.has, there[max(at - NEIGHBOURS, 0) : at + NEIGHBOURS]))
@@ -102,9 +102,9 @@ class Bank:
             raise InputError(f"there is no adapter {name!r}; {self.near(name)}")
 
     def take(self, name: str) -> Loaded | None:
-        """The adapter, read if it is not in memory, which stays there until it is given back.
+        """The adapter, read if need be; it stays in memory until it is given back.
 
-        None if there is no room for it before others are given back. Errors as in `opened`.
+        None if there is no room for it before others are given back. Errors as in `fetch`.
         """
         known = name in self.loaded
         if not self.fetch(name):
@@ -115,18 +115,18 @@ class Bank:
         return self.loaded[name]
 
     def give(self, name: str) -> None:
-        """One that took it uses it no more."""
+        """The adapter is no longer used by one that took it."""
         self.loaded[name].users -= 1
 
     def fetch(self, name: str, keep: Collection[str] = ()) -> bool:
         """Have the adapter in memory, as the most recently used; False if there is no room for it.
 
-        None in use goes out for it, and none of `keep`. InputError for one that is larger than the
-        budget, NonFiniteError for its numbers, and other errors as in `opened`.
+        None in use is evicted for it, and none of `keep`. InputError for an unknown name or an adapter larger
+        than the budget, NonFiniteError for its numbers, and other errors as in `opened`.
         """
         if name not in self.loaded:
-            if self.full and self.room(self.full.get(name, 0), keep) is None:
-                return False  # as the last time, when its size was read
+            if name in self.full and self.room(self.full[name], keep) is None:
+                return False  # as last time, when its size was read
             self.check(name)
             given = self.opened(name)
             size = sum(pair.r * sum(pair.shape) for pair in given.pairs.values()) * self.dtype.itemsize
@@ -152,7 +152,7 @@ class Bank:
         return True
 
     def room(self, size: int, keep: Collection[str]) -> list[str] | None:
-        """The least recently used ones that must go so that `size` bytes more fit; None if they never do."""
+        """The least recently used adapters to evict so that `size` bytes more fit; None if they never do."""
         out, more = [], self.counters.bytes + size - self.budget
         for name, one in self.loaded.items():
             if more <= 0:
@@ -165,8 +165,8 @@ class Bank:
     def opened(self, name: str) -> Adapter:
         """The adapter's header, checked against the base; no factor is read.
 
-        MismatchError names what does not fit, UnsupportedError what is no plain LoRA on a linear map; other
-        errors as in `open_adapter`.
+        MismatchError names a part that does not fit, UnsupportedError one that is no plain LoRA on a linear
+        map, StorageError a link; other errors as in `open_adapter`.
         """
         where = self.folder / name
         given = open_adapter(where)

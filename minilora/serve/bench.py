@@ -3,11 +3,11 @@
     P(adapter k) = k^-zipf / sum over K        time between arrivals ~ Exp(rate)
 
 S-LoRA's workload (Sheng et al. 2023, section 7) on adapters of random numbers, since time does not depend on
-values. Throughput is that of requests that are all there at the start. Waiting times are those of requests
-that arrive at a share `load` of the rate at which the base alone, so measured, can serve them. Both are taken
-for one number of adapters after the other, round after round, in turns forwards and backwards, and compared
-within a round: its prompts, lengths and arrivals are the same for all. Adapters are in memory from the start,
-the popular ones first, as far as they fit; a first burst is not measured.
+values. Throughput is measured on requests that are all there at the start, waiting times on requests that
+arrive at a share `load` of the rate at which the base alone can serve them. A round measures both for each
+number of adapters, in turns forwards and backwards, with the same prompts, lengths and arrivals for all;
+ratios are taken within a round. Adapters are in memory from the start, the popular ones first, as far as they
+fit; a first burst is not measured.
 """
 
 from __future__ import annotations
@@ -168,10 +168,11 @@ def serve_bench(
     V, positions = model.config.vocab_size, PROMPT[1] + NEW[1]
     if (most := model.config.max_position_embeddings) < positions:
         raise ConfigError(f"{base}: takes {most} tokens; expected at least {positions}, the longest text")
-    if budget < (size := bytes_of(adapted(model, config, rng))):
+    copy = adapted(model, config, rng)
+    if budget < (size := bytes_of(copy)):
         raise ConfigError(f"budget is {budget:,} bytes; expected at least {size:,}, those of one adapter")
     with tempfile.TemporaryDirectory() as temp:
-        write_adapters(model, Path(temp), max(adapters), config, rng)
+        write_adapters(copy, Path(temp), max(adapters))
         trials = []
         for n in (0, *adapters):
             bank = resident(model, Path(temp), n, budget, size) if n else None
@@ -200,18 +201,6 @@ def names(count: int) -> list[str]:
     return [f"a{k:05}" for k in range(count)]
 
 
-def write_adapters(
-    model: Llama, folder: Path, count: int, config: LoraConfig, rng: np.random.Generator
-) -> int:
-    """Fill a folder with adapters of the same numbers, by name; returns the bytes of one in memory."""
-    first, *others = names(count)
-    copy = adapted(model, config, rng)
-    save_adapter(copy, folder / first)
-    for name in others:
-        shutil.copytree(folder / first, folder / name)
-    return bytes_of(copy)
-
-
 def adapted(model: Llama, config: LoraConfig, rng: np.random.Generator) -> Llama:
     """A replica with an adapter of random numbers."""
     copy = replica(model)
@@ -220,8 +209,16 @@ def adapted(model: Llama, config: LoraConfig, rng: np.random.Generator) -> Llama
 
 
 def bytes_of(model: Llama) -> int:
-    """Of a model's adapter in memory."""
+    """The bytes of a model's adapter in memory."""
     return sum(p.data.nbytes for p in trained(model).values())
+
+
+def write_adapters(model: Llama, folder: Path, count: int) -> None:
+    """Fill a folder with so many copies of a model's adapter, by name."""
+    first, *others = names(count)
+    save_adapter(model, folder / first)
+    for name in others:
+        shutil.copytree(folder / first, folder / name)
 
 
 def resident(model: Llama, folder: Path, count: int, budget: int, size: int) -> Bank:
@@ -255,9 +252,14 @@ def popular(
     """The requests for adapters of these popularities; 0 adapters: for the base."""
     if not adapters:
         return requests
+    chosen = drawn(rng, len(requests), adapters, zipf)
+    return [replace(request, adapter=name) for request, name in zip(requests, chosen, strict=True)]
+
+
+def drawn(rng: np.random.Generator, count: int, adapters: int, zipf: float) -> list[str]:
+    """The adapters that so many requests are for, by Zipf's law."""
     known, weights = names(adapters), np.arange(1, adapters + 1) ** -float(zipf)
-    chosen = rng.choice(adapters, len(requests), p=weights / weights.sum())
-    return [replace(request, adapter=known[k]) for request, k in zip(requests, chosen, strict=True)]
+    return [known[k] for k in rng.choice(adapters, count, p=weights / weights.sum())]
 
 
 def play(

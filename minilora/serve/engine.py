@@ -6,14 +6,14 @@ The M tokens of a step, next tokens and prompts alike, are the rows of one mixed
 one cache (slots.py): iteration-level scheduling (Orca, Yu et al. 2022). At most `chunk` of them are of
 prompts, so that a long prompt holds up nobody for long (Sarathi-Serve, Agrawal et al. 2024).
 
-Adapters take free slots in turn, one request each. One that must be read while another is read, or for which
-there is no room in memory, keeps its turn and a free slot, and others may pass: those that need no reading,
-or, where there is no room, those for the base. So a request that is alone with its adapter, behind requests
-of W other adapters, waits for (W + 1) times the steps that the longest text spends in its slot, at most: be
-they many, damaged, or larger than what memory has left.
+Adapters take free slots in turn, one request each. An adapter that must be read when a step has read another
+already, or for which memory has no room, keeps its turn and a free slot while others pass: those in memory,
+or, where there is no room, only requests for the base. So a lone request for an adapter, behind requests for
+W other adapters, waits for at most W + 1 times the steps that the longest text spends in its slot. That holds
+however many requests the others have, and whether or not they are damaged or memory has room for them.
 
-What raises while a text's adapter is read or its token drawn ends that text; in the forward, those that took
-part; anywhere else, all of them, and the engine refuses from then on. So no stream waits for ever.
+An error while a text's adapter is read or its token is drawn ends that text; one in the forward, the texts
+that took part; any other ends all, and the engine refuses from then on. So no stream waits for ever.
 
 One thread computes: the caller's, by `step` or `run`, or the engine's own, after `start`. Stands in for the
 schedulers of vLLM and S-LoRA; leaves out preemption, shared prefixes and beams.
@@ -34,15 +34,7 @@ import numpy as np
 
 from ..backend import keep_memory, quiet_overflow, to_device, to_host
 from ..decoding import check_sampling, sample
-from ..errors import (
-    BusyError,
-    InputError,
-    NonFiniteError,
-    StateError,
-    check_int,
-    nearest,
-    short,
-)
+from ..errors import BusyError, InputError, NonFiniteError, StateError, check_int, nearest, short
 from ..fast.mixed import mixed
 from ..lora import LowRank
 from ..model import Llama
@@ -56,7 +48,7 @@ REASONS = ("stop", "length", "cancelled", "error")
 class Request:
     """A prompt to continue, as for `generate`: ids (T,), and the name of an adapter or None for the base.
 
-    The text ends before the first of the tokens `stops`. `seed` draws its tokens, and nobody else's.
+    The text ends before the first of the tokens `stops`. `seed` seeds a generator for this text alone.
     """
 
     prompt: Sequence[int] | np.ndarray
@@ -70,18 +62,14 @@ class Request:
 
 
 class Stream:
-    """What a request has brought so far. Iterating waits for the next token, until there is none.
+    """The tokens of a request so far. Iterating waits for the next one, until the text ends.
 
     `finish_reason` is None while it is not finished, then "stop", "length", "cancelled" or "error"; iterating
     raises the `error`, and StateError if no thread computes. Times are seconds of the engine's clock.
     """
 
     def __init__(
-        self,
-        request: Request,
-        prompt: np.ndarray,
-        engine: Engine,
-        told: Callable[[], None] | None = None,
+        self, request: Request, prompt: np.ndarray, engine: Engine, told: Callable[[], None] | None = None
     ) -> None:
         self.request, self.prompt, self.engine = request, prompt, engine  # prompt (T,), checked
         self.tokens: list[int] = []
@@ -107,7 +95,7 @@ class Stream:
             raise self.error
 
     def tell(self, token: int | None = None, reason: str | None = None) -> None:
-        """Note a token, or the end, and wake whoever waits."""
+        """Note a token, the end, or both; wake all that wait."""
         with self.changed:
             if token is not None:
                 self.tokens.append(token)
@@ -117,7 +105,7 @@ class Stream:
         if self.told:
             try:
                 self.told()
-            except Exception:  # whoever listened is gone, which is no reason to end others' texts
+            except Exception:  # a listener that fails ends no text, and is not called again
                 self.told = None
 
 
@@ -150,8 +138,8 @@ class Engine:
     prompts in a step. With `invariant`, a text is the same to the bit in any company; that takes longer.
     `clock` gives the seconds in a stream's times. The model is only read. Memory beyond the model and the
     bank's budget: the slots, the stacks of a step's next tokens (`MixedBatch`), and the adapters of the last
-    step, though they be evicted. StateError if the model is merged, ConfigError for a number that has no
-    meaning.
+    step, which stay even if the bank evicts them. StateError if the model is merged, ConfigError for a number
+    that has no meaning.
 
         with Engine(model, Bank(model, "adapters/")) as engine:    # a thread of its own
             for token in engine.submit(Request(ids, 20, "pirate")): ...
@@ -170,8 +158,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.bank, self.invariant, self.clock = model, bank, invariant, clock
-        limits = {"slots": slots, "positions": positions, "queue": queue, "chunk": chunk}
-        for name, value in limits.items():
+        for name, value in {"slots": slots, "positions": positions, "queue": queue, "chunk": chunk}.items():
             check_int(name, value, 1)
         self.positions = min(positions, model.config.max_position_embeddings)
         self.queue, self.chunk = queue, chunk
@@ -179,15 +166,13 @@ class Engine:
         self.cache = slots_of(model, slots, self.positions)
         self.free = list(range(slots))  # a heap: the lowest is taken first
         self.running: dict[int, Running] = {}  # by slot
-        self.waiting: OrderedDict[str | None, deque[Stream]] = (
-            OrderedDict()
-        )  # by adapter, the next in turn first
+        self.waiting: OrderedDict[str | None, deque[Stream]] = OrderedDict()  # by adapter, in turn
         self.cancelled: set[Stream] = set()
         self.counters = Counters()
         self.changed = threading.Condition()  # guards waiting, cancelled and stopping
-        self.stopping = False  # takes no more requests
-        self.dropping = False  # and cancels those at hand
-        self.failure: BaseException | None = None  # that ended all streams
+        self.stopping = False  # no more requests are taken
+        self.dropping = False  # and those at hand are cancelled
+        self.failure: BaseException | None = None  # the error that ended all streams
         self.thread: threading.Thread | None = None
         keep_memory()
 
@@ -232,9 +217,9 @@ class Engine:
         return ids
 
     def cancel(self, stream: Stream) -> None:
-        """End a stream at the next step, wherever it is; one that has ended stays as it is.
+        """End a stream at the next step, whether it waits or runs; one that has ended stays as it is.
 
-        InputError for what is no stream of this engine.
+        InputError for anything but a stream of this engine.
         """
         if not isinstance(stream, Stream) or stream.engine is not self:
             raise InputError(f"{short(stream)} is no stream of this engine; expected one that submit() gave")
@@ -256,9 +241,9 @@ class Engine:
         self.thread = thread
 
     def stop(self, finish: bool = True) -> None:
-        """Take no more requests, and return when those at hand are finished, or cancelled.
+        """Take no more requests, and return when those at hand are finished or, without `finish`, cancelled.
 
-        Who wants them cancelled is not overruled by who lets them finish.
+        Once they are to be cancelled, a later call with `finish` does not save them.
         """
         with self.changed:
             self.stopping = True
@@ -299,7 +284,7 @@ class Engine:
     def step(self) -> None:
         """One step: cancelled texts leave, waiting ones join, and each running one gets its next token.
 
-        What raises here is an error of the engine's: it ends all streams.
+        An exception that leaves it is the engine's own error, and ends all streams.
         """
         try:
             self.leave()
@@ -320,7 +305,7 @@ class Engine:
                 mine.clear()
         for stream in streams:
             if stream.finish_reason is None:
-                with contextlib.suppress(BaseException):  # of who is told; the others must be, too
+                with contextlib.suppress(BaseException):  # of a listener; the others must be told, too
                     self.close(stream, "error", failed(cause))
 
     def leave(self) -> None:
@@ -330,21 +315,21 @@ class Engine:
             if self.dropping:
                 cancelled.update(*self.waiting.values())
                 cancelled.update(row.stream for row in self.running.values())
-        slots = {id(row.stream): slot for slot, row in self.running.items()}
+        slots = {row.stream: slot for slot, row in self.running.items()}
         for stream in cancelled:
-            if stream.finish_reason is None and id(stream) in slots:
-                self.end(slots[id(stream)], "cancelled")
+            if stream in slots:
+                self.end(slots[stream], "cancelled")
             elif stream.finish_reason is None:
                 self.refuse(stream, "cancelled")
 
     def join(self) -> None:
         """Give free slots to waiting requests, adapters in turn.
 
-        A step reads one adapter from disk at most, so that is as long as running texts are held up. One that
-        cannot be read fails its request. If none was read for now, one is read ahead.
+        A step reads at most one adapter from disk, so running texts wait no longer than that. An adapter that
+        cannot be read fails its request. If none was read, one is read ahead.
         """
         read = full = False
-        passed = 0  # the first lines, which keep their turns and as many free slots
+        passed = 0  # adapters that were passed: they keep their turns and as many free slots
         while len(self.free) > passed and (line := self.in_turn(passed, passed + 1)):
             (stream,) = line
             name, loaded = stream.request.adapter, None
@@ -360,7 +345,7 @@ class Engine:
                     self.refuse(stream, "error", e)
                     self.pass_turn(name)
                     continue
-                if loaded is None:  # before others end; until then nobody else takes memory
+                if loaded is None:  # no room until a text ends; nobody else takes memory before that
                     full = True
                     passed += 1
                     continue
@@ -373,7 +358,7 @@ class Engine:
             self.read_ahead()
 
     def read_ahead(self) -> None:
-        """Read the adapter of one request that waits, if there is room beside those of the others."""
+        """Read the adapter of one request that waits, if that evicts none that another one waits for."""
         line = self.in_turn(0, len(self.running) + len(self.free))
         names = [name for stream in line if (name := stream.request.adapter) is not None]
         for stream in line:
@@ -400,19 +385,19 @@ class Engine:
                 del self.waiting[stream.request.adapter]
 
     def pass_turn(self, name: str | None) -> None:
-        """An adapter has had its turn: what still waits for it goes behind all others."""
+        """An adapter has had its turn: its other requests go behind all others."""
         with self.changed:
             if name in self.waiting:
                 self.waiting.move_to_end(name)
 
     def forward(self) -> None:
-        """One forward over the next tokens of the running texts; then each that is read to its end gets one.
+        """One forward over the running texts; then each whose prompt is read gets its next token.
 
-        An error in it ends the texts that took part.
+        An error in the forward ends the texts that took part.
         """
         single = [(slot, row, 1) for slot, row in sorted(self.running.items()) if len(row.pending) == 1]
         parts, left = single, self.chunk
-        for slot, row in self.running.items():  # in the order of their coming
+        for slot, row in self.running.items():  # in the order in which they joined
             if len(row.pending) > 1 and (count := min(len(row.pending), left)):
                 parts.append((slot, row, count))
                 left -= count
@@ -429,7 +414,7 @@ class Engine:
             row.seen, row.pending = row.seen + count, row.pending[count:]
             try:
                 token = draw(row, z)
-            except Exception as e:  # its numbers are its own
+            except Exception as e:  # of this text's numbers alone
                 self.end(slot, "error", e)
                 continue
             if token is not None:
@@ -441,7 +426,7 @@ class Engine:
         layers = [row.layers for _, row in parts]
         lengths = [span.length for span, _ in parts]
         last = to_device(np.cumsum(lengths) - 1)
-        whole = any(some and "lm_head" in some for some in layers)  # which must see the rows of the batch
+        whole = any(some and "lm_head" in some for some in layers)  # then the head, too, must see all rows
         past = self.cache.step([span for span, _ in parts], self.invariant, None if whole else last)
         with quiet_overflow(), self.batch.rows(layers, lengths):
             logits, _ = self.replica.forward(to_device(ids[:, None]), past=past)
@@ -461,7 +446,7 @@ class Engine:
             self.end(slot, "length", token=token)
 
     def end(self, slot: int, reason: str, error: Exception | None = None, token: int | None = None) -> None:
-        """Free a slot: nothing of its text stays, and its adapter may leave the memory."""
+        """Free a slot: its text's keys and values are zeroed, its adapter is given back, its stream ends."""
         row = self.running[slot]
         self.cache.clear(slot)
         if self.bank and row.stream.request.adapter is not None:
@@ -483,7 +468,7 @@ class Engine:
 
 
 def draw(row: Running, logits: np.ndarray) -> int | None:
-    """A text's next token from its logits (V,); None before its prompt is read. NonFiniteError."""
+    """A text's next token from its logits (V,), or None before its prompt is read; NonFiniteError."""
     request = row.stream.request
     if not np.isfinite(logits).all():
         raise NonFiniteError(f"the logits are not finite, with adapter {short(request.adapter)}")
@@ -494,7 +479,7 @@ def draw(row: Running, logits: np.ndarray) -> int | None:
 
 
 def failed(cause: BaseException) -> StateError:
-    """What an engine says that has failed."""
+    """The error of an engine that has failed."""
     error = StateError("the engine has failed and takes no more requests; make a new one")
     error.__cause__ = cause
     return error

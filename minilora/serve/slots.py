@@ -2,12 +2,12 @@
 
     row m of a step is one token, at position p of slot n:    y = softmax(q k[n, :p+1]ᵀ / sqrt(E)) v[n, :p+1]
 
-A step's M tokens are M rows of T = 1, be they prompts or the next tokens of running texts: every linear map
-sees all of them in one product, and only attention looks at who belongs together (the selective batching of
-Orca, Yu et al. 2022). Single tokens attend together: shorter texts are padded with masked positions, whose
-weights are exact zeros, over values that are zero. Several tokens of one text attend as a causal tile. Keeps
-to `Past` and `Cache` of model.py; blocks are unchanged. Leaves out pages (vLLM's PagedAttention, Kwon et al.
-2023): a slot has room for S positions from the start.
+A step's M tokens, of prompts and of running texts alike, are M rows of T = 1: every linear map sees all of
+them in one product, and only attention asks which belong to one text (the selective batching of Orca, Yu et
+al. 2022). Single tokens attend together: shorter texts are padded with masked positions, whose weights are
+exact zeros, over values that are zero. Several tokens of one text attend as a causal tile. Keeps to `Past`
+and `Cache` of model.py; blocks are unchanged. Leaves out pages (vLLM's PagedAttention, Kwon et al. 2023): a
+slot has room for S positions from the start.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Array, to_device, xp
+from ..fast.mixed import index
 from ..model import Llama, Turn
 from ..ops import attend_one, attention
 from ..tree import dtype_of
@@ -43,7 +44,7 @@ class LayerSlots:
     v: Array
     slots: Array  # (M,)
     positions: Array  # (M,)
-    parts: Sequence[tuple[Any, Part]]  # the rows, and their attention
+    parts: Sequence[tuple[Any, Part]]  # some of the rows, and their attention
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
         """Add the step's keys and values; return each token's attention (M, H, 1, E) over its own text."""
@@ -78,19 +79,19 @@ class Step:
 class Slots:
     """Keys and values of R texts of at most S positions: 2 L R G S E numbers, allocated once.
 
-    What no text has filled is zero, and so is all from `filled` on in each slot.
+    From position `filled` on, each slot is zero.
     """
 
     tables: Turn  # cos and sin (S, H*E)
     k: Array  # (L, R, G, S, E)
     v: Array
-    filled: np.ndarray  # (R,) positions, on the host
+    filled: np.ndarray  # (R,) ints, on the host
 
     def step(self, spans: Sequence[Span], alone: bool = False, rows: Array | None = None) -> Step:
         """The past for ids (M, 1), the tokens of these spans one after another, with one span per slot.
 
-        With `alone` every token attends by itself, so that it comes out the same, to the bit, in any company
-        and however its text is cut into spans. Only `rows` get logits, or all of them.
+        With `alone` every token attends by itself, so that its attention has the same bits whoever shares the
+        step and however its text is cut into spans. Only `rows` get logits; None: all.
         """
         for span in spans:
             self.filled[span.slot] = max(self.filled[span.slot], span.start + span.length)
@@ -133,8 +134,7 @@ def cut(spans: Sequence[Span], dtype: Any) -> list[tuple[Any, Part]]:
             parts.append((slice(m, m + span.length), causal(span.slot, span.start + span.length)))
         m += span.length
     if single:
-        rows = slice(at[0], at[-1] + 1) if at[-1] - at[0] + 1 == len(at) else to_device(np.array(at))
-        parts.append((rows, together(single, dtype)))
+        parts.append((index(at), together(single, dtype)))
     return parts
 
 
@@ -159,9 +159,9 @@ def causal(slot: int, stop: int) -> Part:
 
 
 def together(spans: Sequence[Span], dtype: Any) -> Part:
-    """The attention of single tokens, in the first slots up to the last of theirs.
+    """The attention of single tokens, computed for all slots up to the last one of theirs.
 
-    A slot among them that has no token here attends over one position, for nobody.
+    A slot among these without a token here attends over one position, and the result is dropped.
     """
     slots = np.array([span.slot for span in spans])
     lengths = np.ones(slots.max() + 1, int)

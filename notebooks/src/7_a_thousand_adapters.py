@@ -226,9 +226,15 @@ holds("An adapter is small, but a thousand are not", held < stored / 10 and 1000
 holds("a thousand folders are copies of our three", len(everything) == 1000)
 holds("So a small memory serves most of them", seen.hits > seen.misses)
 holds("a text joins while others are being written", len(streams) == 5)
+begun = sorted(streams.values(), key=lambda stream: stream.times[1])
+turns = [stream.request.adapter for stream in begun]
+holds("The text of the base begins at once", turns[:2] == ["folio-501", None])
+holds("`kjv-502` and `code-503` are a token or two behind", turns[2:] == ["kjv-502", "code-503", "kjv-745"])
 
 # %% [markdown]
-# Compare the lines: one base wrote them all, in the same steps.
+# Compare the lines: one base wrote them all, in the same steps. The text of the base begins at once. Of the
+# adapters a step reads at most one from disk, so that running texts do not wait for long: the lines of
+# `kjv-502` and `code-503` are a token or two behind.
 #
 # ## What is saved
 #

@@ -36,6 +36,7 @@ COMPUTES = (loop, segments, gathered, by_phase)
 ROW_BY_ROW = (segments, gathered, by_phase)
 computes = st.sampled_from(COMPUTES)
 rows_of = st.lists(st.integers(-1, 3), min_size=1, max_size=6)  # which adapter each row has; -1: none
+one_call = {"seed": seeds, "numbers": rows_of, "t": st.integers(1, 3), "o": sizes, "i": sizes}  # of a layer
 
 
 def one_layer(base, compute, path="q", invariant=False):
@@ -55,6 +56,11 @@ def chosen(adapters, numbers):
     return [None if k < 0 else adapters[k] for k in numbers]
 
 
+def agree(a, b):
+    """Whether numbers of order one differ by rounding in float64; an adapter changes the first digits."""
+    return np.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 def with_one(model, adapters):
     """Inject ready adapters."""
     if "lm_head" in adapters and model.lm_head is None:
@@ -69,7 +75,7 @@ def family(rng, shapes, dtype=np.float64, trainable=False):
     return [drawn(rng, shapes, r, dtype, scale, trainable, paths) for r, scale, paths in how]
 
 
-@given(seed=seeds, numbers=rows_of, t=st.integers(1, 3), o=sizes, i=sizes, dtype=dtypes, compute=computes)
+@given(**one_call, dtype=dtypes, compute=computes)
 def test_each_row_is_its_adapters_within_the_bound(seed, numbers, t, o, i, dtype, compute):
     rng = np.random.default_rng(seed)
     base = Linear(Param(rng.standard_normal((o, i)).astype(dtype), False))
@@ -88,15 +94,7 @@ def test_each_row_is_its_adapters_within_the_bound(seed, numbers, t, o, i, dtype
         assert (np.abs(y[n].T - exact) <= bound * (1 + 2.0**-10)).all()  # the exact value has 11 bits more
 
 
-@given(
-    seed=seeds,
-    numbers=rows_of,
-    t=st.integers(1, 3),
-    o=sizes,
-    i=sizes,
-    dtype=dtypes,
-    need=st.sampled_from(Need),
-)
+@given(**one_call, dtype=dtypes, need=st.sampled_from(Need))
 def test_on_integers_all_computations_are_equal_and_so_are_their_gradients(
     seed, numbers, t, o, i, dtype, need
 ):
@@ -140,14 +138,7 @@ def test_on_integers_all_computations_are_equal_and_so_are_their_gradients(
         assert all(np.array_equal(other[k], a) for k, a in results[0].items())
 
 
-@given(
-    seed=seeds,
-    numbers=rows_of,
-    t=st.integers(1, 3),
-    o=sizes,
-    i=sizes,
-    compute=st.sampled_from([loop, segments]),
-)
+@given(**one_call, compute=st.sampled_from([loop, segments]))
 def test_gradients_are_those_of_the_complex_step(seed, numbers, t, o, i, compute):
     rng = np.random.default_rng(seed)
     layer, made = one_layer(Linear(Param(rng.standard_normal((o, i)), False)), compute)
@@ -446,6 +437,21 @@ def test_a_row_that_joins_costs_one_copy_and_one_that_leaves_at_most_one(monkeyp
     assert cost([0, 5, 3] + [7] * (FEW + 1)) == 0
 
 
+@given(n=st.integers(1, 70))
+def test_rows_that_join_one_by_one_cost_fewer_than_three_copies_each(n):
+    """A full stack doubles and copies its rows again: 1 + 2 + 4 + ... < 2 n, beside the n that join."""
+    rng = np.random.default_rng(0)
+    layer, made = one_layer(Linear(Param(rng.standard_normal((4, 5)), False)), gathered)
+    adapters = [drawn(rng, made.shapes, 2) for _ in range(n)]
+    copies, real = [], Stack.copy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stack, "copy", lambda self, *a: copies.append(a) or real(self, *a))
+        for k in range(1, n + 1):
+            with made.rows(adapters[:k]):
+                layer(np.zeros((k, 1, 5)), Need.NONE)
+    assert n <= len(copies) < 3 * n
+
+
 def test_a_name_is_looked_up_once_for_all_of_its_rows(monkeypatch):
     model, _ = injected()
     made, asked = mixed(model)[1], []
@@ -470,12 +476,12 @@ def test_a_trained_adapter_is_never_stacked():
     freeze(adapters[0])
     rows, turned = [adapters[1], adapters[0], adapters[0]], [1, 0, 2]
     with made.rows(rows):  # stacked
-        assert np.allclose(copy.forward(ids[turned])[0], after[turned], rtol=1e-12, atol=1e-12)
+        assert agree(copy.forward(ids[turned])[0], after[turned])
     freeze(adapters[0], keep=lambda _: True)  # the same rows, and a stack that is not right any more
     with made.rows(rows):
         for p in named_params(adapters[0]).values():
             p.data -= 1
-        assert np.allclose(copy.forward(ids[turned])[0], before[turned], rtol=1e-9, atol=1e-9)
+        assert agree(copy.forward(ids[turned])[0], before[turned])
 
 
 def test_an_adapter_that_was_trained_within_rows_is_copied_anew():
@@ -543,7 +549,7 @@ def test_a_mapping_that_has_the_address_of_a_dead_one_is_another():
             others.append({"q": factors})
         with made.rows([others[-1]]):
             y = layer(x, Need.NONE)[0]
-        assert np.allclose(y, factors(layer.base, x, Need.NONE)[0], rtol=1e-12, atol=1e-12)
+        assert agree(y, factors(layer.base, x, Need.NONE)[0])
 
 
 class Short:
@@ -616,7 +622,7 @@ def test_a_stack_that_could_not_be_filled_has_no_factors_of_another(
         for y, (path, layer) in zip(forward(again), made.layers.items(), strict=True):
             for n, k in enumerate(again):
                 alone = adapters[k][path](layer.base, x[n : n + 1], Need.NONE)[0][0]
-                assert np.allclose(y[n], alone, rtol=1e-12, atol=1e-12)
+                assert agree(y[n], alone)
 
 
 # ---- texts of several rows
@@ -644,7 +650,7 @@ def test_texts_of_several_rows_are_those_rows_and_are_not_stacked(seed, texts, c
     slots = [m.adapters for stack in made.stacks.values() for m in stack.slots if m]
     if compute in (gathered, by_phase):
         assert sorted(map(id, slots)) == sorted(id(adapters[k]) for k in numbers if k in single)
-    assert np.array_equal(y, one) if invariant else np.allclose(y, one, rtol=1e-12, atol=1e-12)
+    assert np.array_equal(y, one) if invariant else agree(y, one)
 
 
 @given(batches=st.lists(st.integers(1, 40), min_size=1, max_size=8))
@@ -727,7 +733,7 @@ def test_a_nan_stays_in_its_own_rows(compute):
         with made.rows([good, bad, good, None]), np.errstate(invalid="ignore"):
             after = copy.forward(ids)[0]
         assert np.isnan(after[1]).all()
-        assert np.allclose(after[[0, 2, 3]], before[[0, 2, 3]], rtol=1e-12, atol=1e-12)
+        assert agree(after[[0, 2, 3]], before[[0, 2, 3]])
 
 
 def injected(**how):
@@ -751,7 +757,7 @@ def test_rows_name_injected_adapters(compute):
         if name:
             set_adapter(model, name)
         expected = (model if name else plain)(ids[n : n + 1])[0][0]
-        assert np.allclose(y[n], expected, rtol=1e-12, atol=1e-12)
+        assert agree(y[n], expected)
 
 
 def test_what_cannot_be_mixed_is_refused_before_anything_is_computed_or_changed(monkeypatch):
@@ -835,7 +841,7 @@ def test_the_loop_takes_every_kind_of_adapter():
         y = copy(ids)[0]
     for n, name in ((0, "a"), (2, "b")):
         set_adapter(model, name)
-        assert np.allclose(y[n], model(ids[n : n + 1])[0][0], rtol=1e-12, atol=1e-12)
+        assert agree(y[n], model(ids[n : n + 1])[0][0])
 
 
 def test_a_mixed_replica_shares_the_base_and_leaves_the_model_as_it_was():

@@ -7,7 +7,14 @@ from helpers import assert_precision_scales, batch, same_bits, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.errors import InputError, MismatchError, NonFiniteError, StateError, UnsupportedError
+from minilora.errors import (
+    ConfigError,
+    InputError,
+    MismatchError,
+    NonFiniteError,
+    StateError,
+    UnsupportedError,
+)
 from minilora.fast.packed import PackedRun, train_packed
 from minilora.lora import active, inject, merge, set_adapter
 from minilora.methods.lora_config import LoraConfig
@@ -179,6 +186,8 @@ def test_what_cannot_be_packed_is_refused_and_changes_nothing():
     ):
         with pytest.raises(error, match=said):
             train_packed(model, runs, steps=1)
+    with pytest.raises(ConfigError, match="steps is 0"):
+        train_packed(model, {"a": run_of("a")}, steps=0)
     with pytest.raises(ZeroDivisionError):  # after the gradients, before any adapter moves
         train_packed(model, {"a": run_of("a"), "b": PackedRun(run_of("b").batches, twice, broken)}, steps=1)
     assert twice.t == 0

@@ -25,13 +25,13 @@ build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
 
-def need_rows(name):
-    rows = build.ROWS.exists() or name != build.LESSONS[2]
-    assert rows, "figures/rows.jsonl is missing; `minilora sweep --out figures` makes it"
+def need_its_file(name):
+    path, command = build.READ.get(name, (ROOT, ""))
+    assert path.exists(), f"{path.relative_to(ROOT)} is missing; `{command}` makes it"
 
 
 def stored(name):
-    need_rows(name)
+    need_its_file(name)
     path = BUILD.with_name(f"{name}.ipynb")
     assert path.exists(), f"{path.name} is not there; `python notebooks/build.py {name}` makes it"
     return nbformat.read(path, 4)
@@ -451,14 +451,16 @@ def test_claims_are_compared_as_their_tags_allow(tags, now, told):
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
     """The students' copies, in a folder outside of the repository."""
-    need_rows(build.LESSONS[2])
+    for name in build.READ:
+        need_its_file(name)
     folder = tmp_path_factory.mktemp("anywhere") / "lessons of mine"
     assert build.main(["--student", str(folder)]) == 0
     return folder
 
 
 def test_a_students_copy_includes_every_linked_file(copies):
-    assert {p.name for p in copies.iterdir()} == {*(f"{name}.ipynb" for name in build.LESSONS), "rows.jsonl"}
+    lessons = {f"{name}.ipynb" for name in build.LESSONS}
+    assert {p.name for p in copies.iterdir()} == lessons | {"rows.jsonl", "serving.json"}
     for name in build.LESSONS:
         text = (copies / f"{name}.ipynb").read_text()
         for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", text):
@@ -472,7 +474,14 @@ def test_the_rows_are_found_from_a_students_copy(copies):
     places = next(i for i, source in enumerate(code) if "rows.jsonl" in source)
     done = run("-c", "\n".join([*code[: places + 1], "print(len(rows))"]), cwd=copies)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) == len(build.ROWS.read_text().splitlines())
+    assert int(done.stdout.split()[-1]) == len(build.READ[build.LESSONS[2]][0].read_text().splitlines())
+
+
+def test_a_lesson_without_its_file_is_not_built_and_the_command_is_named(monkeypatch, capsys):
+    gone = build.HERE.parent / "figures" / "gone.jsonl"
+    monkeypatch.setitem(build.READ, build.LESSONS[2], (gone, "minilora sweep"))
+    assert build.main([build.LESSONS[2]]) == 1
+    assert capsys.readouterr().err == "figures/gone.jsonl is missing; `minilora sweep` makes it\n"
 
 
 def first_cell(name, *without):
@@ -559,7 +568,7 @@ def test_numbers_are_compared_as_their_tags_allow(now, tags, same):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", build.LESSONS)
 def test_a_lesson_runs_again_to_the_same_outputs(name):
-    need_rows(name)
+    need_its_file(name)
     done = run(BUILD, "--check", name)
     assert done.returncode == 0, done.stdout + done.stderr
 

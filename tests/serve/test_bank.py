@@ -227,6 +227,24 @@ def test_an_unknown_name_costs_a_look_at_its_neighbours_whatever_the_folder_hold
     with pytest.raises(InputError, match="nearest: 'x120'"):
         bank.check("x120a")
     assert looks == ["x120a", *(f"x{k:03}" for k in range(21, 221))]
+    looks.clear()
+    with pytest.raises(InputError, match="nearest: 'x003'"):
+        bank.check("x003a")
+    assert looks == ["x003a", *(f"x{k:03}" for k in range(104))]
+
+
+def test_an_adapter_that_has_left_the_memory_is_read_as_its_folder_is_now(tmp_path):
+    bank = Bank(base(), write(tmp_path), bytes_of("e"))
+    bank.take("a")
+    assert not bank.fetch("e")
+    bank.give("a")
+    assert bank.fetch("e")
+    (tmp_path / "e").rename(tmp_path / "large")
+    (tmp_path / "b").rename(tmp_path / "e")  # which has room beside a
+    bank.take("a")
+    assert list(bank.loaded) == ["a"]
+    assert bank.fetch("e")
+    assert bank.counters.bytes == bytes_of("a") + bytes_of("b")
 
 
 def test_the_base_is_read_when_the_bank_is_made_and_not_in_a_step(folder, monkeypatch):

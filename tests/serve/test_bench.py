@@ -9,20 +9,12 @@ from served import base, bytes_of, write
 
 from minilora.errors import ConfigError, FormatError
 from minilora.formats.huggingface import save_model
+from minilora.lora import bases
 from minilora.methods.lora_config import LoraConfig
 from minilora.peft.folder import WEIGHTS
 from minilora.serve import bench
 from minilora.serve.bank import Bank
-from minilora.serve.bench import (
-    NEW,
-    PROMPT,
-    names,
-    play,
-    resident,
-    serve_bench,
-    workload,
-    write_adapters,
-)
+from minilora.serve.bench import NEW, PROMPT, names, play, resident, serve_bench, workload, write_adapters
 from minilora.serve.engine import Engine, Request
 
 
@@ -48,7 +40,9 @@ def test_requests_have_the_lengths_of_the_workload_and_none_an_adapter_if_there_
 
 def test_the_adapters_in_memory_are_those_that_reading_gives_the_popular_ones_last_out(tmp_path):
     model, config = base(np.float32), LoraConfig(r=2, init="both")
-    size = write_adapters(model, tmp_path, 5, config, np.random.default_rng(0))
+    copy = bench.adapted(model, config, np.random.default_rng(0))
+    write_adapters(copy, tmp_path, 5)
+    size = bench.bytes_of(copy)
     bank = resident(model, tmp_path, 5, 3 * size + 1, size)
     assert list(bank.loaded) == names(3)[::-1]
     assert bank.counters.bytes == 3 * size
@@ -101,6 +95,40 @@ def test_a_round_has_the_same_texts_for_all_and_turns_go_forwards_and_backwards(
     for at in range(3, len(seen), 3):
         assert seen[at][2] == seen[at + 1][2] == seen[at + 2][2]
     assert len({str(texts) for _, _, texts in seen[3::3]}) == 4
+
+
+def test_requests_arrive_at_a_share_of_the_bases_rate_and_ratios_are_to_the_base(tmp_path, monkeypatch):
+    """The last of n arrivals is a sum of n waits: off by 5 standard deviations once in a million times."""
+    save_model(base(np.float32), tmp_path / "base", "")
+    monkeypatch.setattr(bench, "PROMPT", (1, 3))
+    monkeypatch.setattr(bench, "NEW", (2, 5))
+    n, seen, warmed = 1000, [], []
+
+    def warm(trial, requests):
+        warmed.append(len(requests))
+
+    def burst(trial, requests):
+        trial.throughput.append(700.0 / (1 + trial.adapters))
+        trial.requests += len(requests)
+
+    def trickle(trial, arrivals, requests):
+        seen.append((arrivals, trial.engine))
+        trial.first, trial.last = list(range(101)), list(range(0, 202, 2))
+
+    for name, fake in (("warm", warm), ("burst", burst), ("trickle", trickle)):
+        monkeypatch.setattr(bench.Trial, name, fake)
+    how = {"rank": 3, "targets": ["q_proj"], "slots": 5, "requests": n, "load": 0.3, "rounds": 1}
+    result = serve_bench(tmp_path / "base", (3,), **how)
+    assert [row.to_base for row in result.rows] == [1, 0.25]
+    assert seen[0][0] == seen[1][0]
+    rate = 0.3 * 700 / 3.5  # requests per second: of 2 to 5 tokens
+    assert abs(seen[0][0][-1] * rate / n - 1) <= 5 / np.sqrt(n)
+    assert [(engine.queue, len(engine.free), engine.positions) for _, engine in seen] == [(n, 5, 8)] * 2
+    maps = [layer.weight.shape for path, layer in bases(base()).items() if "q_proj" in path]
+    assert result.bytes == 4 * 3 * sum(map(sum, maps))
+    assert [(row.first_token, row.latency) for row in result.rows] == [((50, 95), (100, 190))] * 2
+    serve_bench(tmp_path / "base", (3,), **how | {"requests": 4, "budget": result.bytes})
+    assert warmed == [5, 5, 4, 4]
 
 
 def test_what_is_read_and_evicted_before_measuring_does_not_count(tmp_path):

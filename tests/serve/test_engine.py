@@ -48,6 +48,17 @@ def engine(folder, budget=1 << 20, dtype=np.float64, **how):
     return Engine(model, Bank(model, folder, budget), **SMALL | how)
 
 
+def played(served, plan):
+    """The streams of (request, steps after it), served to their ends."""
+    streams = []
+    for request, steps in plan:
+        streams.append(served.submit(request))
+        for _ in range(steps):
+            served.step()
+    served.run()
+    return streams
+
+
 def alone(request):
     """The tokens that `generate` gives for a request by itself, up to a stop."""
     rng = np.random.default_rng(request.seed)
@@ -92,12 +103,7 @@ def assert_whole(served):
 def test_a_request_gets_the_tokens_that_it_would_get_alone(folder, plan):
     """In float64: what its neighbours change is rounding, far below the gap between two logits here."""
     served = engine(folder)
-    streams = []
-    for request, steps in plan:
-        streams.append(served.submit(request))
-        for _ in range(steps):
-            served.step()
-    served.run()
+    streams = played(served, plan)
     for stream in streams:
         assert stream.tokens == alone(stream.request)
         assert stream.finish_reason == (
@@ -488,6 +494,20 @@ def test_a_cancelled_request_costs_its_adapter_no_turn(folder):
     assert first.times[1] < other.times[1]
 
 
+def test_a_text_takes_the_lowest_free_slot(folder):
+    """Attention is computed up to the last slot that is taken."""
+    served = engine(folder)
+    streams = [served.submit(Request((1,), n, temperature=0)) for n in (2, 2, 9)]
+    served.step()
+    assert {slot: row.stream for slot, row in served.running.items()} == dict(enumerate(streams))
+    for _ in range(2):
+        served.step()
+    streams.append(served.submit(Request((1,), 9, temperature=0)))
+    served.step()
+    assert served.running[0].stream is streams[3]
+    assert sorted(served.running) == [0, 2]
+
+
 @pytest.mark.parametrize("slots", [2, 3])
 def test_prompts_are_read_in_the_order_of_their_coming(folder, slots):
     """A long prompt in a high slot is not overtaken by those that take the lower ones."""
@@ -549,6 +569,17 @@ def test_reading_ahead_evicts_nobody_that_waits(folder):
     assert_whole(served)
     assert served.bank.counters.loads <= 8
     assert sum(served.counters.finished.values()) == served.counters.finished["length"] == 8
+
+
+def test_reading_ahead_evicts_nothing_that_the_next_requests_need(folder):
+    served = engine(folder, bytes_of("b"), slots=2)
+    served.bank.fetch("a")
+    for name in (None, None, "a", "b"):
+        served.submit(Request((1,), 9, name, temperature=0))
+        served.step()
+    assert list(served.bank.loaded) == list(served.waiting)[:1] == ["a"]
+    served.run()
+    assert served.bank.counters.loads == 2
 
 
 def test_adapters_that_fit_one_at_a_time_are_served_one_after_the_other(folder):
@@ -709,7 +740,7 @@ def test_memory_is_flat_over_ten_thousand_requests(folder):
 # ---- the batch-invariant mode
 
 
-def logits_of(served, chosen):
+def logits_of(served, plan):
     """(tokens, length of the text -> logits) of each (request, steps after it)."""
     found, real = {}, served.logits
 
@@ -720,12 +751,7 @@ def logits_of(served, chosen):
         return z
 
     served.logits = watched
-    streams = []
-    for request, steps in chosen:
-        streams.append(served.submit(request))
-        for _ in range(steps):
-            served.step()
-    served.run()
+    streams = played(served, plan)
     assert_whole(served)
     return [(s.tokens, {at: z for (owner, at), z in found.items() if owner == id(s)}) for s in streams]
 

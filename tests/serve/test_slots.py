@@ -132,7 +132,7 @@ def test_a_cleared_slot_leaves_nothing_to_the_next_text_not_even_nan():
         slots.step([span])
         slots.k[:, 1, :, span.start : span.start + span.length] = math.nan
         slots.v[:, 1, :, span.start : span.start + span.length] = math.nan
-    slots.step([Span(1, 4, 1)])
+    slots.step([Span(1, 2, 1)])
     slots.clear(1)
     assert not np.asarray(to_host(slots.k)).any()
     assert not np.asarray(to_host(slots.v)).any()
