@@ -394,7 +394,7 @@ def experiment(options: Options) -> int:
     make_folder(options.out)
     for name, picture in adding_figures.pictures(rows).items():
         picture.save(options.out, name)
-    print(*adding_figures.tables(rows), sep="\n\n")
+    print(*adding_figures.tables(rows), "\n".join(adding_figures.sentences(rows)), sep="\n\n")
     print(plain(f"figures: {options.out}"))
     return int(any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final"))
 

@@ -118,7 +118,7 @@ class Spies(ExitStack):
 CALLED = {  # by command: the functions that it calls, and what they return here
     "sweep": [(rank_sweep, "sweep", []), (cli, "draw"), (rank_report, "table", "a table")],
     "experiment": [(adding_adapters, "run", []), (adding_figures, "pictures", {"drawn": Found()}),
-                   (adding_figures, "tables", ["a table"])],
+                   (adding_figures, "tables", ["a table"]), (adding_figures, "sentences", ["a", "b"])],
     "pretrain": [(pretrain, "run", Found())],
     "data": [(corpora, "fetch_texts", "texts"), (huggingface, "smollm2", "a model")],
     "train": [(finetune, "run", Found())],
@@ -180,7 +180,7 @@ OPTIONS = {
         "jobs": (["--jobs", "2"], {"run.jobs": 2}),
         "out": (["--out", "o"], {
             "run.out": Path("o"), "runs/adding-adapters/drawn": None, "o/drawn": "written",
-            "printed": "a table\nfigures: o\n",
+            "printed": "a table\n\na\nb\nfigures: o\n",
         }),
         "quick": (["--quick"], {f"run.plan.{name}": value for name, value in adding_adapters.QUICK.items()}),
     }),

@@ -74,6 +74,24 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [map_, Table(head, lines, f"all adapters at the best λ, less the base's loss; {seeds}")]
 
 
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What the tables show, in words; numbers are medians over the seeds."""
+    done = finals(rows)
+    targets = done[0]["config"]["plan"]["targets"]
+    all_, mean = (np.median(gains(done, name, targets), 0) for name in (" + ".join(targets), "mean of all"))
+    best = {name: float(np.median(gains(done, name, targets).mean(1))) for name in (*METHODS, JOINT)}
+    joint, order = best.pop(JOINT), sorted(best, key=best.__getitem__)
+    away = {t: np.median(gains(done, f"- {t}", [t, OWN]), 0) for t in targets}
+    return [
+        f"All adapters at weight 1 are worse than none on {(all_ > 0).sum()} of {len(targets)} texts; "
+        f"their mean is better than none on {(mean < 0).sum()}.",
+        f"Best to worst: {', '.join(f'{name} {best[name]:+.2f}' for name in order)}; "
+        f"one adapter trained on all texts has {joint:+.2f}.",
+        "An adapter taken away adds to the loss on its text and on the base's own: "
+        + ", ".join(f"{t} {on:+.2f} and {own:+.2f}" for t, (on, own) in away.items()) + ".",
+    ]  # fmt: skip
+
+
 def along(done: Sequence[Row], one: str, other: str, text: str) -> np.ndarray:
     """Test loss less the base's (seeds, times) on one text at t = 0, TIMES, 1 between two adapters."""
     ways = []

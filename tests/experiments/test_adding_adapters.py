@@ -14,7 +14,16 @@ from minilora.errors import ConfigError, FormatError
 from minilora.experiments import adding_adapters as adding
 from minilora.experiments import harness
 from minilora.experiments.adding_adapters import JOINT, METHODS, OWN, TIMES, Plan, Run, mixtures
-from minilora.experiments.adding_figures import along, finals, gains, kept, pictures, spread, tables
+from minilora.experiments.adding_figures import (
+    along,
+    finals,
+    gains,
+    kept,
+    pictures,
+    sentences,
+    spread,
+    tables,
+)
 from minilora.lora import active, fuse, set_adapter
 from minilora.model import Config, llama
 from minilora.training import evaluate
@@ -203,6 +212,34 @@ def test_tables_say_what_the_rows_say(rows):
     assert kept(done, "folio", "code", "code") == pytest.approx(np.median(share))
 
 
+def test_sentences_count_and_sort_the_medians():
+    """Two texts, three seeds, all numbers by hand; the base has a loss of 2 on each text."""
+    names = {"a + b": (1, -1), "mean of all": (-1, -2), "- a": (0.5, 3), "- b": (4, 0.25), JOINT: (-3, -3)}
+
+    def on(more, seed):  # the middle one of three seeds is the median
+        a, b = (2 + x + (seed - 1) * 10 for x in more)
+        return {"a": a, "b": b, OWN: 2.125 + (seed - 1) * 10}
+
+    def row(seed):
+        methods = {name: {"losses": on((-i, -i), seed)} for i, name in enumerate(METHODS)}
+        losses = {"base": {"a": 2, "b": 2, OWN: 2}} | {name: on(more, seed) for name, more in names.items()}
+        plan = {"targets": ["a", "b"]}
+        return {
+            "status": "done",
+            "config": {"kind": "final", "plan": plan},
+            "losses": losses,
+            "methods": methods,
+        }
+
+    order = ", ".join(f"{name} {-i:+.2f}" for i, name in reversed([*enumerate(METHODS)]))
+    assert sentences([row(seed) for seed in range(3)]) == [
+        "All adapters at weight 1 are worse than none on 1 of 2 texts; their mean is better than none on 2.",
+        f"Best to worst: {order}; one adapter trained on all texts has -3.00.",
+        "An adapter taken away adds to the loss on its text and on the base's own: a +0.50 and +0.12, "
+        "b +0.25 and +0.12.",
+    ]
+
+
 @pytest.mark.slow
 def test_the_same_rows_give_the_same_figures(rows):
     drawn, again = pictures(rows), pictures(rows)
@@ -261,11 +298,11 @@ def test_rows_without_a_seed_are_refused(rows):
 
 
 def test_the_page_says_what_the_rows_say():
-    """docs/adding_adapters.md holds both tables of the committed rows."""
+    """docs/adding_adapters.md holds both tables of the committed rows, and what they show in words."""
     root = Path(__file__).parents[2]
-    rows = adding.read_rows(root / "figures/adding/rows.jsonl")
+    rows = adding.read_rows(root / "figures/adding-adapters/rows.jsonl")
     assert finals(rows)[0]["config"]["plan"] == json.loads(json.dumps(asdict(Plan())))
     assert len(finals(rows)) >= 5
     page = (root / "docs/adding_adapters.md").read_text(encoding="utf-8")
-    for table in tables(rows):
-        assert table.markdown() in page
+    for text in (*(table.markdown() for table in tables(rows)), *sentences(rows)):
+        assert text in page, text
