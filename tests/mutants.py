@@ -607,6 +607,7 @@ MUTANTS = (
            "        for module in each(one, given.pairs):", "inspect"),
     Mutant("matrices-that-forget-the-negative", "analysis/figures.py", "np.nanmax(np.abs(M))", "np.nanmax(M)",
            "plotting"),
+    Mutant("matrices-full-of-numbers", "analysis/figures.py", "if M.size <= 64", "if M.size <= 65", "plotting"),
     Mutant("matrices-numbered-across", "analysis/figures.py", "ax.text(j, i, words", "ax.text(i, j, words",
            "plotting"),
     Mutant("curves-without-a-scale", "analysis/figures.py", "ax.set(xlabel=x, ylabel=y, xscale=scale)",
