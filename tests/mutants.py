@@ -572,6 +572,8 @@ MUTANTS = (
     Mutant("other-methods-are-not-named", "serve/http.py", "headers |= e.headers or {}", "pass", "http"),
     Mutant("stopping-without-retry-after", "serve/http.py", "error.status in (429, 503)", "error.status == 429", "http"),
     Mutant("server-hangs-up-first", "serve/http.py", "timeout_keep_alive=KEEP_ALIVE", "timeout_keep_alive=5", "http"),
+    Mutant("warning-after-the-first-line", "cli.py", "        if not server.private:\n            print(f\"minilora: whoever reaches {server.url} can use it; it asks for no key\", file=sys.stderr)\n        print(plain(f\"{name} and {len(adapters.names())} adapters: {server.url}/v1\"), flush=True)\n", "        print(plain(f\"{name} and {len(adapters.names())} adapters: {server.url}/v1\"), flush=True)\n        if not server.private:\n            print(f\"minilora: whoever reaches {server.url} can use it; it asks for no key\", file=sys.stderr)\n", "http"),
+    Mutant("signal-at-the-first-line-is-not-caught", "cli.py", "    try:\n        if not server.private:\n            print(f\"minilora: whoever reaches {server.url} can use it; it asks for no key\", file=sys.stderr)\n        print(plain(f\"{name} and {len(adapters.names())} adapters: {server.url}/v1\"), flush=True)\n", "    if not server.private:\n        print(f\"minilora: whoever reaches {server.url} can use it; it asks for no key\", file=sys.stderr)\n    print(plain(f\"{name} and {len(adapters.names())} adapters: {server.url}/v1\"), flush=True)\n    try:\n", "http"),
     Mutant("every-address-is-private", "serve/http.py", "ipaddress.ip_address(address).is_loopback", "True", "http"),
     # ---- under the microscope
     Mutant("phi-over-the-larger-span", "spectra.py", "np.minimum(i[:, None], j)", "np.maximum(i[:, None], j)",

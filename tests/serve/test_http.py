@@ -968,15 +968,36 @@ def test_kill_9_leaves_no_lock_and_no_file_and_the_adapters_as_they_were(base, t
     assert state(base) == before
 
 
+LOUD = r"minilora: whoever reaches http://0\.0\.0\.0:[0-9]+ can use it; it asks for no key\n"
+
+
 @pytest.mark.slow
 def test_an_address_that_others_reach_is_said_aloud(base):
     with command(base, "--host", "0.0.0.0") as (process, line):
         assert re.fullmatch(r"tiny and 3 adapters: http://0\.0\.0\.0:[0-9]+/v1\n", line)
         process.terminate()
         _, err = process.communicate(timeout=60)
-    assert re.match(
-        r"minilora: whoever reaches http://0\.0\.0\.0:[0-9]+ can use it; it asks for no key\n", err
-    )
+    assert re.match(LOUD, err)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_the_warning_comes_before_the_first_line_and_a_signal_there_stops_the_server(
+    base, host, monkeypatch, capsys
+):
+    """So whoever waits for that line may send a signal as soon as it is there."""
+    from minilora import cli
+
+    def interrupted(text):
+        assert re.fullmatch(r"tiny and 3 adapters: http://.+/v1", text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "plain", interrupted)
+    given = ["serve", str(base / "tiny"), "--adapters", str(base / "adapters"), "--host", host, "--port", "0"]
+    assert cli.main(given) == 0
+    warning = LOUD if host == "0.0.0.0" else ""
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(f"{warning}minilora: stopping; a second signal ends it at once\n", said.err)
 
 
 def test_without_the_extra_the_command_says_what_is_missing(base, monkeypatch, capsys):
