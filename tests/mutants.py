@@ -527,6 +527,7 @@ MUTANTS = (
     Mutant("template-outside-the-sandbox", "data/chat.py", "sandbox.ImmutableSandboxedEnvironment(", "jinja2.Environment(", "chat"),
     Mutant("messages-can-be-changed", "data/chat.py", "sandbox.ImmutableSandboxedEnvironment(", "sandbox.SandboxedEnvironment(", "chat"),
     Mutant("config-without-its-vocabulary", "data/chat.py", "read_json(file, LARGEST)", "read_json(file)", "chat"),
+    Mutant("smollm2-without-its-template", "formats/huggingface.py", ", \"chat_template.jinja\": gguf.chat_template(file)}", "}", "gguf"),
     Mutant("template-of-any-size", "data/chat.py", "read(file, LARGEST))", "read(file))", "chat"),
     Mutant("blocks-leave-their-lines", "data/chat.py", "trim_blocks=True, ", "", "chat"),
     Mutant("prompt-ends-with-the-user", "data/chat.py", "add_generation_prompt=True", "add_generation_prompt=False", "chat"),

@@ -57,11 +57,10 @@ def of_folder(where: Path) -> tuple[str | None, dict[str, str]]:
 
 def of_gguf(where: Path) -> tuple[str | None, dict[str, str]]:
     """The template and the special tokens of a GGUF file."""
-    values = gguf.opened(where).values
-    source, tokens = values.get("tokenizer.chat_template"), values.get("tokenizer.ggml.tokens", [])
+    tokens = gguf.opened(where).values.get("tokenizer.ggml.tokens", [])
     ids = {name.removesuffix("_id"): number for name, number in gguf.special(where).items()}
     known = {name: tokens[number] for name, number in ids.items() if number < len(tokens)}
-    return source if isinstance(source, str) else None, known
+    return gguf.chat_template(where), known
 
 
 def compiled(where: Path, source: str, tokens: Mapping[str, str]) -> Callable[[Messages], str]:
