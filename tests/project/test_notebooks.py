@@ -78,6 +78,13 @@ def test_a_lesson_is_accessible(name):
                 assert "\n" in after.outputs[0].text, f"{cell.id} is not followed by its numbers"
 
 
+@pytest.mark.parametrize(("name", "after"), list(itertools.pairwise(build.LESSONS)))
+def test_a_lesson_leads_to_the_next_by_its_title(name, after):
+    title = build.notebook(after).cells[0].source.splitlines()[0].removeprefix("# ")
+    last = build.notebook(name).cells[-1].source.splitlines()[-1]
+    assert last.removesuffix(".") == f"Next: [{title}]({after}.ipynb)"
+
+
 # ---- exercises
 
 # Bodies of functions: what one may well write, and is wrong. Every exercise needs two of them or more.
