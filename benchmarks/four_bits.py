@@ -5,12 +5,13 @@
 
 Speed: 16 million weights to NF4 and back, in blocks of 64 with double quantization, one thread; beside a copy
 of the float32 result, and beside bitsandbytes' CPU functions where it is installed. Contestants are processes
-that take turns (common.py). The time is the processor's, so that others count less; ratios are medians.
+that take turns (common.py). Times are of the processor, so that other processes matter less; ratios are
+medians.
 
 Memory: LoRA on SmolLM2-135M, r = 8 on all linear maps, batch 8 of 128 tokens, three steps on one thread,
-beside the base as it is and in NF4, each in a process of its own. Told are the bytes of the linear maps, what
-is resident once the base is ready (VmRSS after glibc's malloc_trim), and the most that is resident while it
-trains (VmHWM, which is reset before the first step).
+beside the base as it is and in NF4, each in a process of its own. It reports the bytes of the linear maps,
+the resident memory once the base is ready (VmRSS after glibc's malloc_trim), and the most while it trains
+(VmHWM, which is reset before the first step).
 
 Loss: the shipped base on the five plays held out from its training, and SmolLM2 on the beginning of them,
 before quantizing and after it, for every kind and several sizes of blocks.
@@ -24,12 +25,13 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from common import RESULTS, Contestant, alternate, machine, ratio, threads
+from common import RESULTS, Contestant, alternate, answer, machine, ratio, threads
 
 from minilora.table import Table
 
@@ -55,30 +57,14 @@ def run_of(name: str) -> Any:
         from bitsandbytes import functional
 
         torch.set_num_threads(1)
-        tensor = torch.from_numpy(w)
-        codes, state = functional.quantize_4bit(
-            tensor, blocksize=64, quant_type="nf4", compress_statistics=True
-        )
-        if name.endswith("decode"):
-            return lambda: functional.dequantize_4bit(codes, state)
-        return lambda: functional.quantize_4bit(
-            tensor, blocksize=64, quant_type="nf4", compress_statistics=True
-        )
+        how = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
+        encode = partial(functional.quantize_4bit, torch.from_numpy(w), **how)
+        codes, state = encode()
+        return encode if name.endswith("encode") else lambda: functional.dequantize_4bit(codes, state)
     from minilora.methods.four_bit import decoded, encoded
 
     blocks = encoded(w)
     return (lambda: encoded(w)) if name == "encode" else (lambda: decoded(blocks))
-
-
-def act(name: str) -> None:
-    """Be a contestant, as common.answer, but tell the milliseconds of the processor."""
-    run = run_of(name)
-    run()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        start = time.process_time()
-        run()
-        print(1000 * (time.process_time() - start), flush=True)
 
 
 def speed() -> dict[str, Any]:
@@ -182,6 +168,9 @@ def said(found: dict[str, Any]) -> list[str]:
     """What the page says of speed and memory."""
     ms = {name: f"{row['ms']:,.0f} ms" for name, row in found["speed"].items()}
     rate, memory = found["speed"]["decode"]["of_a_copy"], found["memory"]
+    theirs = ""
+    if THEIRS[0] in ms:
+        theirs = f"; bitsandbytes' CPU functions take {ms[THEIRS[1]]} and {ms[THEIRS[0]]}"
 
     def megabytes(what: str) -> str:
         four, plain = (memory[name][what] / 1e6 for name in ("nf4", "float32"))
@@ -189,8 +178,7 @@ def said(found: dict[str, Any]) -> list[str]:
 
     return [
         f"16 million weights are encoded in {ms['encode']} of one core and decoded in {ms['decode']}, "
-        f"{rate:.2f} of the rate at which the float32 result is copied; bitsandbytes' CPU functions take "
-        f"{ms['bitsandbytes encode']} and {ms['bitsandbytes decode']}.",
+        f"{rate:.2f} of the rate at which the float32 result is copied{theirs}.",
         f"the linear maps take {megabytes('maps')}, the process {megabytes('ready')} before the first step, "
         f"and at its peak {megabytes('peak')}.",
     ]
@@ -215,19 +203,16 @@ def draw(found: dict[str, Any]) -> None:
                 for double in (True, False):
                     some = sorted((r["bits"], r["loss"] - plain, r["block"]) for r in rows
                                   if r["kind"] == kind and r["double"] == double)  # fmt: skip
-                    if some:
-                        panel.plot(
-                            [s[0] for s in some],
-                            [s[1] for s in some],
-                            color=colour,
-                            marker=marker,
-                            linestyle="-" if len(some) > 1 else "none",
-                            markerfacecolor=colour if double else "white",
-                            label=f"{label}, scales in {'8 bits' if double else 'float32'}",
-                        )
-                    for bits, more, block in some if double else ():
-                        how = {"textcoords": "offset points", "xytext": (5, 5), "fontsize": 9, "color": GREY}
-                        panel.annotate(str(block), (bits, more), **how)
+                    if not some:
+                        continue
+                    bits, more, _ = zip(*some, strict=True)
+                    how = {"color": colour, "marker": marker, "linestyle": "-" if some[1:] else "none",
+                           "markerfacecolor": colour if double else "white",
+                           "label": f"{label}, scales in {'8 bits' if double else 'float32'}"}  # fmt: skip
+                    panel.plot(bits, more, **how)
+                    for *at, block in some if double else ():
+                        panel.annotate(str(block), at, textcoords="offset points", xytext=(5, 5), fontsize=9,
+                                       color=GREY)  # fmt: skip
             panel.set_title(f"{titles[base]}; float32: {plain:.4f}", fontsize=11)
             panel.set_xlabel("bits per weight of the linear maps")
             panel.set_ylim(bottom=0)
@@ -252,7 +237,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        act(args.part)
+        answer(run_of(args.part), 1, time.process_time)
         return
     if args.train is not None:
         train(args.train)

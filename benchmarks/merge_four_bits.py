@@ -13,9 +13,9 @@ run unmerged, and merged by each route:
     Q(W + ΔW)     the first, quantized
     Q(Ŵ + ΔW)     the second, quantized again
 
-Of ΔW survives its component in W' - W0, W' the merged weight and W0 the weight it was added to:
-kept = <W' - W0, ΔW> / |ΔW|², and noise = |W' - W0 - ΔW| / |ΔW|, over all maps together. How that depends on
-the size of ΔW is asked with QLoRA's ΔW made smaller.
+The part of ΔW that survives is its component in W' - W0, where W' is the merged weight and W0 the one that
+ΔW was added to: kept = <W' - W0, ΔW> / |ΔW|², and noise = |W' - W0 - ΔW| / |ΔW|, over all maps together. To
+see how both depend on the size of ΔW, QLoRA's is also merged after scaling it down.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import minilora as ml
 from minilora.compose.truncate import split
 from minilora.experiments.rank_sweep import LENGTH, TEXT
 from minilora.layers import Param
-from minilora.lora import adapted, bases
+from minilora.lora import active, bases
 from minilora.table import Table
 from minilora.targets import find_targets
 from minilora.tree import get
@@ -53,11 +53,10 @@ def weights(model: Any) -> dict[str, np.ndarray]:
 
 def start_at_residual(model: Any, base: Any) -> None:
     """s B A = the best rank-r part of W - Ŵ: the one line in which LoftQ's start differs."""
-    for path, layer in adapted(model).items():
-        pair = layer.adapters[layer.active].low_rank
-        U, S, Vt = np.linalg.svd(
-            get(base, f"{path}.weight").dense() - layer.base.weight.dense(), full_matrices=False
-        )
+    for path, adapter in active(model).items():
+        pair = adapter.low_rank
+        residual = get(base, path).weight.dense() - get(model, path).base.weight.dense()
+        U, S, Vt = np.linalg.svd(residual, full_matrices=False)
         pair.A.data, B = split(U, S, Vt, RANK)
         pair.B.data = B / np.float32(pair.scale)
 
@@ -78,15 +77,13 @@ def trained(way: str, seed: int, base: Any, text: Any) -> Any:
 
 def changes(model: Any) -> dict[str, np.ndarray]:
     """Path -> ΔW in float64."""
-    factors = {path: layer.adapters[layer.active].low_rank for path, layer in adapted(model).items()}
-    return {
-        path: (pair.scale * pair.B.data.astype(np.float64)) @ pair.A.data for path, pair in factors.items()
-    }
+    pairs = {path: adapter.low_rank for path, adapter in active(model).items()}
+    return {path: (pair.scale * pair.B.data.astype(np.float64)) @ pair.A.data for path, pair in pairs.items()}
 
 
 def merged(route: str, base: Any, four: Any, deltas: dict[str, np.ndarray]) -> tuple[Any, dict[str, Any]]:
     """The merged model, and what became of ΔW."""
-    start = base if route in ("W + ΔW", "Q(W + ΔW)") else four
+    start = four if "Ŵ" in route else base
     old, model = weights(start), copy.deepcopy(start)
     for path, change in deltas.items():
         bases(model)[path].weight = Param((old[path] + change).astype(np.float32), False)
@@ -106,14 +103,15 @@ def measured(way: str, seed: int, base: Any, four: Any, text: Any, held: Any) ->
     model = trained(way, seed, base, text)
     print(way, seed, flush=True)
     rows = [{"way": way, "seed": seed, "route": "unmerged", "test": ml.evaluate(model, held)}]
+    deltas = changes(model)
     for route in ROUTES:
-        plain, became = merged(route, base, four, changes(model))
+        plain, became = merged(route, base, four, deltas)
         rows.append({"way": way, "seed": seed, "route": route, "test": ml.evaluate(plain, held)} | became)
     return rows
 
 
 def scaled(seed: int, base: Any, four: Any, text: Any) -> list[dict[str, Any]]:
-    """What becomes of t ΔW, the ΔW of QLoRA made smaller: a row for each t and route that quantizes."""
+    """What becomes of t ΔW, the ΔW of QLoRA scaled down: a row for each t and route that quantizes."""
     deltas = changes(trained("QLoRA", seed, base, text))
     rows = []
     for t in SHRUNK:
@@ -168,13 +166,15 @@ def shares(rows: list[dict[str, Any]], route: str, t: float) -> tuple[float, flo
     return size, kept, noise
 
 
-def said(rows: list[dict[str, Any]]) -> str:
-    """What the page says of small changes."""
+def said(rows: list[dict[str, Any]]) -> list[str]:
+    """What the page says of the bases and of small changes."""
+    (plain,), (four,) = (of(rows, "base", W, "test") for W in ("W", "Ŵ"))
     (size, again, _), (_, once, noise) = (shares(rows, route, SHRUNK[-1]) for route in ROUTES[:1:-1])
-    return (
-        f"of a ΔW with a norm of {size:.1e} of W's, Q(Ŵ + ΔW) keeps {again:.2f}; Q(W + ΔW) keeps {once:.2f}, "
-        f"under noise {noise:.0f} times as large as ΔW"
-    )
+    return [
+        f"the base alone has {plain:.4f}, and {four:.4f} in NF4",
+        f"with a norm of {size:.1e} of W's, Q(Ŵ + ΔW) keeps {again:.2f} of it; Q(W + ΔW) keeps {once:.2f}, "
+        f"under noise {noise:.0f} times as large as ΔW",
+    ]
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -230,7 +230,7 @@ def main() -> None:
     if not parser.parse_args().draw:
         write("merge_four_bits", measure())
     rows = json.loads((RESULTS / "merge_four_bits.json").read_text())["rows"]
-    print(table(rows), said(rows), sep="\n")
+    print(table(rows), *said(rows), sep="\n")
     draw(rows)
 
 

@@ -111,14 +111,14 @@ def scatter_add(rows: int, ids: Array, values: Array) -> Array:
 
 
 def take_into(out: Array, table: Array, ids: Array, index: Array) -> None:
-    """out[i] = table[ids[i]] for ids that are all in range; `index` is room for as many (intp).
+    """out[i] = table[ids[i]], with all ids in range; `index` is room for the ids as intp.
 
-    NumPy takes by no other kind of integer, and new arrays of a chunk's size cost more than the taking.
+    NumPy converts other integers to intp first, and a new array for them costs more than the look-up.
     """
     if on_host():
         index = index[: len(ids)]
         index[...] = ids
-        table.take(index, out=out, mode="clip")  # the mode "raise" fills another array first
+        table.take(index, out=out, mode="clip")  # the mode "raise" fills a buffer first
     else:
         out[...] = table[ids]
 

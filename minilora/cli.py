@@ -125,7 +125,7 @@ def usual_serve() -> dict[str, Any]:
     from .serve.bank import Bank
     from .serve.engine import Engine
 
-    here = {"host": "127.0.0.1", "port": 8000, "grace": 30.0}
+    here = {"host": "127.0.0.1", "port": 8000, "grace": 30.0}  # as in http.Server, which needs the extra
     return defaults(Bank) | defaults(Engine) | here
 
 
@@ -242,20 +242,16 @@ def parser() -> argparse.ArgumentParser:
 
     add = command("serve", serve, usual_serve, "answer OpenAI's clients over HTTP: a base and many adapters")
     add("base", bases, metavar="BASE")
-    add("--adapters", "a folder with a PEFT folder for each adapter, which is the name of a model",
+    add("--adapters", "a folder of PEFT folders; each is served as a model of its name",
         dest="folder", type=Path, required=True, metavar="DIR")  # fmt: skip
-    add(
-        "--host",
-        "the address to listen at; the default one is reached from this machine alone",
-        metavar="HOST",
-    )
+    add("--host", "the address to listen at; the default is reached from this machine alone", metavar="HOST")
     add("--port", "its port; 0 is any free one", **number)
-    add("--slots", "texts at a time", **number)
+    add("--slots", "texts that are written at the same time, at most", **number)
     add("--positions", "tokens of a prompt and its text, at most", **number)
     add("--queue", "requests that wait, at most; more are refused", **number)
     add("--budget", "bytes of adapters in memory, at most", **number)
-    add("--grace", "seconds that texts have to end when the server is stopped", type=float, metavar="S")
-    add("--invariant", "the same text to the bit, whoever shares its steps; takes longer", **switch)
+    add("--grace", "seconds that texts may still take when the server is stopped", type=float, metavar="S")
+    add("--invariant", "the same text to the bit, whatever is served beside it; slower", **switch)
 
     of = Of("analysis.inspect", "inspect")
     add = command("inspect", inspect, of.usual, "which rank an adapter really uses, module by module")
@@ -306,9 +302,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", table, **switch)
 
     of = Of("compose.quantize", "quantize_checkpoint")
-    add = command(
-        "quantize", of.report, of.usual, "a base with its linear maps in 4 bits, as bitsandbytes reads it"
-    )
+    add = command("quantize", of.report, of.usual, "a base with 4-bit linear maps, in bitsandbytes' form")
     add("base", bases, metavar="BASE")
     add("out", "the new base's folder", metavar="OUT")
     add("--kind", "nf4 or fp4", metavar="NAME")
@@ -339,9 +333,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", "bytes of adapters in memory, at most", **number)
     add("--slots", "texts that are written at the same time, at most", **number)
     add("--requests", "requests in a round", **number)
-    add(
-        "--load", "rate of arrivals, as a share of what the base alone can serve", type=float, metavar="SHARE"
-    )
+    add("--load", "arrivals, as a share of the rate of the base alone", type=float, metavar="SHARE")
     add("--zipf", "popularity of the k-th adapter is k to the power -Z", type=float, metavar="Z")
     add("--rounds", "rounds, of which medians are taken", **number)
     add("--seed", "seed of adapters and requests", **number)

@@ -16,7 +16,7 @@ from .backend import Array, keep_memory, quiet_overflow, to_device, to_host, xp
 from .errors import InputError, short
 from .model import Llama, Turn
 from .ops import attend_one, attention
-from .tree import named_params
+from .tree import dtype_of
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Past:
 def past_of(model: Llama, N: int, S: int) -> Past:
     """Empty caches for N texts of at most S positions."""
     c = model.config
-    dtype = next(iter(named_params(model).values())).dtype
+    dtype = dtype_of(model)
     shape = (c.num_hidden_layers, 2, N, c.num_key_value_heads, S, c.E)
     return Past(model.tables(S, dtype), [KVCache(k, v) for k, v in xp.empty(shape, dtype)])
 

@@ -136,8 +136,9 @@ def run(
     rows = max(1, min(8, LOGITS // (length * source.config.vocab_size)))
     text = prepare(recipe, words, length, rng, rows)
     model = assemble(source)
-    quantized_from = base_print(model) if recipe.bits else None
+    quantized_from = None
     if recipe.bits:
+        quantized_from = base_print(model)
         quantize(model)
     if recipe.method == "full":
         unfreeze(model)

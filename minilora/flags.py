@@ -23,15 +23,15 @@ Options = argparse.Namespace
 class Parser(argparse.ArgumentParser):
     """A parser with plain errors, even for odd file names from a glob, and with the defaults in its help.
 
-    Options may stand anywhere between what has no name, as in A:0.7 B:0.3 --rank 16 OUT, or else before a --.
+    Options may stand anywhere among the arguments, as in A:0.7 B:0.3 --rank 16 OUT; with a --, before it.
     """
 
     usual: Callable[[], Mapping[str, Any]] = dict  # gives the defaults that argparse does not hold
-    apart = False  # whether argparse parses the options, and then the rest, by calls of their own
+    apart = False  # True within parse_known_intermixed_args, which parses the options first
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; for a command as its parse_known_intermixed_args, which calls this one."""
-        if self.apart or self._subparsers or "--" in args:  # which the other way loses
+        """As argparse's; of a command, its parse_known_intermixed_args, which calls this one."""
+        if self.apart or self._subparsers or "--" in args:  # which intermixed parsing loses
             return super().parse_known_args(args, namespace)
         self.apart = True
         try:
@@ -145,7 +145,7 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def unweighted(text: str) -> str:
-    """A new folder, which an adapter and its weight are not: then the folder was forgotten."""
+    """A new folder. An adapter and its weight are refused: the folder was forgotten."""
     try:
         weighted(text)
     except argparse.ArgumentTypeError:

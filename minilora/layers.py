@@ -48,8 +48,8 @@ class Table(Layer, Protocol):
 class Param:
     """A weight, whether it is trained, and the gradient summed up so far (None: no gradient yet).
 
-    `data` is what is stored and `dense()` the weight. Here they are one array; a packed weight stores fewer
-    bits, makes a new array each time it is asked for one, and cannot be trained.
+    `data` is stored, and `dense()` is the weight. Here they are one array; a packed weight stores fewer bits,
+    decodes them anew at each `dense()`, and cannot be trained.
     """
 
     __slots__ = ("data", "grad", "trainable")

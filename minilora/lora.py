@@ -204,11 +204,8 @@ def check_name(model: Any, name: str) -> None:
     """InputError or StateError unless the model can take an adapter of that name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) or name == "__base__":
         raise InputError(f"adapter name is {short(name)}; expected letters, digits, -, _ (not __base__)")
-    layers = [layer for _, layer in owners(model) if isinstance(layer, Adapted)]
-    if any(name in layer.adapters for layer in layers):
+    if any(name in layer.adapters for layer in unmerged(model).values()):
         raise InputError(f"adapter {name!r} is there already; expected a new name")
-    if any(layer.merged is not None for layer in layers):
-        raise StateError("the model is merged; unmerge it first")
 
 
 def attach(model: Any, new: Mapping[str, Adapter], name: str) -> None:
@@ -232,8 +229,8 @@ def adapted(model: Any) -> dict[str, Adapted]:
 
 
 def unmerged(model: Any) -> dict[str, Adapted]:
-    """`adapted` of a model that is not merged; StateError if it is."""
-    layers = adapted(model)
+    """Path -> Adapted of all adapted layers, if any; StateError if an adapter is merged."""
+    layers = {path: layer for path, layer in owners(model) if isinstance(layer, Adapted)}
     if any(layer.merged is not None for layer in layers.values()):
         raise StateError("the model is merged; unmerge it first")
     return layers

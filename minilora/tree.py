@@ -51,6 +51,11 @@ def size(tree: Any) -> int:
     return sum(p.size for p in named_params(tree).values())
 
 
+def dtype_of(tree: Any) -> Any:
+    """The dtype of a tree's parameters, which have one in common: that of the first."""
+    return next(iter(named_params(tree).values())).dtype
+
+
 def trained(tree: Any) -> dict[str, Param]:
     """Path -> Param of the trained parameters."""
     return {path: p for path, p in named_params(tree).items() if p.trainable}
@@ -93,14 +98,14 @@ def check_trainable(params: Mapping[str, Param]) -> None:
 
 
 def unpack(tree: Any) -> None:
-    """Decode every packed weight for good: a dense, frozen one takes its place."""
+    """Put a dense, frozen weight in the place of every packed one."""
     for path, p in named_params(tree).items():
         if p.packed:
             replace(tree, path, Param(p.dense(), trainable=False))
 
 
 def without_gradient(p: Param) -> Param:
-    """The same parameter once more, with a gradient of its own."""
+    """A copy of a parameter that shares its data but has no gradient yet."""
     twin = copy(p)
     twin.grad = None
     return twin
@@ -126,7 +131,7 @@ def settings(tree: Any) -> dict[str, Any]:
 def digest(tree: Any, dtype: Any = None) -> str:
     """sha256 over the names, shapes, dtypes and bytes of all parameters, in order of name.
 
-    Each as it is, or as `dtype`; a packed one is decoded for the time that it is hashed.
+    Each as it is, or as `dtype`; packed ones are decoded one at a time.
     """
     return of_arrays(((path, p.dense()) for path, p in sorted(named_params(tree).items())), dtype)
 

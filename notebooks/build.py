@@ -13,7 +13,7 @@ trained (what is printed was computed from trained weights).
 
 Claims are code that is executed with the lesson and not shown in it: `says("a residual of {:.3f}", x)` and
 `holds("most of them", 2 * x > y)`. The words, with the numbers that came out, must stand in the lesson's
-text; tests/test_notebooks.py lets no number stand there that no claim has said.
+text; tests/project/test_notebooks.py lets no number stand there that no claim has said.
 
 What is compared: text must be equal, but each number that was trained may be off by one in its last digit,
 since processors add in different orders. A figure is compared if the same matplotlib drew it, but for a few

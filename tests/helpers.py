@@ -13,9 +13,9 @@ import warnings
 from hypothesis import strategies as st
 from library import np
 
-from minilora.backend import to_device
+from minilora.backend import to_device, to_host
 from minilora.layers import Linear, Param
-from minilora.lora import inject
+from minilora.lora import bases, inject
 from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, llama
 from minilora.tree import named_params
@@ -160,6 +160,15 @@ def gradients(model, ids, labels):
     for p in params.values():
         p.grad = None
     return loss, found
+
+
+def stored(model):
+    """Every array of the base as it is kept, copied; codes and scales of a packed weight one by one."""
+    found = {}
+    for path, p in named_params(bases(model)).items():
+        arrays = p.data.arrays if p.packed else [p.data]
+        found |= {f"{path} {i}": to_host(a).copy() for i, a in enumerate(arrays)}
+    return found
 
 
 def same_bits(a, b):

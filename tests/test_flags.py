@@ -31,6 +31,7 @@ from minilora.data import corpora
 from minilora.experiments import merge_equivalence, pretrain, rank_figures, rank_report, rank_sweep
 from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
+from minilora.methods import bitsandbytes
 from minilora.model import Config, llama
 from minilora.peft import loading
 from minilora.serve import bank, bench, engine, http, service
@@ -378,6 +379,16 @@ def test_help_shows_each_default_once(command):
     assert first.count("(default") == sum("(default" in (a.help or "") for a in COMMANDS[command]._actions)
 
 
+@pytest.mark.parametrize(("command", "option", "known"), [
+    ("train", "method", finetune.METHODS), ("combine", "method", combine.METHODS),
+    ("quantize", "kind", bitsandbytes.KINDS),
+])  # fmt: skip
+def test_help_names_every_choice(command, option, known):
+    (action,) = (a for a in COMMANDS[command]._actions if a.dest == option)
+    said = re.findall(r"\w+", action.help.partition(" (default")[0])
+    assert sorted(said) == sorted([*known, "or"])
+
+
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
@@ -451,6 +462,11 @@ def test_options_stand_before_between_or_after_what_has_no_name(command):
     orders = [first + names, names + first, *([*names[:i], *first, *names[i:]] for i in range(1, len(names)))]
     found = [received(command, {"all": order})[0] for order in orders]
     assert all(given == found[0] for given in found)
+
+
+def test_a_parser_parses_a_line_more_than_once():
+    typed = ["combine", "a:1", "--method", "svd", "b:1", "--rank", "2", "out"]
+    assert PARSER.parse_args(typed) == PARSER.parse_args(typed)
 
 
 def test_after_two_dashes_a_prompt_may_look_like_an_option():

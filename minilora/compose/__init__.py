@@ -1,1 +1,1 @@
-"""Adapters made from adapters and models: summed, truncated, extracted, merged into a base."""
+"""Adapters and bases made from others: summed, truncated, extracted, merged, quantized."""

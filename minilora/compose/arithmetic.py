@@ -2,16 +2,16 @@
 
     Σ w ΔW = Σ w s B A = [B_1 ... B_K] [w_1 s_1 A_1; ...; w_K s_K A_K]        rank at most Σ r
 
-That is the exact sum, `cat`. Of w s a power of two stands on B, too: then both sides are equally large, and
-neither overflows where the sum does not. Interpolation (weights 1 - t and t), task arithmetic and negation
-(weight -1: forgetting) are its weights (Ilharco et al. 2022). `svd` is the nearest update of a given rank,
-from the thin factors. `peft_linear` adds the factors instead, as PEFT's "linear" and LoRAHub do; a product of
-sums holds B_i A_j of every two adapters, which is another update:
+That is the exact sum, `cat`. B takes a power of two out of w s, so that both sides are about equally large
+and neither overflows unless the sum does. Interpolation (weights 1 - t and t), task arithmetic and negation
+(weight -1: forgetting) are choices of the weights (Ilharco et al. 2022). `svd` is the nearest update of a
+given rank, from the thin factors. `peft_linear` adds the factors instead, as PEFT's "linear" and LoRAHub do;
+a product of sums holds B_i A_j of every two adapters, so it is another update:
 
     (Σ √|w s| B) (Σ ±√|w s| A) = Σ_ij √|w_i s_i| ±√|w_j s_j| B_i A_j
 
-Every function returns its distance to the exact sum, too. Stands in for PEFT's add_weighted_adapter with
-"cat", "svd" and "linear"; leaves out the search for weights, and clamping.
+Every result comes with its distance to the exact sum. Stands in for PEFT's add_weighted_adapter with "cat",
+"svd" and "linear"; leaves out the search for weights, and clamping.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def linear(updates: Sequence[Update], rank: int | None = None) -> Combined:
 def peft_linear(updates: Sequence[Update]) -> Combined:
     """PEFT's "linear": the product of the summed factors, with the cross terms B_i A_j. Not the sum.
 
-    Its residual is what it gets wrong. InputError unless all ranks are equal; others as `cat`.
+    The residual is the size of its error. InputError unless all ranks are equal; others as `cat`.
     """
     updates = checked(updates)
     ranks = [len(change.A) for _, change in updates]
@@ -153,12 +153,12 @@ def balanced(w: float, change: Factors) -> tuple[Array, Array]:
 
 
 def longest(a: Array) -> float:
-    """What |a| is at most, Frobenius: no square can overflow. NaN if an entry is."""
+    """An upper bound of |a|, Frobenius, without squares, which could overflow; NaN if an entry is."""
     return float(abs(a).max()) * math.sqrt(a.size)
 
 
 def check_finite(bound: float) -> None:
-    """NonFiniteError unless what bounds a sum is finite; LAPACK would print what it thinks of the others."""
+    """NonFiniteError unless the bound of a sum is finite; LAPACK would print complaints about such a sum."""
     if not math.isfinite(bound):
         raise NonFiniteError("the sum is not finite: its weights or factors are too large")
 

@@ -4,14 +4,13 @@
 
 Over PEFT folders (`combine`) and over the adapters in a model (`add_weighted_adapter`, PEFT's name). The
 methods are the functions of arithmetic.py and sparsify.py. The order of the adapters changes no more than
-roundings. A module that an adapter does not have counts as a change of 0. What has no ΔW = s B A (DoRA's
-magnitudes, biases, modules saved in full) has no sum here and is refused by name. Stands in for PEFT's
+roundings. A module that an adapter does not have counts as a change of 0. DoRA's magnitudes, biases and
+modules saved in full are no ΔW = s B A: an adapter with one of them is refused. Stands in for PEFT's
 add_weighted_adapter; leaves out its methods that prune A and B apart.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import quiet_overflow, to_device, to_host
+from ..backend import to_device, to_host
 from ..errors import InputError, MiniloraError, MismatchError, UnsupportedError, nearest, short
 from ..formats.atomic import check_free
 from ..layers import Factors, Param
-from ..lora import LowRank, attach, check_name, unmerged
+from ..lora import LowRank, adapted, attach, check_name
 from ..methods.embedding import LowRankEmbedding
 from ..model import Llama
 from ..peft.config import peft_config, read_fields
@@ -36,7 +35,7 @@ from ..spectra import quotient
 from ..table import Table, counted, report
 from .arithmetic import Combined, Update, cat, check_rank, check_weights, linear, peft_linear, svd
 from .sparsify import check_density, dare, dare_ties, magnitude, ties
-from .truncate import refuse_same
+from .truncate import ratio, refuse_same
 
 METHODS: dict[str, Callable[..., Combined]] = {
     f.__name__: f for f in (linear, cat, svd, peft_linear, magnitude, ties, dare, dare_ties)
@@ -76,10 +75,7 @@ class Combination:
     @property
     def relative(self) -> float:
         """The distance to the exact sum over all modules together, relative to its norm."""
-        lost, whole = (
-            math.hypot(*(getattr(row, name) for row in self.rows)) for name in ("residual", "norm")
-        )
-        return quotient(lost, whole)
+        return ratio(self.rows, "residual")
 
     def data(self) -> dict[str, Any]:
         return asdict(self) | {"parameters": self.parameters, "relative": self.relative}
@@ -126,26 +122,26 @@ def results(
     density: float | None,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[str, Factors, Part]]:
-    """(module, new factors, its row) for every module, by name. No order decides what is drawn."""
+) -> Iterator[tuple[Factors, Part]]:
+    """The new factors and the row of every module, by name, so that no other order decides what is drawn."""
     make, rng = METHODS[method], np.random.default_rng(seed)
     takes = signature(make).parameters
     shapes = {m: (change.B.shape[0], change.A.shape[1]) for m, ((_, change), *_) in updates.items()}
     ranks = {m: tuple(len(change.A) for _, change in weighted) for m, weighted in updates.items()}
-    most = {m: min(*shapes[m], *(() if "density" in takes else (sum(ranks[m]),))) for m in updates}
-    check_rank(rank or 1, max(most.values()))
+    most = {m: min(shapes[m]) if "density" in takes else min(*shapes[m], sum(ranks[m])) for m in updates}
+    if rank is not None:
+        check_rank(rank, max(most.values()))
     for i, module in enumerate(sorted(updates)):
         options = {"rank": rank and min(rank, most[module]), "density": density, "rng": rng}
         try:
-            with quiet_overflow():
-                made = make(updates[module], **{name: v for name, v in options.items() if name in takes})
+            made = make(updates[module], **{name: v for name, v in options.items() if name in takes})
         except MiniloraError as e:
             raise type(e)(f"{module}: {e}") from e
-        new, k = made.factors, len(made.factors.A)
+        k = len(made.factors.A)
         row = Part(module, shapes[module], ranks[module], k, made.norm, made.residual, made.cut)
         if progress:
             progress(i + 1, len(updates))
-        yield module, new, row
+        yield made.factors, row
 
 
 # ---- over folders
@@ -175,9 +171,8 @@ def combine(
     folders = [open_adapter(folder) for folder, _ in given]
     places = [os.path.realpath(folder.where) for folder in folders]
     if again := [str(folder.where) for i, folder in enumerate(folders) if places[i] in places[:i]]:
-        raise InputError(
-            f"{again[0]}: is given twice; expected each adapter once, with the sum of its weights"
-        )
+        what = "is given twice; expected each adapter once, with the sum of its weights"
+        raise InputError(f"{again[0]}: {what}")
     for folder in folders:
         check_summable(folder)
     refuse_same(out, *(folder.where for folder in folders))
@@ -189,14 +184,15 @@ def combine(
         for module, pair in folder.pairs.items():
             A, B = folder.factors(module)
             updates.setdefault(module, []).append((weight, Factors(to_device(B), to_device(A), pair.scale)))
-    first = {m: folder for folder, _ in reversed(summed) for m in folder.pairs}  # whose names are taken
+    like = {m: folder for folder, _ in summed for m in folder.pairs}  # any: all have the same names and form
     tensors, rows, sizes = {}, [], {}
-    for module, new, row in results(updates, method, rank, density, seed, progress):
-        pair, shapes = first[module].pairs[module], first[module].tensors.shapes
+    for new, row in results(updates, method, rank, density, seed, progress):
+        folder = like[row.module]
+        pair, shapes = folder.pairs[row.module], folder.tensors.shapes
         inner, outer = shapes[pair.A][1:], shapes[pair.B][2:]  # a convolution's have more axes
         tensors[pair.A] = to_host(new.A).reshape(row.rank, *inner)
         tensors[pair.B] = to_host(new.B).reshape(-1, row.rank, *outer)
-        sizes[module] = row.rank, row.rank
+        sizes[row.module] = row.rank, row.rank
         rows.append(row)
     config = peft_config(sizes, list(sizes)) | shared([folder for folder, _ in summed])
     wide = any(a.dtype == np.float64 for a in tensors.values())
@@ -227,17 +223,20 @@ def check_summable(given: Adapter) -> None:
     for module, pair in given.pairs.items():
         for tensor in (*pair.vectors.values(), pair.bias):
             if tensor:
-                what = f"acts beside the ΔW of {module}; adapters with such have no sum here"
+                what = f"acts beside the ΔW of {module}; only s B A can be summed"
                 raise UnsupportedError(f"{given.where}: {tensor} {what}")
     for parameter, tensor in given.replaced.items():
-        what = f"replaces {parameter}; adapters with such have no sum here"
+        what = f"replaces {parameter}; only s B A can be summed"
         raise UnsupportedError(f"{given.where}: {tensor} {what}")
 
 
 def check_together(folders: Sequence[Adapter]) -> str | None:
-    """The fingerprint of the common base, if all have it; MismatchError if two cannot be of one base."""
+    """The fingerprints of the bases that all adapters fit; None if one adapter has none.
+
+    MismatchError if two adapters are of different bases, shapes or layouts.
+    """
     first, marked = folders[0], [folder for folder in folders if "base" in folder.made]
-    common = marked[0].made["base"].split() if marked else []  # two of an adapter beside a base in 4 bits
+    common = marked[0].made["base"].split() if marked else []  # two, if it was trained beside 4 bits
     for folder in marked:
         common = [base for base in common if base in folder.made["base"].split()]
         if not common:
@@ -253,15 +252,13 @@ def check_together(folders: Sequence[Adapter]) -> str | None:
             form = pair.embedding, pair.shape, shapes[pair.A][1:]
             other, expected = seen.setdefault(module, (folder, form))
             if form != expected:
-                what = (
-                    f"has a ΔW of {form_words(*form)}; expected {form_words(*expected)}, as {other.where} has"
-                )
-                raise MismatchError(f"{folder.where}: {module} {what}")
+                what = f"has a ΔW of {form_words(*form)}; expected {form_words(*expected)}"
+                raise MismatchError(f"{folder.where}: {module} {what}, as {other.where} has")
     return " ".join(common) if len(marked) == len(folders) else None
 
 
 def notes_on(folder: Adapter, lost: bool) -> Iterator[str]:
-    """What is unusual in an adapter, what of its file is in no sum, and whether its base's fingerprint is."""
+    """Notes on an adapter: what is unusual in it, and what the sum leaves out."""
     yield from folder.notes
     if lost and "base" in folder.made:
         yield "the fingerprint of its base left out, as not all adapters have one"
@@ -276,7 +273,7 @@ def form_words(embedding: bool, shape: tuple[int, int], window: tuple[int, ...])
 
 
 def shared(folders: Sequence[Adapter]) -> dict[str, Any]:
-    """The fields of a config on which all agree, and the first one's selectors if all have its modules."""
+    """The fields on which all configs agree; and the first one's selectors, if all have the same modules."""
     configs = [read_fields(folder.where / CONFIG) for folder in folders]
     first = configs[0]
     alike = all(folder.pairs.keys() == folders[0].pairs.keys() for folder in folders)
@@ -308,7 +305,7 @@ def add_weighted_adapter(
     """
     check_weights([weight for _, weight in pairs_of(adapters)])
     check_options(method, rank, density, seed)
-    layers = unmerged(model)
+    layers = adapted(model)
     names = {n for layer in layers.values() for n in layer.adapters}
     for adapter in adapters:
         if adapter not in names:
@@ -318,19 +315,18 @@ def add_weighted_adapter(
     kinds: dict[str, type] = {}
     for path, layer in layers.items():
         for adapter, weight in adapters.items():
-            if (one := layer.adapters.get(adapter)) is None:
+            one: Any = layer.adapters.get(adapter)
+            if one is None:
                 continue
             if type(one) not in (LowRank, LowRankEmbedding):
                 what = f"{adapter} is {type(one).__name__} at {path}"
-                raise UnsupportedError(f"{what}; only LoRA's s B A has a sum here")
+                raise UnsupportedError(f"{what}; only LoRA's s B A can be summed")
             if weight:
-                pair: Any = one.low_rank
                 kinds[path] = type(one)
-                change = Factors(pair.B.data, pair.A.data, pair.scale)
-                updates.setdefault(path, []).append((weight, change))
+                updates.setdefault(path, []).append((weight, one.change(layer.base)))
     new, rows = {}, []
-    for path, factors, row in results(updates, method, rank, density, seed):
-        new[path] = kinds[path](Param(factors.A), Param(factors.B), 1.0)
+    for factors, row in results(updates, method, rank, density, seed):
+        new[row.module] = kinds[row.module](Param(factors.A), Param(factors.B), 1.0)
         rows.append(row)
     attach(model, new, name)
     return Combination(name, tuple((a, float(w)) for a, w in adapters.items()), method, tuple(rows))

@@ -30,9 +30,9 @@ def quantize_checkpoint(
 ) -> Quantized:
     """Write a base as a new folder in which the linear maps of the blocks are in 4 bits.
 
-    `kind` is "nf4" or "fp4"; `block` and `double` as in `ml.quantize`, and the result is its report. What is
-    not quantized keeps the base's dtype. The folder loads again to the bit. StorageError if it exists, unless
-    `overwrite`; InputError if it is the base; and whatever loading, quantizing and saving raise.
+    `kind` is "nf4" or "fp4"; `block` and `double` are those of `ml.quantize`, whose report is returned. All
+    other weights keep the base's dtype, and the folder loads again to the bit. StorageError if it exists,
+    unless `overwrite`; InputError if it is the base; and whatever loading, quantizing and saving raise.
     """
     check_form(kind, block, KINDS)
     source = checkpoint(base)

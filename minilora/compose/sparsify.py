@@ -13,11 +13,11 @@ rank that it has. As in PEFT the signs are elected before the weights act. Stand
 "magnitude_prune_svd", "ties_svd", "dare_linear_svd" and "dare_ties_svd"; leaves out its forms without
 "_svd", which prune A and B apart.
 
-The adapters act in the order of their digests, so none in which they are named changes a bit, not even of
-what `dare` draws. Adapters that are equal draw differently, one after the other.
+The adapters act in the order of their digests. So the order in which they are named changes no bit, not even
+with `dare`. Two equal adapters draw one after the other, and so drop different entries.
 
 Memory: the dense ΔW and its SVD, in float64; for the methods of TIES all K of them, and K masks. An embedding
-of 128,000 tokens of width 4,096 has 4 GB of each.
+of 128,000 tokens of width 4,096 takes 4 GB for each.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def magnitude(updates: Sequence[Update], density: float, rank: int | None = None
     InputError for a density outside (0, 1] or that keeps no entry, or for a rank above the shape; others as
     `arithmetic.cat`.
     """
-    updates = prepared(updates, density)
+    updates, density = prepared(updates, density)
     return in_factors(updates, added(updates, (largest(dense(x), density) for _, x in updates)), rank)
 
 
@@ -53,39 +53,39 @@ def dare(
     Draws one number per entry, row by row, one adapter after the other, in the order of their digests.
     Errors as in `magnitude`.
     """
-    updates = prepared(updates, density)
+    updates, density = prepared(updates, density)
     return in_factors(updates, added(updates, (dropped(dense(x), density, rng) for _, x in updates)), rank)
 
 
 def ties(updates: Sequence[Update], density: float, rank: int | None = None) -> Combined:
-    """Trim, elect a sign per entry, and take the mean of those that agree. Errors as in `magnitude`."""
-    updates = prepared(updates, density)
+    """Trim, elect a sign per entry, take the mean of the entries that have it. Errors as in `magnitude`."""
+    updates, density = prepared(updates, density)
     return in_factors(updates, elected(updates, [largest(dense(x), density) for _, x in updates]), rank)
 
 
 def dare_ties(
     updates: Sequence[Update], density: float, rng: np.random.Generator, rank: int | None = None
 ) -> Combined:
-    """`ties` on entries dropped at random, as in `dare`, instead of trimmed ones."""
-    updates = prepared(updates, density)
+    """`ties`, with entries dropped at random as in `dare` instead of trimmed."""
+    updates, density = prepared(updates, density)
     return in_factors(updates, elected(updates, [dropped(dense(x), density, rng) for _, x in updates]), rank)
 
 
 # ---- their parts
 
 
-def prepared(updates: Sequence[Update], density: float) -> list[Update]:
-    """The updates that count, in an order of their own; InputError if the density keeps no entry."""
+def prepared(updates: Sequence[Update], density: float) -> tuple[list[Update], float]:
+    """The updates that count, in order, and the density; InputError if it keeps no entry."""
     check_density(density)
-    updates = checked(updates)
+    updates, share = checked(updates), float(density)
     O, I = updates[0][1].B.shape[0], updates[0][1].A.shape[1]  # noqa: E741
-    if not int(density * O * I):
+    if not int(share * (O * I)):  # as in `largest`: share * O * I may round to more
         raise InputError(f"density is {short(density)}; expected one that keeps an entry of {O * I:,}")
-    return sorted(updates, key=settled)
+    return sorted(updates, key=settled), share
 
 
 def settled(update: Update) -> tuple[str, float, float]:
-    """What orders updates: the digest of the factors' numbers, of any dtype; then scale and weight."""
+    """The key that orders updates: the digest of their numbers, in any dtype; then scale and weight."""
     w, change = update
     return of_arrays([("B", change.B), ("A", change.A)], np.float64), change.scale, w
 
@@ -129,7 +129,7 @@ def dropped(change: Array, density: float, rng: np.random.Generator) -> Array:
 
 
 def elected(updates: Sequence[Update], parts: Sequence[Array]) -> Array:
-    """The mean of w T over the adapters whose T has the sign that most weight has; 0 where none has."""
+    """The mean of w T over the adapters whose T has the sign of Σ T, + where that is 0; 0 where none has."""
     with quiet_overflow():
         sign = xp.where(sum(parts) >= 0, 1.0, -1.0)
     agreeing = [xp.sign(part) == sign for part in parts]

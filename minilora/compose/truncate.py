@@ -106,8 +106,8 @@ def shrunk(
     return Shrunk(module, shape, r, rank, norm(S), residual, norm(S[rank:]), spectral)
 
 
-def ratio(rows: Sequence[Shrunk], part: str) -> float:
-    """The root of the sum of squares of one field over the rows, relative to that of |ΔW|."""
+def ratio(rows: Sequence[Any], part: str) -> float:
+    """The root of the sum of squares of one field over the rows, relative to that of the norms."""
     lost, whole = (math.hypot(*(getattr(row, name) for row in rows)) for name in (part, "norm"))
     return quotient(lost, whole)
 

@@ -30,7 +30,7 @@ from ..errors import (
     short,
 )
 from ..layers import Adapter, Linear, Need, Param, Table
-from ..lora import Adapted, LowRank, bases, owners
+from ..lora import LowRank, bases, unmerged
 from ..model import Llama
 from ..ops import Back, back_nothing, back_same, rows
 from ..targets import find_targets, with_head
@@ -421,7 +421,7 @@ def mixed(
     product of the forward is one for each row, so that a row's logits have the same bits whoever shares its
     batch, unless dropout draws; `loop` cannot do that. StateError for a merged model.
     """
-    refuse_merged(model)
+    unmerged(model)
     if invariant and compute is loop:
         raise ConfigError("compute is loop, which has products of several rows; expected another one")
     layers = with_head(model, bases(model))
@@ -448,15 +448,8 @@ def mixed(
 
 def named(model: Any, name: str) -> Adapters:
     """The adapters that are injected in the model under a name; InputError if there are none."""
-    refuse_merged(model)
-    layers = {path: layer for path, layer in owners(model) if isinstance(layer, Adapted)}
+    layers = unmerged(model)
     names = {n for layer in layers.values() for n in layer.adapters}
     if name not in names:
         raise InputError(f"there is no adapter {short(name)}; {nearest(name, names)}")
     return {path: layer.adapters[name] for path, layer in layers.items() if name in layer.adapters}
-
-
-def refuse_merged(model: Any) -> None:
-    """StateError if adapters are merged into the model."""
-    if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
-        raise StateError("the model is merged; unmerge it before a mixed batch")

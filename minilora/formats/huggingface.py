@@ -4,8 +4,8 @@ Loading is strict: every tensor must be there, finite and of the right shape, an
 Tensors are read one by one, so a checkpoint of any architecture can be inspected without loading it. A
 loaded model is frozen and its memory is read-only. Stands in for transformers' from_pretrained and
 save_pretrained. Runs only Llama (Mistral without a sliding window is one); knows the names and shapes of
-Qwen 2 and 3, too (`Outline`). Weights in 4 bits are bitsandbytes', and stay in 4 bits. No pickle is ever
-opened.
+Qwen 2 and 3, too (`Outline`). Weights in 4 bits have bitsandbytes' form, and stay in 4 bits. No pickle is
+ever opened.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from ..methods.bitsandbytes import (
 )  # fmt: skip
 from ..methods.four_bit import Blocks, FourBit, decoded
 from ..model import Config, Llama, RopeScaling, blank
-from ..tree import freeze, named_params, replace, walk
+from ..tree import dtype_of, freeze, named_params, replace, walk
 from . import archives, gguf
 from .atomic import exists, read, write_atomic, write_folder
 from .safetensors import CALLED, Tensors, json_object, layout, open_tensors, refuse_pointer, sealed, stored
@@ -89,7 +89,6 @@ KINDS: dict[str, dict[str, Any]] = {  # defaults that differ, by model_type
 FORWARD = {  # values that the forward pass here can run; the first is the default
     "model_type": ("llama", "mistral"),
     "hidden_act": ("silu",),
-    "quantization_config": (None,),
     "sliding_window": (None,),
     "partial_rotary_factor": (None, 1),
 }
@@ -121,7 +120,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the largest tensor that is not in 4 bits, "bfloat16", ...; a merged model has it."""
+        """The dtype of the largest tensor that is not in 4 bits, "bfloat16", ...: that of a merged model."""
         shapes, called = self.tensors.shapes, {F: name for name, F in CALLED.items()}
         rest = [name for name in shapes if name not in self.tensors.packed]
         largest = max(rest, key=lambda name: math.prod(shapes[name]))
@@ -304,10 +303,11 @@ def save_model(
 ) -> None:
     """Write a plain model as a new folder: config.json, model.safetensors, README.md; all or nothing.
 
-    Weights in 4 bits are written as bitsandbytes' (nf4 and fp4), and loaded again to the bit.
-    `extra` goes into config.json next to the shape. `dtype` is "float32", "bfloat16", ... or None for the
-    model's. `beside` holds more files by name, those of a tokenizer. StorageError if the folder exists,
-    unless `overwrite`; StateError if the model has adapters; NonFiniteError for values not finite in `dtype`.
+    Weights in 4 bits are written in bitsandbytes' form, and load again to the bit. `extra` goes into
+    config.json next to the shape. `dtype`, of all other weights, is "float32", "bfloat16", ... or None for
+    the model's. `beside` holds more files by name, those of a tokenizer. StorageError if the folder exists,
+    unless `overwrite`; StateError if the model has adapters; NonFiniteError for values not finite in `dtype`;
+    UnsupportedError for 4-bit weights that are neither nf4 nor fp4.
     """
     if dtype is not None and dtype not in CALLED:
         raise ConfigError(f"dtype is {short(dtype)}; expected one of {', '.join(CALLED)}")
@@ -320,12 +320,8 @@ def save_model(
     for path, a in tensors.items():
         if not np.isfinite(stored(a, kind := dtype or a.dtype.name)).all():
             raise NonFiniteError(f"{folder}: not written: {path} has values that are not finite in {kind}")
-    config: dict[str, Any] = {
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "architectures": ["LlamaForCausalLM"],
-    }
-    config |= {"torch_dtype": dtype or str(next(iter(tensors.values())).dtype)} | asdict(model.config)
+    config: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"} | asdict(model.config)
+    config |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype or str(dtype_of(model))}
     config |= {"tie_word_embeddings": TIED not in params} | dict(extra or {})
     if packed:
         maps = {path: node for path, node in walk(model) if isinstance(node, Linear)}
@@ -337,7 +333,7 @@ def save_model(
         write_atomic(temp / "README.md", card.encode())
         for name, content in (beside or {}).items():
             write_atomic(temp / name, content)
-        write_atomic(temp / "model.safetensors", layout(tensors | codes, dtype, None, codes))
+        write_atomic(temp / "model.safetensors", layout(tensors | codes, dtype, kept=codes))
 
     write_folder(folder, fill, overwrite)
 
@@ -403,14 +399,14 @@ def open_folder(folder: Path) -> Tensors:
 
 
 def unpacked(tensors: Tensors) -> Tensors:
-    """The tensors, with each 4-bit weight of bitsandbytes under its own name: decoded when it is read."""
-    kinds = {match[1]: match[2] for name in tensors if (match := STATE.fullmatch(name))}
-    if not kinds:
+    """The tensors, with each 4-bit weight of bitsandbytes under its own name, decoded when it is read."""
+    states = {match[1]: match for name in tensors if (match := STATE.fullmatch(name))}
+    if not states:
         return tensors
     names = {name: name for name in tensors}
-    packed, shapes = {}, {}
-    for weight, kind in kinds.items():
-        what, state_name = f"{tensors.where}: {weight}", f"{weight}.quant_state.bitsandbytes__{kind}"
+    packed, shapes, dtypes = {}, {}, {}
+    for weight, match in states.items():
+        what, kind, state_name = f"{tensors.where}: {weight}", match[2], match[0]
         names.pop(state_name)
         parts = [part for part in PARTS if names.pop(f"{weight}.{part}", None)]
         if names.pop(weight, None) is None:
@@ -418,28 +414,27 @@ def unpacked(tensors: Tensors) -> Tensors:
         if math.prod(tensors.shapes[state_name]) > MOST:
             raise FormatError(f"{what}: quant_state is too long; expected at most {MOST} bytes")
         state = json_object(f"{what}: quant_state", tensors.bytes_of(state_name).tobytes())
-        shapes[weight] = shape_of(what, kind, state)
-        packed[weight] = partial(read_packed, tensors, weight, kind, state, parts)
+        shapes[weight], dtypes[weight] = shape_of(what, kind, state), kind.upper()
+        packed[weight] = partial(read_packed, tensors, weight, state, parts)
     rest = tensors.renamed(names)
     return dataclasses.replace(
         rest,
         shapes={**rest.shapes, **shapes},
-        dtypes={**rest.dtypes, **{weight: kind.upper() for weight, kind in kinds.items()}},
+        dtypes={**rest.dtypes, **dtypes},
         fetch=lambda name: decoded(packed[name](np.float32)) if name in packed else rest.fetch(name),
         packed=packed,
     )
 
 
 def read_packed(
-    tensors: Tensors, weight: str, kind: str, state: Mapping[str, Any], parts: Iterable[str], dtype: Any
+    tensors: Tensors, weight: str, state: Mapping[str, Any], parts: Iterable[str], dtype: Any
 ) -> Blocks:
     """A 4-bit weight from its tensors; errors as in `blocks_of`."""
     arrays = {}
     for part in parts:
         name = f"{weight}.{part}"
         arrays[part] = tensors.bytes_of(name) if tensors.dtypes[name] == "U8" else tensors[name]
-    what = f"{tensors.where}: {weight}"
-    return blocks_of(what, kind, state, tensors.bytes_of(weight), arrays, dtype)
+    return blocks_of(f"{tensors.where}: {weight}", state, tensors.bytes_of(weight), arrays, dtype)
 
 
 def plain_file(index: Path, name: str) -> Path:
@@ -491,9 +486,12 @@ def read_outline(path: Path | str) -> Outline:
 def forward(path: Path | str, settings: dict[str, Any]) -> dict[str, Any]:
     """The fields that only the forward pass needs (rotary); UnsupportedError for what it cannot do here."""
     for key, only in FORWARD.items():
-        value = settings.get(key, only[0])
-        if value not in only and not (key == "quantization_config" and is_four_bit(value)):
-            raise UnsupportedError(f"{path}: {key} is {short(value)}; expected {only[0]!r}")
+        if settings.get(key, only[0]) not in only:
+            raise UnsupportedError(f"{path}: {key} is {short(settings[key])}; expected {only[0]!r}")
+    quantized = settings.get("quantization_config")
+    if quantized is not None and not is_four_bit(quantized):
+        what = f"quantization_config is {short(quantized)}"
+        raise UnsupportedError(f"{path}: {what}; expected none, or 4 bits of bitsandbytes")
     return rope(path, settings)
 
 

@@ -4,9 +4,9 @@
 
 The package `safetensors` cannot give bfloat16 to NumPy, accepts a name that is given twice, and orders
 two entries of metadata at random. So the container is read and written here: strictly, and with the same
-bytes for the same tensors. The package's writer and reader are the oracle in the tests. Integers, booleans
-and 8-bit floats are not read, but for the bytes of a quantized weight; the error names the tensor and its
-dtype. No pickle is ever opened.
+bytes for the same tensors. The package's writer and reader are the oracle in the tests. Of integers only U8,
+the bytes of a quantized weight, is read (`bytes_of`); for others, booleans and 8-bit floats the error names
+the tensor and its dtype. No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Tensors(Mapping[str, np.ndarray]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # differences from the file
     bytes_of: Callable[[str], np.ndarray] = no_bytes  # of a U8 tensor, as uint8
-    packed: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # of 4-bit weights, by dtype
+    packed: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # 4-bit weights: dtype -> codes
 
     def renamed(self, names: Mapping[str, str], notes: tuple[str, ...] = ()) -> Tensors:
         """Some of the tensors under new names (new name -> old name), with notes on the change."""
@@ -231,7 +231,7 @@ def layout(
     metadata: Mapping[str, str] | None = None,
     kept: Container[str] = (),
 ) -> Iterator[bytes]:
-    """The bytes of a safetensors file, piece by piece: each array as it is, or all as `dtype` but the `kept`.
+    """The bytes of a safetensors file, piece by piece: each array as it is, or all but `kept` as `dtype`.
 
     The order is the package's: wider dtypes first, then by name; the metadata is sorted.
     """

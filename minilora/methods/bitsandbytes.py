@@ -7,9 +7,9 @@
     X.weight.nested_quant_map                the 256 values of those   float32
     X.weight.quant_state.bitsandbytes__nf4   JSON: type, sizes, dtype, shape, offset     uint8
 
-transformers loads such a folder with bitsandbytes, and this package loads theirs. Kernels there know the
-values of nf4 and fp4 by heart, so a file with other values is refused, and int4 has no form. The map of 256
-values is taken from the file, since its last bit depends on the machine that computed it.
+transformers loads such a folder with bitsandbytes, and this package loads theirs. Its kernels
+have the values of nf4 and fp4 built in, so a file with other values is refused, and int4 has no form. The map
+of 256 values is taken from the file, since its last bit depends on the machine that computed it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ KINDS = ("nf4", "fp4")
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 MOST = 1 << 12  # bytes of JSON; real ones have some 150
 FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
-DTYPES = ("float32", "float16", "bfloat16", "float64")  # of the weight before; here it is the model's
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # of the weight before; it is decoded in the model's
 NESTED = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
 def config_of(blocks: Blocks, dense: Iterable[str]) -> dict[str, Any]:
-    """The entry quantization_config of config.json, from one of the weights and the dense maps' names."""
+    """The entry quantization_config of config.json, from one of the weights and the names of dense maps."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -45,7 +45,7 @@ def config_of(blocks: Blocks, dense: Iterable[str]) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": isinstance(blocks.absmax, Scales),
         "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head", *sorted(set(dense) - {"lm_head"})],  # as bitsandbytes has it
+        "llm_int8_skip_modules": ["lm_head", *sorted(set(dense) - {"lm_head"})],  # as in their files
     }
 
 
@@ -78,7 +78,10 @@ def parts_of(name: str, blocks: Blocks) -> dict[str, np.ndarray]:
 
 
 def shape_of(what: str, kind: str, state: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape in a weight's state. FormatError, which begins with `what`, for a state that is none."""
+    """The shape in a weight's state, once all of it is checked.
+
+    FormatError, or UnsupportedError for another kind; the message begins with `what`.
+    """
     expected = FIELDS | (NESTED if "nested_offset" in state else set())
     if state.keys() != expected:
         odd = sorted(state.keys() ^ expected)[0]
@@ -94,44 +97,35 @@ def shape_of(what: str, kind: str, state: Mapping[str, Any]) -> tuple[int, ...]:
     if kind not in KINDS:
         raise UnsupportedError(f"{what}: quant_type is {short(kind)}; expected nf4 or fp4")
     shape, offset = state["shape"], state.get("nested_offset", 0.0)
-    if (
-        not isinstance(shape, list)
-        or len(shape) != 2
-        or not all(type(n) is int and 0 < n < 1 << 30 for n in shape)
-    ):
+    sides = shape if isinstance(shape, list) else []
+    if len(sides) != 2 or not all(type(n) is int and 0 < n < 1 << 30 for n in sides):
         raise FormatError(f"{what}: shape is {short(shape)}; expected two ints, at least 1")
     if type(offset) is not float or not abs(offset) <= float(np.finfo(np.float32).max):
         raise FormatError(f"{what}: nested_offset is {short(offset)}; expected a finite number in float32")
-    return tuple(shape)
+    return tuple(sides)
 
 
 def blocks_of(
-    what: str,
-    kind: str,
-    state: Mapping[str, Any],
-    codes: np.ndarray,
-    parts: Mapping[str, np.ndarray],
-    dtype: Any,
+    what: str, state: Mapping[str, Any], codes: np.ndarray, parts: Mapping[str, np.ndarray], dtype: Any
 ) -> Blocks:
     """The weight of a checked state, its codes and its other parts, to be decoded in `dtype`.
 
     FormatError, which begins with `what`, for parts of another length or type, for other values than the
     kind's, and for a scale below zero; NonFiniteError for a scale that is not finite in `dtype`.
     """
-    shape, block = shape_of(what, kind, state), state["blocksize"]
+    kind, block, shape = state["quant_type"], state["blocksize"], tuple(state["shape"])
     size, double = math.prod(shape), "nested_offset" in state
     count = -(-size // block)
-    expected = {"absmax": count, "quant_map": len(book(kind))}
-    expected |= {"nested_absmax": -(-count // SCALES), "nested_quant_map": 256} if double else {}
-    if odd := sorted(parts.keys() ^ expected.keys()):
+    forms = {"quant_map": ("float32", len(book(kind))), "absmax": ("uint8" if double else "float32", count)}
+    if double:
+        forms |= {"nested_absmax": ("float32", -(-count // SCALES)), "nested_quant_map": ("float32", 256)}
+    if odd := sorted(parts.keys() ^ forms.keys()):
         raise FormatError(f"{what}.{odd[0]} is {'not expected' if odd[0] in parts else 'missing'}")
-    bytes_of = {"absmax"} if double else set()
+    forms["codes"] = "uint8", (size + 1) // 2
     for name, a in {"codes": codes.reshape(-1), **parts}.items():
-        length = expected.get(name, (size + 1) // 2)
-        wanted = np.uint8 if name == "codes" or name in bytes_of else np.float32
+        wanted, length = forms[name]
         if a.shape != (length,) or a.dtype != wanted:
-            given = f"{a.dtype} {a.shape}"
-            raise FormatError(f"{what}: {name} is {given}; expected {np.dtype(wanted)} ({length},)")
+            raise FormatError(f"{what}: {name} is {a.dtype} {a.shape}; expected {wanted} ({length},)")
     if not np.array_equal(parts["quant_map"], book(kind)):
         raise FormatError(f"{what}: quant_map has other values than those of {kind}")
     if double and not np.allclose(parts["nested_quant_map"], dynamic_map(), rtol=4 * U, atol=0):

@@ -3,7 +3,7 @@
     W' = m V / |V| with V = W + ΔW, one norm |V| per output row; m (O,) starts at |W|
 
 With z = x Vᵀ and g = m / |V|, y = g z + b. The gradient through |V| is exact; `detach` leaves it out, as
-the paper's section 4.3 and PEFT do. Beside a packed W, V is formed again for the gradient, and not kept.
+the paper's section 4.3 and PEFT do. Beside a packed W, V is not kept but formed again for the gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DoRA:
     def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         A, B, s, m = self.low_rank.A, self.low_rank.B, self.low_rank.scale, self.magnitude
         V = self.direction(base)  # (O, I)
-        kept = None if base.weight.packed else V  # else it would be the base decoded, kept for each layer
+        kept = None if base.weight.packed else V  # else each layer would keep its base decoded
         n, bias = row_norms(V), base.bias
         g = m.data / n
         x_ = rows(x)

@@ -3,8 +3,9 @@
     ŵ = q[code] c,   c = max |w| over a block of 64 weights,   code: the nearest of the 16 values q to w / c
 
 NF4's values are quantiles of the normal distribution, so that weights like Gaussian noise use all of them.
-Two codes share a byte, the first in its upper half. Double quantization keeps c in 8 bits: less its mean, in
-blocks of 256. With G the largest gap between two values, |w - ŵ| <= c (G / 2 + 4 u).
+Two codes share a byte, the first in its upper half. Double quantization stores the scales in 8 bits, after
+their mean is taken off, in blocks of 256. With G the largest gap between two values and c in float32,
+|w - ŵ| <= c (G / 2 + 4 u).
 
 Stands in for bitsandbytes' functional.py, with its numbers. Theirs multiplies by 1 / c where this divides, so
 a code may differ where w / c is within rounding of the middle between two values. Leaves out kernels that
@@ -38,9 +39,7 @@ U = 2.0**-24  # unit roundoff of float32, in which codes and scales are computed
 def spaced(start: float, stop: float, count: int) -> np.ndarray:
     """`count` numbers from start to stop in float32, each half from its own end, as torch.linspace rounds."""
     a, b, i = np.float32(start), np.float32(stop), np.arange(count)
-    step = float(
-        (b - a) / np.float32(count - 1)
-    )  # times i and the sum are exact in float64, up to one rounding
+    step = float((b - a) / np.float32(count - 1))  # a float32, so step * i is exact in float64
     return np.where(i < count // 2, float(a) + step * i, float(b) - step * i[::-1]).astype(np.float32)
 
 
@@ -89,7 +88,7 @@ def middles(values: np.ndarray) -> np.ndarray:
 
 
 def unwritten(a: Array) -> Array:
-    """The same array, into which NumPy writes no more; a GPU's cannot be closed."""
+    """The same array, read-only if it is NumPy's; CuPy has no such flag."""
     if isinstance(a, np.ndarray):
         a.flags.writeable = False
     return a
@@ -148,7 +147,7 @@ class Scales:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight's codes and scales, its shape and dtype; no array is written, and copies share them."""
+    """A weight's codes and scales, its shape and dtype; arrays are never written, and copies share them."""
 
     codes: Array  # uint8, (ceil(size / 2),)
     absmax: Array | Scales  # c of each block: float32, (blocks,)
@@ -186,7 +185,7 @@ class Blocks:
 class FourBit(Param):
     """A frozen weight of 4-bit codes in the place of a Param; `dense` decodes it anew each time.
 
-    Adapters train beside it. StateError for training it, or for storing an array in its place.
+    Adapters train beside it. Training it, or storing an array in it, is a StateError.
     """
 
     __slots__ = ()
@@ -219,8 +218,9 @@ def check_form(kind: object, block: object, kinds: Iterable[str] = BOOKS) -> Non
 def encoded(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -> Blocks:
     """A weight of any shape as blocks of codes, row by row; the last block may be shorter.
 
-    `double` stores the scales in 8 bits. Computed in float32. InputError for kind, block or a weight without
-    numbers, NonFiniteError for values that are not finite there, or not in the weight's dtype once decoded.
+    `double` stores the scales in 8 bits. InputError for kind, block or a weight without numbers;
+    NonFiniteError for values that are not finite in float32, where all is computed, or once decoded in the
+    weight's dtype.
     """
     check_form(kind, block)
     affine, n = kind == "int4-affine", math.prod(w.shape)
@@ -237,7 +237,7 @@ def encoded(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -
         x = xp.zeros((some.stop - some.start) * block, xp.float32)
         x[: len(part)] = part
         if affine:
-            x[len(part) :] = part[-1]
+            x[len(part) :] = part[-1]  # a zero could be the least of its block
         x = x.reshape(-1, block)
         if least is not None:
             least[some] = x.min(1)
@@ -267,7 +267,7 @@ def encoded(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -
 
 @quiet_overflow()
 def finite(blocks: Blocks) -> bool:
-    """Whether all of ŵ is finite in its dtype: values are at most 1, so the ends of each block decide."""
+    """Whether all of ŵ is finite in its dtype: |q| <= 1, so the ends of each block's range decide."""
     c, low = blocks.scales(), blocks.least
     ends = [c] if low is None else [low, c + low]
     return all(bool(xp.isfinite(a.astype(blocks.dtype)).all()) for a in ends)
@@ -281,7 +281,7 @@ def chunks(count: int, block: int) -> Iterator[slice]:
 
 def scales_of(scale: Array) -> Scales:
     """Scales in 8 bits, around their mean: double quantization."""
-    offset = xp.asarray(scale.mean(dtype=xp.float64), dtype=xp.float32)  # whose sum does not overflow
+    offset = xp.asarray(scale.mean(dtype=xp.float64), dtype=xp.float32)  # a sum in float32 may overflow
     rest = scale - offset
     padded = xp.zeros(-(-len(rest) // SCALES) * SCALES, xp.float32)
     padded[: len(rest)] = rest
@@ -313,9 +313,8 @@ def decoded(blocks: Blocks) -> Array:
 def bound(blocks: Blocks, c: np.ndarray) -> np.ndarray:
     """The largest |w - ŵ| that each block can have, (blocks,) float64; `c` are its scales before 8 bits.
 
-    Division errs by 2 u, a middle and the product by u each; the scale's own change comes on top, what a
-    least value adds, and that w comes from a wider dtype, or ŵ goes to a narrower one. The rest is for
-    underflow.
+    Of 4 u the division takes two, a middle and the product one each. Added are the change of the scale in 8
+    bits, the roundings of a least value, those to and from a dtype that is not float32, and underflow.
     """
     c, own = c.astype(np.float64), to_host(blocks.scales()).astype(np.float64)
     tiny, dtype = float(np.finfo(np.float32).smallest_subnormal), np.finfo(blocks.dtype)

@@ -1,16 +1,16 @@
 """A model whose linear maps hold 4-bit weights: LoRA on it is QLoRA (Dettmers et al. 2023, equation 5).
 
-    y = x Ŵᵀ + s (x Aᵀ) Bᵀ,   Ŵ = q[code] c decoded for each product, A and B as ever
+    y = x Ŵᵀ + s (x Aᵀ) Bᵀ,   Ŵ = q[code] c decoded for each product, A and B in float
 
 Weights are swapped, not layers: `quantize` puts a FourBit where a Param was, in all that "all-linear" means.
-The embedding, the head and the norms stay as they are. The gradient passes through Ŵ to x, and none is kept
-for Ŵ. Stands in for bitsandbytes' Linear4bit and PEFT's prepare_model_for_kbit_training; leaves out bfloat16
-and paging.
+The embedding, the head and the norms stay as they are. The gradient passes through Ŵ to x; Ŵ has none.
+Stands in for bitsandbytes' Linear4bit and PEFT's prepare_model_for_kbit_training; leaves out bfloat16 and
+paging.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from ..backend import to_host
 from ..errors import NonFiniteError, StateError
 from ..layers import Param
-from ..lora import Adapted, bases, owners
+from ..lora import bases, unmerged
 from ..spectra import quotient
 from ..table import Table, report
 from ..targets import find_targets
@@ -68,14 +68,14 @@ class Quantized:
 
 
 def quantize(model: Any, *, kind: str = "nf4", block: int = 64, double: bool = True) -> Quantized:
-    """Store the weights of all linear maps but the head in 4 bits, frozen, where adapters may stand already.
+    """Store the weights of all linear maps but the head in 4 bits, frozen; adapters may stand beside them.
 
-    `kind` is "nf4", "fp4", "int4" (symmetric) or "int4-affine"; `block` weights share a scale, a power of two
-    from 32 to 4096; `double` stores the scales in 8 bits. An error leaves the model as it was: InputError for
-    kind or block, StateError if the model is merged or quantized already, NonFiniteError names the weight.
+    `kind` is "nf4", "fp4", "int4" (symmetric) or "int4-affine"; the weights in a block share a scale, and
+    `block`, their number, is a power of two from 32 to 4096; `double` stores the scales in 8 bits. An error
+    leaves the model as it was: InputError for kind or block, StateError if the model is merged or quantized
+    already, NonFiniteError names the weight.
     """
-    if any(isinstance(layer, Adapted) and layer.merged is not None for _, layer in owners(model)):
-        raise StateError("the model is merged; unmerge it first")
+    unmerged(model)
     check_form(kind, block)
     layers = bases(model)
     new, rows, lost = {}, [], []
@@ -89,15 +89,12 @@ def quantize(model: Any, *, kind: str = "nf4", block: int = 64, double: bool = T
             raise NonFiniteError(f"{path}: {e}; nothing was quantized") from e
         error, size, reached = distances(weight, new[path])
         lost.append((error, size))
-        bits = 8 * new[path].nbytes / weight.size
-        rows.append(Row(path, tuple(weight.shape), bits, quotient(error, size), reached))
+        rows.append(Row(path, tuple(weight.shape), bits_of([new[path]]), quotient(error, size), reached))
     for path, blocks in new.items():
         layers[path].weight = FourBit(blocks)
-    error, size = np.sqrt(np.square(lost).sum(0)).tolist()
-    held = list(new.values())
-    return Quantized(
-        kind, block, tuple(rows), bits_of(held), bits_of(everything(model)), quotient(error, size)
-    )
+    error, size = np.linalg.norm(lost, axis=0).tolist()
+    bits, all_bits = bits_of(new.values()), bits_of(p.data for p in named_params(bases(model)).values())
+    return Quantized(kind, block, tuple(rows), bits, all_bits, quotient(error, size))
 
 
 def distances(weight: Param, blocks: Blocks) -> tuple[float, float, float]:
@@ -113,12 +110,7 @@ def distances(weight: Param, blocks: Blocks) -> tuple[float, float, float]:
     return float(np.linalg.norm(e)), float(np.linalg.norm(w)), float(reached.max())
 
 
-def everything(model: Any) -> Iterator[Any]:
-    """What is stored of each parameter of the base."""
-    return (p.data for p in named_params(bases(model)).values())
-
-
-def bits_of(stored: Any) -> float:
-    """Bits per parameter of what is stored."""
+def bits_of(stored: Iterable[Any]) -> float:
+    """Bits per weight of stored arrays and Blocks."""
     sizes = [(8 * a.nbytes, a.size) for a in stored]
     return sum(bits for bits, _ in sizes) / sum(n for _, n in sizes)

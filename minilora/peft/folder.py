@@ -99,7 +99,7 @@ class Adapter:
         return a
 
     def factors(self, module: str, dtype: Any = np.float64) -> tuple[np.ndarray, np.ndarray]:
-        """A (r, I) and B (O, r), a convolution's as matrices; NonFiniteError if |ΔW| is none in `dtype`."""
+        """A (r, I) and B (O, r), a convolution's as matrices; NonFiniteError if |ΔW| overflows `dtype`."""
         pair = self.pairs[module]
         A, B = self.value(pair.A).reshape(pair.r, -1), self.value(pair.B).reshape(-1, pair.r)
         if not change_norm(A, B, pair.scale) <= float(np.finfo(dtype).max):
@@ -394,7 +394,7 @@ def write_adapter(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Write config and tensors as an adapter's folder, with digest and the fingerprints of bases it fits."""
+    """Write an adapter's folder: config, tensors, their digest, and the fingerprints of bases it fits."""
     for name, a in tensors.items():
         if not np.isfinite(a).all():
             raise NonFiniteError(f"{name} is not finite; nothing was written")

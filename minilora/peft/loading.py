@@ -26,7 +26,7 @@ from ..methods.full_copy import FullCopy
 from ..model import Llama
 from ..table import counted, report
 from ..targets import with_head
-from ..tree import digest, named_params
+from ..tree import digest, dtype_of, named_params
 from .config import alphas_of, chosen, meant, peft_config, targets
 from .folder import (
     PATTERNS,
@@ -93,7 +93,7 @@ def load_adapter(
     check_fit(given, layers, tied)
     if not force:
         check_base(given, lambda: base_print(model))
-    dtype = next(iter(named_params(model).values())).dtype
+    dtype = dtype_of(model)
     new: dict[str, Any] = {}
     norms, p_drop = {}, given.settings.lora_dropout
     for module, pair in given.pairs.items():
@@ -146,7 +146,7 @@ def factors(given: Adapter, module: str, dtype: Any) -> tuple[Param, Param, floa
 
 
 def check_base(given: Adapter, fingerprint: Callable[[], str]) -> None:
-    """MismatchError if the file names bases that it fits and `fingerprint()` is that of another one."""
+    """MismatchError unless `fingerprint()` is one of those in the file, if it has any."""
     base = given.made.get("base")
     if base and (own := fingerprint()) not in base.split():
         what = f"fingerprint {base[:12]!a}, this one has {own[:12]!a}"
@@ -234,11 +234,11 @@ def save_adapter(
 ) -> None:
     """Write the active adapter as a PEFT folder, whole or not at all; the same adapter gives the same bytes.
 
-    `base` goes into the config as base_model_name_or_path, the base's fingerprint into the file, behind that
-    of the base it was `quantized_from`, if given: the adapter then loads beside either. An adapted embedding
-    with a tied head becomes two pairs, since PEFT leaves the head unchanged. StorageError if the folder
-    exists, unless `overwrite`; StateError if no adapter is active; NonFiniteError; UnsupportedError for an
-    adapter that PEFT's files cannot hold.
+    `base` goes into the config as base_model_name_or_path, the base's fingerprint into the file. For a base
+    that was quantized, `quantized_from` is the fingerprint of the float one: with it the adapter loads beside
+    either. An adapted embedding with a tied head becomes two pairs, since PEFT leaves the head unchanged.
+    StorageError if the folder exists, unless `overwrite`; StateError if no adapter is active; NonFiniteError;
+    UnsupportedError for an adapter that PEFT's files cannot hold.
     """
     adapters = active(model)
     if not adapters:

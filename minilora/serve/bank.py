@@ -26,7 +26,7 @@ from ..peft.folder import Adapter, check_agreement, open_adapter
 from ..peft.loading import base_print, check_base, check_fit, factors
 from ..peft.recognise import CONFIG
 from ..targets import with_head
-from ..tree import freeze, named_params
+from ..tree import dtype_of, freeze
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # no separator, and neither . nor ..
 PLAIN = "A and B of a linear map, the only kind that is served"
@@ -67,7 +67,7 @@ class Bank:
         self.counters = Counters()
         self.layers, self.tied = bases(model), model.lm_head is None
         self.with_head = with_head(model, self.layers)
-        self.dtype = next(iter(named_params(model).values())).dense().dtype
+        self.dtype = dtype_of(model)
         self.fingerprint = base_print(model)  # now, since it reads all of the base
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
         self.full: dict[str, int] = {}  # the bytes of the adapter that found no room last

@@ -22,7 +22,7 @@ import numpy as np
 from ..backend import Array, to_device, xp
 from ..model import Llama, Turn
 from ..ops import attend_one, attention
-from ..tree import named_params
+from ..tree import dtype_of
 
 Part = Callable[[Array, Array, Array], Array]  # q (M, H, 1, E), a layer's k and v (R, G, S, E) -> as q
 
@@ -116,7 +116,7 @@ class Slots:
 def slots_of(model: Llama, R: int, S: int) -> Slots:
     """Empty slots for R texts of at most S positions."""
     c = model.config
-    dtype = next(iter(named_params(model).values())).dense().dtype
+    dtype = dtype_of(model)
     k, v = xp.zeros((2, c.num_hidden_layers, R, c.num_key_value_heads, S, c.E), dtype)
     return Slots(model.tables(S, dtype), k, v, np.zeros(R, int))
 

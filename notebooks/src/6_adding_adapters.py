@@ -106,7 +106,7 @@ ways = {"cat": {}, "svd": {"rank": 4}, "peft_linear": {}}
 sums = {}
 for method, options in ways.items():
     made = ml.add_weighted_adapter(model, both, method, method=method, **options)
-    sums[method] = made.residual, losses()
+    sums[method] = made.relative, losses()
 ml.add_weighted_adapter(model, {"folio": -1.0}, "negated")
 sums["folio times -1"] = 0.0, losses()
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from vectors import summed as exact_sum
 from minilora.backend import to_device, to_host
 from minilora.compose import combine as module
 from minilora.compose.combine import METHODS, add_weighted_adapter, combine
+from minilora.compose.sparsify import dare
 from minilora.errors import (
     InputError,
     MismatchError,
@@ -33,16 +35,11 @@ from minilora.peft.folder import check_agreement, open_adapter, write_adapter
 from minilora.peft.loading import load_adapter, save_adapter
 from minilora.tree import named_params
 
-NEEDS = {  # method -> the options that drop nothing
-    "linear": {}, "cat": {}, "svd": {"rank": 99}, "peft_linear": {}, "magnitude": {"density": 1.0},
+NEEDS = {  # method -> the options that drop nothing, of an adapter of rank 2
+    "linear": {}, "cat": {}, "svd": {"rank": 2}, "peft_linear": {}, "magnitude": {"density": 1.0},
     "ties": {"density": 1.0}, "dare": {"density": 1.0}, "dare_ties": {"density": 1.0},
 }  # fmt: skip
 SHAPES = {"model.layers.0.mlp.m0": (7, 4), "model.layers.1.mlp.m1": (3, 8), "model.layers.2.mlp.m0": (5, 5)}
-
-
-def most(*ranks):
-    """The rank that svd may have at most in the modules of SHAPES."""
-    return max(min(*shape, sum(ranks)) for shape in SHAPES.values())
 
 
 @st.composite
@@ -80,7 +77,7 @@ def summed(adapters, u=U32):
 
 
 def at_most(given_):
-    """The options of svd at the full rank of these."""
+    """The largest rank that the sum of these can have in a module."""
     factors = [f for f, _, w in given_ if w]
     modules = {m for f in factors for m in f}
     return max(min(*SHAPES[m], sum(len(f[m][0]) for f in factors if m in f)) for m in modules)
@@ -149,18 +146,12 @@ def test_a_module_that_cannot_have_the_rank_has_its_own(given_, rank, tmp_path_f
 def test_interpolation_ends_at_both_adapters(method, tmp_path):
     """Weight 0 is absent, to the byte: modules that the other alone has, too."""
     rng = np.random.default_rng(0)
-    one, other = (
-        draw(rng, ranks={m: 2 for m in names}) for names in (sorted(SHAPES)[:2], sorted(SHAPES)[1:])
-    )
+    one, other = (draw(rng, dict.fromkeys(names, 2)) for names in (sorted(SHAPES)[:2], sorted(SHAPES)[1:]))
     a, b = write_peft(tmp_path / "a", one, lora_alpha=7), write_peft(tmp_path / "b", other)
-    how = {"rank": 2} if method == "svd" else NEEDS[method]
-    for name, adapters in {
-        "alone": {a: 1.0},
-        "end": {a: 1.0, b: 0.0},
-        "numpy": {a: np.float64(1), b: 0},
-    }.items():
-        combine(adapters, tmp_path / name, method=method, **how)
-    files = [[(tmp_path / n / f).read_bytes() for f in (CONFIG, WEIGHTS)] for n in ("alone", "end", "numpy")]
+    ends = {"alone": {a: 1.0}, "end": {a: 1.0, b: 0.0}, "numpy": {a: np.float64(1), b: 0}}
+    for name, adapters in ends.items():
+        combine(adapters, tmp_path / name, method=method, **NEEDS[method])
+    files = [[(tmp_path / name / f).read_bytes() for f in (CONFIG, WEIGHTS)] for name in ends]
     assert files[0] == files[1] == files[2]
     for m, (dW, off) in summed({a: 1.0}).items():
         assert np.linalg.norm(changes(tmp_path / "end")[m] - dW) <= off
@@ -205,13 +196,17 @@ def test_the_order_of_the_folders_does_not_change_the_file(method, tmp_path):
 
 
 def test_modules_draw_one_after_the_other(tmp_path):
-    """Two that are equal do not drop the same entries."""
+    """By name, from one generator of this seed: so two that are equal do not drop the same entries."""
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((2, 6)), rng.standard_normal((7, 2))
-    a = write_peft(tmp_path / "a", {"m.one": (A, B), "m.two": (A, B)})
-    combine({a: 1}, tmp_path / "out", method="dare", density=0.5)
-    found = changes(tmp_path / "out")
+    a = write_peft(tmp_path / "a", {"m.two": (A, B), "m.one": (A, B)})
+    combine({a: 1}, tmp_path / "out", method="dare", density=0.5, seed=3)
+    found, draws = changes(tmp_path / "out"), np.random.default_rng(3)
     assert np.linalg.norm(found["m.one"] - found["m.two"]) > 0.1 * np.linalg.norm(B @ A)
+    for m in ("m.one", "m.two"):
+        expected = dare([(1, of(B, A, read_peft(a)[0][m][2]))], 0.5, draws).factors
+        for mine, other in zip(open_adapter(tmp_path / "out").factors(m), expected[1::-1], strict=True):
+            assert (mine == to_host(other)).all()
 
 
 @pytest.mark.parametrize("method", ["dare", "dare_ties"])
@@ -228,9 +223,8 @@ def test_float64_stays_float64(tmp_path):
     rng = np.random.default_rng(0)
     a = write_peft(tmp_path / "a", draw(rng, dict.fromkeys(SHAPES, 2), np.float64))
     made = combine({a: 0.3}, tmp_path / "out")
-    assert {
-        open_adapter(tmp_path / "out").tensors.dtypes[n] for n in open_adapter(tmp_path / "out").tensors
-    } == {"F64"}
+    tensors = open_adapter(tmp_path / "out").tensors
+    assert {tensors.dtypes[name] for name in tensors} == {"F64"}
     for row in made.rows:
         assert row.residual <= summed({a: 0.3}, U64)[row.module][1]
 
@@ -385,11 +379,11 @@ UNSUPPORTED = {
     ),
     "bias": (
         {"bias": "lora_only", **beside("model.layers.0.mlp.m0.base_layer.bias", 7)},
-        "base_layer.bias acts beside the ΔW of model.layers.0.mlp.m0; adapters with such have no sum here",
+        "base_layer.bias acts beside the ΔW of model.layers.0.mlp.m0; only s B A can be summed",
     ),
     "saved": (
         {"modules_to_save": ["norm"], **beside("model.norm.weight", 4)},
-        "model.norm.weight replaces model.norm.weight; adapters with such have no sum here",
+        "model.norm.weight replaces model.norm.weight; only s B A can be summed",
     ),
     "lora_bias": ({"lora_bias": True}, "lora_bias is True, which is not supported"),
 }  # fmt: skip
@@ -400,7 +394,7 @@ def test_what_acts_beside_the_factors_is_refused_by_name(config, message, tmp_pa
     rng = np.random.default_rng(0)
     a = write_peft(tmp_path / "a", draw(rng, dict.fromkeys(SHAPES, 2)))
     b = write_peft(tmp_path / "b", draw(rng, dict.fromkeys(SHAPES, 2)), **config)
-    for weight in (1, 0):  # a strange adapter is no better for not counting
+    for weight in (1, 0):  # an adapter of weight 0 is checked, too
         with pytest.raises(UnsupportedError, match=message):
             combine({a: 1, b: weight}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -419,22 +413,17 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     a = write_peft(tmp_path / "a", draw(rng, {m: 2}))
     wide = write_peft(tmp_path / "wide", {m: (rng.standard_normal((2, 5)), rng.standard_normal((7, 2)))})
     turned = write_peft(tmp_path / "turned", draw(rng, {m: 2}), fan_in_fan_out=True)
-    conv = write_peft(
-        tmp_path / "conv", {m: (rng.standard_normal((2, 1, 2, 2)), rng.standard_normal((7, 2, 1, 1)))}
-    )
+    window = rng.standard_normal((2, 1, 2, 2)), rng.standard_normal((7, 2, 1, 1))
+    conv = write_peft(tmp_path / "conv", {m: window})
     odd = write_peft(tmp_path / "odd", draw(rng, {m: 2}), r=3)
     three = write_peft(tmp_path / "three", draw(rng, {m: 3}))
-    for other, error, message in (
-        (
-            wide,
-            MismatchError,
-            f"wide: {m} has a ΔW of a linear map, 7 x 5; expected a linear map, 7 x 4, as .*a has",
-        ),
-        (conv, MismatchError, f"conv: {m} has a ΔW of a convolution, 7 x 4; expected a linear map, 7 x 4"),
-        (turned, MismatchError, "turned: fan_in_fan_out is True; expected the same as in .*a"),
-        (odd, MismatchError, "odd.*expected .* with the config's r = 3"),
+    for other, message in (
+        (wide, f"wide: {m} has a ΔW of a linear map, 7 x 5; expected a linear map, 7 x 4, as .*a has"),
+        (conv, f"conv: {m} has a ΔW of a convolution, 7 x 4; expected a linear map, 7 x 4"),
+        (turned, "turned: fan_in_fan_out is True; expected the same as in .*a"),
+        (odd, "odd.*expected .* with the config's r = 3"),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises(MismatchError, match=message):
             combine({a: 1, other: 1}, tmp_path / "out")
     with pytest.raises(InputError, match=rf"{m}: the ranks are \[2, 3\]; peft_linear adds factors"):
         combine({a: 1, three: 1}, tmp_path / "out", method="peft_linear")
@@ -471,16 +460,9 @@ def saved(model, tmp_path, names="ab"):
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_model_and_its_folders_are_combined_to_the_same_bits(method, tie, tmp_path):
     same = LoraConfig(r=3, alpha=5, rslora=True, targets=EVERYTHING if not tie else LINEARS, init="both")
-    model, rng = with_two(
-        0, LoraConfig(r=3, alpha=7, targets=same.targets, init="both"), same, tie_word_embeddings=tie
-    )
-    how = (
-        {"rank": 4}
-        if method == "svd"
-        else {}
-        if "density" not in NEEDS[method]
-        else {"density": 0.5, "seed": 3}
-    )
+    first = LoraConfig(r=3, alpha=7, targets=same.targets, init="both")
+    model, rng = with_two(0, first, same, tie_word_embeddings=tie)
+    how = {"rank": 4} if method == "svd" else {"density": 0.5, "seed": 3} if NEEDS[method] else {}
     a, b = saved(model, tmp_path)
     base = {k: p.data.copy() for k, p in named_params(model).items()}
     rows = add_weighted_adapter(model, {"a": 0.7, "b": -0.4}, "mix", method=method, **how).rows
@@ -497,12 +479,17 @@ def test_a_model_and_its_folders_are_combined_to_the_same_bits(method, tie, tmp_
     assert (to_host(other(ids)[0]) == to_host(model(ids)[0])).all()
 
 
+@pytest.mark.parametrize("option", ["method", "rank", "density", "seed"])
+def test_an_option_has_the_same_default_in_a_model_and_over_folders(option):
+    one, other = (signature(f).parameters[option].default for f in (add_weighted_adapter, combine))
+    assert one == other
+
+
 def test_the_sum_acts_as_the_sum_on_every_layer(tmp_path):
     """Different targets: where only one adapts a layer, its part alone acts."""
     first = LoraConfig(r=3, alpha=7, targets=["q_proj", "down_proj"], init="both")
-    model, _ = with_two(
-        0, first, LoraConfig(r=2, alpha=5, rslora=True, targets=["q_proj", "v_proj"], init="both")
-    )
+    second = LoraConfig(r=2, alpha=5, rslora=True, targets=["q_proj", "v_proj"], init="both")
+    model, _ = with_two(0, first, second)
     updates = updates_in(model, {"a": 0.5, "b": -2})
     assert len(updates) == 6  # of two layers
     made = add_weighted_adapter(model, {"a": 0.5, "b": -2}, "sum")
@@ -556,9 +543,8 @@ def test_a_linear_map_and_an_embedding_of_one_name_do_not_fit(tmp_path):
     from safetensors.numpy import save_file
 
     save_file(tensors, b / WEIGHTS, {"format": "pt"})
-    with pytest.raises(
-        MismatchError, match=r"b: m.embed has a ΔW of an embedding, 6 x 6; expected a linear map"
-    ):
+    message = r"b: m.embed has a ΔW of an embedding, 6 x 6; expected a linear map"
+    with pytest.raises(MismatchError, match=message):
         combine({a: 1, b: 1}, tmp_path / "out")
 
 
@@ -575,7 +561,7 @@ def test_adapters_of_two_bases_are_refused(tmp_path):
 
 
 def test_a_sum_has_the_fingerprint_that_all_its_adapters_have(tmp_path):
-    """Of an adapter without one nobody knows the base; of one of weight 0 nobody asks."""
+    """The base of an adapter without one is unknown; an adapter of weight 0 does not count."""
     model, _ = with_two(0)
     a, b = saved(model, tmp_path)
     c = shutil.copytree(b, tmp_path / "c")
@@ -599,7 +585,7 @@ def test_a_sum_has_the_fingerprint_that_all_its_adapters_have(tmp_path):
     (("f q", "q"), "q"), (("f q", "g"), None), (("f", "q"), None), (("f q", "q r", "r f"), None),
 ])  # fmt: skip
 def test_a_sum_fits_the_bases_that_all_its_adapters_fit(bases, common, tmp_path):
-    """An adapter that was trained beside 4 bits fits two bases: the float one, and that as it is decoded."""
+    """An adapter that was trained beside 4 bits fits two bases: the float one, and the 4-bit one, decoded."""
     model, _ = with_two(0)
     adapters = {}
     for i, base in enumerate(bases):
@@ -647,7 +633,7 @@ def test_a_merged_model_and_other_kinds_are_refused():
     with pytest.raises(StateError, match="the model is merged; unmerge it first"):
         add_weighted_adapter(model, {"a": 1}, "new")
     model, rng = with_two(0, LoraConfig(r=2, targets=LINEARS, dora=True))
-    with pytest.raises(UnsupportedError, match=r"a is DoRA at .*; only LoRA's s B A has a sum here"):
+    with pytest.raises(UnsupportedError, match=r"a is DoRA at .*; only LoRA's s B A can be summed"):
         add_weighted_adapter(model, {"a": 1, "b": 1}, "new")
     for config in (LoraConfig(r=2, modules_to_save=["norm"]), LoraConfig(r=2, bias="lora_only")):
         model, rng = tiny(0, np.float32, attention_bias=True)

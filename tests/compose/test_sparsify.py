@@ -67,9 +67,8 @@ def by_hand(method, updates, density, seed):
     if "ties" in method:
         found = elected_by_hand(parts, weights)
     else:
-        found = [
-            sum(w * x for w, x in zip(weights, column, strict=True)) for column in zip(*parts, strict=True)
-        ]
+        columns = zip(*parts, strict=True)
+        found = [sum(w * x for w, x in zip(weights, column, strict=True)) for column in columns]
     return np.array(found).reshape(counted[0][1].shape)
 
 
@@ -77,7 +76,7 @@ def by_hand(method, updates, density, seed):
 @settings(max_examples=30)
 @given(updates=whole(), density=densities, seed=seeds)
 def test_integers_are_pruned_and_elected_as_by_hand(method, updates, density, seed):
-    """Of integers many entries are equal in size, and many sums 0: who counts then is settled, too."""
+    """Among integers many entries are equal in size and many sums are 0: what counts then is settled, too."""
     assume(int(density * entries(updates)))
     made, expected = MAKE[method](updates, density, seed), by_hand(method, updates, density, seed)
     off = slack(updates, density)
@@ -91,7 +90,7 @@ def test_integers_are_pruned_and_elected_as_by_hand(method, updates, density, se
 @settings(max_examples=20)
 @given(updates=weighted(), density=densities, seed=seeds, rank=st.integers(1, 9))
 def test_any_numbers_are_pruned_and_elected_as_by_hand(method, updates, density, seed, rank):
-    """At a rank as Eckart and Young say: of no update of that rank is the method's matrix nearer."""
+    """Cut at a rank, the result is as near to the method's matrix as Eckart and Young say."""
     assume(int(density * entries(updates)))
     expected = by_hand(method, updates, density, seed)
     rank = min(rank, *expected.shape)
@@ -125,9 +124,8 @@ def test_the_number_of_entries_is_rounded_down():
 def test_signs_are_elected_as_by_hand(updates):
     parts = [exact(x, float) for _, x in updates]
     found = to_host(elected(updates, [to_device(M) for M in parts]))
-    assert found.ravel().tolist() == elected_by_hand(
-        [M.ravel().tolist() for M in parts], [w for w, _ in updates]
-    )
+    expected = elected_by_hand([M.ravel().tolist() for M in parts], [w for w, _ in updates])
+    assert found.ravel().tolist() == expected
 
 
 def test_signs_are_elected_before_the_weights_act():
@@ -160,10 +158,8 @@ def test_the_mean_of_dare_over_seeds_is_the_sum(density):
     total = np.zeros((5, 4))
     for seed in range(n):
         draws = np.random.default_rng(seed)
-        total += sum(
-            w * to_host(dropped(to_device(M), density, draws))
-            for (w, _), M in zip(updates, parts, strict=True)
-        )
+        kept = [to_host(dropped(to_device(M), density, draws)) for M in parts]
+        total += sum(w * M for (w, _), M in zip(updates, kept, strict=True))
     variance = sum(w**2 * M**2 for (w, _), M in zip(updates, parts, strict=True)) * (1 - density) / density
     assert (abs(total / n - summed(updates).astype(float)) <= 5 * np.sqrt(variance / n)).all()
     assert (abs(total / n - summed(updates).astype(float)) >= 0.01 * np.sqrt(variance / n)).mean() > 0.9
@@ -182,7 +178,7 @@ def test_a_seed_settles_what_is_dropped(method):
 @settings(max_examples=15)
 @given(updates=weighted(least=2), density=densities, seed=seeds, twice=st.booleans())
 def test_no_order_of_the_adapters_changes_a_bit(method, updates, density, seed, twice):
-    """Not even of two that are equal, of one weight or of two."""
+    """Even if two adapters are equal, with the same weight or another."""
     assume(int(density * entries(updates)))
     updates = [*updates, (-0.5, updates[0][1])] if twice else updates
     one = MAKE[method](updates, density, seed)
@@ -194,7 +190,7 @@ def test_no_order_of_the_adapters_changes_a_bit(method, updates, density, seed, 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_numbers_of_an_adapter_decide_what_it_draws_and_not_its_weight_or_dtype(seed):
-    """So along an interpolation the same entries are kept. Each has columns of its own here: so both show."""
+    """So an interpolation keeps the same entries all along. Here each adapter has columns of its own."""
     rng = np.random.default_rng(seed)
     parts = [(rng.integers(1, 9, (6, 3)), rng.integers(1, 9, (3, 8)) * own) for own in np.eye(2).repeat(4, 1)]
 
@@ -235,19 +231,28 @@ def test_without_a_rank_there_is_as_much_as_the_result_has(updates):
 @pytest.mark.parametrize("density", [0, -0.1, 1.0001, math.nan, math.inf, True, "0.5", None])
 def test_a_density_outside_of_0_to_1_is_refused(method, density):
     updates = [(1.0, of(np.ones((3, 2)), np.ones((2, 4)), 1.0))]
-    with pytest.raises(
-        InputError, match=r"density is .*; expected the share of entries to keep, in \(0, 1\]"
-    ):
+    message = r"density is .*; expected the share of entries to keep, in \(0, 1\]"
+    with pytest.raises(InputError, match=message):
         MAKE[method](updates, density, 0)
 
 
 @pytest.mark.parametrize("method", MAKE)
-@pytest.mark.parametrize("density", [1e-9, 0.08])
-def test_a_density_that_keeps_no_entry_is_refused(method, density):
-    updates = [(1.0, of(np.ones((3, 2)), np.ones((2, 4)), 1.0))]
-    with pytest.raises(InputError, match=rf"density is {density}; expected one that keeps an entry of 12"):
+@pytest.mark.parametrize(("density", "O", "I"), [(1e-9, 3, 4), (0.08, 3, 4), (1 / 49, 7, 7)])
+def test_a_density_that_keeps_no_entry_is_refused(method, density, O, I):  # noqa: E741
+    """1 / 49 x 49 is below 1, though 1 / 49 x 7 x 7 is not."""
+    updates = [(1.0, of(np.ones((O, 2)), np.ones((2, I)), 1.0))]
+    message = rf"density is {density}; expected one that keeps an entry of {O * I}"
+    with pytest.raises(InputError, match=message):
         MAKE[method](updates, density, 0)
-    assert MAKE[method](updates, np.float32(0.25), 0).norm > 0
+
+
+@pytest.mark.parametrize("method", MAKE)
+def test_numbers_of_any_kind_are_densities(method):
+    """In float16 there is no number as large as that of the entries to keep."""
+    updates = [(1.0, of(np.arange(2.0**15)[:, None], np.ones((1, 3)), 1.0))]
+    expected = bits(MAKE[method](updates, 0.75, 0, 2))
+    for density in (np.float16(0.75), np.float32(0.75), np.float64(0.75), Fraction(3, 4)):
+        assert bits(MAKE[method](updates, density, 0, 2)) == expected
 
 
 @pytest.mark.parametrize("method", MAKE)

@@ -56,7 +56,7 @@ def weighted(draw, least=1, equal=False, dtype=None):
 
 @st.composite
 def whole(draw, equal=False):
-    """The like of integers: no product or sum is rounded."""
+    """The same of integers: no product or sum is rounded."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     O, I, found = draw(st.integers(1, 9)), draw(st.integers(1, 9)), []  # noqa: E741
     dtype, common = draw(st.sampled_from([np.float32, np.float64])), draw(st.integers(1, 5))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.extra.numpy import array_shapes, arrays, from_dtype
 from safetensors.numpy import load as their_load
 from safetensors.numpy import save as their_save
 
-from minilora.errors import FormatError, MiniloraError, StorageError
+from minilora.errors import FormatError, MiniloraError, StorageError, UnsupportedError
 from minilora.formats import atomic
 from minilora.formats import safetensors as tensors
 from minilora.formats.atomic import write_atomic
@@ -324,6 +325,31 @@ def test_the_dtypes_have_the_sizes_of_the_format():
         "F64": 8, "F32": 4, "BF16": 2, "F16": 2
     }  # fmt: skip
     assert set(CALLED.values()) == set(FLOATS)
+
+
+@given(
+    given=st.dictionaries(names, strided(("f4", "f8")), max_size=4),
+    codes=st.dictionaries(names, strided(("u1",)), max_size=4),
+    dtype=st.sampled_from([None, "float16", "float32"]),
+)
+def test_bytes_stay_bytes_whatever_the_dtype_of_the_rest(given, codes, dtype, tmp_path_factory):
+    """They stand in the package's order, and are not read as floats."""
+    found = file(tmp_path_factory.mktemp("t"), given | codes, dtype, None, codes)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = {name: a.astype(dtype or a.dtype) for name, a in given.items()}
+    assert Path(found.where).read_bytes() == theirs(cast | codes, None, {"format": "pt"})
+    for name, a in codes.items():
+        assert bits(found.bytes_of(name)) == bits(a)
+        with pytest.raises(UnsupportedError, match="dtype is U8"):
+            found[name]
+
+
+def test_bytes_of_another_size_than_their_shape_are_refused(tmp_path):
+    header = json.dumps({"a": {"dtype": "U8", "shape": [2, 3], "data_offsets": [0, 5]}}).encode()
+    (tmp_path / "t").write_bytes(len(header).to_bytes(8, "little") + header + bytes(5))
+    found = open_tensors(tmp_path / "t")
+    with pytest.raises(FormatError, match=r"a: has 5 bytes; expected \(2, 3\) of U8"):
+        found.bytes_of("a")
 
 
 def test_tensors_of_another_format_have_no_bytes():

@@ -4,7 +4,7 @@ import json
 
 import numpy
 import pytest
-from helpers import batch, same_bits, says, seeds, tiny
+from helpers import batch, same_bits, says, seeds, stored, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
@@ -23,8 +23,9 @@ from minilora.errors import (
 )
 from minilora.formats import huggingface
 from minilora.formats.huggingface import checkpoint, load, save_model, weights
-from minilora.formats.safetensors import CALLED
+from minilora.formats.safetensors import CALLED, open_tensors
 from minilora.lora import fuse, inject
+from minilora.methods import four_bit
 from minilora.methods.bitsandbytes import KINDS, blocks_of, is_four_bit, parts_of, shape_of
 from minilora.methods.four_bit import BLOCKS, Scales, book, decoded, dynamic_map, encoded
 from minilora.methods.lora_config import LoraConfig
@@ -34,16 +35,8 @@ from minilora.tree import digest, freeze, named_params
 PATH = "model.layers.0.self_attn.q_proj.weight"
 
 
-def stored(model):
-    """Every array as it is kept, and what else a 4-bit weight says."""
-    found = {}
-    for path, p in named_params(model).items():
-        arrays = p.data.arrays if p.packed else [p.data]
-        found |= {f"{path} {i}": to_host(a) for i, a in enumerate(arrays)}
-    return found
-
-
 def packed(model):
+    """What a 4-bit weight says beside its arrays."""
     return {
         path: (p.data.kind, p.data.block, p.shape, p.dtype)
         for path, p in named_params(model).items()
@@ -95,7 +88,7 @@ def test_the_parts_of_any_weight_give_it_back(seed, shape, kind, block, double):
     assert codes.shape == (-(-w.size // 2), 1)
     state = json.loads(parts.pop(f"w.quant_state.bitsandbytes__{kind}").tobytes())
     assert shape_of("w", kind, state) == shape
-    own = blocks_of("w", kind, state, codes, {k.removeprefix("w."): a for k, a in parts.items()}, np.float32)
+    own = blocks_of("w", state, codes, {k.removeprefix("w."): a for k, a in parts.items()}, np.float32)
     assert same_bits(*({str(i): to_host(a) for i, a in enumerate(b.arrays)} for b in (blocks, own)))
     assert (own.shape, own.dtype, own.kind, own.block) == (shape, w.dtype, kind, block)
     for a in own.arrays:
@@ -193,8 +186,6 @@ def test_the_tensors_are_bitsandbytes_own(folder):
 
 
 def test_loading_never_forms_the_float_model(folder, monkeypatch):
-    from minilora.methods import four_bit
-
     monkeypatch.setattr(four_bit, "decoded", lambda blocks: pytest.fail("decoded"))
     monkeypatch.setattr(huggingface, "decoded", lambda blocks: pytest.fail("decoded"))
     model = load(folder)
@@ -316,42 +307,22 @@ def raw(content):
 
 
 BAD = {
-    "codes too few": (
-        part("", lambda a: a[:-1]),
-        FormatError,
-        "codes is uint8 .119,.; expected uint8 .120,.",
-    ),
-    "codes too many": (part("", lambda a: numpy.vstack([a, a])), FormatError, "codes"),
+    "few codes": (part("", lambda a: a[:-1]), FormatError, "codes is uint8 .119,.; expected uint8 .120,."),
+    "many codes": (part("", lambda a: numpy.vstack([a, a])), FormatError, "codes"),
     "codes in float": (part("", lambda a: a.astype(numpy.float32)), FormatError, "dtype is F32; expected U8"),
     "no codes": (without(""), FormatError, "is missing; its quant_state is there"),
     "no absmax": (without(".absmax"), FormatError, "absmax is missing"),
     "no map": (without(".quant_map"), FormatError, "quant_map is missing"),
     "no nested map": (without(".nested_quant_map"), FormatError, "nested_quant_map is missing"),
     "absmax short": (part(".absmax", lambda a: a[:-1]), FormatError, "absmax is uint8 .7,."),
-    "absmax of the other kind": (
-        part(".absmax", lambda a: a.astype(numpy.float32)),
-        FormatError,
-        "absmax is float32",
-    ),
+    "absmax in float": (part(".absmax", lambda a: a.astype(numpy.float32)), FormatError, "absmax is float32"),
     "scales NaN": (part(".nested_absmax", filled(numpy.nan)), NonFiniteError, "the scales are not finite"),
-    "scales infinite": (
-        part(".nested_absmax", filled(numpy.inf)),
-        NonFiniteError,
-        "the scales are not finite",
-    ),
+    "scales inf": (part(".nested_absmax", filled(numpy.inf)), NonFiniteError, "the scales are not finite"),
     "scales overflow": (overflowing, NonFiniteError, "the scales are not finite"),
     "offset too large": (state(nested_offset=1e39), FormatError, "nested_offset is 1e.39"),
-    "a scale below zero": (
-        part(".nested_absmax", filled(-1)),
-        FormatError,
-        "a scale is -1; expected at least 0",
-    ),
+    "scale below 0": (part(".nested_absmax", filled(-1)), FormatError, "a scale is -1; expected at least 0"),
     "other values": (part(".quant_map", lambda a: a[::-1].copy()), FormatError, "quant_map has other values"),
-    "other 8-bit values": (
-        part(".nested_quant_map", lambda a: a / 2),
-        FormatError,
-        "nested_quant_map has other",
-    ),
+    "8-bit values": (part(".nested_quant_map", lambda a: a / 2), FormatError, "nested_quant_map has other"),
     "state not JSON": (raw(b"nf4"), FormatError, "quant_state is not a JSON object"),
     "state twice": (raw(b'{"shape": [24, 10], "shape": [24, 10]}'), FormatError, "given twice"),
     "state nested": (raw(b"[" * 4000), FormatError, "quant_state is not a JSON object"),
@@ -374,7 +345,7 @@ BAD = {
     "offset text": (state(nested_offset="1"), FormatError, "nested_offset is '1'"),
     "nested block": (state(nested_blocksize=64), FormatError, "nested_blocksize is 64"),
     "dtype unknown": (state(dtype="complex64"), FormatError, "dtype is 'complex64'"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -421,8 +392,6 @@ def test_a_model_with_adapters_is_not_saved(tmp_path):
 
 
 def test_floats_cannot_be_read_as_bytes_nor_bytes_as_floats(folder):
-    from minilora.formats.safetensors import open_tensors
-
     tensors = open_tensors(folder / "model.safetensors")
     with pytest.raises(FormatError, match="dtype is F32; expected U8"):
         tensors.bytes_of("model.norm.weight")

@@ -5,28 +5,29 @@ import tracemalloc
 
 import numpy
 import pytest
-from helpers import LINEARS, SIZES, assert_precision_scales, batch, gradients, same_bits, tiny
+from helpers import LINEARS, SIZES, assert_precision_scales, batch, gradients, same_bits, stored, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
+from test_four_bit import excess
 
 from minilora.backend import to_device, to_host
 from minilora.decoding import generate
 from minilora.errors import InputError, MiniloraError, NonFiniteError, StateError
 from minilora.fast.folded import places
 from minilora.layers import Param
-from minilora.lora import bases, fuse, inject, merge, merged_layers, unmerge
+from minilora.lora import fuse, inject, merge, merged_layers, unmerge
 from minilora.methods import four_bit
 from minilora.methods.four_bit import BOOKS, FourBit, U, encoded, gap
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
 from minilora.model import Config, llama
+from minilora.ops import saved
 from minilora.optim import AdamW
 from minilora.peft.loading import base_print, load_adapter, save_adapter
 from minilora.training import evaluate, train
 from minilora.tree import digest, freeze, get, named_params, outline, replica, size, trained, unfreeze, unpack
 
-GAPS = {"nf4": 1 - 0.6961928009986877, "fp4": 1 / 3, "int4": 1 / 7, "int4-affine": 1 / 15}
 KINDS = {
     "lora": LoraConfig(r=3, alpha=7, init="both"),
     "dropout": LoraConfig(r=3, alpha=7, init="both", dropout=0.3),
@@ -43,29 +44,6 @@ def quantized(seed=0, dtype=np.float32, kind="nf4", block=32, double=True, **how
     model, rng = tiny(seed, dtype, attention_bias=True, **how)
     freeze(model)
     return model, rng, quantize(model, kind=kind, block=block, double=double)
-
-
-def stored(model):
-    """Every array of the base as it is kept."""
-    found = {}
-    for path, p in named_params(bases(model)).items():
-        arrays = p.data.arrays if p.packed else [p.data]
-        found |= {f"{path} {i}": to_host(a).copy() for i, a in enumerate(arrays)}
-    return found
-
-
-def reached(W, own, blocks):
-    """The largest |w - ŵ| relative to its bound, written anew: one block after another, in float64."""
-    w, own, most = W.astype(float).reshape(-1), own.astype(float).reshape(-1), 0
-    for i, c8 in enumerate(to_host(blocks.scales()).astype(float)):
-        some = slice(i * blocks.block, (i + 1) * blocks.block)
-        low, high = w[some].min(), w[some].max()
-        c = high - low if blocks.kind == "int4-affine" else max(-low, high)
-        bound = c * (GAPS[blocks.kind] / 2 + 4 * U) + (1 + U) * abs(c - c8) + 2.0**-149
-        if blocks.kind == "int4-affine":
-            bound += 3 * U * c + U * max(abs(low), abs(low + c)) * (1 + U)
-        most = max(most, abs(w[some] - own[some]).max() / bound)
-    return most
 
 
 def decoded(model):
@@ -110,7 +88,7 @@ def test_the_report_says_what_is_stored_and_lost(kind, block, double, seed):
         assert row.shape == W.shape
         assert row.bits == held / W.size
         assert row.error == pytest.approx(error / numpy.linalg.norm(W.astype(numpy.float64)), rel=1e-9)
-        assert row.reached == pytest.approx(reached(W, own, p.data), rel=32 * U)  # the gap of rounded values
+        assert row.reached == pytest.approx(excess(W, p.data), rel=32 * U)  # the gap of rounded values
         assert row.reached <= 1
         bits, count = bits + held, count + W.size
         lost, whole = lost + error**2, whole + (W.astype(numpy.float64) ** 2).sum()
@@ -151,9 +129,7 @@ def test_training_changes_the_adapter_and_not_one_stored_bit(kind, threads):
 
 @pytest.mark.parametrize("kind", [*KINDS, "detach"])
 def test_no_decoded_weight_outlives_its_product(kind):
-    """What training keeps is as large as without a base: no closure holds an array of a weight's shape."""
-    from minilora.ops import saved
-
+    """No closure holds an array of a weight's shape."""
     model, rng, _ = quantized()
     inject(model, KINDS.get(kind, LoraConfig(r=3, init="both", dora=True, detach=True)), rng=rng)
     ids, labels = batch(rng)
