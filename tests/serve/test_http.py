@@ -176,20 +176,27 @@ def test_the_adapters_here_write_different_texts(client):
 
 
 @pytest.mark.parametrize("name", ["base", "b"])
-def test_a_stream_is_the_same_text_in_pieces(client, name):
-    chunks = list(
-        client.completions.create(
-            model=name,
-            prompt="To be",
-            max_tokens=15,
-            seed=3,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-    )
+def test_a_stream_is_the_same_text_in_pieces(server, client, name, monkeypatch):
+    whole, engine = alone(name, "To be", 15, seed=3), server.engine
+    step, before, read = engine.step, engine.counters.new_tokens, threading.Event()
+
+    def wait_after_the_first_token():
+        if engine.counters.new_tokens == before + 1:
+            read.wait(20)
+        step()
+
+    monkeypatch.setattr(engine, "step", wait_after_the_first_token)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    try:
+        stream = client.completions.create(model=name, prompt="To be", max_tokens=15, seed=3, **options)
+        chunks = [next(stream)]
+    finally:
+        read.set()
+    assert chunks[0].choices[0].text == whole[0]
+    chunks += stream
     *texts, usage = chunks
-    assert "".join(chunk.choices[0].text for chunk in texts) == alone(name, "To be", 15, seed=3)
-    assert [chunk.choices[0].finish_reason for chunk in texts][-2:] == [None, "length"]
+    assert "".join(chunk.choices[0].text for chunk in texts) == whole
+    assert [chunk.choices[0].finish_reason for chunk in texts] == [None] * (len(texts) - 1) + ["length"]
     assert usage.choices == []
     assert usage.usage.completion_tokens == 15
     assert len({chunk.id for chunk in chunks}) == 1
@@ -222,6 +229,8 @@ def test_a_chat_is_the_completion_of_its_template(client):
 def test_a_chat_without_a_limit_fills_the_slot_and_a_completion_has_16_tokens(client):
     prompt = len("user: Hi\nassistant: ")
     assert client.chat.completions.create(model="a", messages=HI).usage.completion_tokens == 200 - prompt
+    long = [{"role": "user", "content": "Hi" + "!" * (199 - prompt)}]
+    assert client.chat.completions.create(model="a", messages=long).usage.completion_tokens == 1
     assert client.completions.create(model="a", prompt="x").usage.completion_tokens == 16
 
 
