@@ -218,7 +218,7 @@ def draw(found: dict[str, Any]) -> None:
             panel.set_ylim(bottom=0)
             usual = next(r for r in rows if (r["kind"], r["block"], r["double"]) == ("nf4", 64, True))
             says.append(f"{titles[base]}: {usual['loss'] - plain:+.4f} nats")
-        panels[0].set_ylabel("loss less that of float32 (nats per token)")
+        panels[0].set_ylabel("loss above that of float32 (nats per token)")
         panels[0].legend(fontsize=9, loc="lower left")
         return Picture(
             figure,

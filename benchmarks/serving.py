@@ -364,6 +364,10 @@ def draw(rows: list[dict[str, Any]]) -> None:
                       markerfacecolor="white" if not dashes else colour, label=label)  # fmt: skip
         left.set_xscale("log")
         left.set_yscale("log")
+        speeds, counts = (300, 500, 1000, 2000, 3000, 5000), (1, 5, 64, 1000, 2000)
+        left.set_yticks(speeds, [f"{speed:,}" for speed in speeds])
+        left.set_xticks(counts, [f"{count:,}" for count in counts], fontsize=9)
+        left.minorticks_off()
         left.set_xlabel("adapters (Zipf's law)")
         left.set_ylabel("new tokens per second")
         left.set_title("Throughput of many adapters over one base")

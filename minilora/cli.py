@@ -517,10 +517,10 @@ def serve(options: Options) -> int:
     runner = engine.Engine(llama, adapters, **typed(options, engine.Engine))
     answers = service.Service(runner, words, name, template, rng=np.random.default_rng())
     server = http.Server(answers, **typed(options, http.Server))
-    print(plain(f"{name} and {len(adapters.names())} adapters: {server.url}/v1"), flush=True)
-    if not server.private:
-        print(f"minilora: whoever reaches {server.url} can use it; it asks for no key", file=sys.stderr)
     try:
+        if not server.private:
+            print(f"minilora: whoever reaches {server.url} can use it; it asks for no key", file=sys.stderr)
+        print(plain(f"{name} and {len(adapters.names())} adapters: {server.url}/v1"), flush=True)
         server.ended.wait()
     except KeyboardInterrupt:
         print("minilora: stopping; a second signal ends it at once", file=sys.stderr)

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-declare -A installs # which all begin at once
+declare -A installs # name -> process; they run side by side
 install() { # NAME PYTHON REQUIREMENT ...
     local name=$1 python=$2
     shift 2

@@ -4,7 +4,7 @@ r"""Messages -> the prompt that a base was trained on, by the chat template in i
 
 A template is a program of Jinja, from the base's folder or GGUF file. It runs in Jinja's sandbox, with
 nothing to load and nothing to call but what texts and lists offer. Stands in for transformers'
-apply_chat_template, with its settings; leaves out tools, documents, the date, and templates by other names
+apply_chat_template, with its settings; leaves out tools, documents, the date, and templates with names other
 than "default". One that computes for very long is not stopped: whoever wrote it wrote the weights, too.
 """
 
@@ -46,26 +46,21 @@ def of_folder(where: Path) -> tuple[str | None, dict[str, str]]:
     if exists(file := where / "chat_template.jinja"):
         source = utf8(file, read(file, LARGEST))
     if isinstance(source, list):  # several, by name
-        named = [
-            one.get("template") for one in source if isinstance(one, dict) and one.get("name") == "default"
-        ]
-        source = named[0] if named else None
+        some = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
+        source = some[0].get("template") if some else None
     if source is not None and not isinstance(source, str):
         raise FormatError(f"{where}: chat_template is {short(source)}; expected a text")
-    tokens = {name: settings.get(name) for name in SPECIAL}
-    texts = {
-        name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()
-    }
-    return source, {name: text for name, text in texts.items() if isinstance(text, str)}
+    found = {name: settings.get(name) for name in SPECIAL}
+    tokens = {name: one.get("content") if isinstance(one, dict) else one for name, one in found.items()}
+    return source, {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
 def of_gguf(where: Path) -> tuple[str | None, dict[str, str]]:
     """The template and the special tokens of a GGUF file."""
-    values = gguf.opened(where).values
-    source, tokens = values.get("tokenizer.chat_template"), values.get("tokenizer.ggml.tokens", [])
+    tokens = gguf.opened(where).values.get("tokenizer.ggml.tokens", [])
     ids = {name.removesuffix("_id"): number for name, number in gguf.special(where).items()}
     known = {name: tokens[number] for name, number in ids.items() if number < len(tokens)}
-    return source if isinstance(source, str) else None, known
+    return gguf.chat_template(where), known
 
 
 def compiled(where: Path, source: str, tokens: Mapping[str, str]) -> Callable[[Messages], str]:

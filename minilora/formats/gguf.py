@@ -253,6 +253,12 @@ def special(path: Path) -> dict[str, int]:
     return {name: number for name, number in ids.items() if number is not None}
 
 
+def chat_template(path: Path) -> str | None:
+    """A GGUF file's chat template, None if it has none."""
+    source = opened(path).values.get("tokenizer.chat_template")
+    return source if isinstance(source, str) else None
+
+
 def tokenizer_json(path: Path) -> str:
     """A GGUF file's tokenizer as the text of a tokenizer.json; UnsupportedError or FormatError."""
     values = opened(path).values

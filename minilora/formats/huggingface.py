@@ -355,7 +355,8 @@ def smollm2(cache: Path | None = None) -> Path:
         if of_bytes(files.get(name, b"")) != SMOLLM2:
             raise FormatError(f"{place}: {name} is missing or differs from the pinned one")
         write_atomic(file := Path(temp) / name, files.pop(name))
-        beside = {"tokenizer.json": gguf.tokenizer_json(file).encode()}
+        texts = {"tokenizer.json": gguf.tokenizer_json(file), "chat_template.jinja": gguf.chat_template(file)}
+        beside = {name: text.encode() for name, text in texts.items() if text is not None}
         try:
             save_model(load(file), folder, CARD, gguf.special(file), beside=beside)
         except StorageError:

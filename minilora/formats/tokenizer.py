@@ -2,10 +2,11 @@
 
 The package `tokenizers` (extra `tokenizers`) does byte-level BPE and everything else that a tokenizer.json
 can hold. A folder without that file and with a vocabulary of 128 is one of ours: a character's id is its
-code point. Leaves out chat templates: write a prompt as the model should see it; the names of special tokens
-in it (`<|im_start|>`) mean those tokens. `start` holds the tokens that the file puts before a text (BOS);
-the caller that begins a sequence adds them once. Tokens that the file puts after a text are left out. A byte
-without a token in the vocabulary is dropped, as upstream (SmolLM2 has none for six control characters).
+code point. Leaves out chat templates (data/chat.py): a prompt is what the model should see; the names of
+special tokens in it (`<|im_start|>`) mean those tokens. `start` holds the tokens that the file puts before a
+text (BOS); the caller that begins a sequence adds them once. Tokens that the file puts after a text are left
+out. A byte without a token in the vocabulary is dropped, as upstream (SmolLM2 has none for six control
+characters).
 """
 
 from __future__ import annotations
@@ -187,9 +188,9 @@ def tokenizer(where: Path, settings: Mapping[str, Any], vocab_size: int) -> Toke
 class Growing:
     """The text of tokens as it grows; an incomplete character waits for its rest.
 
-    Only the tokens of the piece before are decoded again, so each token takes the same time however long the
-    text is; a decoder may look at its neighbour (a space that is dropped in front, bytes that make one
-    character), as in the incremental decoding of vLLM.
+    Each piece is decoded together with the one before it, since a decoder may drop a space at the start or
+    need several tokens for one character. So a token takes the same time however long the text is, as in the
+    incremental decoding of vLLM.
     """
 
     def __init__(self, words: Tokenizer) -> None:

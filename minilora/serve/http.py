@@ -2,11 +2,12 @@
 
     body -> what it asks for (openai.py) -> ids -> engine -> tokens -> text -> JSON, whole or as events
 
-Three threads: the engine's does the arithmetic; the event loop's only waits, for sockets and tokens; the one
-that made the server waits to stop it. What takes longer (JSON, tokenizers, folders) runs in a pool beside
-them. All is bounded: bodies, connections, the queue, and how long a client may take to send or to read. A
-client that hangs up cancels its text. Nothing is written. Stands in for vLLM's API server; leaves out keys,
-TLS and several processes, which a proxy in front adds. Needs the extra `serve`: starlette and uvicorn.
+Three threads: the engine's does the arithmetic; the event loop's serves the sockets and decodes each token
+as it comes; the one that made the server waits to stop it. Bodies are read, prompts encoded and folders
+looked at in a pool beside them, since that takes longer. All is bounded: bodies, connections, the queue, and
+how long a client may take to send or to read. A client that hangs up cancels its text. Nothing is written.
+Stands in for vLLM's API server; leaves out keys, TLS and several processes, which a proxy in front adds.
+Needs the extra `serve`: starlette and uvicorn.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ async def hung_up(receive: Receive) -> None:
 
 
 async def read_body(request: Request, largest: int) -> bytes:
-    """The body of a request; Refused for one that is too large, too slow or no JSON."""
+    """The body of a request; Refused if it is too large, too slow, or its content-type is not JSON's."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":  # a page of another site cannot send it
         raise Refused(415, f"content-type is {kind[:100]!r}; expected application/json")
@@ -230,7 +231,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
-    except (OSError, ValueError) as e:  # ValueError: a name that is none
+    except (OSError, ValueError) as e:  # ValueError: a host that is no name
         why = getattr(e, "strerror", None) or e
         raise ConfigError(
             f"cannot listen at {host}:{port}: {why}; expected a free address of this machine"

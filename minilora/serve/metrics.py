@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from .engine import REASONS, Engine
 
@@ -21,21 +21,21 @@ Sample = tuple[str, str, float]  # what is added to the name, labels, number
 
 
 class Histogram:
-    """How many values were at most each of the bounds, and their sum."""
+    """How many values were at most each of SECONDS, and their sum."""
 
-    def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
-        self.bounds, self.sum = bounds, 0.0
-        self.counts = [0] * (len(bounds) + 1)  # in (bounds[i - 1], bounds[i]]; the last one is without bound
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.counts = [0] * (len(SECONDS) + 1)  # in (SECONDS[i - 1], SECONDS[i]]; the last has no bound
 
     def add(self, value: float) -> None:
         """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
+        self.counts[bisect_left(SECONDS, value)] += 1
         self.sum += value
 
     def samples(self) -> Iterator[Sample]:
         """The cumulative buckets, the sum and the count."""
         below = 0
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+        for bound, count in zip([*map(str, SECONDS), "+Inf"], self.counts, strict=True):
             below += count
             yield "_bucket", f'{{le="{bound}"}}', below
         yield "_sum", "", self.sum
@@ -47,9 +47,7 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.finished = Counter(
-            dict.fromkeys(REASONS, 0)
-        )  # answers by finish reason, as their clients saw it
+        self.finished = Counter(dict.fromkeys(REASONS, 0))  # answers by reason, as their clients saw it
         self.refused: Counter[int] = Counter()  # errors before any text, by HTTP status
         self.first, self.whole = Histogram(), Histogram()  # seconds from arrival
 
@@ -64,22 +62,25 @@ class Metrics:
         tokens = {"prompt": done.prompt_tokens, "generated": done.new_tokens}
         yield from family("requests_total", "Answers by finish reason.", labelled("reason", self.finished))
         yield from family("refused_total", "Requests answered by an error, by HTTP status.",
-                          labelled("status", dict(self.refused)))  # fmt: skip
+                          labelled("status", self.refused))  # fmt: skip
         yield from family("tokens_total", "Tokens read and generated.", labelled("kind", tokens))
-        yield from family("steps_total", "Steps of the engine.", [("", "", done.steps)])
-        yield from family("requests_waiting", "Requests in the queue.", [("", "", engine.queued())])
-        yield from family("requests_running", "Slots in use.", [("", "", len(engine.running))])
-        yield from family("slots", "Slots.", [("", "", len(engine.running) + len(engine.free))])
+        yield from family("steps_total", "Steps of the engine.", one(done.steps))
+        yield from family("requests_waiting", "Requests in the queue.", one(engine.queued()))
+        yield from family("requests_running", "Slots in use.", one(len(engine.running)))
+        yield from family("slots", "Slots.", one(len(engine.cache.filled)))
         if bank:
             counts = {name: getattr(bank.counters, name) for name in ("hits", "misses", "loads", "evictions")}
             for name, count in counts.items():
-                yield from family(f"adapter_{name}_total", f"Adapters in memory: {name}.", [("", "", count)])
-            yield from family(
-                "adapter_bytes", "Bytes of the adapters in memory.", [("", "", bank.counters.bytes)]
-            )
-            yield from family("adapter_budget_bytes", "Bytes that they may have.", [("", "", bank.budget)])
+                yield from family(f"adapter_{name}_total", f"Adapters in memory: {name}.", one(count))
+            yield from family("adapter_bytes", "Bytes of the adapters in memory.", one(bank.counters.bytes))
+            yield from family("adapter_budget_bytes", "Bytes that they may have.", one(bank.budget))
         yield from family("first_token_seconds", "From arrival to the first token.", self.first.samples())
         yield from family("request_seconds", "From arrival to the end of the answer.", self.whole.samples())
+
+
+def one(number: float) -> list[Sample]:
+    """A number without labels."""
+    return [("", "", number)]
 
 
 def labelled(label: str, counts: Mapping[str, int] | Mapping[int, int]) -> Iterator[Sample]:
@@ -87,7 +88,7 @@ def labelled(label: str, counts: Mapping[str, int] | Mapping[int, int]) -> Itera
     return (("", f'{{{label}="{value}"}}', count) for value, count in counts.items())
 
 
-def family(name: str, text: str, samples: Iterator[Sample] | Sequence[Sample]) -> Iterator[str]:
+def family(name: str, text: str, samples: Iterable[Sample]) -> Iterator[str]:
     """The lines of one metric, whose name says its kind."""
     kind = "counter" if name.endswith("_total") else "histogram" if name.endswith("_seconds") else "gauge"
     yield f"# HELP minilora_{name} {text}\n# TYPE minilora_{name} {kind}\n"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +22,8 @@ MAX_SEED = 1 << 63
 GREEDY = 1e-5  # a temperature below it means 0, as in vLLM
 MAX_STOPS, MAX_STOP = 4, 256  # stop strings, and characters of one: what may become one is held back
 ROLES = ("system", "developer", "user", "assistant")
-IGNORED = {
-    "user",
-    "metadata",
-    "safety_identifier",
-    "prompt_cache_key",
-    "store",
-    "service_tier",
-}  # whose it is
+# about accounts, which are not here: any value is taken
+IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key", "store", "service_tier"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # what asks for nothing; so does null, for every field
     "n": (1,), "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},),
 }  # fmt: skip
@@ -116,7 +109,7 @@ def asked(raw: bytes, chat: bool) -> Asked:
 
 
 def same(value: object, accepted: tuple[object, ...]) -> bool:
-    """Whether a value is one of those, of the same type: true is not 1."""
+    """Whether a value is one of the accepted ones, of the same type: true is not 1."""
     return any(type(value) is type(one) and value == one for one in accepted)
 
 
@@ -147,7 +140,7 @@ def check_seed(value: object) -> int | None:
 
 
 def check_stop(value: object) -> tuple[str, ...]:
-    """A text or some; none is empty."""
+    """One text or several, none of them empty."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(
         isinstance(stop, str) and 0 < len(stop) <= MAX_STOP for stop in stops
@@ -198,10 +191,8 @@ def check_message(param: str, message: object) -> dict[str, str]:
         if name not in ("role", "content", "name") and value not in (None, []):  # as in the answers of others
             raise wrong(f"{param}.{name}", value, "role and content alone")
     if isinstance(content, list):
-        parts = [
-            part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"
-        ]
-        texts = [part for part in parts if isinstance(part, str)]
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [text for part in parts if isinstance(text := part.get("text"), str)]
         content = "\n".join(texts) if len(texts) == len(content) else None
     if not isinstance(content, str):
         raise wrong(f"{param}.content", message.get("content"), "a text, or parts of type text")
@@ -238,7 +229,7 @@ class Usage:
     completion: int
 
     def data(self) -> Json:
-        """As in every answer."""
+        """The form that it has in every answer."""
         total = self.prompt + self.completion
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
 
@@ -293,10 +284,8 @@ def card(name: str, created: int, base: str) -> Json:
     return {"id": name, "object": "model", "created": created, "owned_by": "minilora", "parent": parent}
 
 
-TYPES: Mapping[int, str] = {429: "rate_limit_error"}
-
-
 def failure(status: int, message: str, param: str | None = None, code: str | None = None) -> Json:
     """An error."""
-    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    usual = "invalid_request_error" if status < 500 else "server_error"
+    kind = "rate_limit_error" if status == 429 else usual
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -2,8 +2,8 @@
 
     body -> Asked (openai.py) -> ids -> engine -> tokens -> text up to a stop string
 
-The names of models, what an error's status is, and the text of an answer as it grows. Stands in for vLLM's
-OpenAIServing; leaves out prompts in batches. Knows the engine and the forms of the wire, and no sockets.
+The names of models, the status of an error, and the text of an answer as it grows. Stands in for vLLM's
+OpenAIServing; leaves out prompts in batches. Knows the engine and the JSON of openai.py, and no sockets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .engine import Engine, Request, Stream
 from .metrics import Metrics
 from .openai import Asked, Messages, Refused, Until, Usage, asked, card
 
-BODY, PER_TOKEN = 1 << 16, 32  # bytes of a body, and for each position of a slot
+BODY, PER_TOKEN = 1 << 16, 32  # the largest body in bytes, and what each position of a slot adds to it
 
 
 class Service:
@@ -96,7 +96,7 @@ class Service:
         return [card(name, self.created, self.name) for name in (self.name, *names)]
 
     def error(self, e: Exception) -> Refused:
-        """The answer to an error; what is nobody's fault but ours is told on stderr alone."""
+        """The answer to an error; as in `failed`, if the client has not caused it."""
         if isinstance(e, Refused):
             return e
         if isinstance(e, BusyError):
@@ -108,7 +108,7 @@ class Service:
         return self.failed(e)
 
     def failed(self, e: Exception) -> Refused:
-        """The answer to an error of the server's: a bad adapter's, whose name is told without its folder."""
+        """The answer to an error of the server's own: stderr has all of it, a client no path and no bug."""
         print(plain(f"minilora: {type(e).__name__}: {e}"), file=sys.stderr)
         if isinstance(e, StateError):  # the engine's, which has failed
             return Refused(503, str(e), code="stopping")

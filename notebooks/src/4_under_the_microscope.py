@@ -952,3 +952,5 @@ verdict(check)
 # - An adapter extracted from a full fine-tuning holds a part of it. That a LoRA is enough for a task does not
 #   make the change by full fine-tuning one of low rank.
 # - Merging costs rounding. In bfloat16 that is little for a large $\Delta W$ and most of a small one.
+#
+# Next: [Four bits](5_four_bits.ipynb).

@@ -244,16 +244,16 @@ print("the package says the same:", np.allclose(made.factors.B @ made.factors.A,
 
 # %% tags=["claims"]
 holds("here half of them", all((update != 0).sum() == 8 for update in trimmed))
-holds("in the second row, 8 meets -9", (one[1, 1], two[1, 1]) == (8, -9))
+holds("the second row, where 8 meets -9", (one[1, 1], two[1, 1]) == (8, -9))
 twice = peft_linear([(0.5, Factors(np.eye(4), one * 1.0, 1.0))] * 2).factors
 holds("Four equal terms, each half of $\\Delta W$, where two belong", np.allclose(twice.B @ twice.A, 2 * one))
 says("The sum would be {}; TIES says {:.0f}", one[1, 1] + two[1, 1], merged[1, 1])
 
 # %% [markdown]
-# Look at the conflict in the second row, 8 meets -9. The sum would be -1; TIES says -9. The loser gets
-# nothing there. What TIES makes is not the sum of the updates and has no low rank; `ml.combine` cuts it to
-# the rank you ask for, and says how much that loses. None of these methods knows the data. Whether one
-# helps is a matter of trying, on text that was not used to choose.
+# Look at the second row, where 8 meets -9. The sum would be -1; TIES says -9. The loser gets nothing there.
+# What TIES makes is not the sum of the updates and has no low rank; `ml.combine` cuts it to the rank you ask
+# for, and says how much that loses. None of these methods knows the data. Whether one helps is a matter of
+# trying, on text that was not used to choose.
 #
 # ## Exercises
 #

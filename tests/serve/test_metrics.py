@@ -1,6 +1,8 @@
 """What /metrics says is read by Prometheus' own parser, and is what has happened."""
 
+import asyncio
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,8 @@ from served import base, write
 from minilora.serve.bank import Bank
 from minilora.serve.engine import REASONS, Engine, Request
 from minilora.serve.metrics import SECONDS, Histogram, Metrics
+from minilora.serve.openai import Asked
+from minilora.serve.service import Text
 
 parser = pytest.importorskip("prometheus_client.parser")
 
@@ -58,7 +62,9 @@ def test_the_text_is_what_the_engine_and_its_bank_have_done(tmp_path):
     assert found["minilora_requests_waiting"] == {"": 4 - len(engine.running)}
     assert found["minilora_requests_running"] == {"": len(engine.running)}
     assert len(engine.running) > 0
-    assert found["minilora_slots"] == {"": 3}
+    slot = engine.free.pop()  # for a moment a slot is neither free nor in use
+    assert samples(metrics.text())["minilora_slots"] == {"": 3}
+    engine.free.append(slot)
     engine.run()
     metrics.finished["length"] += 4
     metrics.refused[429] += 2
@@ -80,6 +86,17 @@ def test_the_text_is_what_the_engine_and_its_bank_have_done(tmp_path):
     assert found["minilora_first_token_seconds_bucket"]["0.025"] == 1
     assert found["minilora_request_seconds_sum"] == {"": 3}
     assert found["minilora_request_seconds_count"] == {"": 1}
+
+
+def test_seconds_go_from_arrival_to_the_first_token_and_to_the_end_of_the_answer():
+    metrics = Metrics(Engine(base()))
+    service = SimpleNamespace(metrics=metrics, engine=SimpleNamespace(clock=lambda: 20.0))
+    for times in ([1.0, 3.0, 9.0], [5.0]):  # the second has no token
+        stream = SimpleNamespace(times=times, finish_reason="length")
+        Text(service, Asked("a"), stream, asyncio.Event(), reason="length").end()
+    assert (metrics.first.sum, sum(metrics.first.counts)) == (2, 1)
+    assert (metrics.whole.sum, sum(metrics.whole.counts)) == (19 + 15, 2)
+    assert metrics.finished["length"] == 2
 
 
 def test_without_adapters_there_is_no_metric_of_them():

@@ -334,6 +334,8 @@ def test_chunks_together_are_the_whole_answer(chat):
     if chat:
         deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
         assert deltas == [{"role": "assistant", "content": "one"}, {"content": " two"}, {}]
+        empty = answer.chunk("", "stop", True)["choices"][0]["delta"]  # which clients add to
+        assert empty == {"role": "assistant", "content": ""}
         assert whole["choices"][0]["message"] == {"role": "assistant", "content": "one two"}
         assert (whole["object"], chunks[0]["object"]) == ("chat.completion", "chat.completion.chunk")
     else:
