@@ -14,10 +14,10 @@ own ("distinct"). Equal lengths are PEFT's best case: no padding, and nobody wai
 
 Each contestant has a process of its own with one thread, the runs alternate (common.py), and ratios are
 medians over the rounds. Times are the processor's: what other programs do meanwhile counts only as far as it
-disturbs the caches. Then waiting times: requests arrive as a Poisson process at LOAD of the base's throughput
-(serve/bench.py). Writes results/serving.json; --draw only draws results/serving.png and .svg from it, and
-prints the tables of docs/serving.md. --count prints what a 7B base and 10,000 adapters need past one machine,
-from formulas alone.
+disturbs the caches. Then waiting times: requests arrive as a Poisson process at LOAD of the rate at which the
+base alone serves them in that round (serve/bench.py). Writes results/serving.json; --draw only draws
+results/serving.png and .svg from it, and prints the tables of docs/serving.md. --count prints what a 7B base
+and 10,000 adapters need past one machine, from formulas alone.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from minilora.table import Table
 
 SIZE, RANK = SIZES[1], 8
 REQUESTS, PROMPT, NEW, SLOTS = 96, 16, 24, 32
-LOAD = 0.6
+LOAD = 0.4
 TARGETS = {"all-linear": "all-linear", "q,v": ("q_proj", "v_proj")}
 RUNS = (  # kind, adapters, popularity, targets
     ("base", 0, "zipf", "all-linear"),
@@ -208,9 +208,9 @@ def race(folder: Path, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def waiting(folder: Path, speed: float, rounds: int) -> list[dict[str, Any]]:
+def waiting(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """A row for each number of adapters: percentiles of waiting times, and who was in memory."""
-    model, rng, rows = fresh(), np.random.default_rng(2), []
+    model, rng, rows, rates = fresh(), np.random.default_rng(2), [], []
     trials, where, size, clock = [], folder / "all-linear", one(folder / "all-linear"), Clock()
     for n, most in WAITS:
         bank = bench.resident(model, where, n, most * size, size) if n else None
@@ -218,18 +218,20 @@ def waiting(folder: Path, speed: float, rounds: int) -> list[dict[str, Any]]:
                         queue=REQUESTS, clock=clock)  # fmt: skip
         trials.append(bench.Trial(n, served))
         trials[-1].warm(bench.workload(rng, SLOTS, n, 1.0, SIZE[5]))
-    rate = LOAD * speed / (sum(bench.NEW) / 2)
+    base = trials[0]
     for _ in range(rounds):
-        arrivals = np.cumsum(rng.exponential(1 / rate, REQUESTS)).tolist()
+        base.burst(bench.workload(rng, REQUESTS, 0, 1.0, SIZE[5]))
+        rates.append(LOAD * base.throughput[-1] / (sum(bench.NEW) / 2))  # requests per second
+        arrivals = np.cumsum(rng.exponential(1 / rates[-1], REQUESTS)).tolist()
         for trial in trials:
             trial.trickle(arrivals, bench.workload(rng, REQUESTS, trial.adapters, 1.0, SIZE[5]), clock.sleep)
-            trial.throughput.append(1.0)  # which a row has, but this part does not measure
     for (n, most), trial in zip(WAITS, trials, strict=True):
-        seen = trial.row(trials[0])
+        trial.throughput = base.throughput  # of the base alone is it measured here
+        seen = trial.row(base)
         rows.append({
             "part": "waiting", "adapters": n, "in_memory_at_most": most, "load": LOAD,
-            "requests_per_second": rate, "first_token_ms": seen.first_token, "latency_ms": seen.latency,
-            "in_memory": seen.in_memory, "evictions": seen.evictions,
+            "requests_per_second": median(rates), "first_token_ms": seen.first_token,
+            "latency_ms": seen.latency, "in_memory": seen.in_memory, "evictions": seen.evictions,
         })  # fmt: skip
         print(f"{n:5} adapters, {most:5} in memory: first token {seen.first_token} ms, "
               f"last {seen.latency} ms, read for {1 - seen.in_memory:.1%}", flush=True)  # fmt: skip
@@ -246,9 +248,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             model = bench.adapted(fresh(), config, rng)
             bench.write_adapters(model, folder, 2000 if name == "all-linear" else 1000)
             (folder / "bytes").write_text(str(bench.bytes_of(model)))
-        rows = race(Path(temp), rounds)
-        speed = next(row for row in rows if row["kind"] == "base")["tokens_per_second"]
-        return rows + waiting(Path(temp), speed, rounds)
+        return race(Path(temp), rounds) + waiting(Path(temp), rounds)
 
 
 # ---- past one machine
@@ -402,7 +402,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, print, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--draw", action="store_true", help="only draw what is written")
     parser.add_argument("--count", action="store_true", help="only print what a 7B base needs")
     parser.add_argument("--as", nargs=5, dest="part", help=argparse.SUPPRESS)

@@ -8,13 +8,14 @@
 # **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Merging costs
 # nothing](2_merging_costs_nothing.ipynb).
 #
-# **Contents.** One batch, many adapters · A whole model · A bank · An engine · What is saved · Exercises ·
-# To take along
+# **Contents.** One batch, many adapters · A whole model · A bank · An engine · What is saved · How fast ·
+# Exercises · To take along
 
 # %% tags=["first", "unkept"]
 NEEDS = ["minilora"]
 
 # %% tags=["imports"]
+import json
 import os
 import shutil
 import tempfile
@@ -283,6 +284,56 @@ holds(
     all(a < b for a, b in zip(continuous[1:], waiting[1:], strict=True)),
 )
 holds("The steps fall nearly in proportion", 1.5 * continuous[0] > continuous[-1] * slots[-1])
+
+# %% [markdown]
+# ## How fast
+#
+# Times differ from machine to machine, so these were measured once, all in one run on one model: a file of
+# the repository, made by `python benchmarks/serving.py`, which lies beside this notebook if you have a copy.
+# PEFT serves mixed batches, too (`adapter_names`), with a loop over the adapters of the batch in every layer.
+# The other alternative is to merge one adapter after the other, and to serve its requests before the next.
+
+# %%
+places = [Path("serving.json"), Path("../benchmarks/results/serving.json")]
+measured = json.loads(next((place for place in places if place.exists()), places[0]).read_text())["rows"]
+
+
+def throughput(kind, targets="all-linear"):
+    """Numbers of adapters, and tokens per second of processor time."""
+    found = [
+        (row["adapters"], row["tokens_per_second"])
+        for row in measured
+        if (row["part"], row.get("kind"), row.get("popularity"), row.get("targets"))
+        == ("throughput", kind, "zipf", targets)
+    ]
+    return [n for n, _ in found], [rate for _, rate in found]
+
+
+(base,) = throughput("base")[1]
+lines = {
+    "the base alone": ([1, 2000], [base, base]),
+    "adapters on q and v": throughput("engine", "q,v"),
+    "adapters on all linear maps": throughput("engine"),
+    "merging one after the other": throughput("merge"),
+    "PEFT": throughput("peft"),
+}
+figures.curves(
+    lines,
+    "adapters that share the requests",
+    "tokens per second",
+    "Throughput against the number of adapters, measured on one core. From 64 adapters on it hardly falls "
+    "any more: a step has no more adapters than slots. PEFT and merging are slower than the engine with as "
+    "many adapters on the same maps.",
+    "log",
+)
+
+# %% tags=["claims"]
+adapters, rates = throughput("engine")
+holds("From 64 adapters on it hardly falls any more", min(rates[2:]) > 0.9 * rates[2] and adapters[2] == 64)
+holds(
+    "PEFT and merging are slower than the engine",
+    all(lines[name][1][0] < rates[2] for name in ("PEFT", "merging one after the other")),
+)
 
 # %% [markdown]
 # This is what makes a thousand adapters on one base affordable. On a GPU, S-LoRA ([Sheng et al.
