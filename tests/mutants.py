@@ -40,7 +40,7 @@ FORKS.set_forkserver_preload(
 )
 # Tests that kill processes take long, and what they kill may turn them red without any mutant: no witnesses.
 UNFIT = "interrupted or second_sweep or worker"
-READ = ("figures/rows.jsonl", "benchmarks/results/*.md")  # by tests
+READ = ("figures/**/rows.jsonl", "docs/adding_adapters.md", "benchmarks/results/*.md")  # by tests
 NO_SHRINKING = """
 from hypothesis import Phase
 
