@@ -121,7 +121,7 @@ def test_the_page_on_serving_has_the_numbers_of_its_rows(monkeypatch):
 
     rows = json.loads((ROOT / "benchmarks/results/serving.json").read_text(encoding="utf-8"))["rows"]
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-    for table in serving.tables(rows):
-        assert table in page
+    for text in (*serving.tables(rows), *serving.said(rows)):
+        assert text in page
     (counted,) = (row for row in rows if row["part"] == "past one machine")
     assert counted == {"part": "past one machine", **serving.count()}
