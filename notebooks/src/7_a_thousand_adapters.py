@@ -327,6 +327,12 @@ figures.curves(
     "log",
 )
 
+# %%
+print(f"tokens per second; the base alone has {base:,.0f}")
+for name in list(lines)[1:]:
+    rates = zip(*lines[name], strict=True)
+    print(f"  {name:28}", ", ".join(f"{rate:,.0f} with {n:,}" for n, rate in rates))
+
 # %% tags=["claims"]
 adapters, rates = throughput("engine")
 holds("From 64 adapters on it hardly falls any more", min(rates[2:]) > 0.9 * rates[2] and adapters[2] == 64)
