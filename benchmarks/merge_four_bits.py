@@ -57,7 +57,7 @@ def start_at_residual(model: Any, base: Any) -> None:
         pair = adapter.low_rank
         residual = get(base, path).weight.dense() - get(model, path).base.weight.dense()
         U, S, Vt = np.linalg.svd(residual, full_matrices=False)
-        pair.A.data, B = split(U, S, Vt, RANK)
+        B, pair.A.data = split(U, S, Vt, RANK)
         pair.B.data = B / np.float32(pair.scale)
 
 

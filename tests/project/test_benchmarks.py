@@ -3,6 +3,7 @@
 And the table of the activations that a block stores matches the code, as do the calls of packed training.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import minilora as ml
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,3 +128,21 @@ def test_the_page_on_serving_has_the_numbers_of_its_rows(monkeypatch):
         assert text in page
     (counted,) = (row for row in rows if row["part"] == "past one machine")
     assert counted == {"part": "past one machine", **serving.count()}
+
+
+def test_qlora_may_start_at_the_best_part_of_what_quantizing_lost(monkeypatch):
+    """Of the same rank nothing is nearer to W - Ŵ: what is left are its other singular values."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import merge_four_bits
+
+    base = ml.load()
+    model = copy.deepcopy(base)
+    ml.quantize(model)
+    four = merge_four_bits.weights(model)
+    ml.inject(model, ml.LoraConfig(r=merge_four_bits.RANK, alpha=5), rng=np.random.default_rng(0))
+    merge_four_bits.start_at_residual(model, base)
+    for path, change in merge_four_bits.changes(model).items():
+        lost = (merge_four_bits.weights(base)[path] - four[path]).astype(np.float64)
+        rest = np.linalg.norm(np.linalg.svd(lost, compute_uv=False)[merge_four_bits.RANK :])
+        rounding = max(lost.shape) * 2.0**-24 * np.linalg.norm(lost)  # of the SVD in float32
+        assert abs(np.linalg.norm(lost - change) - rest) <= rounding < 0.01 * rest, path
