@@ -347,6 +347,11 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", "seed of adapters and requests", **number)
     add("--json", table, **switch)
 
+    of = Of("experiments.claims", "claims")
+    add = command("claims", of.report, of.usual, "what is said about LoRA, and what was found here")
+    add("--root", "decide anew by the rows in this checkout of the repository", type=Path, metavar="DIR")
+    add("--json", table, **switch)
+
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
     add("--rows", "the rows of the sweep", type=Path, default=Path("runs/sweep/rows.jsonl"), metavar="FILE")
     add("--out", "where the figures go", type=Path, default=Path("figures"), metavar="DIR")

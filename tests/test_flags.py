@@ -31,6 +31,7 @@ from minilora.data import corpora
 from minilora.experiments import (
     adding_adapters,
     adding_figures,
+    claims,
     merge_equivalence,
     pretrain,
     rank_figures,
@@ -136,6 +137,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "params": [(count, "count", Found())],
     "modules": [(count, "modules", Found())],
     "serve-bench": [(bench, "serve_bench", Found())],
+    "claims": [(claims, "claims", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
                 (rank_figures, "merge_equivalence", Found())],
 }  # fmt: skip
@@ -276,6 +278,10 @@ OPTIONS = {
         "block": (["--block", "128"], {"quantize_checkpoint.block": 128}),
         "double": (["--single"], {"quantize_checkpoint.double": False}),
         "overwrite": (["--overwrite"], {"quantize_checkpoint.overwrite": True}),
+        "json": (["--json"], {"printed": JSON}),
+    }),
+    "claims": ({}, {
+        "root": (["--root", "r"], {"claims.root": Path("r")}),
         "json": (["--json"], {"printed": JSON}),
     }),
     "params": ({"model": ["m"]}, {

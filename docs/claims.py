@@ -1,0 +1,38 @@
+"""Write the ledger of claims from the committed rows: minilora/experiments/ledger.json and docs/claims.md.
+
+python docs/claims.py
+"""
+
+import json
+from pathlib import Path
+
+from minilora.experiments.claims import LEDGER, Entry, Ledger, claims
+from minilora.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = (
+    "# What is said about LoRA, and what was found here\n\n"
+    "Each sentence is decided by rows that are committed here, by the rule beside it. `minilora claims` "
+    "prints the verdicts; `minilora claims --root .` decides anew in a clone. The models are small: a "
+    "sentence that does not hold here may hold of larger ones, and the other way around.\n\n"
+)
+
+
+def linked(entry: Entry) -> str:
+    """Where to look: rows and figure, or the arithmetic."""
+    if not entry.rows:
+        return "arithmetic"
+    return f"[rows](../{entry.rows}), [figure](../{entry.figure})"
+
+
+def page(ledger: Ledger) -> str:
+    """docs/claims.md."""
+    lines = [(e.statement, e.source, e.verdict, e.number, e.rule, linked(e)) for e in ledger.entries]
+    table = Table(("claim", "source", "verdict", "decided by", "rule", "evidence"), lines)
+    return HEAD + table.markdown("l" * 6) + "\n"
+
+
+if __name__ == "__main__":
+    found = claims(ROOT)
+    LEDGER.write_text(json.dumps(found.data(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (ROOT / "docs/claims.md").write_text(page(found), encoding="utf-8")
