@@ -40,7 +40,7 @@ FORKS.set_forkserver_preload(
 )
 # Tests that kill processes take long, and what they kill may turn them red without any mutant: no witnesses.
 UNFIT = "interrupted or second_sweep or worker"
-READ = ("figures/**/rows.jsonl", "docs/adding_adapters.md", "benchmarks/results/*.md")  # by tests
+READ = ("figures/**/*.json*", "figures/**/*.png", "docs/*.md", "docs/claims.py", "benchmarks/results/*")  # by tests
 NO_SHRINKING = """
 from hypothesis import Phase
 
@@ -883,6 +883,24 @@ MUTANTS = (
     Mutant("joint-adapter-first", "experiments/adding_figures.py",
            "names.append(names.pop(0))",
            "names", "adding_adapters"),
+    # ---- the ledger of claims
+    Mutant("claim-of-the-median-seed", "experiments/claims.py", "closed[4].min() > 0.5", "np.median(closed[4]) > 0.5", "claims"),
+    Mutant("claim-reached-by-the-worst-seed", "experiments/claims.py", "if loss.min() <= full.max()", "if loss.max() <= full.max()",
+           "claims"),
+    Mutant("claim-best-of-one-target", "experiments/claims.py", "HOLDS if all(best)", "HOLDS if any(best)", "claims"),
+    Mutant("claim-known-from-the-other-side", "experiments/claims.py", "(more < 0.05) == (r >= swaps)",
+           "more < 0.05 or r < swaps", "claims"),
+    Mutant("claim-doubling-may-hurt", "experiments/claims.py", "(gains > 0).all() and ", "", "claims"),
+    Mutant("claim-rates-of-the-median-rank", "experiments/claims.py", "5 <= times[0] <= times[-1] <= 20", "5 <= times[0] <= 20",
+           "claims"),
+    Mutant("claim-bound-of-the-first-width", "experiments/claims.py", 'max(row["ratio"] for row in rows)', 'rows[0]["ratio"]',
+           "claims"),
+    Mutant("claim-lost-of-the-median-seed", "experiments/claims.py", "HOLDS if lost.max() < 0.1", "HOLDS if np.median(lost) < 0.1",
+           "claims"),
+    Mutant("claim-mean-of-some-texts", "experiments/claims.py", "if (mean < 0).all()", "if (mean < 0).any()", "claims"),
+    Mutant("claim-unlearns-at-best", "experiments/claims.py", "HOLDS if min(times) >= 10", "HOLDS if max(times) >= 10", "claims"),
+    Mutant("claim-of-the-moment", "experiments/claims.py", "    if root is None:\n", "    if True:\n", "claims"),
+    Mutant("claim-in-one-shape-only", "experiments/claims.py", 'found["rows"] if isinstance(found, dict) else found', "found", "claims"),
     Mutant("budget-overspent", "compose/truncate.py", "if spent + costs[module] <= budget:", "if spent < budget:",
            "truncate"),
     Mutant("narrow-modules-crowd-out-wide-ones", "compose/truncate.py", "return max(chosen, common, key=",

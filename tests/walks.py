@@ -284,6 +284,7 @@ QUIET = {  # commands that write nothing, and how they are called to show it
     "generate": ["generate", "Now", "--base", "in/base", "--adapter", "in/adapter", "--max-tokens", "3"],
     "params": ["params", "in/base", "--rank", "2"],
     "modules": ["modules", "in/base"],
+    "claims": ["claims"],
     "inspect": ["inspect", "in/adapter", "--base", "in/base"],
     "serve": ["serve", "in/base", "--adapters", "in", "--host", "256.1.1.1"],  # ends when it cannot listen
     "serve-bench": [
