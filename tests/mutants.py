@@ -40,7 +40,13 @@ FORKS.set_forkserver_preload(
 )
 # Tests that kill processes take long, and what they kill may turn them red without any mutant: no witnesses.
 UNFIT = "interrupted or second_sweep or worker"
-READ = ("figures/**/*.json*", "figures/**/*.png", "docs/*.md", "docs/claims.py", "benchmarks/results/*")  # by tests
+READ = (
+    "figures/**/*.json*",
+    "figures/**/*.png",
+    "docs/*.md",
+    "docs/claims.py",
+    "benchmarks/results/*",
+)  # by tests
 NO_SHRINKING = """
 from hypothesis import Phase
 

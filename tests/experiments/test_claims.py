@@ -92,6 +92,10 @@ def all_ranks_alike(rows):
         set_all(final(rows, target, "lora"), "test", 1.7)
 
 
+def ranks_alike_on_one_target(rows):
+    set_all(final(rows, "folio", "lora"), "test", 1.7)
+
+
 def three_is_enough(rows):
     set_all(final(rows, "permuted:4", "lora", 3), "test", 1.55)
 
@@ -145,15 +149,23 @@ def losses(name, less):
     return change
 
 
-def only_its_own_text(rows):
+def mean_worse_on_one_text(rows):
     for row in rows:
         if "losses" in row:
-            for text in ("folio", "kjv", "code"):
+            row["losses"]["mean of all"]["kjv"] = 9.0
+
+
+def unlearned(*texts):
+    """Without its adapter each of these texts gets worse by 1, and the base's own by 0.05."""
+
+    def change(rows):
+        for row in rows:
+            for text in texts if "losses" in row else ():
                 more = dict(row["losses"]["base"])
-                row["losses"][f"- {text}"] = more | {
-                    text: more[text] + 1,
-                    "shakespeare": more["shakespeare"] + 0.05,
-                }
+                changed = {text: more[text] + 1, "shakespeare": more["shakespeare"] + 0.05}
+                row["losses"][f"- {text}"] = more | changed
+
+    return change
 
 
 def nearly_the_sum(rows):
@@ -183,8 +195,9 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("merging_into_four_bits", a_tenth_is_lost, FAILS),
     ("adding_blends", losses("folio + kjv + code", 0.1), HOLDS),
     ("adding_blends", losses("mean of all", -0.1), FAILS),
+    ("adding_blends", mean_worse_on_one_text, FAILS),
     ("ties_helps", losses("ties", 1.0), HOLDS),
-    ("negation_unlearns", only_its_own_text, HOLDS),
+    ("negation_unlearns", unlearned("folio", "kjv", "code"), HOLDS),
     ("linear_is_a_sum", nearly_the_sum, HOLDS),
     ("many_over_one", half_of_the_base, FAILS),
 ]
@@ -194,6 +207,14 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
 def test_a_rule_comes_out_the_other_way_on_other_rows(name, change, verdict, committed):
     assert decided(name, committed)[0] != verdict
     assert decided(name, committed, change)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("one_is_enough", ranks_alike_on_one_target), ("negation_unlearns", unlearned("folio", "kjv"))],
+)
+def test_a_rule_for_all_is_not_met_by_some(name, change, committed):
+    assert decided(name, committed)[0] == decided(name, committed, change)[0] == FAILS
 
 
 def test_every_rule_on_rows_is_tried_on_other_rows():
