@@ -254,7 +254,7 @@ def rank_16(_: Rows) -> Verdict:
 
 
 def five_hundred_times(_: Rows) -> Verdict:
-    """Holds if that is 500 to 1,000 times fewer than the model has."""
+    """Holds if Llama-2-7B has 500 to 1,000 times the parameters of r = 16 on its attention projections."""
     found = count("llama-2-7b", 16, ATTENTION)
     times = (found.total or 0) / found.parameters
     return HOLDS if 500 <= times <= 1000 else FAILS, f"{times:.0f} times"
@@ -268,7 +268,7 @@ def ten_thousand_times(_: Rows) -> Verdict:
 
 
 def adapter_megabytes(_: Rows) -> Verdict:
-    """Holds if r = 16 on all attention projections of Llama-2-7B, in 16 bits, is a file of 10 to 50 MB."""
+    """Holds if r = 16 on the attention projections of Llama-2-7B takes 10 to 50 MB in 16 bits."""
     size = 2 * count("llama-2-7b", 16, ATTENTION).parameters / 1e6
     return HOLDS if 10 <= size <= 50 else FAILS, f"{size:.1f} MB"
 
@@ -309,9 +309,9 @@ CLAIMS = (
     Claim("A 7B model takes 28 GB in float32.", OVERVIEW, "", "", seven_billion),
     Claim("Rank 16 on all attention projections of a 7B model is 10 to 20 million parameters.", OVERVIEW,
           "", "", rank_16),
-    Claim("That is 500 to 1,000 times fewer than the model has.", OVERVIEW, "", "", five_hundred_times),
-    Claim("10,000 times fewer are possible.", HU, "", "", ten_thousand_times),
-    Claim("An adapter takes 10 to 50 MB.", OVERVIEW, "", "", adapter_megabytes),
+    Claim("Such an adapter has 500 to 1,000 times fewer parameters than the model.", OVERVIEW, "", "", five_hundred_times),
+    Claim("LoRA can train 10,000 times fewer parameters than the model has.", HU, "", "", ten_thousand_times),
+    Claim("Such an adapter takes 10 to 50 MB.", OVERVIEW, "", "", adapter_megabytes),
 )  # fmt: skip
 
 
