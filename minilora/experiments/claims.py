@@ -309,9 +309,10 @@ CLAIMS = (
     Claim("A 7B model takes 28 GB in float32.", OVERVIEW, "", "", seven_billion),
     Claim("Rank 16 on all attention projections of a 7B model is 10 to 20 million parameters.", OVERVIEW,
           "", "", rank_16),
-    Claim("Such an adapter has 500 to 1,000 times fewer parameters than the model.", OVERVIEW, "", "", five_hundred_times),
-    Claim("LoRA can train 10,000 times fewer parameters than the model has.", HU, "", "", ten_thousand_times),
+    Claim("Such an adapter has 500 to 1,000 times fewer parameters than the model.", OVERVIEW,
+          "", "", five_hundred_times),
     Claim("Such an adapter takes 10 to 50 MB.", OVERVIEW, "", "", adapter_megabytes),
+    Claim("LoRA can train 10,000 times fewer parameters than the model has.", HU, "", "", ten_thousand_times),
 )  # fmt: skip
 
 
