@@ -362,7 +362,7 @@ def test_values_that_overflow_the_dtype_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
-    def full(*args):
+    def full(*args, **how):
         yield b"half"
         raise OSError(28, "No space left on device")
 
