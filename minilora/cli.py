@@ -17,6 +17,7 @@ from . import __version__
 from .backend import cores
 from .console import drain, signals, streams
 from .errors import ConfigError, MiniloraError, needed
+from .experiments.questions import MODULES, question
 from .flags import (
     Of,
     Options,
@@ -113,6 +114,11 @@ def usual_sweep() -> dict[str, Any]:
     }
 
 
+def usual_experiment() -> dict[str, Any]:
+    """The defaults of an experiment."""
+    return {"base": "base", "jobs": "one per core", "out": "runs/NAME, or runs for all"}
+
+
 def usual_train() -> dict[str, Any]:
     """The defaults of fine-tuning."""
     from .finetune import RATES, Recipe
@@ -196,12 +202,14 @@ def parser() -> argparse.ArgumentParser:
     add("--target", SUPPRESS, **renamed("--target", "--data; --targets are the linear maps that LoRA adapts"))
     add("--modules", SUPPRESS, **renamed("--modules", "--targets"))
 
-    of = Of("experiments.adding_adapters", "Plan")
-    add = command("experiment", experiment, of.usual, "one question about LoRA: its rows, figures and answer")
-    add("name", "adding-adapters", choices=("adding-adapters",))
+    add = command(
+        "experiment", experiment, usual_experiment, "one question about LoRA: rows, figures, answer"
+    )
+    add("name", ", ".join([*MODULES, "or all"]), choices=(*MODULES, "all"), metavar="NAME")
     add("--base", "the model to start from: base (ships) or a folder", **base)
     add("--jobs", "number of processes (default: one per core)", **number)
-    add("--out", "where rows and figures go", type=Path, default=Path("runs/adding-adapters"), metavar="DIR")
+    add("--dask", "address of a dask scheduler: do the runs on its workers", metavar="tcp://HOST:PORT")
+    add("--out", "where rows and figures go, for `all` a folder for each name", type=Path, metavar="DIR")
     add("--quick", "a small grid, done in half a minute", **switch)
 
     of = Of("experiments.pretrain", "Recipe")
@@ -385,23 +393,32 @@ def sweep(options: Options) -> int:
 
 
 def experiment(options: Options) -> int:
-    """Run one experiment, draw it, and print its tables."""
-    from .experiments import adding_adapters, adding_figures
+    """Run one experiment or all, draw each, and print its tables."""
+    names = list(MODULES) if options.name == "all" else [options.name]
+    out = getattr(options, "out", Path("runs"))
+    lost = 0
+    for name in names:
+        where = out if "out" in options and options.name != "all" else out / name
+        lost += answer(name, options, where)
+    return int(lost > 0)
+
+
+def answer(name: str, options: Options, out: Path) -> int:
+    """Run one experiment, draw it, and print its tables; how many of its runs diverged."""
     from .formats.atomic import make_folder
 
-    quick: dict[str, Any] = adding_adapters.QUICK if options.quick else {}
-    plan = adding_adapters.Plan(**quick | typed(options, adding_adapters.Plan))
+    asks, reads = question(name)
+    quick: dict[str, Any] = asks.QUICK if options.quick else {}
+    plan = asks.Plan(**quick | typed(options, asks.Plan))
     with bar("runs") as show:
-        rows = adding_adapters.run(
-            plan, options.out, jobs=getattr(options, "jobs", None),
-            progress=lambda done, known, row: show(done, known),
-        )  # fmt: skip
-    make_folder(options.out)
-    for name, picture in adding_figures.pictures(rows).items():
-        picture.save(options.out, name)
-    print(*adding_figures.tables(rows), "\n".join(adding_figures.sentences(rows)), sep="\n\n")
-    print(plain(f"figures: {options.out}"))
-    return int(any(row["status"] != "done" for row in rows if row["config"]["kind"] == "final"))
+        how = typed(options, asks.run) | {"out": out}
+        rows = asks.run(plan, **how, progress=lambda done, known, row: show(done, known))
+    make_folder(out)
+    for figure, picture in reads.pictures(rows).items():
+        picture.save(out, figure)
+    print(*reads.tables(rows), "\n".join(reads.sentences(rows)), sep="\n\n")
+    print(plain(f"figures: {out}"))
+    return sum(row["status"] != "done" for row in rows if row["config"]["kind"] == "final")
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:

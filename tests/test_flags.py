@@ -180,6 +180,7 @@ OPTIONS = {
         "name": (["adding-adapters"], {}),
         "base": (["--base", "b"], {"run.plan.base": "b"}),
         "jobs": (["--jobs", "2"], {"run.jobs": 2}),
+        "dask": (["--dask", "tcp://h:1"], {"run.dask": "tcp://h:1"}),
         "out": (["--out", "o"], {
             "run.out": Path("o"), "runs/adding-adapters/drawn": None, "o/drawn": "written",
             "printed": "a table\n\na\nb\nfigures: o\n",

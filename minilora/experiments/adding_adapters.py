@@ -197,7 +197,12 @@ def scaled(model: Llama, run: Run, inputs: Inputs) -> Iterator[tuple[str, Row]]:
 
 
 def run(
-    plan: Plan, out: Path | str, *, jobs: int | None = None, progress: Progress | None = None
+    plan: Plan,
+    out: Path | str,
+    *,
+    jobs: int | None = None,
+    dask: str | None = None,
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Do the runs that are missing in the folder `out`; return all rows in the plan's order.
 
@@ -205,7 +210,9 @@ def run(
     """
     inputs = harness.read_inputs(plan.base, (*plan.targets, OWN))
     digests = tuple(text.digest for text in inputs.texts.values())
-    with harness.open_store(out, work, inputs, asdict(plan), FORM, jobs=jobs, progress=progress) as store:
+    with harness.open_store(
+        out, work, inputs, asdict(plan), FORM, jobs=jobs, dask=dask, progress=progress
+    ) as store:
         names = (*plan.targets, JOINT)
         tried = {
             name: [Run("search", plan, SEARCH_SEED, ((name, rate),), digests) for rate in plan.rates]

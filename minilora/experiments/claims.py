@@ -175,12 +175,20 @@ def merging_is_exact(rows: Rows) -> Verdict:
 
 
 def merging_into_four_bits(rows: Rows) -> Verdict:
-    """Holds if Q(Ŵ + ΔW) loses less than a tenth of what QLoRA has gained, with every seed."""
-    base = next(row["test"] for row in rows if (row["way"], row["route"]) == ("base", "Ŵ"))
-    test = {route: np.array([row["test"] for row in rows if (row["way"], row["route"]) == ("QLoRA", route)])
-            for route in ("unmerged", "Q(Ŵ + ΔW)")}  # fmt: skip
-    lost = (test["Q(Ŵ + ΔW)"] - test["unmerged"]) / (base - test["unmerged"])
-    return HOLDS if lost.max() < 0.1 else FAILS, f"{np.median(lost):.0%} of the gain is lost"
+    """Holds when ΔW is so large that Q(Ŵ + ΔW) keeps nine tenths of it, in the median seed."""
+    kept: dict[
+        float, list[tuple[float, float]]
+    ] = {}  # factor of ΔW -> its size relative to W, its kept share
+    for row in rows:
+        if (row["way"], row["route"]) == ("scaled", "Q(Ŵ + ΔW)"):
+            kept.setdefault(row["t"], []).append((row["size"], row["kept"]))
+    found = sorted(tuple(np.median(some, 0)) for some in kept.values())
+    (small, few), (large, most) = found[0], found[-1]
+    number = f"keeps {few:.2f} of a ΔW with {small:.3f} of W's norm, {most:.2f} of one with {large:.2f}"
+    enough = [size for size, share in found if share >= 0.9]
+    if len(enough) == len(found):
+        return HOLDS, number
+    return f"holds when ΔW has {min(enough):.2f} of W's norm" if enough else FAILS, number
 
 
 def against_base(rows: Rows, name: str, texts: Sequence[str]) -> np.ndarray:

@@ -24,7 +24,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "finetune", "experiments.cluster", "experiments.harness", "experiments.rows",
     "experiments.rank_figures", "experiments.merge_equivalence", "experiments.pretrain",
     "experiments.rank_sweep", "experiments.rank_report", "experiments.adding_adapters",
-    "experiments.adding_figures", "experiments.claims", "flags", "cli", "__main__",
+    "experiments.adding_figures", "experiments.claims", "experiments.questions", "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
 QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "claims"))

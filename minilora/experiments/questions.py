@@ -1,0 +1,20 @@
+"""The experiments by name, so that one command runs, draws and tells any of them.
+
+An experiment is two modules of this folder. The first asks: `Plan`, a frozen dataclass with the defaults of
+the committed rows; `QUICK`, the settings of a small grid; `run(plan, out, jobs=, dask=, progress=) -> rows`;
+`read_rows(path)`. The second reads the rows: `tables`, `sentences` with what the tables show, and `pictures`
+by file name, each with its question as its title and its answer below. claims.py decides by the same rows.
+"""
+
+from importlib import import_module
+from typing import Any
+
+MODULES = {
+    "adding-adapters": ("adding_adapters", "adding_figures")
+}  # name -> the module that asks, that reads
+
+
+def question(name: str) -> tuple[Any, Any]:
+    """The two modules of an experiment; the second one imports matplotlib."""
+    asks, reads = (import_module(f".{module}", __package__) for module in MODULES[name])
+    return asks, reads
