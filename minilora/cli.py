@@ -116,7 +116,7 @@ def usual_sweep() -> dict[str, Any]:
 
 def usual_experiment() -> dict[str, Any]:
     """The defaults of an experiment."""
-    return {"base": "base", "jobs": "one per core", "out": "runs/NAME, or runs for all"}
+    return {"base": "base", "jobs": "one per core", "out": "runs, or runs/quick, and the name"}
 
 
 def usual_train() -> dict[str, Any]:
@@ -394,13 +394,12 @@ def sweep(options: Options) -> int:
 
 def experiment(options: Options) -> int:
     """Run one experiment or all, draw each, and print its tables."""
+    out = getattr(options, "out", None)
+    if options.name != "all" and out:
+        return int(answer(options.name, options, out) > 0)
+    place = out or Path("runs/quick" if options.quick else "runs")
     names = list(MODULES) if options.name == "all" else [options.name]
-    out = getattr(options, "out", Path("runs"))
-    lost = 0
-    for name in names:
-        where = out if "out" in options and options.name != "all" else out / name
-        lost += answer(name, options, where)
-    return int(lost > 0)
+    return int(sum(answer(name, options, place / name) for name in names) > 0)
 
 
 def answer(name: str, options: Options, out: Path) -> int:

@@ -185,7 +185,12 @@ OPTIONS = {
             "run.out": Path("o"), "runs/adding-adapters/drawn": None, "o/drawn": "written",
             "printed": "a table\n\na\nb\nfigures: o\n",
         }),
-        "quick": (["--quick"], {f"run.plan.{name}": value for name, value in adding_adapters.QUICK.items()}),
+        "quick": (["--quick"], {
+            "run.out": Path("runs/quick/adding-adapters"), "runs/adding-adapters/drawn": None,
+            "runs/quick/adding-adapters/drawn": "written",
+            "printed": "a table\n\na\nb\nfigures: runs/quick/adding-adapters\n",
+        }
+                  | {f"run.plan.{name}": value for name, value in adding_adapters.QUICK.items()}),
     }),
     "pretrain": ({}, {
         "out": (["--out", "o"], {"run.out": Path("o"),
@@ -510,3 +515,16 @@ def test_a_new_folder_may_have_a_colon(text):
 def test_all_linear_is_passed_as_a_keyword(command):
     given, _ = received(command, OPTIONS[command][0] | {"targets": ["--targets", "all-linear"]})
     assert given[next(iter(OPTIONS[command][1]["targets"][1]))] == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("typed", "place"), [([], "runs"), (["--quick"], "runs/quick"), (["--out", "o"], "o")]
+)
+def test_all_experiments_have_a_folder_each(typed, place, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "MODULES", {"one": (), "two": ()})
+    monkeypatch.setattr(
+        cli, "answer", lambda name, options, out: asked.append((name, out)) or (name == "one")
+    )
+    assert cli.main(["experiment", "all", *typed]) == 1  # a run of one has diverged
+    assert asked == [(name, Path(place, name)) for name in ("one", "two")]

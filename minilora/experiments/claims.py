@@ -86,12 +86,27 @@ class Ledger:
 # ---- rules on the rank sweep
 
 
+def finals(rows: Rows, target: str, method: str) -> list[Row]:
+    """The measured rows of one method on one target."""
+    config = {"kind": "final", "target": target, "method": method}
+    return [row for row in rows if row["status"] == "done" and config.items() <= row["config"].items()]
+
+
 def values(rows: Rows, target: str, method: str, key: str) -> dict[int, np.ndarray]:
     """Rank -> a measured value of every seed; full fine-tuning has rank 0."""
-    some = [row for row in rows if row["status"] == "done" and row["config"]["kind"] == "final"
-            and (row["config"]["target"], row["config"]["method"]) == (target, method)]  # fmt: skip
+    some = finals(rows, target, method)
     ranks = sorted({row["config"]["rank"] for row in some})
     return {r: np.array([row[key] for row in some if row["config"]["rank"] == r]) for r in ranks}
+
+
+def from_on(found: Sequence[tuple[float, bool]]) -> float | None:
+    """Of (number, whether it is so) in order, the number from which on it always is so, or None."""
+    start = None
+    for number, so in reversed(found):
+        if not so:
+            break
+        start = number
+    return start
 
 
 def little_is_enough(rows: Rows) -> Verdict:
@@ -102,15 +117,15 @@ def little_is_enough(rows: Rows) -> Verdict:
 
 
 def as_good_as_full(rows: Rows) -> Verdict:
-    """Holds when a rank's range of test losses over the seeds reaches that of full fine-tuning."""
+    """Holds when, from a rank on, the range of test losses over seeds reaches that of full fine-tuning."""
     lora, full = values(rows, TEXT, "lora", "test"), values(rows, TEXT, "full", "test")[0]
-    reach = [r for r, loss in lora.items() if loss.min() <= full.max()]
+    start = from_on([(r, loss.min() <= full.max()) for r, loss in lora.items()])
     low, high = min(lora), max(lora)
     apart = {r: float(np.median(lora[r]) - np.median(full)) for r in (low, high)}
     far = f"{apart[low]:+.3f} nats at r = {low}, {apart[high]:+.3f} at {high}"
-    if len(reach) == len(lora):
+    if start == low:
         return HOLDS, far
-    return f"holds when r is at least {min(reach)}" if reach else FAILS, far
+    return FAILS if start is None else f"holds when r is at least {start}", far
 
 
 def one_is_enough(rows: Rows) -> Verdict:
@@ -127,10 +142,8 @@ def known_rank(rows: Rows) -> Verdict:
     excess = {r: np.median(loss) - floor for r, loss in values(rows, KNOWN, "lora", "test").items()}
     swaps = int(KNOWN.partition(":")[2])
     right = all((more < 0.05) == (r >= swaps) for r, more in excess.items())
-    return (
-        HOLDS if right else FAILS,
-        f"excess {excess[swaps - 1]:.2f} nats at r = {swaps - 1}, {excess[swaps]:.2f} at {swaps}",
-    )
+    said = f"excess {excess[swaps - 1]:.2f} nats at r = {swaps - 1}, {excess[swaps]:.2f} at {swaps}"
+    return HOLDS if right else FAILS, said
 
 
 def diminishing(rows: Rows) -> Verdict:
@@ -143,24 +156,19 @@ def diminishing(rows: Rows) -> Verdict:
 
 def full_is_low(rows: Rows) -> Verdict:
     """Holds if the effective rank of full fine-tuning's ΔW is below a quarter of its size, in the median."""
-    shares = []
-    for row in rows:
-        c = row["config"]
-        if (c["kind"], c["target"], c["method"]) == ("final", TEXT, "full") and row["status"] == "done":
-            shares += [
-                effective_rank(np.array(S)) / min(row["shapes"][path]) for path, S in row["spectra"].items()
-            ]
+    shares = [
+        effective_rank(np.array(S)) / min(row["shapes"][path])
+        for row in finals(rows, TEXT, "full")
+        for path, S in row["spectra"].items()
+    ]
     share = float(np.median(shares))
     return HOLDS if share < 0.25 else FAILS, f"{share:.2f} of the largest rank it could have"
 
 
 def ten_times_the_rate(rows: Rows) -> Verdict:
     """Holds if the best learning rate of every rank is 5 to 20 times that of full fine-tuning."""
-    done = [
-        row["config"] for row in rows if row["config"]["kind"] == "final" and row["config"]["target"] == TEXT
-    ]
-    (full,) = {c["lr"] for c in done if c["method"] == "full"}
-    times = sorted({c["lr"] / full for c in done if c["method"] == "lora"})
+    (full,) = {row["config"]["lr"] for row in finals(rows, TEXT, "full")}
+    times = sorted({row["config"]["lr"] / full for row in finals(rows, TEXT, "lora")})
     said = f"{times[0]:.0f} times" if len(times) == 1 else f"{times[0]:.0f} to {times[-1]:.0f} times"
     return HOLDS if 5 <= times[0] <= times[-1] <= 20 else FAILS, said
 
@@ -176,37 +184,33 @@ def merging_is_exact(rows: Rows) -> Verdict:
 
 def merging_into_four_bits(rows: Rows) -> Verdict:
     """Holds when ΔW is so large that Q(Ŵ + ΔW) keeps nine tenths of it, in the median seed."""
-    kept: dict[
-        float, list[tuple[float, float]]
-    ] = {}  # factor of ΔW -> its size relative to W, its kept share
+    kept: dict[float, list[tuple[float, float]]] = {}  # factor of ΔW -> |ΔW| / |W| and the share kept
     for row in rows:
         if (row["way"], row["route"]) == ("scaled", "Q(Ŵ + ΔW)"):
             kept.setdefault(row["t"], []).append((row["size"], row["kept"]))
     found = sorted(tuple(np.median(some, 0)) for some in kept.values())
     (small, few), (large, most) = found[0], found[-1]
     number = f"keeps {few:.2f} of a ΔW with {small:.3f} of W's norm, {most:.2f} of one with {large:.2f}"
-    enough = [size for size, share in found if share >= 0.9]
-    if len(enough) == len(found):
+    start = from_on([(size, share >= 0.9) for size, share in found])
+    if start == small:
         return HOLDS, number
-    return f"holds when ΔW has {min(enough):.2f} of W's norm" if enough else FAILS, number
+    return FAILS if start is None else f"holds when ΔW has {start:.2f} of W's norm", number
 
 
 def against_base(rows: Rows, name: str, texts: Sequence[str]) -> np.ndarray:
     """Test losses less the base's, (seeds, texts), of a combination or a method of adding adapters."""
-    from .adding_figures import finals, gains
+    from . import adding_figures  # and matplotlib
 
-    return gains(finals(rows), name, texts)
+    return adding_figures.gains(adding_figures.finals(rows), name, texts)
 
 
 def adding_blends(rows: Rows) -> Verdict:
     """Holds when a sum is better than the base on every text, in the median; the sum itself, or the mean."""
     targets = rows[0]["config"]["plan"]["targets"]
-    plain, mean = (
-        np.median(against_base(rows, name, targets), 0) for name in (" + ".join(targets), "mean of all")
-    )
-    number = (
-        f"better than none on {(plain < 0).sum()} of {len(targets)} texts; as a mean on {(mean < 0).sum()}"
-    )
+    names = (" + ".join(targets), "mean of all")
+    plain, mean = (np.median(against_base(rows, name, targets), 0) for name in names)
+    better = (plain < 0).sum(), (mean < 0).sum()
+    number = f"better than none on {better[0]} of {len(targets)} texts; as a mean on {better[1]}"
     if (plain < 0).all():
         return HOLDS, number
     return "holds when the adapters are averaged" if (mean < 0).all() else FAILS, number

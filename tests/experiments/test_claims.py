@@ -83,6 +83,11 @@ def all_as_full(rows):
     set_all(final(rows, "folio", "lora"), "test", next(final(rows, "folio", "full"))["test"])
 
 
+def only_a_middle_rank_as_full(rows):
+    all_far_from_full(rows)
+    set_all(final(rows, "folio", "lora", 8), "test", next(final(rows, "folio", "full"))["test"])
+
+
 def all_far_from_full(rows):
     set_all(final(rows, "folio", "lora"), "test", 9.0)
 
@@ -188,6 +193,7 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("little_is_enough", one_seed_below_half, FAILS),
     ("as_good_as_full", all_as_full, HOLDS),
     ("as_good_as_full", all_far_from_full, FAILS),
+    ("as_good_as_full", only_a_middle_rank_as_full, FAILS),
     ("one_is_enough", all_ranks_alike, HOLDS),
     ("known_rank", three_is_enough, FAILS),
     ("known_rank", four_is_not_enough, FAILS),

@@ -119,6 +119,22 @@ class Seen:
             yield self
 
 
+@contextlib.contextmanager
+def by_kind(experiment):
+    """(Kind of run, "trained" or "measured") -> the windows that its runs see within the context."""
+    seen, real = {}, experiment.work
+
+    def work(run, inputs):
+        with Seen().watching() as one:
+            row = real(run, inputs)
+        for part in ("trained", "measured"):
+            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
+        return row
+
+    with mock.patch.object(experiment, "work", work):
+        yield seen
+
+
 def within(windows, part, others):
     """Every window lies in this part of the text, and none in the others."""
     assert windows
@@ -193,17 +209,9 @@ def test_train_never_sees_the_held_out_examples(method, cap):
 
 
 def test_a_sweep_trains_on_train_selects_on_valid_and_reports_test():
-    (learned, valid, test), seen, real = split(corpora.corpus("./own.txt")), {}, rank_sweep.work
-
-    def work(run, inputs):
-        with Seen().watching() as one:
-            row = real(run, inputs)
-        for part in ("trained", "measured"):
-            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
-        return row
-
+    learned, valid, test = split(corpora.corpus("./own.txt"))
     plan = Plan(("./own.txt",), (2,), ("q_proj",), 5.0, 9, 4, 2, "one", test_windows=5, valid_windows=3)
-    with ThreadPoolExecutor(1) as executor, mock.patch.object(rank_sweep, "work", work):
+    with ThreadPoolExecutor(1) as executor, by_kind(rank_sweep) as seen:
         rank_sweep.sweep(plan, next(outs), executor=executor)
     assert not seen["base", "trained"]
     for kind in ("search", "final"):
@@ -218,16 +226,7 @@ def test_a_sweep_trains_on_train_selects_on_valid_and_reports_test():
 
 
 def test_adapters_to_add_are_trained_on_train_and_their_scales_chosen_on_valid():
-    seen, real = {}, adding.work
-
-    def work(run, inputs):
-        with Seen().watching() as one:
-            row = real(run, inputs)
-        for part in ("trained", "measured"):
-            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
-        return row
-
-    with mock.patch.object(adding, "work", work), few_sums():
+    with by_kind(adding) as seen, few_sums():
         adding.run(ADDED, next(outs), jobs=1)
     learned, valid, test = ("".join(parts) for parts in zip(*map(split, CORPORA.values()), strict=True))
     for kind in ("search", "final"):
