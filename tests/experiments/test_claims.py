@@ -43,6 +43,14 @@ def test_the_page_shows_the_ledger(monkeypatch):
     assert (ROOT / "docs/claims.md").read_text(encoding="utf-8") == page(claims())
 
 
+def test_all_rows_of_a_file_are_read(committed):
+    assert len(committed) == 5
+    for name, rows in committed.items():
+        lines = (ROOT / name).read_text(encoding="utf-8")
+        found = lines.splitlines() if name.endswith("l") else json.loads(lines)
+        assert len(rows) == len(found["rows"] if isinstance(found, dict) else found)
+
+
 def test_every_claim_has_its_evidence_a_rule_in_words_and_a_sentence_of_its_own():
     assert (
         len({claim.statement for claim in CLAIMS}) == len({claim.decide for claim in CLAIMS}) == len(CLAIMS)
