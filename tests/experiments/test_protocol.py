@@ -33,7 +33,8 @@ from minilora.data import batching, corpora
 from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import adding_adapters as adding
-from minilora.experiments import merge_equivalence, pretrain, rank_sweep
+from minilora.experiments import harness, merge_equivalence, pretrain, rank_sweep
+from minilora.experiments import known_rank as known
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
@@ -48,7 +49,7 @@ from minilora.peft.loading import load_adapter, save_adapter
 from minilora.serve import bench
 from minilora.serve.engine import Engine, Request
 from minilora.training import evaluate, train
-from minilora.tree import named_params, trained, unfreeze
+from minilora.tree import freeze, named_params, trained, unfreeze
 
 PACKAGE = Path(minilora.__file__).parent
 ONE = np.array([[65]])  # a prompt of one letter
@@ -331,6 +332,21 @@ def summing(seed):
     return {part: a for part, a in found.items() if not part.endswith(".B")}
 
 
+KNOWN = known.Plan(("map", "permutation"), (2, 3), "one", 2, (31, 7, 11), 6, 9)
+
+
+def planting(seed):
+    """What is left of each task after a few steps; the search of a rate has a seed of its own."""
+    plan = replace(KNOWN, steps=(9, 4, 4), windows=2)
+    base = llama(replace(TINY, num_hidden_layers=2, hidden_size=12), np.random.default_rng(0))
+    freeze(base)
+    inputs = Inputs("one", base, {known.OWN: CORPORA["folio"], "permuted:2": CORPORA["kjv"]})
+    rows = {
+        task: known.work(known.Run("final", plan, task, 2, 3, seed, 0.02), inputs) for task in known.TASKS
+    }
+    return {task: [row["excess"], row["spectrum"]] for task, row in rows.items()}
+
+
 def pretrained(seed):
     recipe = pretrain.Recipe("folio", steps=3, batch=2, warmup=1, seed=seed, test_windows=4)
     found = trained_from(session, lambda: pretrain.run(recipe, next(outs), config=TINY))
@@ -430,6 +446,7 @@ SEEDS = {
     "cli serve-bench": [],
     "finetune.Recipe": [fine_tuned(method) for method in finetune.METHODS],
     "adding_adapters.Run": [summing],
+    "known_rank.Run": [planting],
     "rows.Run": [swept("lora"), swept("full")],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
@@ -754,6 +771,43 @@ def added_up_by_hand(plan):
     return {"runs": json.dumps(runs), "valid": valid, "joint": tested, "base": [base] * plan.seeds}
 
 
+def sought(plan):
+    """What the runs of the known ranks are; the second rate of a task is the best to validate."""
+    done = []
+
+    def work(run, inputs):
+        done.append(run)
+        row = {"id": run.id, "config": asdict(run), "source": "crafted", "status": "done"}
+        row["valid"] = abs(run.lr - known.RATES[run.task][1])
+        return row | ({} if run.kind == "search" else {"excess": 1.0, "best": 0.0, "spectrum": [1.0]})
+
+    def read_inputs(path, targets):
+        return Inputs(path, load(path), {target: CORPORA["folio"] for target in targets})
+
+    with mock.patch.object(known, "work", work), mock.patch.object(harness, "read_inputs", read_inputs):
+        known.run(plan, next(outs), jobs=1)
+    assert len({run.texts for run in done}) == 1
+    names = ("kind", "task", "planted", "rank", "seed", "lr", "steps")
+    return {
+        "runs": sorted(tuple(getattr(run, name) for name in names) for run in done),
+        "base": {run.plan.base for run in done}, "texts": len(done[0].texts),
+        "batch": {run.plan.batch for run in done}, "windows": {run.plan.windows for run in done},
+    }  # fmt: skip
+
+
+def sought_by_hand(plan):
+    runs = []
+    for task, k in itertools.product(plan.tasks, plan.planted):
+        steps = plan.steps[("map", "teacher", "permutation").index(task)]
+        for r in {max(k // 2, 1), max(k - 1, 1), k, 2 * k, 16}:
+            runs += [("search", task, k, r, 1000, lr, max(steps // 3, 1)) for lr in known.RATES[task]]
+            runs += [("final", task, k, r, i, known.RATES[task][1], steps) for i in range(plan.seeds)]
+    return {
+        "runs": sorted(runs), "base": {plan.base}, "texts": 1 + len(plan.planted),
+        "batch": {plan.batch}, "windows": {plan.windows},
+    }  # fmt: skip
+
+
 def injected_and_trained(config):
     model, rng = tiny(0, np.float32, attention_bias=True)
     inject(model, config, rng=rng)
@@ -990,6 +1044,20 @@ CASES = {
             "base": ("two", "base runs"),
             "test_windows": (12, "test_windows runs"),
             "valid_windows": (7, "valid_windows runs"),
+        },
+    ),
+    known.Plan: Case(
+        KNOWN,
+        sought,
+        sought_by_hand,
+        {
+            "tasks": (("teacher", "permutation"), "runs"),
+            "planted": ((2, 4), "runs"),
+            "base": ("two", "base"),
+            "seeds": (3, "runs"),
+            "steps": ((31, 7, 12), "runs"),
+            "batch": (5, "batch"),
+            "windows": (8, "windows"),
         },
     ),
     adding.Plan: Case(

@@ -1,0 +1,365 @@
+"""Does LoRA find the rank that a task has? Three tasks whose best ΔW is known, from one map to a whole model.
+
+    map           y = (W + Δ) x, x ~ N(0, Σ): with σ those of Δ Σ^1/2, rank r leaves Σ σ² of those beyond r
+    teacher       the base with such a Δ in one of its maps; the student learns from the teacher's logits
+    permutation   k pairs of letters change places in a text: ΔE = (P - I) E undoes it, and has rank k
+
+(Eckart and Young 1936.) Each has a planted rank k, and LoRA is trained at ranks around it, on the map that
+has the answer. From which rank on is nothing left to gain? And does the spectrum of a ΔW that may have more
+rank show k? Excess is the loss above that of the known answer, over that of the base. Learning rates are
+chosen by short runs with a seed of their own. Each run is one row.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import spectra
+from ..backend import Array, to_device, to_host, xp
+from ..data import batching, corpora
+from ..errors import ConfigError, NonFiniteError, check_int
+from ..formats import forms
+from ..layers import Linear, Need, Param
+from ..lora import Adapted, LowRank, active, inject
+from ..methods.lora_config import LoraConfig
+from ..model import Llama
+from ..ops import softmax
+from ..optim import AdamW, Schedule
+from ..training import evaluate, train
+from ..tree import get, replace, replica, trained
+from . import harness, rank_sweep
+from .harness import Inputs, Progress, Row, RowForm
+from .rank_sweep import LENGTH, TABLE
+
+OWN = "shakespeare"  # the base's text, and the teacher's
+SITE = "model.layers.1.self_attn.o_proj"  # where the teacher differs from the base
+O, I = 24, 40  # of the map  # noqa: E741
+LARGE = 16  # the rank whose spectrum should show k
+SEARCH_SEED = 1000
+TASKS = ("map", "teacher", "permutation")
+SHIFT = 0.3  # of the teacher's logits' norms
+RATES = {
+    "map": (3e-3, 1e-2, 3e-2, 1e-1),
+    "teacher": (1e-3, 3e-3, 1e-2, 3e-2),
+    "permutation": (1e-1, 3e-1, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is planted and tried. ConfigError for an empty grid or an invalid number."""
+
+    tasks: tuple[str, ...] = TASKS
+    planted: tuple[int, ...] = (1, 2, 4, 8)
+    base: str = "base"
+    seeds: int = 5
+    steps: tuple[int, ...] = (2000, 200, 200)  # for each of TASKS
+    batch: int = 4
+    windows: int = 48  # of text, to validate and to test
+
+    def __post_init__(self) -> None:
+        if not self.tasks or not self.planted:
+            raise ConfigError("the grid is empty; expected at least one task and one rank")
+        if odd := set(self.tasks) - set(TASKS):
+            raise ConfigError(f"there is no task {min(odd)!r}; there are {', '.join(TASKS)}")
+        if len(self.steps) != len(TASKS):
+            raise ConfigError(
+                f"steps has {len(self.steps)} numbers; expected {len(TASKS)}, one for each task"
+            )
+        for name, values in (("planted", self.planted), ("steps", self.steps)):
+            for value in values:
+                check_int(name, value, 1)
+        if max(self.planted) > LARGE // 2:
+            raise ConfigError(f"planted is {max(self.planted)}; expected at most {LARGE // 2}")
+        for name in ("seeds", "batch", "windows"):
+            check_int(name, getattr(self, name), 1)
+
+
+QUICK = {"planted": (2,), "seeds": 1, "steps": (200, 20, 20), "windows": 4}
+
+
+def ranks(k: int) -> tuple[int, ...]:
+    """The ranks of LoRA for a planted one: below it, itself, beyond it, and LARGE."""
+    return tuple(sorted({max(k // 2, 1), max(k - 1, 1), k, 2 * k, LARGE}))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell: LoRA of one rank on a task, in the search of a learning rate or to be measured."""
+
+    kind: str  # "search" or "final"
+    plan: Plan
+    task: str
+    planted: int
+    rank: int
+    seed: int
+    lr: float
+    texts: tuple[str, ...] = field(default=())  # the digests of the texts
+
+    @property
+    def id(self) -> str:
+        """A short name derived from the content."""
+        return harness.id_of(asdict(self))
+
+    @property
+    def steps(self) -> int:
+        """Training steps; a search has a third."""
+        steps = self.plan.steps[TASKS.index(self.task)]
+        return steps if self.kind == "final" else max(steps // 3, 1)
+
+    @property
+    def target(self) -> str:
+        """The text of a task with one."""
+        return f"permuted:{self.planted}" if self.task == "permutation" else OWN
+
+
+# ---- one run
+
+
+def work(run: Run, inputs: Inputs) -> Row:
+    """Do one run and return its row."""
+    return harness.row_of(run, inputs.texts[run.target].source, lambda: DO[run.task](run, inputs))
+
+
+def measured(run: Run, loss: Callable[[str], float], best: Callable[[], float], spectrum: Any) -> Row:
+    """The row of a trained run: `loss` and `best` are excesses; NonFiniteError if one is not a number."""
+    row: Row = {"valid": loss("valid")}
+    if run.kind == "final":
+        row |= {"excess": loss("test"), "best": best()}
+        row["spectrum"] = [float(f"{x:.6g}") for x in np.sort(spectrum())[::-1][: run.rank]]
+    for name in row.keys() - {"spectrum"}:
+        if not math.isfinite(row[name]):
+            raise NonFiniteError(f"{name} is {row[name]}")
+    return row
+
+
+def planted(rng: np.random.Generator, O: int, k: int, root: np.ndarray) -> np.ndarray:  # noqa: E741
+    """Δ (O, I) of rank k in the large directions of `root` = Σ^1/2; Δ Σ^1/2 has k equal singular values."""
+    values, vectors = np.linalg.eigh(root)
+    large = vectors[:, -max(len(values) // 3, k) :]
+    U, _ = np.linalg.qr(rng.standard_normal((O, k)))
+    V, _ = np.linalg.qr(rng.standard_normal((large.shape[1], k)))
+    return U @ (large @ V).T @ np.linalg.pinv(root)
+
+
+def cut(delta: np.ndarray, r: int, root: np.ndarray) -> np.ndarray:
+    """The best ΔW of rank r: that for which ΔW Σ^1/2 is nearest to Δ Σ^1/2."""
+    U, S, Vt = np.linalg.svd(delta @ root, full_matrices=False)
+    return (U[:, :r] * S[:r]) @ Vt[:r] @ np.linalg.pinv(root)
+
+
+def map_task(run: Run, inputs: Inputs) -> Row:
+    """One linear map: its rows are those of Σ^1/2, so that the sum of squares is the expected loss itself."""
+    rng = np.random.default_rng([run.seed, 0, run.planted])
+    Q, _ = np.linalg.qr(rng.standard_normal((I, I)))
+    root = (Q * np.geomspace(1, 0.1, I)) @ Q.T
+    delta = planted(rng, O, run.planted, root)
+    X, Y = (to_device(a.astype(np.float32)) for a in (root, root @ delta.T))
+    A = rng.standard_normal((run.rank, I)).astype(np.float32) / np.sqrt(np.float32(I))
+    pair = LowRank(Param(to_device(A)), Param(xp.zeros((O, run.rank), xp.float32)), 1.0)
+    layer = Adapted(Linear(Param(xp.zeros((O, I), xp.float32), False)), {"a": pair}, "a")
+    optimizer, schedule = AdamW(run.lr, clip=None), Schedule(run.steps, warmup=run.steps // 20)
+    for step in range(run.steps):
+        y, back = layer(X, Need.WEIGHTS)
+        back(2 * (y - Y))
+        optimizer.step(trained(layer), optimizer.lr * schedule(step))
+    change = to_host(pair.delta()).astype(np.float64)
+
+    def excess(change: np.ndarray) -> float:
+        return float(np.sum(((change - delta) @ root) ** 2) / np.sum((delta @ root) ** 2))
+
+    return measured(
+        run, lambda _: excess(change), lambda: excess(cut(delta, run.rank, root)),
+        lambda: np.linalg.svd(change @ root, compute_uv=False),
+    )  # fmt: skip
+
+
+def windows(run: Run, inputs: Inputs, split: str) -> list[batching.Batch]:
+    """The windows of one split, spread evenly over it."""
+    ids = getattr(inputs.texts[run.target], split)
+    return batching.eval_batches(ids, 16, LENGTH, limit=run.plan.windows * LENGTH)
+
+
+def drawn(run: Run, inputs: Inputs) -> Any:
+    """The batches of training."""
+    rng = np.random.default_rng([run.seed, 1])
+    return batching.batches(inputs.texts[run.target].train, rng, run.plan.batch, LENGTH)
+
+
+@dataclass(eq=False)
+class Watched:
+    """A map that keeps what goes into it."""
+
+    base: Linear
+    seen: list[np.ndarray] = field(default_factory=list)
+
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Any]:
+        self.seen.append(to_host(x).reshape(-1, x.shape[-1]).astype(np.float64))
+        return self.base(x, need)
+
+
+def root_of(model: Llama, batches: list[batching.Batch]) -> np.ndarray:
+    """Σ^1/2 (I, I) of what goes into the map at SITE."""
+    watching = replica(model)
+    watched = Watched(get(watching, SITE))
+    replace(watching, SITE, watched)
+    for ids, _ in batches:
+        watching(ids)
+    X = np.concatenate(watched.seen)
+    values, vectors = np.linalg.eigh(X.T @ X / len(X))
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def divergence(teacher: Array, logits: Array) -> tuple[float, Array]:
+    """Mean KL(teacher || student) in nats per token, and its gradient; both are logits (N, T, V)."""
+    p, q = softmax(teacher)[0], softmax(logits)[0]
+    count = p.size // p.shape[-1]
+    return float((p * (xp.log(p) - xp.log(q))).sum() / count), (q - p) / p.dtype.type(count)
+
+
+def with_change(model: Llama, delta: np.ndarray) -> Llama:
+    """A copy whose map at SITE has W + Δ."""
+    changed = copy.deepcopy(model)
+    layer = get(changed, SITE)
+    layer.weight = Param(layer.weight.dense() + to_device(delta.astype(np.float32)), False)
+    return changed
+
+
+def teacher_task(run: Run, inputs: Inputs) -> Row:
+    """A student of a base that differs in one map, on the text of both."""
+    root = root_of(inputs.base, windows(run, inputs, "valid"))
+    delta = planted(np.random.default_rng([run.seed, 0, run.planted]), len(root), run.planted, root)
+    delta *= SHIFT
+    teacher, model = with_change(inputs.base, delta), copy.deepcopy(inputs.base)
+    config = LoraConfig(run.rank, run.rank, re.compile(re.escape(SITE)))
+    inject(model, config, rng=np.random.default_rng([run.seed, run.rank]))
+    optimizer, params = AdamW(run.lr), trained(model)
+    schedule = Schedule(run.steps, warmup=run.steps // 20)
+    for step, (ids, _) in zip(range(run.steps), drawn(run, inputs), strict=False):
+        logits, back = model(ids, train=True)
+        loss, gradient = divergence(teacher(ids)[0], logits)
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"step {step + 1}: the loss is {loss}")
+        back(gradient)
+        optimizer.step(params, optimizer.lr * schedule(step))
+    adapter: Any = active(model)[SITE]
+    change = to_host(adapter.delta()).astype(np.float64)
+
+    def apart(student: Llama, split: str) -> float:
+        found = [divergence(teacher(ids)[0], student(ids)[0])[0] for ids, _ in windows(run, inputs, split)]
+        return float(np.mean(found))
+
+    def excess(student: Llama, split: str) -> float:
+        return apart(student, split) / apart(inputs.base, split)
+
+    return measured(
+        run, lambda split: excess(model, split),
+        lambda: excess(with_change(inputs.base, cut(delta, run.rank, root)), "test"),
+        lambda: np.linalg.svd(change @ root, compute_uv=False),
+    )  # fmt: skip
+
+
+def permutation_task(run: Run, inputs: Inputs) -> Row:
+    """LoRA on the embedding, beside (P - I) E cut to the same rank."""
+    model = copy.deepcopy(inputs.base)
+    config = LoraConfig(run.rank, TABLE.alpha, ("embed_tokens",))
+    inject(model, config, rng=np.random.default_rng([run.seed, run.rank]))
+    train(
+        model, drawn(run, inputs), AdamW(run.lr, betas=(0.9, 0.99), eps=TABLE.eps), steps=run.steps,
+        schedule=Schedule(run.steps, warmup=run.steps // 20), threads=1,
+    )  # fmt: skip
+    delta = to_host(rank_sweep.true_delta(inputs.base, run.planted)).astype(np.float64)
+
+    def excess(model: Llama, split: str) -> float:
+        P, batches = corpora.permutation(run.planted), windows(run, inputs, split)
+        floor = evaluate(inputs.base, [(P[x], P[y]) for x, y in batches])
+        return (evaluate(model, batches) - floor) / (evaluate(inputs.base, batches) - floor)
+
+    def best() -> float:
+        known = copy.deepcopy(inputs.base)
+        table = known.model.embed_tokens.weight
+        table.data = table.data + to_device(cut(delta, run.rank, np.eye(delta.shape[1])), table.data.dtype)
+        return excess(known, "test")
+
+    return measured(
+        run, lambda split: excess(model, split), best,
+        lambda: spectra.spectrum(model)["model.embed_tokens"],
+    )  # fmt: skip
+
+
+DO = {"map": map_task, "teacher": teacher_task, "permutation": permutation_task}
+
+
+# ---- the whole
+
+
+def run(
+    plan: Plan,
+    out: Path | str,
+    *,
+    jobs: int | None = None,
+    dask: str | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Do the runs that are missing in the folder `out`; return all rows in the plan's order.
+
+    Errors as in `harness.open_store`, and InputError for a text that is too short.
+    """
+    targets = dict.fromkeys([OWN, *(f"permuted:{k}" for k in plan.planted)])
+    inputs = harness.read_inputs(plan.base, targets)
+    digests = tuple(text.digest for text in inputs.texts.values())
+    cells = [(task, k, r) for task in plan.tasks for k in plan.planted for r in ranks(k)]
+    with harness.open_store(
+        out, work, inputs, asdict(plan), FORM, jobs=jobs, dask=dask, progress=progress
+    ) as store:
+        tried = {
+            cell: [Run("search", plan, *cell, SEARCH_SEED, lr, digests) for lr in RATES[cell[0]]]
+            for cell in cells
+        }
+        store.finish(run for runs in tried.values() for run in runs)
+        best = {
+            cell: min(runs, key=lambda run: (store.done[run.id].get("valid", math.inf), run.lr)).lr
+            for cell, runs in tried.items()
+        }
+        store.finish(
+            Run("final", plan, *cell, seed, best[cell], digests)
+            for cell in cells
+            for seed in range(plan.seeds)
+        )
+        return store.close()
+
+
+NUMBER = forms.number(-1e39, 1e39)
+MEASURED = {
+    "valid": NUMBER,
+    "excess": NUMBER,
+    "best": NUMBER,
+    "spectrum": forms.several(forms.number(0, 1e39)),
+}
+
+
+def check_row(where: str, row: Row) -> None:
+    """FormatError, naming the field, unless a run could have left this row."""
+    config = forms.has({"kind": forms.one("search", "final"), "task": forms.one(*TASKS)})
+    forms.has({"status": forms.one("done", "diverged"), "config": config})(where, row)
+    parts = {"id": forms.text, "source": forms.text, "status": forms.text}
+    parts |= {"versions": forms.named(forms.text), "config": forms.anything}
+    if row["status"] == "diverged":
+        parts["error"] = forms.text
+    else:
+        parts |= {"valid": NUMBER} if row["config"]["kind"] == "search" else MEASURED
+    forms.record(parts)(where, row)
+
+
+FORM = RowForm(check_row)
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """The rows of a file; raises as `harness.read_rows`."""
+    return harness.read_rows(path, FORM)
