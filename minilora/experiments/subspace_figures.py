@@ -154,8 +154,8 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         f"r = {small} reaches {np.median(gained(done)):.0%} of the gain of r = {large}.",
         f"Two seeds share {most['seeds']:g} of {large} directions, the first by {first['seeds']:.2f} beyond "
         f"chance; two texts share {most['texts']:g}, the first by {first['texts']:.2f}.",
-        f"ΔW is {factor[0]:.1f} times as strong as W along its directions at r = {least} (random ones: "
-        f"{random[0]:.1f}), {factor[1]:.1f} times at r = {large} ({random[1]:.1f}); W has {own[0]:.2f} and "
+        f"Along its directions ΔW is {factor[0]:.3g} times as strong as W at r = {least} (random ones: "
+        f"{random[0]:.3g}), {factor[1]:.3g} times at r = {large} ({random[1]:.3g}); W has {own[0]:.2f} and "
         f"{own[1]:.2f} there of what it has along its own first ones.",
     ]
 
@@ -225,7 +225,7 @@ def amplified(rows: Sequence[Row], answer: str) -> Picture:
     """The amplification of every map at the least and the largest rank, beside that of random directions."""
     done = finals(rows)
     *_, large = ranks = done[0]["config"]["plan"]["ranks"]
-    figure, ((ax,),) = axes(size=(9, 5))
+    figure, ((ax,),) = axes(size=(11, 5))
     x = range(len(maps(done)))
     for r, colour, mark in ((ranks[0], BLUE, "o"), (large, ORANGE, "s")):
         factor, random = (weights(done, r, key) for key in KEYS[:2])

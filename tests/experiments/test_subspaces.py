@@ -329,7 +329,7 @@ def test_sentences_are_medians_over_maps_and_seeds():
         "r = 4.",
         "Two seeds share 2 of 4 directions, the first by 1.00 beyond chance; two texts share 2, the first by "
         "1.00.",
-        "ΔW is 3.5 times as strong as W along its directions at r = 1 (random ones: 4.5), 2.0 times at r = 4 "
+        "Along its directions ΔW is 3.5 times as strong as W at r = 1 (random ones: 4.5), 2 times at r = 4 "
         "(4.5); W has 0.25 and 0.25 there of what it has along its own first ones.",
     ]
 
