@@ -35,11 +35,12 @@ from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import adding_adapters as adding
 from minilora.experiments import harness, merge_equivalence, pretrain, rank_sweep
 from minilora.experiments import known_rank as known
+from minilora.experiments import merge_equivalence, pretrain, rank_sweep, subspaces
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
-from minilora.lora import inject, set_adapter
+from minilora.lora import active, inject, set_adapter
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
 from minilora.model import Config, Llama, RopeScaling, llama
@@ -237,6 +238,26 @@ def test_adapters_to_add_are_trained_on_train_and_their_scales_chosen_on_valid()
     within(seen["final", "measured"], valid + test, [learned])
 
 
+def test_adapters_to_compare_are_trained_on_train_and_their_rates_chosen_on_valid():
+    seen, real = {}, subspaces.work
+
+    def work(run, inputs):
+        with Seen().watching() as one:
+            row = real(run, inputs)
+        for part in ("trained", "measured"):
+            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
+        return row
+
+    with mock.patch.object(subspaces, "work", work):
+        subspaces.run(COMPARED, next(outs), jobs=1)
+    (learned, valid, test), (other, *held) = split(CORPORA["folio"]), split(CORPORA["kjv"])
+    within(seen["search", "trained"], learned, [valid, test, other, *held])
+    within(seen["search", "measured"], valid, [learned, test])
+    within(seen["final", "trained"], learned + other, [valid, test, *held])
+    assert sum(window in other for window in seen["final", "trained"]) == 13 * 6  # one adapter of five
+    within(seen["final", "measured"], test, [learned, valid])
+
+
 def test_pretraining_never_sees_the_held_out_text():
     learned, valid, test = split(CORPORA["folio"])
     recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
@@ -345,6 +366,17 @@ def planting(seed):
         task: known.work(known.Run("final", plan, task, 2, 3, seed, 0.02), inputs) for task in known.TASKS
     }
     return {task: [row["excess"], row["spectrum"]] for task, row in rows.items()}
+COMPARED = subspaces.Plan("folio", "kjv", "one", (1, 3, 4), 7.0, (1e-4, 0.05), 13, 3, 1, 6, 9, 10)
+
+
+def comparing(seed):
+    """The starts of all five adapters of a seed, their batches, and what comes of them."""
+    cell = subspaces.Run("final", COMPARED, seed, tuple((rank, 0.02) for rank in COMPARED.ranks))
+    with starting(subspaces) as starts, Seen().watching() as seen:
+        row = subspaces.work(cell, Inputs("one", load("one"), CORPORA))
+    found = {f"{i} {p}": a for i, start in enumerate(starts) for p, a in start.items() if p.endswith(".A")}
+    assert len(found) == 5 * 7
+    return found | {"batches": sorted(seen.trained)} | {key: row[key] for key in ("losses", *COMPARISON)}
 
 
 def pretrained(seed):
@@ -447,6 +479,7 @@ SEEDS = {
     "finetune.Recipe": [fine_tuned(method) for method in finetune.METHODS],
     "adding_adapters.Run": [summing],
     "known_rank.Run": [planting],
+    "subspaces.Run": [comparing],
     "rows.Run": [swept("lora"), swept("full")],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
@@ -806,6 +839,97 @@ def sought_by_hand(plan):
         "runs": sorted(runs), "base": {plan.base}, "texts": 1 + len(plan.planted),
         "batch": {plan.batch}, "windows": {plan.windows},
     }  # fmt: skip
+COMPARISON = ("similarity", "weights")
+
+
+def compared(plan):
+    """What is run, the validation losses of the search, and all that the seeds measure."""
+    rows = subspaces.run(plan, next(outs), jobs=1)
+    runs = [[row["config"][k] for k in ("kind", "seed", "rates", "texts")] for row in rows]
+    finals = [row for row in rows if row["config"]["kind"] == "final"]
+    return {
+        "runs": json.dumps(runs),
+        "valid": {tuple(row["config"]["rates"][0]): row["valid"] for row in rows if "valid" in row},
+        "base": [row["losses"].pop("base") for row in finals],
+        "test": [row["losses"] for row in finals],
+    } | {key: [row[key] for row in finals] for key in COMPARISON}
+
+
+def compared_by_hand(plan):
+    texts = (plan.target, plan.other)
+
+    def loss(model, split, windows):
+        ids = getattr(CORPORA[plan.target], split)
+        return evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=windows * LENGTH))
+
+    def learn(rank, rate, seed, steps, text, draw):
+        model = load(plan.base)
+        rng = np.random.default_rng([seed, draw, 0, rank])
+        inject(model, LoraConfig(r=rank, alpha=plan.alpha), rng=rng)
+        batches = batching.batches(
+            CORPORA[text].train, np.random.default_rng([seed, draw, 1]), plan.batch, LENGTH
+        )
+        schedule = Schedule(steps, warmup=steps // 20)
+        train(model, batches, AdamW(rate, betas=(0.9, 0.99)), steps=steps, schedule=schedule, threads=1)
+        return model
+
+    def of(model):
+        for path, adapter in active(model).items():
+            U, S, Vt = spectra.thin_svd(adapter.B.data, adapter.A.data, adapter.scale)
+            A = np.linalg.svd(adapter.A.data.astype(np.float64), full_matrices=False)[2]
+            yield path, (U, S, Vt), {"A": A.T, "right": Vt.T, "left": U}
+
+    def phi(one, other):
+        found = {}
+        for (path, _, sides), (_, _, others) in zip(of(one), of(other), strict=True):
+            found[path] = {}
+            for side, U in sides.items():
+                all_ = to_host(spectra.similarity(U, others[side]))
+                i, j = ([n for n in (1, 2, 4) if n <= size] for size in all_.shape)
+                found[path][side] = [[round(float(all_[a - 1, b - 1]), 4) for b in j] for a in i]
+        return found
+
+    def against(model):
+        base, found = named_params(load(plan.base)), {}
+        for path, (U, S, Vt), _ in of(model):
+            W = base[f"{path}.weight"].data.astype(np.float64)
+            own = spectra.norm(spectra.singular_values(W)[: len(S)])
+            factor, random = spectra.amplification(W, U, S, Vt)
+            along = float(np.linalg.norm(U.T @ W @ Vt.T))
+            found[path] = {"factor": factor, "random": random, "emphasis": along / own}
+        return found
+
+    digests = [CORPORA[text].digest for text in texts]
+    valid = {
+        (rank, rate): loss(
+            learn(rank, rate, 1000, plan.search_steps, plan.target, 0), "valid", plan.valid_windows
+        )
+        for rank in plan.ranks
+        for rate in plan.rates
+    }
+    best = [(rank, min(plan.rates, key=lambda rate: valid[rank, rate])) for rank in plan.ranks]
+    runs = [("search", 1000, [cell], digests) for cell in valid]
+    runs += [("final", seed, best, digests) for seed in range(plan.seeds)]
+    found = {
+        "runs": json.dumps(runs),
+        "valid": valid,
+        "base": [],
+        "test": [],
+        "similarity": [],
+        "weights": [],
+    }
+    for seed in range(plan.seeds):
+        models = {rank: learn(rank, rate, seed, plan.steps, plan.target, 0) for rank, rate in best}
+        large = models[plan.ranks[-1]]
+        seeds, texts_ = (
+            learn(*best[-1], seed, plan.steps, text, draw) for text, draw in zip(texts, (1, 2), strict=True)
+        )
+        others = {"ranks": models[plan.ranks[-2]], "seeds": seeds, "texts": texts_}
+        found["base"].append(loss(load(plan.base), "test", plan.test_windows))
+        found["test"].append({str(r): loss(model, "test", plan.test_windows) for r, model in models.items()})
+        found["similarity"].append({pair: phi(model, large) for pair, model in others.items()})
+        found["weights"].append({str(rank): against(model) for rank, model in models.items()})
+    return found
 
 
 def injected_and_trained(config):
@@ -913,6 +1037,7 @@ def moments(a):
 DORA = {"dora": True, "dropout": 0.0}
 ALL = "everything"
 LEARNT = "valid test curve spectra"
+TRAINED = "test similarity weights"
 FOLIO, KJV = CORPORA["folio"].digest, CORPORA["kjv"].digest
 CASES = {
     finetune.Recipe: Case(
@@ -1076,6 +1201,25 @@ CASES = {
             "batch": (2, "valid joint"),
             "test_windows": (8, "joint base"),
             "valid_windows": (10, "valid"),
+        },
+    ),
+    subspaces.Plan: Case(
+        COMPARED,
+        compared,
+        compared_by_hand,
+        {
+            "target": ("shakespeare", ALL),
+            "other": ("shakespeare", "runs similarity"),
+            "base": ("two", f"valid base {TRAINED}"),
+            "ranks": ((1, 2, 4), f"runs valid {TRAINED}"),
+            "alpha": (8.0, f"valid {TRAINED}"),
+            "rates": ((1e-4, 0.03), f"runs valid {TRAINED}"),
+            "steps": (14, TRAINED),
+            "search_steps": (4, "valid"),
+            "seeds": (2, f"runs base {TRAINED}"),
+            "batch": (2, f"valid {TRAINED}"),
+            "test_windows": (8, "base test"),
+            "valid_windows": (11, "valid"),
         },
     ),
     Setting: Case(

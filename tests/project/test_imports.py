@@ -29,6 +29,11 @@ ORDER = [  # a wing or a file stands above all that it imports
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
 QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "known_", "claims"))
+    "experiments.adding_figures", "experiments.subspaces", "experiments.subspace_figures",
+    "experiments.claims", "experiments.questions", "flags", "cli", "__main__",
+]  # fmt: skip
+MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
+QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "subspace", "claims"))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip
