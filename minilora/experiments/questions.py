@@ -9,9 +9,10 @@ by file name, each with its question as its title and its answer below. claims.p
 from importlib import import_module
 from typing import Any
 
-MODULES = {
-    "adding-adapters": ("adding_adapters", "adding_figures")
-}  # name -> the module that asks, that reads
+MODULES = {  # name -> the module that asks, that reads
+    "adding-adapters": ("adding_adapters", "adding_figures"),
+    "scale": ("scale", "scale_figures"),
+}
 
 
 def question(name: str) -> tuple[Any, Any]:
