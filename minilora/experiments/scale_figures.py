@@ -89,7 +89,7 @@ class Found:
         return {r: arm.optimum / self.arms[FULL].optimum for r, arm in self.scaled(scaling).items()}
 
     def apart(self, scaling: str) -> float:
-        """The largest best rate over the smallest, but for the first rank: Schulman et al. 2025 except 1."""
+        """The largest best rate over the smallest, without the first rank: the claim is of r = 4 on."""
         _, *some = self.times(scaling).values()
         return max(some) / min(some)
 
