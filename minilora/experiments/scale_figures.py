@@ -240,7 +240,7 @@ def one_rate(rows: Sequence[Row]) -> Picture:
     answer = f"from r = {f.plan.middle} to {max(f.plan.ranks)}: {each(f.more, '+.3f')}"
     figure.suptitle(f"At one learning rate, does alpha / r collapse at high ranks?\n{answer}")
     says = (
-        f"Test loss at one rate for all ranks, and at each rank's own; medians with the range of "
+        "Test loss at one learning rate for all ranks and at each rank's own; medians with the range of "
         f"{counted(f.plan.seeds, 'seed', 'seeds')}. One rate costs at most {each(f.cost)} nats."
     )  # fmt: skip
     return Picture(figure, says)
