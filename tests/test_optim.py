@@ -169,6 +169,27 @@ def test_adam_is_invariant_to_moving_the_scale_into_the_factors(seed, p, q, dtyp
     assert losses(2.0**p, 2.0**q) == losses(1.0, 1.0)
 
 
+@settings(max_examples=8)
+@given(seed=seeds, p=st.integers(-3, 3), eps=st.sampled_from([1e-8, 1e-2]),
+       clip=st.sampled_from([None, 1e-2]), decay=st.sampled_from([0.0, 0.5]), dtype=dtypes)  # fmt: skip
+def test_with_both_factors_scaled_alike_eps_clipping_and_decay_are_scaled_with_them(
+    seed, p, eps, clip, decay, dtype
+):
+    """alpha / p², A and both rates times p, eps, clip and decay / p: the same training, for every eps."""
+
+    def losses(p):
+        model, rng = tiny(seed, dtype)
+        inject(model, LoraConfig(r=3, alpha=6 / p**2, targets=SOME), rng=rng)
+        for path, a in trained(model).items():
+            if path.endswith(".A"):
+                a.data *= dtype(p)
+        batches = [batch(rng) for _ in range(4)]
+        optimizer = AdamW(0.01 * p, eps=eps / p, clip=clip and clip / p, weight_decay=decay / p)
+        return train(model, batches, optimizer, steps=4).loss
+
+    assert losses(2.0**p) == losses(1.0)
+
+
 SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 

@@ -36,6 +36,7 @@ from minilora.experiments import adding_adapters as adding
 from minilora.experiments import harness, merge_equivalence, pretrain, rank_sweep
 from minilora.experiments import known_rank as known
 from minilora.experiments import merge_equivalence, pretrain, rank_sweep, subspaces
+from minilora.experiments import merge_equivalence, pretrain, rank_sweep, scale
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
@@ -258,6 +259,26 @@ def test_adapters_to_compare_are_trained_on_train_and_their_rates_chosen_on_vali
     within(seen["final", "measured"], test, [learned, valid])
 
 
+def test_scales_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on_test():
+    (learned, valid, test), seen, real = split(CORPORA["folio"]), {}, scale.work
+
+    def work(run, inputs):
+        with Seen().watching() as one:
+            row = real(run, inputs)
+        for part in ("trained", "measured"):
+            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
+        return row
+
+    with mock.patch.multiple(scale, work=work, EDGES=0):
+        scale.run(SCALED, next(outs), jobs=1)
+    assert not seen["base", "trained"]
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test])
+    within(seen["search", "measured"], valid, [learned, test])
+    for kind in ("base", "final"):
+        within(seen[kind, "measured"], test, [learned, valid])
+
+
 def test_pretraining_never_sees_the_held_out_text():
     learned, valid, test = split(CORPORA["folio"])
     recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
@@ -377,6 +398,24 @@ def comparing(seed):
     found = {f"{i} {p}": a for i, start in enumerate(starts) for p, a in start.items() if p.endswith(".A")}
     assert len(found) == 5 * 7
     return found | {"batches": sorted(seen.trained)} | {key: row[key] for key in ("losses", *COMPARISON)}
+SCALED = scale.Plan(
+    "folio", "one", ranks=(2, 3), middle=3, ratios=(6.0,), rates=(0.02,), full_rates=(0.003,), steps=4,
+    seeds=1, batch=2, test_windows=9, valid_windows=7,
+)  # fmt: skip
+
+
+def scaled(rank):
+    """One run of the experiment with scales."""
+
+    def run(seed):
+        cell = scale.Run("final", SCALED, rank, 2.0 * (rank > 0), rate=0.02, seed=seed)
+        inputs = Inputs("one", load("one"), CORPORA)
+        found = trained_from(scale, lambda: scale.work(cell, inputs)["test"])
+        kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
+        assert len(kept) == (2 + 7 if rank else 2)
+        return {part: found[part] for part in kept}
+
+    return run
 
 
 def pretrained(seed):
@@ -481,6 +520,7 @@ SEEDS = {
     "known_rank.Run": [planting],
     "subspaces.Run": [comparing],
     "rows.Run": [swept("lora"), swept("full")],
+    "scale.Run": [scaled(3), scaled(0)],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],
@@ -930,6 +970,54 @@ def compared_by_hand(plan):
         found["similarity"].append({pair: phi(model, large) for pair, model in others.items()})
         found["weights"].append({str(rank): against(model) for rank, model in models.items()})
     return found
+def tried(plan):
+    """What is run at which scale and rate, and what is measured."""
+    with mock.patch.object(scale, "EDGES", 0):
+        rows = scale.run(plan, next(outs), jobs=1)
+    names = ("kind", "rank", "scale", "ratio", "rate", "seed", "text")
+    return {
+        "runs": {tuple(row["config"][name] for name in names) for row in rows},
+        "valid": sorted(row["valid"] for row in rows if "valid" in row),
+        "test": sorted(row["test"] for row in rows if row["config"]["kind"] == "final"),
+        "base": [row["test"] for row in rows if row["config"]["kind"] == "base"],
+    }
+
+
+def tried_by_hand(plan):
+    text = CORPORA[plan.target]
+
+    def loss(split, windows, rank=0, s=0.0, ratio=1.0, rate=0.0, seed=0):
+        model = load(plan.base)
+        if rate and rank:
+            inject(model, LoraConfig(r=rank, alpha=s * rank), rng=np.random.default_rng([seed, 0]))
+        elif rate:
+            unfreeze(model)
+        if rate:
+            batches = batching.batches(text.train, np.random.default_rng([seed, 1]), plan.batch, LENGTH)
+            optimizer = AdamW(rate, betas=(0.9, 0.99), rate=lora_plus(ratio))
+            schedule = Schedule(plan.steps, warmup=plan.steps // 20)
+            train(model, batches, optimizer, steps=plan.steps, schedule=schedule)
+        return evaluate(
+            model, batching.eval_batches(getattr(text, split), 16, LENGTH, limit=windows * LENGTH)
+        )
+
+    arms = [(0, 0.0, 1.0, rate) for rate in plan.full_rates]
+    arms += [
+        (r, s, 1.0, rate)
+        for r in plan.ranks
+        for s in (2 * (plan.middle / r), 2 * math.sqrt(plan.middle / r), 2.0)
+        for rate in plan.rates
+    ]
+    arms += [(plan.middle, 2.0, ratio, rate / ratio**0.5) for ratio in plan.ratios for rate in plan.rates]
+    arms, seeds = sorted({*arms}), range(plan.seeds)
+    runs = {("search", *arm, 1000, text.digest) for arm in arms}
+    runs |= {("final", *arm, seed, text.digest) for arm in arms for seed in seeds}
+    return {
+        "runs": runs | {("base", 0, 0.0, 1.0, 0.0, 0, text.digest)},
+        "valid": sorted(loss("valid", plan.valid_windows, *arm, 1000) for arm in arms),
+        "test": sorted(loss("test", plan.test_windows, *arm, seed) for arm in arms for seed in seeds),
+        "base": [loss("test", plan.test_windows)],
+    }
 
 
 def injected_and_trained(config):
@@ -1220,6 +1308,23 @@ CASES = {
             "batch": (2, f"valid {TRAINED}"),
             "test_windows": (8, "base test"),
             "valid_windows": (11, "valid"),
+    scale.Plan: Case(
+        SCALED,
+        tried,
+        tried_by_hand,
+        {
+            "target": ("kjv", "runs valid test base"),
+            "base": ("two", "valid test base"),
+            "ranks": ((1, 3), "runs valid test"),
+            "middle": (2, "runs valid test"),
+            "ratios": ((4.0,), "runs valid test"),
+            "rates": ((0.05,), "runs valid test"),
+            "full_rates": ((0.001,), "runs valid test"),
+            "steps": (5, "valid test"),
+            "seeds": (2, "runs test"),
+            "batch": (3, "valid test"),
+            "test_windows": (8, "test base"),
+            "valid_windows": (10, "valid"),
         },
     ),
     Setting: Case(
