@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import Any
 
 MODULES = {
-    "adding-adapters": ("adding_adapters", "adding_figures")
+    "adding-adapters": ("adding_adapters", "adding_figures"),
+    "which-matrices": ("which_matrices", "which_figures"),
 }  # name -> the module that asks, that reads
 
 

@@ -24,10 +24,11 @@ ORDER = [  # a wing or a file stands above all that it imports
     "finetune", "experiments.cluster", "experiments.harness", "experiments.rows",
     "experiments.rank_figures", "experiments.merge_equivalence", "experiments.pretrain",
     "experiments.rank_sweep", "experiments.rank_report", "experiments.adding_adapters",
-    "experiments.adding_figures", "experiments.claims", "experiments.questions", "flags", "cli", "__main__",
+    "experiments.adding_figures", "experiments.which_matrices", "experiments.which_figures",
+    "experiments.claims", "experiments.questions", "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
-QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "claims"))
+QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "which_", "claims"))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip
