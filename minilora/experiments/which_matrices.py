@@ -84,7 +84,7 @@ def grid(plan: Plan, inputs: Inputs) -> Iterator[Run]:
             if ranks[0] == 0 or len(set(ranks)) < len(ranks):
                 raise ConfigError(
                     f"budgets {', '.join(map(str, plan.budgets))} give {name} the ranks "
-                    f"{', '.join(map(str, ranks))}; expected ranks that grow from 1 on, each of {cost:,} parameters"
+                    f"{', '.join(map(str, ranks))}; expected ranks that grow, from {cost:,} parameters for 1"
                 )
             yield from (replace(one, rank=r) for r in ranks)
 

@@ -139,8 +139,8 @@ def test_the_sets_of_the_default_plan_meet_the_budgets_as_the_plan_says(monkeypa
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [((100,), r"budgets 100 give QKVO the ranks 0; .* of 256 parameters"),
-     ((260, 270), r"budgets 260, 270 give Q the ranks 4, 4; .* of 64 parameters"),
+    [((100,), r"budgets 100 give QKVO the ranks 0; .* from 256 parameters"),
+     ((260, 270), r"budgets 260, 270 give Q the ranks 4, 4; .* from 64 parameters"),
      ((260, 1100), r"r is 17 for model.layers.0.self_attn.q_proj")],
 )  # fmt: skip
 def test_a_budget_that_no_rank_meets_is_refused_before_any_run(sizes, message, tmp_path, monkeypatch):
