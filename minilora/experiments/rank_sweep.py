@@ -237,7 +237,7 @@ def sweep(
         out, work, inputs, asdict(plan), FORM, jobs=jobs, executor=executor, dask=dask, progress=progress
     ) as store:
         store.finish(references(cells))
-        rates = chosen_rates(plan, cells, store)
+        rates = chosen_rates({cell: plan.setting(cell.target) for cell in cells}, store)
         store.finish(replace(cell, lr=rates[cell], seed=seed) for cell in cells for seed in range(plan.seeds))
         return store.close()
 
@@ -279,24 +279,24 @@ def references(cells: list[Run]) -> list[Run]:
     return [*bases, *(replace(c, kind="oracle") for c in plain if c.rank and corpora.swaps_of(c.target))]
 
 
-def chosen_rates(plan: Plan, cells: list[Run], store: Store) -> dict[Run, float]:
+def chosen_rates(how: dict[Run, Setting], store: Store) -> dict[Run, float]:
     """The learning rate of every cell, by validation loss after short runs with a separate seed.
 
+    `how` has the rates to try first.
     If the best rate lies at an edge, the search extends beyond it, at most EDGES times.
     """
-    how = {cell: plan.setting(cell.target) for cell in cells}
-    rates = {c: list(how[c].full_rates if c.method == "full" else how[c].lora_rates) for c in cells}
+    rates = {c: list(to.full_rates if c.method == "full" else to.lora_rates) for c, to in how.items()}
     best: dict[Run, float] = {}
     for _ in range(EDGES + 1):
         tried = {
             cell: [replace(short, lr=lr) for lr in rates[cell]]
-            for cell in cells
-            for short in [replace(cell, kind="search", steps=how[cell].search_steps, seed=SEARCH_SEED)]
+            for cell, to in how.items()
+            for short in [replace(cell, kind="search", steps=to.search_steps, seed=SEARCH_SEED)]
         }
         store.finish(run for runs in tried.values() for run in runs)
         for cell, runs in tried.items():
             best[cell] = min(runs, key=lambda run: (store.done[run.id].get("valid", math.inf), run.lr)).lr
-        at_edge = [cell for cell in cells if best[cell] in (min(rates[cell]), max(rates[cell]))]
+        at_edge = [cell for cell in how if best[cell] in (min(rates[cell]), max(rates[cell]))]
         for cell in at_edge:
             beyond = STEP if best[cell] == max(rates[cell]) else 1 / STEP
             rates[cell].append(float(f"{best[cell] * beyond:.2g}"))

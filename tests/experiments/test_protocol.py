@@ -37,6 +37,8 @@ from minilora.experiments import harness, merge_equivalence, pretrain, rank_swee
 from minilora.experiments import known_rank as known
 from minilora.experiments import merge_equivalence, pretrain, rank_sweep, subspaces
 from minilora.experiments import merge_equivalence, pretrain, rank_sweep, scale
+from minilora.experiments import merge_equivalence, pretrain, rank_sweep
+from minilora.experiments import which_matrices as which
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
@@ -216,6 +218,33 @@ def test_a_sweep_trains_on_train_selects_on_valid_and_reports_test():
     plan = Plan(("./own.txt",), (2,), ("q_proj",), 5.0, 9, 4, 2, "one", test_windows=5, valid_windows=3)
     with ThreadPoolExecutor(1) as executor, by_kind(rank_sweep) as seen:
         rank_sweep.sweep(plan, next(outs), executor=executor)
+def swept_over(out):
+    """Two ranks of the sweep."""
+    plan = Plan(("./own.txt",), (2,), ("q_proj",), 5.0, 9, 4, 2, "one", test_windows=5, valid_windows=3)
+    with ThreadPoolExecutor(1) as executor:
+        rank_sweep.sweep(plan, out, executor=executor)
+
+
+def spread_over(out):
+    """One budget on three sets of matrices."""
+    rates = (0.001, 0.02)
+    with few_sets():
+        which.run(which.Plan(("./own.txt",), (62,), rates, rates, 9, 4, 2, "one", 5, 3), out, jobs=1)
+
+
+@pytest.mark.parametrize("run", [swept_over, spread_over])
+def test_a_sweep_trains_on_train_selects_on_valid_and_reports_test(run):
+    (learned, valid, test), seen, real = split(corpora.corpus("./own.txt")), {}, rank_sweep.work
+
+    def work(run, inputs):
+        with Seen().watching() as one:
+            row = real(run, inputs)
+        for part in ("trained", "measured"):
+            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
+        return row
+
+    with mock.patch.object(rank_sweep, "work", work):
+        run(next(outs))
     assert not seen["base", "trained"]
     for kind in ("search", "final"):
         within(seen[kind, "trained"], learned, [valid, test])
@@ -731,11 +760,10 @@ def cell_done_by_hand(run):
     return row
 
 
-def crafted(run):
+def crafted(run, lora_rates, full_rates):
     """A row in no time; the second smallest learning rate is the best to validate, the largest to test."""
     row = {"id": run.id, "config": asdict(run), "source": "crafted", "status": "done", "parameters": 1}
-    usual = Plan().setting(run.target)
-    rates = sorted(usual.full_rates if run.method == "full" else usual.lora_rates)
+    rates = sorted(full_rates if run.method == "full" else lora_rates)
     return row | {"valid": abs(math.log((run.lr or 1) / rates[1])), "test": -run.lr}
 
 
@@ -751,7 +779,8 @@ def planned(plan):
 
     def work(run, inputs):
         done.append(run)
-        return crafted(run)
+        usual = Plan().setting(run.target)
+        return crafted(run, usual.lora_rates, usual.full_rates)
 
     with ThreadPoolExecutor(1) as executor, mock.patch.object(rank_sweep, "work", work):
         rank_sweep.sweep(plan, next(outs), executor=executor)
@@ -791,6 +820,49 @@ def set_up(setting):
 def set_up_by_hand(setting):
     with mock.patch.object(rank_sweep, "TEXT", setting):
         return planned_by_hand(Plan(("folio",), ranks=(2, 3), base="one"))
+
+
+COSTS = {("q_proj", "v_proj"): 16 + 12, ("o_proj",): 16, ("gate_proj", "up_proj", "down_proj"): 60}  # r = 1
+
+
+def few_sets():
+    """Three sets of matrices."""
+    return mock.patch.object(which, "SETS", {" ".join(modules): modules for modules in COSTS})
+
+
+def laid_out(plan):
+    """What the runs of a budget on sets of matrices are, as far as no number in them is trained for."""
+    done = []
+
+    def work(run, inputs):
+        done.append(run)
+        return crafted(run, plan.rates, plan.full_rates)
+
+    with mock.patch.object(rank_sweep, "work", work), few_sets():
+        which.run(plan, next(outs), jobs=1)
+    return values(done) | {"runs": set(done)}
+
+
+def laid_out_by_hand(plan):
+    runs = []
+    for target in plan.targets:
+        base = Run(
+            "base", target, "none", base=plan.base, text=CORPORA[target].digest, eps=0.0,
+            test_windows=plan.test_windows, valid_windows=plan.valid_windows,
+        )  # fmt: skip
+        full = replace(base, method="full", batch=8, eps=1e-8)
+        lora = replace(full, method="lora", alpha=16.0)
+        cells = [(full, plan.full_rates)]
+        for modules, cost in COSTS.items():
+            ranks = [round(budget / cost) for budget in plan.budgets]
+            cells += [(replace(lora, rank=r, modules=modules), plan.rates) for r in ranks]
+        runs.append(base)
+        for cell, rates in cells:
+            short = replace(cell, kind="search", steps=plan.search_steps, seed=1000)
+            runs += [replace(short, lr=lr) for lr in rates]
+            best = replace(cell, kind="final", steps=plan.steps, lr=sorted(rates)[1])
+            runs += [replace(best, seed=i) for i in range(plan.seeds)]
+    return values(runs) | {"runs": set(runs)}
 
 
 def added_up(plan):
@@ -1325,6 +1397,32 @@ CASES = {
             "batch": (3, "valid test"),
             "test_windows": (8, "test base"),
             "valid_windows": (10, "valid"),
+    which.Plan: Case(
+        which.Plan(
+            targets=("folio",),
+            budgets=(62, 118),
+            rates=(0.1, 0.3, 0.2),
+            full_rates=(0.01, 0.03, 0.02),
+            steps=9,
+            search_steps=4,
+            seeds=1,
+            base="one",
+            test_windows=11,
+            valid_windows=6,
+        ),
+        laid_out,
+        laid_out_by_hand,
+        {
+            "targets": (("folio", "kjv"), "target text runs"),
+            "budgets": ((62, 95), "rank runs"),
+            "rates": ((0.1, 0.4, 0.2), "lr runs"),
+            "full_rates": ((0.01, 0.04, 0.02), "lr runs"),
+            "steps": (10, "steps runs"),
+            "search_steps": (5, "steps runs"),
+            "seeds": (2, "seed runs"),
+            "base": ("two", "base runs"),
+            "test_windows": (12, "test_windows runs"),
+            "valid_windows": (7, "valid_windows runs"),
         },
     ),
     Setting: Case(

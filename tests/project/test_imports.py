@@ -39,6 +39,11 @@ QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "addin
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
 QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "scale", "claims"))
+    "experiments.adding_figures", "experiments.which_matrices", "experiments.which_figures",
+    "experiments.claims", "experiments.questions", "flags", "cli", "__main__",
+]  # fmt: skip
+MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
+QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "which_", "claims"))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip
