@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import Any
 
 MODULES = {  # name -> the module that asks, and the one that reads
+    "known-rank": ("known_rank", "known_figures"),
+    "which-matrices": ("which_matrices", "which_figures"),
+    "subspaces": ("subspaces", "subspace_figures"),
+    "scale": ("scale", "scale_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
 }
 
