@@ -30,7 +30,8 @@ from common import RESULTS, write
 
 import minilora as ml
 from minilora.compose.truncate import split
-from minilora.experiments.rank_sweep import LENGTH, TEXT
+from minilora.experiments.rank_sweep import TEXT
+from minilora.experiments.recipe import LENGTH
 from minilora.layers import Param
 from minilora.lora import active, bases
 from minilora.table import Table

@@ -20,21 +20,18 @@ import numpy as np
 
 from ..adapters import disabled, remove, set_scale
 from ..compose.combine import add_weighted_adapter
-from ..data import batching
-from ..errors import ConfigError, NonFiniteError, check_float, check_int
+from ..errors import ConfigError, check_float, check_int
 from ..formats import forms
 from ..lora import inject
 from ..methods.lora_config import LoraConfig
 from ..model import Llama
-from ..optim import AdamW, Schedule
-from ..training import evaluate, train
+from ..optim import AdamW
 from . import harness
-from .harness import Inputs, Progress, Row, RowForm
+from .harness import LOSS, SEARCH_SEED, Inputs, Progress, Row
+from .recipe import drawn, learn, loss_on
 
-LENGTH = 128  # characters in a window
 OWN = "shakespeare"  # the base's own text: what a combination costs there
 JOINT = "joint"
-SEARCH_SEED = 1000
 TIMES = (0.25, 0.5, 0.75)  # between two adapters
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 METHODS: dict[str, dict[str, Any]] = {  # name -> the options of `add_weighted_adapter`, but for svd's rank
@@ -108,26 +105,16 @@ def learned(model: Llama, name: str, rate: float, run: Run, inputs: Inputs, step
     inject(model, LoraConfig(plan.rank, plan.alpha), rng=np.random.default_rng([run.seed, 0]), name=name)
     rngs = (np.random.default_rng([run.seed, 1, i]) for i in range(len(targets)))
     streams = [
-        batching.batches(inputs.texts[target].train, rng, plan.batch, LENGTH)
-        for target, rng in zip(targets, rngs, strict=True)
+        drawn(inputs.texts[target], rng, plan.batch) for target, rng in zip(targets, rngs, strict=True)
     ]
-    steps *= len(targets)
-    train(
-        model, chain.from_iterable(zip(*streams, strict=True)), AdamW(rate, betas=(0.9, 0.99)), steps=steps,
-        schedule=Schedule(steps, warmup=steps // 20), threads=1,
-    )  # fmt: skip
+    turns = chain.from_iterable(zip(*streams, strict=True))
+    learn(model, turns, AdamW(rate, betas=(0.9, 0.99)), steps * len(targets))
 
 
 def losses(model: Llama, run: Run, inputs: Inputs, split: str, texts: Sequence[str]) -> dict[str, float]:
     """Text -> loss in nats per character; NonFiniteError if one is not a number."""
-    found = {}
-    for text in texts:
-        count = run.plan.test_windows if split == "test" else run.plan.valid_windows
-        ids = getattr(inputs.texts[text], split)
-        found[text] = evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=count * LENGTH))
-        if not math.isfinite(found[text]):
-            raise NonFiniteError(f"the loss on {split} of {text} is {found[text]}")
-    return found
+    count = run.plan.test_windows if split == "test" else run.plan.valid_windows
+    return {text: loss_on(model, inputs.texts[text], split, count) for text in texts}
 
 
 def searched(run: Run, inputs: Inputs) -> Row:
@@ -213,21 +200,15 @@ def run(
     with harness.open_store(
         out, work, inputs, asdict(plan), FORM, jobs=jobs, dask=dask, progress=progress
     ) as store:
-        names = (*plan.targets, JOINT)
-        tried = {
-            name: [Run("search", plan, SEARCH_SEED, ((name, rate),), digests) for rate in plan.rates]
-            for name in names
-        }
-        store.finish(run for runs in tried.values() for run in runs)
-        best = tuple(
-            min(runs, key=lambda run: (store.done[run.id].get("valid", math.inf), run.rates)).rates[0]
-            for runs in tried.values()
-        )
+        rates = harness.chosen_rates(
+            store, dict.fromkeys((*plan.targets, JOINT), plan.rates),
+            lambda name, rate: Run("search", plan, SEARCH_SEED, ((name, rate),), digests),
+        )  # fmt: skip
+        best = tuple(rates.items())
         store.finish(Run("final", plan, seed, best, digests) for seed in range(plan.seeds))
         return store.close()
 
 
-LOSS = forms.number(-1e39, 1e39)
 BY_TEXT = forms.named(LOSS)
 MEASURED = {
     "losses": forms.named(BY_TEXT),
@@ -236,23 +217,7 @@ MEASURED = {
         forms.record({"scale": LOSS, "rank": forms.whole(1), "residual": LOSS, "losses": BY_TEXT})
     ),
 }
-
-
-def check_row(where: str, row: Row) -> None:
-    """FormatError, naming the field, unless a run could have left this row."""
-    forms.has({"status": forms.one("done", "diverged"), "config": forms.has({"kind": forms.text})})(
-        where, row
-    )
-    parts = {"id": forms.text, "source": forms.text, "status": forms.text}
-    parts |= {"versions": forms.named(forms.text), "config": forms.anything}
-    if row["status"] == "diverged":
-        parts["error"] = forms.text
-    else:
-        parts |= {"valid": LOSS} if row["config"]["kind"] == "search" else MEASURED
-    forms.record(parts)(where, row)
-
-
-FORM = RowForm(check_row)
+FORM = harness.form_of({"search": {"valid": LOSS}, "final": MEASURED})
 
 
 def read_rows(path: Path | str) -> list[Row]:

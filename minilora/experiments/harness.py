@@ -17,17 +17,18 @@ retries of failed runs, priorities, and runs that need each other's weights.
 
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -55,6 +56,7 @@ from ..table import plain
 from ..tree import digest
 
 SCHEMA = 1
+SEARCH_SEED = 1000  # of the runs that choose a learning rate
 ATTEMPTS = 4  # at a run whose worker dies
 
 Row = dict[str, Any]
@@ -275,6 +277,28 @@ class RowForm:
     derived: tuple[str, ...] = ()  # the names of those fields
 
 
+LARGEST = 1e39  # no float32 is larger, and no sum of such losses overflows
+LOSS, SIZE = forms.number(-LARGEST, LARGEST), forms.number(0, LARGEST)
+EVERY = {"id": forms.text, "source": forms.text, "versions": forms.named(forms.text)}
+
+
+def form_of(measured: Mapping[str, Mapping[str, forms.Form]], **config: forms.Form) -> RowForm:
+    """The form of rows whose cells have a `kind`: kind -> what its runs measure unless they diverge.
+
+    `config` are the forms of more fields of a cell.
+    """
+    kinds = forms.has({"kind": forms.one(*measured), **config})
+    head = forms.has({"status": forms.one("done", "diverged"), "config": kinds})
+    every = EVERY | {"status": forms.text, "config": forms.anything}
+
+    def check(where: str, row: Row) -> None:
+        head(where, row)
+        done = row["status"] == "done"
+        forms.record(every | (measured[row["config"]["kind"]] if done else {"error": forms.text}))(where, row)
+
+    return RowForm(check)
+
+
 HEAD = forms.has({"id": forms.text, "config": forms.has({}), "versions": forms.named(forms.text)})
 
 
@@ -375,6 +399,38 @@ class Store:
         """Replace the file unless it holds exactly these lines."""
         if not exists(self.path) or read(self.path) != lines:
             write_atomic(self.path, lines)
+
+
+C = TypeVar("C")
+
+
+def chosen_rates(
+    store: Store,
+    starts: Mapping[C, Sequence[float]],
+    search: Callable[[C, float], Cell],
+    step: float = 2.0,
+    edges: int = 0,
+) -> dict[C, float]:
+    """Key -> the learning rate whose run `search(key, rate)` has the smallest validation loss, "valid".
+
+    Each search tries the rates of `starts` first. If the best one lies at an edge, the search extends by a
+    factor `step` beyond it, at most `edges` times. Of equal losses the smaller rate is chosen.
+    """
+    rates = {key: list(some) for key, some in starts.items()}
+    best: dict[C, float] = {}
+    for _ in range(edges + 1):
+        tried = {key: {rate: search(key, rate) for rate in some} for key, some in rates.items()}
+        store.finish(run for runs in tried.values() for run in runs.values())
+        for key, runs in tried.items():
+            loss = {rate: store.done[run.id].get("valid", math.inf) for rate, run in runs.items()}
+            best[key] = min(loss, key=lambda rate: (loss[rate], rate))
+        at_edge = [key for key, some in rates.items() if best[key] in (min(some), max(some))]
+        for key in at_edge:
+            beyond = step if best[key] == max(rates[key]) else 1 / step
+            rates[key].append(float(f"{best[key] * beyond:.2g}"))
+        if not at_edge:
+            break
+    return best
 
 
 # ---- where runs are done: a function from cells to outcomes, in the order in which they finish

@@ -31,22 +31,23 @@ from ..methods.lora_config import LoraConfig
 from ..model import Llama
 from ..ops import softmax
 from ..optim import AdamW, Schedule
-from ..training import evaluate, train
+from ..training import evaluate
 from ..tree import get, replace, replica, trained
 from . import harness, rank_sweep
-from .harness import Inputs, Progress, Row, RowForm
-from .rank_sweep import LENGTH, TABLE
+from .harness import LOSS, SEARCH_SEED, SIZE, Inputs, Progress, Row
+from .rank_sweep import TABLE
+from .recipe import drawn, learn, windows
 
 OWN = "shakespeare"  # the base's text, and the teacher's
 SITE = "model.layers.1.self_attn.o_proj"  # where the teacher differs from the base
 O, I = 24, 40  # of the map  # noqa: E741
 LARGE = 16  # the rank whose spectrum should show k
-SEARCH_SEED = 1000
 TASKS = ("map", "teacher", "permutation")
 SHIFT = 0.3  # of the teacher's logits' norms
+STEP, EDGES = math.sqrt(10), 2  # beyond the first rates
 RATES = {
-    "map": (3e-3, 1e-2, 3e-2, 1e-1),
-    "teacher": (1e-3, 3e-3, 1e-2, 3e-2),
+    "map": (1e-2, 3e-2, 1e-1),
+    "teacher": (3e-3, 1e-2, 3e-2),
     "permutation": (1e-1, 3e-1, 1.0),
 }
 
@@ -56,7 +57,7 @@ class Plan:
     """What is planted and tried. ConfigError for an empty grid or an invalid number."""
 
     tasks: tuple[str, ...] = TASKS
-    planted: tuple[int, ...] = (1, 2, 4, 8)
+    planted: tuple[int, ...] = (1, 2, 4, 8, 13)
     base: str = "base"
     seeds: int = 5
     steps: tuple[int, ...] = (2000, 200, 200)  # for each of TASKS
@@ -75,8 +76,8 @@ class Plan:
         for name, values in (("planted", self.planted), ("steps", self.steps)):
             for value in values:
                 check_int(name, value, 1)
-        if max(self.planted) > LARGE // 2:
-            raise ConfigError(f"planted is {max(self.planted)}; expected at most {LARGE // 2}")
+        if max(self.planted) >= LARGE:
+            raise ConfigError(f"planted is {max(self.planted)}; expected at most {LARGE - 1}")
         for name in ("seeds", "batch", "windows"):
             check_int(name, getattr(self, name), 1)
 
@@ -86,7 +87,7 @@ QUICK = {"planted": (2,), "seeds": 1, "steps": (200, 20, 20), "windows": 4}
 
 def ranks(k: int) -> tuple[int, ...]:
     """The ranks of LoRA for a planted one: below it, itself, beyond it, and LARGE."""
-    return tuple(sorted({max(k // 2, 1), max(k - 1, 1), k, 2 * k, LARGE}))
+    return tuple(sorted({max(k // 2, 1), max(k - 1, 1), k, min(2 * k, LARGE), LARGE}))
 
 
 @dataclass(frozen=True)
@@ -180,18 +181,6 @@ def map_task(run: Run, inputs: Inputs) -> Row:
     )  # fmt: skip
 
 
-def windows(run: Run, inputs: Inputs, split: str) -> list[batching.Batch]:
-    """The windows of one split, spread evenly over it."""
-    ids = getattr(inputs.texts[run.target], split)
-    return batching.eval_batches(ids, 16, LENGTH, limit=run.plan.windows * LENGTH)
-
-
-def drawn(run: Run, inputs: Inputs) -> Any:
-    """The batches of training."""
-    rng = np.random.default_rng([run.seed, 1])
-    return batching.batches(inputs.texts[run.target].train, rng, run.plan.batch, LENGTH)
-
-
 @dataclass(eq=False)
 class Watched:
     """A map that keeps what goes into it."""
@@ -233,7 +222,8 @@ def with_change(model: Llama, delta: np.ndarray) -> Llama:
 
 def teacher_task(run: Run, inputs: Inputs) -> Row:
     """A student of a base that differs in one map, on the text of both."""
-    root = root_of(inputs.base, windows(run, inputs, "valid"))
+    text, rng = inputs.texts[run.target], np.random.default_rng([run.seed, 1])
+    root = root_of(inputs.base, windows(text, "valid", run.plan.windows))
     delta = planted(np.random.default_rng([run.seed, 0, run.planted]), len(root), run.planted, root)
     delta *= SHIFT
     teacher, model = with_change(inputs.base, delta), copy.deepcopy(inputs.base)
@@ -241,7 +231,7 @@ def teacher_task(run: Run, inputs: Inputs) -> Row:
     inject(model, config, rng=np.random.default_rng([run.seed, run.rank]))
     optimizer, params = AdamW(run.lr), trained(model)
     schedule = Schedule(run.steps, warmup=run.steps // 20)
-    for step, (ids, _) in zip(range(run.steps), drawn(run, inputs), strict=False):
+    for step, (ids, _) in zip(range(run.steps), drawn(text, rng, run.plan.batch), strict=False):
         logits, back = model(ids, train=True)
         loss, gradient = divergence(teacher(ids)[0], logits)
         if not math.isfinite(loss):
@@ -252,8 +242,8 @@ def teacher_task(run: Run, inputs: Inputs) -> Row:
     change = to_host(adapter.delta()).astype(np.float64)
 
     def apart(student: Llama, split: str) -> float:
-        found = [divergence(teacher(ids)[0], student(ids)[0])[0] for ids, _ in windows(run, inputs, split)]
-        return float(np.mean(found))
+        batches = windows(text, split, run.plan.windows)
+        return float(np.mean([divergence(teacher(ids)[0], student(ids)[0])[0] for ids, _ in batches]))
 
     def excess(student: Llama, split: str) -> float:
         return apart(student, split) / apart(inputs.base, split)
@@ -270,14 +260,13 @@ def permutation_task(run: Run, inputs: Inputs) -> Row:
     model = copy.deepcopy(inputs.base)
     config = LoraConfig(run.rank, TABLE.alpha, ("embed_tokens",))
     inject(model, config, rng=np.random.default_rng([run.seed, run.rank]))
-    train(
-        model, drawn(run, inputs), AdamW(run.lr, betas=(0.9, 0.99), eps=TABLE.eps), steps=run.steps,
-        schedule=Schedule(run.steps, warmup=run.steps // 20), threads=1,
-    )  # fmt: skip
+    text, rng = inputs.texts[run.target], np.random.default_rng([run.seed, 1])
+    optimizer = AdamW(run.lr, betas=(0.9, 0.99), eps=TABLE.eps)
+    learn(model, drawn(text, rng, run.plan.batch), optimizer, run.steps)
     delta = to_host(rank_sweep.true_delta(inputs.base, run.planted)).astype(np.float64)
 
     def excess(model: Llama, split: str) -> float:
-        P, batches = corpora.permutation(run.planted), windows(run, inputs, split)
+        P, batches = corpora.permutation(run.planted), windows(text, split, run.plan.windows)
         floor = evaluate(inputs.base, [(P[x], P[y]) for x, y in batches])
         return (evaluate(model, batches) - floor) / (evaluate(inputs.base, batches) - floor)
 
@@ -318,15 +307,10 @@ def run(
     with harness.open_store(
         out, work, inputs, asdict(plan), FORM, jobs=jobs, dask=dask, progress=progress
     ) as store:
-        tried = {
-            cell: [Run("search", plan, *cell, SEARCH_SEED, lr, digests) for lr in RATES[cell[0]]]
-            for cell in cells
-        }
-        store.finish(run for runs in tried.values() for run in runs)
-        best = {
-            cell: min(runs, key=lambda run: (store.done[run.id].get("valid", math.inf), run.lr)).lr
-            for cell, runs in tried.items()
-        }
+        best = harness.chosen_rates(
+            store, {cell: RATES[cell[0]] for cell in cells},
+            lambda cell, lr: Run("search", plan, *cell, SEARCH_SEED, lr, digests), STEP, EDGES,
+        )  # fmt: skip
         store.finish(
             Run("final", plan, *cell, seed, best[cell], digests)
             for cell in cells
@@ -335,29 +319,13 @@ def run(
         return store.close()
 
 
-NUMBER = forms.number(-1e39, 1e39)
 MEASURED = {
-    "valid": NUMBER,
-    "excess": NUMBER,
-    "best": NUMBER,
-    "spectrum": forms.several(forms.number(0, 1e39)),
+    "valid": LOSS,
+    "excess": LOSS,
+    "best": LOSS,
+    "spectrum": forms.several(SIZE),
 }
-
-
-def check_row(where: str, row: Row) -> None:
-    """FormatError, naming the field, unless a run could have left this row."""
-    config = forms.has({"kind": forms.one("search", "final"), "task": forms.one(*TASKS)})
-    forms.has({"status": forms.one("done", "diverged"), "config": config})(where, row)
-    parts = {"id": forms.text, "source": forms.text, "status": forms.text}
-    parts |= {"versions": forms.named(forms.text), "config": forms.anything}
-    if row["status"] == "diverged":
-        parts["error"] = forms.text
-    else:
-        parts |= {"valid": NUMBER} if row["config"]["kind"] == "search" else MEASURED
-    forms.record(parts)(where, row)
-
-
-FORM = RowForm(check_row)
+FORM = harness.form_of({"search": {"valid": LOSS}, "final": MEASURED}, task=forms.one(*TASKS))
 
 
 def read_rows(path: Path | str) -> list[Row]:

@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..data import batching, corpora
+from ..data import corpora
 from ..errors import check_int
 from ..formats import huggingface
 from ..model import Config, llama
 from ..optim import AdamW
 from ..session import begin, fit, workshop
-from ..training import evaluate
 from ..tree import freeze, size
-
-LENGTH = 128  # characters in a window
+from .recipe import LENGTH, drawn, loss_on
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def run(
     with workshop(out, "pretrain") as saved:
         _, speed = fit(
             model,
-            batching.batches(text.train, rng, recipe.batch, LENGTH),
+            drawn(text, rng, recipe.batch),
             AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay),
             recipe,
             length=LENGTH,
@@ -102,7 +100,7 @@ def run(
         )
         freeze(model)
         losses = {
-            split: evaluate(model, batching.eval_batches(getattr(text, split), 16, LENGTH, windows * LENGTH))
+            split: loss_on(model, text, split, windows)
             for split, windows in (("test", recipe.test_windows), ("valid", recipe.test_windows // 4))
         }
         characters = recipe.steps * recipe.batch * LENGTH

@@ -9,7 +9,8 @@ from ..data import corpora
 from ..table import Table, printed
 from . import rank_figures
 from .harness import Row
-from .rank_sweep import LENGTH, TABLE
+from .rank_sweep import TABLE
+from .recipe import LENGTH
 
 FIGURES = {  # of one target: what the file's name begins with, and who draws it
     "loss_against_rank": rank_figures.loss_against_rank,

@@ -25,13 +25,11 @@ from ..model import Llama
 from ..optim import AdamW, Schedule
 from ..training import evaluate, train
 from ..tree import digest, get, size, trained, unfreeze
-from . import harness
-from .harness import Inputs, Progress, Row, RowForm, Store
+from . import harness, recipe
+from .harness import SEARCH_SEED, Inputs, Progress, Row, RowForm, Store
 from .rows import Run, check_row, check_together, every
 
-SEARCH_SEED = 1000
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-LENGTH = 128  # characters in a window
 STEP = math.sqrt(10)  # factor by which the learning rate search extends beyond an edge
 EDGES = 2  # how often it may extend
 
@@ -126,8 +124,7 @@ def text_of(run: Run, inputs: Inputs) -> corpora.Corpus:
 def windows(run: Run, split: str, inputs: Inputs) -> list[tuple[np.ndarray, np.ndarray]]:
     """The evaluation batches of one split, spread evenly over it."""
     count = run.test_windows if split == "test" else run.valid_windows
-    ids = getattr(text_of(run, inputs), split)
-    return batching.eval_batches(ids, 16, LENGTH, limit=count * LENGTH)
+    return recipe.windows(text_of(run, inputs), split, count)
 
 
 def losses(model: Llama, run: Run, inputs: Inputs) -> Row:
@@ -172,10 +169,9 @@ def trained_run(run: Run, inputs: Inputs) -> Row:
     """Train LoRA or all weights, and measure."""
     model = prepared(run, inputs)
     valid = windows(run, "valid", inputs)
-    ids = text_of(run, inputs).train
     history = train(
         model,
-        batching.batches(ids, np.random.default_rng([run.seed, 0]), run.batch, LENGTH),
+        recipe.drawn(text_of(run, inputs), np.random.default_rng([run.seed, 0]), run.batch),
         AdamW(run.lr, betas=(0.9, 0.99), eps=run.eps),
         steps=run.steps,
         schedule=Schedule(run.steps, warmup=run.steps // 20),
@@ -246,12 +242,12 @@ def check_inputs(plan: Plan, inputs: Inputs) -> None:
     """InputError for a short text; MismatchError if the base cannot read characters or solve a target."""
     for text in inputs.texts.values():
         for split in (text.train, text.valid, text.test):
-            batching.check_windows(split, 1, LENGTH)
+            batching.check_windows(split, 1, recipe.LENGTH)
     c = inputs.base.config
-    if c.vocab_size != tokenizer.VOCAB or c.max_position_embeddings < LENGTH:
+    if c.vocab_size != tokenizer.VOCAB or c.max_position_embeddings < recipe.LENGTH:
         raise MismatchError(
             f"{plan.base}: has a vocabulary of {c.vocab_size} and {c.max_position_embeddings} positions; "
-            f"expected {tokenizer.VOCAB} characters and at least {LENGTH} positions"
+            f"expected {tokenizer.VOCAB} characters and at least {recipe.LENGTH} positions"
         )
     if not c.tie_word_embeddings and any(corpora.swaps_of(target) for target in plan.targets):
         raise MismatchError(f"{plan.base}: its head is not tied to its embedding; a permutation needs that")
@@ -280,29 +276,13 @@ def references(cells: list[Run]) -> list[Run]:
 
 
 def chosen_rates(how: dict[Run, Setting], store: Store) -> dict[Run, float]:
-    """The learning rate of every cell, by validation loss after short runs with a separate seed.
+    """The learning rate of every cell, by validation loss after short runs; `how` has the first rates."""
 
-    `how` has the rates to try first.
-    If the best rate lies at an edge, the search extends beyond it, at most EDGES times.
-    """
-    rates = {c: list(to.full_rates if c.method == "full" else to.lora_rates) for c, to in how.items()}
-    best: dict[Run, float] = {}
-    for _ in range(EDGES + 1):
-        tried = {
-            cell: [replace(short, lr=lr) for lr in rates[cell]]
-            for cell, to in how.items()
-            for short in [replace(cell, kind="search", steps=to.search_steps, seed=SEARCH_SEED)]
-        }
-        store.finish(run for runs in tried.values() for run in runs)
-        for cell, runs in tried.items():
-            best[cell] = min(runs, key=lambda run: (store.done[run.id].get("valid", math.inf), run.lr)).lr
-        at_edge = [cell for cell in how if best[cell] in (min(rates[cell]), max(rates[cell]))]
-        for cell in at_edge:
-            beyond = STEP if best[cell] == max(rates[cell]) else 1 / STEP
-            rates[cell].append(float(f"{best[cell] * beyond:.2g}"))
-        if not at_edge:
-            break
-    return best
+    def search(cell: Run, lr: float) -> Run:
+        return replace(cell, kind="search", steps=how[cell].search_steps, seed=SEARCH_SEED, lr=lr)
+
+    starts = {c: to.full_rates if c.method == "full" else to.lora_rates for c, to in how.items()}
+    return harness.chosen_rates(store, starts, search, STEP, EDGES)
 
 
 def with_gaps(rows: list[Row]) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 from ..data import corpora
 from ..errors import FormatError, MismatchError, short
 from ..formats import forms
-from .harness import Row, id_of
+from .harness import EVERY, LOSS, SIZE, Row, id_of
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def measured(steps: int) -> list[int]:
     return [*range(0, steps, every(steps)), steps]
 
 
-LARGEST = 1e39  # no float32 is larger, and no sum of such losses overflows
 SIDES = 1 << 27  # O x I of the largest matrix for which noise is drawn
-LOSS, SIZE = forms.number(-LARGEST, LARGEST), forms.number(0, LARGEST)
 RANK = forms.whole(0, 1 << 20)
 KINDS: dict[Any, forms.Form] = {
     str: forms.text,
@@ -69,7 +67,6 @@ CONFIGS = {
     kind: forms.record(CONFIG | {"kind": forms.one(kind), "method": forms.one(*methods)})
     for kind, methods in METHODS.items()
 }
-EVERY = {"id": forms.text, "source": forms.text, "versions": forms.named(forms.text)}
 SPECTRUM = forms.several(SIZE, least=1)
 LOSSES = {"valid": LOSS, "test": LOSS, "parameters": forms.whole()}
 RESULTS = {  # kind of run -> the results in its row

@@ -18,20 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import batching
-from ..errors import ConfigError, NonFiniteError, check_float, check_int
+from ..errors import ConfigError, check_float, check_int
 from ..formats import forms
 from ..lora import inject
 from ..methods.lora_config import LoraConfig
 from ..model import Llama
-from ..optim import AdamW, Schedule, lora_plus
-from ..training import evaluate, train
+from ..optim import AdamW, lora_plus
 from ..tree import size, trained, unfreeze
 from . import harness
-from .harness import Inputs, Progress, Row, RowForm, Store
+from .harness import LOSS, SEARCH_SEED, Inputs, Progress, Row, Store
+from .recipe import drawn, learn, loss_on
 
-LENGTH = 128  # characters in a window
-SEARCH_SEED = 1000
 STEP = 2.0  # factor between two rates, also beyond an edge
 EDGES = 4  # how often the search may extend
 SCALE = 2.0  # s at the middle rank
@@ -116,10 +113,7 @@ def measured(run: Run, inputs: Inputs) -> Row:
     plan, text = run.plan, inputs.texts[run.plan.target]
     model = inputs.base if run.kind == "base" else learned(run, inputs)
     split, windows = ("valid", plan.valid_windows) if run.kind == "search" else ("test", plan.test_windows)
-    loss = evaluate(model, batching.eval_batches(getattr(text, split), 16, LENGTH, limit=windows * LENGTH))
-    if not math.isfinite(loss):
-        raise NonFiniteError(f"after training the loss on {split} is {loss}")
-    return {split: loss, "parameters": size(trained(model))}
+    return {split: loss_on(model, text, split, windows), "parameters": size(trained(model))}
 
 
 def prepared(run: Run, inputs: Inputs) -> Llama:
@@ -136,11 +130,8 @@ def learned(run: Run, inputs: Inputs) -> Llama:
     """The model after the training of the run; runs of a seed see the same batches."""
     plan, model = run.plan, prepared(run, inputs)
     rng = np.random.default_rng([run.seed, 1])
-    train(
-        model, batching.batches(inputs.texts[plan.target].train, rng, plan.batch, LENGTH),
-        AdamW(run.rate, betas=(0.9, 0.99), rate=lora_plus(run.ratio)), steps=plan.steps,
-        schedule=Schedule(plan.steps, warmup=plan.steps // 20), threads=1,
-    )  # fmt: skip
+    optimizer = AdamW(run.rate, betas=(0.9, 0.99), rate=lora_plus(run.ratio))
+    learn(model, drawn(inputs.texts[plan.target], rng, plan.batch), optimizer, plan.steps)
     return model
 
 
@@ -190,45 +181,18 @@ def grid(plan: Plan, text: str) -> list[Run]:
 
 
 def chosen_rates(searches: list[Run], store: Store) -> dict[Run, float]:
-    """The learning rate of every cell, by validation loss.
-
-    A search starts at the plan's rates, LoRA+ so that the geometric mean of A's and B's is among them. If
-    the best rate lies at an edge, it extends beyond it, at most EDGES times.
-    """
-    rates = {}
-    for cell in searches:
-        start = cell.plan.rates if cell.rank else cell.plan.full_rates
-        rates[cell] = [rate / math.sqrt(cell.ratio) for rate in start]
-    best: dict[Run, float] = {}
-    for _ in range(EDGES + 1):
-        tried = {cell: [replace(cell, rate=rate) for rate in some] for cell, some in rates.items()}
-        store.finish(run for runs in tried.values() for run in runs)
-        for cell, runs in tried.items():
-            best[cell] = min(runs, key=lambda run: (store.done[run.id].get("valid", math.inf), run.rate)).rate
-        at_edge = [cell for cell in searches if best[cell] in (min(rates[cell]), max(rates[cell]))]
-        for cell in at_edge:
-            beyond = STEP if best[cell] == max(rates[cell]) else 1 / STEP
-            rates[cell].append(best[cell] * beyond)
-        if not at_edge:
-            break
-    return best
+    """The learning rate of every cell; LoRA+ starts where the geometric mean of A's and B's is LoRA's."""
+    starts = {
+        cell: [rate / math.sqrt(cell.ratio) for rate in some]
+        for cell in searches
+        for some in [cell.plan.rates if cell.rank else cell.plan.full_rates]
+    }
+    return harness.chosen_rates(store, starts, lambda cell, rate: replace(cell, rate=rate), STEP, EDGES)
 
 
-def check_row(where: str, row: Row) -> None:
-    """FormatError, naming the field, unless a run could have left this row."""
-    kinds = forms.has({"kind": forms.one("base", "search", "final")})
-    forms.has({"status": forms.one("done", "diverged"), "config": kinds})(where, row)
-    parts = {"id": forms.text, "source": forms.text, "status": forms.text}
-    parts |= {"versions": forms.named(forms.text), "config": forms.anything}
-    if row["status"] == "diverged":
-        parts["error"] = forms.text
-    else:
-        split = "valid" if row["config"]["kind"] == "search" else "test"
-        parts |= {split: forms.number(-1e39, 1e39), "parameters": forms.whole()}
-    forms.record(parts)(where, row)
-
-
-FORM = RowForm(check_row)
+TESTED = {"test": LOSS, "parameters": forms.whole()}
+SEARCHED = {"valid": LOSS, "parameters": forms.whole()}
+FORM = harness.form_of({"base": TESTED, "search": SEARCHED, "final": TESTED})
 
 
 def read_rows(path: Path | str) -> list[Row]:

@@ -18,21 +18,18 @@ from typing import Any
 import numpy as np
 
 from ..backend import xp
-from ..data import batching
-from ..errors import ConfigError, NonFiniteError, check_float, check_int, short
+from ..errors import ConfigError, check_float, check_int, short
 from ..formats import forms
 from ..lora import active, inject
 from ..methods.lora_config import LoraConfig
 from ..model import Llama
-from ..optim import AdamW, Schedule
+from ..optim import AdamW
 from ..spectra import amplification, norm, similarity, singular_values, thin_svd
-from ..training import evaluate, train
 from ..tree import get
 from . import harness
-from .harness import Inputs, Progress, Row, RowForm
+from .harness import LOSS, SEARCH_SEED, SIZE, Inputs, Progress, Row
+from .recipe import drawn, learn, loss_on
 
-LENGTH = 128  # characters in a window
-SEARCH_SEED = 1000
 SIDES = ("A", "right", "left")  # right singular vectors of A, and the right and left ones of ΔW
 PAIRS = ("ranks", "seeds", "texts")  # what the largest adapter is compared with
 KEYS = ("factor", "random", "emphasis")  # of ΔW against W
@@ -108,22 +105,15 @@ def learned(run: Run, inputs: Inputs, rank: int, steps: int, text: str | None = 
     plan, model = run.plan, copy.deepcopy(inputs.base)
     start, order = (np.random.default_rng([run.seed, draw, *more]) for more in ((0, rank), (1, 0)))
     inject(model, LoraConfig(rank, plan.alpha), rng=start)
-    train(
-        model, batching.batches(inputs.texts[text or plan.target].train, order, plan.batch, LENGTH),
-        AdamW(dict(run.rates)[rank], betas=(0.9, 0.99)), steps=steps,
-        schedule=Schedule(steps, warmup=steps // 20), threads=1,
-    )  # fmt: skip
+    batches = drawn(inputs.texts[text or plan.target], order, plan.batch)
+    learn(model, batches, AdamW(dict(run.rates)[rank], betas=(0.9, 0.99)), steps)
     return model
 
 
 def loss(model: Llama, run: Run, inputs: Inputs, split: str) -> float:
     """On the target, in nats per character; NonFiniteError if it is not a number."""
     count = run.plan.test_windows if split == "test" else run.plan.valid_windows
-    ids = getattr(inputs.texts[run.plan.target], split)
-    found = evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=count * LENGTH))
-    if not math.isfinite(found):
-        raise NonFiniteError(f"the loss on {split} is {found}")
-    return found
+    return loss_on(model, inputs.texts[run.plan.target], split, count)
 
 
 def searched(run: Run, inputs: Inputs) -> Row:
@@ -215,20 +205,15 @@ def run(
     with harness.open_store(
         out, work, inputs, asdict(plan), FORM, jobs=jobs, dask=dask, progress=progress
     ) as store:
-        tried = {
-            rank: [Run("search", plan, SEARCH_SEED, ((rank, rate),), digests) for rate in plan.rates]
-            for rank in plan.ranks
-        }
-        store.finish(run for runs in tried.values() for run in runs)
-        best = tuple(
-            min(runs, key=lambda run: (store.done[run.id].get("valid", math.inf), run.rates)).rates[0]
-            for runs in tried.values()
-        )
+        rates = harness.chosen_rates(
+            store, dict.fromkeys(plan.ranks, plan.rates),
+            lambda rank, rate: Run("search", plan, SEARCH_SEED, ((rank, rate),), digests),
+        )  # fmt: skip
+        best = tuple(rates.items())
         store.finish(Run("final", plan, seed, best, digests) for seed in range(plan.seeds))
         return store.close()
 
 
-LOSS, SIZE = forms.number(-1e39, 1e39), forms.number(0, 1e39)
 PHI = forms.several(forms.several(forms.number(0, 1), least=1), least=1)
 MEASURED = {
     "losses": forms.named(LOSS),
@@ -236,23 +221,7 @@ MEASURED = {
     "similarity": forms.record(dict.fromkeys(PAIRS, forms.named(forms.record(dict.fromkeys(SIDES, PHI))))),
     "weights": forms.named(forms.named(forms.record(dict.fromkeys(KEYS, SIZE)))),
 }
-
-
-def check_row(where: str, row: Row) -> None:
-    """FormatError, naming the field, unless a run could have left this row."""
-    forms.has({"status": forms.one("done", "diverged"), "config": forms.has({"kind": forms.text})})(
-        where, row
-    )
-    parts = {"id": forms.text, "source": forms.text, "status": forms.text}
-    parts |= {"versions": forms.named(forms.text), "config": forms.anything}
-    if row["status"] == "diverged":
-        parts["error"] = forms.text
-    else:
-        parts |= {"valid": LOSS} if row["config"]["kind"] == "search" else MEASURED
-    forms.record(parts)(where, row)
-
-
-FORM = RowForm(check_row)
+FORM = harness.form_of({"search": {"valid": LOSS}, "final": MEASURED})
 
 
 def read_rows(path: Path | str) -> list[Row]:

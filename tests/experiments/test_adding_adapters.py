@@ -12,7 +12,7 @@ from minilora.data.batching import eval_batches
 from minilora.data.corpora import Corpus
 from minilora.errors import ConfigError, FormatError
 from minilora.experiments import adding_adapters as adding
-from minilora.experiments import harness
+from minilora.experiments import harness, recipe
 from minilora.experiments.adding_adapters import JOINT, METHODS, OWN, TIMES, Plan, Run, mixtures
 from minilora.experiments.adding_figures import (
     along,
@@ -47,7 +47,7 @@ def text(name, seed):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Short windows, two scales, one method; the rows have all methods."""
-    monkeypatch.setattr(adding, "LENGTH", 16)
+    monkeypatch.setattr(recipe, "LENGTH", 16)
     monkeypatch.setattr(adding, "SCALES", SCALES)
     monkeypatch.setattr(adding, "METHODS", {"linear": METHODS["linear"]})
 
@@ -73,7 +73,7 @@ def other_split(inputs, split):
 def rows(tmp_path_factory):
     """All rows of the tiny plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adding, "LENGTH", 16)
+        patch.setattr(recipe, "LENGTH", 16)
         patch.setattr(adding, "SCALES", SCALES)
         patch.setattr(harness, "read_inputs", lambda base, targets: made())
         return adding.run(PLAN, tmp_path_factory.mktemp("rows"), jobs=1)
@@ -187,7 +187,7 @@ def test_the_rate_of_each_adapter_is_the_best_of_its_search(rows):
             }
             assert tried[rate] == min(tried.values())
     assert [row["config"]["seed"] for row in finals(rows)] == [0, 1]
-    assert all(row["config"]["seed"] == adding.SEARCH_SEED for row in searches)
+    assert all(row["config"]["seed"] == harness.SEARCH_SEED for row in searches)
 
 
 def test_tables_say_what_the_rows_say(rows):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minilora.data.corpora import Corpus, permutation
 from minilora.errors import ConfigError, FormatError
-from minilora.experiments import harness
+from minilora.experiments import harness, recipe
 from minilora.experiments import known_rank as known
 from minilora.experiments.known_figures import (
     elbow,
@@ -44,7 +44,7 @@ def text(name, swaps=0):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(known, "LENGTH", 16)
+    monkeypatch.setattr(recipe, "LENGTH", 16)
 
 
 def made():
@@ -63,7 +63,7 @@ def cell(task, k=2, r=2, kind="final", lr=1e-2, plan=PLAN, seed=0):
 def rows(tmp_path_factory):
     """All rows of the tiny plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(known, "LENGTH", 16)
+        patch.setattr(recipe, "LENGTH", 16)
         patch.setattr(known, "RATES", dict.fromkeys(TASKS, (1e-3, 1e-2)))
         patch.setattr(harness, "read_inputs", lambda base, targets: made())
         return known.run(PLAN, tmp_path_factory.mktemp("rows"), jobs=1)
@@ -228,7 +228,7 @@ def test_the_rate_of_each_cell_is_the_best_of_its_search(rows):
         tried = {r["config"]["lr"]: r["valid"] for r in searches if of(r) == of(row)}
         assert len(tried) == 2
         assert tried[row["config"]["lr"]] == min(tried.values())
-    assert {row["config"]["seed"] for row in searches} == {known.SEARCH_SEED}
+    assert {row["config"]["seed"] for row in searches} == {harness.SEARCH_SEED}
     assert [row["config"]["seed"] for row in finals[:2]] == [0, 1]
 
 

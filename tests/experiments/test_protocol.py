@@ -33,11 +33,8 @@ from minilora.data import batching, corpora
 from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import adding_adapters as adding
-from minilora.experiments import harness, merge_equivalence, pretrain, rank_sweep
+from minilora.experiments import harness, merge_equivalence, pretrain, rank_sweep, scale, subspaces
 from minilora.experiments import known_rank as known
-from minilora.experiments import merge_equivalence, pretrain, rank_sweep, subspaces
-from minilora.experiments import merge_equivalence, pretrain, rank_sweep, scale
-from minilora.experiments import merge_equivalence, pretrain, rank_sweep
 from minilora.experiments import which_matrices as which
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
@@ -213,11 +210,6 @@ def test_train_never_sees_the_held_out_examples(method, cap):
     assert {tags[0], tags[56]} <= learned or method != "lora"  # 320 draws reach both ends
 
 
-def test_a_sweep_trains_on_train_selects_on_valid_and_reports_test():
-    learned, valid, test = split(corpora.corpus("./own.txt"))
-    plan = Plan(("./own.txt",), (2,), ("q_proj",), 5.0, 9, 4, 2, "one", test_windows=5, valid_windows=3)
-    with ThreadPoolExecutor(1) as executor, by_kind(rank_sweep) as seen:
-        rank_sweep.sweep(plan, next(outs), executor=executor)
 def swept_over(out):
     """Two ranks of the sweep."""
     plan = Plan(("./own.txt",), (2,), ("q_proj",), 5.0, 9, 4, 2, "one", test_windows=5, valid_windows=3)
@@ -234,16 +226,8 @@ def spread_over(out):
 
 @pytest.mark.parametrize("run", [swept_over, spread_over])
 def test_a_sweep_trains_on_train_selects_on_valid_and_reports_test(run):
-    (learned, valid, test), seen, real = split(corpora.corpus("./own.txt")), {}, rank_sweep.work
-
-    def work(run, inputs):
-        with Seen().watching() as one:
-            row = real(run, inputs)
-        for part in ("trained", "measured"):
-            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
-        return row
-
-    with mock.patch.object(rank_sweep, "work", work):
+    learned, valid, test = split(corpora.corpus("./own.txt"))
+    with by_kind(rank_sweep) as seen:
         run(next(outs))
     assert not seen["base", "trained"]
     for kind in ("search", "final"):
@@ -269,16 +253,7 @@ def test_adapters_to_add_are_trained_on_train_and_their_scales_chosen_on_valid()
 
 
 def test_adapters_to_compare_are_trained_on_train_and_their_rates_chosen_on_valid():
-    seen, real = {}, subspaces.work
-
-    def work(run, inputs):
-        with Seen().watching() as one:
-            row = real(run, inputs)
-        for part in ("trained", "measured"):
-            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
-        return row
-
-    with mock.patch.object(subspaces, "work", work):
+    with by_kind(subspaces) as seen:
         subspaces.run(COMPARED, next(outs), jobs=1)
     (learned, valid, test), (other, *held) = split(CORPORA["folio"]), split(CORPORA["kjv"])
     within(seen["search", "trained"], learned, [valid, test, other, *held])
@@ -289,16 +264,8 @@ def test_adapters_to_compare_are_trained_on_train_and_their_rates_chosen_on_vali
 
 
 def test_scales_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on_test():
-    (learned, valid, test), seen, real = split(CORPORA["folio"]), {}, scale.work
-
-    def work(run, inputs):
-        with Seen().watching() as one:
-            row = real(run, inputs)
-        for part in ("trained", "measured"):
-            seen.setdefault((run.kind, part), []).extend(getattr(one, part))
-        return row
-
-    with mock.patch.multiple(scale, work=work, EDGES=0):
+    learned, valid, test = split(CORPORA["folio"])
+    with by_kind(scale) as seen, mock.patch.object(scale, "EDGES", 0):
         scale.run(SCALED, next(outs), jobs=1)
     assert not seen["base", "trained"]
     for kind in ("search", "final"):
@@ -416,6 +383,8 @@ def planting(seed):
         task: known.work(known.Run("final", plan, task, 2, 3, seed, 0.02), inputs) for task in known.TASKS
     }
     return {task: [row["excess"], row["spectrum"]] for task, row in rows.items()}
+
+
 COMPARED = subspaces.Plan("folio", "kjv", "one", (1, 3, 4), 7.0, (1e-4, 0.05), 13, 3, 1, 6, 9, 10)
 
 
@@ -427,6 +396,8 @@ def comparing(seed):
     found = {f"{i} {p}": a for i, start in enumerate(starts) for p, a in start.items() if p.endswith(".A")}
     assert len(found) == 5 * 7
     return found | {"batches": sorted(seen.trained)} | {key: row[key] for key in ("losses", *COMPARISON)}
+
+
 SCALED = scale.Plan(
     "folio", "one", ranks=(2, 3), middle=3, ratios=(6.0,), rates=(0.02,), full_rates=(0.003,), steps=4,
     seeds=1, batch=2, test_windows=9, valid_windows=7,
@@ -951,6 +922,8 @@ def sought_by_hand(plan):
         "runs": sorted(runs), "base": {plan.base}, "texts": 1 + len(plan.planted),
         "batch": {plan.batch}, "windows": {plan.windows},
     }  # fmt: skip
+
+
 COMPARISON = ("similarity", "weights")
 
 
@@ -1042,6 +1015,8 @@ def compared_by_hand(plan):
         found["similarity"].append({pair: phi(model, large) for pair, model in others.items()})
         found["weights"].append({str(rank): against(model) for rank, model in models.items()})
     return found
+
+
 def tried(plan):
     """What is run at which scale and rate, and what is measured."""
     with mock.patch.object(scale, "EDGES", 0):
@@ -1380,6 +1355,8 @@ CASES = {
             "batch": (2, f"valid {TRAINED}"),
             "test_windows": (8, "base test"),
             "valid_windows": (11, "valid"),
+        },
+    ),
     scale.Plan: Case(
         SCALED,
         tried,
@@ -1397,6 +1374,8 @@ CASES = {
             "batch": (3, "valid test"),
             "test_windows": (8, "test base"),
             "valid_windows": (10, "valid"),
+        },
+    ),
     which.Plan: Case(
         which.Plan(
             targets=("folio",),

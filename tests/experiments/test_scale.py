@@ -14,7 +14,7 @@ from minilora.adapters import scales
 from minilora.data.batching import batches, eval_batches
 from minilora.data.corpora import Corpus
 from minilora.errors import ConfigError, FormatError
-from minilora.experiments import harness, scale
+from minilora.experiments import harness, recipe, scale
 from minilora.experiments.scale import SCALE, SCALINGS, Plan, Run, scale_of
 from minilora.experiments.scale_figures import FULL, Arm, found, pictures, sentences, tables
 from minilora.lora import inject
@@ -36,7 +36,7 @@ WIDE = Plan(seeds=3)
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Short windows, and the texts and the base of this file."""
-    monkeypatch.setattr(scale, "LENGTH", 16)
+    monkeypatch.setattr(recipe, "LENGTH", 16)
     monkeypatch.setattr(harness, "read_inputs", lambda base, targets: made())
 
 
@@ -200,7 +200,7 @@ def test_seeds_are_trained_at_the_arms_own_best_rate_and_at_the_middle_ranks(gri
     finals = [row["config"]["seed"] for row in grid if row["config"]["kind"] == "final"]
     searches = [row["config"]["seed"] for row in grid if row["config"]["kind"] == "search"]
     assert set(finals) == {0, 1, 2}
-    assert set(searches) == {scale.SEARCH_SEED}
+    assert set(searches) == {harness.SEARCH_SEED}
 
 
 def test_an_edge_is_left_at_most_so_often(tmp_path, monkeypatch):

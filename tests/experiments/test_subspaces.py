@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minilora.data.corpora import Corpus
 from minilora.errors import ConfigError, FormatError
-from minilora.experiments import harness, subspaces
+from minilora.experiments import harness, recipe, subspaces
 from minilora.experiments.subspace_figures import (
     KEYS,
     alone,
@@ -61,7 +61,7 @@ def made():
 @pytest.fixture(autouse=True)
 def windows(monkeypatch):
     """Short windows."""
-    monkeypatch.setattr(subspaces, "LENGTH", 16)
+    monkeypatch.setattr(recipe, "LENGTH", 16)
 
 
 def final(seed=0):
@@ -78,7 +78,7 @@ def other_split(inputs, name, split):
 def rows(tmp_path_factory):
     """All rows of the tiny plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subspaces, "LENGTH", 16)
+        patch.setattr(recipe, "LENGTH", 16)
         patch.setattr(harness, "read_inputs", lambda base, targets: made())
         return subspaces.run(PLAN, tmp_path_factory.mktemp("rows"), jobs=1)
 
@@ -222,7 +222,7 @@ def test_the_rate_of_each_rank_is_the_best_of_its_search(rows):
             }
             assert tried[rate] == min(tried.values())
     assert [row["config"]["seed"] for row in finals(rows)] == [0, 1]
-    assert all(row["config"]["seed"] == subspaces.SEARCH_SEED for row in searches)
+    assert all(row["config"]["seed"] == harness.SEARCH_SEED for row in searches)
 
 
 # ---- how it is read

@@ -7,7 +7,7 @@ import pytest
 
 from minilora.data.corpora import Corpus
 from minilora.errors import ConfigError, FormatError, InputError
-from minilora.experiments import harness, rank_sweep, which_figures
+from minilora.experiments import harness, rank_sweep, recipe, which_figures
 from minilora.experiments import which_matrices as which
 from minilora.experiments.which_figures import budgets, gains, losses, medians, pictures, sentences, tables
 from minilora.experiments.which_matrices import QUICK, SETS, Plan
@@ -44,7 +44,7 @@ def made(base="base", targets=PLAN.targets):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Short windows, and inputs that are not read."""
-    monkeypatch.setattr(rank_sweep, "LENGTH", 16)
+    monkeypatch.setattr(recipe, "LENGTH", 16)
     monkeypatch.setattr(harness, "read_inputs", made)
 
 
@@ -52,7 +52,7 @@ def short(monkeypatch):
 def rows(tmp_path_factory):
     """All rows of the tiny plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_sweep, "LENGTH", 16)
+        patch.setattr(recipe, "LENGTH", 16)
         patch.setattr(harness, "read_inputs", made)
         return which.run(PLAN, tmp_path_factory.mktemp("rows"), jobs=1)
 
@@ -96,7 +96,7 @@ def test_the_references_are_the_frozen_base_and_full_fine_tuning(rows):
 
 def test_the_rate_of_each_cell_is_the_best_of_its_search(rows):
     searches = [row for row in rows if row["config"]["kind"] == "search"]
-    assert all(row["config"]["seed"] == rank_sweep.SEARCH_SEED for row in searches)
+    assert all(row["config"]["seed"] == harness.SEARCH_SEED for row in searches)
     assert all("test" not in row for row in searches)
 
     def cell(row):
@@ -127,7 +127,7 @@ def test_the_sets_of_the_default_plan_meet_the_budgets_as_the_plan_says(monkeypa
     from minilora.formats.huggingface import load
 
     base = load("base")
-    monkeypatch.setattr(rank_sweep, "LENGTH", 128)
+    monkeypatch.setattr(recipe, "LENGTH", 128)
     for cell in which.grid(Plan(), replace(made(), base=base)):
         if cell.method == "lora":
             parameters = size(trained(rank_sweep.prepared(cell, replace(made(), base=base))))

@@ -21,29 +21,17 @@ ORDER = [  # a wing or a file stands above all that it imports
     "compose.arithmetic", "compose.sparsify", "compose.truncate", "compose.extract", "compose.export",
     "compose.combine", "compose.quantize", "console",
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.inspect",
-    "finetune", "experiments.cluster", "experiments.harness", "experiments.rows",
+    "finetune", "experiments.cluster", "experiments.harness", "experiments.recipe", "experiments.rows",
     "experiments.rank_figures", "experiments.merge_equivalence", "experiments.pretrain",
     "experiments.rank_sweep", "experiments.rank_report", "experiments.adding_adapters",
     "experiments.adding_figures", "experiments.known_rank", "experiments.known_figures",
-    "experiments.claims", "experiments.questions", "flags", "cli", "__main__",
-]  # fmt: skip
-MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
-QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "known_", "claims"))
-    "experiments.adding_figures", "experiments.subspaces", "experiments.subspace_figures",
-    "experiments.claims", "experiments.questions", "flags", "cli", "__main__",
-]  # fmt: skip
-MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
-QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "subspace", "claims"))
-    "experiments.adding_figures", "experiments.scale", "experiments.scale_figures", "experiments.claims",
+    "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
+    "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures", "experiments.claims",
     "experiments.questions", "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
-QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "scale", "claims"))
-    "experiments.adding_figures", "experiments.which_matrices", "experiments.which_figures",
-    "experiments.claims", "experiments.questions", "flags", "cli", "__main__",
-]  # fmt: skip
-MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
-QUESTIONS = tuple(f"experiments.{name}" for name in ("merge_equivalence", "adding_", "which_", "claims"))
+SUBJECTS = ("rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "claims")
+QUESTIONS = tuple(f"experiments.{subject}" for subject in SUBJECTS)
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip
