@@ -171,7 +171,7 @@ def test_the_joint_adapter_sees_every_text_as_often(monkeypatch):
     def train(model, batches, optimizer, *, steps, **how):
         seen.extend(int(x.min()) // 5 for (x, _), _ in zip(batches, range(steps), strict=False))
 
-    monkeypatch.setattr(adding, "train", train)
+    monkeypatch.setattr(recipe, "train", train)
     model = copy.deepcopy(made().base)
     adding.learned(model, JOINT, 1e-2, final(), made(), 4)
     assert seen == [12, 13, 14] * 4  # 60, 65 and 70: folio, kjv, code in turn

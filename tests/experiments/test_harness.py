@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -490,3 +491,98 @@ def test_a_run_that_always_kills_its_process_is_an_error_and_keeps_the_other_row
             store.finish([Wobble(things[1], 0.0, 1)])
     assert len(harness.read_rows(tmp_path / "out" / "rows.jsonl", RowForm())) == 3
     wait(lambda: not multiprocessing.active_children())
+
+
+# ---- learning rates
+
+
+@dataclass(frozen=True)
+class Try:
+    """A search of a crafted loss."""
+
+    key: str
+    rate: float
+
+    @property
+    def id(self):
+        return id_of(asdict(self))
+
+
+class Kept:
+    """A store of crafted losses: log2 of the rate against the minimum of its key, or no loss at all."""
+
+    def __init__(self, minima, diverges=math.inf):
+        self.minima, self.diverges, self.done, self.runs = minima, diverges, {}, []
+
+    def finish(self, cells):
+        for cell in cells:
+            if cell.id in self.done:
+                continue
+            self.runs.append(cell)
+            loss = {"valid": abs(math.log2(cell.rate) - self.minima[cell.key])}
+            self.done[cell.id] = loss if cell.rate < self.diverges else {}
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.integers(-8, 8), min_size=1), st.integers(0, 9))
+def test_the_best_learning_rate_is_found_if_it_is_within_reach(minima, edges):
+    """Of the rates 1, 2, 4 and as many beyond as edges allow; each is tried once, none without need."""
+    store = Kept(minima)
+    found = harness.chosen_rates(store, dict.fromkeys(minima, (1.0, 2.0, 4.0)), Try, edges=edges)
+    assert list(found) == list(minima)
+    for key, minimum in minima.items():
+        reach = max(-edges, min(minimum, 2 + edges))
+        assert math.log2(found[key]) == pytest.approx(reach, abs=math.log2(1.05))  # two digits
+        tried = [run.rate for run in store.runs if run.key == key]
+        assert len(tried) == len(set(tried)) == 3 + min(edges, max(0, -minimum + 1, minimum - 1))
+        assert tried[:3] == [1.0, 2.0, 4.0]
+
+
+def test_of_equal_losses_the_smaller_rate_is_chosen_and_a_diverged_run_never():
+    store = Kept({"a": 0.5, "b": 5.0}, diverges=3.0)
+    assert harness.chosen_rates(store, {"a": (2.0, 1.0, 0.5), "b": (4.0, 2.0, 1.0)}, Try) == {
+        "a": 1.0,
+        "b": 2.0,
+    }
+    everything = Kept({"a": 0.5}, diverges=0.0)
+    assert harness.chosen_rates(everything, {"a": (2.0, 1.0)}, Try) == {"a": 1.0}
+
+
+def test_a_search_extends_by_its_step():
+    store = Kept({"a": 9.0, "b": -9.0})
+    found = harness.chosen_rates(store, dict.fromkeys("ab", (1e-2, 1e-1)), Try, step=10**0.5, edges=1)
+    assert found == {"a": 0.32, "b": 0.0032}
+
+
+# ---- the form of rows by the kind of their run
+
+BY_KIND = harness.form_of(
+    {"search": {"valid": harness.LOSS}, "final": {"test": harness.LOSS}}, task=forms.one("map", "text")
+)
+ROW = {
+    "id": "0", "source": "a text", "versions": {}, "status": "done", "valid": 1.0,
+    "config": {"kind": "search", "task": "map", "rank": 4},
+}  # fmt: skip
+
+
+def test_a_row_has_what_its_kind_measures_or_why_it_diverged():
+    final = {"config": {"kind": "final", "task": "text"}, "test": 2.0}
+    others = {name: a for name, a in ROW.items() if name != "valid"}
+    for row in (ROW, others | final, others | {"status": "diverged", "error": "the loss is nan"}):
+        BY_KIND.check("row", row)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config": {"kind": "base", "task": "map"}}, "row.config.kind"),
+        ({"config": {"kind": "final", "task": "map"}}, "test"),
+        ({"config": {"kind": "search", "task": "maps"}}, "row.config.task"),
+        ({"config": {"kind": "search"}}, "task"), ({"status": "lost"}, "row.status"),
+        ({"status": "diverged"}, "error"), ({"status": "diverged", "error": "it did"}, "valid"),
+        ({"valid": "low"}, "row.valid"), ({"valid": 1e40}, "row.valid"), ({"test": 1.0}, "test"),
+        ({"source": 3}, "row.source"), ({"versions": []}, "row.versions"), ({"id": 7}, "row.id"),
+    ],
+)  # fmt: skip
+def test_a_row_that_no_run_of_its_kind_leaves_is_refused_by_its_field(change, named):
+    with pytest.raises(FormatError, match=named):
+        BY_KIND.check("row", ROW | change)

@@ -65,6 +65,7 @@ def rows(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "LENGTH", 16)
         patch.setattr(known, "RATES", dict.fromkeys(TASKS, (1e-3, 1e-2)))
+        patch.setattr(known, "EDGES", 0)
         patch.setattr(harness, "read_inputs", lambda base, targets: made())
         return known.run(PLAN, tmp_path_factory.mktemp("rows"), jobs=1)
 
@@ -122,7 +123,7 @@ def test_lora_on_one_map_reaches_the_closed_form_to_a_thousandth(k, r):
 
 
 def test_the_covariance_is_that_of_what_the_map_reads():
-    inputs, run = made(), cell("teacher")
+    inputs = made()
     model, seen = replica(inputs.base), []
 
     class Spy(Linear):
@@ -131,7 +132,7 @@ def test_the_covariance_is_that_of_what_the_map_reads():
             return super().__call__(x, need)
 
     put(model, SITE, Spy(get(model, SITE).weight))
-    batches = known.windows(run, inputs, "valid")
+    batches = recipe.windows(inputs.texts[OWN], "valid", PLAN.windows)
     for ids, _ in batches:
         model(ids)
     X = np.concatenate(seen)
@@ -198,8 +199,8 @@ def test_training_has_the_steps_and_the_batch_of_the_plan(task, monkeypatch):
     """And a window is trained on once drawn; those measured on are spread over the split."""
     seen, real = [], known.drawn
 
-    def drawn(run, inputs):
-        for batch in real(run, inputs):
+    def drawn(*how):
+        for batch in real(*how):
             seen.append(batch[0].shape)
             yield batch
 
@@ -207,7 +208,7 @@ def test_training_has_the_steps_and_the_batch_of_the_plan(task, monkeypatch):
     run = cell(task, plan=replace(PLAN, steps=(1, 7, 9), batch=3))
     known.work(run, made())
     assert seen == [(3, 16)] * run.steps
-    assert sum(len(ids) for ids, _ in known.windows(run, made(), "test")) == PLAN.windows
+    assert sum(len(ids) for ids, _ in recipe.windows(made().texts[OWN], "test", PLAN.windows)) == PLAN.windows
 
 
 def test_a_search_takes_a_third_of_the_steps():
@@ -236,6 +237,7 @@ def test_ranks_are_below_at_and_beyond_the_planted_one():
     assert ranks(1) == (1, 2, 16)
     assert ranks(4) == (2, 3, 4, 8, 16)
     assert ranks(8) == (4, 7, 8, 16)
+    assert ranks(13) == (6, 12, 13, 16)
 
 
 # ---- reading the rows
@@ -318,7 +320,7 @@ def test_a_row_that_no_run_writes_is_refused(field, value, rows, tmp_path):
     [
         ({"tasks": ()}, "grid is empty"), ({"planted": ()}, "grid is empty"), ({"seeds": 0}, "seeds"),
         ({"tasks": ("maps",)}, "no task 'maps'"), ({"steps": (1, 2)}, "expected 3, one for each task"),
-        ({"planted": (0,)}, "planted"), ({"planted": (9,)}, "at most 8"), ({"steps": (1, 2, 0)}, "steps"),
+        ({"planted": (0,)}, "planted"), ({"planted": (16,)}, "at most 15"), ({"steps": (1, 2, 0)}, "steps"),
     ],
 )  # fmt: skip
 def test_an_empty_or_impossible_plan_is_refused(change, said):

@@ -133,7 +133,7 @@ def test_a_run_follows_its_recipe():
 
 def test_runs_of_a_seed_see_the_same_batches(monkeypatch):
     seen = []
-    monkeypatch.setattr(scale, "train", lambda model, given, *_, **how: seen.append(next(given)[0]))
+    monkeypatch.setattr(recipe, "train", lambda model, given, *_, **how: seen.append(next(given)[0]))
     for how in ({}, {"rank": 4}, {"rank": 0}, {"rate": 0.5}, {"seed": 4}):
         scale.learned(cell(**how), made())
     assert all((x == seen[0]).all() for x in seen[1:4])
@@ -188,7 +188,7 @@ def test_the_minimum_of_every_arm_is_found(grid):
         nearest = min(arm.curve, key=lambda rate: abs(math.log(rate / optimum(*key))))
         assert arm.rate == nearest
         steps = np.diff(np.log2(sorted(arm.curve)))
-        assert steps == pytest.approx(np.ones(len(steps)), rel=1e-9)
+        assert steps == pytest.approx(np.ones(len(steps)), abs=math.log2(1.05))  # a rate has two digits
 
 
 def test_seeds_are_trained_at_the_arms_own_best_rate_and_at_the_middle_ranks(grid):

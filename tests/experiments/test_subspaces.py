@@ -169,7 +169,7 @@ def test_no_two_adapters_of_a_seed_start_alike_and_ranks_see_the_same_batches(mo
         starts.append({path: adapter.A.data.copy() for path, adapter in active(model).items()})
         seen.append(np.concatenate([x for (x, _), _ in zip(batches, range(steps), strict=False)]).tobytes())
 
-    monkeypatch.setattr(subspaces, "train", train)
+    monkeypatch.setattr(recipe, "train", train)
     for seed in (0, 1):
         subspaces.measured(final(seed), made())
     one, two = seen[:5], seen[5:]
