@@ -366,7 +366,7 @@ def summing(seed):
     inputs = Inputs("one", load("one"), CORPORA)
     methods = mock.patch.multiple(adding, METHODS={"dare": adding.METHODS["dare"]}, SCALES=(1.0,))
     with methods, mock.patch.object(adding, "add_weighted_adapter", wraps=add_weighted_adapter) as adds:
-        found = trained_from(adding, lambda: adding.work(cell, inputs)["losses"])
+        found = trained_from(common, lambda: adding.work(cell, inputs)["losses"])
     assert adds.call_args.kwargs["seed"] == seed
     return {part: a for part, a in found.items() if not part.endswith(".B")}
 
