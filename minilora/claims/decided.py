@@ -4,14 +4,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..experiments import adding_adapters, rank_sweep
+from ..experiments import adding_adapters, known_rank, rank_sweep, scale, subspaces, which_matrices
 from ..formats.atomic import read
-from . import arithmetic, ranks, use
+from . import arithmetic, choices, directions, ranks, use
 from .claim import Entry, Rows
 
-CLAIMS = (*ranks.CLAIMS, *use.CLAIMS, *arithmetic.CLAIMS)
+CLAIMS = (
+    *ranks.CLAIMS, *directions.CLAIMS, *choices.CLAIMS, *use.CLAIMS, *arithmetic.CLAIMS,
+)  # fmt: skip
 READERS: dict[str, Callable[[Path], Rows]] = {  # of sealed rows; those of a benchmark are plain JSON
     ranks.SWEEP: rank_sweep.read_rows,
+    ranks.PLANTED: known_rank.read_rows,
+    directions.SUBSPACES: subspaces.read_rows,
+    choices.WHICH: which_matrices.read_rows,
+    choices.SCALES: scale.read_rows,
     use.ADDING: adding_adapters.read_rows,
 }
 
