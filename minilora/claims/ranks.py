@@ -53,7 +53,7 @@ def one_is_enough(rows: Rows) -> Verdict:
 
 
 def of_tasks(right: dict[str, list[bool]]) -> Verdict:
-    """The verdict on a sentence by the cases of each task in which it is right: holds for all, or some tasks."""
+    """The verdict on a sentence by the cases of each task in which it is right: for all, or some tasks."""
     good = [TITLES[task] for task, cases in right.items() if all(cases)]
     number = f"in {sum(map(sum, right.values()))} of {sum(map(len, right.values()))} cases"
     if len(good) == len(right):
@@ -62,7 +62,7 @@ def of_tasks(right: dict[str, list[bool]]) -> Verdict:
 
 
 def known_rank(rows: Rows) -> Verdict:
-    """Holds when nothing is left to gain exactly from the planted rank on, for each rank planted in a task."""
+    """Holds when nothing is left to gain exactly from the planted rank on, for each rank of a task."""
     return of_tasks({t: [elbow(rows, t, k) == k for k in planted(rows, t)] for t in tasks(rows)})
 
 
@@ -72,7 +72,7 @@ def spectrum_shows_it(rows: Rows) -> Verdict:
 
 
 def best_of_its_rank(rows: Rows) -> Verdict:
-    """Holds when LoRA and the best ΔW of its rank are within 0.02 of the base's excess, in each run of a task."""
+    """Holds when LoRA is within 0.02 of the best ΔW of its rank (the base: 1), in each run of a task."""
     near: dict[str, list[bool]] = {t: [] for t in tasks(rows)}
     for row in planted_runs(rows):
         near[row["config"]["task"]].append(row["excess"] - row["best"] <= NOTHING)
