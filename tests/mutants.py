@@ -44,7 +44,7 @@ READ = (
     "figures/**/*.json*",
     "figures/**/*.png",
     "docs/*.md",
-    "docs/claims.py",
+    "docs/*.py",
     "benchmarks/results/*",
 )  # by tests
 NO_SHRINKING = """
