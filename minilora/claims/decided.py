@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..experiments import adding_adapters, known_rank, rank_sweep, scale, subspaces, which_matrices
+from ..experiments import adding_adapters, known_rank, merging, rank_sweep, scale, subspaces, which_matrices
 from ..formats.atomic import read
-from . import arithmetic, choices, directions, ranks, use
+from . import arithmetic, choices, cost, directions, ranks, use
 from .claim import Entry, Rows
 
 CLAIMS = (
-    *ranks.CLAIMS, *directions.CLAIMS, *choices.CLAIMS, *use.CLAIMS, *arithmetic.CLAIMS,
+    *ranks.CLAIMS, *directions.CLAIMS, *choices.CLAIMS, *use.CLAIMS, *cost.CLAIMS, *arithmetic.CLAIMS,
 )  # fmt: skip
 READERS: dict[str, Callable[[Path], Rows]] = {  # of sealed rows; those of a benchmark are plain JSON
     ranks.SWEEP: rank_sweep.read_rows,
@@ -18,6 +18,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {  # of sealed rows; those of a ben
     directions.SUBSPACES: subspaces.read_rows,
     choices.WHICH: which_matrices.read_rows,
     choices.SCALES: scale.read_rows,
+    use.ROUNDED: merging.read_rows,
     use.ADDING: adding_adapters.read_rows,
 }
 
@@ -27,7 +28,9 @@ def rows_of(root: Path, name: str) -> Rows:
     if name in READERS:
         return READERS[name](root / name)
     found = json.loads(read(root / name))
-    return found["rows"] if isinstance(found, dict) else found
+    if isinstance(found, list):
+        return found
+    return found.get("rows", [found])  # a benchmark of several parts is one row
 
 
 def entries(root: Path) -> tuple[Entry, ...]:

@@ -6,10 +6,12 @@ import numpy as np
 
 from ..experiments import adding_figures
 from ..experiments.adding_adapters import OWN
+from ..experiments.merging import DTYPES
+from ..experiments.merging_figures import LOST, WAYS, at, cost, drift
 from .claim import FAILS, HOLDS, HU, OVERVIEW, Claim, Rows, Verdict, from_on
 
 ADDING = "figures/adding-adapters/rows.jsonl"
-MERGED = "figures/merge_equivalence.json"
+MERGED, ROUNDED = "figures/merge_equivalence.json", "figures/merging/rows.jsonl"
 FOUR, SERVED = "benchmarks/results/merge_four_bits.json", "benchmarks/results/serving.json"
 
 
@@ -17,6 +19,34 @@ def merging_is_exact(rows: Rows) -> Verdict:
     """Holds if merged and unmerged outputs differ by no more than the bound of roundings, at every width."""
     most = max(row["ratio"] for row in rows)
     return HOLDS if most <= 1 else FAILS, f"at most {most:.2f} of the bound"
+
+
+def rounding_is_nothing(rows: Rows) -> Verdict:
+    """Holds when rounding W + ΔW loses a hundredth of ΔW or less, with every seed, in a format of 16 bits."""
+    lost = {dtype: at(rows, dtype, "lost")[:, -1] for dtype in DTYPES if dtype.endswith("16")}
+    number = ", ".join(f"{dtype} loses {np.median(some):.2g}" for dtype, some in lost.items())
+    good = [dtype for dtype, some in lost.items() if some.max() <= LOST]
+    if len(good) == len(lost):
+        return HOLDS, number
+    return f"holds when the weights are in {' or '.join(good)}" if good else FAILS, number
+
+
+def loss_stays(rows: Rows) -> Verdict:
+    """Holds if test losses merged and apart differ by less than 0.001 nats in each format, with each seed."""
+    most = max(float(np.abs(cost(rows, dtype)[:, -1]).max()) for dtype in DTYPES)
+    return HOLDS if most < 1e-3 else FAILS, f"by at most {most:.1e} nats"
+
+
+def subtracting_undoes_it(rows: Rows) -> Verdict:
+    """Holds when W is what it was to the bit after 1,000 additions and subtractions, of one ΔW or of many."""
+    away = {way: [float(drift(rows, way, dtype)[:, -1].max()) for dtype in DTYPES] for way in WAYS}
+    number = (
+        f"{max(away['others']):.2g} of ΔW away, with another ΔW each time; {max(away['one']):.2g} with one"
+    )
+    good = [said for way, said in WAYS.items() if max(away[way]) == 0]
+    if len(good) == len(away):
+        return HOLDS, number
+    return f"holds when it is {good[0]}" if good else FAILS, number
 
 
 def merging_into_four_bits(rows: Rows) -> Verdict:
@@ -82,6 +112,12 @@ def many_over_one(rows: Rows) -> Verdict:
 CLAIMS = (
     Claim("Merging changes nothing but roundings.", HU,
           MERGED, "figures/merge_equivalence.png", merging_is_exact),
+    Claim("In 16 bits a merge is exact, too.", OVERVIEW,
+          ROUNDED, "figures/merging/rounding.png", rounding_is_nothing),
+    Claim("A merged model has the loss of the unmerged one.", HU,
+          ROUNDED, "figures/merging/rounding.png", loss_stays),
+    Claim("An adapter that was added to the weights can be subtracted again.", HU,
+          ROUNDED, "figures/merging/drifting.png", subtracting_undoes_it),
     Claim("A QLoRA adapter can be merged into its 4-bit base.", OVERVIEW,
           FOUR, "benchmarks/results/merge_four_bits.png", merging_into_four_bits),
     Claim("Adapters can be added to blend what they can.", OVERVIEW,

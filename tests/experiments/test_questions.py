@@ -17,6 +17,7 @@ PAGES = {  # experiment -> its page in docs/
     "subspaces": "low_rank",
     "which-matrices": "what_to_adapt",
     "scale": "what_to_adapt",
+    "merging": "merging",
     "adding-adapters": "adding_adapters",
 }
 SEEDS = 5
