@@ -45,9 +45,8 @@ def fraction_of_the_time(rows: Rows) -> Verdict:
 def four_bits_save_memory(rows: Rows) -> Verdict:
     """Holds if the peak of a training step over a 4-bit base is less than half of that over a float32 one."""
     (found,) = (row["memory"]["ratio"] for row in rows)
-    return HOLDS if found[
-        "peak"
-    ] < 0.5 else FAILS, f"{found['peak']:.2f} of it; the linear maps {found['maps']:.2f}"
+    peak, maps = found["peak"], found["maps"]
+    return HOLDS if peak < 0.5 else FAILS, f"{peak:.2f} of it; the linear maps {maps:.2f}"
 
 
 CLAIMS = (
