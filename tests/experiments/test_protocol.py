@@ -33,7 +33,7 @@ from minilora.data import batching, corpora
 from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import adding_adapters as adding
-from minilora.experiments import harness, merge_equivalence, pretrain, rank_sweep, scale, subspaces
+from minilora.experiments import forgetting, harness, merge_equivalence, pretrain, rank_sweep, scale, subspaces
 from minilora.experiments import known_rank as known
 from minilora.experiments import which_matrices as which
 from minilora.experiments.harness import Inputs
@@ -275,6 +275,19 @@ def test_scales_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on
         within(seen[kind, "measured"], test, [learned, valid])
 
 
+def test_what_is_forgotten_is_measured_on_a_text_that_is_not_trained_on():
+    (learned, valid, test), (own, own_valid, own_test) = split(CORPORA["folio"]), split(CORPORA["shakespeare"])
+    with by_kind(forgetting) as seen, mock.patch.object(forgetting, "EDGES", 0):
+        forgetting.run(FORGOTTEN, next(outs), jobs=1)
+    assert not seen["base", "trained"]
+    for kind in ("search", "front", "final"):
+        within(seen[kind, "trained"], learned, [valid, test, own, own_valid, own_test])
+    within(seen["search", "measured"], valid + own_valid, [learned, test, own, own_test])
+    for kind in ("front", "final"):
+        within(seen[kind, "measured"], test + own_test, [learned, valid, own, own_valid])
+        assert {window in own_test for window in seen[kind, "measured"]} == {True, False}
+
+
 def test_pretraining_never_sees_the_held_out_text():
     learned, valid, test = split(CORPORA["folio"])
     recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
@@ -487,6 +500,27 @@ def served(seed):
     return {"": stream.tokens}
 
 
+FORGOTTEN = forgetting.Plan(
+    ("folio",), "shakespeare", "one", ranks=(2, 3), rates=(0.02, 0.01), full_rates=(0.003, 0.005), steps=4,
+    seeds=1, batch=6, test_windows=9, valid_windows=7,
+)  # fmt: skip
+
+
+def forgetting_of(rank):
+    """One run of the experiment with forgetting."""
+
+    def run(seed):
+        cell = forgetting.Run("final", FORGOTTEN, "folio", rank, rate=0.02, seed=seed)
+        inputs = Inputs("one", load("one"), CORPORA)
+        row = {}
+        found = trained_from(recipe, lambda: row.update(forgetting.work(cell, inputs)) or row["own_test"])
+        kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
+        assert len(kept) == (2 + 7 if rank else 2)
+        return {part: found[part] for part in kept} | {"maps": row["maps"]}
+
+    return run
+
+
 def benched(seed):
     """The adapters and requests of serve-bench."""
     found, play, adapted = [], bench.play, bench.adapted
@@ -521,6 +555,7 @@ SEEDS = {
     "subspaces.Run": [comparing],
     "rows.Run": [swept("lora"), swept("full")],
     "scale.Run": [scaled(3), scaled(0)],
+    "forgetting.Run": [forgetting_of(3), forgetting_of(0)],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],
