@@ -35,6 +35,7 @@ from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import adding_adapters as adding
 from minilora.experiments import forgetting, harness, merge_equivalence, pretrain, rank_sweep, scale, subspaces
 from minilora.experiments import known_rank as known
+from minilora.experiments import recipe as common
 from minilora.experiments import which_matrices as which
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
@@ -378,7 +379,7 @@ def summing(seed):
     inputs = Inputs("one", load("one"), CORPORA)
     methods = mock.patch.multiple(adding, METHODS={"dare": adding.METHODS["dare"]}, SCALES=(1.0,))
     with methods, mock.patch.object(adding, "add_weighted_adapter", wraps=add_weighted_adapter) as adds:
-        found = trained_from(adding, lambda: adding.work(cell, inputs)["losses"])
+        found = trained_from(common, lambda: adding.work(cell, inputs)["losses"])
     assert adds.call_args.kwargs["seed"] == seed
     return {part: a for part, a in found.items() if not part.endswith(".B")}
 
@@ -404,7 +405,7 @@ COMPARED = subspaces.Plan("folio", "kjv", "one", (1, 3, 4), 7.0, (1e-4, 0.05), 1
 def comparing(seed):
     """The starts of all five adapters of a seed, their batches, and what comes of them."""
     cell = subspaces.Run("final", COMPARED, seed, tuple((rank, 0.02) for rank in COMPARED.ranks))
-    with starting(subspaces) as starts, Seen().watching() as seen:
+    with starting(common) as starts, Seen().watching() as seen:
         row = subspaces.work(cell, Inputs("one", load("one"), CORPORA))
     found = {f"{i} {p}": a for i, start in enumerate(starts) for p, a in start.items() if p.endswith(".A")}
     assert len(found) == 5 * 7
@@ -423,7 +424,7 @@ def scaled(rank):
     def run(seed):
         cell = scale.Run("final", SCALED, rank, 2.0 * (rank > 0), rate=0.02, seed=seed)
         inputs = Inputs("one", load("one"), CORPORA)
-        found = trained_from(scale, lambda: scale.work(cell, inputs)["test"])
+        found = trained_from(common, lambda: scale.work(cell, inputs)["test"])
         kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
         assert len(kept) == (2 + 7 if rank else 2)
         return {part: found[part] for part in kept}
