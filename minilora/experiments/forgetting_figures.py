@@ -56,20 +56,20 @@ class Found:
         arm = self.arms[target, rank]
         return np.array(arm.tests[arm.rate]) - self.base[target]["test"]
 
-    def front(self, target: str, rank: int, seed: int) -> np.ndarray:
-        """The points (n, 2), less the base's, from it on, each of which learns more than all before it."""
+    def front(self, target: str, rank: int, i: int) -> np.ndarray:
+        """Of seed i the points (n, 2), less the base's, from it on, that learn more than all before them."""
         points, tests = [self.base[target]["test"]], self.arms[target, rank].tests
         for rate in sorted(tests):
-            if tests[rate][seed][0] < points[-1][0]:
-                points.append(tests[rate][seed])
+            if tests[rate][i][0] < points[-1][0]:
+                points.append(tests[rate][i])
         return np.array(points) - points[0]
 
     def equal(self, target: str, rank: int) -> np.ndarray:
         """What LoRA and full fine-tuning have forgotten (seeds, 2) where they have learned the same."""
         levels = np.maximum(self.ends(target, rank)[:, 0], self.ends(target, 0)[:, 0])
         return np.array([
-            [np.interp(level, *self.front(target, r, seed)[::-1].T) for r in (rank, 0)]
-            for seed, level in enumerate(levels)
+            [np.interp(level, *self.front(target, r, i)[::-1].T) for r in (rank, 0)]
+            for i, level in enumerate(levels)
         ])  # fmt: skip
 
     def less(self, target: str, key: str) -> np.ndarray:

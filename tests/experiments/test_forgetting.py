@@ -210,7 +210,11 @@ def test_the_random_change_is_drawn_from_the_given_generator():
 OPTIMA = {0: 1e-3, 1: 1.6e-2, 4: 8e-3, 16: 8e-3, 64: 4e-3}
 BASE = (2.5, 1.6)  # the base's losses
 SLOPES = {0: 0.5, 1: 0.1, 4: 0.3, 16: 0.6, 64: 0.4}  # nats forgotten for each nat learned
-MAPS = {"a": ([96, 96], 1), "b": ([256, 96], 3), "c": ([96, 256], 0)}  # path -> shape, and intruders with r = 1
+MAPS = {
+    "a": ([96, 96], 1),
+    "b": ([256, 96], 3),
+    "c": ([96, 256], 0),
+}  # path -> shape, and intruders with r = 1
 
 
 def lowest(target, rank):
@@ -240,7 +244,14 @@ def crafted_map(run, shape, most):
     share = [round(min(1.0, k / (run.rank or 96)), 4) for k in (1, 2, 4, 8, 16, 32, 64)]
     rank = run.rank * 0.75 or 48.0 + 10 * run.seed
     n = most + run.seed if run.rank == 1 else run.seed * (run.rank == 4)
-    return {"shape": shape, "size": 0.1, "effective_rank": rank, "energy": share, "intruders": n, "random": most}
+    return {
+        "shape": shape,
+        "size": 0.1,
+        "effective_rank": rank,
+        "energy": share,
+        "intruders": n,
+        "random": most,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +291,9 @@ def test_rates_beyond_an_edge_are_part_of_the_front(tmp_path, monkeypatch):
     monkeypatch.setattr(forgetting, "prepared", lambda *_: None)
     monkeypatch.setitem(OPTIMA, 0, 1.0)
     monkeypatch.setattr(forgetting, "work", crafted)
-    arm = found(forgetting.run(replace(WIDE, targets=("folio",), ranks=(4,)), tmp_path, jobs=1)).arms["folio", 0]
+    arm = found(forgetting.run(replace(WIDE, targets=("folio",), ranks=(4,)), tmp_path, jobs=1)).arms[
+        "folio", 0
+    ]
     assert sorted(arm.search) == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
     assert arm.tests.keys() == arm.search.keys()
     assert arm.rate == 3.2e-2
@@ -314,7 +327,13 @@ def test_two_fronts_are_read_at_the_loss_of_the_lesser_learner(grid):
 def test_a_front_leaves_out_what_learns_no_more_than_a_lower_rate(grid):
     """By hand: of four rates the third learns less than the second, and the last one diverged."""
     f = found(grid)
-    tests = {1e-4: (2.4, 1.7), 2e-4: (2.0, 1.9), 4e-4: (2.2, 5.0), 8e-4: (1.8, 2.2), 1.6e-3: (math.inf, math.inf)}
+    tests = {
+        1e-4: (2.4, 1.7),
+        2e-4: (2.0, 1.9),
+        4e-4: (2.2, 5.0),
+        8e-4: (1.8, 2.2),
+        1.6e-3: (math.inf, math.inf),
+    }
     f.arms["folio", 0].tests = {rate: [losses] * 3 for rate, losses in tests.items()}
     front = f.front("folio", 0, 1)
     assert front == pytest.approx(np.array([(0, 0), (-0.1, 0.1), (-0.5, 0.3), (-0.7, 0.6)]))
@@ -374,11 +393,9 @@ def test_tables_and_sentences_say_the_numbers(grid):
     assert maps.rows[0][6] == "0.10 (0.10 to 0.10)"
     assert len(losses.rows) == len(maps.rows) == 2 * 5
     for i, key in enumerate(("learned", "forgotten", "equal")):
-        medians = np.median(f.less("code", key), 1)
-        assert sentences(grid)[i].endswith(
-            "Python code " + ", ".join(f"{x:+.3f} at r = {r}" for r, x in zip(WIDE.ranks, medians, strict=True))
-            + "."
-        )  # fmt: skip
+        medians = zip(WIDE.ranks, np.median(f.less("code", key), 1), strict=True)
+        said = ", ".join(f"{x:+.3f} at r = {r}" for r, x in medians)
+        assert sentences(grid)[i].endswith(f"Python code {said}.")
         assert where(f, key) in sentences(grid)[i]
     assert "First Folio 23% with r = 1, 10% with r = 4" in sentences(grid)[3]
     over = np.median(f.of_noise("code", 0))
@@ -455,7 +472,8 @@ def test_a_rank_that_does_not_fit_is_refused_before_any_run(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [("search", "valid", "low"), ("search", "test", 1.0), ("front", "own_test", None), ("front", "maps", {}),
-     ("base", "parameters", -1), ("final", "valid", 1.0), ("final", "maps", {"a": {}}), ("base", "status", "lost")],
+     ("base", "parameters", -1), ("final", "valid", 1.0), ("final", "maps", {"a": {}}),
+     ("base", "status", "lost")],
 )  # fmt: skip
 def test_a_row_that_no_run_writes_is_refused(kind, field, value, grid, tmp_path):
     row = next(row for row in grid if row["config"]["kind"] == kind) | {"versions": {}, field: value}
