@@ -40,7 +40,7 @@ class Arm:
 
     def of_maps(self, key: str) -> np.ndarray:
         """A number of every map (seeds, maps)."""
-        return np.array([[found[key] for found in seed.values()] for seed in self.maps])
+        return np.array([[kept[key] for kept in seed.values()] for seed in self.maps])
 
 
 @dataclass
@@ -85,12 +85,12 @@ class Found:
     def intruders(self, target: str, rank: int, key: str = "intruders") -> np.ndarray:
         """The share of the first singular vectors of all maps that are intruders (seeds,)."""
         arm = self.arms[target, rank]
-        return arm.of_maps(key).sum(1) / sum(min(FIRST, *found["shape"]) for found in arm.maps[0].values())
+        return arm.of_maps(key).sum(1) / sum(min(FIRST, *kept["shape"]) for kept in arm.maps[0].values())
 
     def of_noise(self, target: str, rank: int) -> np.ndarray:
         """The effective rank of ΔW over that of noise of its shape and rank (seeds,), in the median map."""
         arm = self.arms[target, rank]
-        nulls = [effective_rank(noise(*found["shape"], rank)) for found in arm.maps[0].values()]
+        nulls = [effective_rank(noise(*kept["shape"], rank)) for kept in arm.maps[0].values()]
         return np.median(arm.of_maps("effective_rank") / nulls, 1)
 
 
@@ -309,11 +309,11 @@ def spectrum(rows: Sequence[Row]) -> Picture:
     figure, line = panels(f)
     for ax, target in zip(line, f.plan.targets, strict=True):
         maps = f.arms[target, 0].maps[0].values()
-        at = 2 ** np.arange(min(len(found["energy"]) for found in maps))
-        some = {"noise": ([energy(noise(*found["shape"]))[at - 1] for found in maps], GREY, "D:")}
+        at = 2 ** np.arange(min(len(kept["energy"]) for kept in maps))
+        some = {"noise": ([energy(noise(*kept["shape"]))[at - 1] for kept in maps], GREY, "D:")}
         for r, colour, look in ((0, ORANGE, "s-"), (f.plan.ranks[-1], BLUE, "o--")):
             seeds = f.arms[target, r].maps
-            shares = [found["energy"][: len(at)] for seed in seeds for found in seed.values()]
+            shares = [kept["energy"][: len(at)] for seed in seeds for kept in seed.values()]
             some[name(r)] = shares, colour, look
         for label, (shares, colour, look) in some.items():
             ax.plot(at, 100 * np.median(shares, 0), look, color=colour, label=label)
