@@ -1,4 +1,4 @@
-"""Write the ledger of claims from the committed rows: minilora/experiments/ledger.json and docs/claims.md.
+"""Write the ledger of claims from the committed rows: minilora/claims/ledger.json and docs/claims.md.
 
 python docs/claims.py
 """
@@ -6,7 +6,8 @@ python docs/claims.py
 import json
 from pathlib import Path
 
-from minilora.experiments.claims import LEDGER, Entry, Ledger, claims
+from minilora.claims.claim import Entry
+from minilora.claims.ledger import LEDGER, Ledger, claims
 from minilora.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -355,7 +355,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", "seed of adapters and requests", **number)
     add("--json", table, **switch)
 
-    of = Of("experiments.claims", "claims")
+    of = Of("claims.ledger", "claims")
     add = command("claims", of.report, of.usual, "what is said about LoRA, and what was found here")
     add("--root", "decide anew by the rows in this checkout of the repository", type=Path, metavar="DIR")
     add("--json", table, **switch)

@@ -25,13 +25,13 @@ import pytest
 from minilora import cli, console, decoding, finetune, flags, lora
 from minilora.analysis import count
 from minilora.analysis import inspect as microscope
+from minilora.claims import ledger
 from minilora.compose import combine, export, extract, truncate
 from minilora.compose import quantize as compose_quantize
 from minilora.data import corpora
 from minilora.experiments import (
     adding_adapters,
     adding_figures,
-    claims,
     merge_equivalence,
     pretrain,
     rank_figures,
@@ -137,7 +137,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "params": [(count, "count", Found())],
     "modules": [(count, "modules", Found())],
     "serve-bench": [(bench, "serve_bench", Found())],
-    "claims": [(claims, "claims", Found())],
+    "claims": [(ledger, "claims", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
                 (rank_figures, "merge_equivalence", Found())],
 }  # fmt: skip

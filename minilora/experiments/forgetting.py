@@ -83,7 +83,7 @@ class Run:
     rank: int = 0  # 0: all weights
     rate: float = 0.0
     seed: int = 0
-    texts: tuple[str, ...] = ()  # the digests of the target and of the text of pretraining
+    texts: tuple[str, ...] = ()  # the digests of all targets and of the text of pretraining
 
     @property
     def id(self) -> str:
@@ -194,12 +194,12 @@ def run(
     InputError for a text that is too short.
     """
     inputs = harness.read_inputs(plan.base, (*plan.targets, plan.own))
+    texts = tuple(text.digest for text in inputs.texts.values())
     arms = [
-        Run("search", plan, target, r, seed=SEARCH_SEED,
-            texts=tuple(inputs.texts[text].digest for text in (target, plan.own)))
+        Run("search", plan, target, rank, seed=SEARCH_SEED, texts=texts)
         for target in plan.targets
-        for r in (0, *plan.ranks)
-    ]  # fmt: skip
+        for rank in (0, *plan.ranks)
+    ]
     for arm in arms:
         prepared(arm, inputs)  # refuses a rank that does not fit, before any run
     with harness.open_store(

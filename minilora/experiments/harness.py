@@ -282,7 +282,7 @@ LOSS, SIZE = forms.number(-LARGEST, LARGEST), forms.number(0, LARGEST)
 EVERY = {"id": forms.text, "source": forms.text, "versions": forms.named(forms.text)}
 
 
-def form_of(measured: Mapping[str, Mapping[str, forms.Form]], **config: forms.Form) -> RowForm:
+def form_of(measured: Mapping[str, dict[str, forms.Form]], **config: forms.Form) -> RowForm:
     """The form of rows whose cells have a `kind`: kind -> what its runs measure unless they diverge.
 
     `config` are the forms of more fields of a cell.

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from minilora.claims import decided as module
+from minilora.claims.claim import FAILS, HOLDS
+from minilora.claims.decided import CLAIMS
+from minilora.claims.ledger import LEDGER, claims
 from minilora.errors import StorageError
-from minilora.experiments import claims as module
-from minilora.experiments.claims import CLAIMS, FAILS, HOLDS, LEDGER, claims
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CLAIM = {claim.decide.__name__: claim for claim in CLAIMS}
 
 
@@ -18,7 +20,7 @@ CLAIM = {claim.decide.__name__: claim for claim in CLAIMS}
 def committed():
     """File -> its rows, as they are committed."""
     names = dict.fromkeys(claim.rows for claim in CLAIMS if claim.rows)
-    return {name: module.read_any(ROOT / name, name) for name in names}
+    return {name: module.rows_of(ROOT, name) for name in names}
 
 
 def decided(name, committed, change=None):

@@ -1,0 +1,46 @@
+"""What is said about LoRA, and what the experiments here found: a ledger of verdicts.
+
+A claim names the rows that can refute it, and a rule that turns them into a verdict and the number that
+decides. ledger.json beside this file holds what the rules gave for the committed rows, and `minilora claims`
+prints it. What is true under a condition "holds when ..."; what is false of these models may be true of
+others, and "does not hold here".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..formats.atomic import read
+from ..table import Table, report
+from .claim import Entry
+
+LEDGER = Path(__file__).with_name("ledger.json")
+
+
+@report
+@dataclass(frozen=True)
+class Ledger:
+    """All claims; prints as a table."""
+
+    entries: tuple[Entry, ...]
+
+    def data(self) -> list[dict[str, str]]:
+        return [asdict(entry) for entry in self.entries]
+
+    def parts(self) -> list[str | Table]:
+        lines = [(e.statement, e.source, e.verdict, e.number) for e in self.entries]
+        return [Table(("claim", "source", "verdict", "decided by"), lines)]
+
+
+def claims(root: Path | str | None = None) -> Ledger:
+    """The ledger as this version ships it, or decided anew by the rows in `root`, a checkout.
+
+    StorageError for a file that is not there; FormatError or MismatchError for rows that nothing writes.
+    """
+    if root is None:
+        return Ledger(tuple(Entry(**entry) for entry in json.loads(read(LEDGER))))
+    from .decided import entries  # which imports all experiments, and matplotlib
+
+    return Ledger(entries(Path(root)))

@@ -1,0 +1,118 @@
+"""What is said about ranks, decided by the rank sweep."""
+
+import numpy as np
+
+from ..experiments.harness import Row
+from ..experiments.known_figures import NOTHING, TITLES, elbow, planted, shown, tasks
+from ..experiments.known_figures import finals as planted_runs
+from ..spectra import effective_rank
+from .claim import FAILS, HOLDS, OVERVIEW, Claim, Rows, Verdict, from_on
+
+SWEEP, PLANTED = "figures/rows.jsonl", "figures/known-rank/rows.jsonl"
+TEXT, KNOWN = "folio", "permuted:4"
+
+
+def finals(rows: Rows, target: str, method: str) -> list[Row]:
+    """The measured rows of one method on one target."""
+    config = {"kind": "final", "target": target, "method": method}
+    return [row for row in rows if row["status"] == "done" and config.items() <= row["config"].items()]
+
+
+def values(rows: Rows, target: str, method: str, key: str) -> dict[int, np.ndarray]:
+    """Rank -> a measured value of every seed; full fine-tuning has rank 0."""
+    some = finals(rows, target, method)
+    ranks = sorted({row["config"]["rank"] for row in some})
+    return {r: np.array([row[key] for row in some if row["config"]["rank"] == r]) for r in ranks}
+
+
+def little_is_enough(rows: Rows) -> Verdict:
+    """Holds if r = 4 closes more than half of the gap from base to full fine-tuning, with every seed."""
+    closed = values(rows, TEXT, "lora", "gap_closed")
+    low = f"r = 4 closes {np.median(closed[4]):.0%} of the gap, r = 8 {np.median(closed[8]):.0%}"
+    return HOLDS if closed[4].min() > 0.5 else FAILS, low
+
+
+def as_good_as_full(rows: Rows) -> Verdict:
+    """Holds when, from a rank on, the range of test losses over seeds reaches that of full fine-tuning."""
+    lora, full = values(rows, TEXT, "lora", "test"), values(rows, TEXT, "full", "test")[0]
+    start = from_on([(r, loss.min() <= full.max()) for r, loss in lora.items()])
+    low, high = min(lora), max(lora)
+    apart = {r: float(np.median(lora[r]) - np.median(full)) for r in (low, high)}
+    far = f"{apart[low]:+.3f} nats at r = {low}, {apart[high]:+.3f} at {high}"
+    if start == low:
+        return HOLDS, far
+    return FAILS if start is None else f"holds when r is at least {start}", far
+
+
+def one_is_enough(rows: Rows) -> Verdict:
+    """Holds if r = 1 is within the range of the best rank on both targets."""
+    losses = [values(rows, target, "lora", "test") for target in (TEXT, KNOWN)]
+    apart = [np.median(some[1]) - min(np.median(loss) for loss in some.values()) for some in losses]
+    best = [some[1].min() <= min(some.values(), key=np.median).max() for some in losses]
+    return HOLDS if all(best) else FAILS, f"{apart[0]:+.3f} and {apart[1]:+.3f} nats more than the best rank"
+
+
+def of_tasks(right: dict[str, list[bool]]) -> Verdict:
+    """The verdict on a sentence by the cases of each task in which it is right: for all, or some tasks."""
+    good = [TITLES[task] for task, cases in right.items() if all(cases)]
+    number = f"in {sum(map(sum, right.values()))} of {sum(map(len, right.values()))} cases"
+    if len(good) == len(right):
+        return HOLDS, number
+    return f"holds when the task is {' or '.join(good)}" if good else FAILS, number
+
+
+def known_rank(rows: Rows) -> Verdict:
+    """Holds when nothing is left to gain exactly from the planted rank on, for each rank of a task."""
+    return of_tasks({t: [elbow(rows, t, k) == k for k in planted(rows, t)] for t in tasks(rows)})
+
+
+def spectrum_shows_it(rows: Rows) -> Verdict:
+    """Holds when the largest drop of the spectrum at r = 16 is at the planted rank, in each run of a task."""
+    return of_tasks({t: [n == k for k in planted(rows, t) for n in shown(rows, t, k)] for t in tasks(rows)})
+
+
+def best_of_its_rank(rows: Rows) -> Verdict:
+    """Holds when LoRA is within 0.02 of the best ΔW of its rank (the base: 1), in each run of a task."""
+    near: dict[str, list[bool]] = {t: [] for t in tasks(rows)}
+    for row in planted_runs(rows):
+        near[row["config"]["task"]].append(row["excess"] - row["best"] <= NOTHING)
+    return of_tasks(near)
+
+
+def diminishing(rows: Rows) -> Verdict:
+    """Holds if every doubling of the rank helps, and the first one more than the last."""
+    medians = [float(np.median(loss)) for loss in values(rows, TEXT, "lora", "test").values()]
+    gains = -np.diff(medians)
+    less = (gains > 0).all() and gains[0] > gains[-1]
+    return HOLDS if less else FAILS, f"{gains[0]:.3f} nats, then less, to {gains[-1]:.3f}"
+
+
+def full_is_low(rows: Rows) -> Verdict:
+    """Holds if the effective rank of full fine-tuning's ΔW is below a quarter of its size, in the median."""
+    shares = [
+        effective_rank(np.array(S)) / min(row["shapes"][path])
+        for row in finals(rows, TEXT, "full")
+        for path, S in row["spectra"].items()
+    ]
+    share = float(np.median(shares))
+    return HOLDS if share < 0.25 else FAILS, f"{share:.2f} of the largest rank it could have"
+
+
+CLAIMS = (
+    Claim("Ranks as low as 4 or 8 capture most of the adaptation.", OVERVIEW,
+          SWEEP, "figures/loss_against_rank_folio.png", little_is_enough),
+    Claim("LoRA always matches full fine-tuning.", OVERVIEW,
+          SWEEP, "figures/loss_against_rank_folio.png", as_good_as_full),
+    Claim("Rank 1 is fine for everything.", OVERVIEW,
+          SWEEP, "figures/known_rank_permuted_4.png", one_is_enough),
+    Claim("A task that a change of rank k solves needs rank k, and no more.", "Eckart and Young 1936",
+          PLANTED, "figures/known-rank/elbows.png", known_rank),
+    Claim("The spectrum of ΔW shows the rank that a task has.", "its use",
+          PLANTED, "figures/known-rank/found.png", spectrum_shows_it),
+    Claim("Training finds the best ΔW of its rank.", "Eckart and Young 1936",
+          PLANTED, "figures/known-rank/elbows.png", best_of_its_rank),
+    Claim("Higher ranks approach full fine-tuning with diminishing returns.", OVERVIEW,
+          SWEEP, "figures/loss_against_rank_folio.png", diminishing),
+    Claim("The ΔW of full fine-tuning has a low rank itself.", OVERVIEW,
+          SWEEP, "figures/energy_folio.png", full_is_low),
+)  # fmt: skip

@@ -1,0 +1,97 @@
+"""What is said about merging, adding and serving adapters, decided by an experiment and by benchmarks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..experiments import adding_figures
+from ..experiments.adding_adapters import OWN
+from .claim import FAILS, HOLDS, HU, OVERVIEW, Claim, Rows, Verdict, from_on
+
+ADDING = "figures/adding-adapters/rows.jsonl"
+MERGED = "figures/merge_equivalence.json"
+FOUR, SERVED = "benchmarks/results/merge_four_bits.json", "benchmarks/results/serving.json"
+
+
+def merging_is_exact(rows: Rows) -> Verdict:
+    """Holds if merged and unmerged outputs differ by no more than the bound of roundings, at every width."""
+    most = max(row["ratio"] for row in rows)
+    return HOLDS if most <= 1 else FAILS, f"at most {most:.2f} of the bound"
+
+
+def merging_into_four_bits(rows: Rows) -> Verdict:
+    """Holds when ΔW is so large that Q(Ŵ + ΔW) keeps nine tenths of it, in the median seed."""
+    kept: dict[float, list[tuple[float, float]]] = {}  # factor of ΔW -> |ΔW| / |W| and the share kept
+    for row in rows:
+        if (row["way"], row["route"]) == ("scaled", "Q(Ŵ + ΔW)"):
+            kept.setdefault(row["t"], []).append((row["size"], row["kept"]))
+    found = sorted(tuple(np.median(some, 0)) for some in kept.values())
+    (small, few), (large, most) = found[0], found[-1]
+    number = f"keeps {few:.2f} of a ΔW with {small:.3f} of W's norm, {most:.2f} of one with {large:.2f}"
+    start = from_on([(size, share >= 0.9) for size, share in found])
+    if start == small:
+        return HOLDS, number
+    return FAILS if start is None else f"holds when ΔW has {start:.2f} of W's norm", number
+
+
+def against_base(rows: Rows, name: str, texts: Sequence[str]) -> np.ndarray:
+    """Test losses less the base's, (seeds, texts), of a combination or a method of adding adapters."""
+    return adding_figures.gains(adding_figures.finals(rows), name, texts)
+
+
+def adding_blends(rows: Rows) -> Verdict:
+    """Holds when a sum is better than the base on every text, in the median; the sum itself, or the mean."""
+    targets = rows[0]["config"]["plan"]["targets"]
+    names = (" + ".join(targets), "mean of all")
+    plain, mean = (np.median(against_base(rows, name, targets), 0) for name in names)
+    better = (plain < 0).sum(), (mean < 0).sum()
+    number = f"better than none on {better[0]} of {len(targets)} texts; as a mean on {better[1]}"
+    if (plain < 0).all():
+        return HOLDS, number
+    return "holds when the adapters are averaged" if (mean < 0).all() else FAILS, number
+
+
+def ties_helps(rows: Rows) -> Verdict:
+    """Holds if TIES has a lower mean loss than the plain sum, each at its best scale, in the median."""
+    targets = rows[0]["config"]["plan"]["targets"]
+    ties, plain = (float(np.median(against_base(rows, name, targets).mean(1))) for name in ("ties", "linear"))
+    return HOLDS if ties < plain else FAILS, f"{ties:+.2f} nats, the sum {plain:+.2f}"
+
+
+def negation_unlearns(rows: Rows) -> Verdict:
+    """Holds if each text gets worse without its adapter by ten times as much as the base's own text does."""
+    targets = rows[0]["config"]["plan"]["targets"]
+    away = {t: np.median(against_base(rows, f"- {t}", [t, OWN]), 0) for t in targets}
+    times = [float(own / other) for own, other in away.values()]
+    return HOLDS if min(times) >= 10 else FAILS, f"by {min(times):.1f} to {max(times):.1f} times"
+
+
+def linear_is_a_sum(rows: Rows) -> Verdict:
+    """Holds if PEFT's "linear" is within a hundredth of the sum's norm, in the median seed."""
+    done = [row["methods"]["peft_linear"]["residual"] for row in rows if "methods" in row]
+    return HOLDS if np.median(done) < 0.01 else FAILS, f"{np.median(done):.2f} of the sum's norm away from it"
+
+
+def many_over_one(rows: Rows) -> Verdict:
+    """Holds if a thousand adapters on all linear maps keep more than half of the base's throughput."""
+    run = {"kind": "engine", "adapters": 1000, "popularity": "zipf", "targets": "all-linear"}
+    (share,) = (row["to_base"] for row in rows if run.items() <= row.items())
+    return HOLDS if share > 0.5 else FAILS, f"{share:.2f} of it"
+
+
+CLAIMS = (
+    Claim("Merging changes nothing but roundings.", HU,
+          MERGED, "figures/merge_equivalence.png", merging_is_exact),
+    Claim("A QLoRA adapter can be merged into its 4-bit base.", OVERVIEW,
+          FOUR, "benchmarks/results/merge_four_bits.png", merging_into_four_bits),
+    Claim("Adapters can be added to blend what they can.", OVERVIEW,
+          ADDING, "figures/adding-adapters/heat_map.png", adding_blends),
+    Claim("TIES combines adapters better than their plain sum.", "Yadav et al. 2023",
+          ADDING, "figures/adding-adapters/methods.png", ties_helps),
+    Claim("An adapter taken away unlearns its text, and little else.", "Ilharco et al. 2022",
+          ADDING, "figures/adding-adapters/heat_map.png", negation_unlearns),
+    Claim("PEFT's linear combination is the weighted sum of adapters.", "its name",
+          ADDING, "figures/adding-adapters/methods.png", linear_is_a_sum),
+    Claim("One base serves a thousand adapters at once.", "Sheng et al. 2023",
+          SERVED, "benchmarks/results/serving.png", many_over_one),
+)  # fmt: skip

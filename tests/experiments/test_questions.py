@@ -1,0 +1,78 @@
+"""Every experiment by name: the committed rows are the whole grid, and a page says what they show."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minilora.data.corpora import Corpus
+from minilora.experiments import harness, rank_sweep
+from minilora.experiments.questions import MODULES, question
+from minilora.formats import huggingface
+
+ROOT = Path(__file__).parents[2]
+PAGES = {  # experiment -> its page in docs/
+    "known-rank": "low_rank",
+    "subspaces": "low_rank",
+    "which-matrices": "what_to_adapt",
+    "scale": "what_to_adapt",
+    "adding-adapters": "adding_adapters",
+}
+SEEDS = 5
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def experiment(request):
+    """The name, its two modules, and the committed rows."""
+    asks, reads = question(request.param)
+    return request.param, asks, reads, asks.read_rows(ROOT / f"figures/{request.param}/rows.jsonl")
+
+
+def test_the_committed_rows_are_those_of_the_default_plan(experiment, tmp_path, monkeypatch):
+    """The whole grid again, each run looked up instead of done: the same runs in the same order."""
+    _, asks, _, rows = experiment
+    known = {row["id"]: row for row in rows}
+    digests = {}
+    for config in (row["config"] for row in rows):
+        digests |= {config.get("target"): config.get("text"), "all": config.get("texts")}
+
+    def read_inputs(path, targets):
+        texts = {}
+        for i, target in enumerate(targets):
+            splits = (np.arange(n, dtype=np.uint8) for n in (1 << 20, 1 << 17, 1 << 17))
+            texts[target] = Corpus(target, known[rows[0]["id"]]["source"], *splits)
+            digest = digests["all"][i] if digests["all"] else digests.get(target) or digests[None]
+            vars(texts[target])["digest"] = digest  # of the text that was trained on
+        return harness.Inputs(path, huggingface.load(path), texts)
+
+    def work(run, inputs):
+        return {name: a for name, a in known[run.id].items() if name not in ("versions", "gap_closed")}
+
+    monkeypatch.setattr(harness, "read_inputs", read_inputs)
+    for module in (asks, rank_sweep):
+        monkeypatch.setattr(module, "work", work, raising=False)
+    again = asks.run(asks.Plan(), tmp_path, jobs=1)
+    assert [row | {"versions": None} for row in again] == [row | {"versions": None} for row in rows]
+    seeds = {}
+    for row in rows:
+        assert row["status"] == "done" or row["config"]["kind"] == "search"
+        if row["config"]["kind"] == "final":
+            seeds.setdefault(json.dumps(row["config"] | {"seed": 0}), []).append(row["config"]["seed"])
+    assert all(sorted(some) == list(range(SEEDS)) for some in seeds.values())
+
+
+def test_a_page_says_what_the_rows_say(experiment, monkeypatch):
+    """Every table and sentence to the letter, as docs/tables.py writes them, and every figure."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from tables import PLACE, filled
+
+    name, _, reads, rows = experiment
+    page = (ROOT / f"docs/{PAGES[name]}.md").read_text(encoding="utf-8")
+    assert filled(page) == page
+    places = [match[3] for match in PLACE.finditer(page) if match[2] == name]
+    assert places == [*(f"table {i + 1}" for i in range(len(reads.tables(rows)))), "sentences"]
+    for picture in reads.pictures(rows):
+        assert f"](../figures/{name}/{picture}.png)" in page
+        assert (ROOT / f"figures/{name}/{picture}.svg").is_file()
+    assert f"minilora experiment {name} --out figures/{name}" in page
