@@ -44,7 +44,7 @@ class Plan:
     base: str = "base"
     ranks: tuple[int, ...] = (1, 4, 16, 64)
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # of LoRA, to try first
-    full_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    full_rates: tuple[float, ...] = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)  # from below r = 1
     steps: int = 100
     seeds: int = 5
     batch: int = 8

@@ -298,7 +298,7 @@ def test_rates_beyond_an_edge_are_part_of_the_front(tmp_path, monkeypatch):
     arm = found(forgetting.run(replace(WIDE, targets=("folio",), ranks=(4,)), tmp_path, jobs=1)).arms[
         "folio", 0
     ]
-    assert sorted(arm.search) == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+    assert sorted(arm.search) == [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
     assert arm.tests.keys() == arm.search.keys()
     assert arm.rate == 3.2e-2
 
