@@ -15,6 +15,7 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "subspaces": ("subspaces", "subspace_figures"),
     "scale": ("scale", "scale_figures"),
     "merging": ("merging", "merging_figures"),
+    "forgetting": ("forgetting", "forgetting_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
 }
 

@@ -7,6 +7,7 @@ recipe no two numbers are alike and none is its default: a field that is dropped
 import ast
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -33,7 +34,15 @@ from minilora.data import batching, corpora
 from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import adding_adapters as adding
-from minilora.experiments import harness, merge_equivalence, pretrain, rank_sweep, scale, subspaces
+from minilora.experiments import (
+    forgetting,
+    harness,
+    merge_equivalence,
+    pretrain,
+    rank_sweep,
+    scale,
+    subspaces,
+)
 from minilora.experiments import known_rank as known
 from minilora.experiments import recipe as common
 from minilora.experiments import which_matrices as which
@@ -41,7 +50,7 @@ from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
-from minilora.lora import active, inject, set_adapter
+from minilora.lora import Adapted, active, fuse, inject, set_adapter
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
 from minilora.model import Config, Llama, RopeScaling, llama
@@ -276,6 +285,22 @@ def test_scales_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on
         within(seen[kind, "measured"], test, [learned, valid])
 
 
+def test_what_is_forgotten_is_measured_on_a_text_that_is_not_trained_on():
+    (learned, valid, test), (own, own_valid, own_test) = (
+        split(CORPORA["folio"]),
+        split(CORPORA["shakespeare"]),
+    )
+    with by_kind(forgetting) as seen, mock.patch.object(forgetting, "EDGES", 0):
+        forgetting.run(FORGOTTEN, next(outs), jobs=1)
+    assert not seen["base", "trained"]
+    for kind in ("search", "front", "final"):
+        within(seen[kind, "trained"], learned, [valid, test, own, own_valid, own_test])
+    within(seen["search", "measured"], valid + own_valid, [learned, test, own, own_test])
+    for kind in ("front", "final"):
+        within(seen[kind, "measured"], test + own_test, [learned, valid, own, own_valid])
+        assert {window in own_test for window in seen[kind, "measured"]} == {True, False}
+
+
 def test_pretraining_never_sees_the_held_out_text():
     learned, valid, test = split(CORPORA["folio"])
     recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
@@ -488,6 +513,27 @@ def served(seed):
     return {"": stream.tokens}
 
 
+FORGOTTEN = forgetting.Plan(
+    ("folio",), "shakespeare", "one", ranks=(3,), rates=(0.02,), full_rates=(0.003, 0.005), steps=4, seeds=1,
+    batch=3, test_windows=5, valid_windows=2,
+)  # fmt: skip
+
+
+def forgetting_of(rank):
+    """One run of the experiment with forgetting."""
+
+    def run(seed):
+        cell = forgetting.Run("final", FORGOTTEN, "folio", rank, rate=0.02, seed=seed)
+        inputs = Inputs("one", load("one"), CORPORA)
+        row = {}
+        found = trained_from(common, lambda: row.update(forgetting.work(cell, inputs)) or row["own_test"])
+        kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
+        assert len(kept) == (2 + 7 if rank else 2)
+        return {part: found[part] for part in kept} | {"maps": row["maps"]}
+
+    return run
+
+
 def benched(seed):
     """The adapters and requests of serve-bench."""
     found, play, adapted = [], bench.play, bench.adapted
@@ -522,6 +568,7 @@ SEEDS = {
     "subspaces.Run": [comparing],
     "rows.Run": [swept("lora"), swept("full")],
     "scale.Run": [scaled(3), scaled(0)],
+    "forgetting.Run": [forgetting_of(3), forgetting_of(0)],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],
@@ -1068,6 +1115,96 @@ def tried_by_hand(plan):
     }
 
 
+def remembered(plan):
+    """What is run on which texts, and what is measured: losses on the target and the own text, and maps."""
+    with mock.patch.object(forgetting, "EDGES", 0):
+        rows = forgetting.run(plan, next(outs), jobs=1)
+    names = ("kind", "target", "rank", "rate", "seed", "texts")
+    kinds = {kind: [row for row in rows if row["config"]["kind"] == kind] for kind in ("base", "search")}
+    tested = [row for row in rows if row["config"]["kind"] in ("front", "final")]
+    return {
+        "runs": sorted(json.dumps([row["config"][name] for name in names]) for row in rows),
+        "valid": sorted(row["valid"] for row in kinds["search"]),
+        "own_valid": sorted(row["own_valid"] for row in kinds["search"]),
+        "test": sorted(row["test"] for row in tested),
+        "own": sorted(row["own_test"] for row in tested),
+        "base": [[row[s] for s in ("valid", "own_valid", "test", "own_test")] for row in kinds["base"]],
+        "maps": sorted(json.dumps(row["maps"]) for row in tested if "maps" in row),
+    }  # fmt: skip
+
+
+@functools.cache
+def adapted_by_hand(base, target, rank, rate, seed, steps, batch):
+    model = load(base)
+    if rank:
+        inject(model, LoraConfig(r=rank, alpha=2 * rank), rng=np.random.default_rng([seed, 0]))
+    else:
+        unfreeze(model)
+    windows = batching.batches(CORPORA[target].train, np.random.default_rng([seed, 1]), batch, LENGTH)
+    schedule = Schedule(steps, warmup=steps // 20)
+    train(model, windows, AdamW(rate, betas=(0.9, 0.99)), steps=steps, schedule=schedule)
+    return model
+
+
+def remembered_by_hand(plan):
+    (target,) = plan.targets
+    texts = [CORPORA[name].digest for name in (target, plan.own)]
+
+    def losses(model, part):
+        limit = LENGTH * (plan.valid_windows if part == "valid" else plan.test_windows)
+        both = (getattr(CORPORA[name], part) for name in (target, plan.own))
+        return [evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=limit)) for ids in both]
+
+    def maps(model, seed):
+        if isinstance(model.model.layers[0].mlp.up_proj, Adapted):
+            model = copy.deepcopy(model)
+            fuse(model)
+        found, rng = {}, np.random.default_rng([seed, 2])
+        for path, p in named_params(load(plan.base)).items():
+            if "_proj" in path:
+                W = p.data.astype(np.float64)
+                change = named_params(model)[path].data - W
+                s = spectra.singular_values(change)
+                U, V = (np.linalg.qr(rng.standard_normal((n, len(s))))[0] for n in W.shape)
+                least = spectra.intruder_threshold(W.shape[0], min(W.shape))
+                counts = [
+                    int((spectra.intruders(W, some, 10) < least).sum()) for some in (change, U * s @ V.T)
+                ]
+                share = spectra.energy(s)
+                size = spectra.norm(s) / spectra.norm(spectra.singular_values(W))
+                found[path.removesuffix(".weight")] = {
+                    "shape": list(W.shape), "size": size,
+                    "effective_rank": spectra.effective_rank(s),
+                    "energy": [round(float(share[k - 1]), 4) for k in (1, 2, 4, 8) if k <= len(s)],
+                    "intruders": counts[0], "random": counts[1],
+                }  # fmt: skip
+        return json.dumps(found)
+
+    def learned(rank, rate, seed):
+        return adapted_by_hand(plan.base, target, rank, rate, seed, plan.steps, plan.batch)
+
+    base = load(plan.base)
+    runs, valid, tests, kept = [("base", target, 0, 0.0, 0, texts)], [], [], []
+    for rank, rates in ((0, plan.full_rates), *((rank, plan.rates) for rank in plan.ranks)):
+        found = {rate: losses(learned(rank, rate, 1000), "valid") for rate in rates}
+        best = min(rates, key=lambda rate: found[rate][0])
+        valid += found.values()
+        runs += [("search", target, rank, rate, 1000, texts) for rate in rates]
+        for rate, seed in itertools.product((rate for rate in rates if rate <= best), range(plan.seeds)):
+            runs.append(("final" if rate == best else "front", target, rank, rate, seed, texts))
+            tests.append(losses(learned(rank, rate, seed), "test"))
+            kept += [maps(learned(rank, rate, seed), seed)] if rate == best else []
+    return {
+        "runs": sorted(map(json.dumps, runs)),
+        "valid": sorted(one for one, _ in valid),
+        "own_valid": sorted(own for _, own in valid),
+        "test": sorted(one for one, _ in tests),
+        "own": sorted(own for _, own in tests),
+        "base": [[*losses(base, "valid"), *losses(base, "test")]],
+        "maps": sorted(kept),
+    }
+
+
 def injected_and_trained(config):
     model, rng = tiny(0, np.float32, attention_bias=True)
     inject(model, config, rng=rng)
@@ -1174,6 +1311,7 @@ DORA = {"dora": True, "dropout": 0.0}
 ALL = "everything"
 LEARNT = "valid test curve spectra"
 TRAINED = "test similarity weights"
+FORGETS = "valid own_valid test own maps"  # all that follows from training
 FOLIO, KJV = CORPORA["folio"].digest, CORPORA["kjv"].digest
 CASES = {
     finetune.Recipe: Case(
@@ -1375,6 +1513,24 @@ CASES = {
             "batch": (3, "valid test"),
             "test_windows": (8, "test base"),
             "valid_windows": (10, "valid"),
+        },
+    ),
+    forgetting.Plan: Case(
+        FORGOTTEN,
+        remembered,
+        remembered_by_hand,
+        {
+            "targets": (("kjv",), ALL),
+            "own": ("kjv", "runs own_valid own base"),
+            "base": ("two", "valid own_valid test own base maps"),
+            "ranks": ((2,), f"runs {FORGETS}"),
+            "rates": ((0.05,), f"runs {FORGETS}"),
+            "full_rates": ((0.003, 0.004), f"runs {FORGETS}"),
+            "steps": (5, FORGETS),
+            "seeds": (2, "runs test own maps"),
+            "batch": (2, FORGETS),
+            "test_windows": (4, "test own base"),
+            "valid_windows": (3, "valid own_valid base"),
         },
     ),
     which.Plan: Case(
