@@ -401,6 +401,56 @@ def peak_of(ratio):
     return change
 
 
+def of_forgetting(rows, kinds=("final",), **config):
+    for row in rows:
+        c = row["config"]
+        if c["kind"] in kinds and config.items() <= c.items():
+            yield row
+
+
+def lora_at(key, value, target=None, least=1, seeds=None):
+    """A loss of LoRA as trained, from a rank on, on one text or on both, for some seeds or all."""
+
+    def change(rows):
+        for row in of_forgetting(rows):
+            c = row["config"]
+            if c["rank"] >= least and target in (None, c["target"]) and (seeds is None or c["seed"] in seeds):
+                row[key] = value
+
+    return change
+
+
+def fronts_at(lora, full):
+    """What LoRA and full fine-tuning have on the text of pretraining at every rate."""
+
+    def change(rows):
+        for row in of_forgetting(rows, ("front", "final")):
+            row["own_test"] = lora if row["config"]["rank"] else full
+
+    return change
+
+
+def maps_at(**values):
+    """Numbers of every map: those of LoRA, and with full_ those of full fine-tuning."""
+
+    def change(rows):
+        for row in of_forgetting(rows):
+            for kept in row["maps"].values():
+                for key, value in values.items():
+                    if key.startswith("full_") == (row["config"]["rank"] == 0):
+                        kept[key.removeprefix("full_")] = value
+
+    return change
+
+
+def both(*changes):
+    def change(rows):
+        for each in changes:
+            each(rows)
+
+    return change
+
+
 CHANGED = [  # rule, what becomes of its rows, what it says then
     ("little_is_enough", one_seed_below_half, FAILS),
     ("as_good_as_full", all_as_full, HOLDS),
@@ -465,6 +515,28 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("adapters_slow_inference", latency("unmerged", 1.04), FAILS),
     ("adapters_slow_inference", latency("merged", 1.05), HOLDS),
     ("fraction_of_the_time", step_of(0.49), HOLDS),
+    ("learns_less", lora_at("test", 9.0), HOLDS),
+    ("learns_less", lora_at("test", 0.1), FAILS),
+    (
+        "learns_less",
+        both(lora_at("test", 9.0), lora_at("test", 0.1, "folio", 16)),
+        "holds when r is at most 4 on folio or the text is code",
+    ),
+    ("learns_less", both(lora_at("test", 9.0), lora_at("test", 0.1, seeds=(2,))), FAILS),
+    ("forgets_less", lora_at("own_test", 0.1), HOLDS),
+    ("forgets_less", lora_at("own_test", 9.0), FAILS),
+    (
+        "forgets_less",
+        both(lora_at("own_test", 0.1), lora_at("own_test", 9.0, "code", seeds=(0,))),
+        "holds when the text is folio",
+    ),
+    ("forgets_less_at_equal_loss", fronts_at(0.1, 9.0), HOLDS),
+    ("forgets_less_at_equal_loss", fronts_at(9.0, 0.1), FAILS),
+    ("has_intruders", maps_at(intruders=3, full_intruders=0), HOLDS),
+    ("has_intruders", maps_at(intruders=0, full_intruders=0), FAILS),
+    ("has_intruders", maps_at(intruders=3, full_intruders=1), FAILS),
+    ("full_is_of_high_rank", maps_at(full_effective_rank=60.0), HOLDS),
+    ("full_is_of_high_rank", maps_at(full_effective_rank=20.0), FAILS),
     ("four_bits_save_memory", peak_of(0.5), FAILS),
 ]
 

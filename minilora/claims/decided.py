@@ -1,33 +1,25 @@
 """The claims, decided by rows: a folder of them, as they are committed -> an entry of the ledger for each."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from ..experiments import adding_adapters, known_rank, merging, rank_sweep, scale, subspaces, which_matrices
+from ..experiments import rank_sweep
+from ..experiments.questions import question
 from ..formats.atomic import read
-from . import arithmetic, choices, cost, directions, ranks, use
+from . import choices, cost, full, ranks, use
 from .claim import Entry, Rows
 
-CLAIMS = (
-    *ranks.CLAIMS, *directions.CLAIMS, *choices.CLAIMS, *use.CLAIMS, *cost.CLAIMS, *arithmetic.CLAIMS,
-)  # fmt: skip
-READERS: dict[str, Callable[[Path], Rows]] = {  # of sealed rows; those of a benchmark are plain JSON
-    ranks.SWEEP: rank_sweep.read_rows,
-    ranks.PLANTED: known_rank.read_rows,
-    directions.SUBSPACES: subspaces.read_rows,
-    choices.WHICH: which_matrices.read_rows,
-    choices.SCALES: scale.read_rows,
-    use.ROUNDED: merging.read_rows,
-    use.ADDING: adding_adapters.read_rows,
-}
+CLAIMS = (*ranks.CLAIMS, *choices.CLAIMS, *full.CLAIMS, *use.CLAIMS, *cost.CLAIMS)
 
 
 def rows_of(root: Path, name: str) -> Rows:
     """The rows of one file; StorageError if it is not there, FormatError for what nothing writes."""
-    if name in READERS:
-        return READERS[name](root / name)
-    found = json.loads(read(root / name))
+    path = root / name
+    if name == ranks.SWEEP:
+        return rank_sweep.read_rows(path)
+    if path.suffix == ".jsonl":  # of the experiment that gives its folder the name
+        return question(path.parent.name)[0].read_rows(path)
+    found = json.loads(read(path))
     if isinstance(found, list):
         return found
     return found.get("rows", [found])  # a benchmark of several parts is one row

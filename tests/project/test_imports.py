@@ -28,8 +28,8 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
     "experiments.forgetting", "experiments.forgetting_figures",
-    "experiments.questions", "claims.claim", "claims.ranks", "claims.directions", "claims.choices",
-    "claims.use", "claims.cost", "claims.arithmetic", "claims.decided", "claims.ledger",
+    "experiments.questions", "claims.claim", "claims.ranks", "claims.choices", "claims.full",
+    "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one question each, and their figures
