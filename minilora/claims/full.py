@@ -46,8 +46,8 @@ def forgets_less(rows: Rows) -> Verdict:
 
 
 def forgets_less_at_equal_loss(rows: Rows) -> Verdict:
-    """Holds when, at learning rates at which both have learned as much, LoRA has a lower loss on the pretraining
-    text than full fine-tuning, with each seed, up to some rank.
+    """Holds when, at rates at which both have learned as much, LoRA has a lower loss on the pretraining text
+    than full fine-tuning, with each seed, up to some rank.
     """
     f = found(rows)
     so = {target: f.less(target, "equal") < 0 for target in f.plan.targets}
@@ -55,8 +55,8 @@ def forgets_less_at_equal_loss(rows: Rows) -> Verdict:
 
 
 def has_intruders(rows: Rows) -> Verdict:
-    """Holds when more than one in a hundred of the first ten singular vectors of W + ΔW resemble W's by chance
-    only, but not with full fine-tuning, with each seed, up to some rank.
+    """Holds when more than one in a hundred of the first ten singular vectors of W + ΔW resemble W's by
+    chance only, but not with full fine-tuning, with each seed, up to some rank.
     """
     f = found(rows)
     low, high = f.plan.ranks[0], f.plan.ranks[-1]
@@ -71,7 +71,7 @@ def has_intruders(rows: Rows) -> Verdict:
 
 
 def full_is_of_high_rank(rows: Rows) -> Verdict:
-    """Holds if the effective rank of full fine-tuning's ΔW is over half of noise's, with each seed and text."""
+    """Holds if the effective rank of full fine-tuning's ΔW is over half of noise's, in each run."""
     f = found(rows)
     over = {target: f.of_noise(target, 0) for target in f.plan.targets}
     rank = {target: np.median(f.arms[target, 0].of_maps("effective_rank")) for target in f.plan.targets}
