@@ -1,9 +1,10 @@
-"""Write the ledger of claims from the committed rows: minilora/claims/ledger.json and docs/claims.md.
+"""Write the ledger of claims from the committed rows: ledger.json, docs/claims.md, the README's first lines.
 
 python docs/claims.py
 """
 
 import json
+import re
 from pathlib import Path
 
 from minilora.claims.claim import Entry
@@ -11,6 +12,8 @@ from minilora.claims.ledger import LEDGER, Ledger, claims
 from minilora.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACE = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.S)
+FIRST = 5  # lines of the ledger in the README
 HEAD = (
     "# What is said about LoRA, and what was found here\n\n"
     "Each sentence is decided by rows that are committed here, by the rule beside it. `minilora claims` "
@@ -33,7 +36,16 @@ def page(ledger: Ledger) -> str:
     return HEAD + table.markdown("l" * 6) + "\n"
 
 
+def opened(readme: str, ledger: Ledger) -> str:
+    """The README with the first lines of the ledger in their place."""
+    lines = [(e.statement, f"[{e.verdict}]({e.figure})", e.number) for e in ledger.entries[:FIRST]]
+    table = Table(("said of LoRA", "found here", "decided by"), lines).markdown("lll")
+    return PLACE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", readme)
+
+
 if __name__ == "__main__":
     found = claims(ROOT)
     LEDGER.write_text(json.dumps(found.data(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (ROOT / "docs/claims.md").write_text(page(found), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(opened(readme.read_text(encoding="utf-8"), found), encoding="utf-8")

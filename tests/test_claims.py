@@ -39,11 +39,14 @@ def test_the_ledger_that_ships_is_what_the_committed_rows_give():
     assert json.loads(LEDGER.read_text(encoding="utf-8")) == found.data()
 
 
-def test_the_page_shows_the_ledger(monkeypatch):
+def test_the_page_shows_the_ledger_and_the_readme_its_first_lines(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
-    from claims import page
+    from claims import FIRST, opened, page
 
     assert (ROOT / "docs/claims.md").read_text(encoding="utf-8") == page(claims())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert opened(readme, claims()) == readme
+    assert sum(f"| {entry.statement} |" in readme for entry in claims().entries) == FIRST
 
 
 def test_all_rows_of_a_file_are_read(committed):
