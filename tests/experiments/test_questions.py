@@ -18,6 +18,7 @@ PAGES = {  # experiment -> its page in docs/
     "which-matrices": "what_to_adapt",
     "scale": "what_to_adapt",
     "merging": "merging",
+    "forgetting": "forgetting",
     "adding-adapters": "adding_adapters",
 }
 SEEDS = 5
