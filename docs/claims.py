@@ -18,7 +18,7 @@ HEAD = (
     "# What is said about LoRA, and what was found here\n\n"
     "Each sentence is decided by rows that are committed here, by the rule beside it. `minilora claims` "
     "prints the verdicts; `minilora claims --root .` decides anew in a clone. The models are small: a "
-    "sentence that does not hold here may hold of larger ones, and the other way around.\n\n"
+    "sentence that does not hold here may hold of larger ones, and the other way around.\n"
 )
 
 
@@ -31,9 +31,12 @@ def linked(entry: Entry) -> str:
 
 def page(ledger: Ledger) -> str:
     """docs/claims.md."""
-    lines = [(e.statement, e.source, e.verdict, e.number, e.rule, linked(e)) for e in ledger.entries]
-    table = Table(("claim", "source", "verdict", "decided by", "rule", "evidence"), lines)
-    return HEAD + table.markdown("l" * 6) + "\n"
+    parts = [HEAD]
+    for subject, some in ledger.subjects().items():
+        lines = [(e.statement, e.source, e.verdict, e.number, e.rule, linked(e)) for e in some]
+        table = Table(("claim", "source", "verdict", "decided by", "rule", "evidence"), lines)
+        parts.append(f"## {subject}\n\n{table.markdown('l' * 6)}\n")
+    return "\n".join(parts)
 
 
 def opened(readme: str, ledger: Ledger) -> str:

@@ -35,6 +35,7 @@ class Claim:
 class Entry:
     """A claim and what became of it."""
 
+    subject: str
     statement: str
     source: str
     verdict: str

@@ -9,7 +9,14 @@ from ..formats.atomic import read
 from . import choices, cost, full, ranks, use
 from .claim import Entry, Rows
 
-CLAIMS = (*ranks.CLAIMS, *choices.CLAIMS, *full.CLAIMS, *use.CLAIMS, *cost.CLAIMS)
+SUBJECTS = {
+    "Ranks and directions": ranks.CLAIMS,
+    "Where and how to adapt": choices.CLAIMS,
+    "Beside full fine-tuning": full.CLAIMS,
+    "Merging, adding, serving": use.CLAIMS,
+    "Time, memory, parameters": cost.CLAIMS,
+}
+CLAIMS = tuple(claim for some in SUBJECTS.values() for claim in some)
 
 
 def rows_of(root: Path, name: str) -> Rows:
@@ -30,9 +37,8 @@ def entries(root: Path) -> tuple[Entry, ...]:
     files = dict.fromkeys(claim.rows for claim in CLAIMS if claim.rows)
     rows = {name: rows_of(root, name) for name in files}
     made = []
-    for claim in CLAIMS:
-        verdict, number = claim.decide(rows.get(claim.rows, ()))
-        made.append(
-            Entry(claim.statement, claim.source, verdict, number, claim.rule, claim.rows, claim.figure)
-        )
+    for subject, some in SUBJECTS.items():
+        for c in some:
+            verdict, number = c.decide(rows.get(c.rows, ()))
+            made.append(Entry(subject, c.statement, c.source, verdict, number, c.rule, c.rows, c.figure))
     return tuple(made)

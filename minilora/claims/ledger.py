@@ -22,7 +22,7 @@ LEDGER = Path(__file__).with_name("ledger.json")
 @report
 @dataclass(frozen=True)
 class Ledger:
-    """All claims; prints as a table."""
+    """All claims; prints as a table for each subject."""
 
     entries: tuple[Entry, ...]
 
@@ -30,8 +30,18 @@ class Ledger:
         return [asdict(entry) for entry in self.entries]
 
     def parts(self) -> list[str | Table]:
-        lines = [(e.statement, e.source, e.verdict, e.number) for e in self.entries]
-        return [Table(("claim", "source", "verdict", "decided by"), lines)]
+        head = ("claim", "source", "verdict", "decided by")
+        return [
+            Table(head, [(e.statement, e.source, e.verdict, e.number) for e in some], subject)
+            for subject, some in self.subjects().items()
+        ]
+
+    def subjects(self) -> dict[str, list[Entry]]:
+        """Subject -> its claims, in order."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.subject, []).append(entry)
+        return found
 
 
 def claims(root: Path | str | None = None) -> Ledger:
