@@ -5,12 +5,11 @@
     both random  ΔW = s B A is not zero: training does not begin at the base
     taken off    PiSSA, OLoRA and LoRA-GA: ΔW = s (B A - B₀ A₀), zero at the start (methods/starts.py)
 
-Hu et al. 2021, section 4.1; Hayou et al. 2024 ("The impact of initialization", A or B zero); Meng et al. 2024;
-Büyükakyüz 2024; Wang et al. 2024. The baseline of the starts taken off has PiSSA's singular values along random
-directions. Runs with a seed of their own choose the learning rate of each start on a validation split. Then
-each seed is trained at that rate and at the usual start's, measured on the test split, and keeps the loss of
-every batch before its step. All starts of a seed see the same batches, so that both zero, which never leaves
-the base, tells the base's loss on them.
+Hu et al. 2021, section 4.1; Hayou et al. 2024 (which factor is zero); Meng et al., Büyükakyüz and Wang et al.
+2024. The baseline of the starts taken off has PiSSA's singular values along random directions. Runs with a
+seed of their own choose the learning rate of each start on a validation split. Then each seed is trained at
+that rate and at the usual start's, and measured on the test split. All starts of a seed see the same batches,
+whose losses are kept: both zero, which never leaves the base, tells the base's.
 """
 
 import copy
@@ -151,7 +150,7 @@ def work(run: Run, inputs: Inputs) -> Row:
 
 
 def measured(run: Run, inputs: Inputs) -> Row:
-    """The validation loss of a search; for a seed its test loss before and after, and what happens between."""
+    """The validation loss of a search; of a seed the test loss before and after, and what lies between."""
     plan, text = run.plan, inputs.texts[run.plan.target]
     if run.kind == "base":
         return {"test": loss_on(inputs.base, text, "test", plan.test_windows)}
@@ -210,9 +209,9 @@ def run(
         )  # fmt: skip
         usual = rates[USUAL]
         store.finish(
-            replace(cell, kind="final", rate=rate, seed=seed)
-            for start, cell in cells.items()
-            for rate in dict.fromkeys((rates.get(start, usual), rates[start] if start == FULL else usual))
+            replace(cells[start], kind="final", rate=rate, seed=seed)
+            for start in cells
+            for rate in ([rates[FULL]] if start == FULL else [rates.get(start, usual), usual])
             for seed in range(plan.seeds)
         )
         return store.close()

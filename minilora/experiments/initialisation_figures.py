@@ -1,4 +1,4 @@
-"""What the experiment with starts found: rows -> a table, and three figures.
+"""What the experiment with starts found: rows -> a table, and two figures.
 
 A figure has its question as its title and the answer, computed from the rows, below it.
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Axes, Picture, axes, styled
+from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, styled
 from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
 from .initialisation import FULL, PLAIN, STARTS, STUCK, TAKEN_OFF, USUAL, Plan
-from .scale_figures import TEST, VALID, Arm, bounded, curve, spread
+from .scale_figures import TEST, Arm, spread
 
 RIVALS = ("PiSSA", "OLoRA", "LoRA-GA")  # of the usual start
 LOOKS = (  # of a start in its panel
@@ -126,12 +126,15 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     """What the table shows, in words; numbers are medians over the seeds, in nats."""
     f = found(rows)
     stuck, others = f.gradients(STUCK), ("B zero (Gaussian A)", "A zero", "both random")
+    searched = [start for start in STARTS if start != STUCK]
     exact = [start for start in STARTS if f.away(start) == 0]
     return [
         f"With both factors at zero |dA| is {stuck['A']:g} and |dB| {stuck['B']:g}: the loss stays within "
         f"{max(abs(f.arms[STUCK].best - f.base)):g} of the base's.",
-        f"Before the first step the loss is the base's to the last digit with {', '.join(exact) or 'none'}; the starts taken off are within "
-        f"{max(map(f.away, TAKEN_OFF)):.0e}; both random is {f.away('both random'):.2f} off.",
+        f"Before the first step the loss is the base's to the last digit with {', '.join(exact) or 'none'}.",
+        f"The starts taken off begin within {max(map(f.away, TAKEN_OFF)):.0e} of it, both random "
+        f"{f.away('both random'):.2f} off.",
+        f"The best rates: {', '.join(f'{start} {f.arms[start].rate:g}' for start in searched)}.",
         f"At its own best rate, against {USUAL}: {each(f, f.change, others)}.",
         f"The starts taken off: {each(f, f.change, (*TAKEN_OFF,))}.",
         f"All at the best rate of {USUAL}, {f.usual.rate:g}: {each(f, f.change_at_one_rate, (*TAKEN_OFF,))}.",
@@ -168,40 +171,32 @@ def starts(rows: Sequence[Row]) -> Picture:
     answer = f"at its own best rate against {USUAL}: {each(f, f.change)} nats"
     figure.suptitle(f"Does the start of LoRA matter?\n{answer}")
     says = (
-        f"Test loss after {f.plan.steps} steps at r = {f.plan.rank} by start; points are seeds, bars medians. "
-        f"The base has {f.base:.3f}, all weights trained {full:.3f}. {answer[0].upper()}{answer[1:]}."
+        f"Test loss after {f.plan.steps} steps at r = {f.plan.rank}; points are seeds, bars medians. The "
+        f"base has {f.base:.3f}, all weights trained {full:.3f}. {answer[0].upper()}{answer[1:]}."
     )
     return Picture(figure, says)
-
-
-def panels() -> tuple[Any, list[tuple[Axes, Sequence[str]]]]:
-    """A figure with a panel for the starts whose ΔW is s B A, and one for those with a start taken off."""
-    figure, (line,) = axes(columns=2, size=(11.0, 5.2))
-    for ax, (title, _) in zip(line, PANELS, strict=True):
-        ax.set_title(title)
-    return figure, [(ax, names) for ax, (_, names) in zip(line, PANELS, strict=True)]
 
 
 @styled
 def first_steps(rows: Sequence[Row]) -> Picture:
     """The loss of each batch less the base's over the first half of the steps."""
     f = found(rows)
-    figure, parts = panels()
+    figure, (line,) = axes(columns=2, size=(11.0, 5.2))
     count = math.ceil(f.plan.steps / 2)
     lowest = min(np.median(f.path(start)[:, :count], 0).min() for start in STARTS)
     top = -0.6 * lowest
-    for ax, names in parts:
+    for ax, (title, names) in zip(line, PANELS, strict=True):
         for start, (colour, mark, style) in zip(names, LOOKS, strict=True):
             y = f.path(start)[:, :count]
             x = range(1, count + 1)
             ax.plot(x, np.median(y, 0), color=colour, linestyle=style, marker=mark, label=start,
                     markevery=max(count // 12, 1), markersize=6)  # fmt: skip
             ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
-        ax.set(xlabel="step", ylim=(1.2 * lowest - 0.01, top))
+        ax.set(xlabel="step", ylim=(1.2 * lowest - 0.01, top), title=title)
         ax.legend(loc="upper right")
     jump = f"{np.median(f.path('both random')[:, 0]):+.2f}"
-    parts[0][0].set_ylabel("loss less the base's on the same batch\n(nats per character)")
-    parts[0][0].text(1, top, f" ↑ both random: {jump}", color=LOOKS[3][0], ha="left", va="top")
+    line[0].set_ylabel("loss less the base's on the same batch\n(nats per character)")
+    line[0].text(1, top, f" ↑ both random: {jump}", color=LOOKS[3][0], ha="left", va="top")
     answer = f"the mean of the first quarter of the steps against {USUAL}: {each(f, f.early)} nats"
     figure.suptitle(f"How does the loss go over the first steps?\n{answer}")
     says = (
@@ -212,30 +207,6 @@ def first_steps(rows: Sequence[Row]) -> Picture:
     return Picture(figure, says)
 
 
-@styled
-def rates(rows: Sequence[Row]) -> Picture:
-    """The validation loss against the learning rate."""
-    f = found(rows)
-    figure, parts = panels()
-    searched = [f.arms[start].curve for start in STARTS if start != STUCK]
-    tried = [rate for arm in searched for rate in arm]
-    for ax, names in parts:
-        for start, (colour, mark, style) in zip(names, LOOKS, strict=True):
-            if start != STUCK:
-                curve(ax, f.arms[start], colour, mark, start, style)
-        bounded(ax, [min(min(arm.values()) for arm in searched) + more for more in (0, 0.1)])
-        ax.set(xlabel="learning rate", xscale="log", xlim=(min(tried) / 1.3, max(tried) * 1.3))
-        ax.legend(loc="upper right")
-    parts[0][0].set_ylabel(VALID)
-    best = ", ".join(f"{start} {f.arms[start].rate:g}" for start in (USUAL, "A zero", *RIVALS))
-    figure.suptitle(f"Does the best learning rate depend on the start?\nthe best: {best}")
-    says = (
-        f"Validation loss against learning rate after {f.plan.steps} steps; filled marks are minima. The best "
-        f"rates: {best}."
-    )
-    return Picture(figure, says)
-
-
 def pictures(rows: Sequence[Row]) -> dict[str, Picture]:
     """All figures, by file name."""
-    return {"starts": starts(rows), "first_steps": first_steps(rows), "rates": rates(rows)}
+    return {"starts": starts(rows), "first_steps": first_steps(rows)}

@@ -4,13 +4,13 @@
 
     PiSSA      s B₀ A₀ = U S Vᵀ, the r largest singular values of W; each factor has √(S / s)
     OLoRA      B₀ A₀ = Q R, the first r columns and rows of the QR factorization of W
-    LoRA-GA    A₀ = c V₁ᵀ and B₀ = c U₂, the first r right and the next r left singular vectors of the gradient
-               of W; c = O^¼ / √γ, O the outputs of W
+    LoRA-GA    A₀ = c V₁ᵀ and B₀ = c U₂, the first r right and the next r left singular vectors of the
+               gradient of W; c = O^¼ / √γ, O the outputs of W
 
 Meng et al. 2024; Büyükakyüz 2024; Wang et al. 2024. Stands in for these values of PEFT's init_lora_weights,
-which write W - s B₀ A₀ over W; here W is only read, and `as_lora` makes the plain LoRA that belongs beside it.
-Leaves out randomized decompositions and LoRA-GA's other directions and scales (PEFT's also multiplies B₀ by the
-gradient's singular values, which the paper does not).
+which write W - s B₀ A₀ over W. Here W is only read, and `as_lora` makes the plain LoRA that belongs beside
+it. Leaves out randomized decompositions and LoRA-GA's other directions and scales. (PEFT multiplies its B₀ by
+the gradient's singular values, too, which the paper does not.)
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import numpy as np
 
 from ..backend import Array, xp
 from ..errors import ConfigError, MismatchError, nearest
-from ..layers import Factors, Linear, Need, Param
+from ..layers import Adapter, Factors, Linear, Need, Param
 from ..lora import LowRank, adapted, bases, unmerged
 from ..ops import Back, rows
 from ..tree import freeze, replica
 from .lora_config import LoraConfig
 
-Start = Callable[[str, Array, int, float], tuple[Array, Array]]  # path, W (O, I), r, s -> B₀ (O, r), A₀ (r, I)
+Start = Callable[
+    [str, Array, int, float], tuple[Array, Array]
+]  # path, W (O, I), r, s -> B₀ (O, r), A₀ (r, I)
 
 
 @dataclass(eq=False)
@@ -76,9 +78,9 @@ class StartConfig:
     config: LoraConfig
     start: Start
 
-    def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Started]:
-        """Path -> a fresh adapter for every target. ConfigError unless all of them are LoRA on linear maps."""
-        new = {}
+    def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
+        """Path -> a fresh adapter for every target; ConfigError unless all are LoRA on linear maps."""
+        new: dict[str, Adapter] = {}
         for path, adapter in self.config.fresh(layers, rng).items():
             if not isinstance(adapter, LowRank):
                 raise ConfigError(
@@ -93,14 +95,14 @@ class StartConfig:
 
 
 def pissa(path: str, W: Array, r: int, s: float) -> tuple[Array, Array]:
-    """The principal part of W, half of each singular value in each factor (Meng et al. 2024, equation 2)."""
+    """The principal part of W, half of each singular value in each factor (Meng et al. 2024)."""
     U, S, Vt = xp.linalg.svd(W, full_matrices=False)
     root = xp.sqrt(S[:r] / s)
     return U[:, :r] * root, root[:, None] * Vt[:r]
 
 
 def olora(path: str, W: Array, r: int, s: float) -> tuple[Array, Array]:
-    """Orthonormal columns that span the first r of W, and their coefficients (Büyükakyüz 2024, section 3)."""
+    """Orthonormal columns that span the first r of W, and their coefficients (Büyükakyüz 2024)."""
     Q, R = xp.linalg.qr(W)
     return Q[:, :r], R[:r]
 
@@ -108,7 +110,7 @@ def olora(path: str, W: Array, r: int, s: float) -> tuple[Array, Array]:
 def lora_ga(gradients: Mapping[str, Array], gamma: float = 16.0) -> Start:
     """The start for these gradients (path -> (O, I)) of W, whose first step is most like theirs.
 
-    Wang et al. 2024, theorem 3.2; s = alpha / sqrt(r) there. The start raises MismatchError for a path without
+    Wang et al. 2024, section 3, with s = alpha / sqrt(r). The start raises MismatchError for a path without
     a gradient, and ConfigError if 2r is more than O or I.
     """
 
@@ -142,12 +144,12 @@ def weight_gradients(model: Any, ids: Array, labels: Array) -> dict[str, Array]:
 
 
 def as_lora(model: Any) -> None:
-    """Make each active adapter of that kind a plain LoRA of rank 2r with the same ΔW: to save, not to train.
+    """Make every active adapter of that kind a plain LoRA of rank 2r with the same ΔW: to save, not to train.
 
-    Its second half would be trained, too. StateError if the model has no adapter, or a merged one.
+    The half that is taken off would be trained, too. StateError if the model has no adapter, or is merged.
     """
     adapted(model)
     for layer in unmerged(model).values():
-        adapter = layer.adapters.get(layer.active or "")
-        if isinstance(adapter, Started):
-            layer.adapters[layer.active] = adapter.plain()
+        name = layer.active
+        if name and isinstance(adapter := layer.adapters[name], Started):
+            layer.adapters[name] = adapter.plain()

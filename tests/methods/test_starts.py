@@ -1,4 +1,4 @@
-"""LoRA that starts at factors of W or of its gradient: the base at first, W only read, and a rank of 2r at last."""
+"""LoRA that starts at factors of W or of its gradient: the base at first, W only read, rank 2r at last."""
 
 import math
 
@@ -25,6 +25,7 @@ from minilora.errors import ConfigError, MismatchError, StateError
 from minilora.layers import Linear, Need, Param
 from minilora.lora import Adapted, LowRank, adapted, bases, inject, merge, owners, unmerge
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.quantize import quantize
 from minilora.methods.starts import (
     StartConfig,
     Started,
@@ -262,9 +263,8 @@ def test_the_networks_gradient_matches_the_complex_step(seed, kind):
 @pytest.mark.parametrize("need", [Need.WEIGHTS, Need.NONE])
 def test_without_a_need_of_dx_none_is_made(need):
     base, adapter, draw = whole(0, 7, 6, 2)
-    y, back = adapter(base, draw(2, 4, 6), need)
-    dx = back(draw(2, 4, 7))
-    assert dx is None
+    back = adapter(base, draw(2, 4, 6), need)[1]
+    assert back(draw(2, 4, 7)) is None
     assert adapter.low_rank.A.grad is not None
 
 
@@ -281,9 +281,7 @@ def test_the_base_is_untouched_to_the_bit():
     merge(model)
     unmerge(model)
     as_lora(model)
-    tree = {
-        path.replace(".", "/"): layer.base for path, layer in owners(model) if isinstance(layer, Adapted)
-    }
+    tree = {path.replace(".", "/"): layer.base for path, layer in owners(model) if isinstance(layer, Adapted)}
     for path, p in named_params(tree).items():
         assert p.data is arrays[path.replace("/", ".")]
     for layer in adapted(model).values():
@@ -365,6 +363,20 @@ def test_exported_it_is_a_lora_of_twice_the_rank_with_the_same_change(kind, tmp_
     assert np.array_equal(again(ids)[0], plain)
 
 
+def test_beside_a_packed_base_it_starts_at_the_decoded_one():
+    def both(dtype):
+        model, rng = tiny(6, dtype)
+        quantize(model)
+        ids, _ = batch(rng)
+        inject(model, StartConfig(PLAIN, pissa), rng=rng)
+        assert all(layer.base.weight.packed for layer in adapted(model).values())
+        y = model(ids)[0]
+        with disabled(model):
+            return y, model(ids)[0]
+
+    assert_precision_scales(both)
+
+
 def test_as_lora_leaves_other_adapters_alone():
     model, rng = network(5)
     inject(model, PLAIN, rng=rng, name="other")
@@ -392,7 +404,7 @@ def test_as_lora_leaves_other_adapters_alone():
       MismatchError, "layers.1.self_attn.q_proj has no gradient; .*layers.0.self_attn.q_proj"),
      (LoraConfig(5, targets="k_proj"), lora_ga({"model.layers.0.self_attn.k_proj": 0}), ConfigError,
        r"r is 5 for model.layers.0.self_attn.k_proj of shape \(8, 10\); LoRA-GA takes at most 4")],
-    ids=lambda x: x if isinstance(x, str) else "",
+    ids=["dora", "embedding", "copy", "rank", "no gradient", "half the rank"],
 )  # fmt: skip
 def test_what_no_start_is_for_is_refused_and_the_model_left_as_it_was(config, start, error, match):
     model, rng = tiny(0)
