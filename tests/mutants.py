@@ -1068,6 +1068,7 @@ MUTANTS = (
     Mutant("lora-ga-by-the-inputs", STARTS, "c = len(W) ** 0.25", "c = W.shape[1] ** 0.25", "starts"),
     Mutant("lora-ga-rank-beyond-half", STARTS, "if 2 * r > min(W.shape):", "if r > min(W.shape):", "starts"),
     Mutant("gradient-taken-of-the-model-itself", STARTS, "    model = replica(model)\n", "", "starts"),
+    Mutant("resumed-beside-any-start", STARTS, 'of_arrays([("B0", B0), ("A0", A0)])', '""', "starts"),
     Mutant("start-beside-any-adapter", STARTS, "if not isinstance(adapter, LowRank):", "if adapter.low_rank is None:", "starts"),
     Mutant("as-lora-for-what-is-not-active", STARTS, "        name = layer.active\n", "        name = next(iter(layer.adapters))\n",
            "starts"),

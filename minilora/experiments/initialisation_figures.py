@@ -148,7 +148,9 @@ def starts(rows: Sequence[Row]) -> Picture:
     f = found(rows)
     figure, ((ax,),) = axes(size=(9.6, 5.6))
     full = float(np.median(f.arms[FULL].best))
-    right = f.base + 0.2 * (f.base - full)
+    low = min(float(losses.min()) for arm in f.arms.values() for losses in arm.tests.values())
+    gap = max(f.base - low, 0.01)
+    right = low + 0.4 * gap  # what lies beyond is written there
     for y, start in enumerate(STARTS):
         arm = f.arms[start]
         for losses, up, colour, mark, fill in (
@@ -161,13 +163,12 @@ def starts(rows: Sequence[Row]) -> Picture:
                 ax.text(right, y + up, f"{middle:.2f} →", color=colour, ha="right", va="center")
     ax.plot([], [], "o", color=BLUE, label="at its own best rate")
     ax.plot([], [], "s", color=ORANGE, markerfacecolor="none", label=f"at {f.usual.rate:g}")
-    ax.axvline(f.base, color=GREY, linestyle=":", label="base")
     ax.axvline(full, color=GREY, linestyle="--", label=FULL)
-    ax.set_xlim(full - 0.1 * (f.base - full), right)
+    ax.set_xlim(low - 0.03 * gap, right)
     ax.set_yticks(range(len(STARTS)), STARTS)
     ax.invert_yaxis()
-    ax.set_xlabel(TEST)
-    figure.legend(loc="outside lower center", ncols=4)
+    ax.set_xlabel(f"{TEST}; the base has {f.base:.2f}")
+    figure.legend(loc="outside lower center", ncols=3)
     answer = f"at its own best rate against {USUAL}: {each(f, f.change)} nats"
     figure.suptitle(f"Does the start of LoRA matter?\n{answer}")
     says = (
@@ -196,7 +197,8 @@ def first_steps(rows: Sequence[Row]) -> Picture:
         ax.legend(loc="upper right")
     jump = f"{np.median(f.path('both random')[:, 0]):+.2f}"
     line[0].set_ylabel("loss less the base's on the same batch\n(nats per character)")
-    line[0].text(1, top, f" ↑ both random: {jump}", color=LOOKS[3][0], ha="left", va="top")
+    line[0].text(1, top, f" ↑ both random: {jump}", color=LOOKS[3][0], ha="left", va="top",
+                 bbox={"color": "white"})  # fmt: skip
     answer = f"the mean of the first quarter of the steps against {USUAL}: {each(f, f.early)} nats"
     figure.suptitle(f"How does the loss go over the first steps?\n{answer}")
     says = (

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, xp
+from ..digests import of_arrays
 from ..errors import ConfigError, MismatchError, nearest
 from ..layers import Adapter, Factors, Linear, Need, Param
 from ..lora import LowRank, adapted, bases, unmerged
@@ -42,6 +43,7 @@ class Started:
     low_rank: LowRank
     B0: Array  # (O, r); no Param, since an adapter's are all trained
     A0: Array  # (r, I)
+    digest: str  # of B₀ and A₀, by which a run that resumes knows its start
 
     def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         A0, B0, s = self.A0, self.B0, self.low_rank.scale
@@ -90,7 +92,7 @@ class StartConfig:
             start = self.start(path, W.dense().astype(xp.float64), len(A.data), adapter.scale)
             B0, A0 = (factor.astype(W.dtype) for factor in start)
             B.data, A.data = B0.copy(), A0.copy()
-            new[path] = Started(adapter, B0, A0)
+            new[path] = Started(adapter, B0, A0, of_arrays([("B0", B0), ("A0", A0)]))
         return new
 
 

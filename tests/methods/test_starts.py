@@ -195,7 +195,7 @@ def whole(seed, o, i, r):
         return rng.integers(-4, 5, shape).astype(np.float64)
 
     base = Linear(Param(draw(o, i), trainable=False), Param(draw(o), trainable=False))
-    adapter = Started(LowRank(Param(draw(r, i)), Param(draw(o, r)), 4.0), draw(o, r), draw(r, i))
+    adapter = Started(LowRank(Param(draw(r, i)), Param(draw(o, r)), 4.0), draw(o, r), draw(r, i), "")
     return base, adapter, draw
 
 
@@ -375,6 +375,21 @@ def test_beside_a_packed_base_it_starts_at_the_decoded_one():
             return y, model(ids)[0]
 
     assert_precision_scales(both)
+
+
+def test_a_run_resumes_beside_its_own_start_alone(tmp_path):
+    """B₀ and A₀ are in no checkpoint: they follow from the base, and their digest is compared."""
+
+    def run(start, steps, name):
+        model, rng = tiny(7, np.float32)
+        inject(model, StartConfig(PLAIN, start), rng=rng)
+        train(model, [batch(rng)] * 4, AdamW(1e-2), steps=steps, checkpoint=tmp_path / name)
+        return digest(model)
+
+    run(pissa, 2, "a")
+    with pytest.raises(MismatchError):
+        run(olora, 4, "a")
+    assert run(pissa, 4, "a") == run(pissa, 4, "b")
 
 
 def test_as_lora_leaves_other_adapters_alone():
