@@ -31,9 +31,8 @@ from ..ops import Back, rows
 from ..tree import freeze, replica
 from .lora_config import LoraConfig
 
-Start = Callable[
-    [str, Array, int, float], tuple[Array, Array]
-]  # path, W (O, I), r, s -> B₀ (O, r), A₀ (r, I)
+# (path, W (O, I), r, s) -> B₀ (O, r) and A₀ (r, I)
+Start = Callable[[str, Array, int, float], tuple[Array, Array]]
 
 
 @dataclass(eq=False)
@@ -146,7 +145,7 @@ def weight_gradients(model: Any, ids: Array, labels: Array) -> dict[str, Array]:
 
 
 def as_lora(model: Any) -> None:
-    """Make every active adapter of that kind a plain LoRA of rank 2r with the same ΔW: to save, not to train.
+    """Make every active Started adapter a plain LoRA of rank 2r with the same ΔW: to save, not to train.
 
     The half that is taken off would be trained, too. StateError if the model has no adapter, or is merged.
     """
