@@ -68,6 +68,8 @@ class Mutant(NamedTuple):
 SWEEP = "experiments/rank_sweep.py"
 HARNESS = "experiments/harness.py"
 PRETRAIN = "experiments/pretrain.py"
+STARTS, BEGIN = "methods/starts.py", "experiments/initialisation.py"
+BEGUN = "experiments/initialisation_figures.py"
 
 FOUR, QUANTIZE, BNB = "methods/four_bit.py", "methods/quantize.py", "methods/bitsandbytes.py"
 
@@ -1047,6 +1049,55 @@ MUTANTS = (
     Mutant("diverged-search-is-the-best", "experiments/forgetting_figures.py",
            '"search" and row["status"] == "done"',
            '"search"', "forgetting"),
+    # ---- where LoRA starts
+    Mutant("start-added-not-taken-off", STARTS, "y -= (s * (rows(x)", "y += (s * (rows(x)", "starts"),
+    Mutant("start-without-the-scale", STARTS, "y -= (s * (rows(x) @ A0.T)", "y -= ((rows(x) @ A0.T)", "starts"),
+    Mutant("start-in-no-dx", STARTS, "            if need is Need.ALL:\n", "            if False:\n", "starts"),
+    Mutant("dx-where-none-is-needed", STARTS, "            if need is Need.ALL:\n", "            if True:\n", "starts"),
+    Mutant("start-without-the-scale-in-dx", STARTS, "(s * (rows(dy) @ B0)", "((rows(dy) @ B0)", "starts"),
+    Mutant("start-trained-along", STARTS, "B.data, A.data = B0.copy(), A0.copy()", "B.data, A.data = B0, A0", "starts"),
+    Mutant("plain-lora-adds-the-start", STARTS, "[pair.B.data, -self.B0]", "[pair.B.data, self.B0]", "starts"),
+    Mutant("plain-lora-of-half-the-scale", STARTS, "LowRank(Param(A), Param(B), pair.scale)",
+           "LowRank(Param(A), Param(B), pair.scale / 2)", "starts"),
+    Mutant("pissa-without-the-scale", STARTS, "xp.sqrt(S[:r] / s)", "xp.sqrt(S[:r])", "starts"),
+    Mutant("pissa-of-the-smallest-values", STARTS, "return U[:, :r] * root", "return U[:, -r:] * root", "starts"),
+    Mutant("pissa-all-in-one-factor", STARTS, "root[:, None] * Vt[:r]", "root[:, None] ** 2 * Vt[:r]", "starts"),
+    Mutant("olora-takes-the-last-columns", STARTS, "return Q[:, :r], R[:r]", "return Q[:, -r:], R[-r:]", "starts"),
+    Mutant("lora-ga-one-half-for-both", STARTS, "c * U[:, r : 2 * r]", "c * U[:, :r]", "starts"),
+    Mutant("lora-ga-over-gamma", STARTS, "/ math.sqrt(gamma)", "/ gamma", "starts"),
+    Mutant("lora-ga-by-the-inputs", STARTS, "c = len(W) ** 0.25", "c = W.shape[1] ** 0.25", "starts"),
+    Mutant("lora-ga-rank-beyond-half", STARTS, "if 2 * r > min(W.shape):", "if r > min(W.shape):", "starts"),
+    Mutant("gradient-taken-of-the-model-itself", STARTS, "    model = replica(model)\n", "", "starts"),
+    Mutant("resumed-beside-any-start", STARTS, 'of_arrays([("B0", B0), ("A0", A0)])', '""', "starts"),
+    Mutant("start-beside-any-adapter", STARTS, "if not isinstance(adapter, LowRank):", "if adapter.low_rank is None:", "starts"),
+    Mutant("as-lora-for-what-is-not-active", STARTS, "        name = layer.active\n", "        name = next(iter(layer.adapters))\n",
+           "starts"),
+    Mutant("learn-keeps-no-loss", "experiments/recipe.py", "threads=1).loss", "threads=1).loss[1:]", "recipe initialisation"),
+    Mutant("a-zero-keeps-A", BEGIN, 'in ("A zero", STUCK)', "in (STUCK,)", "initialisation"),
+    Mutant("both-random-keeps-B", BEGIN, 'in ("A zero", "both random")', 'in ("A zero",)', "initialisation"),
+    Mutant("B-as-wide-as-its-outputs", BEGIN, "1 / math.sqrt(B.shape[1])", "1 / math.sqrt(B.shape[0])", "initialisation"),
+    Mutant("random-directions-of-other-lengths", BEGIN, 'xp.einsum("or,or->r", B, B)', 'xp.einsum("or->r", B * 0 + 1)',
+           "initialisation"),
+    Mutant("lora-ga-looks-at-the-first-batch", BEGIN, "next(batches(run, inputs, 2))", "next(batches(run, inputs, 1))",
+           "initialisation"),
+    Mutant("every-start-has-its-own-batches", BEGIN, "np.random.default_rng([run.seed, draw])",
+           "np.random.default_rng([run.seed, draw, len(run.start)])", "initialisation"),
+    Mutant("start-measured-after-training", BEGIN,
+           '    return found | {"losses": losses, "test": loss_on(model, text, "test", plan.test_windows)}\n',
+           '    found["start"] = loss_on(model, text, "test", plan.test_windows)\n'
+           '    return found | {"losses": losses, "test": found["start"]}\n', "initialisation"),
+    Mutant("gradients-of-A-for-both", BEGIN, 'path.endswith(f".{name}")', 'path.endswith(".A")', "initialisation"),
+    Mutant("rate-of-a-start-searched-on-test-text", BEGIN, 'loss_on(model, text, "valid", plan.valid_windows)',
+           'loss_on(model, text, "test", plan.valid_windows)', "initialisation"),
+    Mutant("no-start-at-the-usual-rate", BEGIN, "[rates.get(start, usual), usual]", "[rates.get(start, usual)]",
+           "initialisation"),
+    Mutant("search-of-a-start-ends-at-its-edge", BEGIN, "STEP, EDGES,", "STEP,", "initialisation"),
+    Mutant("loss-less-that-of-another-seed", BEGUN, 'base[row["config"]["seed"]]) for', "base[0]) for", "initialisation"),
+    Mutant("path-of-any-rate", BEGUN, ' and c["rate"] == arms[c["start"]].rate', "", "initialisation"),
+    Mutant("early-is-all-steps", BEGUN, "math.ceil(self.plan.steps / 4)", "self.plan.steps", "initialisation"),
+    Mutant("change-of-the-base", BEGUN, "self.arms[start].best - self.usual.best", "self.arms[start].best - self.base",
+           "initialisation"),
+    Mutant("start-is-off-by-its-best-seed", BEGUN, 'return max(abs(row["start"]', 'return min(abs(row["start"]', "initialisation"),
     # ---- the experiment with sets of matrices
     Mutant("budget-met-from-below", "experiments/which_matrices.py", "round(budget / cost)", "int(budget / cost)", "which_matrices"),
     Mutant("rank-of-all-maps-for-every-set", "experiments/which_matrices.py",

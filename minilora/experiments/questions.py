@@ -16,6 +16,7 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "scale": ("scale", "scale_figures"),
     "merging": ("merging", "merging_figures"),
     "forgetting": ("forgetting", "forgetting_figures"),
+    "initialisation": ("initialisation", "initialisation_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
 }
 

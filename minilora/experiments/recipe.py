@@ -26,9 +26,10 @@ def drawn(text: Corpus, rng: np.random.Generator, batch: int) -> Iterator[Batch]
     return batching.batches(text.train, rng, batch, LENGTH)
 
 
-def learn(model: Llama, batches: Iterator[Batch], optimizer: AdamW, steps: int) -> None:
-    """Train what is trainable; NonFiniteError if the loss is not a number."""
-    train(model, batches, optimizer, steps=steps, schedule=Schedule(steps, warmup=steps // 20), threads=1)
+def learn(model: Llama, batches: Iterator[Batch], optimizer: AdamW, steps: int) -> list[float]:
+    """Train what is trainable; the loss of each batch before its step. NonFiniteError if one is no number."""
+    schedule = Schedule(steps, warmup=steps // 20)
+    return train(model, batches, optimizer, steps=steps, schedule=schedule, threads=1).loss
 
 
 def windows(text: Corpus, split: str, count: int) -> list[Batch]:

@@ -37,6 +37,7 @@ from minilora.experiments import adding_adapters as adding
 from minilora.experiments import (
     forgetting,
     harness,
+    initialisation,
     merge_equivalence,
     pretrain,
     rank_sweep,
@@ -53,6 +54,7 @@ from minilora.formats.huggingface import load, read_json, save_model
 from minilora.lora import Adapted, active, fuse, inject, set_adapter
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
+from minilora.methods.starts import StartConfig, lora_ga
 from minilora.model import Config, Llama, RopeScaling, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.peft.folder import open_adapter
@@ -301,6 +303,18 @@ def test_what_is_forgotten_is_measured_on_a_text_that_is_not_trained_on():
         assert {window in own_test for window in seen[kind, "measured"]} == {True, False}
 
 
+def test_starts_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on_test():
+    learned, valid, test = split(CORPORA["folio"])
+    with by_kind(initialisation) as seen, mock.patch.object(initialisation, "EDGES", 0):
+        initialisation.run(BEGUN, next(outs), jobs=1)
+    assert not seen["base", "trained"]
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test])
+    within(seen["search", "measured"], valid, [learned, test])
+    for kind in ("base", "final"):
+        within(seen[kind, "measured"], test, [learned, valid])
+
+
 def test_pretraining_never_sees_the_held_out_text():
     learned, valid, test = split(CORPORA["folio"])
     recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
@@ -444,6 +458,29 @@ def scaled(rank):
     return run
 
 
+BEGUN = initialisation.Plan(
+    "folio", "one", rank=2, alpha=5.0, rates=(0.02,), full_rates=(0.003,), steps=4, seeds=1, batch=3,
+    test_windows=9, valid_windows=7,
+)  # fmt: skip
+FEW_STARTS = ("B zero", "LoRA-GA")
+
+
+def beginning(start, letters):
+    """One run of the experiment with starts; a seed draws these factors of each map."""
+
+    def run(seed):
+        cell = initialisation.Run("final", BEGUN, start, 0.02, seed)
+        inputs = Inputs("one", load("one"), CORPORA)
+        found = trained_from(
+            common, lambda: [initialisation.work(cell, inputs)[k] for k in ("losses", "test")]
+        )
+        kept = {"batches", "losses"} | {path for path in found if path[-1] in letters}
+        assert len(kept) == 2 + 7 * len(letters)
+        return {part: found[part] for part in kept}
+
+    return run
+
+
 def pretrained(seed):
     recipe = pretrain.Recipe("folio", steps=3, batch=2, warmup=1, seed=seed, test_windows=4)
     found = trained_from(session, lambda: pretrain.run(recipe, next(outs), config=TINY))
@@ -569,6 +606,15 @@ SEEDS = {
     "rows.Run": [swept("lora"), swept("full")],
     "scale.Run": [scaled(3), scaled(0)],
     "forgetting.Run": [forgetting_of(3), forgetting_of(0)],
+    "initialisation.Run": [
+        beginning("B zero", "A"),
+        beginning("A zero", "B"),
+        beginning("both random", "AB"),
+        beginning("LoRA-GA", "AB"),
+        beginning("random directions", "AB"),
+        beginning("PiSSA", ""),
+        beginning("all weights", ""),
+    ],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],
@@ -1205,6 +1251,81 @@ def remembered_by_hand(plan):
     }
 
 
+def begun(plan):
+    """What is run from which start, and what is measured."""
+    with mock.patch.multiple(initialisation, EDGES=0, STARTS=FEW_STARTS):
+        rows = initialisation.run(plan, next(outs), jobs=1)
+    names = ("kind", "start", "rate", "seed", "text")
+    finals = [row for row in rows if row["config"]["kind"] == "final"]
+    return {
+        "runs": {tuple(row["config"][name] for name in names) for row in rows},
+        "valid": sorted(row["valid"] for row in rows if "valid" in row),
+        "test": sorted(row["test"] for row in finals),
+        "first": sorted([row["start"], *row["gradients"].values()] for row in finals),
+        "losses": sorted(row["losses"] for row in finals),
+        "base": [row["test"] for row in rows if row["config"]["kind"] == "base"],
+    }
+
+
+def begun_by_hand(plan):
+    text, full = CORPORA[plan.target], "all weights"
+
+    def loss(model, split, windows):
+        some = batching.eval_batches(getattr(text, split), 16, LENGTH, limit=windows * LENGTH)
+        return evaluate(model, some)
+
+    def some(seed, draw):
+        return batching.batches(text.train, np.random.default_rng([seed, draw]), plan.batch, LENGTH)
+
+    def gradient(model, seed, draw):
+        _, back = model.loss(*next(some(seed, draw)), train=True)
+        back()
+        return {path: p.grad for path, p in trained(model).items()}
+
+    def model(start, seed):
+        made, rng = load(plan.base), np.random.default_rng([seed, 0])
+        config = LoraConfig(plan.rank, plan.alpha)
+        if start == full:
+            unfreeze(made)
+            return made
+        if start == "LoRA-GA":
+            other = load(plan.base)
+            unfreeze(other)
+            named = gradient(other, seed, 2).items()
+            config = StartConfig(config, lora_ga({path.removesuffix(".weight"): g for path, g in named}))
+        inject(made, config, rng=rng)
+        return made
+
+    def learn(start, seed):
+        made, rate = model(start, seed), (plan.full_rates if start == full else plan.rates)[0]
+        schedule = Schedule(plan.steps, warmup=plan.steps // 20)
+        losses = train(
+            made, some(seed, 1), AdamW(rate, betas=(0.9, 0.99)), steps=plan.steps, schedule=schedule
+        ).loss
+        return made, losses, rate
+
+    def norms(start, seed):
+        made = model(start, seed)
+        before = loss(made, "test", plan.test_windows)
+        gradient(made, seed, 1)
+        both = [{k: p for k, p in trained(made).items() if k.endswith(name)} for name in (".A", ".B")]
+        return [before, *(global_norm(group) for group in both if group)]
+
+    starts, seeds = (full, *FEW_STARTS), range(plan.seeds)
+    searched = {start: learn(start, 1000) for start in starts}
+    finals = [learn(start, seed) for start in starts for seed in seeds]
+    runs = {("search", start, rate, 1000, text.digest) for start, (_, _, rate) in searched.items()}
+    runs |= {("final", start, searched[start][2], seed, text.digest) for start in starts for seed in seeds}
+    return {
+        "runs": runs | {("base", "", 0.0, 0, text.digest)},
+        "valid": sorted(loss(made, "valid", plan.valid_windows) for made, *_ in searched.values()),
+        "test": sorted(loss(made, "test", plan.test_windows) for made, *_ in finals),
+        "first": sorted(norms(start, seed) for start in starts for seed in seeds),
+        "losses": sorted(losses for _, losses, _ in finals),
+        "base": [loss(load(plan.base), "test", plan.test_windows)],
+    }
+
+
 def injected_and_trained(config):
     model, rng = tiny(0, np.float32, attention_bias=True)
     inject(model, config, rng=rng)
@@ -1531,6 +1652,24 @@ CASES = {
             "batch": (2, FORGETS),
             "test_windows": (4, "test own base"),
             "valid_windows": (3, "valid own_valid base"),
+        },
+    ),
+    initialisation.Plan: Case(
+        BEGUN,
+        begun,
+        begun_by_hand,
+        {
+            "target": ("kjv", ALL),
+            "base": ("two", "valid test first losses base"),
+            "rank": (1, "valid test first losses"),
+            "alpha": (8.0, "valid test first losses"),
+            "rates": ((0.05,), "runs valid test losses"),
+            "full_rates": ((0.001,), "runs valid test losses"),
+            "steps": (5, "valid test losses"),
+            "seeds": (2, "runs test first losses"),
+            "batch": (2, "valid test first losses"),
+            "test_windows": (8, "test first base"),
+            "valid_windows": (10, "valid"),
         },
     ),
     which.Plan: Case(

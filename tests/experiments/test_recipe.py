@@ -73,9 +73,9 @@ def test_the_rate_rises_for_a_twentieth_of_the_steps_and_then_falls(steps):
         return real(model, batches, optimizer, **how)
 
     with mock.patch.object(recipe, "train", train):
-        learn(made, drawn(ids, np.random.default_rng(0), 2), AdamW(1e-2), steps)
+        losses = learn(made, drawn(ids, np.random.default_rng(0), 2), AdamW(1e-2), steps)
     assert called == {"steps": steps, "schedule": Schedule(steps, warmup=steps // 20), "threads": 1}
-    real(plain, drawn(ids, np.random.default_rng(0), 2), AdamW(1e-2), **called)
+    assert losses == real(plain, drawn(ids, np.random.default_rng(0), 2), AdamW(1e-2), **called).loss
     assert digest(made) == digest(plain)
     real(plain := model(), drawn(ids, np.random.default_rng(0), 2), AdamW(1e-2),
          **called | {"schedule": replace(called["schedule"], warmup=steps // 2 + 1)})  # fmt: skip

@@ -10,7 +10,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "table", "errors", "backend", "digests", "ops", "layers", "tree", "targets", "model", "decoding", "lora",
     "adapters", "optim", "spectra",
     "methods.bias", "methods.dora", "methods.embedding", "methods.full_copy", "methods.lora_config",
-    "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
+    "methods.starts", "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
     "fast.folded", "fast.recompute", "fast.parallel", "fast.mixed", "fast.packed",
     "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
@@ -28,13 +28,17 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
     "experiments.forgetting", "experiments.forgetting_figures",
+    "experiments.initialisation", "experiments.initialisation_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.choices", "claims.full",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip
-MOST = 8  # files of a wing, besides those with one question each, and their figures
-SUBJECTS = ("rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting")
-QUESTIONS = tuple(f"experiments.{subject}" for subject in SUBJECTS)
+MOST = 8  # files of a wing, besides those with one method each, or one question each and its figures
+SUBJECTS = (
+    "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
+    "initialisation",
+)  # fmt: skip
+QUESTIONS = ("methods.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip
