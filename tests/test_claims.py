@@ -454,6 +454,67 @@ def both(*changes):
     return change
 
 
+def start_cells(rows, start, kind="final"):
+    for row in rows:
+        if (row["config"]["kind"], row["config"].get("start")) == (kind, start):
+            yield row
+
+
+def start_at(start, key, value):
+    """A measured value of every seed of one start, at every rate."""
+
+    def change(rows):
+        set_all(start_cells(rows, start), key, value)
+
+    return change
+
+
+def one_seed_of_a_start_at(start, first, others):
+    def change(rows):
+        set_all(start_cells(rows, start), "test", others)
+        for row in start_cells(rows, start):
+            row["test"] = first if row["config"]["seed"] == 0 else row["test"]
+
+    return change
+
+
+def rates_of_a_start(start, times):
+    """All its rates, searched and trained, times so much; for rules that read no common rate."""
+
+    def change(rows):
+        for kind in ("search", "final"):
+            for row in start_cells(rows, start, kind):
+                row["config"]["rate"] *= times
+
+    return change
+
+
+def both_random_at_the_base(rows):
+    (base,) = (row["test"] for row in rows if row["config"]["kind"] == "base")
+    start_at("both random", "start", base)(rows)
+
+
+def uniform_as_gaussian(rows):
+    for start in ("B zero", "B zero (Gaussian A)"):
+        start_at(start, "test", 1.7)(rows)
+
+
+def there_at_once(rows):
+    for row in start_cells(rows, "LoRA-GA"):
+        row["losses"] = [0.5] * len(row["losses"])
+
+
+def never_there(rows):
+    for row in start_cells(rows, "LoRA-GA"):
+        row["losses"] = [9.0] * len(row["losses"])
+
+
+def there_at_two_thirds(rows):
+    for row in start_cells(rows, "LoRA-GA"):
+        steps = len(row["losses"])
+        row["losses"] = [9.0 if i < 2 * steps // 3 else 0.5 for i in range(steps)]
+
+
 CHANGED = [  # rule, what becomes of its rows, what it says then
     ("little_is_enough", one_seed_below_half, FAILS),
     ("as_good_as_full", all_as_full, HOLDS),
@@ -518,6 +579,42 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("adapters_slow_inference", latency("unmerged", 1.04), FAILS),
     ("adapters_slow_inference", latency("merged", 1.05), HOLDS),
     ("fraction_of_the_time", step_of(0.49), HOLDS),
+    ("begins_at_the_base", start_at("B zero", "start", 2.0349), FAILS),
+    ("begins_at_the_base", both_random_at_the_base, FAILS),
+    ("zero_is_critical", one_seed_of_a_start_at("both random", 1.0, 9.0), FAILS),
+    ("zero_is_critical", start_at("both random", "test", 9.0), HOLDS),
+    ("both_zero_is_stuck", start_at("both zero", "gradients", {"A": 0.0, "B": 1e-30}), FAILS),
+    ("both_zero_is_stuck", start_at("both zero", "gradients", {"A": 1e-30, "B": 0.0}), FAILS),
+    ("both_zero_is_stuck", one_seed_of_a_start_at("both zero", 2.0, 2.0), FAILS),
+    ("b_zero_beats_a_zero", one_seed_of_a_start_at("A zero", 1.0, 9.0), FAILS),
+    ("b_zero_beats_a_zero", start_at("A zero", "test", 9.0), HOLDS),
+    ("b_zero_takes_larger_rates", rates_of_a_start("A zero", 64), FAILS),
+    ("b_zero_takes_larger_rates", rates_of_a_start("A zero", 1 / 64), HOLDS),
+    ("any_draw_of_a", uniform_as_gaussian, HOLDS),
+    ("any_draw_of_a", start_at("B zero (Gaussian A)", "test", 9.0), FAILS),
+    ("any_draw_of_a", start_at("B zero (Gaussian A)", "test", 1.0), FAILS),
+    *(
+        (rule, one_seed_of_a_start_at(start, 9.0, 1.0), FAILS)
+        for rule, start in (
+            ("pissa_is_better", "PiSSA"),
+            ("olora_is_better", "OLoRA"),
+            ("lora_ga_is_better", "LoRA-GA"),
+        )
+    ),
+    *(
+        (rule, start_at(start, "test", 1.0), HOLDS)
+        for rule, start in (
+            ("pissa_is_better", "PiSSA"),
+            ("olora_is_better", "OLoRA"),
+            ("lora_ga_is_better", "LoRA-GA"),
+        )
+    ),
+    ("lora_ga_is_faster", there_at_once, HOLDS),
+    ("lora_ga_is_faster", never_there, FAILS),
+    ("lora_ga_is_faster", there_at_two_thirds, FAILS),
+    ("principal_directions_help", start_at("PiSSA", "test", 1.0), HOLDS),
+    ("principal_directions_help", one_seed_of_a_start_at("PiSSA", 9.0, 1.0), FAILS),
+    ("principal_directions_help", start_at("random directions", "test", 1.0), FAILS),
     ("learns_less", lora_at("test", 9.0), HOLDS),
     ("learns_less", lora_at("test", 0.1), FAILS),
     (

@@ -6,12 +6,13 @@ from pathlib import Path
 from ..experiments import rank_sweep
 from ..experiments.questions import question
 from ..formats.atomic import read
-from . import choices, cost, full, ranks, use
+from . import choices, cost, full, ranks, starts, use
 from .claim import Entry, Rows
 
 SUBJECTS = {
     "Ranks and directions": ranks.CLAIMS,
     "Where and how to adapt": choices.CLAIMS,
+    "Where training starts": starts.CLAIMS,
     "Beside full fine-tuning": full.CLAIMS,
     "Merging, adding, serving": use.CLAIMS,
     "Time, memory, parameters": cost.CLAIMS,

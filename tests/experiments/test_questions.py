@@ -17,6 +17,7 @@ PAGES = {  # experiment -> its page in docs/
     "subspaces": "low_rank",
     "which-matrices": "what_to_adapt",
     "scale": "what_to_adapt",
+    "initialisation": "what_to_adapt",
     "merging": "merging",
     "forgetting": "forgetting",
     "adding-adapters": "adding_adapters",

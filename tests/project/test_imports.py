@@ -29,16 +29,18 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
     "experiments.forgetting", "experiments.forgetting_figures",
     "experiments.initialisation", "experiments.initialisation_figures",
-    "experiments.questions", "claims.claim", "claims.ranks", "claims.choices", "claims.full",
+    "experiments.questions", "claims.claim", "claims.ranks", "claims.choices", "claims.starts", "claims.full",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip
-MOST = 8  # files of a wing, besides those with one method each, or one question each and its figures
+MOST = (
+    8  # files of a wing, besides those with one method, one subject's claims, or one question and its figures
+)
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
     "initialisation",
 )  # fmt: skip
-QUESTIONS = ("methods.", *(f"experiments.{subject}" for subject in SUBJECTS))
+QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip
