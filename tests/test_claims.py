@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -232,18 +233,15 @@ def largest_rank_at(loss):
 
 def one_seed_is_not_better(rows):
     largest_rank_at(1.0)(rows)
-    next(scale_runs(rows, "final", rank=96, scale=2 * 16 / 96))["test"] = 9.0
-
-
-def all_scales_alike(rows):
-    set_all((row for row in scale_runs(rows, "final", ratio=1.0) if row["config"]["rank"]), "test", 1.6)
+    set_all(scale_runs(rows, "final", rank=96, scale=2 * 16 / 96, seed=3), "test", 9.0)
 
 
 def one_scale_far_off(rows):
-    """rsLoRA at r = 1 (s = 8) loses a nat at every rate but its own best one."""
-    curve = {row["config"]["rate"]: row["valid"] for row in scale_runs(rows, "search", rank=1, scale=8.0)}
+    """rsLoRA at r = 96 loses a nat at every rate but its own best one."""
+    its = {"rank": 96, "scale": 2 * math.sqrt(16 / 96)}
+    curve = {row["config"]["rate"]: row["valid"] for row in scale_runs(rows, "search", **its)}
     best = min(curve, key=curve.get)
-    for row in scale_runs(rows, "final", rank=1, scale=8.0):
+    for row in scale_runs(rows, "final", **its):
         row["test"] = 1.6 if row["config"]["rate"] == best else 2.6
 
 
@@ -258,15 +256,6 @@ def rates_of(rank, scale, times):
     return change  # only for rules that read no test loss at the middle rank's rate
 
 
-def same_curves(rows):
-    """With alpha / r, every rank has the curve of r = 16."""
-    middle = scale_runs(rows, "search", rank=16, scale=2.0, ratio=1.0)
-    curve = {row["config"]["rate"]: row["valid"] for row in middle}
-    for r in (1, 4, 64, 96):
-        for row in scale_runs(rows, "search", rank=r, scale=2 * 16 / r):
-            row["valid"] = curve.get(row["config"]["rate"], 9.0)
-
-
 def alpha_2r_at(loss):
     """The test losses of alpha = 2r at every rank but the middle."""
 
@@ -275,6 +264,17 @@ def alpha_2r_at(loss):
             set_all(scale_runs(rows, "final", rank=r, scale=2.0), "test", loss)
 
     return change
+
+
+def better_at_one_rank(rows):
+    alpha_2r_at(9.0)(rows)
+    set_all(scale_runs(rows, "final", rank=4, scale=2.0), "test", 1.0)
+
+
+def one_rate_in_ten(rows):
+    """Of r = 4 alone the best rate is 25 times full fine-tuning's, and of the others ten times."""
+    rates_of(0, 0.0, 1 / 3)(rows)
+    rates_of(4, 8.0, 2.5)(rows)
 
 
 def plus_at(loss):
@@ -549,20 +549,13 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("mlp_over_attention", in_set("QKVO", 0.1, 1, "code"), FAILS),
     ("attention_adds_nothing", in_set("all", 0.1, 1, "code"), FAILS),
     ("high_ranks_collapse", one_seed_is_not_better, HOLDS),
-    ("high_ranks_collapse", largest_rank_at(1.0), FAILS),
-    ("one_rate_fits_all", all_scales_alike, HOLDS),
     ("one_rate_fits_all", one_scale_far_off, FAILS),
-    ("rates_are_alike", same_curves, HOLDS),
     ("rates_are_alike", rates_of(96, 2 * 16 / 96, 8), FAILS),
-    ("alpha_is_a_rate", all_scales_alike, HOLDS),
     ("alpha_is_a_rate", alpha_2r_at(9.0), FAILS),
     ("alpha_2r_is_better", alpha_2r_at(1.0), HOLDS),
-    ("alpha_2r_is_better", alpha_2r_at(9.0), FAILS),
     ("lora_plus_helps", plus_at(1.0), HOLDS),
-    ("lora_plus_helps", one_seed_of_plus_is_worse, FAILS),
-    ("ten_times_the_rate", rates_of(4, 8.0, 64), FAILS),
+    ("ten_times_the_rate", rates_of(0, 0.0, 1 / 3), HOLDS),
     ("rank_matters_most", largest_rank_at(0.1), HOLDS),
-    ("rank_matters_most", all_scales_alike, FAILS),
     ("ranks_overlap", phi("ranks", 1.0), HOLDS),
     ("ranks_overlap", phi("ranks", 0.4), FAILS),
     ("seeds_agree", phi("seeds", 1.0, 7), HOLDS),
@@ -649,7 +642,13 @@ def test_a_rule_comes_out_the_other_way_on_other_rows(name, change, verdict, com
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("one_is_enough", ranks_alike_on_one_target), ("negation_unlearns", unlearned("folio", "kjv"))],
+    [
+        ("one_is_enough", ranks_alike_on_one_target),
+        ("negation_unlearns", unlearned("folio", "kjv")),
+        ("lora_plus_helps", one_seed_of_plus_is_worse),
+        ("alpha_2r_is_better", better_at_one_rank),
+        ("ten_times_the_rate", one_rate_in_ten),
+    ],
 )
 def test_a_rule_for_all_is_not_met_by_some(name, change, committed):
     assert decided(name, committed)[0] == decided(name, committed, change)[0] == FAILS

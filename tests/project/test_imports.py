@@ -33,9 +33,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip
-MOST = (
-    8  # files of a wing, besides those with one method, one subject's claims, or one question and its figures
-)
+MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
     "initialisation",
