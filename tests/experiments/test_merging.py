@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from minilora.backend import quiet_overflow
+from minilora.backend import quiet_overflow, to_device
 from minilora.data.batching import batches, eval_batches
 from minilora.data.corpora import Corpus
 from minilora.errors import ConfigError, FormatError
@@ -92,6 +92,7 @@ def maps(seed, shapes, rank, exponent):
     def map_(outputs, inputs):
         shapes = (outputs, inputs), (rank, inputs), (outputs, rank)
         W, A, B = (rng.standard_normal(shape).astype(np.float32) / 2 for shape in shapes)
+        W, A, B = map(to_device, (W, A, B))
         pair = LowRank(Param(A), Param(B), 1.5 * 2.0**exponent)
         return Adapted(Linear(Param(W, False)), {"default": pair}, "default")
 
@@ -257,6 +258,17 @@ def test_merge_and_unmerge_are_measured_and_restore_every_bit(tree):
         with mock.patch.multiple(merging, merge=in_place(1), unmerge=in_place(-1)):
             found = restored(habit)
     assert found == pytest.approx(looped(tree, "float32", 0), rel=gamma(2, U32), abs=0)
+
+
+def test_arrays_on_a_device_give_the_same_numbers(request):
+    def numbers():
+        tree = maps(2, [(4, 6), (3, 2)], 2, -3)
+        base = in_dtype(tree, "bfloat16")
+        return merged(0.3, base, "bfloat16"), drift(base, "bfloat16", 1), restored(tree)
+
+    on_host = numbers()
+    request.getfixturevalue("device")
+    assert numbers() == on_host
 
 
 # ---- one run

@@ -27,11 +27,12 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.adding_figures", "experiments.known_rank", "experiments.known_figures",
     "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
-    "experiments.questions", "claims.claim", "claims.ranks", "claims.directions", "claims.choices",
-    "claims.use", "claims.arithmetic", "claims.decided", "claims.ledger", "flags", "cli", "__main__",
+    "experiments.merging", "experiments.merging_figures", "experiments.questions", "claims.claim",
+    "claims.ranks", "claims.directions", "claims.choices", "claims.use", "claims.arithmetic",
+    "claims.decided", "claims.ledger", "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one question each, and their figures
-SUBJECTS = ("rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale")
+SUBJECTS = ("rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "merging")
 QUESTIONS = tuple(f"experiments.{subject}" for subject in SUBJECTS)
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
