@@ -187,7 +187,7 @@ def drift(base: Llama, dtype: str, move: int) -> list[float]:
 
 def restored(model: Llama) -> list[float]:
     """The same of this package's `merge` and `unmerge`."""
-    before, away = changes(model), []
+    before, away = changes(copy.deepcopy(model)), []  # not the arrays that a write in place would change
     size = sum(squares(delta) for _, delta in before.values())
     for n in range(1, CYCLES[-1] + 1):
         merge(model)
@@ -225,12 +225,11 @@ def run(
         return store.close()
 
 
-AT = forms.tuple_of(
-    SIZE, forms.record({"size": SIZE, "kept": LOSS, "lost": SIZE, "test": LOSS, "apart": LOSS})
-)
-AWAY = forms.several(forms.tuple_of(forms.whole(1), SIZE), least=1)
+MERGED = forms.record({"size": SIZE, "kept": LOSS, "lost": SIZE, "test": LOSS, "apart": LOSS})
+AT = forms.tuple_of(*(forms.tuple_of(forms.number(t, t), MERGED) for t in TIMES))
+AWAY = forms.tuple_of(*(forms.tuple_of(forms.whole(n, n), SIZE) for n in CYCLES))
 MEASURED = {
-    "merged": forms.record(dict.fromkeys(DTYPES, forms.several(AT, least=1))),
+    "merged": forms.record(dict.fromkeys(DTYPES, AT)),
     "one": forms.record(dict.fromkeys(DTYPES, AWAY)),
     "others": forms.record(dict.fromkeys(DTYPES, AWAY)),
     "unmerge": AWAY,

@@ -107,7 +107,7 @@ def rounding(rows: Sequence[Row]) -> Picture:
     ax.set(xlabel="size of ΔW (of W's norm)", ylabel="lost to rounding (of ΔW's norm)")
     ax.legend()
     figure.suptitle(f"What does rounding the merged weights lose?\nOf ΔW: {lost_in(rows)}")
-    says = "The norm of R(W + t ΔW) - W - t ΔW over that of t ΔW; dotted: its bound u |W + t ΔW|."
+    says = "The norm of R(W + t ΔW) - W - t ΔW over that of t ΔW; dotted: its bound, u (|W| + |t ΔW|)."
     return Picture(figure, f"{says} {sentences(rows)[0]}")
 
 

@@ -39,6 +39,7 @@ from minilora.experiments import (
     harness,
     initialisation,
     merge_equivalence,
+    merging,
     pretrain,
     rank_sweep,
     scale,
@@ -51,6 +52,7 @@ from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
+from minilora.formats.safetensors import stored
 from minilora.lora import Adapted, active, fuse, inject, set_adapter
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
@@ -315,6 +317,16 @@ def test_starts_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on
         within(seen[kind, "measured"], test, [learned, valid])
 
 
+def test_adapters_to_merge_are_trained_on_train_their_rate_chosen_on_valid_and_measured_on_test():
+    learned, valid, test = split(CORPORA["folio"])
+    with by_kind(merging) as seen, few_merges():
+        merging.run(MERGED, next(outs), jobs=1)
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test])
+    within(seen["search", "measured"], valid, [learned, test])
+    within(seen["final", "measured"], test, [learned, valid])
+
+
 def test_pretraining_never_sees_the_held_out_text():
     learned, valid, test = split(CORPORA["folio"])
     recipe = pretrain.Recipe("folio", steps=9, batch=3, warmup=2, seed=1, test_windows=12)
@@ -481,6 +493,25 @@ def beginning(start, letters):
     return run
 
 
+MERGED = merging.Plan("folio", "one", 3, 7.0, (1e-4, 0.05), 13, 4, 1, 2, 9, 10)
+
+
+def few_merges():
+    """One dtype, two sizes of ΔW, two counts of cycles, and no rate beyond the first ones."""
+    return mock.patch.multiple(merging, DTYPES=("bfloat16",), TIMES=(0.01, 1.0), CYCLES=(1, 3), EDGES=0)
+
+
+def merging_one(seed):
+    """The start and the batches of a seed, and what comes of them."""
+    run, inputs = merging.Run("final", MERGED, seed, 0.02), Inputs("one", load("one"), CORPORA)
+    with few_merges():
+        found = trained_from(common, lambda: merging.work(run, inputs))
+    row = found.pop("losses")
+    kept = {"batches"} | {path for path in found if path.endswith(".A")}
+    assert len(kept) == 1 + 7
+    return {part: found[part] for part in kept} | {key: row[key] for key in ("merged", "one", "others")}
+
+
 def pretrained(seed):
     recipe = pretrain.Recipe("folio", steps=3, batch=2, warmup=1, seed=seed, test_windows=4)
     found = trained_from(session, lambda: pretrain.run(recipe, next(outs), config=TINY))
@@ -615,6 +646,7 @@ SEEDS = {
         beginning("PiSSA", ""),
         beginning("all weights", ""),
     ],
+    "merging.Run": [merging_one],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],
@@ -1326,6 +1358,56 @@ def begun_by_hand(plan):
     }
 
 
+def rounded(plan):
+    """What is run, and the losses of the search and of every merge; the rest follows from the same models."""
+    with few_merges():
+        rows = merging.run(plan, next(outs), jobs=1)
+    finals = [row for row in rows if row["config"]["kind"] == "final"]
+    return {
+        "runs": json.dumps([[row["config"][k] for k in ("kind", "seed", "rate", "text")] for row in rows]),
+        "valid": [row["valid"] for row in rows if "valid" in row],
+        "test": [
+            [t, found["test"], found["apart"]] for row in finals for t, found in row["merged"]["bfloat16"]
+        ],
+    }
+
+
+def rounded_by_hand(plan):
+    text, scale = CORPORA[plan.target], plan.alpha / plan.rank
+
+    def loss(model, split, windows):
+        ids = getattr(text, split)
+        return evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=windows * LENGTH))
+
+    def learn(rate, seed, steps):
+        model = load(plan.base)
+        inject(model, LoraConfig(r=plan.rank, alpha=plan.alpha), rng=np.random.default_rng([seed, 0]))
+        batches = batching.batches(text.train, np.random.default_rng([seed, 1]), plan.batch, LENGTH)
+        schedule = Schedule(steps, warmup=steps // 20)
+        train(model, batches, AdamW(rate, betas=(0.9, 0.99)), steps=steps, schedule=schedule, threads=1)
+        return model
+
+    def both(learned, t):
+        apart, plain = copy.deepcopy(learned), load(plan.base)
+        for model in (apart, plain):
+            for path, p in named_params(model).items():
+                p.data = p.data if ".adapters." in path else stored(p.data, "bfloat16")
+        weights = named_params(plain)
+        for path, adapter in active(apart).items():
+            adapter.scale = t * scale
+            weight = weights[f"{path}.weight"]
+            weight.data = stored(weight.data + adapter.delta(), "bfloat16")
+        return [loss(model, "test", plan.test_windows) for model in (plain, apart)]
+
+    valid = [loss(learn(rate, 1000, plan.search_steps), "valid", plan.valid_windows) for rate in plan.rates]
+    best = min(zip(valid, plan.rates, strict=True))[1]
+    runs = [("search", 1000, rate, text.digest) for rate in plan.rates]
+    runs += [("final", seed, best, text.digest) for seed in range(plan.seeds)]
+    models = [learn(best, seed, plan.steps) for seed in range(plan.seeds)]
+    found = [[t, *both(model, t)] for model in models for t in (0.01, 1.0)]
+    return {"runs": json.dumps(runs), "valid": valid, "test": found}
+
+
 def injected_and_trained(config):
     model, rng = tiny(0, np.float32, attention_bias=True)
     inject(model, config, rng=rng)
@@ -1670,6 +1752,24 @@ CASES = {
             "batch": (2, "valid test first losses"),
             "test_windows": (8, "test first base"),
             "valid_windows": (10, "valid"),
+        },
+    ),
+    merging.Plan: Case(
+        MERGED,
+        rounded,
+        rounded_by_hand,
+        {
+            "target": ("kjv", ALL),
+            "base": ("two", "valid test"),
+            "rank": (2, "valid test"),
+            "alpha": (8.0, "valid test"),
+            "rates": ((1e-4, 0.03), ALL),
+            "steps": (14, "test"),
+            "search_steps": (5, "valid"),
+            "seeds": (2, "runs test"),
+            "batch": (3, "valid test"),
+            "test_windows": (8, "test"),
+            "valid_windows": (11, "valid"),
         },
     ),
     which.Plan: Case(

@@ -28,7 +28,8 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
     "experiments.forgetting", "experiments.forgetting_figures",
-    "experiments.initialisation", "experiments.initialisation_figures",
+    "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
+    "experiments.merging_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.choices", "claims.starts", "claims.full",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
@@ -36,7 +37,7 @@ ORDER = [  # a wing or a file stands above all that it imports
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
-    "initialisation",
+    "initialisation", "merging",
 )  # fmt: skip
 QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
