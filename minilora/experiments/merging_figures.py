@@ -61,8 +61,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for way, said in WAYS.items()
     ]
     away.append(("merge and unmerge", *(spread(x, ".2g") for x in restored(rows).T)))
-    head = ("in place", *(counted(n, "cycle", "cycles") for n in CYCLES))
-    return [one, Table(head, away, f"distance of W from where it began, in norms of ΔW, {seeds}")]
+    head_away = ("in place", *(counted(n, "cycle", "cycles") for n in CYCLES))
+    return [one, Table(head_away, away, f"distance of W from where it began, in norms of ΔW, {seeds}")]
 
 
 def lost_in(rows: Sequence[Row]) -> str:
