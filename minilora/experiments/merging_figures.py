@@ -55,14 +55,14 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     ]  # fmt: skip
     head = ("dtype", "t", "of W's norm", "kept", "lost", "merged less apart, nats")
     one = Table(head, lines, f"R(W + t ΔW) against W + t ΔW, median and range of {seeds}")
-    away = [
+    away: list[tuple[str, ...]] = [
         (f"{dtype}, {said}", *(spread(x, ".2g") for x in drift(rows, way, dtype).T))
         for dtype in DTYPES
         for way, said in WAYS.items()
     ]
     away.append(("merge and unmerge", *(spread(x, ".2g") for x in restored(rows).T)))
-    head_away = ("in place", *(counted(n, "cycle", "cycles") for n in CYCLES))
-    return [one, Table(head_away, away, f"distance of W from where it began, in norms of ΔW, {seeds}")]
+    cycles = ("in place", *(counted(n, "cycle", "cycles") for n in CYCLES))
+    return [one, Table(cycles, away, f"distance of W from where it began, in norms of ΔW, {seeds}")]
 
 
 def lost_in(rows: Sequence[Row]) -> str:
