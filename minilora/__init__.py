@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .fast.packed import PackedRun, train_packed
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
+    from .methods.intrinsic import subspace
     from .methods.quantize import quantize
     from .peft.folder import open_adapter
     from .peft.loading import load_adapter, save_adapter
@@ -71,6 +72,7 @@ LATER = {  # imported on first use
     "fast.packed": ("PackedRun", "train_packed"),
     "formats.huggingface": ("checkpoint", "load", "save_model"),
     "formats.tokenizer": ("decode", "encode"),
+    "methods.intrinsic": ("subspace",),
     "methods.quantize": ("quantize",),
     "peft.folder": ("open_adapter",),
     "peft.loading": ("load_adapter", "save_adapter"),
@@ -90,7 +92,7 @@ __all__ = [
     "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params", "open_adapter",
     "participation_ratio", "plots", "quantize", "quantize_checkpoint", "remove", "save_adapter", "save_model",
     "scales", "serve_bench", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank",
-    "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge", "use",
+    "subspace", "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
 
 

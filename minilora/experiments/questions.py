@@ -14,6 +14,7 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "which-matrices": ("which_matrices", "which_figures"),
     "subspaces": ("subspaces", "subspace_figures"),
     "scale": ("scale", "scale_figures"),
+    "intrinsic-dimension": ("intrinsic_dimension", "intrinsic_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
 }
 

@@ -10,7 +10,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "table", "errors", "backend", "digests", "ops", "layers", "tree", "targets", "model", "decoding", "lora",
     "adapters", "optim", "spectra",
     "methods.bias", "methods.dora", "methods.embedding", "methods.full_copy", "methods.lora_config",
-    "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
+    "methods.intrinsic", "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
     "fast.folded", "fast.recompute", "fast.parallel", "fast.mixed", "fast.packed",
     "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
@@ -26,12 +26,15 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.rank_sweep", "experiments.rank_report", "experiments.adding_adapters",
     "experiments.adding_figures", "experiments.known_rank", "experiments.known_figures",
     "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
-    "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures", "experiments.claims",
+    "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
+    "experiments.intrinsic_dimension", "experiments.intrinsic_figures", "experiments.claims",
     "experiments.questions", "flags", "cli", "__main__",
 ]  # fmt: skip
-MOST = 8  # files of a wing, besides those with one question each, their figures and verdicts
-SUBJECTS = ("rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "claims")
-QUESTIONS = tuple(f"experiments.{subject}" for subject in SUBJECTS)
+MOST = 8  # files of a wing, besides those with one question or method each, figures and verdicts
+SUBJECTS = (
+    "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "intrinsic_", "claims",
+)  # fmt: skip
+QUESTIONS = (*(f"experiments.{subject}" for subject in SUBJECTS), "methods.intrinsic")
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip
