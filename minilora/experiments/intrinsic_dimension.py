@@ -246,7 +246,8 @@ def methods(start: Run, inputs: Inputs) -> Iterator[Run]:
     for method, some in sizes.items():
         for number in some:
             cell = replace(full, method=method, size=number)
-            prepared(cell, inputs)  # refuses what does not fit, before any run
+            if start.width == BASE:  # others need pretraining first
+                prepared(cell, inputs)  # refuses what does not fit, before any run
             yield cell
 
 

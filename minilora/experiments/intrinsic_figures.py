@@ -69,13 +69,12 @@ class Arm:
 
 
 def crossing(dims: Sequence[int], shares: np.ndarray) -> float:
-    """Where the line through (log d, share) first reaches 90%."""
+    """Where the line through (log d, share) first reaches 90%; a loss above the start's closes nothing."""
+    shares = shares.clip(0)
     for i, share in enumerate(shares):
         if share >= LEVEL:
-            if i == 0:
-                return float(dims[0])
-            t = (LEVEL - shares[i - 1]) / (share - shares[i - 1])
-            return float(dims[i - 1] * (dims[i] / dims[i - 1]) ** t)
+            t = (LEVEL - shares[i - 1]) / (share - shares[i - 1]) if i else 1.0
+            return float(dims[i - 1] ** (1 - t) * dims[i] ** t)
     return math.inf
 
 

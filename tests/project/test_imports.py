@@ -30,11 +30,11 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.intrinsic_dimension", "experiments.intrinsic_figures", "experiments.claims",
     "experiments.questions", "flags", "cli", "__main__",
 ]  # fmt: skip
-MOST = 8  # files of a wing, besides those with one question or method each, figures and verdicts
+MOST = 8  # files of a wing, besides those with one method each, or one question each and its figures
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "intrinsic_", "claims",
 )  # fmt: skip
-QUESTIONS = (*(f"experiments.{subject}" for subject in SUBJECTS), "methods.intrinsic")
+QUESTIONS = ("methods.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip
