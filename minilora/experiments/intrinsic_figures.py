@@ -19,7 +19,7 @@ from .intrinsic_dimension import BASE, Plan
 LEVEL = 0.9  # of d90
 LOOKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"))
 Key = tuple[str, int, int]  # target, width and steps of pretraining of a start
-NUMBERS = "numbers trained"
+NUMBERS, SPACE = "numbers trained", "d, the dimension of the random subspace"
 MEASURES = {"loss": "share of the loss gap closed", "accuracy": "accuracy over full training's"}
 
 
@@ -100,8 +100,8 @@ class Found:
     def trained(self) -> dict[str, Arm]:
         """Name -> arm of the widest starts on the first text, the longer pretrained the later."""
         first, width = self.plan.targets[0], self.plan.widths[-1]
-        here = {f"{n} steps": self.arms[first, width, n] for n in self.plan.pretraining}
-        return {"random": self.random(), **here, "the base": self.base()}
+        here = {f"after {n} steps": self.arms[first, width, n] for n in self.plan.pretraining}
+        return {"random weights": self.random(), **here, "the base": self.base()}
 
     def pairs(self) -> list[tuple[Result, Result]]:
         """LoRA and the random subspace with as many numbers, on the base."""
@@ -143,10 +143,11 @@ def middle(values: np.ndarray, how: str = ".3f") -> str:
 
 def dimension(arm: Arm, measure: str = "loss", method: str = "subspace") -> str:
     """d90 of an arm in words: "21,900 (6.4%)", a share of all parameters."""
-    d = float(np.median(arm.d90(measure, method)))
+    d, tried = float(np.median(arm.d90(measure, method))), arm.curve(method)
     if math.isinf(d):
-        return f"more than {max(arm.curve(method)):,}"
-    return f"{float(f'{d:.3g}'):,.0f} ({100 * d / arm.start['parameters']:.2g}%)" if d else "0"
+        return f"more than {max(tried):,}"
+    few = "at most " if d == min(tried) else ""
+    return f"{few}{float(f'{d:.3g}'):,.0f} ({100 * d / arm.start['parameters']:.2g}%)" if d else "0"
 
 
 def named(key: Key) -> str:
@@ -185,14 +186,13 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     """What the tables show, in words; numbers are medians over the seeds."""
     f = found(rows)
     base, low = f.base(), min(f.plan.dims)
-    said = [
-        f"On {target}, 90% of the loss gap takes {dimension(f.base(target))} from the base, "
-        f"{dimension(f.random(target))} from random weights; 90% of the accuracy "
-        f"{dimension(f.base(target), 'accuracy')} and {dimension(f.random(target), 'accuracy')}."
-        for target in f.plan.targets
-    ]
     return [
-        *said,
+        *(
+            f"On {target}, 90% of the loss gap takes {dimension(f.base(target))} from the base, "
+            f"{dimension(f.random(target))} from random weights; 90% of the accuracy "
+            f"{dimension(f.base(target), 'accuracy')} and {dimension(f.random(target), 'accuracy')}."
+            for target in f.plan.targets
+        ),
         f"At d = {low} ΔW has {np.median(base.results['subspace', low].rank):.2f} of the largest effective "
         f"rank; noise has {base.start['rank']:.2f}, full training {np.median(base.full.rank):.2f}.",
         f"LoRA against the random subspace with as many numbers: {against(f)}.",
@@ -207,7 +207,7 @@ def against(f: Found) -> str:
     return ", ".join(f"{x:+.3f} nats with {n:,}" for n, x in more.items()) or "none has as many"
 
 
-def panel(ax: Axes, curves: dict[str, dict[float, np.ndarray]], x: str, y: str, level: bool = True) -> None:
+def panel(ax: Axes, curves: dict[str, dict[int, np.ndarray]], x: str, y: str, level: bool = True) -> None:
     """Median and range over the seeds against numbers trained, one line for each name."""
     for (name, curve), (colour, mark, style) in zip(curves.items(), LOOKS, strict=False):
         at, shares = [*curve], np.stack([*curve.values()])
@@ -228,12 +228,11 @@ def starts(rows: Sequence[Row]) -> Picture:
     figure, (panels,) = axes(columns=2, size=(11.0, 5.4))
     arms = f.trained()
     for ax, (measure, title) in zip(panels, MEASURES.items(), strict=True):
-        curves: Any = {name: arm.curve("subspace", measure) for name, arm in arms.items()}
-        panel(ax, curves, "d, the dimension of the random subspace", title)
+        panel(ax, {name: arm.curve("subspace", measure) for name, arm in arms.items()}, SPACE, title)
     for arm, (colour, _, style) in zip(arms.values(), LOOKS, strict=False):
         at = arm.start["accuracy"] / np.median(arm.full.accuracy)
         panels[1].axhline(at, color=colour, linestyle=style, linewidth=1, label="its start")
-    panels[0].legend(loc="best", title="pretrained")
+    panels[0].legend(loc="best")
     answer = "; ".join(
         f"of the {measure}: {dimension(f.base(), measure)}, from random weights "
         f"{dimension(f.random(), measure)}"
@@ -253,8 +252,8 @@ def rank(rows: Sequence[Row]) -> Picture:
     f = found(rows)
     base, low = f.base(), min(f.plan.dims)
     names = {"random subspace": "subspace", "LoRA": "lora", "all weights": "full"}
-    closed: Any = {name: base.curve(method) for name, method in names.items()}
-    ranks: Any = {
+    closed = {name: base.curve(method) for name, method in names.items()}
+    ranks = {
         name: {result.parameters: result.rank for (kind, _), result in base.results.items() if kind == method}
         for name, method in names.items()
     }
@@ -275,18 +274,14 @@ def rank(rows: Sequence[Row]) -> Picture:
 
 @styled
 def sizes(rows: Sequence[Row]) -> Picture:
-    """The loss gap closed against d over the number of parameters, by width."""
+    """The loss gap closed against d, by width."""
     f = found(rows)
     figure, ((ax,),) = axes(size=(9.0, 5.2))
-    curves = {
-        f"{width} wide": {d / arm.start["parameters"]: share for d, share in arm.curve("subspace").items()}
-        for width, arm in f.wide().items()
-    }
-    panel(ax, curves, "d over the number of parameters", MEASURES["loss"])
+    panel(ax, {f"{w} wide": arm.curve("subspace") for w, arm in f.wide().items()}, SPACE, MEASURES["loss"])
     ax.legend(loc="lower right")
     answer = "; ".join(f"{width} wide: {dimension(arm)}" for width, arm in f.wide().items())
     figure.suptitle(f"Does a larger base need fewer dimensions for 90%?\n{answer}", fontsize=12)
-    says = f"Loss gap closed against d over parameters on {f.plan.targets[0]}, by width; d90: {answer}."
+    says = f"Loss gap closed against d on {f.plan.targets[0]}, by width of the base; d90: {answer}."
     return Picture(figure, says)
 
 
