@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .fast.packed import PackedRun, train_packed
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
+    from .methods.intrinsic import subspace
     from .methods.quantize import quantize
     from .methods.starts import StartConfig, as_lora, lora_ga, olora, pissa, weight_gradients
     from .peft.folder import open_adapter
@@ -72,6 +73,7 @@ LATER = {  # imported on first use
     "fast.packed": ("PackedRun", "train_packed"),
     "formats.huggingface": ("checkpoint", "load", "save_model"),
     "formats.tokenizer": ("decode", "encode"),
+    "methods.intrinsic": ("subspace",),
     "methods.quantize": ("quantize",),
     "methods.starts": ("StartConfig", "as_lora", "lora_ga", "olora", "pissa", "weight_gradients"),
     "peft.folder": ("open_adapter",),
@@ -92,8 +94,8 @@ __all__ = [
     "load_adapter", "lora_ga", "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params",
     "olora", "open_adapter", "participation_ratio", "pissa", "plots", "quantize", "quantize_checkpoint",
     "remove", "save_adapter", "save_model", "scales", "serve_bench", "set_adapter", "set_scale", "spectrum",
-    "spectrum_between", "stable_rank", "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge",
-    "use", "weight_gradients",
+    "spectrum_between", "stable_rank", "subspace", "sweep", "train", "train_packed", "trained", "unfreeze",
+    "unmerge", "use", "weight_gradients",
 ]  # fmt: skip
 
 

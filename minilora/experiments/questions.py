@@ -14,6 +14,7 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "which-matrices": ("which_matrices", "which_figures"),
     "subspaces": ("subspaces", "subspace_figures"),
     "scale": ("scale", "scale_figures"),
+    "intrinsic-dimension": ("intrinsic_dimension", "intrinsic_figures"),
     "merging": ("merging", "merging_figures"),
     "forgetting": ("forgetting", "forgetting_figures"),
     "initialisation": ("initialisation", "initialisation_figures"),

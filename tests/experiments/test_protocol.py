@@ -45,6 +45,7 @@ from minilora.experiments import (
     scale,
     subspaces,
 )
+from minilora.experiments import intrinsic_dimension as intrinsic
 from minilora.experiments import known_rank as known
 from minilora.experiments import recipe as common
 from minilora.experiments import which_matrices as which
@@ -54,6 +55,7 @@ from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
 from minilora.formats.safetensors import stored
 from minilora.lora import Adapted, active, fuse, inject, set_adapter
+from minilora.methods.intrinsic import subspace
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
 from minilora.methods.starts import StartConfig, lora_ga
@@ -325,6 +327,21 @@ def test_adapters_to_merge_are_trained_on_train_their_rate_chosen_on_valid_and_m
         within(seen[kind, "trained"], learned, [valid, test])
     within(seen["search", "measured"], valid, [learned, test])
     within(seen["final", "measured"], test, [learned, valid])
+
+
+def test_subspaces_of_weights_are_trained_on_train_and_measured_on_test():
+    """Bases that are pretrained on the way see the text for that, once, and no other part."""
+    intrinsic.pretrained.cache_clear()
+    (learned, valid, test), (own, *held) = split(CORPORA["folio"]), split(CORPORA["shakespeare"])
+    with by_kind(intrinsic) as seen, mock.patch.object(intrinsic, "EDGES", 0):
+        intrinsic.run(DIMENSIONS, next(outs), jobs=1)
+    within(seen["start", "trained"], own, [learned, valid, test, *held])
+    assert len(seen["start", "trained"]) == 2 * 5  # once
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test, own, *held])
+    within(seen["search", "measured"], valid, [learned, test])
+    for kind in ("start", "final"):
+        within(seen[kind, "measured"], test, [learned, valid])
 
 
 def test_pretraining_never_sees_the_held_out_text():
@@ -599,6 +616,28 @@ def forgetting_of(rank):
         assert len(kept) == (2 + 7 if rank else 2)
         return {part: found[part] for part in kept} | {"maps": row["maps"]}
 
+
+DIMENSIONS = intrinsic.Plan(
+    ("folio",), dims=(40,), ranks=(2,), widths=(8,), pretraining=(2,), rates=(0.6,), steps=4, search_steps=3,
+    seeds=1, few_seeds=2, batch=5, base="one", test_windows=7, valid_windows=6,
+)  # fmt: skip
+
+
+def subspaced(method, size):
+    """One run of the experiment with random subspaces: how it starts, its batches, and what comes of them."""
+
+    def run(seed):
+        cell = intrinsic.Run("final", DIMENSIONS, "folio", method=method, size=size, rate=0.6, seed=seed)
+        inputs, row = Inputs("one", load("one"), CORPORA), {}
+        found = trained_from(common, lambda: row.update(intrinsic.work(cell, inputs)) or row["test"])
+        drawn = {path for path in found if path.endswith(".A")}
+        assert bool(drawn) == (method == "lora")
+        if method in ("subspace", "said"):
+            project = intrinsic.prepared(cell, inputs).project
+            found |= {part: getattr(project, part).tobytes() for part in ("signs", "order", "g")}
+            drawn |= {"signs", "order", "g"}
+        return {part: found[part] for part in drawn | {"batches", "losses"}} | {"rank": row["rank"]}
+
     return run
 
 
@@ -647,6 +686,12 @@ SEEDS = {
         beginning("all weights", ""),
     ],
     "merging.Run": [merging_one],
+    "intrinsic_dimension.Run": [
+        subspaced("subspace", 40),
+        subspaced("said", 40),
+        subspaced("lora", 2),
+        subspaced("full", 0),
+    ],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],
@@ -1408,6 +1453,92 @@ def rounded_by_hand(plan):
     return {"runs": json.dumps(runs), "valid": valid, "test": found}
 
 
+def flat(width):
+    """The shape of the bases that the experiment with random subspaces pretrains."""
+    return Config(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1)
+
+
+def spanned(plan):
+    """What is run from where, and what is measured; in short windows, the bases with one layer."""
+    intrinsic.pretrained.cache_clear()
+    little = mock.patch.multiple(intrinsic, EDGES=0, shape=flat)
+    with little, mock.patch.object(common, "LENGTH", 16):
+        rows = intrinsic.run(plan, next(outs), jobs=1)
+    names = ("kind", "target", "width", "pretrained", "method", "size", "rate", "seed", "texts")
+    numbers = ("test", "accuracy", "parameters")
+    kinds = {kind: [row for row in rows if row["config"]["kind"] == kind] for kind in ("start", "final")}
+    return {
+        "runs": sorted(json.dumps([row["config"][name] for name in names]) for row in rows),
+        "valid": sorted(row["valid"] for row in rows if "valid" in row),
+        **{kind: sorted([row[name] for name in numbers] for row in some) for kind, some in kinds.items()},
+    }
+
+
+@functools.cache
+def spanned_from(base, width, steps, batch):
+    if not width:
+        return load(base)
+    model = llama(flat(width), np.random.default_rng(0))
+    if steps:
+        windows = batching.batches(CORPORA["shakespeare"].train, np.random.default_rng([0, 1]), batch, 16)
+        optimizer = AdamW(4e-3, betas=(0.9, 0.99), weight_decay=0.1)
+        train(model, windows, optimizer, steps=steps, schedule=Schedule(steps, warmup=steps // 20))
+    return model
+
+
+@functools.cache
+def spanned_model(start, target, method, size, rate, seed, steps, batch):
+    """The model after training, and how many numbers that was."""
+    model, rng = copy.deepcopy(spanned_from(*start)), np.random.default_rng([seed, 0])
+    freeze(model)
+    if method == "lora":
+        inject(model, LoraConfig(r=size, alpha=2 * size), rng=rng)
+    elif method == "full":
+        unfreeze(model)
+    else:
+        model = subspace(model, size, rng=rng, scales=method == "said")
+    count = sum(p.size for p in trained(model).values())
+    windows = batching.batches(CORPORA[target].train, np.random.default_rng([seed, 1]), batch, 16)
+    schedule = Schedule(steps, warmup=steps // 20)
+    train(model, windows, AdamW(rate / math.sqrt(count), betas=(0.9, 0.99)), steps=steps, schedule=schedule)
+    return model.moved()[0] if method in ("subspace", "said") else model, count
+
+
+def spanned_by_hand(plan):
+    (target,), (width,), (most,), (rate,) = plan.targets, plan.widths, plan.pretraining, plan.rates
+    texts = [CORPORA[name].digest for name in (target, "shakespeare")]
+
+    def windows(part):
+        count = plan.valid_windows if part == "valid" else plan.test_windows
+        return batching.eval_batches(getattr(CORPORA[target], part), 16, 16, limit=16 * count)
+
+    def tested(model, count):
+        right = np.concatenate([(model(ids)[0].argmax(-1) == y).ravel() for ids, y in windows("test")])
+        return [evaluate(model, windows("test")), float(right.mean()), count]
+
+    runs, valid, starts, finals = [], [], [], []
+    for start in ((0, 0), (width, 0), (width, most)):
+        ways = [("full", 0), *(("subspace", d) for d in plan.dims)]
+        ways += [] if start[0] else [*(("said", d) for d in plan.dims), *(("lora", r) for r in plan.ranks)]
+        model = spanned_from(plan.base, *start, plan.batch)
+        runs.append(("start", target, *start, "full", 0, 0.0, 0, texts))
+        starts.append(tested(model, sum(p.size for p in named_params(model).values())))
+        for way in ways:
+            how = (plan.base, *start, plan.batch), target, *way, rate
+            searched, _ = spanned_model(*how, 1000, plan.search_steps, plan.batch)
+            valid.append(evaluate(searched, windows("valid")))
+            runs.append(("search", target, *start, *way, rate, 1000, texts))
+            for seed in range(plan.few_seeds if start[1] else plan.seeds):
+                finals.append(tested(*spanned_model(*how, seed, plan.steps, plan.batch)))
+                runs.append(("final", target, *start, *way, rate, seed, texts))
+    return {
+        "runs": sorted(map(json.dumps, runs)),
+        "valid": sorted(valid),
+        "start": sorted(starts),
+        "final": sorted(finals),
+    }
+
+
 def injected_and_trained(config):
     model, rng = tiny(0, np.float32, attention_bias=True)
     inject(model, config, rng=rng)
@@ -1770,6 +1901,27 @@ CASES = {
             "batch": (3, "valid test"),
             "test_windows": (8, "test"),
             "valid_windows": (11, "valid"),
+        },
+    ),
+    intrinsic.Plan: Case(
+        DIMENSIONS,
+        spanned,
+        spanned_by_hand,
+        {
+            "targets": (("kjv",), ALL),
+            "dims": ((50,), "runs valid final"),
+            "ranks": ((3,), "runs valid final"),
+            "widths": ((16,), ALL),
+            "pretraining": ((3,), ALL),
+            "rates": ((0.9,), "runs valid final"),
+            "steps": (5, "final"),
+            "search_steps": (2, "valid"),
+            "seeds": (2, "runs final"),
+            "few_seeds": (1, "runs final"),
+            "batch": (3, "valid start final"),
+            "base": ("two", "valid start final"),
+            "test_windows": (8, "start final"),
+            "valid_windows": (9, "valid"),
         },
     ),
     which.Plan: Case(

@@ -10,7 +10,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "table", "errors", "backend", "digests", "ops", "layers", "tree", "targets", "model", "decoding", "lora",
     "adapters", "optim", "spectra",
     "methods.bias", "methods.dora", "methods.embedding", "methods.full_copy", "methods.lora_config",
-    "methods.starts", "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
+    "methods.starts", "methods.intrinsic", "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
     "fast.folded", "fast.recompute", "fast.parallel", "fast.mixed", "fast.packed",
     "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
@@ -29,7 +29,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
     "experiments.forgetting", "experiments.forgetting_figures",
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
-    "experiments.merging_figures",
+    "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.choices", "claims.starts", "claims.full",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
@@ -37,7 +37,7 @@ ORDER = [  # a wing or a file stands above all that it imports
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
-    "initialisation", "merging",
+    "initialisation", "merging", "intrinsic_",
 )  # fmt: skip
 QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
