@@ -4,12 +4,14 @@ import copy
 import json
 import math
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from minilora.claims import decided as module
 from minilora.claims.claim import FAILS, HOLDS
 from minilora.claims.decided import CLAIMS
+from minilora.claims.dimension import BY_ACCURACY
 from minilora.claims.ledger import LEDGER, claims
 from minilora.errors import StorageError
 from minilora.experiments.which_matrices import SETS
@@ -77,6 +79,14 @@ def test_every_claim_has_its_evidence_a_rule_in_words_and_a_sentence_of_its_own(
 
 
 # ---- every rule comes out the other way on other rows
+
+
+def runs(rows, *kinds, **config):
+    """The rows of runs of these kinds with these settings."""
+    for row in rows:
+        c = row["config"]
+        if c["kind"] in kinds and config.items() <= c.items():
+            yield row
 
 
 def final(rows, target, method, rank=None):
@@ -215,33 +225,26 @@ def one_seed_of_all_is_worse(rows):
             row["test"] = 9.0
 
 
-def scale_runs(rows, kind, **config):
-    for row in rows:
-        c = row["config"]
-        if c["kind"] == kind and config.items() <= c.items():
-            yield row
-
-
 def largest_rank_at(loss):
     """The largest rank's test loss with alpha / r, at whatever rate."""
 
     def change(rows):
-        set_all(scale_runs(rows, "final", rank=96, scale=2 * 16 / 96), "test", loss)
+        set_all(runs(rows, "final", rank=96, scale=2 * 16 / 96), "test", loss)
 
     return change
 
 
 def one_seed_is_not_better(rows):
     largest_rank_at(1.0)(rows)
-    set_all(scale_runs(rows, "final", rank=96, scale=2 * 16 / 96, seed=3), "test", 9.0)
+    set_all(runs(rows, "final", rank=96, scale=2 * 16 / 96, seed=3), "test", 9.0)
 
 
 def one_scale_far_off(rows):
     """rsLoRA at r = 96 loses a nat at every rate but its own best one."""
     its = {"rank": 96, "scale": 2 * math.sqrt(16 / 96)}
-    curve = {row["config"]["rate"]: row["valid"] for row in scale_runs(rows, "search", **its)}
+    curve = {row["config"]["rate"]: row["valid"] for row in runs(rows, "search", **its)}
     best = min(curve, key=curve.get)
-    for row in scale_runs(rows, "final", **its):
+    for row in runs(rows, "final", **its):
         row["test"] = 1.6 if row["config"]["rate"] == best else 2.6
 
 
@@ -250,7 +253,7 @@ def rates_of(rank, scale, times):
 
     def change(rows):
         for kind in ("search", "final"):
-            for row in scale_runs(rows, kind, rank=rank, scale=scale, ratio=1.0):
+            for row in runs(rows, kind, rank=rank, scale=scale, ratio=1.0):
                 row["config"]["rate"] *= times
 
     return change  # only for rules that read no test loss at the middle rank's rate
@@ -261,14 +264,14 @@ def alpha_2r_at(loss):
 
     def change(rows):
         for r in (1, 4, 64, 96):
-            set_all(scale_runs(rows, "final", rank=r, scale=2.0), "test", loss)
+            set_all(runs(rows, "final", rank=r, scale=2.0), "test", loss)
 
     return change
 
 
 def better_at_one_rank(rows):
     alpha_2r_at(9.0)(rows)
-    set_all(scale_runs(rows, "final", rank=4, scale=2.0), "test", 1.0)
+    set_all(runs(rows, "final", rank=4, scale=2.0), "test", 1.0)
 
 
 def one_rate_in_ten(rows):
@@ -279,14 +282,14 @@ def one_rate_in_ten(rows):
 
 def plus_at(loss):
     def change(rows):
-        set_all(scale_runs(rows, "final", ratio=16.0), "test", loss)
+        set_all(runs(rows, "final", ratio=16.0), "test", loss)
 
     return change
 
 
 def one_seed_of_plus_is_worse(rows):
     plus_at(1.0)(rows)
-    next(scale_runs(rows, "final", ratio=16.0))["test"] = 9.0
+    next(runs(rows, "final", ratio=16.0))["test"] = 9.0
 
 
 def phi(pair, value, first=1):
@@ -409,18 +412,11 @@ def peak_of(ratio):
     return change
 
 
-def of_forgetting(rows, kinds=("final",), **config):
-    for row in rows:
-        c = row["config"]
-        if c["kind"] in kinds and config.items() <= c.items():
-            yield row
-
-
 def lora_at(key, value, target=None, least=1, seeds=None):
     """A loss of LoRA as trained, from a rank on, on one text or on both, for some seeds or all."""
 
     def change(rows):
-        for row in of_forgetting(rows):
+        for row in runs(rows, "final"):
             c = row["config"]
             if c["rank"] >= least and target in (None, c["target"]) and (seeds is None or c["seed"] in seeds):
                 row[key] = value
@@ -432,7 +428,7 @@ def fronts_at(lora, full):
     """What LoRA and full fine-tuning have on the text of pretraining at every rate."""
 
     def change(rows):
-        for row in of_forgetting(rows, ("front", "final")):
+        for row in runs(rows, "front", "final"):
             row["own_test"] = lora if row["config"]["rank"] else full
 
     return change
@@ -442,7 +438,7 @@ def maps_at(**values):
     """Numbers of every map: those of LoRA, and with full_ those of full fine-tuning."""
 
     def change(rows):
-        for row in of_forgetting(rows):
+        for row in runs(rows, "final"):
             for kept in row["maps"].values():
                 for key, value in values.items():
                     if key.startswith("full_") == (row["config"]["rank"] == 0):
@@ -520,6 +516,78 @@ def there_at_two_thirds(rows):
         row["losses"] = [9.0 if i < 2 * steps // 3 else 0.5 for i in range(steps)]
 
 
+def of_start(rows, target, width, pretrained):
+    (row,) = runs(rows, "start", target=target, width=width, pretrained=pretrained)
+    return row
+
+
+def every_start_reaches_it_at(d, width=None, pretrained=None, method="subspace", measure="test"):
+    """From d on a random subspace is as good as all weights, below it no better than the start."""
+
+    def change(rows):
+        for row in runs(rows, "final", method=method):
+            c = row["config"]
+            if (width is None or c["width"] == width) and (
+                pretrained is None or c["pretrained"] == pretrained
+            ):
+                same = {k: c[k] for k in ("target", "width", "pretrained")}
+                full = median([one[measure] for one in runs(rows, "final", method="full", **same)])
+                start = of_start(rows, *same.values())
+                row[measure] = full if c["size"] >= d else start[measure]
+
+    return change
+
+
+def starts_know_nothing(rows):
+    """So that the accuracy of no start is near full training's."""
+    for row in runs(rows, "start"):
+        row["accuracy"] = 0.0
+
+
+def by_pretraining(base, long, short, random, measure="test"):
+    """d90 of the four starts of one width."""
+    at = {(WIDTH, 0): random, (WIDTH, 60): short, (WIDTH, 600): long, (BASE, 0): base}
+    return both(*(every_start_reaches_it_at(d, *start, measure=measure) for start, d in at.items()))
+
+
+def by_width(*dims, measure="test"):
+    return both(
+        *(
+            every_start_reaches_it_at(d, w, 600, measure=measure)
+            for w, d in zip((32, 56, 96), dims, strict=True)
+        )
+    )
+
+
+def lora_is(more):
+    """LoRA's loss is that of the random subspace with as many numbers, less so much."""
+
+    def change(rows):
+        for row in runs(rows, "final", method="lora"):
+            (same,) = runs(
+                rows,
+                "final",
+                method="subspace",
+                width=0,
+                target="folio",
+                size=row["parameters"],
+                seed=row["config"]["seed"],
+            )
+            row["test"] = same["test"] - more
+
+    return change
+
+
+def ranks_are(share):
+    def change(rows):
+        for row in runs(rows, "final", method="subspace"):
+            row["rank"] = share
+
+    return change
+
+
+NONE, LOW, MIDDLE, HIGH = 10**9, 342, 5472, 87552
+BASE, WIDTH = 0, 96
 CHANGED = [  # rule, what becomes of its rows, what it says then
     ("little_is_enough", one_seed_below_half, FAILS),
     ("as_good_as_full", all_as_full, HOLDS),
@@ -545,6 +613,74 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("spectrum_shows_it", far_from_planted, FAILS),
     ("best_of_its_rank", as_planted(), HOLDS),
     ("best_of_its_rank", far_from_planted, FAILS),
+    ("dimension_is_low", every_start_reaches_it_at(LOW), HOLDS),
+    (
+        "dimension_is_low",
+        both(
+            starts_know_nothing,
+            every_start_reaches_it_at(NONE),
+            every_start_reaches_it_at(NONE, measure="accuracy"),
+        ),
+        FAILS,
+    ),
+    (
+        "dimension_is_low",
+        both(
+            starts_know_nothing,
+            every_start_reaches_it_at(NONE),
+            every_start_reaches_it_at(LOW, measure="accuracy"),
+        ),
+        BY_ACCURACY,
+    ),
+    ("base_is_lower_than_random", by_pretraining(LOW, MIDDLE, MIDDLE, HIGH), HOLDS),
+    (
+        "base_is_lower_than_random",
+        both(
+            starts_know_nothing,
+            by_pretraining(MIDDLE, LOW, LOW, MIDDLE),
+            by_pretraining(HIGH, LOW, LOW, LOW, measure="accuracy"),
+        ),
+        FAILS,
+    ),
+    (
+        "base_is_lower_than_random",
+        both(
+            starts_know_nothing,
+            by_pretraining(HIGH, LOW, LOW, LOW),
+            by_pretraining(LOW, LOW, LOW, MIDDLE, measure="accuracy"),
+        ),
+        BY_ACCURACY,
+    ),
+    ("pretraining_lowers_it", by_pretraining(LOW, 1368, MIDDLE, HIGH), HOLDS),
+    (
+        "pretraining_lowers_it",
+        both(
+            starts_know_nothing,
+            by_pretraining(LOW, MIDDLE, 1368, HIGH),
+            by_pretraining(LOW, LOW, LOW, LOW, measure="accuracy"),
+        ),
+        FAILS,
+    ),
+    ("width_lowers_it", by_width(MIDDLE, 1368, LOW), HOLDS),
+    (
+        "width_lowers_it",
+        both(starts_know_nothing, by_width(1368, MIDDLE, LOW), by_width(LOW, LOW, LOW, measure="accuracy")),
+        FAILS,
+    ),
+    ("low_dimension_is_low_rank", ranks_are(0.2), HOLDS),
+    ("low_dimension_is_low_rank", ranks_are(0.25), FAILS),
+    ("only_the_count_matters", lora_is(0.0), HOLDS),
+    ("only_the_count_matters", lora_is(0.5), FAILS),
+    (
+        "scales_lower_it",
+        both(every_start_reaches_it_at(MIDDLE, 0), every_start_reaches_it_at(LOW, 0, method="said")),
+        HOLDS,
+    ),
+    (
+        "scales_lower_it",
+        both(every_start_reaches_it_at(LOW, 0), every_start_reaches_it_at(MIDDLE, 0, method="said")),
+        FAILS,
+    ),
     ("q_and_v", in_set("QV", 0.1), HOLDS),
     ("all_over_q_and_v", in_set("all", 9.0), FAILS),
     ("all_over_q_and_v", in_set("all", 9.0, target="folio"), "holds when the text is code"),

@@ -6,11 +6,12 @@ from pathlib import Path
 from ..experiments import rank_sweep
 from ..experiments.questions import question
 from ..formats.atomic import read
-from . import choices, cost, full, ranks, starts, use
+from . import choices, cost, dimension, full, ranks, starts, use
 from .claim import Entry, Rows
 
 SUBJECTS = {
     "Ranks and directions": ranks.CLAIMS,
+    "Intrinsic dimension": dimension.CLAIMS,
     "Where and how to adapt": choices.CLAIMS,
     "Where training starts": starts.CLAIMS,
     "Beside full fine-tuning": full.CLAIMS,

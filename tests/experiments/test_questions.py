@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {  # experiment -> its page in docs/
     "known-rank": "low_rank",
     "subspaces": "low_rank",
+    "intrinsic-dimension": "low_rank",
     "which-matrices": "what_to_adapt",
     "scale": "what_to_adapt",
     "initialisation": "what_to_adapt",

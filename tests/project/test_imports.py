@@ -30,7 +30,8 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.forgetting", "experiments.forgetting_figures",
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
     "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
-    "experiments.questions", "claims.claim", "claims.ranks", "claims.choices", "claims.starts", "claims.full",
+    "experiments.questions", "claims.claim", "claims.ranks", "claims.dimension",
+    "claims.choices", "claims.starts", "claims.full",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip
