@@ -126,7 +126,7 @@ def elbows(rows: Sequence[Row]) -> Picture:
         ax.minorticks_off()
         ax.set(xlabel="rank r of LoRA", title=TITLES[task])
     line[0].set_ylabel("excess loss (% of the base's)")
-    line[-1].legend(title="planted")
+    figure.legend(*line[-1].get_legend_handles_labels(), title="planted", loc="outside right center")
     answer = (
         f"from the planted rank k on, and not before, in {right} of {total} (dotted: the answer cut to r)"
     )
