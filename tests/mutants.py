@@ -1255,7 +1255,7 @@ MUTANTS = (
     Mutant("claim-high-rank-with-one-seed", "claims/full.py", "min(x.min() for x", "max(x.max() for x", "claims"),
     Mutant("claim-equal-loss-as-trained", "claims/full.py", 'f.less(target, "equal") < 0', 'f.less(target, "forgotten") < 0', "claims"),
     Mutant("claim-up-to-the-largest-rank", "claims/full.py", "f.plan.ranks[: up_to(each)]", "f.plan.ranks[: len(each)]", "claims"),
-    Mutant("claim-merge-loses-what-it-likes", "claims/use.py", 'some.max() <= LOST', 'some.max() <= 1', "claims"),
+    Mutant("claim-merge-loses-what-it-likes", "claims/use.py", 'lost.max(0) <= LOST', 'lost.max(0) <= 1', "claims"),
     Mutant("claim-loss-may-fall", "claims/use.py", 'float(np.abs(cost(rows, dtype)[:, -1]).max())', 'float(cost(rows, dtype)[:, -1].max())', "claims"),
     Mutant("claim-subtracting-nearly-undoes-it", "claims/use.py", 'if max(away[way]) == 0]', 'if max(away[way]) < 0.02]', "claims"),
     Mutant("claim-merged-as-slow-as-it-likes", "claims/cost.py", 'max(more.values()) <= 1.05', 'min(more.values()) <= 1.05', "claims"),

@@ -359,11 +359,13 @@ def no_rank_is_enough(rows):
         row["excess"] = 1.0
 
 
-def rounded_at(dtype, lost):
+def rounded_at(lost, least=0.0):
+    """What rounding to bfloat16 loses of ΔW times t or more."""
+
     def change(rows):
         for row in rows:
-            for t, found in row["merged"][dtype] if "merged" in row else ():
-                found["lost"] = lost if t == 1 else found["lost"]
+            for t, found in row["merged"]["bfloat16"] if "merged" in row else ():
+                found["lost"] = lost if t >= least else found["lost"]
 
     return change
 
@@ -704,9 +706,9 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("amplifies_more_than_chance", amplified(99.0, 0.05), HOLDS),
     ("amplifies", amplified(20.0, 0.1), FAILS),
     ("amplifies", amplified(9.0, 0.05), FAILS),
-    ("rounding_is_nothing", rounded_at("bfloat16", 0.01), HOLDS),
-    ("rounding_is_nothing", rounded_at("float16", 0.02), FAILS),
-    ("loss_stays", merged_at(-1e-3), FAILS),
+    ("rounding_is_nothing", rounded_at(0.01), HOLDS),
+    ("rounding_is_nothing", rounded_at(0.011, least=1.0), FAILS),
+    ("loss_stays", merged_at(-2e-3), FAILS),
     ("subtracting_undoes_it", undone("one", "others"), HOLDS),
     ("subtracting_undoes_it", undone("one"), "holds when it is the same ΔW"),
     ("merged_costs_nothing", latency("merged", 1.2), FAILS),
