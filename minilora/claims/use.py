@@ -22,7 +22,7 @@ def merging_is_exact(rows: Rows) -> Verdict:
 
 
 def rounding_is_nothing(rows: Rows) -> Verdict:
-    """Holds when ΔW is so large that rounding to bfloat16 loses a hundredth of it or less, with every seed."""
+    """Holds when ΔW is so large that rounding to bfloat16 loses a hundredth of it at most, with each seed."""
     size, lost = (at(rows, "bfloat16", key) for key in ("size", "lost"))
     few, most = np.median(lost[:, -1]), np.median(lost[:, 0])
     number = f"loses {few:.2g} of it, and {most:.2g} of a thousandth of it"
