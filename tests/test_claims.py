@@ -751,7 +751,6 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("principal_directions_help", start_at("PiSSA", "test", 1.0), HOLDS),
     ("principal_directions_help", one_seed_of_a_start_at("PiSSA", 9.0, 1.0), FAILS),
     ("principal_directions_help", start_at("random directions", "test", 1.0), FAILS),
-    ("learns_less", lora_at("test", 9.0), HOLDS),
     ("learns_less", lora_at("test", 0.1), FAILS),
     (
         "learns_less",
@@ -759,7 +758,6 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
         "holds when r is at most 4 on folio or the text is code",
     ),
     ("learns_less", both(lora_at("test", 9.0), lora_at("test", 0.1, seeds=(2,))), FAILS),
-    ("forgets_less", lora_at("own_test", 0.1), HOLDS),
     ("forgets_less", lora_at("own_test", 9.0), FAILS),
     (
         "forgets_less",
@@ -767,11 +765,9 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
         "holds when the text is folio",
     ),
     ("forgets_less_at_equal_loss", fronts_at(0.1, 9.0), HOLDS),
-    ("forgets_less_at_equal_loss", fronts_at(9.0, 0.1), FAILS),
     ("has_intruders", maps_at(intruders=3, full_intruders=0), HOLDS),
     ("has_intruders", maps_at(intruders=0, full_intruders=0), FAILS),
     ("has_intruders", maps_at(intruders=3, full_intruders=1), FAILS),
-    ("full_is_of_high_rank", maps_at(full_effective_rank=60.0), HOLDS),
     ("full_is_of_high_rank", maps_at(full_effective_rank=20.0), FAILS),
     ("four_bits_save_memory", peak_of(0.5), FAILS),
 ]
