@@ -22,6 +22,7 @@ from minilora.experiments.adding_figures import (
     spread,
     tables,
 )
+from minilora.formats.checkpoint import History
 from minilora.lora import active, fuse, set_adapter
 from minilora.model import Config, llama
 from minilora.training import evaluate
@@ -168,6 +169,7 @@ def test_the_joint_adapter_sees_every_text_as_often(monkeypatch):
 
     def train(model, batches, optimizer, *, steps, **how):
         seen.extend(int(x.min()) // 5 for (x, _), _ in zip(batches, range(steps), strict=False))
+        return History()
 
     monkeypatch.setattr(recipe, "train", train)
     model = copy.deepcopy(made().base)

@@ -616,6 +616,8 @@ def forgetting_of(rank):
         assert len(kept) == (2 + 7 if rank else 2)
         return {part: found[part] for part in kept} | {"maps": row["maps"]}
 
+    return run
+
 
 DIMENSIONS = intrinsic.Plan(
     ("folio",), dims=(40,), ranks=(2,), widths=(8,), pretraining=(2,), rates=(0.6,), steps=4, search_steps=3,

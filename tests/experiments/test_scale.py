@@ -17,6 +17,7 @@ from minilora.errors import ConfigError, FormatError
 from minilora.experiments import harness, recipe, scale
 from minilora.experiments.scale import SCALE, SCALINGS, Plan, Run, scale_of
 from minilora.experiments.scale_figures import FULL, Arm, found, pictures, sentences, tables
+from minilora.formats.checkpoint import History
 from minilora.lora import inject
 from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, llama
@@ -133,7 +134,12 @@ def test_a_run_follows_its_recipe():
 
 def test_runs_of_a_seed_see_the_same_batches(monkeypatch):
     seen = []
-    monkeypatch.setattr(recipe, "train", lambda model, given, *_, **how: seen.append(next(given)[0]))
+
+    def train(model, given, *_, **how):
+        seen.append(next(given)[0])
+        return History()
+
+    monkeypatch.setattr(recipe, "train", train)
     for how in ({}, {"rank": 4}, {"rank": 0}, {"rate": 0.5}, {"seed": 4}):
         scale.learned(cell(**how), made())
     assert all((x == seen[0]).all() for x in seen[1:4])

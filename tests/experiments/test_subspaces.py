@@ -32,6 +32,7 @@ from minilora.experiments.subspace_figures import (
     width,
 )
 from minilora.experiments.subspaces import PAIRS, SIDES, Plan, Run, counts
+from minilora.formats.checkpoint import History
 from minilora.lora import active
 from minilora.model import Config, llama
 from minilora.spectra import random_similarity, similarity
@@ -168,6 +169,7 @@ def test_no_two_adapters_of_a_seed_start_alike_and_ranks_see_the_same_batches(mo
     def train(model, batches, optimizer, *, steps, **how):
         starts.append({path: adapter.A.data.copy() for path, adapter in active(model).items()})
         seen.append(np.concatenate([x for (x, _), _ in zip(batches, range(steps), strict=False)]).tobytes())
+        return History()
 
     monkeypatch.setattr(recipe, "train", train)
     for seed in (0, 1):
