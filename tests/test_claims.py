@@ -507,11 +507,6 @@ def there_at_once(rows):
         row["losses"] = [0.5] * len(row["losses"])
 
 
-def never_there(rows):
-    for row in start_cells(rows, "LoRA-GA"):
-        row["losses"] = [9.0] * len(row["losses"])
-
-
 def there_at_two_thirds(rows):
     for row in start_cells(rows, "LoRA-GA"):
         steps = len(row["losses"])
@@ -718,39 +713,17 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("begins_at_the_base", start_at("B zero", "start", 2.0349), FAILS),
     ("begins_at_the_base", both_random_at_the_base, FAILS),
     ("zero_is_critical", one_seed_of_a_start_at("both random", 1.0, 9.0), FAILS),
-    ("zero_is_critical", start_at("both random", "test", 9.0), HOLDS),
     ("both_zero_is_stuck", start_at("both zero", "gradients", {"A": 0.0, "B": 1e-30}), FAILS),
     ("both_zero_is_stuck", start_at("both zero", "gradients", {"A": 1e-30, "B": 0.0}), FAILS),
     ("both_zero_is_stuck", one_seed_of_a_start_at("both zero", 2.0, 2.0), FAILS),
     ("b_zero_beats_a_zero", one_seed_of_a_start_at("A zero", 1.0, 9.0), FAILS),
-    ("b_zero_beats_a_zero", start_at("A zero", "test", 9.0), HOLDS),
-    ("b_zero_takes_larger_rates", rates_of_a_start("A zero", 64), FAILS),
     ("b_zero_takes_larger_rates", rates_of_a_start("A zero", 1 / 64), HOLDS),
     ("any_draw_of_a", uniform_as_gaussian, HOLDS),
-    ("any_draw_of_a", start_at("B zero (Gaussian A)", "test", 9.0), FAILS),
-    ("any_draw_of_a", start_at("B zero (Gaussian A)", "test", 1.0), FAILS),
-    *(
-        (rule, one_seed_of_a_start_at(start, 9.0, 1.0), FAILS)
-        for rule, start in (
-            ("pissa_is_better", "PiSSA"),
-            ("olora_is_better", "OLoRA"),
-            ("lora_ga_is_better", "LoRA-GA"),
-        )
-    ),
-    *(
-        (rule, start_at(start, "test", 1.0), HOLDS)
-        for rule, start in (
-            ("pissa_is_better", "PiSSA"),
-            ("olora_is_better", "OLoRA"),
-            ("lora_ga_is_better", "LoRA-GA"),
-        )
-    ),
+    ("pissa_is_better", start_at("PiSSA", "test", 1.0), HOLDS),
+    ("olora_is_better", start_at("OLoRA", "test", 1.0), HOLDS),
+    ("lora_ga_is_better", start_at("LoRA-GA", "test", 1.0), HOLDS),
     ("lora_ga_is_faster", there_at_once, HOLDS),
-    ("lora_ga_is_faster", never_there, FAILS),
-    ("lora_ga_is_faster", there_at_two_thirds, FAILS),
     ("principal_directions_help", start_at("PiSSA", "test", 1.0), HOLDS),
-    ("principal_directions_help", one_seed_of_a_start_at("PiSSA", 9.0, 1.0), FAILS),
-    ("principal_directions_help", start_at("random directions", "test", 1.0), FAILS),
     ("learns_less", lora_at("test", 0.1), FAILS),
     (
         "learns_less",
@@ -791,6 +764,13 @@ def test_a_rule_comes_out_the_other_way_on_other_rows(name, change, verdict, com
         ("ranks_overlap", phi("ranks", 0.4)),
         ("ranks_overlap", overlap_but_for_one_seed),
         ("seeds_agree", phi("seeds", 0.4)),
+        ("any_draw_of_a", start_at("B zero (Gaussian A)", "test", 9.0)),
+        ("any_draw_of_a", start_at("B zero (Gaussian A)", "test", 1.0)),
+        ("pissa_is_better", one_seed_of_a_start_at("PiSSA", 9.0, 1.0)),
+        ("olora_is_better", one_seed_of_a_start_at("OLoRA", 9.0, 1.0)),
+        ("lora_ga_is_better", one_seed_of_a_start_at("LoRA-GA", 9.0, 1.0)),
+        ("lora_ga_is_faster", there_at_two_thirds),
+        ("principal_directions_help", one_seed_of_a_start_at("PiSSA", 9.0, 1.0)),
     ],
 )
 def test_a_rule_for_all_is_not_met_by_some(name, change, committed):
