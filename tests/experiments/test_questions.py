@@ -63,7 +63,10 @@ def test_the_committed_rows_are_those_of_the_default_plan(experiment, tmp_path, 
         assert row["status"] == "done" or row["config"]["kind"] == "search"
         if row["config"]["kind"] == "final":
             seeds.setdefault(json.dumps(row["config"] | {"seed": 0}), []).append(row["config"]["seed"])
-    assert all(sorted(some) == list(range(SEEDS)) for some in seeds.values())
+    few = getattr(asks.Plan(), "few_seeds", SEEDS)  # where a question takes fewer for some of its cells
+    assert few >= 3
+    assert {len(some) for some in seeds.values()} <= {SEEDS, few}
+    assert all(sorted(some) == list(range(len(some))) for some in seeds.values())
 
 
 def test_a_page_says_what_the_rows_say(experiment, monkeypatch):
