@@ -52,7 +52,6 @@ def test_the_page_shows_the_ledger_and_the_readme_its_first_lines(monkeypatch):
 
 
 def test_all_rows_of_a_file_are_read(committed):
-    assert len(committed) == 5
     for name, rows in committed.items():
         lines = (ROOT / name).read_text(encoding="utf-8")
         found = lines.splitlines() if name.endswith("l") else json.loads(lines)
