@@ -42,6 +42,7 @@ FORKS.set_forkserver_preload(
 UNFIT = "interrupted or second_sweep or worker"
 READ = (
     "figures/**/*.json*",
+    "README.md",
     "figures/**/*.png",
     "docs/*.md",
     "docs/*.py",

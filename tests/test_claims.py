@@ -238,12 +238,12 @@ def one_seed_is_not_better(rows):
 
 
 def one_scale_far_off(rows):
-    """rsLoRA at r = 96 loses a nat at every rate but its own best one."""
+    """rsLoRA at r = 96 loses a tenth of a nat at every rate but its own best one."""
     its = {"rank": 96, "scale": 2 * math.sqrt(16 / 96)}
     curve = {row["config"]["rate"]: row["valid"] for row in runs(rows, "search", **its)}
     best = min(curve, key=curve.get)
     for row in runs(rows, "final", **its):
-        row["test"] = 1.6 if row["config"]["rate"] == best else 2.6
+        row["test"] = 1.6 if row["config"]["rate"] == best else 1.7
 
 
 def rates_of(rank, scale, times):
@@ -389,10 +389,12 @@ def undone(*ways):
     return change
 
 
-def latency(how, ratio):
+def latency(how, ratio, width=None):
+    """The time of a token over the base's, at one width or at all."""
+
     def change(rows):
         for row in rows:
-            if row["part"] == "latency":
+            if (row["part"], row.get("job")) == ("latency", "token") and width in (None, row["size"]["D"]):
                 row["to_base"][how] = ratio
 
     return change
@@ -434,11 +436,11 @@ def fronts_at(lora, full):
     return change
 
 
-def maps_at(**values):
+def maps_at(seeds=range(5), **values):
     """Numbers of every map: those of LoRA, and with full_ those of full fine-tuning."""
 
     def change(rows):
-        for row in runs(rows, "final"):
+        for row in (row for row in runs(rows, "final") if row["config"]["seed"] in seeds):
             for kept in row["maps"].values():
                 for key, value in values.items():
                     if key.startswith("full_") == (row["config"]["rank"] == 0):
@@ -548,11 +550,11 @@ def by_width(*dims, measure="test"):
     )
 
 
-def lora_is(more):
-    """LoRA's loss is that of the random subspace with as many numbers, less so much."""
+def lora_is(more, rank):
+    """LoRA's loss at a rank is that of the random subspace with as many numbers, less so much."""
 
     def change(rows):
-        for row in runs(rows, "final", method="lora"):
+        for row in runs(rows, "final", method="lora", size=rank):
             (same,) = runs(
                 rows,
                 "final",
@@ -579,6 +581,12 @@ def no_accuracy(rows):
     """No start, and no random subspace, comes near to the accuracy of all weights."""
     for row in (*runs(rows, "start"), *runs(rows, "final", method="subspace")):
         row["accuracy"] = 0.0
+
+
+def one_seed_never(rows):
+    """One seed learns nothing from the base."""
+    for row in runs(rows, "final", method="subspace", width=BASE, seed=3):
+        row["test"] = 9.0
 
 
 def said_at(d):
@@ -613,13 +621,17 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("best_of_its_rank", as_planted(), HOLDS),
     ("best_of_its_rank", far_from_planted, FAILS),
     ("dimension_is_low", every_start_reaches_it_at(LOW), HOLDS),
-    ("dimension_is_low", both(no_accuracy, every_start_reaches_it_at(NONE)), FAILS),
+    ("dimension_is_low", both(no_accuracy, every_start_reaches_it_at(MIDDLE)), FAILS),
     ("base_is_lower_than_random", by_pretraining(LOW, MIDDLE, MIDDLE, HIGH), HOLDS),
-    ("base_is_lower_than_random", both(by_pretraining(HIGH, LOW, LOW, LOW), no_accuracy), FAILS),
+    (
+        "base_is_lower_than_random",
+        both(by_pretraining(LOW, LOW, LOW, HIGH), no_accuracy, one_seed_never),
+        FAILS,
+    ),
     ("pretraining_lowers_it", by_pretraining(LOW, 1368, MIDDLE, HIGH), HOLDS),
     ("width_lowers_it", by_width(MIDDLE, 1368, LOW), HOLDS),
     ("low_dimension_is_low_rank", ranks_are(0.2), HOLDS),
-    ("only_the_count_matters", lora_is(0.5), FAILS),
+    ("only_the_count_matters", lora_is(0.5, 4), FAILS),
     ("scales_lower_it", both(every_start_reaches_it_at(MIDDLE, 0), said_at(LOW)), HOLDS),
     ("q_and_v", in_set("QV", 0.1), HOLDS),
     ("all_over_q_and_v", in_set("all", 9.0), FAILS),
@@ -650,7 +662,7 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("subtracting_undoes_it", undone("one", "others"), HOLDS),
     ("subtracting_undoes_it", undone("one"), "holds when it is the same ΔW"),
     ("merged_costs_nothing", latency("merged", 1.2), FAILS),
-    ("adapters_slow_inference", latency("unmerged", 1.04), FAILS),
+    ("adapters_slow_inference", latency("unmerged", 1.04, 128), FAILS),
     ("adapters_slow_inference", latency("merged", 1.05), HOLDS),
     ("fraction_of_the_time", step_of(0.49), HOLDS),
     ("begins_at_the_base", start_at("B zero", "start", 2.0349), FAILS),
@@ -684,7 +696,7 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("has_intruders", maps_at(intruders=3, full_intruders=0), HOLDS),
     ("has_intruders", maps_at(intruders=0, full_intruders=0), FAILS),
     ("has_intruders", maps_at(intruders=3, full_intruders=1), FAILS),
-    ("full_is_of_high_rank", maps_at(full_effective_rank=20.0), FAILS),
+    ("full_is_of_high_rank", maps_at((2,), full_effective_rank=20.0), FAILS),
     ("four_bits_save_memory", peak_of(0.5), FAILS),
 ]
 
