@@ -1241,6 +1241,8 @@ MUTANTS = (
     Mutant("claim-one-case-of-a-task", "claims/ranks.py", 'cases in right.items() if all(cases)', 'cases in right.items() if any(cases)', "claims"),
     Mutant("claim-overlap-of-the-best-seed", "claims/ranks.py", 'enough and x.min() > 0.5', 'enough and x.max() > 0.5', "claims"),
     Mutant("claim-overlap-without-a-gain", "claims/ranks.py", 'bool(gain.min() >= 0.9)', 'bool(gain.min() >= 0.0)', "claims"),
+    Mutant("claim-follows-random-directions", "claims/ranks.py", '(weights(done, 4, "random") / weights(done, 4, "factor")).T',
+           '(weights(done, 4, "factor") / weights(done, 4, "random")).T', "claims"),
     Mutant("claim-some-seeds-agree", "claims/ranks.py", 'share.min(0) > 0.5', 'share.min(0) > 0.3', "claims"),
     Mutant("claim-amplified-where-w-is-strong", "claims/ranks.py", 'owns[kind].max() < 0.1', 'owns[kind].max() < 1.0', "claims"),
     Mutant("claim-ranges-that-do-not-meet", "claims/choices.py", 'mine.min() <= its.max()', 'mine.max() <= its.min()', "claims"),

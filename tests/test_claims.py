@@ -650,7 +650,7 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("seeds_agree", phi("seeds", 1.0, 7), HOLDS),
     ("seeds_agree", phi("seeds", 1.0), "holds when the first 1 are meant"),
     ("amplifies", amplified(20.0, 0.05), HOLDS),
-    ("amplifies_more_than_chance", amplified(99.0, 0.05), HOLDS),
+    ("follows_w", amplified(1.0, 0.05), HOLDS),
     ("amplifies", amplified(20.0, 0.1), FAILS),
     ("amplifies", amplified(9.0, 0.05), FAILS),
     ("rounding_is_nothing", rounded_at(0.01), HOLDS),

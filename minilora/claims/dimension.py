@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..experiments.intrinsic_figures import MEASURES, dimension, found
-from .claim import FAILS, HOLDS, HU, OVERVIEW, Claim, Rows, Verdict
+from .claim import FAILS, HOLDS, OVERVIEW, Claim, Rows, Verdict
 
 INTRINSIC = "figures/intrinsic-dimension/rows.jsonl"
 AGHAJANYAN = "Aghajanyan et al. 2020"
@@ -102,7 +102,7 @@ CLAIMS = (
           INTRINSIC, "figures/intrinsic-dimension/sizes.png", width_lowers_it),
     Claim("A low intrinsic dimension means a low rank of ΔW.", OVERVIEW,
           INTRINSIC, "figures/intrinsic-dimension/rank.png", low_dimension_is_low_rank),
-    Claim("A random subspace of as many dimensions does as well as LoRA.", HU,
+    Claim("A random subspace of as many dimensions does as well as LoRA.", "asked here",
           INTRINSIC, "figures/intrinsic-dimension/rank.png", only_the_count_matters),
     Claim("A scale for each weight lowers the intrinsic dimension.", AGHAJANYAN,
           INTRINSIC, "figures/intrinsic-dimension/rank.png", scales_lower_it),
