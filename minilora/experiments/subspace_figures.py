@@ -120,7 +120,14 @@ def gained(rows: Sequence[Row]) -> np.ndarray:
 
 def spread(values: np.ndarray, digits: str = ".2f") -> str:
     """The median and the range."""
-    return f"{np.median(values):{digits}} ({values.min():{digits}} to {values.max():{digits}})"
+    middle, low, high = (said(x, digits) for x in (np.median(values), values.min(), values.max()))
+    return f"{middle} ({low} to {high})"
+
+
+def said(x: float, digits: str = ".2f") -> str:
+    """A number in words; what rounds to zero has no sign."""
+    text = f"{x:{digits}}"
+    return text if float(text) else text.removeprefix("-")
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -153,7 +160,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         f"The first directions of r = {small} and {large} overlap by {first['ranks']:.2f} beyond chance; "
         f"r = {small} reaches {np.median(gained(done)):.0%} of the gain of r = {large}.",
         f"Two seeds share {most['seeds']:g} of {large} directions, the first by {first['seeds']:.2f} beyond "
-        f"chance; two texts share {most['texts']:g}, the first by {first['texts']:.2f}.",
+        f"chance; two texts share {most['texts']:g}, the first by {said(first['texts'])}.",
         f"Along its directions ΔW is {factor[0]:.3g} times as strong as W at r = {least} (random ones: "
         f"{random[0]:.3g}), {factor[1]:.3g} times at r = {large} ({random[1]:.3g}); W has {own[0]:.2f} and "
         f"{own[1]:.2f} there of what it has along its own first ones.",
