@@ -1243,6 +1243,7 @@ MUTANTS = (
     Mutant("claim-overlap-without-a-gain", "claims/ranks.py", 'bool(gain.min() >= 0.9)', 'bool(gain.min() >= 0.0)', "claims"),
     Mutant("claim-follows-random-directions", "claims/ranks.py", '(weights(done, 4, "random") / weights(done, 4, "factor")).T',
            '(weights(done, 4, "factor") / weights(done, 4, "random")).T', "claims"),
+    Mutant("conditions-counted-as-failures", "claims/ledger.py", '(HOLDS, " when ", FAILS)', '(HOLDS, FAILS, FAILS)', "claims"),
     Mutant("claim-some-seeds-agree", "claims/ranks.py", 'share.min(0) > 0.5', 'share.min(0) > 0.3', "claims"),
     Mutant("claim-amplified-where-w-is-strong", "claims/ranks.py", 'owns[kind].max() < 0.1', 'owns[kind].max() < 1.0', "claims"),
     Mutant("claim-ranges-that-do-not-meet", "claims/choices.py", 'mine.min() <= its.max()', 'mine.max() <= its.min()', "claims"),

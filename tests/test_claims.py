@@ -51,6 +51,22 @@ def test_the_page_shows_the_ledger_and_the_readme_its_first_lines(monkeypatch):
     assert sum(f"| {entry.statement} |" in readme for entry in claims().entries) == FIRST
 
 
+def test_the_ledger_prints_two_lines_for_each_claim_by_subject():
+    ledger = claims()
+    first, *lines = str(ledger).splitlines()
+    hold, fail = (sum(e.verdict == verdict for e in ledger.entries) for verdict in (HOLDS, FAILS))
+    n = len(ledger.entries)
+    assert first == f"{n} sentences: {hold} hold, {n - hold - fail} under a condition, {fail} do not here"
+    expected = []
+    for subject, some in module.SUBJECTS.items():
+        expected += ["", subject]
+        for claim in some:
+            (entry,) = (e for e in ledger.entries if e.statement == claim.statement)
+            assert entry.subject == subject
+            expected += [f"  {claim.statement} ({claim.source})", f"    {entry.verdict}: {entry.number}"]
+    assert lines == expected
+
+
 def test_all_rows_of_a_file_are_read(committed):
     for name, rows in committed.items():
         lines = (ROOT / name).read_text(encoding="utf-8")

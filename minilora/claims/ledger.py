@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..formats.atomic import read
 from ..table import Table, report
-from .claim import Entry
+from .claim import FAILS, HOLDS, Entry
 
 LEDGER = Path(__file__).with_name("ledger.json")
 
@@ -22,7 +22,7 @@ LEDGER = Path(__file__).with_name("ledger.json")
 @report
 @dataclass(frozen=True)
 class Ledger:
-    """All claims; prints as a table for each subject."""
+    """All claims; prints two lines for each, by subject."""
 
     entries: tuple[Entry, ...]
 
@@ -30,11 +30,15 @@ class Ledger:
         return [asdict(entry) for entry in self.entries]
 
     def parts(self) -> list[str | Table]:
-        head = ("claim", "source", "verdict", "decided by")
-        return [
-            Table(head, [(e.statement, e.source, e.verdict, e.number) for e in some], subject)
-            for subject, some in self.subjects().items()
-        ]
+        verdicts = [entry.verdict.partition(" when ")[1] or entry.verdict for entry in self.entries]
+        hold, under, fail = (verdicts.count(verdict) for verdict in (HOLDS, " when ", FAILS))
+        counts = f"{hold} hold, {under} under a condition, {fail} do not here"
+        lines: list[str | Table] = [f"{len(verdicts)} sentences: {counts}"]
+        for subject, some in self.subjects().items():
+            lines += ["", subject]
+            for entry in some:
+                lines += [f"  {entry.statement} ({entry.source})", f"    {entry.verdict}: {entry.number}"]
+        return lines
 
     def subjects(self) -> dict[str, list[Entry]]:
         """Subject -> its claims, in order."""
