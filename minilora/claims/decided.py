@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..experiments import rank_sweep
+from ..experiments import harness, rank_sweep
 from ..experiments.questions import question
 from ..formats.atomic import read
 from . import choices, cost, dimension, full, ranks, starts, use
@@ -27,7 +27,7 @@ def rows_of(root: Path, name: str) -> Rows:
     if name == ranks.SWEEP:
         return rank_sweep.read_rows(path)
     if path.suffix == ".jsonl":  # of the experiment that gives its folder the name
-        return question(path.parent.name)[0].read_rows(path)
+        return harness.read_rows(path, question(path.parent.name)[0].FORM)
     found = json.loads(read(path))
     if isinstance(found, list):
         return found

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ..experiments.adding_figures import finals
 from ..experiments.harness import Row
 from ..experiments.known_figures import NOTHING, TITLES, elbow, planted, shown, tasks
+from ..experiments.reading import finals
 from ..experiments.subspace_figures import gained, maps, overlap, short, weights
 from ..spectra import effective_rank
 from .claim import FAILS, HOLDS, HU, OVERVIEW, Claim, Rows, Verdict, from_on

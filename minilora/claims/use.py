@@ -8,6 +8,7 @@ from ..experiments import adding_figures
 from ..experiments.adding_adapters import OWN
 from ..experiments.merging import DTYPES
 from ..experiments.merging_figures import LOST, WAYS, at, cost, drift
+from ..experiments.reading import finals
 from .claim import FAILS, HOLDS, HU, OVERVIEW, Claim, Rows, Verdict, from_on
 
 ADDING = "figures/adding-adapters/rows.jsonl"
@@ -68,7 +69,7 @@ def merging_into_four_bits(rows: Rows) -> Verdict:
 
 def against_base(rows: Rows, name: str, texts: Sequence[str]) -> np.ndarray:
     """Test losses less the base's, (seeds, texts), of a combination or a method of adding adapters."""
-    return adding_figures.gains(adding_figures.finals(rows), name, texts)
+    return adding_figures.gains(finals(rows), name, texts)
 
 
 def adding_blends(rows: Rows) -> Verdict:

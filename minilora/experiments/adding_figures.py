@@ -9,29 +9,15 @@ from itertools import combinations
 import numpy as np
 
 from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
-from ..errors import ConfigError
-from ..table import Table, counted, drawn
+from ..table import Table, counted
 from .adding_adapters import JOINT, METHODS, OWN, TIMES, mixtures
 from .harness import Row
+from .reading import finals, spread, title
 
 COLOURS = (BLUE, ORANGE, GREEN)
 MARKS = ("o", "s", "^")
-TITLES = {"folio": "First Folio", "kjv": "King James Bible", "code": "Python code", OWN: "modern Shakespeare"}
 
 CHANGE = "test loss less the base's (nats per character)"
-
-
-def title(text: str) -> str:
-    """A text as a heading."""
-    return drawn(TITLES.get(text, text))
-
-
-def finals(rows: Sequence[Row]) -> list[Row]:
-    """The measured rows, one for each seed; ConfigError if there is none."""
-    done = [row for row in rows if row["config"]["kind"] == "final" and row["status"] == "done"]
-    if not done:
-        raise ConfigError("no seed was measured; expected at least one row of kind 'final'")
-    return done
 
 
 def gains(rows: Sequence[Row], name: str, texts: Sequence[str]) -> np.ndarray:
@@ -43,11 +29,6 @@ def gains(rows: Sequence[Row], name: str, texts: Sequence[str]) -> np.ndarray:
     return np.array(found)
 
 
-def spread(values: np.ndarray) -> str:
-    """The median over seeds, and the range."""
-    return f"{np.median(values):+.3f} ({values.min():+.3f} to {values.max():+.3f})"
-
-
 def tables(rows: Sequence[Row]) -> list[Table]:
     """The heat map as a table, and the methods: medians and ranges over the seeds."""
     done = finals(rows)
@@ -56,7 +37,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     seeds = counted(len(done), "seed", "seeds")
     names = [name for name in done[0]["losses"] if name != "base"]
     names.append(names.pop(0))  # the joint one last
-    lines = [(name, *(spread(g) for g in gains(done, name, texts).T)) for name in names]
+    changes = {name: [spread(g, "+.3f") for g in gains(done, name, texts).T] for name in (*names, *METHODS)}
+    means = {name: spread(gains(done, name, targets).mean(1), "+.3f") for name in changes}
+    lines = [(name, *changes[name]) for name in names]
     map_ = Table(("adapter", *texts), lines, f"test loss less the base's, median and range of {seeds}")
     lines = []
     for name in METHODS:
@@ -64,12 +47,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         scales = sorted({f"{m['scale']:g}" for m in made}, key=float)
         lines.append((
             name, str(max(m["rank"] for m in made)), ", ".join(scales),
-            f"{np.median([m['residual'] for m in made]):.2f}",
-            *(spread(g) for g in gains(done, name, texts).T), spread(gains(done, name, targets).mean(1)),
+            f"{np.median([m['residual'] for m in made]):.2f}", *changes[name], means[name],
         ))  # fmt: skip
-    for name in (JOINT, "mean of all"):
-        g = gains(done, name, texts).T
-        lines.append((name, "", "", "", *map(spread, g), spread(gains(done, name, targets).mean(1))))
+    lines += [(name, "", "", "", *changes[name], means[name]) for name in (JOINT, "mean of all")]
     head = ("method", "rank", "λ", "residual", *texts, "mean of the three" if len(targets) == 3 else "mean")
     return [map_, Table(head, lines, f"all adapters at the best λ, less the base's loss; {seeds}")]
 

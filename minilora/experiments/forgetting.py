@@ -234,8 +234,3 @@ VALID, TEST = ({"parameters": forms.whole(), s: LOSS, f"own_{s}": LOSS} for s in
 FORM = harness.form_of(
     {"base": VALID | TEST, "search": VALID, "front": TEST, "final": TEST | {"maps": forms.named(MAP)}}
 )
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a file; raises as `harness.read_rows`."""
-    return harness.read_rows(path, FORM)

@@ -17,9 +17,9 @@ from ..analysis.plotting import BLUE, GREY, ORANGE, Picture, axes, shades, style
 from ..errors import ConfigError
 from ..spectra import effective_rank, energy, noise_spectrum
 from ..table import Table, counted
-from .adding_figures import title
 from .forgetting import FIRST, Plan
 from .harness import Row
+from .reading import spread, title
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 Losses = tuple[float, float]  # on the target, and on the text of pretraining
@@ -132,11 +132,6 @@ def up_to(so: np.ndarray) -> int:
 def name(rank: int) -> str:
     """A method as a heading."""
     return f"r = {rank}" if rank else "all weights"
-
-
-def spread(values: np.ndarray, how: str = ".3f") -> str:
-    """The median over seeds, and the range."""
-    return f"{np.median(values):{how}} ({values.min():{how}} to {values.max():{how}})"
 
 
 def where(f: Found, key: str) -> str:

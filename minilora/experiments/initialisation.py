@@ -225,8 +225,3 @@ FORM = harness.form_of({
         "parameters": forms.whole(),
     },
 })  # fmt: skip
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a file; raises as `harness.read_rows`."""
-    return harness.read_rows(path, FORM)

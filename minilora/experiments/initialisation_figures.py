@@ -15,7 +15,8 @@ from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
 from .initialisation import FULL, PLAIN, STARTS, STUCK, TAKEN_OFF, USUAL, Plan
-from .scale_figures import TEST, Arm, spread
+from .reading import spread
+from .scale_figures import TEST, Arm
 
 RIVALS = ("PiSSA", "OLoRA", "LoRA-GA")  # of the usual start
 LOOKS = (  # of a start in its panel
@@ -102,11 +103,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         arm, norms = f.arms[start], f.gradients(start)
         lines.append(
             (start, f"{f.away(start):.1e}", *(f"{norms[name]:.1e}" for name in "AB"),
-             "" if start == STUCK else f"{arm.rate:g}", spread(arm.best), spread(f.change(start), "+"),
-             spread(f.change_at_one_rate(start), "+"))
+             "" if start == STUCK else f"{arm.rate:g}", spread(arm.best), spread(f.change(start), "+.3f"),
+             spread(f.change_at_one_rate(start), "+.3f"))
         )  # fmt: skip
     full = f.arms[FULL]
-    lines.append((FULL, "", "", "", f"{full.rate:g}", spread(full.best), spread(f.change(FULL), "+"), ""))
+    lines.append((FULL, "", "", "", f"{full.rate:g}", spread(full.best), spread(f.change(FULL), "+.3f"), ""))
     head = ("start", "off the base", "|dA|", "|dB|", "best rate", "test loss", f"less that of {USUAL}",
             f"all at {f.usual.rate:g}")  # fmt: skip
     caption = (

@@ -254,8 +254,3 @@ def methods(start: Run, inputs: Inputs) -> Iterator[Run]:
 SHARE, COUNT = forms.number(0, 1), {"parameters": forms.whole()}
 RESULT = {"test": LOSS, "accuracy": SHARE, "rank": SHARE} | COUNT
 FORM = harness.form_of({"start": RESULT, "search": {"valid": LOSS} | COUNT, "final": RESULT})
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a file; raises as `harness.read_rows`."""
-    return harness.read_rows(path, FORM)

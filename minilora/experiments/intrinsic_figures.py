@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..table import Table
 from .harness import Row
 from .intrinsic_dimension import BASE, Plan
+from .reading import spread
 
 LEVEL = 0.9  # of d90
 LOOKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"))
@@ -135,12 +136,6 @@ def found(rows: Sequence[Row]) -> Found:
     return Found(Plan(**plan), arms)
 
 
-def middle(values: np.ndarray, how: str = ".3f") -> str:
-    """The median over the seeds, and the range."""
-    median, low, high = (f"{x:{how}}" for x in (np.median(values), values.min(), values.max()))
-    return f"{median} ({low} to {high})"
-
-
 def dimension(arm: Arm, measure: str = "loss", method: str = "subspace") -> str:
     """d90 of an arm in words: "21,900 (6.4%)", a share of all parameters."""
     d, tried = float(np.median(arm.d90(measure, method))), arm.curve(method)
@@ -166,7 +161,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         lines.append((*place, "none", "0", f"{before['test']:.3f}", "", f"{before['accuracy']:.3f}", ""))
         lines += [
             (*place, f"LoRA, r = {size}" if method == "lora" else method, f"{result.parameters:,}",
-             middle(result.loss), middle(arm.share(result, "loss"), ".2f"), middle(result.accuracy),
+             spread(result.loss), spread(arm.share(result, "loss"), ".2f"), spread(result.accuracy),
              f"{np.median(result.rank):.3f}")
             for (method, size), result in arm.results.items()
         ]  # fmt: skip

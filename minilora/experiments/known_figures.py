@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, styled
-from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
 from .known_rank import LARGE, TASKS
+from .reading import finals, said, spread
 
 TITLES = {
     "map": "one linear map",
@@ -18,14 +18,6 @@ TITLES = {
 LOOKS = tuple(zip((BLUE, ORANGE, GREEN, PINK, GREY), "os^Dv", strict=True))
 NOTHING = 0.02  # of the base's excess: no more counts as solved
 FLOOR = 1e-2  # of the largest singular value: smaller ones count as this
-
-
-def finals(rows: Sequence[Row]) -> list[Row]:
-    """The measured rows; ConfigError if there is none."""
-    done = [row for row in rows if row["config"]["kind"] == "final" and row["status"] == "done"]
-    if not done:
-        raise ConfigError("nothing was measured; expected at least one row of kind 'final'")
-    return done
 
 
 def select(rows: Sequence[Row], task: str, k: int) -> dict[int, list[Row]]:
@@ -68,11 +60,6 @@ def elbow(rows: Sequence[Row], task: str, k: int) -> int | None:
     return None
 
 
-def spread(values: Sequence[float]) -> str:
-    """The median over seeds, and the range."""
-    return f"{np.median(values):.4f} ({min(values):.4f} to {max(values):.4f})"
-
-
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Excess at and below the planted rank, beside that of the known answer cut there; and the rank shown."""
     lines = []
@@ -81,8 +68,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             for r, some in select(rows, task, k).items():
                 found = shown(rows, task, k) if r == LARGE else []
                 lines.append((
-                    task, str(k), str(r), spread([row["excess"] for row in some]),
-                    f"{np.median([row['best'] for row in some]):.4f}",
+                    task, str(k), str(r), spread([row["excess"] for row in some], ".4f"),
+                    said(np.median([row["best"] for row in some]), ".4f"),
                     f"{sum(n == k for n in found)} of {len(found)}" if found else "",
                 ))  # fmt: skip
     seeds = counted(len({row["config"]["seed"] for row in finals(rows)}), "seed", "seeds")

@@ -326,8 +326,3 @@ MEASURED = {
     "spectrum": forms.several(SIZE),
 }
 FORM = harness.form_of({"search": {"valid": LOSS}, "final": MEASURED}, task=forms.one(*TASKS))
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a file; raises as `harness.read_rows`."""
-    return harness.read_rows(path, FORM)

@@ -236,8 +236,3 @@ MEASURED = {
     "unmerge": AWAY,
 }
 FORM = harness.form_of({"search": {"valid": LOSS}, "final": MEASURED})
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a file; raises as `harness.read_rows`."""
-    return harness.read_rows(path, FORM)

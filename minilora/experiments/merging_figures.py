@@ -6,9 +6,9 @@ import numpy as np
 
 from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
 from ..table import Table, counted
-from .adding_figures import finals
 from .harness import Row
 from .merging import CYCLES, DTYPES, TIMES
+from .reading import finals, spread
 
 LOOKS = dict(zip(DTYPES, ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^")), strict=True))
 WAYS = {"one": "the same ΔW", "others": "another ΔW each time"}
@@ -34,11 +34,6 @@ def restored(rows: Sequence[Row]) -> np.ndarray:
 def cost(rows: Sequence[Row], dtype: str) -> np.ndarray:
     """By how many nats a merge changes the test loss (seeds, TIMES)."""
     return at(rows, dtype, "test") - at(rows, dtype, "apart")
-
-
-def spread(values: np.ndarray, how: str) -> str:
-    """The median over seeds, and the range."""
-    return f"{np.median(values):{how}} ({values.min():{how}} to {values.max():{how}})"
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

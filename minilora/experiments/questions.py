@@ -2,8 +2,8 @@
 
 An experiment is two modules of this folder. The first asks: `Plan`, a frozen dataclass with the defaults of
 the committed rows; `QUICK`, the settings of a small grid; `run(plan, out, jobs=, dask=, progress=) -> rows`;
-`read_rows(path)`. The second reads the rows: `tables`, `sentences` with what the tables show, and `pictures`
-by file name, each with its question as its title and its answer below.
+`FORM`, that of its rows. The second reads the rows: `tables`, `sentences` with what the tables show, and
+`pictures` by file name, each with its question as its title and its answer below.
 """
 
 from importlib import import_module

@@ -22,6 +22,7 @@ NAMES = {
     "folio": "First Folio",
     "kjv": "King James Bible",
     "code": "Python code",
+    "shakespeare": "modern Shakespeare",
     "reversed": "reversed text",
 }
 

@@ -193,8 +193,3 @@ def chosen_rates(searches: list[Run], store: Store) -> dict[Run, float]:
 TESTED = {"test": LOSS, "parameters": forms.whole()}
 SEARCHED = {"valid": LOSS, "parameters": forms.whole()}
 FORM = harness.form_of({"base": TESTED, "search": SEARCHED, "final": TESTED})
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a file; raises as `harness.read_rows`."""
-    return harness.read_rows(path, FORM)

@@ -15,6 +15,7 @@ from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Axes, Picture, 
 from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
+from .reading import spread
 from .scale import SCALE, SCALINGS, Plan, scale_of
 
 COLOURS, MARKS = (BLUE, ORANGE, GREEN, PINK), ("o", "s", "^", "D", "v", "P", "X")
@@ -114,12 +115,6 @@ def found(rows: Sequence[Row]) -> Found:
     return Found(Plan(**plan), base, arms)
 
 
-def spread(values: np.ndarray, sign: str = "") -> str:
-    """The median over seeds, and the range."""
-    median, low, high = (f"{x:{sign}.3f}" for x in (np.median(values), values.min(), values.max()))
-    return f"{median} ({low} to {high})"
-
-
 def span(values: Mapping[int, float]) -> str:
     """The range of some factors, "8 to 12 times"."""
     low, high = (f"{pick(values.values()):.2g}" for pick in (min, max))
@@ -147,7 +142,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     head = ("scaling", "r", "s", "best rate", "× full's", "test loss at it", f"at {one:g}")
     lines_plus = [
         (f"{ratio:g}", f"{arm.rate:g}", f"{arm.rate * ratio:g}", spread(arm.best),
-         spread(arm.best - f.middle.best, "+"))
+         spread(arm.best - f.middle.best, "+.3f"))
         for ratio, arm in f.plus.items()
     ]  # fmt: skip
     head_plus = ("B's rate over A's", "best rate of A", "of B", "test loss", "less that of one rate")

@@ -13,8 +13,8 @@ import numpy as np
 from ..analysis.plotting import BLUE, GREEN, GREY, KINDS, ORANGE, Picture, axes, styled
 from ..spectra import random_similarity, similarity
 from ..table import Table, counted
-from .adding_figures import finals
 from .harness import Row
+from .reading import finals, said, spread
 from .subspaces import KEYS, PAIRS, SIDES, counts
 
 PAPER = 21.5  # the amplification at r = 4 in table 7 of Hu et al. 2021
@@ -118,18 +118,6 @@ def gained(rows: Sequence[Row]) -> np.ndarray:
     return np.array([(x["base"] - x[small]) / (x["base"] - x[large]) for x in losses])
 
 
-def spread(values: np.ndarray, digits: str = ".2f") -> str:
-    """The median and the range."""
-    middle, low, high = (said(x, digits) for x in (np.median(values), values.min(), values.max()))
-    return f"{middle} ({low} to {high})"
-
-
-def said(x: float, digits: str = ".2f") -> str:
-    """A number in words; what rounds to zero has no sign."""
-    text = f"{x:{digits}}"
-    return text if float(text) else text.removeprefix("-")
-
-
 def tables(rows: Sequence[Row]) -> list[Table]:
     """φ(i, i) over all maps, and the amplification of each."""
     done = finals(rows)
@@ -137,13 +125,15 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     at, seeds, lines = counts(ranks[-1]), counted(len(done), "seed", "seeds"), []
     for pair, name in names(done[0]).items():
         for side in SIDES:
-            cells = [spread(x) for x in np.median(overlap(done, pair, side), 1).T]
+            cells = [spread(x, ".2f") for x in np.median(overlap(done, pair, side), 1).T]
             cells += [""] * (len(at) - len(cells))
             lines.append((f"{name}: {side}", *cells, spread(shared(done, pair, side), "g")))
     says = f"φ(i, i) beyond chance, medians of {seeds}: median and range of {len(maps(done))} maps"
     one = Table(("pair: directions", *(f"i = {i}" for i in at), "shared"), lines, says)
     columns = [(f"r = {r}: {key}", weights(done, r, key)) for r in (ranks[0], ranks[-1]) for key in KEYS]
-    lines = [(short(path), *(spread(x[:, m]) for _, x in columns)) for m, path in enumerate(maps(done))]
+    lines = [
+        (short(path), *(spread(x[:, m], ".2f") for _, x in columns)) for m, path in enumerate(maps(done))
+    ]
     says = f"amplification |ΔW| / |Uᵀ W V|, median and range of {seeds}"
     return [one, Table(("map", *(name for name, _ in columns)), lines, says)]
 
@@ -160,7 +150,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         f"The first directions of r = {small} and {large} overlap by {first['ranks']:.2f} beyond chance; "
         f"r = {small} reaches {np.median(gained(done)):.0%} of the gain of r = {large}.",
         f"Two seeds share {most['seeds']:g} of {large} directions, the first by {first['seeds']:.2f} beyond "
-        f"chance; two texts share {most['texts']:g}, the first by {said(first['texts'])}.",
+        f"chance; two texts share {most['texts']:g}, the first by {said(first['texts'], '.2f')}.",
         f"Along its directions ΔW is {factor[0]:.3g} times as strong as W at r = {least} (random ones: "
         f"{random[0]:.3g}), {factor[1]:.3g} times at r = {large} ({random[1]:.3g}); W has {own[0]:.2f} and "
         f"{own[1]:.2f} there of what it has along its own first ones.",

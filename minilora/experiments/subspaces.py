@@ -222,8 +222,3 @@ MEASURED = {
     "weights": forms.named(forms.named(forms.record(dict.fromkeys(KEYS, SIZE)))),
 }
 FORM = harness.form_of({"search": {"valid": LOSS}, "final": MEASURED})
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a file; raises as `harness.read_rows`."""
-    return harness.read_rows(path, FORM)

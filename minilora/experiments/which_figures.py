@@ -9,19 +9,14 @@ import numpy as np
 
 from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
 from ..errors import InputError
-from ..table import Table, drawn
-from . import rank_figures
+from ..table import Table
 from .harness import Row
 from .rank_figures import NATS, final, seeds, select, targets
+from .reading import spread, title
 from .which_matrices import SETS
 
 Found = dict[str, list[Row]]  # set of matrices -> its finished rows, one for each seed
 LOOKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", ":"))  # of a budget, or of a text
-
-
-def title(text: str) -> str:
-    """A text as a heading."""
-    return drawn(rank_figures.title(text))
 
 
 def texts(rows: Sequence[Row]) -> list[str]:
@@ -84,7 +79,7 @@ def line(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
     rank, rate = (f"{value:g}" if value else "" for value in (config["rank"], config["lr"]))
     return (
         name, rank, f"{rows[0]['parameters']:,}", rate,
-        f"{np.median(loss):.3f} ({loss.min():.3f} to {loss.max():.3f})",
+        spread(loss),
         f"{np.median(gaps):.0%}" if gaps else "",
     )  # fmt: skip
 

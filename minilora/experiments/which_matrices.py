@@ -117,8 +117,3 @@ def run(
 
 
 FORM = RowForm(check_row, derive=rank_sweep.with_gaps, derived=("gap_closed",))
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a file, final ones with gap_closed; raises as `harness.read_rows`."""
-    return harness.read_rows(path, FORM)

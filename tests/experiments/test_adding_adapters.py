@@ -19,7 +19,6 @@ from minilora.experiments.adding_figures import (
     kept,
     pictures,
     sentences,
-    spread,
     tables,
 )
 from minilora.formats.checkpoint import History
@@ -260,7 +259,7 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(adding, "learned", None)
     assert adding.run(plan, tmp_path, jobs=1) == first
     assert (tmp_path / "rows.jsonl").read_bytes() == data
-    assert adding.read_rows(tmp_path / "rows.jsonl") == first
+    assert harness.read_rows(tmp_path / "rows.jsonl", adding.FORM) == first
 
 
 @pytest.mark.parametrize(
@@ -272,7 +271,7 @@ def test_a_row_that_no_run_writes_is_refused(field, value, rows, tmp_path):
     row = {k: v for k, v in rows[-1].items() if k != "sha256"} | {field: value}
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(row))
     with pytest.raises(FormatError, match=f"line 1: row.*{field}"):
-        adding.read_rows(tmp_path / "rows.jsonl")
+        harness.read_rows(tmp_path / "rows.jsonl", adding.FORM)
 
 
 @pytest.mark.parametrize(
@@ -283,15 +282,11 @@ def test_an_empty_or_impossible_plan_is_refused(change):
         Plan(**change)
 
 
-def test_a_spread_is_the_median_and_the_range():
-    assert spread(np.array([1.0, 9.0, 2.0])) == "+2.000 (+1.000 to +9.000)"
-
-
 def test_a_seed_that_diverged_is_left_out(rows):
     lost = [row | {"status": "diverged"} if row["config"]["seed"] == 1 else row for row in rows]
     assert [row["config"]["seed"] for row in finals(lost)] == [0]
 
 
 def test_rows_without_a_seed_are_refused(rows):
-    with pytest.raises(ConfigError, match="no seed was measured"):
+    with pytest.raises(ConfigError, match="nothing was measured"):
         tables([row for row in rows if row["config"]["kind"] == "search"])

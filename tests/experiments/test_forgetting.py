@@ -463,7 +463,7 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(forgetting, "work", None)
     assert forgetting.run(plan, tmp_path, jobs=1) == first
     assert (tmp_path / "rows.jsonl").read_bytes() == data
-    assert forgetting.read_rows(tmp_path / "rows.jsonl") == first
+    assert harness.read_rows(tmp_path / "rows.jsonl", forgetting.FORM) == first
 
 
 def test_a_rank_that_does_not_fit_is_refused_before_any_run(tmp_path, monkeypatch):
@@ -483,7 +483,7 @@ def test_a_row_that_no_run_writes_is_refused(kind, field, value, grid, tmp_path)
     row = next(row for row in grid if row["config"]["kind"] == kind) | {"versions": {}, field: value}
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(row))
     with pytest.raises(FormatError, match=f"line 1: row.*{field}"):
-        forgetting.read_rows(tmp_path / "rows.jsonl")
+        harness.read_rows(tmp_path / "rows.jsonl", forgetting.FORM)
 
 
 @pytest.mark.parametrize(

@@ -411,7 +411,7 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(initialisation, "work", None)
     assert initialisation.run(plan, tmp_path, jobs=1) == first
     assert (tmp_path / "rows.jsonl").read_bytes() == data
-    assert initialisation.read_rows(tmp_path / "rows.jsonl") == first
+    assert harness.read_rows(tmp_path / "rows.jsonl", initialisation.FORM) == first
     assert len(tables(first)[0].rows) == 10
 
 
@@ -433,7 +433,7 @@ def test_a_row_that_no_run_writes_is_refused(kind, field, value, grid, tmp_path)
     row = next(row for row in grid if row["config"]["kind"] == kind) | {"versions": {}, field: value}
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(row))
     with pytest.raises(FormatError, match=f"line 1: row.*{field}"):
-        initialisation.read_rows(tmp_path / "rows.jsonl")
+        harness.read_rows(tmp_path / "rows.jsonl", initialisation.FORM)
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_tables_and_sentences_by_hand():
         "map: nothing is left to gain from the planted rank on, and not before, for 1 of 2 ranks; "
         "the spectrum at r = 16 shows it in 1 of 3 runs."
     ]
-    assert spread([3.0, 1.0, 2.0]) == "2.0000 (1.0000 to 3.0000)"
+    assert spread([3.0, 1.0, 2.0], ".4f") == "2.0000 (1.0000 to 3.0000)"
 
 
 def test_rows_without_a_measurement_are_refused(rows):
@@ -298,7 +298,7 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(known, "DO", {})
     assert known.run(plan, tmp_path, jobs=1) == first
     assert (tmp_path / "rows.jsonl").read_bytes() == data
-    assert known.read_rows(tmp_path / "rows.jsonl") == first
+    assert harness.read_rows(tmp_path / "rows.jsonl", known.FORM) == first
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_row_that_no_run_writes_is_refused(field, value, rows, tmp_path):
     row = {k: v for k, v in rows[-1].items() if k != "sha256"} | {field: value}
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(row))
     with pytest.raises(FormatError, match=f"line 1: row.*{field}"):
-        known.read_rows(tmp_path / "rows.jsonl")
+        harness.read_rows(tmp_path / "rows.jsonl", known.FORM)
 
 
 @pytest.mark.parametrize(

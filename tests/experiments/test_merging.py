@@ -510,7 +510,7 @@ def test_a_seed_that_diverged_is_left_out_and_none_is_refused(rows):
     lost = [row | {"status": "diverged"} if row["config"]["seed"] == 1 else row for row in rows]
     assert at(lost, "float16", "lost").shape == (2, len(TIMES))
     assert "2 seeds" in tables(lost)[0].caption
-    with pytest.raises(ConfigError, match="no seed was measured"):
+    with pytest.raises(ConfigError, match="nothing was measured"):
         tables([row for row in rows if row["config"]["kind"] == "search"])
 
 
@@ -524,7 +524,7 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "work", None)
     assert merging.run(PLAN, tmp_path, jobs=1) == first
     assert (tmp_path / "rows.jsonl").read_bytes() == data
-    assert merging.read_rows(tmp_path / "rows.jsonl") == first
+    assert harness.read_rows(tmp_path / "rows.jsonl", merging.FORM) == first
 
 
 def test_a_row_that_a_run_writes_is_read(tmp_path, monkeypatch):
@@ -534,7 +534,7 @@ def test_a_row_that_a_run_writes_is_read(tmp_path, monkeypatch):
         monkeypatch.setattr(merging, name, mock.Mock(return_value=[0.0, 0.5, 1.0, 1.5]))
     row = merging.work(run_of(), made()) | {"versions": {}}
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(row))
-    (found,) = merging.read_rows(tmp_path / "rows.jsonl")
+    (found,) = harness.read_rows(tmp_path / "rows.jsonl", merging.FORM)
     assert [found[key] for key in merging.MEASURED] == [row[key] for key in merging.MEASURED]
 
 
@@ -574,7 +574,7 @@ def changed(row, path, value):
 def test_a_row_that_no_run_writes_is_refused(path, value, named, rows, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(changed(rows[-1], path, value)))
     with pytest.raises(FormatError, match=f"line 1: row.*{named}"):
-        merging.read_rows(tmp_path / "rows.jsonl")
+        harness.read_rows(tmp_path / "rows.jsonl", merging.FORM)
 
 
 @pytest.mark.parametrize(

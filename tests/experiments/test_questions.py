@@ -30,7 +30,8 @@ SEEDS = 5
 def experiment(request):
     """The name, its two modules, and the committed rows."""
     asks, reads = question(request.param)
-    return request.param, asks, reads, asks.read_rows(ROOT / f"figures/{request.param}/rows.jsonl")
+    rows = harness.read_rows(ROOT / f"figures/{request.param}/rows.jsonl", asks.FORM)
+    return request.param, asks, reads, rows
 
 
 def test_the_committed_rows_are_those_of_the_default_plan(experiment, tmp_path, monkeypatch):

@@ -349,7 +349,7 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "work", None)
     assert scale.run(plan, tmp_path, jobs=1) == first
     assert (tmp_path / "rows.jsonl").read_bytes() == data
-    assert scale.read_rows(tmp_path / "rows.jsonl") == first
+    assert harness.read_rows(tmp_path / "rows.jsonl", scale.FORM) == first
 
 
 def test_a_rank_that_does_not_fit_is_refused_before_any_run(tmp_path, monkeypatch):
@@ -368,7 +368,7 @@ def test_a_row_that_no_run_writes_is_refused(kind, field, value, grid, tmp_path)
     row = next(row for row in grid if row["config"]["kind"] == kind) | {"versions": {}, field: value}
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(row))
     with pytest.raises(FormatError, match=f"line 1: row.*{field}"):
-        scale.read_rows(tmp_path / "rows.jsonl")
+        harness.read_rows(tmp_path / "rows.jsonl", scale.FORM)
 
 
 @pytest.mark.parametrize(

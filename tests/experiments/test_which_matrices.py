@@ -169,7 +169,7 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_sweep, "train", None)
     assert which.run(plan, tmp_path, jobs=1) == first
     assert (tmp_path / "rows.jsonl").read_bytes() == data
-    assert which.read_rows(tmp_path / "rows.jsonl") == first
+    assert harness.read_rows(tmp_path / "rows.jsonl", which.FORM) == first
 
 
 @pytest.mark.parametrize(("field", "value"), [("test", "low"), ("status", "lost"), ("more", 1)])
@@ -177,7 +177,7 @@ def test_a_row_that_no_run_writes_is_refused(field, value, rows, tmp_path):
     row = {k: v for k, v in rows[-1].items() if k != "sha256"} | {field: value}
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(row))
     with pytest.raises(FormatError, match=f"line 1: row.*{field}"):
-        which.read_rows(tmp_path / "rows.jsonl")
+        harness.read_rows(tmp_path / "rows.jsonl", which.FORM)
 
 
 # ---- what the rows say

@@ -1,0 +1,35 @@
+"""What the readings of the experiments share: the measured rows, and numbers and texts in words."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..table import drawn
+from . import rank_figures
+from .harness import Row
+
+
+def finals(rows: Sequence[Row]) -> list[Row]:
+    """The measured rows; ConfigError if there is none."""
+    done = [row for row in rows if row["config"]["kind"] == "final" and row["status"] == "done"]
+    if not done:
+        raise ConfigError("nothing was measured; expected at least one row of kind 'final'")
+    return done
+
+
+def said(x: float, how: str) -> str:
+    """A number in that format; what rounds to zero is not below it."""
+    text = f"{x:{how}}"
+    return text if any(c in "123456789" for c in text) or not np.isfinite(x) else f"{0.0:{how}}"
+
+
+def spread(values: Sequence[float] | np.ndarray, how: str = ".3f") -> str:
+    """The median and the range."""
+    middle, low, high = (said(float(x), how) for x in (np.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+def title(text: str) -> str:
+    """A text as a heading."""
+    return drawn(rank_figures.title(text))
