@@ -43,7 +43,7 @@ SITE = "model.layers.1.self_attn.o_proj"  # where the teacher differs from the b
 O, I = 24, 40  # of the map  # noqa: E741
 LARGE = 16  # the rank whose spectrum should show k
 TASKS = ("map", "teacher", "permutation")
-SHIFT = 0.3  # of the teacher's logits' norms
+SHIFT = 0.3  # the singular values of the teacher's Δ Σ^1/2
 STEP, EDGES = math.sqrt(10), 2  # beyond the first rates
 RATES = {
     "map": (1e-2, 3e-2, 1e-1),

@@ -13,6 +13,7 @@ from minilora.errors import ConfigError, FormatError
 from minilora.experiments import harness, recipe
 from minilora.experiments import known_rank as known
 from minilora.experiments.known_figures import (
+    NOTHING,
     elbow,
     pictures,
     rank_shown,
@@ -323,3 +324,15 @@ def test_a_row_that_no_run_writes_is_refused(field, value, rows, tmp_path):
 def test_an_empty_or_impossible_plan_is_refused(change, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         Plan(**change)
+
+
+def test_the_committed_students_have_found_a_teacher_of_this_strength():
+    """All k singular values of Δ Σ^1/2 are SHIFT; those of a student that is as good as done are near to it."""
+    rows = harness.read_rows(Path(__file__).parents[2] / "figures/known-rank/rows.jsonl", known.FORM)
+    students = [row for row in finals(rows) if row["config"]["task"] == "teacher"]
+    done = [row for row in students if row["config"]["rank"] == row["config"]["planted"]]
+    assert len(done) == 5 * len(Plan().planted)
+    for row in done:
+        S = np.array(row["spectrum"]) / known.SHIFT
+        assert abs(np.median(S) - 1) < 0.01
+        assert abs(S - 1).max() < NOTHING**0.5
