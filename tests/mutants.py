@@ -890,6 +890,8 @@ MUTANTS = (
     Mutant("known-change-planted-where-inputs-are-not-white", "experiments/known_rank.py",
            'U @ (large @ V).T @ np.linalg.pinv(root)', 'U @ (large @ V).T', "known_rank"),
     Mutant("known-teacher-of-another-strength", "experiments/known_rank.py", "SHIFT = 0.3", "SHIFT = 0.5", "known_rank"),
+    Mutant("known-teacher-differs-in-the-first-block", "experiments/known_rank.py", 'SITE = "model.layers.1', 'SITE = "model.layers.0',
+           "known_rank"),
     Mutant("known-rate-searched-on-test-text", "experiments/known_rank.py",
            '{"valid": loss("valid")}', '{"valid": loss("test")}', "known_rank"),
     Mutant("known-teacher-without-its-change", "experiments/known_rank.py",

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from minilora.experiments.known_figures import (
     tables,
 )  # fmt: skip
 from minilora.experiments.known_rank import OWN, SITE, TASKS, Plan, Run, cut, divergence, planted, ranks
+from minilora.experiments.reading import finals
 from minilora.layers import Linear, Need
 from minilora.model import Config, llama
 from minilora.tree import digest, freeze, get, replica
@@ -327,7 +329,7 @@ def test_an_empty_or_impossible_plan_is_refused(change, said):
 
 
 def test_the_committed_students_have_found_a_teacher_of_this_strength():
-    """All k singular values of Δ Σ^1/2 are SHIFT; those of a student that is as good as done are near to it."""
+    """All k singular values of Δ Σ^1/2 are SHIFT; those of a student that has learned it are near to it."""
     rows = harness.read_rows(Path(__file__).parents[2] / "figures/known-rank/rows.jsonl", known.FORM)
     students = [row for row in finals(rows) if row["config"]["task"] == "teacher"]
     done = [row for row in students if row["config"]["rank"] == row["config"]["planted"]]
@@ -336,3 +338,7 @@ def test_the_committed_students_have_found_a_teacher_of_this_strength():
         S = np.array(row["spectrum"]) / known.SHIFT
         assert abs(np.median(S) - 1) < 0.01
         assert abs(S - 1).max() < NOTHING**0.5
+
+
+def test_the_teacher_differs_in_the_middle_of_the_base_that_ships():
+    assert f"model.layers.{Config().num_hidden_layers // 2}.self_attn.o_proj" == SITE
