@@ -13,9 +13,9 @@ from typing import Any
 from ..backend import Array
 from ..layers import Dropout, Layer, Linear, Need
 from ..lora import Adapted
-from ..model import Block, Llama, Turn, after, residual
+from ..model import Block, Turn, after, residual
 from ..ops import Back, back_nothing
-from ..tree import walk
+from ..tree import replace, walk
 from .folded import Folded
 
 
@@ -47,7 +47,9 @@ class Recomputed:
 
     block: Block
 
-    def __call__(self, x: Array, turn: Turn, need: Need = Need.ALL, cache: Any = None) -> tuple[Array, Back]:
+    def __call__(
+        self, x: Array, turn: Turn | None, need: Need = Need.ALL, cache: Any = None
+    ) -> tuple[Array, Back]:
         block = self.block
         attention, mlp = block.self_attn, block.mlp
         need_a = after(need, [block.input_layernorm, attention])
@@ -84,9 +86,9 @@ def half(norm: Any, inner: Any, last: Any, x: Array, need: Need, *how: Any) -> t
     return y, back
 
 
-def recompute(model: Llama) -> None:
+def recompute(model: Any) -> None:
     """Wrap every block of a replica."""
-    for i, block in enumerate(model.model.layers):
+    for path, block in [(path, node) for path, node in walk(model) if isinstance(node, Block)]:
         block.self_attn.o_proj = Last(block.self_attn.o_proj)
         block.mlp.down_proj = Last(block.mlp.down_proj)
-        model.model.layers[i] = Recomputed(block)  # type: ignore[call-overload]
+        replace(model, path, Recomputed(block))
