@@ -424,7 +424,8 @@ def blocks(config: Config, draw: Callable[[tuple[int, int], float], Array], dtyp
     c = config
     D, F, E = c.hidden_size, c.intermediate_size, c.E
     H, G = c.num_attention_heads, c.num_key_value_heads
-    a, m, out = c.attention_bias, c.mlp_bias, 1 / math.sqrt(2 * c.num_hidden_layers)
+    a, m = c.attention_bias, c.mlp_bias
+    out = 1 / math.sqrt(2 * c.num_hidden_layers)
 
     def project(outputs: int, inputs: int, bias: bool, gain: float = 1.0) -> Linear:
         W = draw((outputs, inputs), gain)

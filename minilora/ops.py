@@ -164,9 +164,7 @@ def unheads(x: Array) -> Array:
 TILE = 64  # queries per step of attention: few, to skip masked keys; many, for long products
 
 
-def attention(
-    q: Array, k: Array, v: Array, tile: int = TILE, causal: bool = True
-) -> tuple[Array, Back]:
+def attention(q: Array, k: Array, v: Array, tile: int = TILE, causal: bool = True) -> tuple[Array, Back]:
     """Causal softmax(q kᵀ / sqrt(E)) v (Vaswani et al. 2017), grouped queries (Ainslie et al. 2023).
 
     q (N, H, T, E); k, v (N, G, S, E), where head h reads group h // (H/G) and the T queries are the

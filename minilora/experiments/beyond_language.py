@@ -51,7 +51,7 @@ class Plan:
     pretraining: int = 200  # steps of the classifier
     drawing_pretraining: int = 4000
     steps: int = 150
-    permuted_steps: int = 300
+    permuted_steps: int = 600
     drawing_steps: int = 400
     seeds: int = 5
     batch: int = 32
@@ -120,7 +120,9 @@ def base_of(run: Run) -> Any:
 def measured(run: Run) -> Row:
     """The validation loss of a search; of all else loss and share on test, ΔW's spectrum and some drawings."""
     base = base_of(run)
-    model = base if run.kind == "base" else tasks.known(base, run.task) if run.kind == "known" else learned(run)
+    model = (
+        base if run.kind == "base" else tasks.known(base, run.task) if run.kind == "known" else learned(run)
+    )
     row: Row = {"parameters": size(trained(model))}
     if run.kind == "search":
         return row | {"valid": tasks.loss(model, run.task, "valid", base)}

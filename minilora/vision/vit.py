@@ -138,7 +138,9 @@ class ViT:
         """
         labels = host_ints("labels", labels)
         if labels.shape != to_host(pixels).shape[:1]:
-            raise InputError(f"labels have shape {labels.shape}; expected one for each of {len(pixels)} images")
+            raise InputError(
+                f"labels have shape {labels.shape}; expected one for each of {len(pixels)} images"
+            )
         logits, back_logits = self(pixels, train)
         check_range("label", labels, logits.shape[1])
         value, back_loss = cross_entropy(logits, to_device(labels))
@@ -152,7 +154,9 @@ class ViT:
 def vit(config: Config, rng: np.random.Generator, classes: int = 10, dtype: Any = np.float32) -> ViT:
     """A fresh model; of `config` only what shapes the blocks counts. W ~ N(0, 1/inputs), E ~ N(0, 1/D)."""
     draw = drawing(rng, dtype)
-    return ViT(config, fresh_encoder(config, rng, dtype), Linear(Param(draw((classes, config.hidden_size), 1.0))))
+    return ViT(
+        config, fresh_encoder(config, rng, dtype), Linear(Param(draw((classes, config.hidden_size), 1.0)))
+    )
 
 
 def fresh_encoder(config: Config, rng: np.random.Generator, dtype: Any) -> Encoder:
