@@ -385,7 +385,6 @@ def llama(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> 
     In each block the two maps that write to the residual stream are scaled by 1/sqrt(2L). The embedding is
     N(0, 1/D), so that a tied head starts with logits of order one.
     """
-
     return build(config, drawing(rng, dtype), dtype)
 
 

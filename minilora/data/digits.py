@@ -1,8 +1,8 @@
 """Handwritten digits: 1,797 images of 8 x 8 pixels, in three splits that never change.
 
 The test part of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, CC-BY 4.0), as
-scikit-learn ships it in one file. The file is read by itself, and its sha256 checked; scikit-learn, which would
-load SciPy, is not imported. The splits are runs of the file in its order. Stands in for
+scikit-learn ships it in one file. The file is read by itself, and its sha256 checked; scikit-learn, which
+would load SciPy, is not imported. The splits are runs of the file in its order. Stands in for
 sklearn.datasets.load_digits; leaves out larger images, augmentation and epochs.
 """
 
@@ -75,8 +75,9 @@ def digits() -> Digits:
         raise FormatError(f"{path}: is not the known file of digits: its sha256 differs")
     table = np.array([line.split(b",") for line in gzip.decompress(data).split()], np.int64)
     pixels = (table[:, :-1] * (2 / GREYS) - 1).astype(np.float32)
-    parts = [Images(*both) for both in zip(np.split(pixels, CUTS), np.split(table[:, -1], CUTS), strict=True)]
-    return Digits(*parts)
+    splits = zip(np.split(pixels, CUTS), np.split(table[:, -1], CUTS), strict=True)
+    train, valid, test = (Images(*split) for split in splits)
+    return Digits(train, valid, test)
 
 
 def batches(images: Images, rng: np.random.Generator, batch_size: int) -> Iterator[Batch]:

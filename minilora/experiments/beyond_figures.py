@@ -133,7 +133,7 @@ def elbows(f: Found) -> str:
 
 
 def sizes(f: Found, task: str) -> tuple[float, float, float]:
-    """The effective rank of ΔW over its largest: of the largest LoRA, of all weights, of noise as the latter."""
+    """The effective rank of ΔW over its largest: of the largest LoRA, of all weights, and of noise."""
     width, top = SHAPE.hidden_size, max(f.ranks(task))
     noise = noise_spectrum((width, width), np.random.default_rng(0))
     return (
@@ -155,7 +155,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         f"Of the drawings {f.bases[DRAWN]['share']:.0%} show a digit from 5 to 9 before; after LoRA "
         + ", ".join(f"{np.median(f.of(DRAWN, 'lora', r)):.0%} at r = {r}" for r in f.ranks(DRAWN))
         + f"; with all weights {np.median(f.of(DRAWN, 'full')):.0%}.",
-        f"Permuted pixels: nothing is left to gain from the planted rank on, and not before, for {elbows(f)}; "
+        f"Permuted pixels: nothing is left to gain from the planted rank on, not before, for {elbows(f)}; "
         f"the spectrum shows it in {len(some)} of {counted(total, 'run', 'runs')}.",
         f"The effective rank of what full fine-tuning adds, of the largest possible: {full}; noise has "
         f"{sizes(f, DRAWN)[2]:.0%}.",

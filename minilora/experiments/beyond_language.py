@@ -1,6 +1,6 @@
-"""Does LoRA work beyond language? A vision transformer and a diffusion model of digits, with the same adapters.
+"""Does LoRA work beyond language? A vision transformer and a diffusion model of digits, the same adapters.
 
-    share(r) of test images or drawings that are right after adapting at rank r, beside all weights and no LoRA
+    the share of test images, or of drawings, that is right at rank r, beside all weights and no LoRA
 
 Hu et al. 2021 adapt language models alone. The tasks are in beyond_tasks.py; both bases are pretrained here,
 from one seed, in each process. Classifiers have LoRA on all linear maps beside a head trained in full, and
@@ -51,7 +51,7 @@ class Plan:
     pretraining: int = 200  # steps of the classifier
     drawing_pretraining: int = 4000
     steps: int = 150
-    permuted_steps: int = 600
+    permuted_steps: int = 800
     drawing_steps: int = 400
     seeds: int = 5
     batch: int = 32
@@ -68,10 +68,10 @@ class Plan:
             raise ConfigError(f"planted is {max(self.planted)}; expected at most {PATCH**2 - 1}")
         for rate in (*self.rates, *self.full_rates, *self.permuted_rates):
             check_float("learning rate", rate, 0, math.inf, open_low=True)
-        for name in ("pretraining", "drawing_pretraining", "steps", "permuted_steps", "drawing_steps", "seeds",
-                     "batch"):  # fmt: skip
+        for name in ("pretraining", "drawing_pretraining", "steps", "permuted_steps", "drawing_steps"):
             check_int(name, getattr(self, name), 1)
-        check_int("samples", self.samples, SHOWN)
+        for name, least in (("seeds", 1), ("batch", 1), ("samples", SHOWN)):
+            check_int(name, getattr(self, name), least)
 
     def how(self, task: str, full: bool) -> tuple[int, tuple[float, ...]]:
         """The steps of a training, and the learning rates to try first."""
@@ -118,11 +118,13 @@ def base_of(run: Run) -> Any:
 
 
 def measured(run: Run) -> Row:
-    """The validation loss of a search; of all else loss and share on test, ΔW's spectrum and some drawings."""
-    base = base_of(run)
-    model = (
-        base if run.kind == "base" else tasks.known(base, run.task) if run.kind == "known" else learned(run)
-    )
+    """The validation loss of a search; of all else loss and share on test, ΔW's spectrum, some drawings."""
+    base: Any = base_of(run)
+    model = base
+    if run.kind == "known":
+        model = tasks.known(base, run.task)
+    elif run.kind != "base":
+        model = learned(run)
     row: Row = {"parameters": size(trained(model))}
     if run.kind == "search":
         return row | {"valid": tasks.loss(model, run.task, "valid", base)}

@@ -1,11 +1,11 @@
 """The tasks of the experiment beyond language: which images, which base, and what counts as learned.
 
     5 to 9, inverted, rotated    what classifies the digits 0 to 4 is adapted to others, or to changed pixels
-    permuted:k                   k + 1 pixels of every patch change places; ΔW = W Pᵀ - W, of rank k, undoes it
+    permuted:k                   k + 1 pixels of a patch change places: ΔW = W Pᵀ - W, of rank k, undoes it
     drawing 5 to 9               what draws the digits 0 to 4 is adapted to draw others
 
-Whoever is adapted to permuted pixels learns the logits that the base has on the plain image, so that the known
-ΔW leaves no loss at all. A drawing counts as a new digit if the training image nearest to it shows one.
+Whoever is adapted to permuted pixels learns the logits that the base has on the plain image, so that the
+known ΔW leaves no loss at all. A drawing counts as a new digit if the training image nearest to it shows one.
 """
 
 import copy

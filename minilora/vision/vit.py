@@ -1,10 +1,10 @@
 """A vision transformer: an image is a sequence of patches, and the blocks are the Llama's.
 
-    x_t = W patch_t + E[t];  per block  x += attention(norm(x));  x += mlp(norm(x));  logits = V mean_t norm(x_t)
+    x_t = W patch_t + E[t];  per block  x += attention(norm(x));  x += mlp(norm(x));  y = V mean norm(x_t)
 
-Dosovitskiy et al. 2021, with the Llama's RMSNorm and gated MLP, as in EVA-02 (Fang et al. 2023), and the mean
-of all tokens for a class token. Attention has no order of tokens: the learned E alone says where a patch lies.
-`inject`, `merge` and `train` know nothing of images. Stands in for transformers' modeling_vit.py; leaves out
+Dosovitskiy et al. 2021, with the Llama's RMSNorm and gated MLP, and the mean of all tokens for a class token.
+Attention has no order of tokens: the learned E alone says where a patch lies. `inject`, `merge` and `train`
+know nothing of images. Stands in for transformers' modeling_vit.py; leaves out
 sizes other than 8 x 8 pixels, colours and interpolated positions.
 """
 

@@ -1,4 +1,4 @@
-"""The adapters of language on a vision transformer and on a diffusion model: the same laws, the same files."""
+"""The adapters of language on a vision transformer and a diffusion model: the same laws, the same files."""
 
 import numpy
 import pytest
@@ -22,7 +22,7 @@ from minilora.spectra import spectrum, spectrum_between
 from minilora.training import train
 from minilora.tree import digest, freeze, named_params, trained
 
-few = settings(max_examples=6)
+few = settings(max_examples=3)
 kinds = pytest.mark.parametrize("kind", KINDS)
 CONFIGS = {
     "all weights": None,
@@ -160,7 +160,7 @@ def test_saved_and_loaded_is_the_same_adapter(kind, how, tmp_path):
     other, _ = model_of(kind, seed=1, dtype=np.float32)
     with pytest.raises(MismatchError, match="another base"):
         load_adapter(other, tmp_path / "a")
-    language = [k for k in KINDS if k != kind][0]
+    language = next(k for k in KINDS if k != kind)
     with pytest.raises(MismatchError, match="no module"):
         load_adapter(model_of(language, dtype=np.float32)[0], tmp_path / "a", force=True)
 
@@ -188,8 +188,9 @@ def test_all_linear_means_every_linear_map_and_no_embedding_of_positions(kind):
         {"classifier"} if kind == "vit" else {"output", *(f"time.{x}_proj" for x in ("gate", "up", "down"))}
     )
     assert found == head | {"encoder.patch_embedding"} | {
-        f"encoder.layers.{i}.{half}_proj" for i in range(2)
-        for half in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+        f"encoder.layers.{i}.{name}_proj"
+        for i in range(2)
+        for name in (*(f"self_attn.{x}" for x in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
     }  # fmt: skip
     with pytest.raises(MismatchError, match="lm_head"):
         inject(model, LoraConfig(r=2, targets=("lm_head",)), rng=rng, name="b")

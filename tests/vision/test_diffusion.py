@@ -124,7 +124,7 @@ class OfNoise(Oracle):
 
 
 def test_drawings_of_normal_images_have_their_variance():
-    """The chain gives the variance of the images as steps grow; 12,800 pixels, 6 deviations, and the steps'."""
+    """That of the images, as steps grow: within 6 deviations of 12,800 pixels, and what the steps cost."""
     found = sample(OfNoise(None, 400), 200, numpy.random.default_rng(0))
     assert abs(found.std() / 0.2 - 1) < 6 / math.sqrt(2 * found.size) + 0.05
     assert abs(found.mean()) < 6 * 0.2 / math.sqrt(found.size)

@@ -156,8 +156,8 @@ def test_the_blocks_are_the_llamas():
 @pytest.mark.parametrize(
     ("labels", "says"),
     [(numpy.zeros(4, int), r"\(4,\); expected one for each of 5"), (numpy.zeros((5, 1), int), r"\(5, 1\)"),
-     (numpy.full(5, CLASSES), f"label {CLASSES}; expected 0 to {CLASSES - 1}"), (numpy.full(5, -1), "label -1"),
-     (numpy.zeros(5), "float64")],
+     (numpy.full(5, CLASSES), f"label {CLASSES}; expected 0 to {CLASSES - 1}"),
+     (numpy.full(5, -1), "label -1"), (numpy.zeros(5), "float64")],
     ids=lambda x: str(x)[:12],
 )  # fmt: skip
 def test_labels_that_cannot_be_are_refused(labels, says):
