@@ -225,8 +225,12 @@ def test_a_drawing_is_new_if_the_nearest_training_image_is():
 def test_drawings_are_kept_as_greys_in_their_order(monkeypatch):
     """Those of the base by its seed; 15 of all that are counted."""
     drawn = np.linspace(-1, 1, 16 * 64).reshape(16, 64)
-    monkeypatch.setattr(beyond, "sample", lambda model, count, rng: drawn[:count])
+    given = []
+    monkeypatch.setattr(
+        beyond, "sample", lambda model, count, rng: given.append(rng.random()) or drawn[:count]
+    )
     row = beyond.measured(cell(DRAWN, "base"))
+    assert given == [np.random.default_rng([3, 2]).random()]
     assert row["samples"] == [round((x + 1) * 8) for x in drawn[:15].ravel().tolist()]
     assert row["share"] == tasks.new(drawn)
     assert set(row["samples"]) == set(range(16))
