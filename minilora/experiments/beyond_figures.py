@@ -221,7 +221,7 @@ def spectra(rows: Sequence[Row]) -> Picture:
                      label=f"k = {planted(task)}")  # fmt: skip
     line[0].set(xlabel="rank r of LoRA", ylabel="loss over the base's", yscale="log", title="permuted pixels")
     line[0].set_xticks(f.ranks(permutations(f)[0]))
-    line[0].legend(title="planted", loc="lower left")
+    line[0].legend(title="planted", loc="upper right")
     width = SHAPE.hidden_size
     noise = relative(noise_spectrum((width, width), np.random.default_rng(0)))
     for ax, task in zip(line[1:], (CLASSIFIED[0], DRAWN), strict=True):
