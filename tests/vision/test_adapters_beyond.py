@@ -69,8 +69,10 @@ def test_every_result_keeps_the_dtype(kind, seed, dtype):
 
 @kinds
 @pytest.mark.parametrize(
-    "depth", ["", "layers.1.mlp.down_proj", "layers.0.self_attn.q_proj", "patch_embedding"]
-)
+    "depth",
+    ["", "layers.1.mlp.down_proj", "layers.0.self_attn.q_proj", "patch_embedding", "position_embedding",
+     "time.up_proj", "encoder.norm"],
+)  # fmt: skip
 def test_a_frozen_part_has_no_gradient_and_what_is_trained_has_that_of_the_whole(kind, depth):
     """Whatever the lowest trained layer is; with none, the head alone."""
     model, rng = model_of(kind)
