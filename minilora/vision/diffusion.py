@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Array, to_device, to_host, xp
-from ..data.digits import Images
+from ..data.digits import Images, batches
 from ..errors import ConfigError, InputError, check_int
 from ..layers import Layer, Linear, Need, Param
 from ..model import MLP, Config, after, back_untrained, drawing, host_ints
@@ -59,8 +59,6 @@ def add_noise(pixels: np.ndarray, rng: np.random.Generator, steps: int) -> Batch
 
 def noised(images: Images, rng: np.random.Generator, batch_size: int, steps: int) -> Iterator[Batch]:
     """Endless batches of images drawn at random, with noise; errors as in `digits.batches`."""
-    from ..data.digits import batches
-
     return (add_noise(pixels, rng, steps) for pixels, _ in batches(images, rng, batch_size))
 
 
