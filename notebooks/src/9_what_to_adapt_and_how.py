@@ -197,7 +197,7 @@ says("from $r = {}$ on the best rates are within a factor of {:.1f}", f.plan.ran
 # $A$ has no gradient, but $B$ has one. With $A = 0$ it is the other way around; with both at zero nothing
 # ever moves. [PiSSA](https://arxiv.org/abs/2404.02948), [OLoRA](https://arxiv.org/abs/2406.01775) and
 # [LoRA-GA](https://arxiv.org/abs/2407.05000) begin at factors of $W$ or of its gradient, and take that start
-# off again: $\Delta W = s\,(B A - B_0 A_0)$.
+# off again: $\Delta W = s\,(B A - B_0 A_0)$. The same in random directions stands beside them.
 
 # %%
 picture("initialisation/starts")
