@@ -69,6 +69,7 @@ SWEEP = "experiments/rank_sweep.py"
 HARNESS = "experiments/harness.py"
 PRETRAIN = "experiments/pretrain.py"
 
+VECTORS = "methods/vectors.py"
 FOUR, QUANTIZE, BNB = "methods/four_bit.py", "methods/quantize.py", "methods/bitsandbytes.py"
 
 # fmt: off
@@ -284,6 +285,19 @@ MUTANTS = (
     Mutant("B-starts-at-random", "methods/lora_config.py", "draw((O, r), \"gaussian\" if self.init == \"both\" else \"zero\")", "draw((O, r), \"gaussian\")", "lora"),
     Mutant("A-drawn-too-wide", "methods/lora_config.py", "1 / math.sqrt(shape[1])", "math.sqrt(3 / shape[1])", "lora"),
     Mutant("alpha-pattern-ignored", "methods/lora_config.py", "pick(path, self.alpha_pattern, self.alpha)", "self.alpha", "lora"),
+    # ---- the rivals
+    Mutant("vera-d-of-the-outputs", VECTORS, "b.add_grad(G @ d.data)", "b.add_grad(G.sum(1))", "vectors rivals"),
+    Mutant("vera-gradient-without-b", VECTORS, "du = d.data * ((b.data * dy_) @ B)", "du = d.data * (dy_ @ B)", "vectors"),
+    Mutant("vera-B-in-no-gradient", VECTORS, "G = B * (dy_.T @ u)", "G = dy_.T @ u", "vectors rivals"),
+    Mutant("vera-gradient-of-x-where-none-is-needed", VECTORS, "            if need is Need.ALL:\n                du", "            if True:\n                du", "vectors"),
+    Mutant("vera-merged-without-d", VECTORS, "self.d.data[:, None] * A, 1.0", "A, 1.0", "vectors rivals"),
+    Mutant("vera-b-starts-at-random", VECTORS, "Param(xp.zeros(W.shape[0], first.dtype))", "Param(xp.full(W.shape[0], 0.1, first.dtype))", "rivals vectors"),
+    Mutant("vera-d-starts-at-one", VECTORS, "d_initial: float = 0.1", "d_initial: float = 1.0", "vectors"),
+    Mutant("vera-takes-the-last-columns", VECTORS, "self.A[:, :I]", "self.A[:, -I:]", "parity_rivals vectors"),
+    Mutant("vera-drawn-too-narrow", VECTORS, "math.sqrt(6 / shape[1])", "math.sqrt(3 / shape[1])", "vectors"),
+    Mutant("vera-resumes-beside-any-matrices", VECTORS, 'of_arrays([("A", A), ("B", B)])', '""', "vectors"),
+    Mutant("an-embedding-among-linear-maps", "targets.py", "        if not isinstance(layers[path], Linear):\n            raise ConfigError(f\"targets: {path}",
+           "        if False:\n            raise ConfigError(f\"targets: {path}", "vectors"),
     # ---- the network and its text
     Mutant("recompute-with-fresh-masks", "fast/recompute.py", "before, strict=True):", "(), strict=False):", "recompute"),
     Mutant("recompute-turns-the-generator-back", "fast/recompute.py", "states, strict=True):", "(), strict=False):", "recompute"),

@@ -10,7 +10,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "table", "errors", "backend", "digests", "ops", "layers", "tree", "targets", "model", "decoding", "lora",
     "adapters", "optim", "spectra",
     "methods.bias", "methods.dora", "methods.embedding", "methods.full_copy", "methods.lora_config",
-    "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
+    "methods.vectors", "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
     "fast.folded", "fast.recompute", "fast.parallel", "fast.mixed", "fast.packed",
     "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
@@ -32,9 +32,9 @@ ORDER = [  # a wing or a file stands above all that it imports
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip
-MOST = 8  # files of a wing, besides those with one question each, and their figures
+MOST = 8  # files of a wing, besides those with one method each, or one question each and its figures
 SUBJECTS = ("rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting")
-QUESTIONS = tuple(f"experiments.{subject}" for subject in SUBJECTS)
+QUESTIONS = ("methods.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}}  # fmt: skip

@@ -1,0 +1,119 @@
+"""Vectors alone: VeRA scales what random matrices make, (IA)³ scales what the base makes.
+
+VeRA (Kopiczko et al. 2023, equation 2), A and B random, frozen and the same for all layers:
+
+    y = x Wᵀ + b ∘ ((d ∘ (x Aᵀ)) Bᵀ)        ΔW = diag(b) B diag(d) A        d (r,), b (O,)
+
+With U = X Aᵀ and G = B ∘ (dYᵀ U), (O, r), one product gives both gradients:
+
+    db = G d        dd = Gᵀ b        dX = dY W + (d ∘ ((b ∘ dY) B)) A
+
+(IA)³ (Liu et al. 2022, section 3.3) scales keys, values and the inner activations of the MLP:
+
+    y = l ∘ (x Wᵀ + bias)        or, on the way in,        y = (l ∘ x) Wᵀ + bias
+
+VeRA starts at b = 0 and (IA)³ at l = 1, which is the base; both can be merged. Stands in for PEFT's
+tuners/vera and tuners/ia3; leaves out dropout and files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, uniform, xp
+from ..digests import of_arrays
+from ..errors import check_float, check_int
+from ..layers import Adapter, Factors, Linear, Need, Param
+from ..ops import Back, rows
+from ..targets import check_targets, find_linears
+
+
+@dataclass(eq=False)
+class VeRA:
+    """ΔW = diag(b) B diag(d) A beside a Linear, of whose I inputs and O outputs A and B may have more."""
+
+    A: Array  # (r, I or more), random; no Param, since an adapter's are all trained
+    B: Array  # (O or more, r)
+    digest: str  # of A and B, by which a run that resumes knows them
+    d: Param  # (r,)
+    b: Param  # (O,)
+
+    def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        A, B = self.matrices(base)
+        d, b, shape = self.d, self.b, x.shape
+        y, back_base = base(x, need)
+        u = rows(x) @ A.T  # (M, r)
+        y += (b.data * ((d.data * u) @ B.T)).reshape(y.shape)
+
+        def back(dy: Array) -> Array:
+            dy_ = rows(dy)
+            G = B * (dy_.T @ u)  # (O, r)
+            b.add_grad(G @ d.data)
+            d.add_grad(b.data @ G)
+            dx = back_base(dy)
+            if need is Need.ALL:
+                du = d.data * ((b.data * dy_) @ B)
+                dx += (du @ A).reshape(shape)
+            return dx
+
+        return y, back
+
+    def matrices(self, base: Linear) -> tuple[Array, Array]:
+        """A (r, I) and B (O, r): as much of them as the base has inputs and outputs."""
+        O, I = base.weight.shape  # noqa: E741
+        return self.A[:, :I], self.B[:O]
+
+    @property
+    def low_rank(self) -> None:
+        """There are no trained factors."""
+        return None
+
+    def change(self, base: Linear) -> Factors:
+        """ΔW as its thin factors."""
+        A, B = self.matrices(base)
+        return Factors(self.b.data[:, None] * B, self.d.data[:, None] * A, 1.0)
+
+    def merged(self, base: Linear) -> Linear:
+        """A plain Linear with W + ΔW."""
+        B, A, _ = self.change(base)
+        return Linear(Param(base.weight.dense() + B @ A, trainable=False), base.bias)
+
+
+@dataclass(frozen=True)
+class VeraConfig:
+    """What to adapt with VeRA, and how: `r` may be large, since only d (r,) and b (O,) are trained."""
+
+    r: int = 256
+    targets: str | re.Pattern[str] | Sequence[str] = "all-linear"
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_int("r", self.r, 1)
+        check_float("d_initial", self.d_initial, -math.inf, math.inf, open_low=True)
+        check_targets(self.targets)
+
+    def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
+        """Path -> a fresh adapter for every target; all share A and B, of the widest and the tallest.
+
+        Their entries are U(-√(6/I), √(6/I)) for I columns (He et al. 2015; the paper's section 3.3).
+        """
+        weights = {path: layers[path].weight for path in find_linears(layers, self.targets)}
+        first = next(iter(weights.values()))
+
+        def draw(*shape: int) -> Array:
+            return uniform(rng, shape, math.sqrt(6 / shape[1]), first.dtype)
+
+        A = draw(self.r, max(W.shape[1] for W in weights.values()))
+        B = draw(max(W.shape[0] for W in weights.values()), self.r)
+        digest = of_arrays([("A", A), ("B", B)])
+        return {
+            path: VeRA(A, B, digest, Param(xp.full(self.r, self.d_initial, first.dtype)),
+                       Param(xp.zeros(W.shape[0], first.dtype)))
+            for path, W in weights.items()
+        }  # fmt: skip

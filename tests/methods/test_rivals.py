@@ -1,0 +1,178 @@
+"""The laws of every rival of LoRA: frozen means frozen, the start, the gradient, one training for all."""
+
+import pytest
+from helpers import SIZES, assert_gradient, batch, gradients, same_bits, seeds, stored, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from library import LIBRARY, np
+from test_lora import network_value
+
+from minilora.adapters import disabled, remove
+from minilora.backend import to_device, to_host
+from minilora.errors import UnsupportedError
+from minilora.lora import fuse, inject, merge, set_adapter, unmerge
+from minilora.methods.lora_config import LoraConfig
+from minilora.methods.vectors import VeraConfig
+from minilora.optim import AdamW
+from minilora.peft.loading import save_adapter
+from minilora.training import evaluate, train
+from minilora.tree import digest, named_params, size, trained
+
+D, F, V = (SIZES[f"{name}_size"] for name in ("hidden", "intermediate", "vocab"))
+H, G, E, L = 24, 8, 4, SIZES["num_hidden_layers"]  # here H and G are widths: H E and G E
+O_LINEAR = H + G + G + D + F + F + D  # outputs of all linear maps of a block
+
+RIVALS = {  # what it is -> (its config, trained parameters of the tiny model)
+    "vera": (VeraConfig(r=5), L * (O_LINEAR + 7 * 5)),
+}
+MERGED = ["vera"]
+OTHERS = [kind for kind in RIVALS if kind not in MERGED]
+AS_THE_BASE = [kind for kind in RIVALS if kind not in ("prefix", "prompt")]
+kinds = st.sampled_from(list(RIVALS))
+flags = st.fixed_dictionaries({"tie_word_embeddings": st.booleans(), "attention_bias": st.booleans()})
+
+
+def fresh(kind, seed=0, dtype=np.float64, **how):
+    """A tiny model with a fresh rival, and the generator that goes on."""
+    model, rng = tiny(seed, dtype, **how)
+    inject(model, RIVALS[kind][0], rng=rng)
+    return model, rng
+
+
+def moved(kind, seed=0, dtype=np.float64, **how):
+    """The like with parameters that have left their start."""
+    model, rng = fresh(kind, seed, dtype, **how)
+    for p in trained(model).values():
+        p.data = p.data + to_device((0.3 * rng.standard_normal(p.shape)).astype(p.dtype))
+    return model, rng
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+@settings(max_examples=5)
+@given(seed=seeds, flags=flags)
+def test_the_networks_gradient_matches_the_complex_step(kind, seed, flags):
+    model, rng = moved(kind, seed, **flags)
+    ids, labels = batch(rng)
+    _, g = gradients(model, ids, labels)
+    params = trained(model)
+    data = {k: p.data for k, p in params.items()}
+    assert all(gradient.any() for gradient in g.values())
+    assert_gradient(network_value(model, params, ids, labels), data, g, rng, directions=3)
+
+
+@pytest.mark.parametrize("kind", AS_THE_BASE)
+@settings(max_examples=5)
+@given(seed=seeds, flags=flags, dtype=st.sampled_from([np.float32, np.float64]))
+def test_a_fresh_one_is_exactly_the_base(kind, seed, flags, dtype):
+    model, rng = tiny(seed, dtype, **flags)
+    ids, labels = batch(rng)
+    base = model(ids)[0]
+    inject(model, RIVALS[kind][0], rng=rng)
+    assert np.array_equal(model(ids)[0], base)
+    assert np.array_equal(model(ids, train=True)[0], base)
+    _, g = gradients(model, ids, labels)
+    assert any(gradient.any() for gradient in g.values())  # and it does not stay there
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_what_is_trained_is_counted(kind):
+    model, rng = tiny(0)
+    base = size(model)
+    config, count = RIVALS[kind]
+    report = inject(model, config, rng=rng)
+    assert report.parameters == size(trained(model)) == count
+    assert (report.base_parameters, size(model)) == (base, base + count)
+    assert all(".adapters.default." in path for path in trained(model))
+    assert f"{count:,} of {base:,} parameters are trained" in str(report)
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_training_learns_and_leaves_every_bit_of_the_base(kind):
+    model, rng = fresh(kind, dtype=np.float32)
+    ids, labels = batch(rng)
+    before, start = stored(model), {k: to_host(p.data).copy() for k, p in trained(model).items()}
+    base = evaluate(model, [(ids, labels)])
+    losses = train(model, [(ids, labels)] * 30, AdamW(0.03, weight_decay=0.1), steps=30).loss
+    assert same_bits(stored(model), before)
+    assert losses[-1] < base - 0.02
+    for k, p in trained(model).items():
+        assert p.dtype == np.float32
+        assert not np.array_equal(to_host(p.data), start[k]), k
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+@pytest.mark.parametrize("how", [{"threads": 2}, {"recompute": True}], ids=["threads", "recompute"])
+def test_threads_and_recomputation_change_no_bit(kind, how):
+    def run(**how):
+        model, rng = moved(kind, dtype=np.float32)
+        batches = [batch(rng) for _ in range(4)]
+        losses = train(model, batches, AdamW(0.01), steps=2, accumulate=2, **how).loss
+        return losses, digest(model)
+
+    assert run(**how) == run(threads=1)
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_a_resumed_run_is_the_run(kind, tmp_path):
+    def run(steps, name):
+        model, rng = fresh(kind, 7, np.float32)
+        train(model, [batch(rng)] * 4, AdamW(1e-2), steps=steps, checkpoint=tmp_path / name)
+        return digest(model)
+
+    run(2, "a")
+    assert run(4, "a") == run(4, "b")
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_it_is_switched_off_taken_away_and_exchanged(kind):
+    model, rng = tiny(3)
+    ids, _ = batch(rng)
+    base, before = model(ids)[0], digest(model)
+    inject(model, RIVALS[kind][0], rng=rng)
+    for p in trained(model).values():
+        p.data = p.data + 0.5
+    y = model(ids)[0]
+    assert y.shape == base.shape
+    assert not np.array_equal(y, base)
+    with disabled(model):
+        assert np.array_equal(model(ids)[0], base)
+    inject(model, RIVALS[kind][0], rng=rng, name="other")
+    assert all(".adapters.other." in path for path in trained(model))
+    assert not np.array_equal(model(ids)[0], y)
+    set_adapter(model, "default")
+    assert np.array_equal(model(ids)[0], y)
+    remove(model, "other")
+    remove(model, "default")
+    assert np.array_equal(model(ids)[0], base)
+    assert digest(model) == before
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_single_precision_stays_single(kind):
+    model, rng = moved(kind, dtype=np.float32)
+    ids, labels = batch(rng)
+    assert model(ids)[0].dtype == np.float32
+    assert {g.dtype for g in gradients(model, ids, labels)[1].values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_a_merged_network_is_the_network(kind):
+    model, rng = moved(kind, 5)
+    ids, _ = batch(rng)
+    y = model(ids)[0]
+    merge(model)
+    merged = model(ids)[0]
+    assert np.allclose(merged, y, rtol=0, atol=1e-12 * abs(y).max())
+    unmerge(model)
+    assert np.array_equal(model(ids)[0], y)
+    fuse(model)
+    assert np.array_equal(model(ids)[0], merged)
+    assert not any("adapters" in path for path in named_params(model))
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_a_form_in_pefts_files_is_refused_by_name(kind, tmp_path):
+    model, _ = moved(kind, dtype=np.float32)
+    with pytest.raises(UnsupportedError, match="cannot be stored in PEFT's files"):
+        save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,62 @@
+"""LoRA's rivals beside PEFT's: the same logits and gradients in float64, from the same random parameters.
+
+transformers rounds parts of its Llama to float32 (test_parity.py), so agreement ends near 1e-7.
+"""
+
+import pytest
+from test_parity import TIED, UNTIED, agree_on_a_batch, fresh, llama_of_transformers, tensor
+
+from minilora.backend import to_device
+from minilora.lora import adapted, inject
+from minilora.methods.vectors import VeraConfig
+from minilora.tree import trained
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+BOUND = 5e-5
+
+
+def both(base, ours, theirs):
+    """A model with our fresh adapter, moved, PEFT's beside the same base, and the generator that goes on."""
+    model, rng = fresh(base)
+    hf = llama_of_transformers(model, torch.float64)
+    inject(model, ours, rng=rng)
+    for p in trained(model).values():
+        p.data = p.data + to_device(0.3 * rng.standard_normal(p.shape))
+    return model, peft.get_peft_model(hf, theirs).double(), rng
+
+
+def compared(model, wrapped, name, rng):
+    """Give PEFT's parameters the numbers of ours, as `name` calls them, and compare logits and gradients."""
+    ours = {name(path): p for path, p in trained(model).items()}
+    theirs = {k: p for k, p in wrapped.named_parameters() if p.requires_grad}
+    assert {k: tuple(p.shape) for k, p in theirs.items()} == {k: p.shape for k, p in ours.items()}
+    for k, p in theirs.items():
+        p.data = tensor(ours[k].data)
+    agree_on_a_batch(model, lambda ids: wrapped(ids).logits, ours, theirs, rng, BOUND)
+
+
+@pytest.mark.parametrize("base", [TIED, UNTIED], ids=["tied", "untied-biases"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]], ids=str)
+def test_vera_is_pefts(base, targets):
+    """With one A and one B for layers of seven shapes."""
+    r = 6
+    theirs = peft.VeraConfig(r=r, target_modules=targets, vera_dropout=0.0, save_projection=True)
+    model, wrapped, rng = both(base, VeraConfig(r, targets), theirs)
+    first = next(iter(adapted(model).values())).adapters["default"]
+    for name in "AB":
+        shared = getattr(wrapped.base_model, f"vera_{name}")
+        assert tuple(shared["default"].shape) == getattr(first, name).shape
+        shared["default"] = tensor(getattr(first, name))
+
+    def name(path):
+        module, leaf = path.split(".adapters.default.")
+        return f"base_model.model.{module}.vera_lambda_{leaf}.default"
+
+    compared(model, wrapped, name, rng)
