@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
     from .methods.quantize import quantize
-    from .methods.vectors import VeraConfig
+    from .methods.vectors import IA3Config, VeraConfig
     from .peft.folder import open_adapter
     from .peft.loading import load_adapter, save_adapter
     from .serve.bank import Bank
@@ -73,7 +73,7 @@ LATER = {  # imported on first use
     "formats.huggingface": ("checkpoint", "load", "save_model"),
     "formats.tokenizer": ("decode", "encode"),
     "methods.quantize": ("quantize",),
-    "methods.vectors": ("VeraConfig",),
+    "methods.vectors": ("IA3Config", "VeraConfig"),
     "peft.folder": ("open_adapter",),
     "peft.loading": ("load_adapter", "save_adapter"),
     "serve.bank": ("Bank",),
@@ -85,14 +85,15 @@ MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Bank", "Config", "Engine", "Llama", "LoraConfig", "PackedRun", "Plan", "Request", "Schedule",
-    "VeraConfig", "add_weighted_adapter", "batches", "checkpoint", "combine", "complete", "compress", "corpus", "count",
-    "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate", "extract",
-    "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
-    "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params", "open_adapter",
-    "participation_ratio", "plots", "quantize", "quantize_checkpoint", "remove", "save_adapter", "save_model",
-    "scales", "serve_bench", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank",
-    "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge", "use",
+    "AdamW", "Bank", "Config", "Engine", "IA3Config", "Llama", "LoraConfig", "PackedRun", "Plan", "Request",
+    "Schedule", "VeraConfig", "add_weighted_adapter", "batches", "checkpoint", "combine", "complete",
+    "compress", "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches",
+    "evaluate", "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load",
+    "load_adapter", "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params",
+    "open_adapter", "participation_ratio", "plots", "quantize", "quantize_checkpoint", "remove",
+    "save_adapter", "save_model", "scales", "serve_bench", "set_adapter", "set_scale", "spectrum",
+    "spectrum_between", "stable_rank", "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge",
+    "use",
 ]  # fmt: skip
 
 

@@ -89,9 +89,7 @@ def find_targets(
     return targeted
 
 
-def find_linears(
-    layers: Mapping[str, Layer], targets: str | re.Pattern[str] | Sequence[str]
-) -> list[str]:
+def find_linears(layers: Mapping[str, Layer], targets: str | re.Pattern[str] | Sequence[str]) -> list[str]:
     """The paths that `targets` means, as `find_targets`; ConfigError for an embedding."""
     paths = find_targets(layers, targets)
     for path in paths:

@@ -19,6 +19,7 @@ from minilora.methods.dora import DoRA
 from minilora.methods.embedding import LowRankEmbedding
 from minilora.methods.full_copy import FullCopy
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.vectors import ScaledInputs, ScaledOutputs, VeRA
 from minilora.ops import rows
 from minilora.optim import AdamW
 from minilora.peft import kinds
@@ -180,6 +181,16 @@ def test_tensors_that_the_config_does_not_declare_are_refused(row, tmp_path):
 
 def test_every_kind_has_every_member_of_the_contract():
     """Every member of the contract is there, so that no caller asks which kind it has."""
-    for kind in (LowRank, LowRankEmbedding, DoRA, WithBias, FullCopy, Gated):
+    for kind in (
+        LowRank,
+        LowRankEmbedding,
+        DoRA,
+        WithBias,
+        FullCopy,
+        Gated,
+        VeRA,
+        ScaledOutputs,
+        ScaledInputs,
+    ):
         members = {*vars(kind), *kind.__dataclass_fields__}
         assert {"__call__", "merged", "change", "low_rank"} <= members, kind

@@ -28,10 +28,10 @@ import numpy as np
 
 from ..backend import Array, uniform, xp
 from ..digests import of_arrays
-from ..errors import check_float, check_int
+from ..errors import ConfigError, check_float, check_int
 from ..layers import Adapter, Factors, Linear, Need, Param
 from ..ops import Back, rows
-from ..targets import check_targets, find_linears
+from ..targets import check_targets, find_linears, names, resolve
 
 
 @dataclass(eq=False)
@@ -117,3 +117,93 @@ class VeraConfig:
                        Param(xp.zeros(W.shape[0], first.dtype)))
             for path, W in weights.items()
         }  # fmt: skip
+
+
+@dataclass(eq=False)
+class ScaledOutputs:
+    """W' = diag(l) W beside a Linear, whose bias is scaled, too: the scale of keys and values."""
+
+    scale: Param  # l, (O,)
+
+    def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        s = self.scale
+        y, back_base = base(x, need)
+
+        def back(dy: Array) -> Array:
+            s.add_grad(xp.einsum("mo,mo->o", rows(dy), rows(y)))
+            return back_base(s.data * dy)
+
+        return s.data * y, back
+
+    @property
+    def low_rank(self) -> None:
+        """There are no factors."""
+        return None
+
+    def change(self, base: Linear) -> Array:
+        """W' - W, (O, I)."""
+        return (self.scale.data - 1)[:, None] * base.weight.dense()
+
+    def merged(self, base: Linear) -> Linear:
+        """A plain Linear with diag(l) W and l ∘ bias."""
+        s, b = self.scale.data, base.bias
+        return Linear(
+            Param(s[:, None] * base.weight.dense(), trainable=False),
+            None if b is None else Param(s * b.data, trainable=False),
+        )
+
+
+@dataclass(eq=False)
+class ScaledInputs:
+    """W' = W diag(l) beside a Linear: the scale of the MLP's inner activations, on their way down."""
+
+    scale: Param  # l, (I,)
+
+    def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        s = self.scale
+        y, back_base = base(s.data * x, Need.NONE if need is Need.NONE else Need.ALL)
+
+        def back(dy: Array) -> Array:
+            dz = back_base(dy)
+            s.add_grad(xp.einsum("mi,mi->i", rows(dz), rows(x)))
+            return s.data * dz if need is Need.ALL else None
+
+        return y, back
+
+    @property
+    def low_rank(self) -> None:
+        """There are no factors."""
+        return None
+
+    def change(self, base: Linear) -> Array:
+        """W' - W, (O, I)."""
+        return base.weight.dense() * (self.scale.data - 1)
+
+    def merged(self, base: Linear) -> Linear:
+        """A plain Linear with W diag(l)."""
+        return Linear(Param(base.weight.dense() * self.scale.data, trainable=False), base.bias)
+
+
+@dataclass(frozen=True)
+class IA3Config:
+    """What to scale with (IA)³: the outputs of the `targets`, but the inputs of those in `feedforward`."""
+
+    targets: str | re.Pattern[str] | Sequence[str] = ("k_proj", "v_proj", "down_proj")
+    feedforward: str | Sequence[str] = "down_proj"
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
+        names("feedforward", self.feedforward)
+
+    def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
+        """Path -> ones for every target; ConfigError if one of `feedforward` is no target."""
+        targets = find_linears(layers, self.targets)
+        inner = resolve("feedforward", names("feedforward", self.feedforward), list(layers))
+        if other := sorted(set(inner) - set(targets)):
+            raise ConfigError(f"feedforward: {other[0]} is no target; expected some of the targets")
+        new: dict[str, Adapter] = {}
+        for path in targets:
+            O, I = layers[path].weight.shape  # noqa: E741
+            kind, n = (ScaledInputs, I) if path in inner else (ScaledOutputs, O)
+            new[path] = kind(Param(xp.ones(n, layers[path].weight.dtype)))
+        return new

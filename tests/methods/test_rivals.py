@@ -11,21 +11,21 @@ from minilora.adapters import disabled, remove
 from minilora.backend import to_device, to_host
 from minilora.errors import UnsupportedError
 from minilora.lora import fuse, inject, merge, set_adapter, unmerge
-from minilora.methods.lora_config import LoraConfig
-from minilora.methods.vectors import VeraConfig
+from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.optim import AdamW
 from minilora.peft.loading import save_adapter
 from minilora.training import evaluate, train
 from minilora.tree import digest, named_params, size, trained
 
-D, F, V = (SIZES[f"{name}_size"] for name in ("hidden", "intermediate", "vocab"))
-H, G, E, L = 24, 8, 4, SIZES["num_hidden_layers"]  # here H and G are widths: H E and G E
-O_LINEAR = H + G + G + D + F + F + D  # outputs of all linear maps of a block
+D, F, L = (SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+HE, GE = (SIZES["head_dim"] * SIZES[f"num_{name}_heads"] for name in ("attention", "key_value"))
+OUTPUTS = HE + GE + GE + D + F + F + D  # of the seven linear maps of a block
 
 RIVALS = {  # what it is -> (its config, trained parameters of the tiny model)
-    "vera": (VeraConfig(r=5), L * (O_LINEAR + 7 * 5)),
+    "vera": (VeraConfig(r=5), L * (OUTPUTS + 7 * 5)),
+    "ia3": (IA3Config(), L * (GE + GE + F)),
 }
-MERGED = ["vera"]
+MERGED = ["vera", "ia3"]
 OTHERS = [kind for kind in RIVALS if kind not in MERGED]
 AS_THE_BASE = [kind for kind in RIVALS if kind not in ("prefix", "prompt")]
 kinds = st.sampled_from(list(RIVALS))
@@ -90,14 +90,14 @@ def test_what_is_trained_is_counted(kind):
 def test_training_learns_and_leaves_every_bit_of_the_base(kind):
     model, rng = fresh(kind, dtype=np.float32)
     ids, labels = batch(rng)
-    before, start = stored(model), {k: to_host(p.data).copy() for k, p in trained(model).items()}
+    before, start = stored(model), {k: p.data.copy() for k, p in trained(model).items()}
     base = evaluate(model, [(ids, labels)])
     losses = train(model, [(ids, labels)] * 30, AdamW(0.03, weight_decay=0.1), steps=30).loss
     assert same_bits(stored(model), before)
     assert losses[-1] < base - 0.02
     for k, p in trained(model).items():
         assert p.dtype == np.float32
-        assert not np.array_equal(to_host(p.data), start[k]), k
+        assert not np.array_equal(p.data, start[k]), k
 
 
 @pytest.mark.parametrize("kind", RIVALS)
@@ -176,3 +176,21 @@ def test_a_form_in_pefts_files_is_refused_by_name(kind, tmp_path):
     with pytest.raises(UnsupportedError, match="cannot be stored in PEFT's files"):
         save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.skipif(LIBRARY != "numpy", reason="compares the stand-in with NumPy")
+@pytest.mark.parametrize("kind", RIVALS)
+def test_device_and_host_agree_to_the_bit(kind, request):
+    def life():
+        model, rng = moved(kind, 1, np.float32)
+        ids, labels = (to_device(a) for a in batch(rng))
+        losses = train(model, [(ids, labels)] * 4, AdamW(0.01, weight_decay=0.1), steps=2, accumulate=2).loss
+        numbers = [losses, to_host(model(ids)[0]), digest(model)]
+        if kind in MERGED:
+            fuse(model)
+        return [*numbers, to_host(model(ids)[0])]
+
+    host = life()
+    request.getfixturevalue("device")
+    for a, b in zip(host, life(), strict=True):
+        assert np.array_equal(a, b)

@@ -1,5 +1,7 @@
 """VeRA and (IA)³: vectors alone are trained, and both can be merged."""
 
+import math
+
 import pytest
 from helpers import gamma, seeds, tiny, unit
 from hypothesis import given
@@ -10,7 +12,7 @@ from test_lora import assert_adapted_gradient
 from minilora.errors import ConfigError, MismatchError
 from minilora.layers import Factors, Linear, Need, Param
 from minilora.lora import adapted, inject, merge
-from minilora.methods.vectors import VeraConfig
+from minilora.methods.vectors import IA3Config, ScaledInputs, ScaledOutputs, VeraConfig
 from minilora.ops import rows, saved
 from minilora.optim import AdamW
 from minilora.spectra import spectrum
@@ -38,7 +40,11 @@ def vera(r):
     return VeraConfig(r=r, targets="q_proj")
 
 
-LAYERS = {"vera": lambda r: vera(r)}
+LAYERS = {
+    "vera": lambda r: vera(r),
+    "ia3": lambda r: IA3Config("q_proj", ()),
+    "ia3-on-the-way-in": lambda r: IA3Config("q_proj", "q_proj"),
+}
 
 
 # ---- both
@@ -81,9 +87,8 @@ def test_the_change_is_what_merging_adds(kind, seed, o, i, r):
     assert np.array_equal(W + change, merged.weight.data)
     assert np.array_equal(merged(x)[0], y)
     assert not merged.weight.trainable
-    assert np.allclose(spectrum(tree)["q_proj"][: min(o, i)],
-                       np.linalg.svd(change)[1][: len(spectrum(tree)["q_proj"])][: min(o, i)],
-                       atol=1e-9 * (1 + abs(change).max()))  # fmt: skip
+    length = math.sqrt(float((change * change).sum()))
+    assert math.isclose(math.hypot(*spectrum(tree)["q_proj"]), length, rel_tol=1e-12)
 
 
 # ---- VeRA
@@ -139,7 +144,9 @@ def test_all_layers_share_the_random_matrices_as_far_as_they_reach():
     assert (first.A.shape, first.B.shape) == ((7, 24), (24, 7))  # o_proj reads 24, q_proj writes 24
     for a, layer in zip(adapters, layers.values(), strict=True):
         A, B = a.matrices(layer.base)
-        assert (A.shape[1], len(B)) == layer.base.weight.shape[::-1]
+        O, I = layer.base.weight.shape  # noqa: E741
+        assert np.array_equal(A, first.A[:, :I])
+        assert np.array_equal(B, first.B[:O])
         assert (a.d.data == 0.1).all()
         assert not a.b.data.any()
 
@@ -185,10 +192,86 @@ def test_a_run_resumes_beside_its_own_random_matrices_alone(tmp_path):
         ({"d_initial": float("nan")}, ConfigError, "d_initial is nan"),
         ({"targets": []}, ConfigError, "expected at least one name"),
         ({"targets": "q_prj"}, MismatchError, "nearest: "),
-        ({"targets": "embed_tokens"}, ConfigError, "model.embed_tokens is an embedding; expected linear maps"),
+        (
+            {"targets": "embed_tokens"},
+            ConfigError,
+            "embed_tokens is an embedding; expected linear maps",
+        ),
     ],
 )
 def test_what_vera_cannot_adapt_is_an_error(options, error, said):
     model, rng = tiny(0)
     with pytest.raises(error, match=said):
         inject(model, VeraConfig(**options), rng=rng)
+
+
+# ---- (IA)³
+
+
+@pytest.mark.parametrize("way_in", [False, True])
+@given(seed=seeds, o=st.integers(1, 40), i=st.integers(1, 40), bias=st.booleans())
+def test_ia3_merged_and_unmerged_agree_within_a_tight_bound(way_in, seed, o, i, bias):
+    """On either side the product takes I, the scale one and the bias one, in another order."""
+    tree, adapter, draw, _ = one(
+        seed, o, i, IA3Config("q_proj", "q_proj" if way_in else ()), np.float32, bias
+    )
+    layer, x = tree["q_proj"], draw(6, i)
+    plain = layer(x)[0]
+    W, X, s = (np.abs(np.asarray(a)).astype(np.float64) for a in
+               (layer.base.weight.data, x, adapter.scale.data))  # fmt: skip
+    b = np.abs(np.asarray(layer.base.bias.data)).astype(np.float64) if bias else 0
+    size = (s * X) @ W.T + b if way_in else s * (X @ W.T + b)
+    merge(tree)
+    merged = layer(x, Need.NONE)[0]
+    assert merged.dtype == plain.dtype == np.float32
+    assert (np.abs(merged - plain) <= 2 * gamma(i + 2, unit(np.float32)) * size).all()
+
+
+def test_ia3_scales_keys_values_and_the_inside_of_the_mlp():
+    model, rng = tiny(0, mlp_bias=True)
+    report = inject(model, IA3Config(), rng=rng)
+    layers = adapted(model)
+    assert {path.rpartition(".")[2] for path in layers} == {"k_proj", "v_proj", "down_proj"}
+    assert len(report.rows) == 6
+    for path, layer in layers.items():
+        O, I = layer.base.weight.shape  # noqa: E741
+        adapter = layer.adapters["default"]
+        way_in = path.endswith("down_proj")
+        assert type(adapter) is (ScaledInputs if way_in else ScaledOutputs)
+        assert adapter.scale.shape == ((I if way_in else O),)
+        assert (adapter.scale.data == 1).all()
+
+
+def test_a_scale_on_the_way_in_leaves_the_bias_alone_and_one_on_the_way_out_does_not():
+    for way_in in (False, True):
+        tree, adapter, _, _ = one(0, 4, 6, IA3Config("q_proj", "q_proj" if way_in else ()), whole=True)
+        layer, zero = tree["q_proj"], np.zeros((2, 6))
+        bias = layer.base.bias.data
+        expected = bias if way_in else adapter.scale.data * bias
+        assert np.array_equal(layer(zero)[0], np.stack([expected, expected]))
+        before = bias.copy()
+        assert np.array_equal(adapter.merged(layer.base).bias.data, expected)
+        assert np.array_equal(bias, before)
+
+
+def test_a_scale_on_the_way_out_keeps_the_bases_output_and_one_on_the_way_in_its_input():
+    for way_in, kept in ((False, (2, 4, 5)), (True, (2, 4, 9))):
+        tree, _, draw, _ = one(0, 5, 9, IA3Config("q_proj", "q_proj" if way_in else ()))
+        _, back = tree["q_proj"](draw(2, 4, 9))
+        assert {a.shape for a in saved(back).values() if a.ndim == 3} == {kept}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"targets": "embed_tokens"}, ConfigError, "embed_tokens is an embedding; expected linear maps"),
+        ({"feedforward": "q_proj"}, ConfigError, "feedforward: model.layers.0.self_attn.q_proj is no target"),
+        ({"feedforward": "down_prj"}, MismatchError, "nearest: "),
+        ({"feedforward": 3}, ConfigError, "feedforward is 3; expected a name or a list of names"),
+        ({"targets": ""}, ConfigError, "expected"),
+    ],
+)  # fmt: skip
+def test_what_ia3_cannot_scale_is_an_error(options, error, said):
+    model, rng = tiny(0)
+    with pytest.raises(error, match=said):
+        inject(model, IA3Config(**options), rng=rng)

@@ -8,7 +8,7 @@ from test_parity import TIED, UNTIED, agree_on_a_batch, fresh, llama_of_transfor
 
 from minilora.backend import to_device
 from minilora.lora import adapted, inject
-from minilora.methods.vectors import VeraConfig
+from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.tree import trained
 
 torch = pytest.importorskip("torch")
@@ -36,7 +36,7 @@ def compared(model, wrapped, name, rng):
     """Give PEFT's parameters the numbers of ours, as `name` calls them, and compare logits and gradients."""
     ours = {name(path): p for path, p in trained(model).items()}
     theirs = {k: p for k, p in wrapped.named_parameters() if p.requires_grad}
-    assert {k: tuple(p.shape) for k, p in theirs.items()} == {k: p.shape for k, p in ours.items()}
+    assert {k: p.numel() for k, p in theirs.items()} == {k: p.size for k, p in ours.items()}
     for k, p in theirs.items():
         p.data = tensor(ours[k].data)
     agree_on_a_batch(model, lambda ids: wrapped(ids).logits, ours, theirs, rng, BOUND)
@@ -58,5 +58,21 @@ def test_vera_is_pefts(base, targets):
     def name(path):
         module, leaf = path.split(".adapters.default.")
         return f"base_model.model.{module}.vera_lambda_{leaf}.default"
+
+    compared(model, wrapped, name, rng)
+
+
+@pytest.mark.parametrize("base", [TIED, UNTIED], ids=["tied", "untied-biases"])
+@pytest.mark.parametrize(
+    ("targets", "feedforward"),
+    [(["k_proj", "v_proj", "down_proj"], ["down_proj"]), (["q_proj", "up_proj", "o_proj"], ["o_proj"])],
+)
+def test_ia3_is_pefts(base, targets, feedforward):
+    """Whose vectors are (O, 1) and (1, I), and are made flat before they are used."""
+    theirs = peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
+    model, wrapped, rng = both(base, IA3Config(targets, feedforward), theirs)
+
+    def name(path):
+        return f"base_model.model.{path.split('.adapters.default.')[0]}.ia3_l.default"
 
     compared(model, wrapped, name, rng)
