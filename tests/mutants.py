@@ -69,7 +69,7 @@ SWEEP = "experiments/rank_sweep.py"
 HARNESS = "experiments/harness.py"
 PRETRAIN = "experiments/pretrain.py"
 
-VECTORS = "methods/vectors.py"
+VECTORS, BOTTLE = "methods/vectors.py", "methods/bottleneck.py"
 FOUR, QUANTIZE, BNB = "methods/four_bit.py", "methods/quantize.py", "methods/bitsandbytes.py"
 
 # fmt: off
@@ -301,10 +301,19 @@ MUTANTS = (
     Mutant("ia3-gradient-not-scaled-on-the-way-back", VECTORS, "return back_base(s.data * dy)", "return back_base(dy)", "vectors"),
     Mutant("ia3-merged-leaves-the-bias", VECTORS, "Param(s * b.data, trainable=False)", "Param(b.data, trainable=False)", "vectors"),
     Mutant("ia3-merged-scales-rows-for-columns-if-square", VECTORS, "base.weight.dense() * self.scale.data, trainable", "(base.weight.dense().T * self.scale.data).T if len(set(base.weight.shape)) == 1 else base.weight.dense() * self.scale.data, trainable", "vectors"),
-    Mutant("ia3-on-the-way-in-without-its-gradient", VECTORS, "Need.NONE if need is Need.NONE else Need.ALL)", "need)", "vectors rivals"),
+    Mutant("ia3-on-the-way-in-without-its-gradient", VECTORS, "after(need, self))", "need)", "vectors rivals"),
     Mutant("ia3-scales-the-mlp-on-its-way-out", VECTORS, 'feedforward: str | Sequence[str] = "down_proj"', "feedforward: str | Sequence[str] = ()", "vectors rivals"),
     Mutant("ia3-change-of-the-whole-weight", VECTORS, "return (self.scale.data - 1)[:, None]", "return self.scale.data[:, None]", "vectors"),
     Mutant("ia3-no-check-of-feedforward", VECTORS, "if other := sorted(set(inner) - set(targets)):", "if other := []:", "vectors"),
+    Mutant("bottleneck-without-its-residual", BOTTLE, "return y + z, back", "return z, back", "bottleneck rivals"),
+    Mutant("bottleneck-gradient-without-its-residual", BOTTLE, "back_base(dy + d)", "back_base(d)", "bottleneck"),
+    Mutant("bottleneck-reads-the-bases-input-if-square", BOTTLE, "h, back_down = self.down(y, need)", "h, back_down = self.down(x if x.shape == y.shape else y, need)", "bottleneck"),
+    Mutant("bottleneck-up-without-a-gradient-of-its-input", BOTTLE, "after(need, self.down))", "need)", "bottleneck rivals"),
+    Mutant("bottleneck-gradient-of-x-where-none-is-needed", BOTTLE, "if need is Need.ALL else None", "if need is not None else None", "bottleneck"),
+    Mutant("bottleneck-starts-beside-the-base", BOTTLE, "xp.zeros(shape, W.dtype) for", "xp.full(shape, 0.01, W.dtype) for", "rivals bottleneck"),
+    Mutant("bottleneck-merged-into-the-base", BOTTLE, 'raise UnsupportedError("a bottleneck adapter is not linear and cannot be merged; use it as it is")', "return base", "bottleneck"),
+    Mutant("bottleneck-drawn-by-its-width", BOTTLE, "1 / math.sqrt(O)", "1 / math.sqrt(m)", "bottleneck"),
+    Mutant("houlsby-behind-the-mlp-alone", BOTTLE, '("o_proj", "down_proj"), ("down_proj",)', '("down_proj",), ("down_proj",)', "bottleneck rivals"),
     Mutant("an-embedding-among-linear-maps", "targets.py", "        if not isinstance(layers[path], Linear):\n            raise ConfigError(f\"targets: {path}",
            "        if False:\n            raise ConfigError(f\"targets: {path}", "vectors"),
     # ---- the network and its text

@@ -15,6 +15,7 @@ from minilora.errors import MismatchError, UnsupportedError
 from minilora.layers import Factors, Linear, Need, Param
 from minilora.lora import LowRank, adapted, fuse, inject, merge, unmerge
 from minilora.methods.bias import WithBias
+from minilora.methods.bottleneck import Bottleneck
 from minilora.methods.dora import DoRA
 from minilora.methods.embedding import LowRankEmbedding
 from minilora.methods.full_copy import FullCopy
@@ -191,6 +192,7 @@ def test_every_kind_has_every_member_of_the_contract():
         VeRA,
         ScaledOutputs,
         ScaledInputs,
+        Bottleneck,
     ):
         members = {*vars(kind), *kind.__dataclass_fields__}
         assert {"__call__", "merged", "change", "low_rank"} <= members, kind

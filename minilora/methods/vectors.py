@@ -30,6 +30,7 @@ from ..backend import Array, uniform, xp
 from ..digests import of_arrays
 from ..errors import ConfigError, check_float, check_int
 from ..layers import Adapter, Factors, Linear, Need, Param
+from ..model import after
 from ..ops import Back, rows
 from ..targets import check_targets, find_linears, names, resolve
 
@@ -161,7 +162,7 @@ class ScaledInputs:
 
     def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         s = self.scale
-        y, back_base = base(s.data * x, Need.NONE if need is Need.NONE else Need.ALL)
+        y, back_base = base(s.data * x, after(need, self))
 
         def back(dy: Array) -> Array:
             dz = back_base(dy)

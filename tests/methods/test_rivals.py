@@ -11,6 +11,7 @@ from minilora.adapters import disabled, remove
 from minilora.backend import to_device, to_host
 from minilora.errors import UnsupportedError
 from minilora.lora import fuse, inject, merge, set_adapter, unmerge
+from minilora.methods.bottleneck import HOULSBY, PFEIFFER, BottleneckConfig
 from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.optim import AdamW
 from minilora.peft.loading import save_adapter
@@ -24,6 +25,8 @@ OUTPUTS = HE + GE + GE + D + F + F + D  # of the seven linear maps of a block
 RIVALS = {  # what it is -> (its config, trained parameters of the tiny model)
     "vera": (VeraConfig(r=5), L * (OUTPUTS + 7 * 5)),
     "ia3": (IA3Config(), L * (GE + GE + F)),
+    "houlsby": (BottleneckConfig(3, HOULSBY), 2 * L * (2 * 3 * D + 3 + D)),
+    "pfeiffer": (BottleneckConfig(4, PFEIFFER), L * (2 * 4 * D + 4 + D)),
 }
 MERGED = ["vera", "ia3"]
 OTHERS = [kind for kind in RIVALS if kind not in MERGED]

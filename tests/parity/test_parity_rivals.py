@@ -8,6 +8,7 @@ from test_parity import TIED, UNTIED, agree_on_a_batch, fresh, llama_of_transfor
 
 from minilora.backend import to_device
 from minilora.lora import adapted, inject
+from minilora.methods.bottleneck import HOULSBY, PFEIFFER, BottleneckConfig
 from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.tree import trained
 
@@ -76,3 +77,25 @@ def test_ia3_is_pefts(base, targets, feedforward):
         return f"base_model.model.{path.split('.adapters.default.')[0]}.ia3_l.default"
 
     compared(model, wrapped, name, rng)
+
+
+@pytest.mark.parametrize("base", [TIED, UNTIED], ids=["tied", "untied-biases"])
+@pytest.mark.parametrize("targets", [HOULSBY, PFEIFFER], ids=["houlsby", "pfeiffer"])
+def test_a_bottleneck_is_torchs(base, targets):
+    """PEFT has none: torch's own layers behind transformers' maps."""
+    model, rng = fresh(base)
+    hf = llama_of_transformers(model, torch.float64).requires_grad_(False)
+    inject(model, BottleneckConfig(3, targets), rng=rng)
+    ours, theirs = {}, {}
+    for path, layer in adapted(model).items():
+        adapter, D = layer.adapters["default"], base.hidden_size
+        down, up = torch.nn.Linear(D, 3).double(), torch.nn.Linear(3, D).double()
+        for name, here, there in (("down", adapter.down, down), ("up", adapter.up, up)):
+            for leaf in ("weight", "bias"):
+                p = getattr(here, leaf)
+                p.data = to_device(0.5 * rng.standard_normal(p.shape))
+                getattr(there, leaf).data = tensor(p.data)
+                ours[f"{path} {name} {leaf}"], theirs[f"{path} {name} {leaf}"] = p, getattr(there, leaf)
+        network = torch.nn.Sequential(down, torch.nn.GELU("tanh"), up)
+        hf.get_submodule(path).register_forward_hook(lambda _, x, y, network=network: y + network(y))
+    agree_on_a_batch(model, lambda ids: hf(ids).logits, ours, theirs, rng, BOUND)

@@ -10,7 +10,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "table", "errors", "backend", "digests", "ops", "layers", "tree", "targets", "model", "decoding", "lora",
     "adapters", "optim", "spectra",
     "methods.bias", "methods.dora", "methods.embedding", "methods.full_copy", "methods.lora_config",
-    "methods.vectors", "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
+    "methods.vectors", "methods.bottleneck", "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
     "fast.folded", "fast.recompute", "fast.parallel", "fast.mixed", "fast.packed",
     "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
