@@ -69,7 +69,7 @@ SWEEP = "experiments/rank_sweep.py"
 HARNESS = "experiments/harness.py"
 PRETRAIN = "experiments/pretrain.py"
 
-VECTORS, BOTTLE = "methods/vectors.py", "methods/bottleneck.py"
+VECTORS, BOTTLE, PREFIXES = "methods/vectors.py", "methods/bottleneck.py", "methods/prefixes.py"
 FOUR, QUANTIZE, BNB = "methods/four_bit.py", "methods/quantize.py", "methods/bitsandbytes.py"
 
 # fmt: off
@@ -314,6 +314,21 @@ MUTANTS = (
     Mutant("bottleneck-merged-into-the-base", BOTTLE, 'raise UnsupportedError("a bottleneck adapter is not linear and cannot be merged; use it as it is")', "return base", "bottleneck"),
     Mutant("bottleneck-drawn-by-its-width", BOTTLE, "1 / math.sqrt(O)", "1 / math.sqrt(m)", "bottleneck"),
     Mutant("houlsby-behind-the-mlp-alone", BOTTLE, '("o_proj", "down_proj"), ("down_proj",)', '("down_proj",), ("down_proj",)', "bottleneck rivals"),
+    Mutant("prefix-behind-the-text", PREFIXES, "xp.concatenate([before, x], 2)", "xp.concatenate([x, before], 2)", "prefixes rivals"),
+    Mutant("prefix-gradient-of-the-first-text", PREFIXES, "sum(0, keepdims=True)", "[:1]", "prefixes rivals"),
+    Mutant("prefix-gradient-of-the-last-rows", PREFIXES, "unheads(d[:, :, :P]", "unheads(d[:, :, -P:]", "prefixes rivals"),
+    Mutant("prefix-values-are-its-keys", PREFIXES, "behind(values, v))", "behind(keys, v))", "prefixes rivals"),
+    Mutant("prefix-of-the-cache-in-every-step", PREFIXES, "        if self.seen:\n", "        if False:\n", "prefixes rivals"),
+    Mutant("prefix-never-in-the-cache", PREFIXES, "        if self.seen:\n", "        if self.cache:\n", "prefixes rivals"),
+    Mutant("prefix-drawn-large", PREFIXES, "W.shape[0]), 0.02, W.dtype)", "W.shape[0]), 1.0, W.dtype)", "prefixes"),
+    Mutant("prefix-as-wide-as-the-queries", PREFIXES, '["k_proj"]', '["q_proj"]', "prefixes rivals"),
+    Mutant("prefix-moves-the-texts-positions", "decoding.py", "start, self.seen = self.seen, self.seen + T", "start = self.caches[0].seen; self.seen = start + T", "rivals prefixes"),
+    Mutant("prefix-takes-the-texts-room", "decoding.py", "if more := k.shape[2] - q.shape[2]:", "if more := 0:", "rivals prefixes"),
+    Mutant("prefix-gets-no-gradient-in-the-lowest-layer", "model.py", "self.v_proj, cache])", "self.v_proj])", "rivals prefixes"),
+    Mutant("adapters-within-adapters", "lora.py", "    check_apart(new, unmerged(model))\n", "", "prefixes"),
+    Mutant("adapters-around-adapters", "lora.py", ' or other.startswith(f"{path}."):', ":", "prefixes"),
+    Mutant("maps-of-an-adapted-attention-unseen", "lora.py", "            yield from owners(child.base, at)  # of an adapted attention, its maps\n", "", "prefixes"),
+    Mutant("prefix-served-from-slots", "serve/slots.py", '        raise UnsupportedError("prefix tuning cannot be served from slots; use generate")\n', "        return 0\n", "prefixes"),
     Mutant("an-embedding-among-linear-maps", "targets.py", "        if not isinstance(layers[path], Linear):\n            raise ConfigError(f\"targets: {path}",
            "        if False:\n            raise ConfigError(f\"targets: {path}", "vectors"),
     # ---- the network and its text

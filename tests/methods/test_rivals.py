@@ -9,12 +9,15 @@ from test_lora import network_value
 
 from minilora.adapters import disabled, remove
 from minilora.backend import to_device, to_host
+from minilora.decoding import generate, past_of
 from minilora.errors import UnsupportedError
 from minilora.lora import fuse, inject, merge, set_adapter, unmerge
 from minilora.methods.bottleneck import HOULSBY, PFEIFFER, BottleneckConfig
+from minilora.methods.prefixes import PrefixTuningConfig
 from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.optim import AdamW
 from minilora.peft.loading import save_adapter
+from minilora.spectra import spectrum
 from minilora.training import evaluate, train
 from minilora.tree import digest, named_params, size, trained
 
@@ -27,9 +30,9 @@ RIVALS = {  # what it is -> (its config, trained parameters of the tiny model)
     "ia3": (IA3Config(), L * (GE + GE + F)),
     "houlsby": (BottleneckConfig(3, HOULSBY), 2 * L * (2 * 3 * D + 3 + D)),
     "pfeiffer": (BottleneckConfig(4, PFEIFFER), L * (2 * 4 * D + 4 + D)),
+    "prefix": (PrefixTuningConfig(3), L * 2 * 3 * GE),
 }
 MERGED = ["vera", "ia3"]
-OTHERS = [kind for kind in RIVALS if kind not in MERGED]
 AS_THE_BASE = [kind for kind in RIVALS if kind not in ("prefix", "prompt")]
 kinds = st.sampled_from(list(RIVALS))
 flags = st.fixed_dictionaries({"tie_word_embeddings": st.booleans(), "attention_bias": st.booleans()})
@@ -156,6 +159,38 @@ def test_single_precision_stays_single(kind):
     ids, labels = batch(rng)
     assert model(ids)[0].dtype == np.float32
     assert {g.dtype for g in gradients(model, ids, labels)[1].values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+@pytest.mark.parametrize("tie", [False, True])
+def test_cached_decoding_is_the_full_forward(kind, tie):
+    """Token by token after a start of three; and the tokens that `generate` draws are those of all."""
+    model, rng = moved(kind, 2, tie_word_embeddings=tie)
+    ids, _ = batch(rng)
+    full, T = model(ids)[0], ids.shape[1]
+    past = past_of(model, len(ids), T)
+    for start, stop in [(0, 3), *((t, t + 1) for t in range(3, T))]:
+        last = model.forward(to_device(ids[:, start:stop]), past=past)[0]
+        assert last.shape == (len(ids), 1, full.shape[-1])
+        assert np.allclose(last[:, 0], full[:, stop - 1], rtol=0, atol=1e-12 * float(abs(full).max()))
+    tokens = list(generate(model, ids, 6, rng=rng, temperature=0))
+    for token in tokens:
+        best = to_host(model(ids)[0][:, -1]).argmax(-1)
+        assert np.array_equal(to_device(token), to_device(best))
+        ids = np.concatenate([ids, to_device(token)[:, None]], 1)
+
+
+@pytest.mark.parametrize("kind", sorted({*RIVALS} - {*MERGED}))
+@pytest.mark.parametrize("how", [merge, fuse])
+def test_what_cannot_be_merged_says_so_and_nothing_has_changed(kind, how):
+    model, rng = moved(kind)
+    ids, _ = batch(rng)
+    y, before = model(ids)[0], digest(model)
+    with pytest.raises(UnsupportedError, match="cannot be merged; use it as it is"):
+        how(model)
+    assert digest(model) == before
+    assert np.array_equal(model(ids)[0], y)
+    assert spectrum(model) == {}
 
 
 @pytest.mark.parametrize("kind", MERGED)

@@ -3,13 +3,16 @@
 transformers rounds parts of its Llama to float32 (test_parity.py), so agreement ends near 1e-7.
 """
 
+import numpy as np
 import pytest
-from test_parity import TIED, UNTIED, agree_on_a_batch, fresh, llama_of_transformers, tensor
+from test_parity import TIED, UNTIED, F, agree, agree_on_a_batch, batch, fresh, llama_of_transformers, tensor
 
 from minilora.backend import to_device
 from minilora.lora import adapted, inject
 from minilora.methods.bottleneck import HOULSBY, PFEIFFER, BottleneckConfig
+from minilora.methods.prefixes import PrefixTuningConfig
 from minilora.methods.vectors import IA3Config, VeraConfig
+from minilora.ops import rope, rope_frequencies, rope_tables
 from minilora.tree import trained
 
 torch = pytest.importorskip("torch")
@@ -19,6 +22,7 @@ peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # PEFT passes it
 ]
 BOUND = 5e-5
 
@@ -99,3 +103,30 @@ def test_a_bottleneck_is_torchs(base, targets):
         network = torch.nn.Sequential(down, torch.nn.GELU("tanh"), up)
         hf.get_submodule(path).register_forward_hook(lambda _, x, y, network=network: y + network(y))
     agree_on_a_batch(model, lambda ids: hf(ids).logits, ours, theirs, rng, BOUND)
+
+
+@pytest.mark.parametrize("base", [TIED, UNTIED], ids=["tied", "untied-biases"])
+@pytest.mark.parametrize("P", [1, 4])
+def test_a_prefix_is_pefts(base, P):
+    """Whose text begins at position P, so that its keys, and their gradients, are ours turned by P."""
+    theirs = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    model, wrapped, rng = both(base, PrefixTuningConfig(P), theirs)
+    G, E = base.num_key_value_heads, base.E
+    tables = rope_tables(np.full(P, P), G, rope_frequencies(E, base.rope_theta), np.float64)
+
+    def flat(arrays):
+        """Path -> (P, G*E) as PEFT's (P, L*2*G*E)."""
+        turned = [
+            rope(a[None], *tables, E)[0][0] if path.endswith("keys") else a for path, a in arrays.items()
+        ]
+        return np.concatenate(turned, 1)
+
+    (encoder,) = (p for p in wrapped.parameters() if p.requires_grad)
+    encoder.data = tensor(flat({path: p.data for path, p in trained(model).items()}))
+    ids, labels = batch(rng)
+    _, back = model.loss(ids, labels, train=True)
+    back()
+    logits = wrapped(tensor(ids)).logits
+    F.cross_entropy(logits.flatten(0, 1), tensor(labels).flatten()).backward()
+    agree({"logits": model(ids)[0]}, {"logits": logits}, BOUND / 5)
+    agree({"rows": flat({path: p.grad for path, p in trained(model).items()})}, {"rows": encoder.grad}, BOUND)

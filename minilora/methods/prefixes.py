@@ -1,0 +1,112 @@
+"""Trained rows before the text: in every layer's keys and values, or in the input alone.
+
+Prefix tuning (Li and Liang 2021, equation 3, without the reparametrisation of section 4.3), per layer:
+
+    attention(q, [P_k; k], [P_v; v])        P_k, P_v (P, G*E)
+
+The rows stand at no position: P_k is not turned. In PEFT the text begins at position P instead of 0, which is
+the same with P_k turned back by P positions. Prompt tuning (Lester et al. 2021, section 2) trains rows of the
+input, whose outputs are cut off again:
+
+    h = [P_e; E[ids]]        P_e (P, D)        logits = head(norm(h)[P:])
+
+Neither starts as the base, since attention has more to look at; neither can be merged. Both read P more
+positions at inference, from the cache once it holds them. Stands in for PEFT's prefix and prompt tuning;
+leaves out encoders, files and serving from slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..backend import Array, normal, xp
+from ..errors import UnsupportedError, check_int
+from ..layers import Adapter, Need, Param
+from ..model import Attention, Cache, Turn
+from ..ops import Back, attention, heads, unheads
+from ..targets import resolve
+
+
+@dataclass(eq=False)
+class Prefix:
+    """Keys and values before those of the text, in one layer's attention."""
+
+    keys: Param  # (P, G*E)
+    values: Param  # (P, G*E)
+
+    def __call__(
+        self, base: Attention, x: Array, need: Need, turn: Turn, cache: Cache | None = None
+    ) -> tuple[Array, Back]:
+        return base(x, need, turn, Before(self, base.head_dim, cache))
+
+    @property
+    def low_rank(self) -> None:
+        """There are no factors."""
+        return None
+
+    def change(self, base: Attention) -> None:
+        """None: no weight changes."""
+        return None
+
+    def merged(self, base: Attention) -> NoReturn:
+        """UnsupportedError."""
+        raise UnsupportedError("a prefix is no change of a weight and cannot be merged; use it as it is")
+
+
+@dataclass(eq=False)
+class Before:
+    """A cache that begins with a prefix: empty, or the text's own, which then keeps the prefix, too."""
+
+    prefix: Prefix
+    head_dim: int  # E
+    cache: Cache | None
+
+    @property
+    def seen(self) -> int:
+        """How many positions it holds."""
+        return self.cache.seen if self.cache else 0
+
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Back]:
+        """The attention (N, H, T, E) of q over the prefix and the text; back gives (dq, dk, dv)."""
+        attend = self.cache.attend if self.cache else attention
+        if self.seen:
+            return attend(q, k, v)
+        keys, values, E = self.prefix.keys, self.prefix.values, self.head_dim
+        P = len(keys.data)
+
+        def behind(rows: Param, x: Array) -> Array:
+            before = xp.broadcast_to(heads(rows.data[None], E), (*x.shape[:2], P, E))
+            return xp.concatenate([before, x], 2)  # (N, G, P + T, E)
+
+        a, back_a = attend(q, behind(keys, k), behind(values, v))
+
+        def back(da: Array) -> tuple[Array, Array, Array]:
+            dq, dk, dv = back_a(da)
+            for rows, d in ((keys, dk), (values, dv)):
+                rows.add_grad(unheads(d[:, :, :P].sum(0, keepdims=True))[0])
+            return dq, dk[:, :, P:], dv[:, :, P:]
+
+        return a, back
+
+
+@dataclass(frozen=True)
+class PrefixTuningConfig:
+    """Prefix tuning: so many rows before the keys and values of every layer, N(0, 0.02²) at first."""
+
+    num_virtual_tokens: int = 16  # P
+
+    def __post_init__(self) -> None:
+        check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
+
+    def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
+        """Path of the attention -> a fresh prefix, for every layer; MismatchError if there is no k_proj."""
+        new: dict[str, Any] = {}  # called like attention, not like a layer
+        for path in resolve("prefix tuning", ["k_proj"], list(layers)):
+            W = layers[path].weight
+            keys, values = normal(rng, (2, self.num_virtual_tokens, W.shape[0]), 0.02, W.dtype)
+            new[path.removesuffix(".k_proj")] = Prefix(Param(keys), Param(values))
+        return new
