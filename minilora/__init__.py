@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
     from .methods.bottleneck import BottleneckConfig
-    from .methods.prefixes import PrefixTuningConfig
+    from .methods.prefixes import PrefixTuningConfig, PromptTuningConfig
     from .methods.quantize import quantize
     from .methods.vectors import IA3Config, VeraConfig
     from .peft.folder import open_adapter
@@ -75,7 +75,7 @@ LATER = {  # imported on first use
     "formats.huggingface": ("checkpoint", "load", "save_model"),
     "formats.tokenizer": ("decode", "encode"),
     "methods.bottleneck": ("BottleneckConfig",),
-    "methods.prefixes": ("PrefixTuningConfig",),
+    "methods.prefixes": ("PrefixTuningConfig", "PromptTuningConfig"),
     "methods.quantize": ("quantize",),
     "methods.vectors": ("IA3Config", "VeraConfig"),
     "peft.folder": ("open_adapter",),
@@ -90,14 +90,14 @@ HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
     "AdamW", "Bank", "BottleneckConfig", "Config", "Engine", "IA3Config", "Llama", "LoraConfig", "PackedRun",
-    "Plan", "PrefixTuningConfig", "Request", "Schedule", "VeraConfig", "add_weighted_adapter", "batches",
-    "checkpoint", "combine", "complete", "compress", "corpus", "count", "decode", "digest", "disabled",
-    "effective_rank", "encode", "eval_batches", "evaluate", "extract", "finetune", "freeze", "fuse",
-    "generate", "inject", "inspect", "llama", "load", "load_adapter", "lora_plus", "merge",
-    "merge_checkpoint", "mixed", "modules", "named_params", "open_adapter", "participation_ratio", "plots",
-    "quantize", "quantize_checkpoint", "remove", "save_adapter", "save_model", "scales", "serve_bench",
-    "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank", "sweep", "train",
-    "train_packed", "trained", "unfreeze", "unmerge", "use",
+    "Plan", "PrefixTuningConfig", "PromptTuningConfig", "Request", "Schedule", "VeraConfig",
+    "add_weighted_adapter", "batches", "checkpoint", "combine", "complete", "compress", "corpus", "count",
+    "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate", "extract",
+    "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
+    "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params", "open_adapter",
+    "participation_ratio", "plots", "quantize", "quantize_checkpoint", "remove", "save_adapter", "save_model",
+    "scales", "serve_bench", "set_adapter", "set_scale", "spectrum", "spectrum_between", "stable_rank",
+    "sweep", "train", "train_packed", "trained", "unfreeze", "unmerge", "use",
 ]  # fmt: skip
 
 

@@ -330,8 +330,10 @@ class Llama:
         return value, back
 
     def tables(self, positions: int, dtype: Any) -> Turn:
-        """Rope's cos and sin (positions, H*E), from position 0 on."""
+        """Rope's cos and sin (positions, H*E), from 0 on; InputError for more than the model takes."""
         c = self.config
+        if positions > c.max_position_embeddings:
+            raise InputError(f"{positions} positions; the model takes at most {c.max_position_embeddings}")
         inverse = rope_frequencies(c.E, c.rope_theta)
         inverse = c.rope_scaling(inverse) if c.rope_scaling else inverse
         return rope_tables(xp.arange(positions), c.num_attention_heads, inverse, dtype)

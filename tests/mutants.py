@@ -315,7 +315,7 @@ MUTANTS = (
     Mutant("bottleneck-drawn-by-its-width", BOTTLE, "1 / math.sqrt(O)", "1 / math.sqrt(m)", "bottleneck"),
     Mutant("houlsby-behind-the-mlp-alone", BOTTLE, '("o_proj", "down_proj"), ("down_proj",)', '("down_proj",), ("down_proj",)', "bottleneck rivals"),
     Mutant("prefix-behind-the-text", PREFIXES, "xp.concatenate([before, x], 2)", "xp.concatenate([x, before], 2)", "prefixes rivals"),
-    Mutant("prefix-gradient-of-the-first-text", PREFIXES, "sum(0, keepdims=True)", "[:1]", "prefixes rivals"),
+    Mutant("prefix-gradient-of-the-first-text", PREFIXES, ".sum(0, keepdims=True)", "[:1]", "prefixes rivals"),
     Mutant("prefix-gradient-of-the-last-rows", PREFIXES, "unheads(d[:, :, :P]", "unheads(d[:, :, -P:]", "prefixes rivals"),
     Mutant("prefix-values-are-its-keys", PREFIXES, "behind(values, v))", "behind(keys, v))", "prefixes rivals"),
     Mutant("prefix-of-the-cache-in-every-step", PREFIXES, "        if self.seen:\n", "        if False:\n", "prefixes rivals"),
@@ -329,6 +329,31 @@ MUTANTS = (
     Mutant("adapters-around-adapters", "lora.py", ' or other.startswith(f"{path}."):', ":", "prefixes"),
     Mutant("maps-of-an-adapted-attention-unseen", "lora.py", "            yield from owners(child.base, at)  # of an adapted attention, its maps\n", "", "prefixes"),
     Mutant("prefix-served-from-slots", "serve/slots.py", '        raise UnsupportedError("prefix tuning cannot be served from slots; use generate")\n', "        return 0\n", "prefixes"),
+    Mutant("prompt-behind-the-text", PREFIXES, "xp.concatenate([before, x], 1)", "xp.concatenate([x, before], 1)", "prefixes rivals"),
+    Mutant("prompt-gradient-of-the-first-text", PREFIXES, "dx[:, :P].sum(0)", "dx[0, :P]", "prefixes rivals"),
+    Mutant("prompt-rows-are-the-first-tokens", PREFIXES, "rows = E[to_device(rng.integers(0, len(E), P))]", "rows = E[:P].copy()", "prefixes"),
+    Mutant("prompt-cuts-off-the-end", PREFIXES, "base(x[:, P:], need)", "base(x[:, :-P], need)", "prefixes rivals"),
+    Mutant("prompt-gradient-at-the-start", PREFIXES, "dx[:, P:] = back_base(dy)", "dx[:, :-P] = back_base(dy)", "prefixes rivals"),
+    Mutant("prompt-cut-from-what-a-cache-asks-for", PREFIXES, "if shape[1] == 1:", "if False:", "rivals"),
+    Mutant("prompt-in-every-step", "decoding.py", "return x[:, -T:] if self.seen else x", "return x", "rivals prefixes"),
+    Mutant("prompt-lost-before-a-cache", "decoding.py", "return x[:, -T:] if self.seen else x", "return x[:, -T:]", "rivals prefixes"),
+    Mutant("prompt-without-room-in-the-cache", "decoding.py", "[0].shape[1] - 1", "[0].shape[1] * 0", "rivals prefixes"),
+    Mutant("prompt-not-in-the-positions", "model.py", "T = x.shape[1]  #", "T = ids.shape[1]  #", "rivals"),
+    Mutant("positions-beyond-the-last", "model.py", "if positions > c.max_position_embeddings:", "if False:", "prefixes"),
+    Mutant("prompt-served-from-slots", "serve/slots.py", "        if x.shape[1] != T:\n", "        if False:\n", "prefixes"),
+    Mutant("prompt-merged-into-the-norm", PREFIXES, """    def change(self, base: Layer) -> None:
+        \"\"\"None: no weight changes.\"\"\"
+        return None
+
+    def merged(self, base: Layer) -> NoReturn:
+        \"\"\"UnsupportedError.\"\"\"
+        raise UnsupportedError("a prompt is no change of a weight and cannot be merged; use it as it is")
+""", """    def change(self, base: Layer) -> None:
+        return None
+
+    def merged(self, base: Layer):
+        return base
+""", "prefixes"),
     Mutant("an-embedding-among-linear-maps", "targets.py", "        if not isinstance(layers[path], Linear):\n            raise ConfigError(f\"targets: {path}",
            "        if False:\n            raise ConfigError(f\"targets: {path}", "vectors"),
     # ---- the network and its text

@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..backend import Array, normal, xp
+from ..backend import Array, normal, to_device, xp
 from ..errors import UnsupportedError, check_int
-from ..layers import Adapter, Need, Param
+from ..layers import Adapter, Layer, Need, Param, Table
 from ..model import Attention, Cache, Turn
 from ..ops import Back, attention, heads, unheads
 from ..targets import resolve
@@ -110,3 +110,94 @@ class PrefixTuningConfig:
             keys, values = normal(rng, (2, self.num_virtual_tokens, W.shape[0]), 0.02, W.dtype)
             new[path.removesuffix(".k_proj")] = Prefix(Param(keys), Param(values))
         return new
+
+
+@dataclass(eq=False)
+class Prompt:
+    """Rows before those of the text in the output of an embedding."""
+
+    rows: Param  # (P, D)
+
+    def __call__(self, base: Table, ids: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        rows = self.rows
+        x, back_base = base(ids, need)
+        before = xp.broadcast_to(rows.data, (len(ids), *rows.shape))
+        P = len(rows.data)
+
+        def back(dx: Array) -> None:
+            rows.add_grad(dx[:, :P].sum(0))
+            back_base(dx[:, P:])
+
+        return xp.concatenate([before, x], 1), back  # (N, P + T, D)
+
+    def attend(self, base: Table, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        """The logits under the base's table: a prompt's rows are no tokens."""
+        return base.attend(x, need)
+
+    @property
+    def low_rank(self) -> None:
+        """There are no factors."""
+        return None
+
+    def change(self, base: Table) -> None:
+        """None: no weight changes."""
+        return None
+
+    def merged(self, base: Table) -> NoReturn:
+        """UnsupportedError."""
+        raise UnsupportedError("a prompt is no change of a weight and cannot be merged; use it as it is")
+
+
+@dataclass(eq=False)
+class Behind:
+    """A layer of the text alone: the first P rows of x are a prompt's, and get no output."""
+
+    P: int
+
+    def __call__(self, base: Layer, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        P, shape = self.P, x.shape
+        if shape[1] == 1:  # the last position, which a cache asks for: the text's
+            return base(x, need)
+        y, back_base = base(x[:, P:], need)
+
+        def back(dy: Array) -> Array:
+            dx = xp.zeros(shape, dy.dtype)
+            dx[:, P:] = back_base(dy)
+            return dx
+
+        return y, back
+
+    @property
+    def low_rank(self) -> None:
+        """There are no factors."""
+        return None
+
+    def change(self, base: Layer) -> None:
+        """None: no weight changes."""
+        return None
+
+    def merged(self, base: Layer) -> NoReturn:
+        """UnsupportedError."""
+        raise UnsupportedError("a prompt is no change of a weight and cannot be merged; use it as it is")
+
+
+@dataclass(frozen=True)
+class PromptTuningConfig:
+    """Prompt tuning: so many rows before the text's, at first those of tokens drawn from the vocabulary.
+
+    The draw is section 2.1's; a text of T tokens takes P + T positions.
+    """
+
+    num_virtual_tokens: int = 16  # P
+
+    def __post_init__(self) -> None:
+        check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
+
+    def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
+        """A fresh prompt at the embedding, and the cut at the last norm; MismatchError if one is missing."""
+        P = self.num_virtual_tokens
+        (table,) = resolve("prompt tuning", ["model.embed_tokens"], list(layers))
+        (norm,) = resolve("prompt tuning", ["model.norm"], list(layers))
+        E = layers[table].weight.dense()
+        rows = E[to_device(rng.integers(0, len(E), P))]
+        return {table: Prompt(Param(rows)), norm: Behind(P)}

@@ -3,18 +3,18 @@
 import math
 
 import pytest
-from helpers import SIZES, assert_gradient, batch, seeds, tiny
+from helpers import SIZES, assert_gradient, assert_layer_gradient, batch, gamma, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
 
 from minilora.backend import to_device
 from minilora.decoding import past_of
-from minilora.errors import ConfigError, MismatchError, StateError, UnsupportedError
-from minilora.layers import Linear, Need, Param
+from minilora.errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError
+from minilora.layers import Embedding, Linear, Need, Param, RMSNorm
 from minilora.lora import adapted, bases, inject
 from minilora.methods.lora_config import LoraConfig
-from minilora.methods.prefixes import PrefixTuningConfig
+from minilora.methods.prefixes import Behind, PrefixTuningConfig, Prompt, PromptTuningConfig
 from minilora.methods.quantize import quantize
 from minilora.model import Attention
 from minilora.ops import rope_frequencies, rope_tables, saved, unheads
@@ -203,3 +203,114 @@ def test_what_has_no_place_for_a_prefix_is_an_error():
         PrefixTuningConfig(0)
     with pytest.raises(MismatchError, match="prefix tuning: 'k_proj' matches no module"):
         inject({"q_proj": Linear(Param(np.zeros((2, 3))))}, PrefixTuningConfig(2), rng=rng)
+
+
+# ---- prompt tuning
+
+
+@settings(max_examples=10)
+@given(seed=seeds, p=rows_before, tie=st.booleans())
+def test_a_prompt_of_tokens_is_a_text_that_begins_with_them(seed, p, tie):
+    """The same rows enter and leave the blocks; the product with the head W has fewer rows x = g ∘ n.
+
+    Its sums of D terms may go in another order, 2 γ(D) |x| |w| apart, and |x| <= √D max |g| for a row n of
+    mean square 1.
+    """
+    model, rng = tiny(seed, tie_word_embeddings=tie)
+    ids, _ = batch(rng)
+    begin = rng.integers(0, SIZES["vocab_size"], p)
+    expected = model(np.concatenate([np.stack([begin] * len(ids)), ids], 1))[0][:, p:]
+    table = model.model.embed_tokens.weight.data
+    inject(model, PromptTuningConfig(p), rng=rng)
+    (rows,) = trained(model).values()
+    rows.data = table[to_device(begin)]
+    W = table if tie else model.lm_head.weight.data
+    g, width = model.model.norm.base.weight.data, W.shape[1]
+    longest = math.sqrt(width) * float(abs(g).max()) * math.sqrt(float((W * W).sum(1).max()))
+    assert float(abs(model(ids)[0] - expected).max()) <= 2 * gamma(width) * longest
+
+
+@given(seed=seeds, p=rows_before)
+def test_a_prompts_gradient_matches_the_complex_step(seed, p):
+    rng = np.random.default_rng(seed)
+    table = rng.standard_normal((11, D))
+    prompt = Prompt(Param(rng.standard_normal((p, D))))
+
+    def call(ids):
+        base = Embedding(Param(table.astype(prompt.rows.dtype), trainable=False))
+        return prompt(base, ids)
+
+    assert_layer_gradient(call, {"rows": prompt.rows}, rng.integers(0, 11, (2, T)), rng)
+    assert call(rng.integers(0, 11, (2, T)))[0].shape == (2, p + T, D)
+
+
+@given(seed=seeds, p=rows_before)
+def test_the_cuts_gradient_matches_the_complex_step(seed, p):
+    rng = np.random.default_rng(seed)
+    norm = RMSNorm(Param(rng.standard_normal(D)))
+    x = rng.standard_normal((2, p + T, D))
+    call = lambda x: Behind(p)(norm, x)  # noqa: E731
+    assert_layer_gradient(call, {"weight": norm.weight}, x, rng)
+    assert np.array_equal(call(x)[0], norm(x)[0][:, p:])
+
+
+def test_a_fresh_prompt_has_the_rows_of_tokens():
+    model, rng = tiny(0, np.float32)
+    table = model.model.embed_tokens.weight.data
+    report = inject(model, PromptTuningConfig(9), rng=rng)
+    assert [(row.module, row.kind, row.parameters) for row in report.rows] == [
+        ("model.embed_tokens", "Prompt", 9 * SIZES["hidden_size"]), ("model.norm", "Behind", 0)
+    ]  # fmt: skip
+    (rows,) = trained(model).values()
+    assert rows.dtype == np.float32
+    ids = [[i for i in range(len(table)) if np.array_equal(row, table[i])] for row in rows.data]
+    assert all(len(found) == 1 for found in ids)
+    assert ids != [[i] for i in range(9)]
+    rows.data[...] = 0
+    assert table.any(axis=1).all()  # they are a copy
+
+
+def test_a_layer_that_a_cache_reads_has_room_for_the_prompt():
+    model, rng = tiny(0)
+    inject(model, PromptTuningConfig(P), rng=rng)
+    ids, _ = batch(rng)
+    past = past_of(model, len(ids), ids.shape[1])
+    for t in range(ids.shape[1]):
+        model.forward(to_device(ids[:, t : t + 1]), past=past)
+        assert [cache.seen for cache in past.caches] == [P + t + 1] * 2
+        assert past.seen == P + t + 1
+        assert past.caches[0].k.shape[2] == P + ids.shape[1]
+
+
+def test_prompt_and_text_together_are_no_longer_than_the_model_takes():
+    model, rng = tiny(0)
+    longest = SIZES["max_position_embeddings"] - P
+    inject(model, PromptTuningConfig(P), rng=rng)
+    model(np.zeros((1, longest), int))
+    with pytest.raises(InputError, match="17 positions; the model takes at most 16"):
+        model(np.zeros((1, longest + 1), int))
+
+
+def test_a_prompt_is_not_served_from_slots():
+    model, rng = tiny(0)
+    inject(model, PromptTuningConfig(P), rng=rng)
+    step = slots_of(model, 2, 5).step([Span(0, 0, 1)])
+    with pytest.raises(UnsupportedError, match="prompt tuning cannot be served from slots"):
+        model.forward(to_device(np.array([[1]])), past=step)
+
+
+def test_no_part_of_a_prompt_can_be_merged():
+    model, rng = tiny(0)
+    inject(model, PromptTuningConfig(P), rng=rng)
+    for layer in adapted(model).values():
+        with pytest.raises(UnsupportedError, match="a prompt is no change of a weight and cannot be merged"):
+            layer.adapters["default"].merged(layer.base)
+
+
+def test_what_has_no_place_for_a_prompt_is_an_error():
+    with pytest.raises(ConfigError, match="num_virtual_tokens is True; expected an int, at least 1"):
+        PromptTuningConfig(True)
+    with pytest.raises(MismatchError, match=r"prompt tuning: 'model\.embed_tokens' matches no module"):
+        inject(
+            {"q_proj": Linear(Param(np.zeros((2, 3))))}, PromptTuningConfig(2), rng=np.random.default_rng(0)
+        )

@@ -13,7 +13,7 @@ from minilora.decoding import generate, past_of
 from minilora.errors import UnsupportedError
 from minilora.lora import fuse, inject, merge, set_adapter, unmerge
 from minilora.methods.bottleneck import HOULSBY, PFEIFFER, BottleneckConfig
-from minilora.methods.prefixes import PrefixTuningConfig
+from minilora.methods.prefixes import PrefixTuningConfig, PromptTuningConfig
 from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.optim import AdamW
 from minilora.peft.loading import save_adapter
@@ -31,6 +31,7 @@ RIVALS = {  # what it is -> (its config, trained parameters of the tiny model)
     "houlsby": (BottleneckConfig(3, HOULSBY), 2 * L * (2 * 3 * D + 3 + D)),
     "pfeiffer": (BottleneckConfig(4, PFEIFFER), L * (2 * 4 * D + 4 + D)),
     "prefix": (PrefixTuningConfig(3), L * 2 * 3 * GE),
+    "prompt": (PromptTuningConfig(3), 3 * D),
 }
 MERGED = ["vera", "ia3"]
 AS_THE_BASE = [kind for kind in RIVALS if kind not in ("prefix", "prompt")]

@@ -10,7 +10,7 @@ from test_parity import TIED, UNTIED, F, agree, agree_on_a_batch, batch, fresh, 
 from minilora.backend import to_device
 from minilora.lora import adapted, inject
 from minilora.methods.bottleneck import HOULSBY, PFEIFFER, BottleneckConfig
-from minilora.methods.prefixes import PrefixTuningConfig
+from minilora.methods.prefixes import PrefixTuningConfig, PromptTuningConfig
 from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.ops import rope, rope_frequencies, rope_tables
 from minilora.tree import trained
@@ -130,3 +130,16 @@ def test_a_prefix_is_pefts(base, P):
     F.cross_entropy(logits.flatten(0, 1), tensor(labels).flatten()).backward()
     agree({"logits": model(ids)[0]}, {"logits": logits}, BOUND / 5)
     agree({"rows": flat({path: p.grad for path, p in trained(model).items()})}, {"rows": encoder.grad}, BOUND)
+
+
+@pytest.mark.parametrize("base", [TIED, UNTIED], ids=["tied", "untied-biases"])
+def test_a_prompt_is_pefts(base):
+    """Whose logits still begin with the prompt's."""
+    P = 4
+    theirs = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    model, wrapped, rng = both(base, PromptTuningConfig(P), theirs)
+    (p,), (encoder,) = trained(model).values(), (p for p in wrapped.parameters() if p.requires_grad)
+    encoder.data = tensor(p.data)
+    agree_on_a_batch(
+        model, lambda ids: wrapped(ids).logits[:, P:], {"rows": p}, {"rows": encoder}, rng, BOUND
+    )
