@@ -6,7 +6,7 @@ Stands in for transformers' generate; leaves out beams, penalties and batches of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from .backend import Array, keep_memory, quiet_overflow, to_device, to_host, xp
 from .errors import InputError, short
-from .layers import Need
 from .model import Llama, Turn
 from .ops import Back, attend_one, attention, back_nothing
 from .tree import dtype_of
@@ -34,12 +33,17 @@ class KVCache:
         Where there are more keys than queries, a prefix stands before them: it gets room of its own.
         """
         if more := k.shape[2] - q.shape[2]:
-            self.k, self.v = (xp.concatenate([a[:, :, :more], a], 2) for a in (self.k, self.v))
+            self.grow(more)
         start, self.seen = self.seen, self.seen + k.shape[2]
         self.k[:, :, start : self.seen] = k
         self.v[:, :, start : self.seen] = v
         k, v = self.k[:, :, : self.seen], self.v[:, :, : self.seen]
         return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0], back_nothing
+
+    def grow(self, more: int) -> None:
+        """Room for more positions, while there is nothing in it."""
+        N, G, S, E = self.k.shape
+        self.k, self.v = xp.empty((2, N, G, S + more, E), self.k.dtype)
 
 
 @dataclass(eq=False)
@@ -52,11 +56,21 @@ class Past:
 
     tables: Turn  # cos and sin (S, H*E)
     caches: list[KVCache]  # one per layer
+    longer: Callable[[int], Turn]  # S -> tables
     seen: int = 0  # positions so far
 
     def new(self, x: Array, T: int) -> Array:
-        """All of x (N, T or more, D) at first; then the last T rows, since the caches hold what is before."""
-        return x[:, -T:] if self.seen else x
+        """All of x (N, T or more, D) at first; then the last T rows, since the caches hold what is before.
+
+        Rows before the text's, a prompt's, get room of their own.
+        """
+        if self.seen:
+            return x[:, -T:]
+        if more := x.shape[1] - T:
+            self.tables = self.longer(len(self.tables[0]) + more)
+            for cache in self.caches:
+                cache.grow(more)
+        return x
 
     def turn(self, T: int) -> Turn:
         """The tables of the next T positions."""
@@ -70,12 +84,12 @@ class Past:
 
 
 def past_of(model: Llama, N: int, S: int) -> Past:
-    """Empty caches for N texts of at most S positions, and for rows that the embedding puts before them."""
+    """Empty caches for N texts of at most S positions."""
     c = model.config
-    S += model.model.embed_tokens(xp.zeros((N, 1), int), Need.NONE)[0].shape[1] - 1
     dtype = dtype_of(model)
     shape = (c.num_hidden_layers, 2, N, c.num_key_value_heads, S, c.E)
-    return Past(model.tables(S, dtype), [KVCache(k, v) for k, v in xp.empty(shape, dtype)])
+    caches = [KVCache(k, v) for k, v in xp.empty(shape, dtype)]
+    return Past(model.tables(S, dtype), caches, lambda S: model.tables(S, dtype))
 
 
 def generate(

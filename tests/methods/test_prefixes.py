@@ -144,8 +144,9 @@ def test_every_layer_has_its_own_small_rows():
     assert not np.array_equal(a, b)
 
 
-def test_a_cache_keeps_the_prefix_beside_the_text():
-    """In room of its own: the text's positions are what they are without."""
+@pytest.mark.parametrize("P", [1, 20])
+def test_a_cache_keeps_the_prefix_beside_the_text(P):
+    """In room of its own, be it longer than the text: whose positions are what they are without."""
     model, rng = tiny(0)
     inject(model, PrefixTuningConfig(P), rng=rng)
     ids, _ = batch(rng)
@@ -270,7 +271,9 @@ def test_a_fresh_prompt_has_the_rows_of_tokens():
     assert table.any(axis=1).all()  # they are a copy
 
 
-def test_a_layer_that_a_cache_reads_has_room_for_the_prompt():
+@pytest.mark.parametrize("P", [1, 9])
+def test_a_cache_has_room_for_the_prompt(P):
+    """Be it longer than the text."""
     model, rng = tiny(0)
     inject(model, PromptTuningConfig(P), rng=rng)
     ids, _ = batch(rng)
