@@ -189,8 +189,8 @@ def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name:
 
     The base is only read. `rng` draws A and, later, the dropout masks. A tied head that is adapted is untied,
     as in PEFT. An error leaves the model as it was: ConfigError for no config or a rank that does not fit,
-    MismatchError for a name that matches nothing, InputError for a name in use, StateError for a merged model
-    or a tied head whose embedding is already adapted.
+    MismatchError for a name that matches nothing, InputError for a name in use, StateError for a merged
+    model, a tied head whose embedding is already adapted, or an adapter inside of another.
     """
     if isinstance(config, type) or not isinstance(config, AdapterConfig):
         raise ConfigError(f"config is {short(config)}; expected an adapter config, ml.LoraConfig(r=8)")
@@ -288,7 +288,8 @@ def merged_layers(model: Any) -> dict[str, Layer]:
 def merge(model: Any) -> None:
     """Compute W + ΔW once for every adapted layer, so that the adapter costs nothing (section 4.1).
 
-    The base keeps its weights. NonFiniteError leaves the model unmerged; StateError if it is merged already.
+    The base keeps its weights. StateError if it is merged already; NonFiniteError, or UnsupportedError for an
+    adapter that no weight can hold (a bottleneck, a prefix), leaves the model unmerged.
     """
     layers = unmerged(model)
     for path, plain in merged_layers(model).items():
@@ -305,7 +306,7 @@ def unmerge(model: Any) -> None:
 
 
 def fuse(model: Any) -> None:
-    """Make the model a plain one with W + ΔW in its layers and no adapters; NonFiniteError as in `merge`."""
+    """Make the model a plain one with W + ΔW in its layers and no adapters; errors as in `merge`."""
     plain = merged_layers(model)
     for path, layer in adapted(model).items():
         replace(model, path, plain.get(path, layer.base))

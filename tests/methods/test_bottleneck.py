@@ -4,7 +4,7 @@ import math
 
 import pytest
 from helpers import batch, seeds, tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
 from test_lora import assert_adapted_gradient
@@ -31,12 +31,14 @@ def one(seed, o, i, m, bias=True):
     return tree["o_proj"], rng
 
 
+@settings(max_examples=15)
 @given(seed=seeds, o=wide, i=wide, m=st.integers(1, 12), bias=st.booleans())
 def test_the_gradient_matches_the_complex_step(seed, o, i, m, bias):
     layer, rng = one(seed, o, i, m, bias)
     assert_adapted_gradient(layer, rng.standard_normal((2, 4, i)), rng)
 
 
+@settings(max_examples=15)
 @given(seed=seeds, o=wide, i=wide, m=st.integers(1, 12))
 def test_without_a_gradient_of_x_the_others_are_the_same(seed, o, i, m):
     layer, rng = one(seed, o, i, m)
@@ -51,6 +53,7 @@ def test_without_a_gradient_of_x_the_others_are_the_same(seed, o, i, m):
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@settings(max_examples=15)
 @given(seed=seeds, o=wide, i=wide, m=st.integers(1, 12))
 def test_it_is_the_papers_network_behind_the_map(seed, o, i, m):
     layer, rng = one(seed, o, i, m)

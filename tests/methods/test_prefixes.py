@@ -78,6 +78,7 @@ def test_attention_is_over_the_prefix_and_the_text_so_far(seed, p):
     assert np.allclose(y, expected, rtol=0, atol=1e-12 * (1 + float(abs(expected).max())))
 
 
+@settings(max_examples=15)
 @given(seed=seeds, p=rows_before, bias=st.booleans())
 def test_the_gradient_of_rows_and_text_matches_the_complex_step(seed, p, bias):
     layer, turn, rng = one(seed, p, bias)
@@ -96,6 +97,7 @@ def test_the_gradient_of_rows_and_text_matches_the_complex_step(seed, p, bias):
     assert_gradient(value, data, found, rng)
 
 
+@settings(max_examples=15)
 @given(seed=seeds, p=rows_before)
 def test_without_a_gradient_of_the_text_the_others_are_the_same_and_less_is_kept(seed, p):
     layer, turn, rng = one(seed, p)
@@ -231,6 +233,7 @@ def test_a_prompt_of_tokens_is_a_text_that_begins_with_them(seed, p, tie):
     assert float(abs(model(ids)[0] - expected).max()) <= 2 * gamma(width) * longest
 
 
+@settings(max_examples=15)
 @given(seed=seeds, p=rows_before)
 def test_a_prompts_gradient_matches_the_complex_step(seed, p):
     rng = np.random.default_rng(seed)
@@ -245,6 +248,7 @@ def test_a_prompts_gradient_matches_the_complex_step(seed, p):
     assert call(rng.integers(0, 11, (2, T)))[0].shape == (2, p + T, D)
 
 
+@settings(max_examples=15)
 @given(seed=seeds, p=rows_before)
 def test_the_cuts_gradient_matches_the_complex_step(seed, p):
     rng = np.random.default_rng(seed)

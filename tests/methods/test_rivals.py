@@ -55,7 +55,7 @@ def moved(kind, seed=0, dtype=np.float64, **how):
 
 
 @pytest.mark.parametrize("kind", RIVALS)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(seed=seeds, flags=flags)
 def test_the_networks_gradient_matches_the_complex_step(kind, seed, flags):
     model, rng = moved(kind, seed, **flags)
@@ -68,7 +68,7 @@ def test_the_networks_gradient_matches_the_complex_step(kind, seed, flags):
 
 
 @pytest.mark.parametrize("kind", AS_THE_BASE)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(seed=seeds, flags=flags, dtype=st.sampled_from([np.float32, np.float64]))
 def test_a_fresh_one_is_exactly_the_base(kind, seed, flags, dtype):
     model, rng = tiny(seed, dtype, **flags)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from helpers import gamma, seeds, tiny, unit
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
 from test_lora import assert_adapted_gradient
@@ -51,6 +51,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@settings(max_examples=15)
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 12), bias=st.booleans())
 def test_a_layers_gradient_matches_the_complex_step(kind, seed, o, i, r, bias):
     tree, _, draw, rng = one(seed, o, i, LAYERS[kind](r), bias=bias)
@@ -58,6 +59,7 @@ def test_a_layers_gradient_matches_the_complex_step(kind, seed, o, i, r, bias):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@settings(max_examples=15)
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 12))
 def test_without_a_gradient_of_x_the_others_are_the_same(kind, seed, o, i, r):
     tree, _, draw, _ = one(seed, o, i, LAYERS[kind](r))
@@ -72,6 +74,7 @@ def test_without_a_gradient_of_x_the_others_are_the_same(kind, seed, o, i, r):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@settings(max_examples=15)
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 12))
 def test_the_change_is_what_merging_adds(kind, seed, o, i, r):
     """Whole numbers: nothing rounds. The matrices of VeRA are made whole, too."""
@@ -103,6 +106,7 @@ def size_of(adapter, base, X):
     return X @ W.T + bias, b * ((d * (X @ A.T)) @ B.T)
 
 
+@settings(max_examples=15)
 @given(seed=seeds, o=st.integers(1, 40), i=st.integers(1, 40), r=st.integers(1, 12), bias=st.booleans())
 def test_vera_merged_and_unmerged_agree_within_a_tight_bound(seed, o, i, r, bias):
     """Beside W x: I roundings, the bias, the sum. Of ΔW x, on either side: I + r, b and d, the sum, the bias.
@@ -120,6 +124,7 @@ def test_vera_merged_and_unmerged_agree_within_a_tight_bound(seed, o, i, r, bias
     assert (np.abs(merged - plain) <= 2 * gamma(i + 2, u) * base + 2 * gamma(i + r + 4, u) * change).all()
 
 
+@settings(max_examples=15)
 @given(seed=seeds, o=wide, i=wide, r=st.integers(1, 12))
 def test_the_gradients_of_d_and_b_are_the_papers(seed, o, i, r):
     """From ΔW = diag(b) B diag(d) A and the dense gradient dYᵀ X, entry by entry."""
@@ -209,6 +214,7 @@ def test_what_vera_cannot_adapt_is_an_error(options, error, said):
 
 
 @pytest.mark.parametrize("way_in", [False, True])
+@settings(max_examples=15)
 @given(seed=seeds, o=st.integers(1, 40), i=st.integers(1, 40), bias=st.booleans())
 def test_ia3_merged_and_unmerged_agree_within_a_tight_bound(way_in, seed, o, i, bias):
     """On either side the product takes I, the scale one and the bias one, in another order."""
