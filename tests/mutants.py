@@ -320,7 +320,7 @@ MUTANTS = (
     Mutant("prefix-values-are-its-keys", PREFIXES, "behind(values, v))", "behind(keys, v))", "prefixes rivals"),
     Mutant("prefix-of-the-cache-in-every-step", PREFIXES, "        if self.seen:\n", "        if False:\n", "prefixes rivals"),
     Mutant("prefix-never-in-the-cache", PREFIXES, "        if self.seen:\n", "        if self.cache:\n", "prefixes rivals"),
-    Mutant("prefix-drawn-large", PREFIXES, "W.shape[0]), 0.02, W.dtype)", "W.shape[0]), 1.0, W.dtype)", "prefixes"),
+    Mutant("prefix-drawn-large", PREFIXES, "W.shape[0]), 0.2, W.dtype)", "W.shape[0]), 1.0, W.dtype)", "prefixes"),
     Mutant("prefix-as-wide-as-the-queries", PREFIXES, '["k_proj"]', '["q_proj"]', "prefixes rivals"),
     Mutant("prefix-moves-the-texts-positions", "decoding.py", "start, self.seen = self.seen, self.seen + T", "start = self.caches[0].seen; self.seen = start + T", "rivals prefixes"),
     Mutant("prefix-takes-the-texts-room", "decoding.py", "if more := k.shape[2] - q.shape[2]:", "if more := min(0, q.shape[2]):", "rivals prefixes"),

@@ -95,7 +95,7 @@ class Before:
 
 @dataclass(frozen=True)
 class PrefixTuningConfig:
-    """Prefix tuning: so many rows before the keys and values of every layer, N(0, 0.02²) at first."""
+    """Prefix tuning: so many rows before the keys and values of every layer, N(0, 0.2²) at first."""
 
     num_virtual_tokens: int = 16  # P
 
@@ -107,7 +107,7 @@ class PrefixTuningConfig:
         new: dict[str, Any] = {}  # called like attention, not like a layer
         for path in resolve("prefix tuning", ["k_proj"], list(layers)):
             W = layers[path].weight
-            keys, values = normal(rng, (2, self.num_virtual_tokens, W.shape[0]), 0.02, W.dtype)
+            keys, values = normal(rng, (2, self.num_virtual_tokens, W.shape[0]), 0.2, W.dtype)
             new[path.removesuffix(".k_proj")] = Prefix(Param(keys), Param(values))
         return new
 
