@@ -2054,6 +2054,7 @@ def be_pytest(copy: Path, arguments: list[str], said: Path) -> None:
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}  # for processes of the tests
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer than most tests
     sys.dont_write_bytecode = True  # or one mutant's would be taken for the next one's
     sys.exit(pytest.main(arguments))
 
@@ -2067,7 +2068,18 @@ def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     if missing := [file for file, _, _ in names if file not in FILES]:
         return False, f"there is no test_{missing[0]}.py"
     files = [f"{FILES[file]}{colons}{test}" for file, colons, test in names]
-    arguments = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=no", "-k", f"not ({UNFIT})"]
+    arguments = [
+        "-p",
+        "xdist.plugin",
+        "-x",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        "-k",
+        f"not ({UNFIT})",
+    ]
     arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported already
     said = copy / "said"  # what is in the base folder of temporary files belongs to this copy alone
     run = FORKS.Process(
