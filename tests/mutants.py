@@ -73,6 +73,7 @@ STARTS, BEGIN = "methods/starts.py", "experiments/initialisation.py"
 BEGUN = "experiments/initialisation_figures.py"
 SPACE, DIMENSION = "methods/intrinsic.py", "experiments/intrinsic_dimension.py"
 
+VECTORS, BOTTLE, PREFIXES = "methods/vectors.py", "methods/bottleneck.py", "methods/prefixes.py"
 FOUR, QUANTIZE, BNB = "methods/four_bit.py", "methods/quantize.py", "methods/bitsandbytes.py"
 
 # fmt: off
@@ -128,8 +129,8 @@ MUTANTS = (
     Mutant("adapter-of-one-base-only", "peft/loading.py", "filter(None, (quantized_from, base_print(model)))",
            "filter(None, (quantized_from or base_print(model),))", "finetune"),
     Mutant("four-bit-codes-writable", FOUR, "        a.flags.writeable = False\n", "        pass\n", "four_bit"),
-    Mutant("folded-keeps-a-packed-weight-decoded", "fast/folded.py", "dense = not layer.base.weight.packed",
-           "dense = True", "quantize"),
+    Mutant("folded-keeps-a-packed-weight-decoded", "fast/folded.py", "if plain and not layer.base.weight.packed:",
+           "if plain:", "quantize"),
     Mutant("packed-weight-unfrozen", "tree.py", "    check_trainable(params)\n    for p", "    for p", "quantize"),
     Mutant("packed-weight-trained-by-freeze", "tree.py", "    check_trainable(kept)\n", "", "quantize"),
     Mutant("replica-shares-the-gradient", "tree.py", "    twin.grad = None\n", "", "quantize"),
@@ -288,6 +289,77 @@ MUTANTS = (
     Mutant("B-starts-at-random", "methods/lora_config.py", "draw((O, r), \"gaussian\" if self.init == \"both\" else \"zero\")", "draw((O, r), \"gaussian\")", "lora"),
     Mutant("A-drawn-too-wide", "methods/lora_config.py", "1 / math.sqrt(shape[1])", "math.sqrt(3 / shape[1])", "lora"),
     Mutant("alpha-pattern-ignored", "methods/lora_config.py", "pick(path, self.alpha_pattern, self.alpha)", "self.alpha", "lora"),
+    # ---- the rivals
+    Mutant("vera-d-of-the-outputs", VECTORS, "b.add_grad(G @ d.data)", "b.add_grad(G.sum(1))", "vectors rivals"),
+    Mutant("vera-gradient-without-b", VECTORS, "du = d.data * ((b.data * dy_) @ B)", "du = d.data * (dy_ @ B)", "vectors"),
+    Mutant("vera-B-in-no-gradient", VECTORS, "G = B * (dy_.T @ u)", "G = dy_.T @ u", "vectors rivals"),
+    Mutant("vera-gradient-of-x-where-none-is-needed", VECTORS, "            if need is Need.ALL:\n                du", "            if True:\n                du", "vectors"),
+    Mutant("vera-merged-without-d", VECTORS, "self.d.data[:, None] * A, 1.0", "A, 1.0", "vectors rivals"),
+    Mutant("vera-b-starts-at-random", VECTORS, "Param(xp.zeros(W.shape[0], first.dtype))", "Param(xp.full(W.shape[0], 0.1, first.dtype))", "rivals vectors"),
+    Mutant("vera-d-starts-at-one", VECTORS, "d_initial: float = 0.1", "d_initial: float = 1.0", "vectors"),
+    Mutant("vera-takes-the-last-columns", VECTORS, "self.A[:, :I]", "self.A[:, -I:]", "vectors"),
+    Mutant("vera-drawn-too-narrow", VECTORS, "math.sqrt(6 / shape[1])", "math.sqrt(3 / shape[1])", "vectors"),
+    Mutant("vera-resumes-beside-any-matrices", VECTORS, 'of_arrays([("A", A), ("B", B)])', '""', "vectors"),
+    Mutant("ia3-starts-at-zero", VECTORS, "kind(Param(xp.ones(n,", "kind(Param(xp.zeros(n,", "rivals vectors"),
+    Mutant("ia3-gradient-of-the-scaled-output", VECTORS, "rows(dy), rows(y)))", "rows(dy), rows(s.data * y)))", "vectors rivals"),
+    Mutant("ia3-gradient-not-scaled-on-the-way-back", VECTORS, "return back_base(s.data * dy)", "return back_base(dy)", "vectors"),
+    Mutant("ia3-merged-leaves-the-bias", VECTORS, "Param(s * b.data, trainable=False)", "Param(b.data, trainable=False)", "vectors"),
+    Mutant("ia3-merged-scales-rows-for-columns-if-square", VECTORS, "base.weight.dense() * self.scale.data, trainable", "(base.weight.dense().T * self.scale.data).T if len(set(base.weight.shape)) == 1 else base.weight.dense() * self.scale.data, trainable", "vectors"),
+    Mutant("ia3-on-the-way-in-without-its-gradient", VECTORS, "after(need, self))", "need)", "vectors rivals"),
+    Mutant("ia3-scales-the-mlp-on-its-way-out", VECTORS, 'feedforward: str | Sequence[str] = "down_proj"', "feedforward: str | Sequence[str] = ()", "vectors rivals"),
+    Mutant("ia3-change-of-the-whole-weight", VECTORS, "return (self.scale.data - 1)[:, None]", "return self.scale.data[:, None]", "vectors"),
+    Mutant("ia3-no-check-of-feedforward", VECTORS, "if other := sorted(set(inner) - set(targets)):", "if other := []:", "vectors"),
+    Mutant("bottleneck-without-its-residual", BOTTLE, "return y + z, back", "return z, back", "bottleneck rivals"),
+    Mutant("bottleneck-gradient-without-its-residual", BOTTLE, "back_base(dy + d)", "back_base(d)", "bottleneck"),
+    Mutant("bottleneck-reads-the-bases-input-if-square", BOTTLE, "h, back_down = self.down(y, need)", "h, back_down = self.down(x if x.shape == y.shape else y, need)", "bottleneck"),
+    Mutant("bottleneck-up-without-a-gradient-of-its-input", BOTTLE, "after(need, self.down))", "need)", "bottleneck rivals"),
+    Mutant("bottleneck-gradient-of-x-where-none-is-needed", BOTTLE, "if need is Need.ALL else None", "if need is not None else None", "bottleneck"),
+    Mutant("bottleneck-starts-beside-the-base", BOTTLE, "xp.zeros(shape, W.dtype) for", "xp.full(shape, 0.01, W.dtype) for", "rivals bottleneck"),
+    Mutant("bottleneck-merged-into-the-base", BOTTLE, 'raise UnsupportedError("a bottleneck adapter is not linear and cannot be merged; use it as it is")', "return base", "bottleneck"),
+    Mutant("bottleneck-drawn-by-its-width", BOTTLE, "1 / math.sqrt(O)", "1 / math.sqrt(m)", "bottleneck"),
+    Mutant("houlsby-behind-the-mlp-alone", BOTTLE, '("o_proj", "down_proj"), ("down_proj",)', '("down_proj",), ("down_proj",)', "bottleneck rivals"),
+    Mutant("prefix-behind-the-text", PREFIXES, "xp.concatenate([before, x], 2)", "xp.concatenate([x, before], 2)", "prefixes rivals"),
+    Mutant("prefix-gradient-of-the-first-text", PREFIXES, ".sum(0, keepdims=True)", "[:1]", "prefixes rivals"),
+    Mutant("prefix-gradient-of-the-last-rows", PREFIXES, "unheads(d[:, :, :P]", "unheads(d[:, :, -P:]", "prefixes rivals"),
+    Mutant("prefix-values-are-its-keys", PREFIXES, "behind(values, v))", "behind(keys, v))", "prefixes rivals"),
+    Mutant("prefix-of-the-cache-in-every-step", PREFIXES, "        if self.seen:\n", "        if False:\n", "prefixes rivals"),
+    Mutant("prefix-never-in-the-cache", PREFIXES, "        if self.seen:\n", "        if self.cache:\n", "prefixes rivals"),
+    Mutant("prefix-drawn-large", PREFIXES, "W.shape[0]), 0.2, W.dtype)", "W.shape[0]), 1.0, W.dtype)", "prefixes"),
+    Mutant("prefix-as-wide-as-the-queries", PREFIXES, '["k_proj"]', '["q_proj"]', "prefixes rivals"),
+    Mutant("prefix-moves-the-texts-positions", "decoding.py", "start, self.seen = self.seen, self.seen + T", "start = self.caches[0].seen; self.seen = start + T", "rivals prefixes"),
+    Mutant("prefix-takes-the-texts-room", "decoding.py", "if more := k.shape[2] - q.shape[2]:", "if more := min(0, q.shape[2]):", "rivals prefixes"),
+    Mutant("prefix-gets-no-gradient-in-the-lowest-layer", "model.py", "self.v_proj, cache])", "self.v_proj])", "rivals prefixes"),
+    Mutant("adapters-within-adapters", "lora.py", "    check_apart(new, unmerged(model))\n", "", "prefixes"),
+    Mutant("adapters-around-adapters", "lora.py", ' or other.startswith(f"{path}."):', ":", "prefixes"),
+    Mutant("maps-of-an-adapted-attention-unseen", "lora.py", "            yield from owners(child.base, at)  # of an adapted attention, its maps\n", "", "prefixes"),
+    Mutant("prefix-served-from-slots", "serve/slots.py", '        raise UnsupportedError("prefix tuning cannot be served from slots; use generate")\n', "        return 0\n", "prefixes"),
+    Mutant("prompt-behind-the-text", PREFIXES, "xp.concatenate([before, x], 1)", "xp.concatenate([x, before], 1)", "prefixes rivals"),
+    Mutant("prompt-gradient-of-the-first-text", PREFIXES, "dx[:, :P].sum(0)", "dx[0, :P]", "prefixes rivals"),
+    Mutant("prompt-rows-are-the-first-tokens", PREFIXES, "rows = E[to_device(rng.integers(0, len(E), P))]", "rows = E[:P].copy()", "prefixes"),
+    Mutant("prompt-cuts-off-the-end", PREFIXES, "base(x[:, P:], need)", "base(x[:, :-P], need)", "prefixes rivals"),
+    Mutant("prompt-gradient-at-the-start", PREFIXES, "dx[:, P:] = back_base(dy)", "dx[:, :-P] = back_base(dy)", "prefixes rivals"),
+    Mutant("prompt-cut-from-what-a-cache-asks-for", PREFIXES, "if shape[1] == 1:", "if False:", "rivals"),
+    Mutant("prompt-in-every-step", "decoding.py", "            return x[:, -T:]\n", "            return x\n", "rivals prefixes"),
+    Mutant("prompt-lost-before-a-cache", "decoding.py", "        if self.seen:\n            return x", "        if self.seen + 1:\n            return x", "rivals prefixes"),
+    Mutant("prompt-without-room-in-the-cache", "decoding.py", "                cache.grow(more)\n", "                cache.grow(0)\n", "rivals prefixes"),
+    Mutant("prompt-not-in-the-positions", "model.py", "T = x.shape[1]  #", "T = ids.shape[1]  #", "rivals"),
+    Mutant("positions-beyond-the-last", "model.py", "if positions > c.max_position_embeddings:", "if False:", "prefixes"),
+    Mutant("prompt-served-from-slots", "serve/slots.py", "        if x.shape[1] != T:\n", "        if False:\n", "prefixes"),
+    Mutant("prompt-merged-into-the-norm", PREFIXES, """    def change(self, base: Layer) -> None:
+        \"\"\"None: no weight changes.\"\"\"
+        return None
+
+    def merged(self, base: Layer) -> NoReturn:
+        \"\"\"UnsupportedError.\"\"\"
+        raise UnsupportedError("a prompt is no change of a weight and cannot be merged; use it as it is")
+""", """    def change(self, base: Layer) -> None:
+        return None
+
+    def merged(self, base: Layer):
+        return base
+""", "prefixes"),
+    Mutant("an-embedding-among-linear-maps", "targets.py", "        if not isinstance(layers[path], Linear):\n            raise ConfigError(f\"targets: {path}",
+           "        if False:\n            raise ConfigError(f\"targets: {path}", "vectors"),
     # ---- the network and its text
     Mutant("recompute-with-fresh-masks", "fast/recompute.py", "before, strict=True):", "(), strict=False):", "recompute"),
     Mutant("recompute-turns-the-generator-back", "fast/recompute.py", "states, strict=True):", "(), strict=False):", "recompute"),
@@ -298,7 +370,7 @@ MUTANTS = (
            "self.seen, self.seen + 1", "model"),
     Mutant("cached-values-are-keys", "decoding.py", "self.v[:, :, start : self.seen] = v",
            "self.v[:, :, start : self.seen] = k", "model"),
-    Mutant("every-token-is-the-first", "decoding.py", "cos[seen : seen + T], sin[seen : seen + T]",
+    Mutant("every-token-is-the-first", "decoding.py", "cos[start : self.seen], sin[start : self.seen]",
            "cos[:T], sin[:T]", "model"),
     Mutant("head-on-the-first-position", "decoding.py", "return x[:, -1:]", "return x[:, :1]", "model"),
     Mutant("past-appended-to", "decoding.py", "        self.k[:, :, start : self.seen] = k\n",
@@ -1982,6 +2054,7 @@ def be_pytest(copy: Path, arguments: list[str], said: Path) -> None:
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}  # for processes of the tests
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer than most tests
     sys.dont_write_bytecode = True  # or one mutant's would be taken for the next one's
     sys.exit(pytest.main(arguments))
 
@@ -1995,7 +2068,18 @@ def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     if missing := [file for file, _, _ in names if file not in FILES]:
         return False, f"there is no test_{missing[0]}.py"
     files = [f"{FILES[file]}{colons}{test}" for file, colons, test in names]
-    arguments = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=no", "-k", f"not ({UNFIT})"]
+    arguments = [
+        "-p",
+        "xdist.plugin",
+        "-x",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        "-k",
+        f"not ({UNFIT})",
+    ]
     arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported already
     said = copy / "said"  # what is in the base folder of temporary files belongs to this copy alone
     run = FORKS.Process(

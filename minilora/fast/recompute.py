@@ -50,8 +50,9 @@ class Recomputed:
     def __call__(self, x: Array, turn: Turn, need: Need = Need.ALL, cache: Any = None) -> tuple[Array, Back]:
         block = self.block
         attention, mlp = block.self_attn, block.mlp
+        last = within(attention).o_proj
         need_a = after(need, [block.input_layernorm, attention])
-        x, back_a = half(block.input_layernorm, attention, attention.o_proj, x, need, turn, cache)
+        x, back_a = half(block.input_layernorm, attention, last, x, need, turn, cache)
         x, back_m = half(block.post_attention_layernorm, mlp, mlp.down_proj, x, need_a)
 
         def back(dy: Array) -> Array:
@@ -84,9 +85,15 @@ def half(norm: Any, inner: Any, last: Any, x: Array, need: Need, *how: Any) -> t
     return y, back
 
 
+def within(half: Any) -> Any:
+    """A half of a block without what is put around it, a prefix say."""
+    return half.base if isinstance(half, Adapted) else half
+
+
 def recompute(model: Llama) -> None:
     """Wrap every block of a replica."""
     for i, block in enumerate(model.model.layers):
-        block.self_attn.o_proj = Last(block.self_attn.o_proj)
+        attention = within(block.self_attn)
+        attention.o_proj = Last(attention.o_proj)
         block.mlp.down_proj = Last(block.mlp.down_proj)
         model.model.layers[i] = Recomputed(block)  # type: ignore[call-overload]
