@@ -172,20 +172,25 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     goal, largest = f.parameters(LORA), f.curve(LORA)[-1]
     beside = [method for method in RANKED if method != LORA and method in f.plan.methods]
     single = [method for method in f.ordered() if f.key(method)[1] == 0 and method != FULL]
-    dora = {str(r): np.median(f.change("DoRA", r)) for m, r in f.curve("DoRA")}
     told = [
         f"{LORA} of rank {f.plan.rank} closes {f.closed(LORA):.0%} of the gap from the base to full "
         f"fine-tuning with {goal / f.parameters(FULL):.1%} of its parameters.",
         f"With as many, within {ALIKE:.0%} of {goal:,}, against {LORA}: {each(changes(f, f.alike()))}.",
-        f"With more beside the same {LORA}: {each(changes(f, beside))}. Against {LORA} with as many "
-        f"parameters: {each({method: f.above(f.key(method)) for method in beside})}.",
-        f"Less {LORA}'s of the same rank, DoRA's loss at r = {each(dora)}.",
         "With one size: "
         + "; ".join(f"{m} closes {f.closed(m):.0%} with {f.parameters(m):,} parameters" for m in single)
         + ".",
         f"From the fewest to the most parameters the loss goes: {each(falls(f))}.",
         f"Where more parameters raise the loss: {rising(f)}.",
     ]
+    if beside:
+        alike = {method: f.above(f.key(method)) for method in beside}
+        told.append(
+            f"With more beside the same {LORA}: {each(changes(f, beside))}. Against {LORA} with as many "
+            f"parameters: {each(alike)}."
+        )
+    if "DoRA" in beside:
+        ranks = {str(r): float(np.median(f.change("DoRA", r))) for _, r in f.curve("DoRA")}
+        told.append(f"DoRA's loss less {LORA}'s of the same rank, at r = {each(ranks)}.")
     for key in f.curve("VeRA")[:1]:
         told.append(
             f"VeRA with {f.sizes[key][1]:,} parameters against {LORA} with {f.sizes[largest][1]:,}: "
