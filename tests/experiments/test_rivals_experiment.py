@@ -359,7 +359,10 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"others": (5,)}, "r is 5"), ({"rank": 4}, "so many parameters are 58 rows; a window leaves 44")],
+    [
+        ({"others": (5,), "methods": (FULL, LORA)}, "r is 5"),
+        ({"rank": 4}, "so many parameters are 58 rows; a window leaves 44"),
+    ],
     ids=str,
 )
 def test_a_rank_or_a_prompt_that_does_not_fit_is_refused_before_any_run(change, match, tmp_path, monkeypatch):

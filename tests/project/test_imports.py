@@ -30,6 +30,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
     "experiments.forgetting", "experiments.forgetting_figures", "experiments.rivals",
+    "experiments.rivals_figures",
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
     "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.dimension",
