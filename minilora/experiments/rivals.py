@@ -62,7 +62,7 @@ LARGEST = {  # method -> the largest other rank it is sized for: a prompt takes 
 }  # fmt: skip
 RATES = {  # where a search starts; vectors and rows take larger rates
     FULL: (5e-4, 1e-3, 2e-3), "VeRA": (2e-2, 4e-2, 8e-2), "(IA)³": (2e-2, 4e-2, 8e-2),
-    "prefix": (2.5e-2, 5e-2, 1e-1), PROMPT: (1e-2, 2e-2, 4e-2),
+    "prefix": (2.5e-2, 5e-2, 1e-1), PROMPT: (16e-2, 32e-2, 64e-2),
 }  # fmt: skip
 USUAL = (4e-3, 8e-3, 16e-3)
 
