@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
 from .reading import said, spread
-from .rivals import FULL, LARGEST, LORA, PROMPT, RANKED, Plan
+from .rivals import FULL, LARGEST, LORA, PROMPT, RANKED, SIZED, Plan
 from .scale_figures import TEST, Arm
 
 Key = tuple[str, int]  # method, and the rank of the LoRA that it is sized for, or 0
@@ -163,7 +163,8 @@ def falls(f: Found) -> dict[str, float]:
 
 def rising(f: Found) -> str:
     """The methods whose loss rises with more parameters, and by how much at most."""
-    return each({method: f.rises(method) for method in f.several() if f.rises(method) > 0}) or "nowhere"
+    shown = 0.0005  # less is +0.000
+    return each({m: f.rises(m) for m in f.several() if f.rises(m) >= shown}) or "nowhere"
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
@@ -236,25 +237,36 @@ def rivals(rows: Sequence[Row]) -> Picture:
 
 @styled
 def parameters(rows: Sequence[Row]) -> Picture:
-    """Loss against the count of trained parameters."""
+    """Loss against the count of trained parameters, whole and near LoRA's."""
     f = found(rows)
-    figure, ((ax,),) = axes(size=(10.4, 6.0))
-    for method, (colour, mark, style) in LOOKS.items():
-        if keys := f.curve(method):
-            x = [f.sizes[key][1] for key in keys]
-            low, middle, high = (
-                [float(pick(f.arms[k].best)) for k in keys] for pick in (min, np.median, max)
-            )
-            ax.plot(x, middle, color=colour, marker=mark, linestyle=style, markersize=8, label=method)
-            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    for method in f.plan.methods:
-        if method not in LARGEST and method != FULL:
-            key = f.key(method)
-            ax.plot(f.sizes[key][1], f.loss(key), "*", color="black", markersize=10)
-            ax.annotate(method, (f.sizes[key][1], f.loss(key)), (7, 5), textcoords="offset points")
-    ax.axhline(f.loss((FULL, 0)), color=GREY, linestyle="--", label=f"{FULL}, {f.parameters(FULL):,}")
-    ax.axhline(f.base, color=GREY, linestyle=":", label="the base")
-    ax.set(xscale="log", xlabel="trained parameters", ylabel=TEST)
+    figure, (line,) = axes(columns=2, size=(13.0, 6.0))
+    sized = [key for method in RANKED | SIZED if method not in LARGEST for key in f.curve(method)]
+    single = [f.key(method) for method in f.plan.methods if f.key(method)[1] == 0 and method != FULL]
+    for ax, named, offset, side in zip(
+        line, (single, sized), ((8, 5), (-8, -15)), ("left", "right"), strict=True
+    ):
+        first = ax is line[0]  # whose labels are the legend's
+        for method in (method for method in LARGEST if f.curve(method)):
+            colour, mark, style = LOOKS[method]
+            x = [f.sizes[key][1] for key in f.curve(method)]
+            tests = [f.arms[key].best for key in f.curve(method)]
+            ax.plot(x, [np.median(t) for t in tests], mark, color=colour, linestyle=style, markersize=8,
+                    label=method * first)  # fmt: skip
+            ax.fill_between(x, [t.min() for t in tests], [t.max() for t in tests], color=colour, alpha=0.15)
+        for key in single + sized:
+            at = f.sizes[key][1], f.loss(key)
+            ax.plot(*at, "*", color="black", markersize=11)
+            if key in named:
+                ax.annotate(key[0], at, offset, textcoords="offset points", ha=side)
+        all_of = f"{FULL}, {f.parameters(FULL):,}"
+        ax.axhline(f.loss((FULL, 0)), color=GREY, linestyle="--", label=all_of * first)
+        ax.axhline(f.base, color=GREY, linestyle=":", label="the base" * first)
+        ax.set(xscale="log", xlabel="trained parameters", ylabel=TEST)
+    low, high = f.loss((FULL, 0)), max(float(f.arms[key].best.max()) for key in f.curve(LORA))
+    gap = max(high - low, 0.01)
+    line[1].set(ylim=(low - 0.1 * gap, low + 1.4 * gap), title=f"near {LORA}")
+    line[1].set_xlim(0.7 * f.sizes[f.curve(LORA)[0]][1])
+    line[0].set_xlim(right=line[1].get_xlim()[1])
     figure.legend(loc="outside lower center", ncols=4)
     answer = f"from the fewest to the most: {each(falls(f))}; where more raise the loss: {rising(f)}"
     figure.suptitle(f"Do more parameters help each method?\n{wrapped(answer)}")
