@@ -57,11 +57,13 @@ from minilora.formats.huggingface import load, read_json, save_model
 from minilora.formats.safetensors import stored
 from minilora.layers import Linear, Param
 from minilora.lora import Adapted, active, fuse, inject, set_adapter
+from minilora.methods.bottleneck import BottleneckConfig
 from minilora.methods.intrinsic import subspace
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.prefixes import PrefixTuningConfig, PromptTuningConfig
 from minilora.methods.quantize import quantize
 from minilora.methods.starts import StartConfig, lora_ga
-from minilora.methods.vectors import VeraConfig
+from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.model import Config, Llama, RopeScaling, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.peft.folder import open_adapter
@@ -2152,6 +2154,43 @@ CASES = {
             "detach": (True, "end"),
         },
         {"dora": {"dropout": 0.0}, "detach": DORA, "layers_to_transform": {"exclude_modules": ("o_proj",)}},
+    ),
+    VeraConfig: Case(
+        VeraConfig(r=3, targets=("q_proj", "down_proj"), d_initial=0.3),
+        injected_and_trained,
+        None,
+        {
+            "r": (4, "shapes start end"),
+            "targets": (("k_proj", "down_proj"), "shapes start end"),
+            "d_initial": (0.4, "start end"),
+        },
+    ),
+    IA3Config: Case(
+        IA3Config(targets=("k_proj", "down_proj"), feedforward=("down_proj",)),
+        injected_and_trained,
+        None,
+        {
+            "targets": (("v_proj", "down_proj"), "shapes start end"),
+            "feedforward": ((), "shapes start end"),
+        },
+    ),
+    BottleneckConfig: Case(
+        BottleneckConfig(width=3, targets=("up_proj",)),
+        injected_and_trained,
+        None,
+        {"width": (4, "shapes start end"), "targets": (("down_proj",), "shapes start end")},
+    ),
+    PrefixTuningConfig: Case(
+        PrefixTuningConfig(num_virtual_tokens=3),
+        injected_and_trained,
+        None,
+        {"num_virtual_tokens": (4, "shapes start end")},
+    ),
+    PromptTuningConfig: Case(
+        PromptTuningConfig(num_virtual_tokens=3),
+        injected_and_trained,
+        None,
+        {"num_virtual_tokens": (4, "shapes start end")},
     ),
     AdamW: Case(
         AdamW(
