@@ -71,6 +71,7 @@ HARNESS = "experiments/harness.py"
 PRETRAIN = "experiments/pretrain.py"
 STARTS, BEGIN = "methods/starts.py", "experiments/initialisation.py"
 BEGUN = "experiments/initialisation_figures.py"
+RIVALS, RIVALLED = "experiments/rivals.py", "experiments/rivals_figures.py"
 SPACE, DIMENSION = "methods/intrinsic.py", "experiments/intrinsic_dimension.py"
 
 VECTORS, BOTTLE, PREFIXES = "methods/vectors.py", "methods/bottleneck.py", "methods/prefixes.py"
@@ -1121,6 +1122,34 @@ MUTANTS = (
     Mutant("diverged-run-has-no-loss", "experiments/scale_figures.py",
            'row.get("test", math.inf)',
            'row.get("test", 0.0)', "scale"),
+    # ---- the experiment with the rivals
+    Mutant("rate-of-a-rival-searched-on-test-text", RIVALS, 'split, windows = ("valid", plan.valid_windows)',
+           'split, windows = ("test", plan.valid_windows)', "rivals_experiment"),
+    Mutant("rivals-write-into-the-base", RIVALS, "model = copy.deepcopy(base)", "model = base", "rivals_experiment"),
+    Mutant("every-rival-has-its-own-batches", RIVALS, "np.random.default_rng([run.seed, draw])",
+           "np.random.default_rng([run.seed, draw, run.n + len(run.method)])", "rivals_experiment"),
+    Mutant("rivals-sized-from-zero", RIVALS, "round(1 + (goal - one)", "round((goal - one)", "rivals_experiment"),
+    Mutant("rivals-sized-to-the-next-smaller", RIVALS, "max(1, round(1 +", "max(1, int(1 +", "rivals_experiment"),
+    Mutant("a-prompt-may-leave-no-room", RIVALS, "if method == PROMPT and n > room:", "if method == PROMPT and n > 2 * room:",
+           "rivals_experiment"),
+    Mutant("a-rank-that-does-not-fit-is-met-in-its-run", RIVALS, "        if rank:\n            count(method, rank)", "        if False:\n            count(method, rank)",
+           "rivals_experiment"),
+    Mutant("norms-of-the-blocks-alone", RIVALS, 'lambda path: "norm" in path', 'lambda path: "layernorm" in path', "rivals_experiment"),
+    Mutant("biases-with-their-weights", RIVALS, 'path.endswith(".bias")', 'path.endswith((".bias", "_proj.weight"))', "rivals_experiment"),
+    Mutant("pfeiffer-where-houlsby-is", RIVALS, "BottleneckConfig(n, PFEIFFER)", "BottleneckConfig(n)", "rivals_experiment"),
+    Mutant("search-of-a-rival-ends-at-its-edge", RIVALS, "STEP, EDGES)", "STEP)", "rivals_experiment"),
+    Mutant("rivals-all-have-many-seeds", RIVALS, "plan.few_seeds if cell.rank in plan.others else plan.seeds", "plan.seeds",
+           "rivals_experiment"),
+    Mutant("every-rival-searched-from-loras-rates", RIVALS, "RATES.get(cell.method, USUAL)", "USUAL", "rivals_experiment"),
+    Mutant("loras-losses-on-a-plain-scale", RIVALLED, "np.interp(math.log(x), np.log(counts), losses)",
+           "np.interp(x, counts, losses)", "rivals_experiment"),
+    Mutant("loras-largest-stands-for-all-beyond", RIVALLED, "<= x <= counts[-1] * (1 + ALIKE)", "<= x <= counts[-1] * 9",
+           "rivals_experiment"),
+    Mutant("rivals-compared-at-one-rank", RIVALLED, "rank = rank or self.plan.rank", "rank = self.plan.rank", "rivals_experiment"),
+    Mutant("dora-counted-as-alike", RIVALLED, "/ goal - 1) <= ALIKE)", "/ goal - 1) <= 9)", "rivals_experiment"),
+    Mutant("a-rise-to-the-next-size-only-down", RIVALLED, "max((b - a for i, a", "max((a - b for i, a", "rivals_experiment"),
+    Mutant("diverged-rival-has-no-loss", RIVALLED, 'row.get("test", math.inf)', 'row.get("test", 0.0)', "rivals_experiment"),
+    Mutant("a-prompt-shown-as-merged", RIVALLED, '"prefix", PROMPT)  # what', '"prefix")  # what', "rivals_experiment"),
     # ---- the experiment with forgetting
     Mutant("forgetting-measured-on-the-target", "experiments/forgetting.py",
            '(f"own_{split}", plan.own)',

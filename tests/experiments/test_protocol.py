@@ -42,6 +42,7 @@ from minilora.experiments import (
     merging,
     pretrain,
     rank_sweep,
+    rivals,
     scale,
     subspaces,
 )
@@ -54,11 +55,15 @@ from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
 from minilora.formats.safetensors import stored
+from minilora.layers import Linear, Param
 from minilora.lora import Adapted, active, fuse, inject, set_adapter
+from minilora.methods.bottleneck import BottleneckConfig
 from minilora.methods.intrinsic import subspace
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.prefixes import PrefixTuningConfig, PromptTuningConfig
 from minilora.methods.quantize import quantize
 from minilora.methods.starts import StartConfig, lora_ga
+from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.model import Config, Llama, RopeScaling, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.peft.folder import open_adapter
@@ -291,6 +296,18 @@ def test_scales_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on
         within(seen[kind, "measured"], test, [learned, valid])
 
 
+def test_rivals_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on_test():
+    learned, valid, test = split(CORPORA["folio"])
+    with by_kind(rivals) as seen, few_rates():
+        rivals.run(COMPETING, next(outs), jobs=1)
+    assert not seen["base", "trained"]
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test])
+    within(seen["search", "measured"], valid, [learned, test])
+    for kind in ("base", "final"):
+        within(seen[kind, "measured"], test, [learned, valid])
+
+
 def test_what_is_forgotten_is_measured_on_a_text_that_is_not_trained_on():
     (learned, valid, test), (own, own_valid, own_test) = (
         split(CORPORA["folio"]),
@@ -487,6 +504,31 @@ def scaled(rank):
     return run
 
 
+COMPETING = rivals.Plan(
+    "folio", "one", ("all weights", "LoRA", "VeRA", "biases"), rank=3, others=(1,), steps=4, seeds=1,
+    few_seeds=2, batch=5, test_windows=9, valid_windows=7,
+)  # fmt: skip
+
+
+def few_rates():
+    """One learning rate for all methods."""
+    return mock.patch.multiple(rivals, EDGES=0, RATES={}, USUAL=(0.02,))
+
+
+def competing(method, n, letters):
+    """One run of the experiment with rivals; a seed draws these parts of each adapter."""
+
+    def run(seed):
+        cell = rivals.Run("final", COMPETING, method, 3, n, 0.02, seed)
+        inputs = Inputs("one", load("one"), CORPORA)
+        found = trained_from(common, lambda: rivals.work(cell, inputs)["test"])
+        kept = {path for path in found if path.endswith(letters or "no part")}
+        assert bool(kept) == bool(letters)
+        return {part: found[part] for part in kept | {"batches", "losses"}}
+
+    return run
+
+
 BEGUN = initialisation.Plan(
     "folio", "one", rank=2, alpha=5.0, rates=(0.02,), full_rates=(0.003,), steps=4, seeds=1, batch=3,
     test_windows=9, valid_windows=7,
@@ -677,6 +719,15 @@ SEEDS = {
     "subspaces.Run": [comparing],
     "rows.Run": [swept("lora"), swept("full")],
     "scale.Run": [scaled(3), scaled(0)],
+    "rivals.Run": [
+        competing("all weights", 0, ()),
+        competing("biases", 0, ()),
+        competing("LoRA", 3, (".A",)),
+        competing("VeRA", 3, ()),
+        competing("bottleneck, Houlsby", 3, ("down.weight",)),
+        competing("prefix", 3, (".keys", ".values")),
+        competing("prompt", 2, (".rows",)),
+    ],
     "forgetting.Run": [forgetting_of(3), forgetting_of(0)],
     "initialisation.Run": [
         beginning("B zero", "A"),
@@ -1236,6 +1287,79 @@ def tried_by_hand(plan):
         "runs": runs | {("base", 0, 0.0, 1.0, 0.0, 0, text.digest)},
         "valid": sorted(loss("valid", plan.valid_windows, *arm, 1000) for arm in arms),
         "test": sorted(loss("test", plan.test_windows, *arm, seed) for arm in arms for seed in seeds),
+        "base": [loss("test", plan.test_windows)],
+    }
+
+
+def rivalled(plan):
+    """What is run with how many parameters, and what is measured."""
+    with few_rates():
+        rows = rivals.run(plan, next(outs), jobs=1)
+    names = ("kind", "method", "rank", "n", "rate", "seed", "text")
+    return {
+        "runs": {tuple(row["config"][name] for name in names) for row in rows},
+        "parameters": {(row["config"]["method"], row["config"]["rank"]): row["parameters"] for row in rows},
+        "valid": sorted(row["valid"] for row in rows if "valid" in row),
+        "test": sorted(row["test"] for row in rows if row["config"]["kind"] == "final"),
+        "base": [row["test"] for row in rows if row["config"]["kind"] == "base"],
+    }
+
+
+def rivalled_by_hand(plan):
+    text = CORPORA[plan.target]
+
+    def model(method, n, rng=None):
+        made = load(plan.base)
+        if method == "biases":
+            for layer in made.model.layers:
+                for block in (layer.self_attn, layer.mlp):
+                    for linear in vars(block).values():
+                        if isinstance(linear, Linear):
+                            linear.bias = Param(np.zeros(len(linear.weight.data), np.float32))
+            freeze(made, lambda path: ".bias" in path)
+        elif method == "all weights":
+            unfreeze(made)
+        else:
+            config = {"LoRA": LoraConfig(r=n, alpha=2 * n), "VeRA": VeraConfig(n)}[method]
+            inject(made, config, rng=rng or np.random.default_rng(0))
+        return made
+
+    def count(method, n):
+        return sum(p.data.size for p in trained(model(method, n)).values())
+
+    def nearest(r):
+        shapes = [p.data.shape for path, p in named_params(load(plan.base)).items() if "_proj" in path]
+        budget = r * sum(map(sum, shapes))
+        return min(range(1, 99), key=lambda n: abs(sum(n + outputs for outputs, _ in shapes) - budget))
+
+    def loss(split, windows, method="", n=0, seed=0):
+        made = load(plan.base)
+        if method:
+            made = model(method, n, np.random.default_rng([seed, 0]))
+            batches = batching.batches(text.train, np.random.default_rng([seed, 1]), plan.batch, LENGTH)
+            schedule = Schedule(plan.steps, warmup=plan.steps // 20)
+            train(made, batches, AdamW(0.02, betas=(0.9, 0.99)), steps=plan.steps, schedule=schedule)
+        some = batching.eval_batches(getattr(text, split), 16, LENGTH, limit=windows * LENGTH)
+        return evaluate(made, some)
+
+    cells = [
+        (method, r, {"LoRA": r, "VeRA": nearest(r)}[method], seeds)
+        for r, seeds in ((plan.rank, plan.seeds), *((r, plan.few_seeds) for r in plan.others))
+        for method in ("LoRA", "VeRA")
+        if method in plan.methods and (r == plan.rank or method == "LoRA" or r == 1)
+    ]
+    cells += [(method, 0, 0, plan.seeds) for method in ("all weights", "biases") if method in plan.methods]
+    runs = {("search", *cell, 0.02, 1000, text.digest) for *cell, _ in cells}
+    runs |= {("final", *cell, 0.02, seed, text.digest) for *cell, seeds in cells for seed in range(seeds)}
+    return {
+        "runs": runs | {("base", "", 0, 0, 0.0, 0, text.digest)},
+        "parameters": {(method, r): count(method, n) for method, r, n, _ in cells} | {("", 0): 0},
+        "valid": sorted(loss("valid", plan.valid_windows, method, n, 1000) for method, _, n, _ in cells),
+        "test": sorted(
+            loss("test", plan.test_windows, method, n, seed)
+            for method, _, n, seeds in cells
+            for seed in range(seeds)
+        ),
         "base": [loss("test", plan.test_windows)],
     }
 
@@ -1851,6 +1975,24 @@ CASES = {
             "valid_windows": (10, "valid"),
         },
     ),
+    rivals.Plan: Case(
+        COMPETING,
+        rivalled,
+        rivalled_by_hand,
+        {
+            "target": ("kjv", "runs valid test base"),
+            "base": ("two", "valid test base"),
+            "methods": (("all weights", "LoRA", "biases"), "runs parameters valid test"),
+            "rank": (2, "runs parameters valid test"),
+            "others": ((2,), "runs parameters valid test"),
+            "steps": (5, "valid test"),
+            "seeds": (2, "runs test"),
+            "few_seeds": (3, "runs test"),
+            "batch": (3, "valid test"),
+            "test_windows": (8, "test base"),
+            "valid_windows": (10, "valid"),
+        },
+    ),
     forgetting.Plan: Case(
         FORGOTTEN,
         remembered,
@@ -2012,6 +2154,43 @@ CASES = {
             "detach": (True, "end"),
         },
         {"dora": {"dropout": 0.0}, "detach": DORA, "layers_to_transform": {"exclude_modules": ("o_proj",)}},
+    ),
+    VeraConfig: Case(
+        VeraConfig(r=3, targets=("q_proj", "down_proj"), d_initial=0.3),
+        injected_and_trained,
+        None,
+        {
+            "r": (4, "shapes start end"),
+            "targets": (("k_proj", "down_proj"), "shapes start end"),
+            "d_initial": (0.4, "start end"),
+        },
+    ),
+    IA3Config: Case(
+        IA3Config(targets=("k_proj", "down_proj"), feedforward=("down_proj",)),
+        injected_and_trained,
+        None,
+        {
+            "targets": (("v_proj", "down_proj"), "shapes start end"),
+            "feedforward": ((), "shapes start end"),
+        },
+    ),
+    BottleneckConfig: Case(
+        BottleneckConfig(width=3, targets=("up_proj",)),
+        injected_and_trained,
+        None,
+        {"width": (4, "shapes start end"), "targets": (("down_proj",), "shapes start end")},
+    ),
+    PrefixTuningConfig: Case(
+        PrefixTuningConfig(num_virtual_tokens=3),
+        injected_and_trained,
+        None,
+        {"num_virtual_tokens": (4, "shapes start end")},
+    ),
+    PromptTuningConfig: Case(
+        PromptTuningConfig(num_virtual_tokens=3),
+        injected_and_trained,
+        None,
+        {"num_virtual_tokens": (4, "shapes start end")},
     ),
     AdamW: Case(
         AdamW(

@@ -29,7 +29,8 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.adding_figures", "experiments.known_rank", "experiments.known_figures",
     "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
-    "experiments.forgetting", "experiments.forgetting_figures",
+    "experiments.forgetting", "experiments.forgetting_figures", "experiments.rivals",
+    "experiments.rivals_figures",
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
     "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.dimension",
@@ -40,7 +41,7 @@ ORDER = [  # a wing or a file stands above all that it imports
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
-    "initialisation", "merging", "intrinsic_",
+    "initialisation", "merging", "intrinsic_", "rivals",
 )  # fmt: skip
 QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
