@@ -331,7 +331,7 @@ def test_adapters_to_merge_are_trained_on_train_their_rate_chosen_on_valid_and_m
 
 def test_subspaces_of_weights_are_trained_on_train_and_measured_on_test():
     """Bases that are pretrained on the way see the text for that, once, and no other part."""
-    intrinsic.pretrained.cache_clear()
+    pretrain.pretrained.cache_clear()
     (learned, valid, test), (own, *held) = split(CORPORA["folio"]), split(CORPORA["shakespeare"])
     with by_kind(intrinsic) as seen, mock.patch.object(intrinsic, "EDGES", 0):
         intrinsic.run(DIMENSIONS, next(outs), jobs=1)
@@ -1462,9 +1462,9 @@ def flat(width):
 
 def spanned(plan):
     """What is run from where, and what is measured; in short windows, the bases with one layer."""
-    intrinsic.pretrained.cache_clear()
-    little = mock.patch.multiple(intrinsic, EDGES=0, shape=flat)
-    with little, mock.patch.object(common, "LENGTH", 16):
+    pretrain.pretrained.cache_clear()
+    few, little = mock.patch.object(intrinsic, "EDGES", 0), mock.patch.object(pretrain, "shape", flat)
+    with few, little, mock.patch.object(common, "LENGTH", 16):
         rows = intrinsic.run(plan, next(outs), jobs=1)
     names = ("kind", "target", "width", "pretrained", "method", "size", "rate", "seed", "texts")
     numbers = ("test", "accuracy", "parameters")
