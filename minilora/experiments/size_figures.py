@@ -14,7 +14,7 @@ from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Axes, Picture, 
 from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
-from .rank_figures import NATS, log_axis
+from .rank_figures import NATS, POWERS, log_axis
 from .reading import LEVEL, crossing, spread, title
 
 LOOKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"))
@@ -186,16 +186,16 @@ def needed(rows: Sequence[Row]) -> Picture:
     panel(panels[0], arms, lambda arm: [float(r) for r in arm.ranks])
     panel(panels[1], arms, lambda arm: [100 * r / arm.width for r in arm.ranks])
     log_axis(panels[0], next(iter(arms.values())).ranks)
-    panels[1].set(xscale="log", xlabel="rank r (% of the width)")
-    panels[1].xaxis.set_major_formatter("{x:g}")
+    low, high = panels[1].get_xlim()
+    log_axis(panels[1], [p for p in POWERS if low <= p <= high], "rank r (% of the width)")
     panels[1].sharey(panels[0])
     panels[0].set_ylabel("share of the gap closed")
     panels[0].legend(loc="lower right")
     answer = each(arms, needs)
     figure.suptitle(f"Does a larger base need a lower rank for 90% of the gap?\n{answer}", fontsize=13)
     says = (
-        f"Share of the gap to full fine-tuning that LoRA closes on {text} against rank, by width of the base; "
-        f"median and range of {seeds}. Rank for 90%: {answer}."
+        f"Share of the gap to full fine-tuning that LoRA closes on {text} against rank, by width of the "
+        f"base; median and range of {seeds}. Rank for 90%: {answer}."
     )
     return Picture(figure, says)
 
