@@ -107,8 +107,8 @@ def work(run, inputs):
 
 
 def measured(run, inputs):
-    """The validation loss of a search, else the test loss; parameters, and seconds of training."""
-    plan, start = run.plan, time.perf_counter()
+    """The validation loss of a search, else the test loss; parameters, and the processor's seconds."""
+    plan, start = run.plan, time.process_time()
     text, words = in_tokens(inputs.texts[plan.target], plan.base)
     model = inputs.base if run.kind == "base" else copy.deepcopy(inputs.base)
     if run.kind != "base":
@@ -123,7 +123,7 @@ def measured(run, inputs):
     return {
         split: loss_on(model, text, words, split, count),
         "parameters": size(model if run.kind == "base" else trained(model)),
-        "seconds": time.perf_counter() - start,
+        "seconds": time.process_time() - start,
     }
 
 
@@ -174,9 +174,9 @@ def said(rows):
     times = [arm.rates[r] / arm.rates[0] for r in arm.ranks]
     return (
         f"After {plan['steps']} steps of {plan['batch'] * LENGTH} tokens full fine-tuning falls from "
-        f"{arm.base['test']:.3f} to {arm.full:.3f} {NATS}; LoRA closes {answer(rows)}. Its best learning "
-        f"rate is {min(times):g} to {max(times):g} times that of full fine-tuning. All runs took "
-        f"{hours:.2f} hours on one core."
+        f"{arm.base['test']:.3f} to {arm.full:.3f} {NATS}; LoRA closes {answer(rows)} of that. Its best "
+        f"learning rate is {min(times):g} to {max(times):g} times that of full fine-tuning. All runs take "
+        f"{hours:.1f} hours of a core."
     )
 
 

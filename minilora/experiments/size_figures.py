@@ -207,20 +207,21 @@ def gap(rows: Sequence[Row]) -> Picture:
     ranks = next(iter(arms.values())).ranks
     figure, ((ax,),) = axes(size=(9.0, 5.2))
     for (r, colour), mark in zip(shades(ranks).items(), cycle(MARKS), strict=False):
-        left = np.stack([arm.left(r) for arm in arms.values()])
-        ax.fill_between([*arms], left.min(1), left.max(1), color=colour, alpha=0.2, linewidth=0)
-        ax.plot([*arms], np.median(left, 1), color=colour, marker=mark, markersize=7, label=f"r = {r}")
+        nats = np.stack([arm.left(r) for arm in arms.values()])
+        ax.fill_between([*arms], nats.min(1), nats.max(1), color=colour, alpha=0.2, linewidth=0)
+        ax.plot([*arms], np.median(nats, 1), color=colour, marker=mark, markersize=7, label=f"r = {r}")
     ax.axhline(0, color=GREY, linewidth=1.5)
     log_axis(ax, [*arms], "width of the base")
     ax.set_ylabel(f"test loss less full fine-tuning's\n({NATS})")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     few, many = min(ranks), max(ranks)
     widths = ", ".join(map(str, arms))
-    answer = f"with width {widths}: {remains(arms, few)} at r = {few}; {remains(arms, many)} at r = {many}"
+    left = f"{remains(arms, few)} at r = {few}; {remains(arms, many)} at r = {many}"
+    answer = f"in nats, with width {widths}: {left}"
     figure.suptitle(f"Does the gap to full fine-tuning narrow as the base grows?\n{answer}", fontsize=13)
     says = (
         f"Test loss of LoRA less that of full fine-tuning on {text} against the width of the base, by rank; "
-        f"median and range of {seeds}. In nats, {answer}."
+        f"median and range of {seeds}; {answer}."
     )
     return Picture(figure, says)
 
