@@ -31,6 +31,7 @@ from minilora.experiments import harness
 from minilora.experiments.harness import LOSS, SEARCH_SEED, SIZE
 from minilora.experiments.rank_figures import NATS, level, log_axis
 from minilora.experiments.recipe import LENGTH, drawn, learn
+from minilora.experiments.scale_figures import span
 from minilora.experiments.size_figures import HEAD, found
 from minilora.formats import forms, huggingface, tokenizer
 from minilora.lora import inject
@@ -171,11 +172,11 @@ def said(rows):
     """What the rows show, in words."""
     arm, plan = arm_of(rows), rows[0]["config"]["plan"]
     hours = sum(row["seconds"] for row in rows if row["status"] == "done") / 3600
-    times = [arm.rates[r] / arm.rates[0] for r in arm.ranks]
+    times = {r: arm.rates[r] / arm.rates[0] for r in arm.ranks}
     return (
         f"After {plan['steps']} steps of {plan['batch'] * LENGTH} tokens full fine-tuning falls from "
         f"{arm.base['test']:.3f} to {arm.full:.3f} {NATS}; LoRA closes {answer(rows)} of that. Its best "
-        f"learning rate is {min(times):g} to {max(times):g} times that of full fine-tuning. All runs take "
+        f"learning rate is {span(times)} that of full fine-tuning. All runs take "
         f"{hours:.1f} hours of a core."
     )
 
