@@ -43,6 +43,10 @@ class Recipe:
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0), ("test_windows", 4)):
             check_int(name, getattr(self, name), least)
 
+    def optimizer(self) -> AdamW:
+        """AdamW at the start of a training."""
+        return AdamW(self.lr, betas=(0.9, self.beta2), weight_decay=self.weight_decay)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -92,7 +96,7 @@ def run(
         _, speed = fit(
             model,
             drawn(text, rng, recipe.batch),
-            AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay),
+            recipe.optimizer(),
             recipe,
             length=LENGTH,
             text=text.digest,
@@ -129,10 +133,8 @@ def shape(width: int) -> Config:
 @functools.cache
 def pretrained(width: int, steps: int, batch: int, text: Corpus) -> Llama:
     """Frozen random weights after so many steps on the text; made once in each process."""
-    recipe = Recipe()
     model = llama(shape(width), np.random.default_rng(0))
     if steps:
-        optimizer = AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay)
-        learn(model, drawn(text, np.random.default_rng([0, 1]), batch), optimizer, steps)
+        learn(model, drawn(text, np.random.default_rng([0, 1]), batch), Recipe().optimizer(), steps)
     freeze(model)
     return model
