@@ -20,6 +20,7 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "initialisation": ("initialisation", "initialisation_figures"),
     "rivals": ("rivals", "rivals_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
+    "size": ("size", "size_figures"),
 }
 
 

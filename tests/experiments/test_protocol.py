@@ -49,6 +49,7 @@ from minilora.experiments import (
 from minilora.experiments import intrinsic_dimension as intrinsic
 from minilora.experiments import known_rank as known
 from minilora.experiments import recipe as common
+from minilora.experiments import size as wide
 from minilora.experiments import which_matrices as which
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
@@ -348,7 +349,7 @@ def test_adapters_to_merge_are_trained_on_train_their_rate_chosen_on_valid_and_m
 
 def test_subspaces_of_weights_are_trained_on_train_and_measured_on_test():
     """Bases that are pretrained on the way see the text for that, once, and no other part."""
-    intrinsic.pretrained.cache_clear()
+    pretrain.pretrained.cache_clear()
     (learned, valid, test), (own, *held) = split(CORPORA["folio"]), split(CORPORA["shakespeare"])
     with by_kind(intrinsic) as seen, mock.patch.object(intrinsic, "EDGES", 0):
         intrinsic.run(DIMENSIONS, next(outs), jobs=1)
@@ -359,6 +360,21 @@ def test_subspaces_of_weights_are_trained_on_train_and_measured_on_test():
     within(seen["search", "measured"], valid, [learned, test])
     for kind in ("start", "final"):
         within(seen[kind, "measured"], test, [learned, valid])
+
+
+def test_bases_of_any_width_are_trained_on_train_and_measured_on_test():
+    """Their own text is pretrained on, once; learning rates are chosen on the validation split."""
+    pretrain.pretrained.cache_clear()
+    (learned, valid, test), (own, *held) = split(CORPORA["folio"]), split(CORPORA["shakespeare"])
+    with by_kind(wide) as seen, mock.patch.object(wide, "EDGES", 0):
+        wide.run(WIDTHS, next(outs), jobs=1)
+    within(seen["base", "trained"], own, [learned, valid, test, *held])
+    assert len(seen["base", "trained"]) == 2 * 3 * 4  # widths, steps and windows
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test, own, *held])
+    within(seen["search", "measured"], valid, [learned, test, own, *held])
+    within(seen["final", "measured"], test, [learned, valid, own, *held])
+    within(seen["base", "measured"], test + held[1], [learned, valid, own, held[0]])
 
 
 def test_pretraining_never_sees_the_held_out_text():
@@ -685,6 +701,28 @@ def subspaced(method, size):
     return run
 
 
+WIDTHS = wide.Plan(
+    "folio", widths=(8, 16), ranks=(2,), alpha=5.0, rates=(0.02,), full_rates=(0.003,), pretraining=3,
+    steps=6, search_steps=2, seeds=1, batch=4, test_windows=9, valid_windows=7,
+)  # fmt: skip
+
+
+def widened(rank):
+    """One run of the experiment with the size of the base; its base is one for all seeds."""
+
+    def run(seed):
+        cell, inputs = wide.Run("final", WIDTHS, 8, rank, 0.02, seed), Inputs("one", load("one"), CORPORA)
+        pretrain.pretrained.cache_clear()
+        with mock.patch.object(pretrain, "shape", flat):
+            wide.pretrained(cell, inputs)  # before its batches could be taken for the run's
+            found = trained_from(common, lambda: wide.work(cell, inputs)["test"])
+        kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
+        assert len(kept) == (2 + 7 if rank else 2)
+        return {part: found[part] for part in kept}
+
+    return run
+
+
 def benched(seed):
     """The adapters and requests of serve-bench."""
     found, play, adapted = [], bench.play, bench.adapted
@@ -745,6 +783,7 @@ SEEDS = {
         subspaced("lora", 2),
         subspaced("full", 0),
     ],
+    "size.Run": [widened(2), widened(0)],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],
@@ -1586,9 +1625,9 @@ def flat(width):
 
 def spanned(plan):
     """What is run from where, and what is measured; in short windows, the bases with one layer."""
-    intrinsic.pretrained.cache_clear()
-    little = mock.patch.multiple(intrinsic, EDGES=0, shape=flat)
-    with little, mock.patch.object(common, "LENGTH", 16):
+    pretrain.pretrained.cache_clear()
+    few, little = mock.patch.object(intrinsic, "EDGES", 0), mock.patch.object(pretrain, "shape", flat)
+    with few, little, mock.patch.object(common, "LENGTH", 16):
         rows = intrinsic.run(plan, next(outs), jobs=1)
     names = ("kind", "target", "width", "pretrained", "method", "size", "rate", "seed", "texts")
     numbers = ("test", "accuracy", "parameters")
@@ -1662,6 +1701,77 @@ def spanned_by_hand(plan):
         "valid": sorted(valid),
         "start": sorted(starts),
         "final": sorted(finals),
+    }
+
+
+def broadened(plan):
+    """What is run from which width, and what is measured; the bases have one layer."""
+    pretrain.pretrained.cache_clear()
+    with mock.patch.object(wide, "EDGES", 0), mock.patch.object(pretrain, "shape", flat):
+        rows = wide.run(plan, next(outs), jobs=1)
+    names = ("kind", "width", "rank", "rate", "seed", "texts")
+    return {
+        "runs": sorted(json.dumps([row["config"][name] for name in names]) for row in rows),
+        "valid": sorted((row["valid"], row["parameters"]) for row in rows if "valid" in row),
+        "test": sorted((row["test"], row["parameters"]) for row in rows if row["config"]["kind"] == "final"),
+        "base": [
+            (row["test"], row["own"], row["parameters"]) for row in rows if row["config"]["kind"] == "base"
+        ],
+    }
+
+
+@functools.cache
+def broadened_base(width, steps, batch):
+    model = llama(flat(width), np.random.default_rng(0))
+    windows = batching.batches(CORPORA["shakespeare"].train, np.random.default_rng([0, 1]), batch, LENGTH)
+    optimizer = AdamW(4e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    train(model, windows, optimizer, steps=steps, schedule=Schedule(steps, warmup=steps // 20))
+    freeze(model)
+    return model
+
+
+@functools.cache
+def broadened_model(start, target, rank, alpha, rate, seed, steps):
+    model = copy.deepcopy(broadened_base(*start))
+    if rank:
+        inject(model, LoraConfig(r=rank, alpha=alpha), rng=np.random.default_rng([seed, 0]))
+    else:
+        unfreeze(model)
+    windows = batching.batches(CORPORA[target].train, np.random.default_rng([seed, 1]), start[2], LENGTH)
+    schedule = Schedule(steps, warmup=steps // 20)
+    train(model, windows, AdamW(rate, betas=(0.9, 0.99)), steps=steps, schedule=schedule)
+    return model
+
+
+def broadened_by_hand(plan):
+    texts = [CORPORA[name].digest for name in (plan.target, "shakespeare")]
+    runs, found = [], {"valid": [], "test": [], "base": []}
+
+    def loss(model, part, name=plan.target):
+        count = plan.valid_windows if part == "valid" else plan.test_windows
+        ids = getattr(CORPORA[name], part)
+        return evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=LENGTH * count))
+
+    def count(params):
+        return sum(p.size for p in params.values())
+
+    for width in plan.widths:
+        start = width, plan.pretraining, plan.batch
+        base = broadened_base(*start)
+        runs.append(("base", width, 0, 0.0, 0, texts))
+        found["base"].append(
+            (loss(base, "test"), loss(base, "test", "shakespeare"), count(named_params(base)))
+        )
+        arms = [(0, rate) for rate in plan.full_rates] + [(r, x) for r in plan.ranks for x in plan.rates]
+        for rank, rate in arms:
+            search = "search", "valid", plan.search_steps, [1000]
+            for kind, part, steps, seeds in (search, ("final", "test", plan.steps, range(plan.seeds))):
+                for seed in seeds:
+                    model = broadened_model(start, plan.target, rank, plan.alpha, rate, seed, steps)
+                    found[part].append((loss(model, part), count(trained(model))))
+                    runs.append((kind, width, rank, rate, seed, texts))
+    return {"runs": sorted(map(json.dumps, runs)), "base": found["base"]} | {
+        part: sorted(found[part]) for part in ("valid", "test")
     }
 
 
@@ -2066,6 +2176,26 @@ CASES = {
             "base": ("two", "valid start final"),
             "test_windows": (8, "start final"),
             "valid_windows": (9, "valid"),
+        },
+    ),
+    wide.Plan: Case(
+        WIDTHS,
+        broadened,
+        broadened_by_hand,
+        {
+            "target": ("kjv", "runs valid test base"),
+            "widths": ((8,), ALL),
+            "ranks": ((3,), "runs valid test"),
+            "alpha": (8.0, "valid test"),
+            "rates": ((0.05,), "runs valid test"),
+            "full_rates": ((0.001,), "runs valid test"),
+            "pretraining": (5, "valid test base"),
+            "steps": (8, "test"),
+            "search_steps": (5, "valid"),
+            "seeds": (2, "runs test"),
+            "batch": (2, "valid test base"),
+            "test_windows": (10, "test base"),
+            "valid_windows": (11, "valid"),
         },
     ),
     which.Plan: Case(

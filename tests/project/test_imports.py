@@ -33,6 +33,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.rivals_figures",
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
     "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
+    "experiments.size", "experiments.size_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.dimension",
     "claims.choices", "claims.starts", "claims.full",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
@@ -41,7 +42,7 @@ ORDER = [  # a wing or a file stands above all that it imports
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
-    "initialisation", "merging", "intrinsic_", "rivals",
+    "initialisation", "merging", "intrinsic_", "rivals", "size",
 )  # fmt: skip
 QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
