@@ -45,9 +45,12 @@ if TYPE_CHECKING:
     from .fast.packed import PackedRun, train_packed
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
+    from .methods.bottleneck import BottleneckConfig
     from .methods.intrinsic import subspace
+    from .methods.prefixes import PrefixTuningConfig, PromptTuningConfig
     from .methods.quantize import quantize
     from .methods.starts import StartConfig, as_lora, lora_ga, olora, pissa, weight_gradients
+    from .methods.vectors import IA3Config, VeraConfig
     from .peft.folder import open_adapter
     from .peft.loading import load_adapter, save_adapter
     from .serve.bank import Bank
@@ -73,9 +76,12 @@ LATER = {  # imported on first use
     "fast.packed": ("PackedRun", "train_packed"),
     "formats.huggingface": ("checkpoint", "load", "save_model"),
     "formats.tokenizer": ("decode", "encode"),
+    "methods.bottleneck": ("BottleneckConfig",),
     "methods.intrinsic": ("subspace",),
+    "methods.prefixes": ("PrefixTuningConfig", "PromptTuningConfig"),
     "methods.quantize": ("quantize",),
     "methods.starts": ("StartConfig", "as_lora", "lora_ga", "olora", "pissa", "weight_gradients"),
+    "methods.vectors": ("IA3Config", "VeraConfig"),
     "peft.folder": ("open_adapter",),
     "peft.loading": ("load_adapter", "save_adapter"),
     "serve.bank": ("Bank",),
@@ -87,13 +93,14 @@ MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
-    "AdamW", "Bank", "Config", "Engine", "Llama", "LoraConfig", "PackedRun", "Plan", "Request", "Schedule",
-    "StartConfig", "add_weighted_adapter", "as_lora", "batches", "checkpoint", "combine", "complete",
-    "compress", "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches",
-    "evaluate", "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load",
-    "load_adapter", "lora_ga", "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params",
-    "olora", "open_adapter", "participation_ratio", "pissa", "plots", "quantize", "quantize_checkpoint",
-    "remove", "save_adapter", "save_model", "scales", "serve_bench", "set_adapter", "set_scale", "spectrum",
+    "AdamW", "Bank", "BottleneckConfig", "Config", "Engine", "IA3Config", "Llama", "LoraConfig", "PackedRun",
+    "Plan", "PrefixTuningConfig", "PromptTuningConfig", "Request", "Schedule", "StartConfig", "VeraConfig",
+    "add_weighted_adapter", "as_lora", "batches", "checkpoint", "combine", "complete", "compress", "corpus",
+    "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
+    "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
+    "lora_ga", "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params", "olora",
+    "open_adapter", "participation_ratio", "pissa", "plots", "quantize", "quantize_checkpoint", "remove",
+    "save_adapter", "save_model", "scales", "serve_bench", "set_adapter", "set_scale", "spectrum",
     "spectrum_between", "stable_rank", "subspace", "sweep", "train", "train_packed", "trained", "unfreeze",
     "unmerge", "use", "weight_gradients",
 ]  # fmt: skip

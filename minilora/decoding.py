@@ -6,7 +6,7 @@ Stands in for transformers' generate; leaves out beams, penalties and batches of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from .backend import Array, keep_memory, quiet_overflow, to_device, to_host, xp
 from .errors import InputError, short
 from .model import Llama, Turn
-from .ops import attend_one, attention
+from .ops import Back, attend_one, attention, back_nothing
 from .tree import dtype_of
 
 
@@ -27,13 +27,23 @@ class KVCache:
     v: Array
     seen: int = 0
 
-    def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """Add the next T positions; return their attention (N, H, T, E) over themselves and all earlier."""
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Back]:
+        """Add the next T positions; return their attention (N, H, T, E) over themselves and all earlier.
+
+        Where there are more keys than queries, a prefix stands before them: it gets room of its own.
+        """
+        if more := k.shape[2] - q.shape[2]:
+            self.grow(more)
         start, self.seen = self.seen, self.seen + k.shape[2]
         self.k[:, :, start : self.seen] = k
         self.v[:, :, start : self.seen] = v
         k, v = self.k[:, :, : self.seen], self.v[:, :, : self.seen]
-        return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0]
+        return attend_one(q, k, v) if q.shape[2] == 1 else attention(q, k, v)[0], back_nothing
+
+    def grow(self, more: int) -> None:
+        """Room for more positions, while there is nothing in it."""
+        N, G, S, E = self.k.shape
+        self.k, self.v = xp.empty((2, N, G, S + more, E), self.k.dtype)
 
 
 @dataclass(eq=False)
@@ -46,12 +56,27 @@ class Past:
 
     tables: Turn  # cos and sin (S, H*E)
     caches: list[KVCache]  # one per layer
+    longer: Callable[[int], Turn]  # S -> tables
+    seen: int = 0  # positions so far
+
+    def new(self, x: Array, T: int) -> Array:
+        """All of x (N, T or more, D) at first; then the last T rows, since the caches hold what is before.
+
+        Rows before the text's, a prompt's, get room of their own.
+        """
+        if self.seen:
+            return x[:, -T:]
+        if more := x.shape[1] - T:
+            self.tables = self.longer(len(self.tables[0]) + more)
+            for cache in self.caches:
+                cache.grow(more)
+        return x
 
     def turn(self, T: int) -> Turn:
         """The tables of the next T positions."""
         cos, sin = self.tables
-        seen = self.caches[0].seen
-        return cos[seen : seen + T], sin[seen : seen + T]
+        start, self.seen = self.seen, self.seen + T
+        return cos[start : self.seen], sin[start : self.seen]
 
     def last(self, x: Array) -> Array:
         """The last position alone, x (N, T, D) -> (N, 1, D): it gives the next token."""
@@ -63,7 +88,8 @@ def past_of(model: Llama, N: int, S: int) -> Past:
     c = model.config
     dtype = dtype_of(model)
     shape = (c.num_hidden_layers, 2, N, c.num_key_value_heads, S, c.E)
-    return Past(model.tables(S, dtype), [KVCache(k, v) for k, v in xp.empty(shape, dtype)])
+    caches = [KVCache(k, v) for k, v in xp.empty(shape, dtype)]
+    return Past(model.tables(S, dtype), caches, lambda S: model.tables(S, dtype))
 
 
 def generate(

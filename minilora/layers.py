@@ -105,14 +105,15 @@ class Factors(NamedTuple):
 class Adapter(Protocol):
     """A change of a frozen layer: the contract of LowRank and of everything in methods/.
 
-    An embedding's adapter also has `attend(base, x, need)`, as a Table has.
+    An embedding's adapter also has `attend(base, x, need)`, as a Table has; attention's takes all that
+    attention takes.
     """
 
     def __call__(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:
         """The changed layer's output and backward, as a Layer's; `base` is the layer that it changes."""
 
     def merged(self, base: Any, /) -> Layer:
-        """A plain, frozen layer that does the same."""
+        """A plain, frozen layer that does the same; UnsupportedError where there is none."""
 
     def change(self, base: Any, /) -> Factors | Array | None:
         """ΔW: thin factors if it is their product, else dense (O, I); None where there is no matrix."""

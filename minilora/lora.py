@@ -25,7 +25,7 @@ from .layers import Adapter, AdapterConfig, Dropout, Factors, Layer, Linear, Nee
 from .ops import Back, back_same, rows
 from .table import Table, report
 from .targets import with_head
-from .tree import children, freeze, named_params, replace, size
+from .tree import children, freeze, named_params, replace, size, walk
 
 
 @dataclass(eq=False)
@@ -91,10 +91,10 @@ class Adapted:
     active: str | None = None
     merged: Any = None  # a plain layer next to the base, which is never written
 
-    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+    def __call__(self, x: Array, need: Need = Need.ALL, *how: Any) -> tuple[Array, Back]:
         if self.active is None or self.merged is not None:
-            return self.plain(need)(x, need)
-        return self.adapters[self.active](self.base, x, need)
+            return self.plain(need)(x, need, *how)
+        return self.adapters[self.active](self.base, x, need, *how)
 
     def attend(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         """The logits (..., V) of x (..., D): the layer as a tied head."""
@@ -155,14 +155,18 @@ def row_of(path: str, base: Any, adapter: Adapter) -> Row:
     """The report's row for one adapter."""
     pair = adapter.low_rank
     r, scale = (len(pair.A.data), pair.scale) if pair else (None, None)
-    return Row(path, tuple(base.weight.shape), r, scale, type(adapter).__name__, size(adapter))
+    weight = next(iter(named_params(base).values()))  # of attention, that of q_proj
+    return Row(path, tuple(weight.shape), r, scale, type(adapter).__name__, size(adapter))
 
 
 def owners(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, layer) of every layer that owns parameters; an adapted layer counts as one."""
+    """(path, layer) of every layer that owns parameters or is adapted, without adapters in their paths."""
     for name, child in children(tree):
         at = f"{path}.{name}" if path else name
-        if isinstance(child, Adapted) or any(isinstance(p, Param) for _, p in children(child)):
+        if isinstance(child, Adapted):
+            yield at, child
+            yield from owners(child.base, at)  # of an adapted attention, its maps
+        elif any(isinstance(p, Param) for _, p in children(child)):
             yield at, child
         else:
             yield from owners(child, at)
@@ -185,15 +189,17 @@ def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name:
 
     The base is only read. `rng` draws A and, later, the dropout masks. A tied head that is adapted is untied,
     as in PEFT. An error leaves the model as it was: ConfigError for no config or a rank that does not fit,
-    MismatchError for a name that matches nothing, InputError for a name in use, StateError for a merged model
-    or a tied head whose embedding is already adapted.
+    MismatchError for a name that matches nothing, InputError for a name in use, StateError for a merged
+    model, a tied head whose embedding is already adapted, or an adapter inside of another.
     """
     if isinstance(config, type) or not isinstance(config, AdapterConfig):
         raise ConfigError(f"config is {short(config)}; expected an adapter config, ml.LoraConfig(r=8)")
     check_name(model, name)
     layers = with_head(model, bases(model))
     new = config.fresh(layers, rng)
-    result = Report(tuple(row_of(path, layers[path], a) for path, a in new.items()), size(layers))
+    check_apart(new, unmerged(model))
+    whole = dict(walk(model)) | layers
+    result = Report(tuple(row_of(path, whole[path], a) for path, a in new.items()), size(layers))
     if "lm_head" in new and model.lm_head is None:
         untie(model)
     attach(model, new, name)
@@ -208,9 +214,17 @@ def check_name(model: Any, name: str) -> None:
         raise InputError(f"adapter {name!r} is there already; expected a new name")
 
 
+def check_apart(new: Mapping[str, Adapter], adapted: Mapping[str, Adapted]) -> None:
+    """StateError if an adapter would stand inside of another, or around it."""
+    for path in new:
+        for other in adapted:
+            if path.startswith(f"{other}.") or other.startswith(f"{path}."):
+                raise StateError(f"{path} cannot be adapted beside {other}; start from a fresh model")
+
+
 def attach(model: Any, new: Mapping[str, Adapter], name: str) -> None:
     """Put adapters (path -> adapter) next to their layers, under one name, and activate it."""
-    layers = dict(owners(model))
+    layers = dict(walk(model))
     for path, adapter in new.items():
         layer = layers[path]
         if not isinstance(layer, Adapted):
@@ -274,7 +288,8 @@ def merged_layers(model: Any) -> dict[str, Layer]:
 def merge(model: Any) -> None:
     """Compute W + ΔW once for every adapted layer, so that the adapter costs nothing (section 4.1).
 
-    The base keeps its weights. NonFiniteError leaves the model unmerged; StateError if it is merged already.
+    The base keeps its weights. StateError if it is merged already; NonFiniteError, or UnsupportedError for an
+    adapter that no weight can hold (a bottleneck, a prefix), leaves the model unmerged.
     """
     layers = unmerged(model)
     for path, plain in merged_layers(model).items():
@@ -291,7 +306,7 @@ def unmerge(model: Any) -> None:
 
 
 def fuse(model: Any) -> None:
-    """Make the model a plain one with W + ΔW in its layers and no adapters; NonFiniteError as in `merge`."""
+    """Make the model a plain one with W + ΔW in its layers and no adapters; errors as in `merge`."""
     plain = merged_layers(model)
     for path, layer in adapted(model).items():
         replace(model, path, plain.get(path, layer.base))

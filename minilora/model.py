@@ -124,7 +124,11 @@ Turn = tuple[Array, Array]  # rope's cos and sin (T, H*E) of T positions
 class Cache(Protocol):
     """Keys and values of earlier positions, in one layer (decoding.py)."""
 
-    def attend(self, q: Array, k: Array, v: Array) -> Array:
+    @property
+    def seen(self) -> int:
+        """How many positions it holds."""
+
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Back]:
         """The attention (N, H, T, E) of the next positions over themselves and all earlier ones."""
 
 
@@ -134,6 +138,9 @@ class Past(Protocol):
     @property
     def caches(self) -> Sequence[Cache]:
         """One for each layer."""
+
+    def new(self, x: Array, T: int) -> Array:
+        """Of the embedding's result x for T ids, what the caches do not hold yet."""
 
     def turn(self, T: int) -> Turn:
         """The tables of the next T positions."""
@@ -169,11 +176,8 @@ class Attention:
         q, unturn_q = rope(q, *turn, self.head_dim) if turn else (q, back_same)
         k, unturn_k = rope(k, *turn, self.head_dim) if turn else (k, back_same)
         q, k, v = (heads(x, self.head_dim) for x in (q, k, v))  # (N, H or G, T, E)
-        if cache is None:
-            a, back_a = attention(q, k, v, causal=turn is not None)
-        else:
-            a, back_a = cache.attend(q, k, v), back_nothing
-        need_a = after(need, [self.q_proj, self.k_proj, self.v_proj])
+        a, back_a = cache.attend(q, k, v) if cache else attention(q, k, v, causal=turn is not None)
+        need_a = after(need, [self.q_proj, self.k_proj, self.v_proj, cache])
         y, back_o = self.o_proj(unheads(a), need_a)
         if need_a is not Need.ALL:
             return y, back_o
@@ -294,7 +298,9 @@ class Llama:
         x, back = decoder.embed_tokens(ids, need)
         if (need := after(need, decoder.embed_tokens)) is Need.ALL:
             backs.append(back)
-        T = ids.shape[1]
+        if past:
+            x = past.new(x, ids.shape[1])
+        T = x.shape[1]  # more than the ids where the embedding puts rows before them
         turn = past.turn(T) if past else self.tables(T, x.real.dtype)
         for i, block in enumerate(decoder.layers):
             x, back = block(x, turn, need, past.caches[i] if past else None)
@@ -330,8 +336,10 @@ class Llama:
         return value, back
 
     def tables(self, positions: int, dtype: Any) -> Turn:
-        """Rope's cos and sin (positions, H*E), from position 0 on."""
+        """Rope's cos and sin (positions, H*E), from 0 on; InputError for more than the model takes."""
         c = self.config
+        if positions > c.max_position_embeddings:
+            raise InputError(f"{positions} positions; the model takes at most {c.max_position_embeddings}")
         inverse = rope_frequencies(c.E, c.rope_theta)
         inverse = c.rope_scaling(inverse) if c.rope_scaling else inverse
         return rope_tables(xp.arange(positions), c.num_attention_heads, inverse, dtype)

@@ -89,6 +89,15 @@ def find_targets(
     return targeted
 
 
+def find_linears(layers: Mapping[str, Layer], targets: str | re.Pattern[str] | Sequence[str]) -> list[str]:
+    """The paths that `targets` means, as `find_targets`; ConfigError for an embedding."""
+    paths = find_targets(layers, targets)
+    for path in paths:
+        if not isinstance(layers[path], Linear):
+            raise ConfigError(f"targets: {path} is an embedding; expected linear maps")
+    return paths
+
+
 def in_layers(numbers: Sequence[int], paths: Sequence[str]) -> list[str]:
     """The paths that lie in the layers of these numbers; ConfigError for a number that none lies in."""
     layer = {path: int(match[1]) for path in paths if (match := LAYER.match(path))}

@@ -40,11 +40,30 @@ from nbformat import v4
 HERE = Path(__file__).resolve().parent
 LESSONS = (
     "1_lora_from_one_equation", "2_merging_costs_nothing", "3_which_rank", "4_under_the_microscope",
-    "5_four_bits", "6_adding_adapters", "7_a_thousand_adapters",
+    "5_four_bits", "6_adding_adapters", "7_a_thousand_adapters", "8_low_rank_low_dimension",
+    "9_what_to_adapt_and_how",
 )  # fmt: skip
-READ = {  # lesson -> the file that it reads, and what makes it
-    LESSONS[2]: (HERE.parent / "figures/rows.jsonl", "minilora sweep --out figures"),
-    LESSONS[6]: (HERE.parent / "benchmarks/results/serving.json", "python benchmarks/serving.py"),
+
+
+def experiments(*names):
+    """Where a copy of a lesson finds the rows of experiments -> the rows, and what makes them."""
+    folders = {name: f"figures/{name}" for name in names}
+    return {
+        f"{name}/rows.jsonl": (
+            HERE.parent / folder / "rows.jsonl",
+            f"minilora experiment {name} --out {folder}",
+        )
+        for name, folder in folders.items()
+    }
+
+
+READ = {  # lesson -> where a copy of it finds each file that it reads -> the file, and what makes it
+    LESSONS[2]: {"rows.jsonl": (HERE.parent / "figures/rows.jsonl", "minilora sweep --out figures")},
+    LESSONS[6]: {
+        "serving.json": (HERE.parent / "benchmarks/results/serving.json", "python benchmarks/serving.py")
+    },
+    LESSONS[7]: experiments("known-rank", "subspaces", "intrinsic-dimension"),
+    LESSONS[8]: experiments("which-matrices", "scale", "initialisation"),
 }
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.(?P<decimals>\d+))?(?:e(?P<power>[-+]\d+))?")
@@ -302,8 +321,8 @@ def main(argv=None):
     names = [Path(name).stem for name in args.names] or list(LESSONS)
     if unknown := set(names) - set(LESSONS):
         parser.error(f"there is no lesson {min(unknown)!r}; there are {', '.join(LESSONS)}")
-    read = [READ[name] for name in names if name in READ]
-    for path, command in read:
+    read = {place: file for name in names for place, file in READ.get(name, {}).items()}
+    for path, command in read.values():
         if not path.exists():
             print(f"{path.relative_to(HERE.parent)} is missing; `{command}` makes it", file=sys.stderr)
             return 1
@@ -311,8 +330,9 @@ def main(argv=None):
         args.student.mkdir(parents=True, exist_ok=True)
         for name in names:
             (args.student / f"{name}.ipynb").write_text(written(student(notebook(name))), encoding="utf-8")
-        for path, _ in read:
-            shutil.copyfile(path, args.student / path.name)
+        for place, (path, _) in read.items():
+            (args.student / place).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, args.student / place)
         return 0
     nbs = {name: notebook(name, claims=True) for name in names}
     missing = set(lacking(nbs.values()))

@@ -71,8 +71,10 @@ HARNESS = "experiments/harness.py"
 PRETRAIN = "experiments/pretrain.py"
 STARTS, BEGIN = "methods/starts.py", "experiments/initialisation.py"
 BEGUN = "experiments/initialisation_figures.py"
+RIVALS, RIVALLED = "experiments/rivals.py", "experiments/rivals_figures.py"
 SPACE, DIMENSION = "methods/intrinsic.py", "experiments/intrinsic_dimension.py"
 
+VECTORS, BOTTLE, PREFIXES = "methods/vectors.py", "methods/bottleneck.py", "methods/prefixes.py"
 DIGITS, VIT, DIFFUSION = "data/digits.py", "vision/vit.py", "vision/diffusion.py"
 TASKS, ASKS, READS = (f"experiments/beyond_{name}.py" for name in ("tasks", "language", "figures"))
 
@@ -90,6 +92,7 @@ MUTANTS = (
     Mutant("missing-extra-not-named", DIGITS, "minilora[vision]", "scikit-learn", "digits"),
     Mutant("nothing-to-draw-from", DIGITS, "if not len(images.labels):", "if False:", "digits"),
     Mutant("no-order-but-causal", "model.py", "causal=turn is not None", "causal=True", "vit"),
+    Mutant("prefix-of-an-image-causal", PREFIXES, "causal=turn is not None", "causal=True", "vit"),
     Mutant("causal-mask-for-all", "ops.py", "if causal and (t := of.stop - start) > 1:", "if (t := of.stop - start) > 1:", "ops vit"),
     Mutant("tiles-see-all-keys", "ops.py", "if causal else S\n", "if causal else S - T + of.stop\n", "ops"),
     Mutant("patches-are-columns", VIT, "return x.reshape(-1, ROW, PATCH, ROW, PATCH).swapaxes(2, 3)", "return x.reshape(-1, ROW, PATCH, ROW, PATCH).swapaxes(2, 4)", "vit"),
@@ -187,8 +190,8 @@ MUTANTS = (
     Mutant("adapter-of-one-base-only", "peft/loading.py", "filter(None, (quantized_from, base_print(model)))",
            "filter(None, (quantized_from or base_print(model),))", "finetune"),
     Mutant("four-bit-codes-writable", FOUR, "        a.flags.writeable = False\n", "        pass\n", "four_bit"),
-    Mutant("folded-keeps-a-packed-weight-decoded", "fast/folded.py", "dense = not layer.base.weight.packed",
-           "dense = True", "quantize"),
+    Mutant("folded-keeps-a-packed-weight-decoded", "fast/folded.py", "if plain and not layer.base.weight.packed:",
+           "if plain:", "quantize"),
     Mutant("packed-weight-unfrozen", "tree.py", "    check_trainable(params)\n    for p", "    for p", "quantize"),
     Mutant("packed-weight-trained-by-freeze", "tree.py", "    check_trainable(kept)\n", "", "quantize"),
     Mutant("replica-shares-the-gradient", "tree.py", "    twin.grad = None\n", "", "quantize"),
@@ -347,6 +350,77 @@ MUTANTS = (
     Mutant("B-starts-at-random", "methods/lora_config.py", "draw((O, r), \"gaussian\" if self.init == \"both\" else \"zero\")", "draw((O, r), \"gaussian\")", "lora"),
     Mutant("A-drawn-too-wide", "methods/lora_config.py", "1 / math.sqrt(shape[1])", "math.sqrt(3 / shape[1])", "lora"),
     Mutant("alpha-pattern-ignored", "methods/lora_config.py", "pick(path, self.alpha_pattern, self.alpha)", "self.alpha", "lora"),
+    # ---- the rivals
+    Mutant("vera-d-of-the-outputs", VECTORS, "b.add_grad(G @ d.data)", "b.add_grad(G.sum(1))", "vectors rivals"),
+    Mutant("vera-gradient-without-b", VECTORS, "du = d.data * ((b.data * dy_) @ B)", "du = d.data * (dy_ @ B)", "vectors"),
+    Mutant("vera-B-in-no-gradient", VECTORS, "G = B * (dy_.T @ u)", "G = dy_.T @ u", "vectors rivals"),
+    Mutant("vera-gradient-of-x-where-none-is-needed", VECTORS, "            if need is Need.ALL:\n                du", "            if True:\n                du", "vectors"),
+    Mutant("vera-merged-without-d", VECTORS, "self.d.data[:, None] * A, 1.0", "A, 1.0", "vectors rivals"),
+    Mutant("vera-b-starts-at-random", VECTORS, "Param(xp.zeros(W.shape[0], first.dtype))", "Param(xp.full(W.shape[0], 0.1, first.dtype))", "rivals vectors"),
+    Mutant("vera-d-starts-at-one", VECTORS, "d_initial: float = 0.1", "d_initial: float = 1.0", "vectors"),
+    Mutant("vera-takes-the-last-columns", VECTORS, "self.A[:, :I]", "self.A[:, -I:]", "vectors"),
+    Mutant("vera-drawn-too-narrow", VECTORS, "math.sqrt(6 / shape[1])", "math.sqrt(3 / shape[1])", "vectors"),
+    Mutant("vera-resumes-beside-any-matrices", VECTORS, 'of_arrays([("A", A), ("B", B)])', '""', "vectors"),
+    Mutant("ia3-starts-at-zero", VECTORS, "kind(Param(xp.ones(n,", "kind(Param(xp.zeros(n,", "rivals vectors"),
+    Mutant("ia3-gradient-of-the-scaled-output", VECTORS, "rows(dy), rows(y)))", "rows(dy), rows(s.data * y)))", "vectors rivals"),
+    Mutant("ia3-gradient-not-scaled-on-the-way-back", VECTORS, "return back_base(s.data * dy)", "return back_base(dy)", "vectors"),
+    Mutant("ia3-merged-leaves-the-bias", VECTORS, "Param(s * b.data, trainable=False)", "Param(b.data, trainable=False)", "vectors"),
+    Mutant("ia3-merged-scales-rows-for-columns-if-square", VECTORS, "base.weight.dense() * self.scale.data, trainable", "(base.weight.dense().T * self.scale.data).T if len(set(base.weight.shape)) == 1 else base.weight.dense() * self.scale.data, trainable", "vectors"),
+    Mutant("ia3-on-the-way-in-without-its-gradient", VECTORS, "after(need, self))", "need)", "vectors rivals"),
+    Mutant("ia3-scales-the-mlp-on-its-way-out", VECTORS, 'feedforward: str | Sequence[str] = "down_proj"', "feedforward: str | Sequence[str] = ()", "vectors rivals"),
+    Mutant("ia3-change-of-the-whole-weight", VECTORS, "return (self.scale.data - 1)[:, None]", "return self.scale.data[:, None]", "vectors"),
+    Mutant("ia3-no-check-of-feedforward", VECTORS, "if other := sorted(set(inner) - set(targets)):", "if other := []:", "vectors"),
+    Mutant("bottleneck-without-its-residual", BOTTLE, "return y + z, back", "return z, back", "bottleneck rivals"),
+    Mutant("bottleneck-gradient-without-its-residual", BOTTLE, "back_base(dy + d)", "back_base(d)", "bottleneck"),
+    Mutant("bottleneck-reads-the-bases-input-if-square", BOTTLE, "h, back_down = self.down(y, need)", "h, back_down = self.down(x if x.shape == y.shape else y, need)", "bottleneck"),
+    Mutant("bottleneck-up-without-a-gradient-of-its-input", BOTTLE, "after(need, self.down))", "need)", "bottleneck rivals"),
+    Mutant("bottleneck-gradient-of-x-where-none-is-needed", BOTTLE, "if need is Need.ALL else None", "if need is not None else None", "bottleneck"),
+    Mutant("bottleneck-starts-beside-the-base", BOTTLE, "xp.zeros(shape, W.dtype) for", "xp.full(shape, 0.01, W.dtype) for", "rivals bottleneck"),
+    Mutant("bottleneck-merged-into-the-base", BOTTLE, 'raise UnsupportedError("a bottleneck adapter is not linear and cannot be merged; use it as it is")', "return base", "bottleneck"),
+    Mutant("bottleneck-drawn-by-its-width", BOTTLE, "1 / math.sqrt(O)", "1 / math.sqrt(m)", "bottleneck"),
+    Mutant("houlsby-behind-the-mlp-alone", BOTTLE, '("o_proj", "down_proj"), ("down_proj",)', '("down_proj",), ("down_proj",)', "bottleneck rivals"),
+    Mutant("prefix-behind-the-text", PREFIXES, "xp.concatenate([before, x], 2)", "xp.concatenate([x, before], 2)", "prefixes rivals"),
+    Mutant("prefix-gradient-of-the-first-text", PREFIXES, ".sum(0, keepdims=True)", "[:1]", "prefixes rivals"),
+    Mutant("prefix-gradient-of-the-last-rows", PREFIXES, "unheads(d[:, :, :P]", "unheads(d[:, :, -P:]", "prefixes rivals"),
+    Mutant("prefix-values-are-its-keys", PREFIXES, "behind(values, v))", "behind(keys, v))", "prefixes rivals"),
+    Mutant("prefix-of-the-cache-in-every-step", PREFIXES, "        if self.seen:\n", "        if False:\n", "prefixes rivals"),
+    Mutant("prefix-never-in-the-cache", PREFIXES, "        if self.seen:\n", "        if self.cache:\n", "prefixes rivals"),
+    Mutant("prefix-drawn-large", PREFIXES, "W.shape[0]), 0.2, W.dtype)", "W.shape[0]), 1.0, W.dtype)", "prefixes"),
+    Mutant("prefix-as-wide-as-the-queries", PREFIXES, '["k_proj"]', '["q_proj"]', "prefixes rivals"),
+    Mutant("prefix-moves-the-texts-positions", "decoding.py", "start, self.seen = self.seen, self.seen + T", "start = self.caches[0].seen; self.seen = start + T", "rivals prefixes"),
+    Mutant("prefix-takes-the-texts-room", "decoding.py", "if more := k.shape[2] - q.shape[2]:", "if more := min(0, q.shape[2]):", "rivals prefixes"),
+    Mutant("prefix-gets-no-gradient-in-the-lowest-layer", "model.py", "self.v_proj, cache])", "self.v_proj])", "rivals prefixes"),
+    Mutant("adapters-within-adapters", "lora.py", "    check_apart(new, unmerged(model))\n", "", "prefixes"),
+    Mutant("adapters-around-adapters", "lora.py", ' or other.startswith(f"{path}."):', ":", "prefixes"),
+    Mutant("maps-of-an-adapted-attention-unseen", "lora.py", "            yield from owners(child.base, at)  # of an adapted attention, its maps\n", "", "prefixes"),
+    Mutant("prefix-served-from-slots", "serve/slots.py", '        raise UnsupportedError("prefix tuning cannot be served from slots; use generate")\n', "        return 0\n", "prefixes"),
+    Mutant("prompt-behind-the-text", PREFIXES, "xp.concatenate([before, x], 1)", "xp.concatenate([x, before], 1)", "prefixes rivals"),
+    Mutant("prompt-gradient-of-the-first-text", PREFIXES, "dx[:, :P].sum(0)", "dx[0, :P]", "prefixes rivals"),
+    Mutant("prompt-rows-are-the-first-tokens", PREFIXES, "rows = E[to_device(rng.integers(0, len(E), P))]", "rows = E[:P].copy()", "prefixes"),
+    Mutant("prompt-cuts-off-the-end", PREFIXES, "base(x[:, P:], need)", "base(x[:, :-P], need)", "prefixes rivals"),
+    Mutant("prompt-gradient-at-the-start", PREFIXES, "dx[:, P:] = back_base(dy)", "dx[:, :-P] = back_base(dy)", "prefixes rivals"),
+    Mutant("prompt-cut-from-what-a-cache-asks-for", PREFIXES, "if shape[1] == 1:", "if False:", "rivals"),
+    Mutant("prompt-in-every-step", "decoding.py", "            return x[:, -T:]\n", "            return x\n", "rivals prefixes"),
+    Mutant("prompt-lost-before-a-cache", "decoding.py", "        if self.seen:\n            return x", "        if self.seen + 1:\n            return x", "rivals prefixes"),
+    Mutant("prompt-without-room-in-the-cache", "decoding.py", "                cache.grow(more)\n", "                cache.grow(0)\n", "rivals prefixes"),
+    Mutant("prompt-not-in-the-positions", "model.py", "T = x.shape[1]  #", "T = ids.shape[1]  #", "rivals"),
+    Mutant("positions-beyond-the-last", "model.py", "if positions > c.max_position_embeddings:", "if False:", "prefixes"),
+    Mutant("prompt-served-from-slots", "serve/slots.py", "        if x.shape[1] != T:\n", "        if False:\n", "prefixes"),
+    Mutant("prompt-merged-into-the-norm", PREFIXES, """    def change(self, base: Layer) -> None:
+        \"\"\"None: no weight changes.\"\"\"
+        return None
+
+    def merged(self, base: Layer) -> NoReturn:
+        \"\"\"UnsupportedError.\"\"\"
+        raise UnsupportedError("a prompt is no change of a weight and cannot be merged; use it as it is")
+""", """    def change(self, base: Layer) -> None:
+        return None
+
+    def merged(self, base: Layer):
+        return base
+""", "prefixes"),
+    Mutant("an-embedding-among-linear-maps", "targets.py", "        if not isinstance(layers[path], Linear):\n            raise ConfigError(f\"targets: {path}",
+           "        if False:\n            raise ConfigError(f\"targets: {path}", "vectors"),
     # ---- the network and its text
     Mutant("recompute-with-fresh-masks", "fast/recompute.py", "before, strict=True):", "(), strict=False):", "recompute"),
     Mutant("recompute-turns-the-generator-back", "fast/recompute.py", "states, strict=True):", "(), strict=False):", "recompute"),
@@ -357,7 +431,7 @@ MUTANTS = (
            "self.seen, self.seen + 1", "model"),
     Mutant("cached-values-are-keys", "decoding.py", "self.v[:, :, start : self.seen] = v",
            "self.v[:, :, start : self.seen] = k", "model"),
-    Mutant("every-token-is-the-first", "decoding.py", "cos[seen : seen + T], sin[seen : seen + T]",
+    Mutant("every-token-is-the-first", "decoding.py", "cos[start : self.seen], sin[start : self.seen]",
            "cos[:T], sin[:T]", "model"),
     Mutant("head-on-the-first-position", "decoding.py", "return x[:, -1:]", "return x[:, :1]", "model"),
     Mutant("past-appended-to", "decoding.py", "        self.k[:, :, start : self.seen] = k\n",
@@ -1041,7 +1115,8 @@ MUTANTS = (
     Mutant("search-as-long-as-a-run", DIMENSION, 'plan.search_steps if run.kind == "search" else plan.steps', "plan.steps",
            "intrinsic_dimension"),
     Mutant("scales-left-out-of-said", DIMENSION, 'scales=run.method == "said"', "scales=False", "intrinsic_dimension"),
-    Mutant("pretrained-without-decay", DIMENSION, ", weight_decay=recipe.weight_decay)", ")", "intrinsic_dimension"),
+    Mutant("pretrained-without-decay", PRETRAIN, "Recipe().optimizer()", "Recipe(weight_decay=0.0).optimizer()",
+           "intrinsic_dimension"),
     Mutant("rank-over-the-longer-side", DIMENSION, "effective_rank(s) / min(shapes[path])", "effective_rank(s) / max(shapes[path])",
            "intrinsic_dimension"),
     Mutant("narrow-bases-after-the-shortest-pretraining", DIMENSION, "*_, most = plan.pretraining", "most, *_ = plan.pretraining",
@@ -1054,14 +1129,55 @@ MUTANTS = (
            "np.max(self.full.accuracy)\n        before", "intrinsic_dimension"),
     Mutant("gap-to-the-best-seed", "experiments/intrinsic_figures.py", "(before - np.median(self.full.loss))", "(before - self.full.loss.min())",
            "intrinsic_dimension"),
-    Mutant("d90-between-on-a-plain-scale", "experiments/intrinsic_figures.py", "dims[i - 1] ** (1 - t) * dims[i] ** t",
-           "dims[i - 1] * (1 - t) + dims[i] * t", "intrinsic_dimension"),
-    Mutant("d90-where-it-is-reached-last", "experiments/intrinsic_figures.py", "for i, share in enumerate(shares):",
+    Mutant("d90-between-on-a-plain-scale", "experiments/reading.py", "sizes[i - 1] ** (1 - t) * sizes[i] ** t",
+           "sizes[i - 1] * (1 - t) + sizes[i] * t", "intrinsic_dimension"),
+    Mutant("d90-where-it-is-reached-last", "experiments/reading.py", "for i, share in enumerate(shares):",
            "for i, share in reversed([*enumerate(shares)]):", "intrinsic_dimension"),
     Mutant("d90-of-a-start-that-has-it", "experiments/intrinsic_figures.py", "/ np.median(self.full.accuracy) >= LEVEL:",
            "/ np.median(self.full.accuracy) >= 2:", "intrinsic_dimension"),
     Mutant("lora-against-any-subspace", "experiments/intrinsic_figures.py", "other.loss - lora.loss", "lora.loss - other.loss",
            "intrinsic_dimension"),
+    Mutant("rank-of-a-width-searched-on-test-text", "experiments/size.py",
+           'split, windows = ("valid", plan.valid_windows)',
+           'split, windows = ("test", plan.valid_windows)', "size"),
+    Mutant("base-of-a-width-trained-in-place", "experiments/size.py",
+           "copy.deepcopy(pretrained(run, inputs))",
+           "pretrained(run, inputs)", "size"),
+    Mutant("bases-pretrained-on-the-target", "experiments/size.py",
+           "run.plan.batch, inputs.texts[OWN])",
+           "run.plan.batch, inputs.texts[run.plan.target])", "size"),
+    Mutant("bases-pretrained-as-long-as-a-run", "experiments/size.py",
+           "run.plan.pretraining, run.plan.batch",
+           "run.plan.steps, run.plan.batch", "size"),
+    Mutant("search-of-a-width-as-long-as-a-run", "experiments/size.py",
+           'steps = plan.search_steps if run.kind == "search" else plan.steps',
+           "steps = plan.steps", "size"),
+    Mutant("every-width-has-its-own-batches", "experiments/size.py",
+           "np.random.default_rng([run.seed, 1])",
+           "np.random.default_rng([run.seed, 1, run.width])", "size"),
+    Mutant("alpha-times-the-rank-for-every-width", "experiments/size.py",
+           "LoraConfig(run.rank, plan.alpha), rng=np.random",
+           "LoraConfig(run.rank, plan.alpha * run.rank), rng=np.random", "size"),
+    Mutant("search-of-a-width-ends-at-its-edge", "experiments/size.py",
+           "STEP, EDGES\n", "STEP\n", "size"),
+    Mutant("only-the-least-rank-is-checked", "experiments/size.py",
+           "LoraConfig(max(plan.ranks), plan.alpha)",
+           "LoraConfig(min(plan.ranks), plan.alpha)", "size"),
+    Mutant("own-loss-of-a-base-on-the-target", "experiments/size.py",
+           '("own", OWN))', '("own", plan.target))', "size"),
+    Mutant("gap-of-a-width-to-the-best-seed", "experiments/size_figures.py",
+           "return float(np.median(self.losses[0]))",
+           "return float(np.min(self.losses[0]))", "size"),
+    Mutant("diverged-run-of-a-width-closes-all", "experiments/size_figures.py",
+           'row.get("test", math.inf)',
+           'row.get("test", 0.0)', "size"),
+    Mutant("rank-needed-of-the-mean-seed", "experiments/size_figures.py",
+           "for some in shares.T])",
+           "for some in [shares.mean(1)] * shares.shape[1]])", "size"),
+    Mutant("parameters-of-the-highest-rank-for-the-one-needed", "experiments/size_figures.py",
+           "* count / r / self.base", "* count / self.base", "size"),
+    Mutant("the-least-rank-needed-is-exact", "experiments/size_figures.py",
+           "if r == min(arm.ranks) else", "if r < min(arm.ranks) else", "size"),
     Mutant("rate-of-a-scale-searched-on-test-text", "experiments/scale.py",
            'split, windows = ("valid", plan.valid_windows)',
            'split, windows = ("test", plan.valid_windows)', "scale"),
@@ -1108,6 +1224,34 @@ MUTANTS = (
     Mutant("diverged-run-has-no-loss", "experiments/scale_figures.py",
            'row.get("test", math.inf)',
            'row.get("test", 0.0)', "scale"),
+    # ---- the experiment with the rivals
+    Mutant("rate-of-a-rival-searched-on-test-text", RIVALS, 'split, windows = ("valid", plan.valid_windows)',
+           'split, windows = ("test", plan.valid_windows)', "rivals_experiment"),
+    Mutant("rivals-write-into-the-base", RIVALS, "model = copy.deepcopy(base)", "model = base", "rivals_experiment"),
+    Mutant("every-rival-has-its-own-batches", RIVALS, "np.random.default_rng([run.seed, draw])",
+           "np.random.default_rng([run.seed, draw, run.n + len(run.method)])", "rivals_experiment"),
+    Mutant("rivals-sized-from-zero", RIVALS, "round(1 + (goal - one)", "round((goal - one)", "rivals_experiment"),
+    Mutant("rivals-sized-to-the-next-smaller", RIVALS, "max(1, round(1 +", "max(1, int(1 +", "rivals_experiment"),
+    Mutant("a-prompt-may-leave-no-room", RIVALS, "if method == PROMPT and n > room:", "if method == PROMPT and n > 2 * room:",
+           "rivals_experiment"),
+    Mutant("a-rank-that-does-not-fit-is-met-in-its-run", RIVALS, "        if rank:\n            count(method, rank)", "        if False:\n            count(method, rank)",
+           "rivals_experiment"),
+    Mutant("norms-of-the-blocks-alone", RIVALS, 'lambda path: "norm" in path', 'lambda path: "layernorm" in path', "rivals_experiment"),
+    Mutant("biases-with-their-weights", RIVALS, 'path.endswith(".bias")', 'path.endswith((".bias", "_proj.weight"))', "rivals_experiment"),
+    Mutant("pfeiffer-where-houlsby-is", RIVALS, "BottleneckConfig(n, PFEIFFER)", "BottleneckConfig(n)", "rivals_experiment"),
+    Mutant("search-of-a-rival-ends-at-its-edge", RIVALS, "STEP, EDGES)", "STEP)", "rivals_experiment"),
+    Mutant("rivals-all-have-many-seeds", RIVALS, "plan.few_seeds if cell.rank in plan.others else plan.seeds", "plan.seeds",
+           "rivals_experiment"),
+    Mutant("every-rival-searched-from-loras-rates", RIVALS, "RATES.get(cell.method, USUAL)", "USUAL", "rivals_experiment"),
+    Mutant("loras-losses-on-a-plain-scale", RIVALLED, "np.interp(math.log(x), np.log(counts), losses)",
+           "np.interp(x, counts, losses)", "rivals_experiment"),
+    Mutant("loras-largest-stands-for-all-beyond", RIVALLED, "<= x <= counts[-1] * (1 + ALIKE)", "<= x <= counts[-1] * 9",
+           "rivals_experiment"),
+    Mutant("rivals-compared-at-one-rank", RIVALLED, "rank = rank or self.plan.rank", "rank = self.plan.rank", "rivals_experiment"),
+    Mutant("dora-counted-as-alike", RIVALLED, "/ goal - 1) <= ALIKE)", "/ goal - 1) <= 9)", "rivals_experiment"),
+    Mutant("a-rise-to-the-next-size-only-down", RIVALLED, "max((b - a for i, a", "max((a - b for i, a", "rivals_experiment"),
+    Mutant("diverged-rival-has-no-loss", RIVALLED, 'row.get("test", math.inf)', 'row.get("test", 0.0)', "rivals_experiment"),
+    Mutant("a-prompt-shown-as-merged", RIVALLED, '"prefix", PROMPT)  # what', '"prefix")  # what', "rivals_experiment"),
     # ---- the experiment with forgetting
     Mutant("forgetting-measured-on-the-target", "experiments/forgetting.py",
            '(f"own_{split}", plan.own)',
@@ -1635,8 +1779,8 @@ MUTANTS = (
            "Config(), np.random.default_rng(0)", "protocol"),
     Mutant("pretraining-seed-of-batches-dropped", PRETRAIN, "default_rng([recipe.seed, 1])",
            "default_rng([0, 1])", "protocol"),
-    Mutant("pretraining-decay-dropped", PRETRAIN, ", weight_decay=recipe.weight_decay)", ")", "protocol"),
-    Mutant("pretraining-beta-dropped", PRETRAIN, "betas=(0.9, recipe.beta2)", "betas=(0.9, 0.99)",
+    Mutant("pretraining-decay-dropped", PRETRAIN, ", weight_decay=self.weight_decay)", ")", "protocol"),
+    Mutant("pretraining-beta-dropped", PRETRAIN, "betas=(0.9, self.beta2)", "betas=(0.9, 0.99)",
            "protocol"),
     Mutant("pretraining-windows-swapped", PRETRAIN,
            '("test", recipe.test_windows), ("valid", recipe.test_windows // 4)',
@@ -2041,6 +2185,7 @@ def be_pytest(copy: Path, arguments: list[str], said: Path) -> None:
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}  # for processes of the tests
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer than most tests
     sys.dont_write_bytecode = True  # or one mutant's would be taken for the next one's
     sys.exit(pytest.main(arguments))
 
@@ -2054,7 +2199,18 @@ def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
     if missing := [file for file, _, _ in names if file not in FILES]:
         return False, f"there is no test_{missing[0]}.py"
     files = [f"{FILES[file]}{colons}{test}" for file, colons, test in names]
-    arguments = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=no", "-k", f"not ({UNFIT})"]
+    arguments = [
+        "-p",
+        "xdist.plugin",
+        "-x",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        "-k",
+        f"not ({UNFIT})",
+    ]
     arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported already
     said = copy / "said"  # what is in the base folder of temporary files belongs to this copy alone
     run = FORKS.Process(

@@ -15,10 +15,13 @@ from minilora.errors import MismatchError, UnsupportedError
 from minilora.layers import Factors, Linear, Need, Param
 from minilora.lora import LowRank, adapted, fuse, inject, merge, unmerge
 from minilora.methods.bias import WithBias
+from minilora.methods.bottleneck import Bottleneck
 from minilora.methods.dora import DoRA
 from minilora.methods.embedding import LowRankEmbedding
 from minilora.methods.full_copy import FullCopy
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.prefixes import Behind, Prefix, Prompt
+from minilora.methods.vectors import ScaledInputs, ScaledOutputs, VeRA
 from minilora.ops import rows
 from minilora.optim import AdamW
 from minilora.peft import kinds
@@ -180,6 +183,20 @@ def test_tensors_that_the_config_does_not_declare_are_refused(row, tmp_path):
 
 def test_every_kind_has_every_member_of_the_contract():
     """Every member of the contract is there, so that no caller asks which kind it has."""
-    for kind in (LowRank, LowRankEmbedding, DoRA, WithBias, FullCopy, Gated):
+    for kind in (
+        LowRank,
+        LowRankEmbedding,
+        DoRA,
+        WithBias,
+        FullCopy,
+        Gated,
+        VeRA,
+        ScaledOutputs,
+        ScaledInputs,
+        Bottleneck,
+        Prefix,
+        Prompt,
+        Behind,
+    ):
         members = {*vars(kind), *kind.__dataclass_fields__}
         assert {"__call__", "merged", "change", "low_rank"} <= members, kind

@@ -11,7 +11,6 @@ seeds vary P and the batches; every start is one model. Each ΔW is measured by 
 """
 
 import copy
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,15 +26,15 @@ from ..formats import forms
 from ..lora import inject
 from ..methods.intrinsic import Subspace, subspace
 from ..methods.lora_config import LoraConfig
-from ..model import Config, Llama, blank, llama
+from ..model import Llama, blank
 from ..optim import AdamW
 from ..spectra import effective_rank, noise_spectrum, spectrum, spectrum_between
-from ..tree import freeze, named_params, size, trained, unfreeze
+from ..tree import named_params, size, trained, unfreeze
 from . import harness, pretrain
 from .harness import LOSS, SEARCH_SEED, Inputs, Progress, Row
 from .recipe import drawn, learn, loss_on, windows
 
-OWN = "shakespeare"  # what the bases are pretrained on
+OWN = pretrain.Recipe.corpus  # what the bases are pretrained on
 BASE = 0  # the width that stands for the plan's base
 SCALE = 2.0  # s of LoRA
 STEP, EDGES = 2.0, 3  # of the search
@@ -101,23 +100,6 @@ class Run:
         return harness.id_of(asdict(self))
 
 
-def shape(width: int) -> Config:
-    """The base's shape in another width."""
-    return Config(hidden_size=width, intermediate_size=8 * width // 3)
-
-
-@functools.cache
-def pretrained(width: int, steps: int, batch: int, text: Corpus) -> Llama:
-    """Frozen random weights after so many steps on the text; made once in each process."""
-    recipe = pretrain.Recipe()
-    model = llama(shape(width), np.random.default_rng(0))
-    if steps:
-        optimizer = AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay)
-        learn(model, drawn(text, np.random.default_rng([0, 1]), batch), optimizer, steps)
-    freeze(model)
-    return model
-
-
 # ---- one run
 
 
@@ -130,7 +112,7 @@ def start(run: Run, inputs: Inputs) -> Llama:
     """θ0, frozen; nobody may change it."""
     if run.width == BASE:
         return inputs.base
-    return pretrained(run.width, run.pretrained, run.plan.batch, inputs.texts[OWN])
+    return pretrain.pretrained(run.width, run.pretrained, run.plan.batch, inputs.texts[OWN])
 
 
 def measured(run: Run, inputs: Inputs) -> Row:
@@ -237,7 +219,7 @@ def grid(plan: Plan, inputs: Inputs) -> Iterator[Run]:
 def methods(start: Run, inputs: Inputs) -> Iterator[Run]:
     """The searches from one start, without a rate: all weights, each d below their number, perhaps more."""
     plan, full = start.plan, replace(start, kind="search", seed=SEARCH_SEED)
-    parameters = size(inputs.base if start.width == BASE else blank(shape(start.width)))
+    parameters = size(inputs.base if start.width == BASE else blank(pretrain.shape(start.width)))
     dims = [d for d in plan.dims if d < parameters]
     sizes = {"subspace": dims}
     if start.width == BASE and start.target == plan.targets[0]:

@@ -15,9 +15,8 @@ from ..errors import ConfigError
 from ..table import Table
 from .harness import Row
 from .intrinsic_dimension import BASE, Plan
-from .reading import spread
+from .reading import LEVEL, crossing, spread
 
-LEVEL = 0.9  # of d90
 LOOKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"))
 Key = tuple[str, int, int]  # target, width and steps of pretraining of a start
 NUMBERS, SPACE = "numbers trained", "d, the dimension of the random subspace"
@@ -67,16 +66,6 @@ class Arm:
         if measure == "accuracy" and self.start["accuracy"] / np.median(self.full.accuracy) >= LEVEL:
             return np.zeros_like(self.full.loss)
         return np.array([crossing([*curve], some) for some in np.stack([*curve.values()]).T])
-
-
-def crossing(dims: Sequence[int], shares: np.ndarray) -> float:
-    """Where the line through (log d, share) first reaches 90%; a loss above the start's closes nothing."""
-    shares = shares.clip(0)
-    for i, share in enumerate(shares):
-        if share >= LEVEL:
-            t = (LEVEL - shares[i - 1]) / (share - shares[i - 1]) if i else 1.0
-            return float(dims[i - 1] ** (1 - t) * dims[i] ** t)
-    return math.inf
 
 
 @dataclass

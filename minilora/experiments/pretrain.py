@@ -1,9 +1,11 @@
 """The base: a tiny character-level Llama trained on Shakespeare in modern spelling, from seed to folder.
 
 All other experiments start from its checkpoint, which ships with the package. Five plays are held out in
-every spelling, so the base has not memorised what later experiments learn from them.
+every spelling, so the base has not memorised what later experiments learn from them. Bases in other widths
+are pretrained in memory, for experiments with size, and in fewer steps.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,13 +15,14 @@ import numpy as np
 
 from .. import __version__
 from ..data import corpora
+from ..data.corpora import Corpus
 from ..errors import check_int
 from ..formats import huggingface
-from ..model import Config, llama
+from ..model import Config, Llama, llama
 from ..optim import AdamW
 from ..session import begin, fit, workshop
 from ..tree import freeze, size
-from .recipe import LENGTH, drawn, loss_on
+from .recipe import LENGTH, drawn, learn, loss_on
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0), ("test_windows", 4)):
             check_int(name, getattr(self, name), least)
+
+    def optimizer(self) -> AdamW:
+        """AdamW at the start of a training."""
+        return AdamW(self.lr, betas=(0.9, self.beta2), weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def run(
         _, speed = fit(
             model,
             drawn(text, rng, recipe.batch),
-            AdamW(recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay),
+            recipe.optimizer(),
             recipe,
             length=LENGTH,
             text=text.digest,
@@ -113,3 +120,21 @@ def run(
             model, out, card, {"minilora": facts, "bos_token_id": None, "eos_token_id": None}
         )
     return Outcome(losses["test"], losses["valid"], characters, speed)
+
+
+# ---- bases in other widths
+
+
+def shape(width: int) -> Config:
+    """The base's shape in another width."""
+    return Config(hidden_size=width, intermediate_size=8 * width // 3)
+
+
+@functools.cache
+def pretrained(width: int, steps: int, batch: int, text: Corpus) -> Llama:
+    """Frozen random weights after so many steps on the text; made once in each process."""
+    model = llama(shape(width), np.random.default_rng(0))
+    if steps:
+        learn(model, drawn(text, np.random.default_rng([0, 1]), batch), Recipe().optimizer(), steps)
+    freeze(model)
+    return model

@@ -18,7 +18,9 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "merging": ("merging", "merging_figures"),
     "forgetting": ("forgetting", "forgetting_figures"),
     "initialisation": ("initialisation", "initialisation_figures"),
+    "rivals": ("rivals", "rivals_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
+    "size": ("size", "size_figures"),
     "beyond-language": ("beyond_language", "beyond_figures"),  # which needs an extra
 }
 

@@ -1,5 +1,6 @@
 """What the readings of the experiments share: the measured rows, and numbers and texts in words."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,8 @@ from ..errors import ConfigError
 from ..table import drawn
 from . import rank_figures
 from .harness import Row
+
+LEVEL = 0.9  # the share of a gap, or of a score, that is called enough
 
 
 def finals(rows: Sequence[Row]) -> list[Row]:
@@ -33,3 +36,13 @@ def spread(values: Sequence[float] | np.ndarray, how: str = ".3f") -> str:
 def title(text: str) -> str:
     """A text as a heading."""
     return drawn(rank_figures.title(text))
+
+
+def crossing(sizes: Sequence[int], shares: np.ndarray) -> float:
+    """Where the line through (log size, share) first reaches 90%; a loss above the start's closes nothing."""
+    shares = shares.clip(0)
+    for i, share in enumerate(shares):
+        if share >= LEVEL:
+            t = (LEVEL - shares[i - 1]) / (share - shares[i - 1]) if i else 1.0
+            return float(sizes[i - 1] ** (1 - t) * sizes[i] ** t)
+    return math.inf

@@ -61,8 +61,8 @@ def places(model: Any) -> list[Place]:
             name, adapter = layer.active, parent[layer.active]
             if isinstance(adapter, WithBias):
                 parent, name, adapter = adapter, "adapter", adapter.adapter
-            dense = not layer.base.weight.packed  # else W + ΔW would keep the base decoded
-            if dense and isinstance(adapter, LowRank) and adapter.dropout is None:
+            plain = isinstance(adapter, LowRank) and adapter.dropout is None
+            if plain and not layer.base.weight.packed:  # else W + ΔW would keep the base decoded
                 out.append(Place(parent, name, adapter, layer.base))
     return out
 

@@ -52,8 +52,9 @@ class Recomputed:
     ) -> tuple[Array, Back]:
         block = self.block
         attention, mlp = block.self_attn, block.mlp
+        last = within(attention).o_proj
         need_a = after(need, [block.input_layernorm, attention])
-        x, back_a = half(block.input_layernorm, attention, attention.o_proj, x, need, turn, cache)
+        x, back_a = half(block.input_layernorm, attention, last, x, need, turn, cache)
         x, back_m = half(block.post_attention_layernorm, mlp, mlp.down_proj, x, need_a)
 
         def back(dy: Array) -> Array:
@@ -86,9 +87,15 @@ def half(norm: Any, inner: Any, last: Any, x: Array, need: Need, *how: Any) -> t
     return y, back
 
 
+def within(half: Any) -> Any:
+    """A half of a block without what is put around it, a prefix say."""
+    return half.base if isinstance(half, Adapted) else half
+
+
 def recompute(model: Any) -> None:
     """Wrap every block of a replica."""
     for path, block in [(path, node) for path, node in walk(model) if isinstance(node, Block)]:
-        block.self_attn.o_proj = Last(block.self_attn.o_proj)
+        attention = within(block.self_attn)
+        attention.o_proj = Last(attention.o_proj)
         block.mlp.down_proj = Last(block.mlp.down_proj)
         replace(model, path, Recomputed(block))

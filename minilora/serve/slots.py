@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Array, to_device, xp
+from ..errors import UnsupportedError
 from ..fast.mixed import index
 from ..model import Llama, Turn
-from ..ops import attend_one, attention
+from ..ops import Back, attend_one, attention, back_nothing
 from ..tree import dtype_of
 
 Part = Callable[[Array, Array, Array], Array]  # q (M, H, 1, E), a layer's k and v (R, G, S, E) -> as q
@@ -46,16 +47,21 @@ class LayerSlots:
     positions: Array  # (M,)
     parts: Sequence[tuple[Any, Part]]  # some of the rows, and their attention
 
-    def attend(self, q: Array, k: Array, v: Array) -> Array:
+    @property
+    def seen(self) -> int:
+        """UnsupportedError: each token's text is at a position of its own."""
+        raise UnsupportedError("prefix tuning cannot be served from slots; use generate")
+
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Back]:
         """Add the step's keys and values; return each token's attention (M, H, 1, E) over its own text."""
         self.k[self.slots, :, self.positions] = k[:, :, 0]
         self.v[self.slots, :, self.positions] = v[:, :, 0]
         if len(self.parts) == 1:
-            return self.parts[0][1](q, self.k, self.v)
+            return self.parts[0][1](q, self.k, self.v), back_nothing
         y = xp.empty(q.shape, q.dtype)
         for rows, part in self.parts:
             y[rows] = part(q[rows], self.k, self.v)
-        return y
+        return y, back_nothing
 
 
 @dataclass(eq=False)
@@ -65,6 +71,12 @@ class Step:
     tables: Turn  # cos and sin (M, 1, H*E)
     caches: list[LayerSlots]
     rows: Array | None  # that get logits; None: all
+
+    def new(self, x: Array, T: int) -> Array:
+        """x (M, 1, D); UnsupportedError if rows stand before each token."""
+        if x.shape[1] != T:
+            raise UnsupportedError("prompt tuning cannot be served from slots; use generate")
+        return x
 
     def turn(self, T: int) -> Turn:
         """The tables of the M tokens."""

@@ -476,3 +476,5 @@ verdict(check)
 # - Loop, segments and gathered product are one function. Which is fastest depends on who shares an adapter.
 # - Few adapters in memory serve many on disk, because few are popular.
 # - Texts join and leave between tokens, whatever their adapters.
+#
+# Next: [Low rank, low dimension](8_low_rank_low_dimension.ipynb).

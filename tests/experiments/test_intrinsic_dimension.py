@@ -11,10 +11,11 @@ import pytest
 from minilora.data.batching import batches, eval_batches
 from minilora.data.corpora import Corpus
 from minilora.errors import ConfigError, FormatError
-from minilora.experiments import harness, recipe
+from minilora.experiments import harness, pretrain, recipe
 from minilora.experiments import intrinsic_dimension as module
-from minilora.experiments.intrinsic_dimension import BASE, OWN, Plan, Run, shape
-from minilora.experiments.intrinsic_figures import Arm, Result, crossing, found, pictures, sentences, tables
+from minilora.experiments.intrinsic_dimension import BASE, OWN, Plan, Run
+from minilora.experiments.intrinsic_figures import Arm, Result, found, pictures, sentences, tables
+from minilora.experiments.reading import crossing
 from minilora.lora import fuse, inject
 from minilora.methods.intrinsic import subspace
 from minilora.methods.lora_config import LoraConfig
@@ -164,7 +165,7 @@ def test_starts_are_pretrained_once_and_stay_as_they_are():
 
 
 def test_the_shape_of_the_base_is_that_of_its_width():
-    assert shape(96) == Config()
+    assert pretrain.shape(96) == Config()
 
 
 def test_test_text_chooses_no_rate_and_validation_text_measures_nothing():

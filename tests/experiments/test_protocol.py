@@ -45,23 +45,29 @@ from minilora.experiments import (
     merging,
     pretrain,
     rank_sweep,
+    rivals,
     scale,
     subspaces,
 )
 from minilora.experiments import intrinsic_dimension as intrinsic
 from minilora.experiments import known_rank as known
 from minilora.experiments import recipe as common
+from minilora.experiments import size as wide
 from minilora.experiments import which_matrices as which
 from minilora.experiments.harness import Inputs
 from minilora.experiments.rank_sweep import Plan, Run, Setting
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import load, read_json, save_model
 from minilora.formats.safetensors import stored
+from minilora.layers import Linear, Param
 from minilora.lora import Adapted, active, fuse, inject, set_adapter
+from minilora.methods.bottleneck import BottleneckConfig
 from minilora.methods.intrinsic import subspace
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.prefixes import PrefixTuningConfig, PromptTuningConfig
 from minilora.methods.quantize import quantize
 from minilora.methods.starts import StartConfig, lora_ga
+from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.model import Config, Llama, RopeScaling, llama
 from minilora.optim import AdamW, Schedule, global_norm, lora_plus
 from minilora.peft.folder import open_adapter
@@ -294,6 +300,18 @@ def test_scales_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on
         within(seen[kind, "measured"], test, [learned, valid])
 
 
+def test_rivals_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on_test():
+    learned, valid, test = split(CORPORA["folio"])
+    with by_kind(rivals) as seen, few_rates():
+        rivals.run(COMPETING, next(outs), jobs=1)
+    assert not seen["base", "trained"]
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test])
+    within(seen["search", "measured"], valid, [learned, test])
+    for kind in ("base", "final"):
+        within(seen[kind, "measured"], test, [learned, valid])
+
+
 def test_what_is_forgotten_is_measured_on_a_text_that_is_not_trained_on():
     (learned, valid, test), (own, own_valid, own_test) = (
         split(CORPORA["folio"]),
@@ -334,7 +352,7 @@ def test_adapters_to_merge_are_trained_on_train_their_rate_chosen_on_valid_and_m
 
 def test_subspaces_of_weights_are_trained_on_train_and_measured_on_test():
     """Bases that are pretrained on the way see the text for that, once, and no other part."""
-    intrinsic.pretrained.cache_clear()
+    pretrain.pretrained.cache_clear()
     (learned, valid, test), (own, *held) = split(CORPORA["folio"]), split(CORPORA["shakespeare"])
     with by_kind(intrinsic) as seen, mock.patch.object(intrinsic, "EDGES", 0):
         intrinsic.run(DIMENSIONS, next(outs), jobs=1)
@@ -345,6 +363,21 @@ def test_subspaces_of_weights_are_trained_on_train_and_measured_on_test():
     within(seen["search", "measured"], valid, [learned, test])
     for kind in ("start", "final"):
         within(seen[kind, "measured"], test, [learned, valid])
+
+
+def test_bases_of_any_width_are_trained_on_train_and_measured_on_test():
+    """Their own text is pretrained on, once; learning rates are chosen on the validation split."""
+    pretrain.pretrained.cache_clear()
+    (learned, valid, test), (own, *held) = split(CORPORA["folio"]), split(CORPORA["shakespeare"])
+    with by_kind(wide) as seen, mock.patch.object(wide, "EDGES", 0):
+        wide.run(WIDTHS, next(outs), jobs=1)
+    within(seen["base", "trained"], own, [learned, valid, test, *held])
+    assert len(seen["base", "trained"]) == 2 * 3 * 4  # widths, steps and windows
+    for kind in ("search", "final"):
+        within(seen[kind, "trained"], learned, [valid, test, own, *held])
+    within(seen["search", "measured"], valid, [learned, test, own, *held])
+    within(seen["final", "measured"], test, [learned, valid, own, *held])
+    within(seen["base", "measured"], test + held[1], [learned, valid, own, held[0]])
 
 
 def test_pretraining_never_sees_the_held_out_text():
@@ -486,6 +519,31 @@ def scaled(rank):
         kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
         assert len(kept) == (2 + 7 if rank else 2)
         return {part: found[part] for part in kept}
+
+    return run
+
+
+COMPETING = rivals.Plan(
+    "folio", "one", ("all weights", "LoRA", "VeRA", "biases"), rank=3, others=(1,), steps=4, seeds=1,
+    few_seeds=2, batch=5, test_windows=9, valid_windows=7,
+)  # fmt: skip
+
+
+def few_rates():
+    """One learning rate for all methods."""
+    return mock.patch.multiple(rivals, EDGES=0, RATES={}, USUAL=(0.02,))
+
+
+def competing(method, n, letters):
+    """One run of the experiment with rivals; a seed draws these parts of each adapter."""
+
+    def run(seed):
+        cell = rivals.Run("final", COMPETING, method, 3, n, 0.02, seed)
+        inputs = Inputs("one", load("one"), CORPORA)
+        found = trained_from(common, lambda: rivals.work(cell, inputs)["test"])
+        kept = {path for path in found if path.endswith(letters or "no part")}
+        assert bool(kept) == bool(letters)
+        return {part: found[part] for part in kept | {"batches", "losses"}}
 
     return run
 
@@ -646,6 +704,28 @@ def subspaced(method, size):
     return run
 
 
+WIDTHS = wide.Plan(
+    "folio", widths=(8, 16), ranks=(2,), alpha=5.0, rates=(0.02,), full_rates=(0.003,), pretraining=3,
+    steps=6, search_steps=2, seeds=1, batch=4, test_windows=9, valid_windows=7,
+)  # fmt: skip
+
+
+def widened(rank):
+    """One run of the experiment with the size of the base; its base is one for all seeds."""
+
+    def run(seed):
+        cell, inputs = wide.Run("final", WIDTHS, 8, rank, 0.02, seed), Inputs("one", load("one"), CORPORA)
+        pretrain.pretrained.cache_clear()
+        with mock.patch.object(pretrain, "shape", flat):
+            wide.pretrained(cell, inputs)  # before its batches could be taken for the run's
+            found = trained_from(common, lambda: wide.work(cell, inputs)["test"])
+        kept = {"batches", "losses"} | {path for path in found if path.endswith(".A")}
+        assert len(kept) == (2 + 7 if rank else 2)
+        return {part: found[part] for part in kept}
+
+    return run
+
+
 BEYOND = beyond.Plan(
     ranks=(2,), planted=(2,), rates=(0.02,), full_rates=(0.003,), permuted_rates=(0.05,), pretraining=3,
     drawing_pretraining=4, steps=5, permuted_steps=6, drawing_steps=2, seeds=1, batch=7, samples=16,
@@ -723,6 +803,15 @@ SEEDS = {
     "subspaces.Run": [comparing],
     "rows.Run": [swept("lora"), swept("full")],
     "scale.Run": [scaled(3), scaled(0)],
+    "rivals.Run": [
+        competing("all weights", 0, ()),
+        competing("biases", 0, ()),
+        competing("LoRA", 3, (".A",)),
+        competing("VeRA", 3, ()),
+        competing("bottleneck, Houlsby", 3, ("down.weight",)),
+        competing("prefix", 3, (".keys", ".values")),
+        competing("prompt", 2, (".rows",)),
+    ],
     "forgetting.Run": [forgetting_of(3), forgetting_of(0)],
     "initialisation.Run": [
         beginning("B zero", "A"),
@@ -747,6 +836,7 @@ SEEDS = {
         subspaced("lora", 2),
         subspaced("full", 0),
     ],
+    "size.Run": [widened(2), widened(0)],
     "pretrain.Recipe": [pretrained],
     "merge_equivalence.run": [merged],
     "cli generate": [said],
@@ -1293,6 +1383,79 @@ def tried_by_hand(plan):
     }
 
 
+def rivalled(plan):
+    """What is run with how many parameters, and what is measured."""
+    with few_rates():
+        rows = rivals.run(plan, next(outs), jobs=1)
+    names = ("kind", "method", "rank", "n", "rate", "seed", "text")
+    return {
+        "runs": {tuple(row["config"][name] for name in names) for row in rows},
+        "parameters": {(row["config"]["method"], row["config"]["rank"]): row["parameters"] for row in rows},
+        "valid": sorted(row["valid"] for row in rows if "valid" in row),
+        "test": sorted(row["test"] for row in rows if row["config"]["kind"] == "final"),
+        "base": [row["test"] for row in rows if row["config"]["kind"] == "base"],
+    }
+
+
+def rivalled_by_hand(plan):
+    text = CORPORA[plan.target]
+
+    def model(method, n, rng=None):
+        made = load(plan.base)
+        if method == "biases":
+            for layer in made.model.layers:
+                for block in (layer.self_attn, layer.mlp):
+                    for linear in vars(block).values():
+                        if isinstance(linear, Linear):
+                            linear.bias = Param(np.zeros(len(linear.weight.data), np.float32))
+            freeze(made, lambda path: ".bias" in path)
+        elif method == "all weights":
+            unfreeze(made)
+        else:
+            config = {"LoRA": LoraConfig(r=n, alpha=2 * n), "VeRA": VeraConfig(n)}[method]
+            inject(made, config, rng=rng or np.random.default_rng(0))
+        return made
+
+    def count(method, n):
+        return sum(p.data.size for p in trained(model(method, n)).values())
+
+    def nearest(r):
+        shapes = [p.data.shape for path, p in named_params(load(plan.base)).items() if "_proj" in path]
+        budget = r * sum(map(sum, shapes))
+        return min(range(1, 99), key=lambda n: abs(sum(n + outputs for outputs, _ in shapes) - budget))
+
+    def loss(split, windows, method="", n=0, seed=0):
+        made = load(plan.base)
+        if method:
+            made = model(method, n, np.random.default_rng([seed, 0]))
+            batches = batching.batches(text.train, np.random.default_rng([seed, 1]), plan.batch, LENGTH)
+            schedule = Schedule(plan.steps, warmup=plan.steps // 20)
+            train(made, batches, AdamW(0.02, betas=(0.9, 0.99)), steps=plan.steps, schedule=schedule)
+        some = batching.eval_batches(getattr(text, split), 16, LENGTH, limit=windows * LENGTH)
+        return evaluate(made, some)
+
+    cells = [
+        (method, r, {"LoRA": r, "VeRA": nearest(r)}[method], seeds)
+        for r, seeds in ((plan.rank, plan.seeds), *((r, plan.few_seeds) for r in plan.others))
+        for method in ("LoRA", "VeRA")
+        if method in plan.methods and (r == plan.rank or method == "LoRA" or r == 1)
+    ]
+    cells += [(method, 0, 0, plan.seeds) for method in ("all weights", "biases") if method in plan.methods]
+    runs = {("search", *cell, 0.02, 1000, text.digest) for *cell, _ in cells}
+    runs |= {("final", *cell, 0.02, seed, text.digest) for *cell, seeds in cells for seed in range(seeds)}
+    return {
+        "runs": runs | {("base", "", 0, 0, 0.0, 0, text.digest)},
+        "parameters": {(method, r): count(method, n) for method, r, n, _ in cells} | {("", 0): 0},
+        "valid": sorted(loss("valid", plan.valid_windows, method, n, 1000) for method, _, n, _ in cells),
+        "test": sorted(
+            loss("test", plan.test_windows, method, n, seed)
+            for method, _, n, seeds in cells
+            for seed in range(seeds)
+        ),
+        "base": [loss("test", plan.test_windows)],
+    }
+
+
 def remembered(plan):
     """What is run on which texts, and what is measured: losses on the target and the own text, and maps."""
     with mock.patch.object(forgetting, "EDGES", 0):
@@ -1529,9 +1692,9 @@ def flat(width):
 
 def spanned(plan):
     """What is run from where, and what is measured; in short windows, the bases with one layer."""
-    intrinsic.pretrained.cache_clear()
-    little = mock.patch.multiple(intrinsic, EDGES=0, shape=flat)
-    with little, mock.patch.object(common, "LENGTH", 16):
+    pretrain.pretrained.cache_clear()
+    few, little = mock.patch.object(intrinsic, "EDGES", 0), mock.patch.object(pretrain, "shape", flat)
+    with few, little, mock.patch.object(common, "LENGTH", 16):
         rows = intrinsic.run(plan, next(outs), jobs=1)
     names = ("kind", "target", "width", "pretrained", "method", "size", "rate", "seed", "texts")
     numbers = ("test", "accuracy", "parameters")
@@ -1605,6 +1768,77 @@ def spanned_by_hand(plan):
         "valid": sorted(valid),
         "start": sorted(starts),
         "final": sorted(finals),
+    }
+
+
+def broadened(plan):
+    """What is run from which width, and what is measured; the bases have one layer."""
+    pretrain.pretrained.cache_clear()
+    with mock.patch.object(wide, "EDGES", 0), mock.patch.object(pretrain, "shape", flat):
+        rows = wide.run(plan, next(outs), jobs=1)
+    names = ("kind", "width", "rank", "rate", "seed", "texts")
+    return {
+        "runs": sorted(json.dumps([row["config"][name] for name in names]) for row in rows),
+        "valid": sorted((row["valid"], row["parameters"]) for row in rows if "valid" in row),
+        "test": sorted((row["test"], row["parameters"]) for row in rows if row["config"]["kind"] == "final"),
+        "base": [
+            (row["test"], row["own"], row["parameters"]) for row in rows if row["config"]["kind"] == "base"
+        ],
+    }
+
+
+@functools.cache
+def broadened_base(width, steps, batch):
+    model = llama(flat(width), np.random.default_rng(0))
+    windows = batching.batches(CORPORA["shakespeare"].train, np.random.default_rng([0, 1]), batch, LENGTH)
+    optimizer = AdamW(4e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    train(model, windows, optimizer, steps=steps, schedule=Schedule(steps, warmup=steps // 20))
+    freeze(model)
+    return model
+
+
+@functools.cache
+def broadened_model(start, target, rank, alpha, rate, seed, steps):
+    model = copy.deepcopy(broadened_base(*start))
+    if rank:
+        inject(model, LoraConfig(r=rank, alpha=alpha), rng=np.random.default_rng([seed, 0]))
+    else:
+        unfreeze(model)
+    windows = batching.batches(CORPORA[target].train, np.random.default_rng([seed, 1]), start[2], LENGTH)
+    schedule = Schedule(steps, warmup=steps // 20)
+    train(model, windows, AdamW(rate, betas=(0.9, 0.99)), steps=steps, schedule=schedule)
+    return model
+
+
+def broadened_by_hand(plan):
+    texts = [CORPORA[name].digest for name in (plan.target, "shakespeare")]
+    runs, found = [], {"valid": [], "test": [], "base": []}
+
+    def loss(model, part, name=plan.target):
+        count = plan.valid_windows if part == "valid" else plan.test_windows
+        ids = getattr(CORPORA[name], part)
+        return evaluate(model, batching.eval_batches(ids, 16, LENGTH, limit=LENGTH * count))
+
+    def count(params):
+        return sum(p.size for p in params.values())
+
+    for width in plan.widths:
+        start = width, plan.pretraining, plan.batch
+        base = broadened_base(*start)
+        runs.append(("base", width, 0, 0.0, 0, texts))
+        found["base"].append(
+            (loss(base, "test"), loss(base, "test", "shakespeare"), count(named_params(base)))
+        )
+        arms = [(0, rate) for rate in plan.full_rates] + [(r, x) for r in plan.ranks for x in plan.rates]
+        for rank, rate in arms:
+            search = "search", "valid", plan.search_steps, [1000]
+            for kind, part, steps, seeds in (search, ("final", "test", plan.steps, range(plan.seeds))):
+                for seed in seeds:
+                    model = broadened_model(start, plan.target, rank, plan.alpha, rate, seed, steps)
+                    found[part].append((loss(model, part), count(trained(model))))
+                    runs.append((kind, width, rank, rate, seed, texts))
+    return {"runs": sorted(map(json.dumps, runs)), "base": found["base"]} | {
+        part: sorted(found[part]) for part in ("valid", "test")
     }
 
 
@@ -1918,6 +2152,24 @@ CASES = {
             "valid_windows": (10, "valid"),
         },
     ),
+    rivals.Plan: Case(
+        COMPETING,
+        rivalled,
+        rivalled_by_hand,
+        {
+            "target": ("kjv", "runs valid test base"),
+            "base": ("two", "valid test base"),
+            "methods": (("all weights", "LoRA", "biases"), "runs parameters valid test"),
+            "rank": (2, "runs parameters valid test"),
+            "others": ((2,), "runs parameters valid test"),
+            "steps": (5, "valid test"),
+            "seeds": (2, "runs test"),
+            "few_seeds": (3, "runs test"),
+            "batch": (3, "valid test"),
+            "test_windows": (8, "test base"),
+            "valid_windows": (10, "valid"),
+        },
+    ),
     forgetting.Plan: Case(
         FORGOTTEN,
         remembered,
@@ -2013,6 +2265,26 @@ CASES = {
             "valid_windows": (9, "valid"),
         },
     ),
+    wide.Plan: Case(
+        WIDTHS,
+        broadened,
+        broadened_by_hand,
+        {
+            "target": ("kjv", "runs valid test base"),
+            "widths": ((8,), ALL),
+            "ranks": ((3,), "runs valid test"),
+            "alpha": (8.0, "valid test"),
+            "rates": ((0.05,), "runs valid test"),
+            "full_rates": ((0.001,), "runs valid test"),
+            "pretraining": (5, "valid test base"),
+            "steps": (8, "test"),
+            "search_steps": (5, "valid"),
+            "seeds": (2, "runs test"),
+            "batch": (2, "valid test base"),
+            "test_windows": (10, "test base"),
+            "valid_windows": (11, "valid"),
+        },
+    ),
     which.Plan: Case(
         which.Plan(
             targets=("folio",),
@@ -2099,6 +2371,43 @@ CASES = {
             "detach": (True, "end"),
         },
         {"dora": {"dropout": 0.0}, "detach": DORA, "layers_to_transform": {"exclude_modules": ("o_proj",)}},
+    ),
+    VeraConfig: Case(
+        VeraConfig(r=3, targets=("q_proj", "down_proj"), d_initial=0.3),
+        injected_and_trained,
+        None,
+        {
+            "r": (4, "shapes start end"),
+            "targets": (("k_proj", "down_proj"), "shapes start end"),
+            "d_initial": (0.4, "start end"),
+        },
+    ),
+    IA3Config: Case(
+        IA3Config(targets=("k_proj", "down_proj"), feedforward=("down_proj",)),
+        injected_and_trained,
+        None,
+        {
+            "targets": (("v_proj", "down_proj"), "shapes start end"),
+            "feedforward": ((), "shapes start end"),
+        },
+    ),
+    BottleneckConfig: Case(
+        BottleneckConfig(width=3, targets=("up_proj",)),
+        injected_and_trained,
+        None,
+        {"width": (4, "shapes start end"), "targets": (("down_proj",), "shapes start end")},
+    ),
+    PrefixTuningConfig: Case(
+        PrefixTuningConfig(num_virtual_tokens=3),
+        injected_and_trained,
+        None,
+        {"num_virtual_tokens": (4, "shapes start end")},
+    ),
+    PromptTuningConfig: Case(
+        PromptTuningConfig(num_virtual_tokens=3),
+        injected_and_trained,
+        None,
+        {"num_virtual_tokens": (4, "shapes start end")},
     ),
     AdamW: Case(
         AdamW(

@@ -1,6 +1,7 @@
 """The GPU benchmark without a GPU: its dry run passes and writes nothing, a real one is refused.
 
-And the table of the activations that a block stores matches the code, as do the calls of packed training.
+And the table of the activations that a block stores matches the code, as do the calls of packed training;
+LoRA's rivals are timed as the experiment trains them.
 """
 
 import copy
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 import minilora as ml
+from minilora import tree
+from minilora.lora import Adapted
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,3 +149,67 @@ def test_qlora_may_start_at_the_best_part_of_what_quantizing_lost(monkeypatch):
         rest = np.linalg.norm(np.linalg.svd(lost, compute_uv=False)[merge_four_bits.RANK :])
         rounding = max(lost.shape) * 2.0**-24 * np.linalg.norm(lost)  # of the SVD in float32
         assert abs(np.linalg.norm(lost - change) - rest) <= rounding < 0.01 * rest, path
+
+
+def test_the_methods_that_are_timed_are_those_of_the_experiment(monkeypatch):
+    """Each takes a training step; at inference what merges runs as it is and merged, the rest as it is."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import methods
+
+    for name in (steps := methods.runners("step")):
+        run = methods.run_of("step", name, methods.SMALL)
+        assert np.isfinite(losses := [run() for _ in range(3)]).all()
+        assert losses[2] < losses[0], name
+    beside = {*steps} - {*methods.PLAIN}
+    assert {*methods.runners("token")} == {
+        "base", "base again", "biases", *beside, *(f"{name}, merged" for name in beside - {*methods.UNMERGED})
+    }  # fmt: skip
+    for name in methods.runners("token"):
+        methods.run_of("token", name, methods.SMALL)()
+        model, _ = methods.ready(name, methods.SMALL)
+        merged = [layer.merged is not None for _, layer in tree.walk(model) if isinstance(layer, Adapted)]
+        assert any(merged) == all(merged or [False]) == name.endswith(", merged")
+        assert bool(merged) == (name.removesuffix(", merged") in beside)
+    counts = [
+        tree.size(tree.trained(methods.ready(name, methods.SHAPES[0])[0])) for name in ("LoRA", "prefix")
+    ]
+    assert counts == [10944, 10944]
+
+
+def test_the_page_and_the_figure_of_the_methods_have_their_numbers(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import methods
+
+    rows = []
+    for size in methods.SHAPES:
+        for job in methods.JOBS:
+            first, *others = methods.runners(job)
+            ms = {name: size[0] + i for i, name in enumerate((first, *others))}
+            rows.append({"job": job, "size": methods.named(size), "ms": ms,
+                         "ratio": {name: ms[name] / ms[first] for name in others}})  # fmt: skip
+    monkeypatch.setattr(methods, "RESULTS", tmp_path)
+    methods.draw(rows)
+    lines = (tmp_path / "methods.md").read_text(encoding="utf-8").splitlines()
+    (lora,) = (line for line in lines if line.startswith("| LoRA |"))
+    of_lora = [f"{row['ms']['LoRA']:.2f} ({row['ratio']['LoRA']:.2f})" for row in rows]
+    assert lora == f"| LoRA | {' | '.join(of_lora)} |"
+    (merged,) = (line for line in lines if line.startswith("| LoRA, merged |"))
+    assert merged.startswith("| LoRA, merged |  | ")  # a merged model is not trained
+    svg = (tmp_path / "methods.svg").read_text(encoding="utf-8")
+    assert all(name in svg for name in methods.METHODS if name not in methods.PLAIN)
+    assert f"a token at D = 256, times the base's: LoRA {rows[-1]['ratio']['LoRA']:.2f}; LoRA, merged" in svg
+
+
+@pytest.mark.slow
+def test_a_quick_race_of_the_methods_tells_every_time_and_writes_nothing():
+    results = ROOT / "benchmarks/results"
+    before = {file: file.read_bytes() for file in results.iterdir()}
+    command = [sys.executable, "benchmarks/methods.py", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [line.partition("  ")[0] for line in done.stdout.splitlines()]
+    assert names == [
+        "step, D = 16", "all weights", "LoRA", "prefix", "norms",
+        "token, D = 16", "base", "base again", "LoRA", "prefix", "LoRA, merged",
+    ]  # fmt: skip
+    assert {file: file.read_bytes() for file in results.iterdir()} == before

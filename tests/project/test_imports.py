@@ -10,7 +10,8 @@ ORDER = [  # a wing or a file stands above all that it imports
     "table", "errors", "backend", "digests", "ops", "layers", "tree", "targets", "model", "decoding", "lora",
     "adapters", "optim", "spectra",
     "methods.bias", "methods.dora", "methods.embedding", "methods.full_copy", "methods.lora_config",
-    "methods.starts", "methods.intrinsic", "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
+    "methods.starts", "methods.intrinsic", "methods.vectors", "methods.bottleneck", "methods.prefixes",
+    "methods.four_bit", "methods.quantize", "methods.bitsandbytes",
     "fast.folded", "fast.recompute", "fast.parallel", "fast.mixed", "fast.packed",
     "formats.atomic", "formats.forms", "formats.archives", "formats.safetensors", "formats.gguf",
     "formats.tokenizer", "formats.huggingface", "formats.checkpoint", "training", "session", "completion",
@@ -29,9 +30,11 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.adding_figures", "experiments.known_rank", "experiments.known_figures",
     "experiments.which_matrices", "experiments.which_figures", "experiments.subspaces",
     "experiments.subspace_figures", "experiments.scale", "experiments.scale_figures",
-    "experiments.forgetting", "experiments.forgetting_figures",
+    "experiments.forgetting", "experiments.forgetting_figures", "experiments.rivals",
+    "experiments.rivals_figures",
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
     "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
+    "experiments.size", "experiments.size_figures",
     "experiments.beyond_tasks", "experiments.beyond_language", "experiments.beyond_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.dimension",
     "claims.choices", "claims.starts", "claims.full",
@@ -41,7 +44,7 @@ ORDER = [  # a wing or a file stands above all that it imports
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
-    "initialisation", "merging", "intrinsic_", "beyond_",
+    "initialisation", "merging", "intrinsic_", "rivals", "size", "beyond_",
 )  # fmt: skip
 QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")

@@ -25,13 +25,13 @@ build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
 
-def need_its_file(name):
-    path, command = build.READ.get(name, (ROOT, ""))
-    assert path.exists(), f"{path.relative_to(ROOT)} is missing; `{command}` makes it"
+def need_its_files(name):
+    for path, command in build.READ.get(name, {}).values():
+        assert path.exists(), f"{path.relative_to(ROOT)} is missing; `{command}` makes it"
 
 
 def stored(name):
-    need_its_file(name)
+    need_its_files(name)
     path = BUILD.with_name(f"{name}.ipynb")
     assert path.exists(), f"{path.name} is not there; `python notebooks/build.py {name}` makes it"
     return nbformat.read(path, 4)
@@ -209,6 +209,61 @@ WRONG = {
         "return 6",  # raises
         "return None",
     ],
+    "gradient_of_z": [
+        "return 99 * P.T @ (dY.T @ X).reshape(-1)",
+        "return P.T @ (X.T @ dY).reshape(-1)",  # dW turned
+        "return -P.T @ (dY.T @ X).reshape(-1)",
+        "return (dY.T @ X).reshape(-1)",  # dW itself
+        "return P.T @ np.abs(dY.T @ X).reshape(-1)",
+        "return P.T @ np.outer(dY.sum(0), X.sum(0)).reshape(-1)",  # of the sums of the rows
+        "return P.T @ np.outer(dY[0], X[0]).reshape(-1)",  # of one row
+        "return P.sum(0)",
+        "return P @ (dY.T @ X).reshape(-1)",  # raises
+        "return None",
+    ],
+    "rank_from_one_number": [
+        "return 1", "return 30", "return 600", "return 20 * 99", "return 0", "return None",
+    ],
+    "thin_directions": [
+        "return rng.standard_normal((O * I, d))",
+        "return np.zeros((O * I, d))",
+        "B, A = rng.standard_normal((d, O)), rng.standard_normal((d, I)); "
+        "return np.stack([np.outer(b, a).reshape(-1) for b, a in zip(B, A)], axis=1)",  # nothing is shared
+        "return np.outer(rng.standard_normal(O * I), np.ones(d))",  # one direction
+        "b, rows = np.ones(O), rng.standard_normal((d, I)); rows[1] = rows[0]; "
+        "return np.stack([np.outer(b, a).reshape(-1) for a in rows], axis=1)",
+        "b, rows = np.ones(O), rng.standard_normal((d, I)); "
+        "return np.stack([np.outer(b, a).reshape(-1) for a in rows])",  # (d, O I)
+        "b, rows = np.ones(O), rng.standard_normal((d, I)); "
+        "return np.stack([np.outer(b, a).reshape(-1) for a in rows], axis=1) * np.arange(O * I)[:, None]",
+        "return 99",
+        "return None",
+    ],
+    "rank_for": [
+        "return budget // sum(O + I for O, I in shapes)",  # down
+        "return -(-budget // sum(O + I for O, I in shapes))",  # up
+        "return budget / sum(O + I for O, I in shapes)",  # no whole number
+        "return round(budget / sum(O * I for O, I in shapes))",
+        "return round(budget / sum(2 * I for O, I in shapes))",
+        "return round(budget / sum(shapes[0]))",
+        "return round(budget / (len(shapes) * sum(shapes[0])))",  # as if all had one shape
+        "return 99 * round(budget / sum(O + I for O, I in shapes))",
+        "return None",
+    ],
+    "times_as_far": [
+        "return 16", "return 1", "return 2", "return 8", "return 4 * 99", "return 0.25", "return None",
+    ],
+    "both_learn": [
+        "return rng.standard_normal((2, I)), np.zeros((O, 2))",  # the usual start
+        "return np.zeros((2, I)), rng.standard_normal((O, 2))",
+        "return np.zeros((2, I)), np.zeros((O, 2))",
+        "return rng.standard_normal((2, I)), rng.standard_normal((O, 2))",
+        "return 99 * np.ones((2, I)), np.ones((O, 2))",
+        "A, B = rng.standard_normal((2, I)), rng.standard_normal((O, 2)); A[1] = B[:, 1] = 0; return A, B",
+        "A, B = rng.standard_normal((2, I)), rng.standard_normal((O, 2)); A[1] = B[:, 0] = 0; return B, A",
+        "return np.zeros((O, 2))",
+        "return None",
+    ],
 }  # fmt: skip
 
 ATTEMPT = """
@@ -355,6 +410,17 @@ HARMLESS = {
         "what makes a thousand adapters on one base affordable",
         "([Sheng et al. 2023 )",
     ],
+    "8_low_rank_low_dimension": [
+        "(Eckart and Young 1936)",
+        "0 is what random directions share, 1 means the same ones",  # a definition
+        "([Li et al. 2018 )",
+        "(SAID, of [Aghajanyan et al. 2020 ,",
+    ],
+    "9_what_to_adapt_and_how": [
+        "LoRA leaves three choices: which matrices, which scale, which start.",
+        "([rsLoRA, Kalajdzievski 2023 )",
+        "or $\\alpha = 2 r$. Look",  # a definition
+    ],
 }
 
 
@@ -407,6 +473,8 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
         ("5_four_bits", "QLoRA ends 0.008 nats", "QLoRA ends 0.018 nats"),
         ("6_adding_adapters", "`peft_linear` is off by 95 %", "`peft_linear` is off by 85 %"),
         ("7_a_thousand_adapters", "are copies of our three", "are copies of our four"),
+        ("8_low_rank_low_dimension", "it takes 5.5 % of all numbers", "it takes 6.5 % of all numbers"),
+        ("9_what_to_adapt_and_how", "at most 0.006 nats apart", "at most 0.016 nats apart"),
     ],
 )
 def test_a_wrong_number_in_the_text_is_detected(name, was, now):
@@ -462,7 +530,7 @@ def test_claims_are_compared_as_their_tags_allow(tags, now, told):
 def copies(tmp_path_factory):
     """The students' copies, in a folder outside of the repository."""
     for name in build.READ:
-        need_its_file(name)
+        need_its_files(name)
     folder = tmp_path_factory.mktemp("anywhere") / "lessons of mine"
     assert build.main(["--student", str(folder)]) == 0
     return folder
@@ -470,12 +538,14 @@ def copies(tmp_path_factory):
 
 def test_a_students_copy_includes_every_linked_file(copies):
     lessons = {f"{name}.ipynb" for name in build.LESSONS}
-    assert {p.name for p in copies.iterdir()} == lessons | {"rows.jsonl", "serving.json"}
+    files = {p.relative_to(copies).as_posix() for p in copies.rglob("*") if p.is_file()}
+    assert files == lessons.union(*build.READ.values())
     for name in build.LESSONS:
         text = (copies / f"{name}.ipynb").read_text()
         for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", text):
             assert (copies / target).exists(), target
-        assert "claims" not in text
+        assert not tagged(nbformat.reads(text, 4), "claims")
+        assert "holds(" not in text
 
 
 def test_the_rows_are_found_from_a_students_copy(copies):
@@ -484,12 +554,27 @@ def test_the_rows_are_found_from_a_students_copy(copies):
     places = next(i for i, source in enumerate(code) if "rows.jsonl" in source)
     done = run("-c", "\n".join([*code[: places + 1], "print(len(rows))"]), cwd=copies)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) == len(build.READ[build.LESSONS[2]][0].read_text().splitlines())
+    ((path, _),) = build.READ[build.LESSONS[2]].values()
+    assert int(done.stdout.split()[-1]) == len(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("name", build.LESSONS[7:9])
+def test_the_rows_of_experiments_are_found_from_a_students_copy(name, copies):
+    nb = nbformat.read(copies / f"{name}.ipynb", 4)
+    (imports,) = tagged(nb, "imports")
+    (cell,) = (c for c in nb.cells if "def measured(" in c.source)
+    definitions = cell.source.rpartition("\n\n\n")[0]  # what is below draws
+    want = [Path(place).parent.name for place in build.READ[name]]
+    said = f"print([len(measured(name)[0]) for name in {want!r}])"
+    done = run("-c", "\n".join([imports.source, definitions, said]), cwd=copies)
+    assert done.returncode == 0, done.stderr
+    lengths = [len(path.read_text().splitlines()) for path, _ in build.READ[name].values()]
+    assert json.loads(done.stdout) == lengths
 
 
 def test_a_lesson_without_its_file_is_not_built_and_the_command_is_named(monkeypatch, capsys):
     gone = build.HERE.parent / "figures" / "gone.jsonl"
-    monkeypatch.setitem(build.READ, build.LESSONS[2], (gone, "minilora sweep"))
+    monkeypatch.setitem(build.READ, build.LESSONS[2], {"rows.jsonl": (gone, "minilora sweep")})
     assert build.main([build.LESSONS[2]]) == 1
     assert capsys.readouterr().err == "figures/gone.jsonl is missing; `minilora sweep` makes it\n"
 
@@ -578,7 +663,7 @@ def test_numbers_are_compared_as_their_tags_allow(now, tags, same):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", build.LESSONS)
 def test_a_lesson_runs_again_to_the_same_outputs(name):
-    need_its_file(name)
+    need_its_files(name)
     done = run(BUILD, "--check", name)
     assert done.returncode == 0, done.stdout + done.stderr
 

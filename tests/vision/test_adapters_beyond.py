@@ -9,12 +9,15 @@ from library import np
 from models import EVERYTHING, KINDS, answer, batch_of, lora_of, model_of
 
 from minilora.adapters import disabled
-from minilora.backend import to_host
+from minilora.backend import to_device, to_host
 from minilora.errors import InputError, MismatchError, StateError
 from minilora.layers import Factors
 from minilora.lora import active, adapted, fuse, inject, merge, unmerge
+from minilora.methods.bottleneck import BottleneckConfig
 from minilora.methods.intrinsic import subspace
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.prefixes import PrefixTuningConfig
+from minilora.methods.vectors import IA3Config, VeraConfig
 from minilora.ops import saved
 from minilora.optim import AdamW
 from minilora.peft.loading import load_adapter, save_adapter
@@ -51,6 +54,32 @@ def test_the_networks_gradient_matches_the_complex_step(kind, how, seed):
         return model.loss(*one)[0]
 
     assert_gradient(value, data, found, rng, directions=2)
+
+
+RIVALS = {
+    "VeRA": VeraConfig(3), "(IA)³": IA3Config(), "bottleneck": BottleneckConfig(3),
+    "prefix tuning": PrefixTuningConfig(3),
+}  # fmt: skip
+
+
+@kinds
+@pytest.mark.parametrize("rival", RIVALS)
+@few
+@given(seed=seeds)
+def test_other_adapters_have_the_gradient_of_the_complex_step(kind, rival, seed):
+    model, rng = model_of(kind, seed)
+    inject(model, RIVALS[rival], rng=rng)
+    one, everything, params = batch_of(kind, rng), named_params(model), trained(model)
+    for p in params.values():
+        p.data = p.data + to_device(0.3 * rng.standard_normal(p.shape))
+    _, found = gradients(model, *one)
+
+    def value(arrays):
+        for path, p in everything.items():
+            p.data = arrays[path] if path in arrays else p.data.real.astype(complex)
+        return model.loss(*one)[0]
+
+    assert_gradient(value, {path: p.data for path, p in params.items()}, found, rng, directions=1)
 
 
 @kinds

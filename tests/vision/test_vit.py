@@ -13,6 +13,8 @@ from models import CLASSES, CONFIG, batch_of, lora_of, model_of
 from minilora.backend import to_device, to_host
 from minilora.errors import InputError
 from minilora.layers import Need
+from minilora.lora import inject
+from minilora.methods.prefixes import PrefixTuningConfig
 from minilora.model import Config, blocks, drawing
 from minilora.ops import rms_norm, swiglu
 from minilora.tree import named_params
@@ -84,12 +86,15 @@ def test_every_token_sees_every_patch(seed, t):
 
 
 @few
-@given(seed=seeds)
-def test_only_the_position_embedding_knows_the_order_of_patches(seed):
+@given(seed=seeds, prefix=st.booleans())
+def test_only_the_position_embedding_knows_the_order_of_patches(seed, prefix):
     """Patches and the rows of E in another order: the same logits, but for the order of sums."""
 
     def both(dtype):
         model, rng = lora_of("vit", seed, dtype, targets="all-linear")
+        if prefix:
+            model, rng = model_of("vit", seed, dtype)
+            inject(model, PrefixTuningConfig(3), rng=rng)
         pixels, _ = batch_of("vit", rng, dtype)
         one = model(pixels)[0]
         order = rng.permutation(16)

@@ -1,0 +1,398 @@
+# %% [markdown]
+# # What to adapt and how
+#
+# **What you will see.** LoRA leaves three choices: which matrices, which scale, which start. The first
+# picture spends one budget of parameters in eight places, and the place matters. Then a scale turns out to be
+# a learning rate, to the bit; starts are compared; and you see what all of it costs.
+#
+# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Which
+# rank?](3_which_rank.ipynb).
+#
+# **Contents.** Which matrices? · Which scale? · Which start? · What it costs · Exercises · To take along
+#
+# What trains here takes seconds. The large experiments are read from the rows that are kept with the package,
+# and what follows from them is read from its ledger, where each sentence has a rule that decides it.
+
+# %% tags=["first", "unkept"]
+NEEDS = ["minilora"]
+
+# %% tags=["imports"]
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+import minilora as ml
+from minilora.claims.ledger import Ledger, claims
+from minilora.data import corpora
+from minilora.experiments import harness
+from minilora.experiments.questions import question
+from minilora.layers import Linear, Need, Param
+from minilora.lora import LowRank
+
+
+# %%
+def measured(name):
+    """The rows of an experiment, beside this notebook or in the repository, and what reads them."""
+    asks, reads = question(name)
+    places = [Path(name, "rows.jsonl"), Path("../figures", name, "rows.jsonl")]
+    return harness.read_rows(next((p for p in places if p.exists()), places[0]), asks.FORM), reads
+
+
+def picture(figure):
+    """A figure "experiment/name", drawn from its rows."""
+    experiment, name = figure.split("/")
+    rows, reads = measured(experiment)
+    return reads.pictures(rows)[name]
+
+
+def ledger(*figures):
+    """What the ledger says of the sentences that these figures decide."""
+    paths = [f"figures/{figure}.png" for figure in figures]
+    return Ledger(tuple(entry for entry in claims().entries if entry.figure in paths))
+
+
+picture("which-matrices/which_set")
+
+# %%
+print(ledger("which-matrices/which_set", "which-matrices/all_against_qv"))
+
+# %% tags=["claims"]
+rows, which = measured("which-matrices")
+found = {(text, i): one for text in which.texts(rows) for i, one in enumerate(which.budgets(rows, text))}
+orders = [list(which.medians(one)) for one in found.values()]
+holds("spends one budget of parameters in eight places", {len(order) for order in orders} == {8})
+holds("Q and K are the worst places everywhere", all({*order[-2:]} == {"Q", "K"} for order in orders))
+holds("the MLP is better than all of attention", all("MLP" in order[:2] for order in orders))
+holds("the MLP is better than all of attention", all({*order[:2]} == {"MLP", "all"} for order in orders))
+holds(
+    "has five seeds, and for each set a learning rate of its own",
+    all(len(done) == 5 for one in found.values() for done in one.values()),
+)
+configs = [row["config"] for row in rows]
+tried = {c["lr"] for c in configs if (c["method"], c["kind"]) == ("lora", "search")}
+chosen = [{row["config"]["lr"] for row in done} for one in found.values() for done in one.values()]
+holds(
+    "has five seeds, and for each set a learning rate of its own",
+    len(tried) > 3 and all(len(rates) == 1 and rates <= tried for rates in chosen),
+)
+
+# %% [markdown]
+# ## Which matrices?
+#
+# LoRA on a map of shape $(O, I)$ has $r\,(O + I)$ parameters. So one kind of map at a high rank costs as much
+# as all maps at a low one, and the question is where they do most. In the picture one text is near to what
+# the base knows, the other far from it. It has five seeds, and for each set a learning rate of its own,
+# chosen on text that is not tested.
+#
+# Q and K are the worst places everywhere. (They only change *where* a head looks; V, O and the MLP change
+# what is written.) Hu et al. compared attention maps alone; here the MLP is better than all of attention.
+# Below you spend the larger budget yourself, in a shorter training.
+
+# %% tags=["corpus", "trained"]
+text = corpora.corpus_or_fallback("folio")
+test = ml.eval_batches(text.test, batch_size=16, length=128, limit=32 * 128)
+sets = {
+    "Q": (["q_proj"], 48),
+    "Q and V": (["q_proj", "v_proj"], 24),
+    "MLP": (["gate_proj", "up_proj", "down_proj"], 9),
+    "all maps": ("all-linear", 5),
+}
+spent = {}
+print(f"{'':9}   r   parameters   test loss; the base has {ml.evaluate(ml.load(), test):.2f}")
+for name, (targets, r) in sets.items():
+    model = ml.load()
+    config = ml.LoraConfig(r=r, alpha=2 * r, targets=targets)
+    report = ml.inject(model, config, rng=np.random.default_rng(0))
+    batches = ml.batches(text.train, np.random.default_rng(1), batch_size=8, length=128)
+    ml.train(model, batches, ml.AdamW(lr=8e-3), steps=40)
+    spent[name] = ml.evaluate(model, test)
+    print(f"{name:9} {r:3} {report.parameters:12,} {spent[name]:11.2f}")
+
+# %% tags=["claims", "corpus", "trained"]
+holds(
+    "The order is that of the picture", spent["Q"] > spent["Q and V"] > max(spent["MLP"], spent["all maps"])
+)
+
+# %% tags=["claims"]
+order = which.medians(found["folio", 1])
+holds("The order is that of the picture", order["Q"] > order["QV"] > max(order["MLP"], order["all"]))
+
+# %% [markdown]
+# ## Which scale?
+#
+# The order is that of the picture. Now the scale: $s = \alpha / r$, or $\alpha / \sqrt r$ ([rsLoRA,
+# Kalajdzievski 2023](https://arxiv.org/abs/2312.03732)), or $\alpha = 2 r$. Look at what Adam makes of it.
+#
+# $$dB = s\,dY^\top X A^\top \qquad dA = s\,B^\top dY^\top X$$
+#
+# Adam divides each gradient by its own size, so its steps do not depend on it. With an $s$ that is $q$ times
+# as large, $B$ takes the same steps, and $\Delta W = s\,B A$ goes $q$ times as far. The same happens if $s$
+# stays and $B$ *learns* $q$ times as fast. **For Adam, a scale is a learning rate of $B$.** At $r = 16$ the
+# scale of rsLoRA is 4 times the usual one. (Clipping, and the small number that Adam adds to a size, are
+# turned off here.)
+
+
+# %% tags=["corpus", "trained"]
+def losses(config, ratio=1.0):
+    """The loss before each of ten steps and on the test; B learns `ratio` times as fast as A."""
+    model = ml.load()
+    ml.inject(model, config, rng=np.random.default_rng(0))
+    batches = ml.batches(text.train, np.random.default_rng(1), batch_size=4, length=128)
+    optimizer = ml.AdamW(lr=2e-3, eps=1e-30, clip=None, rate=ml.lora_plus(ratio))
+    return [*ml.train(model, batches, optimizer, steps=10).loss, ml.evaluate(model, test)]
+
+
+usual = ml.LoraConfig(r=16, alpha=32)
+ways = {
+    "alpha / r": losses(usual),
+    "alpha / √r": losses(replace(usual, rslora=True)),
+    "alpha / r, B 4 times as fast": losses(usual, 4.0),
+    "4 alpha / r": losses(replace(usual, alpha=4 * 32)),
+}
+print("test loss after ten steps")
+for name, some in ways.items():
+    print(f"{name:30} {some[-1]:.3f}")
+one, *others = list(ways.values())[1:]
+print("all losses of the last three are equal to the bit:", all(other == one for other in others))
+
+# %%
+picture("scale/one_rate")
+
+# %%
+print(ledger("scale/one_rate", "scale/rates", "scale/lora_plus"))
+
+# %% tags=["claims", "corpus"]
+holds("to the bit", all(other == one for other in others))
+holds(
+    "The last three are one training, to the bit", len(others) == 2 and all(other == one for other in others)
+)
+
+# %% tags=["claims"]
+from minilora.lora import active
+
+model = ml.load()
+ml.inject(model, replace(usual, rslora=True), rng=np.random.default_rng(0))
+scales = {adapter.scale for adapter in active(model).values()}
+holds("At $r = 16$ the scale of rsLoRA is 4 times the usual one", scales == {4 * usual.alpha / usual.r})
+rows, reads = measured("scale")
+f = reads.found(rows)
+scalings = "alpha / r", "alpha / √r", "alpha = 2r"
+best = np.array([[np.median(arm.best) for arm in f.scaled(s).values()] for s in scalings])
+says("the three scales are at most {:.3f} nats apart", np.ptp(best, 0).max())
+holds("With $\\alpha = 2 r$ high ranks collapse at one rate", f.more("alpha = 2r") > 0.05)
+gap = f.base - np.median(f.arms[reads.FULL].best)
+holds("and not at their own", abs(best[2, -1] - best[0, -1]) < 0.05 * gap)
+says("from $r = {}$ on the best rates are within a factor of {:.1f}", f.plan.ranks[1], f.apart("alpha / r"))
+
+# %% [markdown]
+# ## Which start?
+#
+# The last three are one training, to the bit. So at their own best rates (dotted) the three scales are at
+# most 0.006 nats apart. With $\alpha = 2 r$ high ranks collapse at one rate, and not at their own: the fault
+# is the rate's. With $\alpha / r$, from $r = 4$ on the best rates are within a factor of 1.2. Choose $\alpha$
+# once, and tune the learning rate.
+#
+# Last, the start. Training should begin at the base, with $\Delta W = 0$. The usual $B = 0$ does it: at first
+# $A$ has no gradient, but $B$ has one. With $A = 0$ it is the other way around; with both at zero nothing
+# ever moves. [PiSSA](https://arxiv.org/abs/2404.02948), [OLoRA](https://arxiv.org/abs/2406.01775) and
+# [LoRA-GA](https://arxiv.org/abs/2407.05000) begin at factors of $W$ or of its gradient, and take that start
+# off again: $\Delta W = s\,(B A - B_0 A_0)$. The same in random directions stands beside them.
+
+# %%
+picture("initialisation/starts")
+
+# %%
+print(ledger("initialisation/starts", "initialisation/first_steps"))
+
+# %% tags=["claims"]
+rows, reads = measured("initialisation")
+f = reads.found(rows)
+good = [start for start in f.arms if start not in ("B zero", "both random", "both zero", "all weights")]
+norms = [f.gradients(start) for start in ("B zero", "A zero", "both zero")]
+holds(
+    "with $\\Delta W = 0$. The usual $B = 0$ does it: at first $A$ has no gradient, but $B$ has one. "
+    "With $A = 0$ it is the other way around; with both at zero nothing ever moves",
+    [[bool(norm[name]) for name in "AB"] for norm in norms] == [[False, True], [True, False], [False, False]],
+)
+holds(
+    "with both at zero nothing ever moves",
+    f.away("B zero") == f.away("A zero") == 0 and (f.arms["both zero"].best == f.base).all(),
+)
+changes = {start: np.median(f.change(start)) for start in good}
+says("within {:.3f} nats of the usual one", max(changes.values()))
+holds("none is better", min(changes.values()) > 0)
+holds(
+    "Where the parameters go matters more than the scale, or a start at the base",
+    min(which.medians(one)["QV"] - min(which.medians(one).values()) for one in found.values())
+    > max(*changes.values(), np.ptp(best, 0).max()),
+)
+holds("six other starts", len(good) == 6)
+says("costs {:.3f} nats", np.median(f.change("both random")))
+entries = {entry.statement: entry for entry in claims().entries}
+
+
+def number(start):
+    """The number of the one sentence that begins so."""
+    (entry,) = (entry for statement, entry in entries.items() if statement.startswith(start))
+    return entry.number
+
+
+says("A map of 4096 inputs and outputs has {} fewer parameters at $r = 8$", number("At r = 8 a map of 4096"))
+says("of a 7B model at $r = 16$ on all attention maps trains {}", number("Rank 16 on all attention"))
+says("takes {} in 16 bits", number("Such an adapter takes"))
+says("A step takes {} as full fine-tuning's", number("LoRA trains in a fraction").partition(",")[0])
+says("Merged, {}", number("Once merged").partition(", ")[2].replace("token", "token takes"))
+
+# %% [markdown]
+# In the median, six other starts end within 0.024 nats of the usual one, and none is better. To begin off the
+# base costs 0.064 nats.
+#
+# ## What it costs
+#
+# The trained numbers are few. A map of 4096 inputs and outputs has 256 times fewer parameters at $r = 8$; an
+# adapter of a 7B model at $r = 16$ on all attention maps trains 16.8 million numbers, and takes 33.6 MB in 16
+# bits. The gradients and moments of Adam shrink with them; the base's weights and the activations do not. Nor
+# does time shrink as much: the forward pass and the way back through the frozen weights remain. A step takes
+# 0.71 to 0.96 times as long as full fine-tuning's, the less the larger the model. Merged, a token takes 1.01
+# times the base's time.
+#
+# ## Exercises
+#
+# Write your lines in place of `return None` and run the cell below it. First **write the line** that spends a
+# budget; then **predict** before you run; last **change** the start, and explain why nothing is stuck.
+
+
+# %% tags=["exercise"]
+def rank_for(budget, shapes):
+    """The rank at which LoRA on maps of shapes [(O, I), ...] comes nearest to a budget of parameters."""
+    return None  # your line in place of this one
+
+
+# %% tags=["check"]
+def check():
+    """Your answer beside all ranks, counted one by one."""
+    cases = (
+        (27648, [(96, 96)] * 6),
+        (27648, [(256, 96), (256, 96), (96, 256)] * 3),
+        (500, [(30, 20), (5, 8)]),
+        (520, [(30, 20), (5, 8)]),
+    )
+    for budget, shapes in cases:
+        counts = {r: sum(r * n + m * r for m, n in shapes) for r in range(1, 200)}
+        wanted, mine = min(counts, key=lambda r: abs(counts[r] - budget)), rank_for(budget, shapes)
+        assert mine is not None, "rank_for returns None: write the line, and return the rank"
+        assert mine == int(mine), f"{mine} is no rank; expected a whole number"
+        assert mine == wanted, (
+            f"r = {mine} has {sum(mine * (m + n) for m, n in shapes)} parameters of {budget}"
+        )
+    return "and so the sets of the picture have their ranks"
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# The budget over the parameters of rank one, to the nearest whole number:
+#
+# ```python
+# def rank_for(budget, shapes):
+#     return round(budget / sum(O + I for O, I in shapes))
+# ```
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def times_as_far():
+    """s is made 4 times as large, all else stays. How many times as large is ΔW after one step of Adam?"""
+    return None  # your guess, a number, in place of None
+
+
+# %% tags=["check"]
+def check():
+    """Your guess beside what comes out, on one map."""
+    sizes = []
+    for s in (2.0, 8.0):
+        rng = np.random.default_rng(2)
+        X, dY = rng.standard_normal((6, 7)), rng.standard_normal((6, 5))
+        pair = LowRank(Param(rng.standard_normal((3, 7))), Param(np.zeros((5, 3))), s)
+        _, back = pair(Linear(Param(np.zeros((5, 7)), trainable=False)), X, Need.WEIGHTS)
+        back(dY)
+        ml.AdamW(lr=0.01, clip=None).step({"A": pair.A, "B": pair.B})
+        sizes.append(np.linalg.norm(pair.delta()))
+    times, guess = sizes[1] / sizes[0], times_as_far()
+    assert guess is not None, "times_as_far returns None: write the line, with your guess"
+    assert guess != 16, "so it would be with plain gradient descent, whose step has the gradient's size"
+    assert guess != 1, "B's step is the same, yes; but ΔW is s B A"
+    assert abs(guess - times) < 1e-4, "no: by how much does the step of B change, and by how much s?"
+    return f"{times:.0f} times: B takes the same step, and s multiplies it"
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# The gradient of $B$ grows, but Adam's step does not; only the $s$ in $s\,B A$ counts:
+#
+# ```python
+# def times_as_far():
+#     return 4
+# ```
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def both_learn(O, I, rng):  # noqa: E741
+    """A (2, I) and B (O, 2) with B A = 0, of which both have a gradient in the very first step."""
+    return None  # your lines in place of this one: the pair A, B
+
+
+# %% tags=["check"]
+def check():
+    """What your start makes of a map before the first step, and which of its factors have a gradient."""
+    for O, I in ((5, 7), (8, 4)):  # noqa: E741
+        answer = both_learn(O, I, np.random.default_rng(3))
+        assert answer is not None, "both_learn returns None: write the line, and return A and B"
+        A, B = (np.array(factor, float) for factor in answer)
+        assert (A.shape, B.shape) == ((2, I), (O, 2)), f"the shapes are {A.shape} and {B.shape}"
+        assert np.abs(B @ A).max() < 1e-12, "B A is not 0: the model would not begin at the base"
+        pair, rng = LowRank(Param(A), Param(B), 1.0), np.random.default_rng(4)
+        frozen = Linear(Param(np.zeros((O, I)), trainable=False))
+        _, back = pair(frozen, rng.standard_normal((6, I)), Need.WEIGHTS)
+        back(rng.standard_normal((6, O)))
+        still = [name for name, p in (("A", pair.A), ("B", pair.B)) if not p.grad.any()]
+        assert not still, f"no gradient in {' and '.join(still)}: the other factor is 0"
+    return "each direction needs only one zero, so one may have it in B and the other in A"
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# The usual start in one direction, and its mirror image in the other:
+#
+# ```python
+# def both_learn(O, I, rng):
+#     A, B = rng.standard_normal((2, I)), rng.standard_normal((O, 2))
+#     A[1], B[:, 0] = 0, 0
+#     return A, B
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To take along
+#
+# - Adapt all linear maps, or the MLP. Where the parameters go matters more than the scale, or a start at the
+#   base, if each has its own learning rate.
+# - A scale is a learning rate. Keep $\alpha$, and search the rate, for every method anew.
+# - Begin at the base: one factor zero, the other drawn.
+# - Few numbers are trained. That saves memory more than time.
