@@ -6,15 +6,17 @@ from pathlib import Path
 from ..experiments import harness, rank_sweep
 from ..experiments.questions import question
 from ..formats.atomic import read
-from . import choices, cost, dimension, full, ranks, starts, use
+from . import choices, cost, dimension, full, ranks, rivals, size, starts, use
 from .claim import Entry, Rows
 
 SUBJECTS = {
     "Ranks and directions": ranks.CLAIMS,
+    "The size of the base": size.CLAIMS,
     "Intrinsic dimension": dimension.CLAIMS,
     "Where and how to adapt": choices.CLAIMS,
     "Where training starts": starts.CLAIMS,
     "Beside full fine-tuning": full.CLAIMS,
+    "LoRA's rivals": rivals.CLAIMS,
     "Merging, adding, serving": use.CLAIMS,
     "Time, memory, parameters": cost.CLAIMS,
 }

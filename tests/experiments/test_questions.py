@@ -19,6 +19,8 @@ PAGES = {  # experiment -> its page in docs/
     "which-matrices": "what_to_adapt",
     "scale": "what_to_adapt",
     "initialisation": "what_to_adapt",
+    "rivals": "rivals",
+    "size": "which_rank",
     "merging": "merging",
     "forgetting": "forgetting",
     "adding-adapters": "adding_adapters",

@@ -34,8 +34,8 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
     "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
     "experiments.size", "experiments.size_figures",
-    "experiments.questions", "claims.claim", "claims.ranks", "claims.dimension",
-    "claims.choices", "claims.starts", "claims.full",
+    "experiments.questions", "claims.claim", "claims.ranks", "claims.size", "claims.dimension",
+    "claims.choices", "claims.starts", "claims.full", "claims.rivals",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip
