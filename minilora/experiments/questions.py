@@ -18,6 +18,7 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "merging": ("merging", "merging_figures"),
     "forgetting": ("forgetting", "forgetting_figures"),
     "initialisation": ("initialisation", "initialisation_figures"),
+    "cost": ("cost", "cost_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
 }
 

@@ -21,6 +21,7 @@ PAGES = {  # experiment -> its page in docs/
     "initialisation": "what_to_adapt",
     "merging": "merging",
     "forgetting": "forgetting",
+    "cost": "cost",
     "adding-adapters": "adding_adapters",
 }
 SEEDS = 5
