@@ -345,9 +345,10 @@ def amplified(factor, emphasis):
 
 
 def known_runs(rows, *tasks):
+    """The measured rows of all tasks with a planted rank, or of some."""
     for row in rows:
         c = row["config"]
-        if c["kind"] == "final" and (c["task"] in tasks or not tasks):
+        if c["kind"] == "final" and c["planted"] and (c["task"] in tasks or not tasks):
             yield row, c["planted"], c["rank"]
 
 
