@@ -129,15 +129,15 @@ def sentences(rows: Sequence[Row]) -> list[str]:
 
 def rest(rows: Sequence[Row]) -> str:
     """What each rank leaves of the base's excess on reversed text, in the median."""
-    return ", ".join(f"{called(r)} {np.median(x):.0%}" for r, x in left(rows).items())
+    return ", ".join(f"{np.median(x):.0%} with {called(r)}" for r, x in left(rows).items())
 
 
 def backwards_said(rows: Sequence[Row]) -> str:
     """The sentence on reversed text."""
     start, floor = levels(rows)
     return (
-        f"reversed text, on which the base has {start:.2f} and forwards {floor:.2f} nats: of the excess is "
-        f"left {rest(rows)}."
+        f"reversed text, on which the base has {start:.2f} nats and {floor:.2f} forwards: what "
+        f"is left of the excess is {rest(rows)}."
     )
 
 
@@ -217,7 +217,7 @@ def backwards(rows: Sequence[Row]) -> Picture:
     ax.set_ylim(0, 1.1 * max(y.max(), full.max()))
     ax.set(xlabel="rank r of LoRA", ylabel="excess over the same text forwards (% of the base's)")
     ax.legend()
-    figure.suptitle(f"Does a text of the same entropy need rank?\nLeft: {rest(rows)}")
+    figure.suptitle(f"How much rank does reversed text need?\nExcess left: {rest(rows)}")
     return Picture(figure, f"Excess loss against rank on reversed text. {backwards_said(rows)}")
 
 

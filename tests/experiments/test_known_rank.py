@@ -457,8 +457,8 @@ def test_reversed_text_is_read_by_hand():
     assert "the base has 5.500, and 1.500 forwards" in text.caption
     assert sentences(both) == [
         *sentences(CRAFTED),
-        "reversed text, on which the base has 5.50 and forwards 1.50 nats: of the excess is left r = 1 55%, "
-        "r = 64 25%, all weights 15%.",
+        "reversed text, on which the base has 5.50 nats and 1.50 forwards: what is left of the "
+        "excess is 55% with r = 1, 25% with r = 64, 15% with all weights.",
     ]
 
 
@@ -472,7 +472,7 @@ def test_the_figure_of_reversed_text_is_drawn_if_it_was_tried():
     lora, full = ax.lines
     assert lora.get_xydata() == pytest.approx(np.array([[1, 55], [64, 25]]))
     assert full.get_ydata() == pytest.approx([15, 15])
-    assert "Left: r = 1 55%, r = 64 25%, all weights 15%" in drawn["reversed"].figure.get_suptitle()
+    assert "55% with r = 1, 25% with r = 64, 15% with all weights" in drawn["reversed"].figure.get_suptitle()
 
 
 def test_rows_without_a_measurement_are_refused(rows):
