@@ -38,11 +38,11 @@ def rows_of(root: Path, name: str) -> Rows:
 
 def entries(root: Path) -> tuple[Entry, ...]:
     """Each claim with what the rows in `root` say of it; raises as `rows_of`."""
-    files = dict.fromkeys(claim.rows for claim in CLAIMS if claim.rows)
+    files = dict.fromkeys(claim.rows for claim in CLAIMS)
     rows = {name: rows_of(root, name) for name in files}
     made = []
     for subject, some in SUBJECTS.items():
         for c in some:
-            verdict, number = c.decide(rows.get(c.rows, ()))
+            verdict, number = c.decide(rows[c.rows])
             made.append(Entry(subject, c.statement, c.source, verdict, number, c.rule, c.rows, c.figure))
     return tuple(made)

@@ -23,6 +23,7 @@ PAGES = {  # experiment -> its page in docs/
     "size": "which_rank",
     "merging": "merging",
     "forgetting": "forgetting",
+    "cost": "cost",
     "adding-adapters": "adding_adapters",
 }
 SEEDS = 5

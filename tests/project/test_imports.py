@@ -33,6 +33,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.rivals_figures",
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
     "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
+    "experiments.cost", "experiments.cost_figures",
     "experiments.size", "experiments.size_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.size", "claims.dimension",
     "claims.choices", "claims.starts", "claims.full", "claims.rivals",
@@ -42,7 +43,7 @@ ORDER = [  # a wing or a file stands above all that it imports
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
-    "initialisation", "merging", "intrinsic_", "rivals", "size",
+    "initialisation", "merging", "intrinsic_", "rivals", "size", "cost",
 )  # fmt: skip
 QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
