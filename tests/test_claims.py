@@ -634,6 +634,143 @@ def memory_of(model, times, way, *states):
 
 NONE, LOW, MIDDLE, HIGH = 10**9, 342, 5472, 87552
 BASE, WIDTH = 0, 96
+
+
+def of_method(rows, method, *ranks, kind="final"):
+    """The rows of a method, of all its sizes or of some."""
+    for row in runs(rows, kind, method=method):
+        if not ranks or row["config"]["rank"] in ranks:
+            yield row
+
+
+def method_at(loss, *methods, ranks=()):
+    """Every seed of these methods has that test loss."""
+
+    def change(rows):
+        for method in methods:
+            set_all(of_method(rows, method, *ranks), "test", loss)
+
+    return change
+
+
+def one_seed_of_a_method_at(first, others, method, *ranks):
+    def change(rows):
+        method_at(others, method, ranks=ranks)(rows)
+        for row in of_method(rows, method, *ranks):
+            row["test"] = first if row["config"]["seed"] == 0 else row["test"]
+
+    return change
+
+
+def falling(method, losses):
+    """The losses of its sizes, the smallest rank first."""
+
+    def change(rows):
+        ranks = sorted({row["config"]["rank"] for row in of_method(rows, method)})
+        for rank, loss in zip(ranks, losses, strict=False):
+            set_all(of_method(rows, method, rank), "test", loss)
+
+    return change
+
+
+def ratio_at(job, value, *names):
+    """The time of some contestants at every size."""
+
+    def change(rows):
+        for row in rows:
+            if row["job"] == job:
+                row["ratio"] |= dict.fromkeys(names, value)
+
+    return change
+
+
+BOTH, ROWS_BEFORE = ("bottleneck, Houlsby", "bottleneck, Pfeiffer"), ("prefix", "prompt")
+
+
+def base_and_full(rows, width):
+    """The base's loss on the target, and the median of full fine-tuning."""
+    (base,) = runs(rows, "base", width=width)
+    return base["test"], median(row["test"] for row in runs(rows, "final", width=width, rank=0))
+
+
+def left_by_width(*nats):
+    """LoRA's loss less full fine-tuning's at every rank, by width from the narrowest on."""
+
+    def change(rows):
+        widths = sorted({row["config"]["width"] for row in rows})
+        for width, more in zip(widths, nats, strict=True):
+            _, full = base_and_full(rows, width)
+            for row in runs(rows, "final", width=width):
+                if row["config"]["rank"]:
+                    row["test"] = full + more
+
+    return change
+
+
+def one_rank_left_alone(rank):
+    """The widest base leaves less at this rank only."""
+
+    def change(rows):
+        left_by_width(0.1, 0.1, 0.1)(rows)
+        _, full = base_and_full(rows, 128)
+        set_all(runs(rows, "final", width=128, rank=rank), "test", full + 0.05)
+
+    return change
+
+
+def one_seed_leaves_more(rows):
+    """All but one seed of the widest base leave less, at each rank."""
+    left_by_width(0.1, 0.1, 0.05)(rows)
+    _, full = base_and_full(rows, 128)
+    for row in runs(rows, "final", width=128, seed=2):
+        if row["config"]["rank"]:
+            row["test"] = full + 0.11
+
+
+def enough_from(*ranks):
+    """By width, the rank from which on LoRA closes the gap; below it nothing."""
+
+    def change(rows):
+        widths = sorted({row["config"]["width"] for row in rows})
+        for width, least in zip(widths, ranks, strict=True):
+            base, full = base_and_full(rows, width)
+            for row in runs(rows, "final", width=width):
+                if row["config"]["rank"]:
+                    row["test"] = full if row["config"]["rank"] >= least else base
+
+    return change
+
+
+def closes(**shares):
+    """The share of the gap that the ranks of SmolLM2 close: r1=..., r4=... with every seed."""
+
+    def change(rows):
+        base, full = base_and_full(rows, 576)
+        for name, share in shares.items():
+            set_all(runs(rows, "final", rank=int(name[1:])), "test", base - share * (base - full))
+
+    return change
+
+
+def one_seed_closes_half(rows):
+    """r = 4 closes all with every seed but one, which closes less than half."""
+    closes(r4=1.0)(rows)
+    base, full = base_and_full(rows, 576)
+    set_all(runs(rows, "final", rank=4, seed=1), "test", base - 0.49 * (base - full))
+
+
+def rates_over_full(**times):
+    """The best rates of SmolLM2's ranks over that of full fine-tuning."""
+
+    def change(rows):
+        full = next(runs(rows, "final", rank=0))["config"]["rate"]
+        for name, factor in times.items():
+            for row in runs(rows, "final", rank=int(name[1:])):
+                row["config"]["rate"] = factor * full
+
+    return change
+
+
 CHANGED = [  # rule, what becomes of its rows, what it says then
     ("little_is_enough", one_seed_below_half, FAILS),
     ("as_good_as_full", all_as_full, HOLDS),
@@ -754,6 +891,80 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
         memory_of("llama-2-7b", 2.0, "LoRA", MIXED),
         "holds when the weights are in bfloat16",
     ),
+    ("lora_beats_what_cannot_be_merged", method_at(9.0, *BOTH, *ROWS_BEFORE), HOLDS),
+    ("lora_beats_what_cannot_be_merged", method_at(1.0, *BOTH, *ROWS_BEFORE), FAILS),
+    ("lora_stays_ahead", method_at(9.0, *BOTH, *ROWS_BEFORE), HOLDS),
+    ("lora_stays_ahead", method_at(1.0, "bottleneck, Houlsby", "prefix", "prompt", ranks=(4,)), FAILS),
+    (
+        "more_rows_hurt",
+        both(falling("prefix", (2.0, 1.9, 1.8, 1.7)), falling("prompt", (2.0, 1.9, 1.8))),
+        FAILS,
+    ),
+    (
+        "more_rows_hurt",
+        both(falling("prefix", (2.0, 1.9, 1.8, 1.85)), falling("prompt", (2.0, 1.9, 1.95))),
+        HOLDS,
+    ),
+    (
+        "more_rows_hurt",
+        both(falling("prefix", (2.0, 1.9, 1.8, 1.85)), falling("prompt", (2.0, 1.9, 1.8))),
+        "holds when it is prefix tuning",
+    ),
+    (
+        "more_rows_hurt",
+        both(
+            falling("prefix", (2.0, 1.9, 1.8, 1.7)),
+            falling("prompt", (2.0, 1.9, 1.8)),
+            one_seed_of_a_method_at(1.0, 1.85, "prefix", 16),
+        ),
+        FAILS,
+    ),
+    ("prompts_trail", method_at(1.0, "prompt", ranks=(4,)), FAILS),
+    ("prefixes_match", method_at(1.0, "prefix", ranks=(16,)), HOLDS),
+    ("bottlenecks_match", method_at(1.0, "bottleneck, Houlsby", ranks=(2,)), HOLDS),
+    ("norms_are_not_enough", one_seed_of_a_method_at(1.0, 9.0, "norms"), FAILS),
+    ("biases_match", method_at(1.0, "biases"), HOLDS),
+    ("dora_is_better", method_at(1.0, "DoRA"), HOLDS),
+    ("dora_is_better", method_at(9.0, "DoRA"), FAILS),
+    (
+        "dora_is_better",
+        both(method_at(1.0, "DoRA"), one_seed_of_a_method_at(9.0, 1.0, "DoRA", 4)),
+        "holds when r is 1 or 2 or 16",
+    ),
+    ("dora_of_half_the_rank", method_at(1.0, "DoRA"), HOLDS),
+    ("vera_needs_a_tenth", method_at(1.0, "VeRA"), HOLDS),
+    ("more_than_lora", method_at(1.0, "LoRA, norms, embedding"), HOLDS),
+    ("more_than_lora", one_seed_of_a_method_at(9.0, 1.0, "LoRA, norms, embedding"), FAILS),
+    ("bottlenecks_slow_inference", ratio_at("token", 1.2, *BOTH), HOLDS),
+    ("bottlenecks_slow_inference", ratio_at("token", 1.04, BOTH[1]), FAILS),
+    (
+        "merged_is_free",
+        both(
+            *(
+                ratio_at(job, 1.0, "VeRA, merged", "DoRA, merged", "base again")
+                for job in ("forward", "token")
+            )
+        ),
+        HOLDS,
+    ),
+    ("merged_is_free", ratio_at("forward", 2.0, "DoRA, merged"), FAILS),
+    ("size_narrows_the_gap", left_by_width(0.3, 0.2, 0.1), HOLDS),
+    ("size_narrows_the_gap", left_by_width(0.1, 0.05, 0.1), FAILS),
+    ("size_narrows_the_gap", one_seed_leaves_more, FAILS),
+    ("size_narrows_the_gap", one_rank_left_alone(4), "holds when r is 4"),
+    ("size_lowers_the_rank", enough_from(16, 8, 4), HOLDS),
+    ("size_lowers_the_rank", enough_from(4, 4, 4), "holds when the rank is taken as a share of the width"),
+    ("size_lowers_the_rank", enough_from(1, 4, 16), FAILS),
+    ("size_lowers_the_rank", enough_from(16, 8, 64), FAILS),
+    ("real_model_needs_little", closes(r4=0.51), HOLDS),
+    ("real_model_needs_little", closes(r4=0.49), FAILS),
+    ("real_model_needs_little", one_seed_closes_half, FAILS),
+    ("ranks_start_alike", closes(r1=0.96, r4=1.0, r16=1.0, r64=1.0), HOLDS),
+    ("ranks_start_alike", closes(r1=0.94, r4=0.96, r16=1.0, r64=1.0), "holds when r is at least 4"),
+    ("ranks_start_alike", closes(r1=0.8, r4=0.85, r16=0.9, r64=1.0), FAILS),
+    ("fifteen_times_the_rate", rates_over_full(r1=7.5, r4=10, r16=20, r64=30), HOLDS),
+    ("fifteen_times_the_rate", rates_over_full(r1=7.4), FAILS),
+    ("fifteen_times_the_rate", rates_over_full(r64=40), FAILS),
 ]
 
 

@@ -140,7 +140,7 @@ def more_than_lora(rows: Rows) -> Verdict:
     number = f"{ranged(change)}; {alike:+.3f} from a LoRA with as many parameters"
     if change.max() >= 0:
         return FAILS, number
-    return HOLDS if alike < 0 else "holds when the rank stays the same and parameters do not count", number
+    return HOLDS if alike < 0 else "holds when the rank is the same, not the count of parameters", number
 
 
 # ---- times
