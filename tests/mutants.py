@@ -2155,6 +2155,7 @@ MUTANTS = (
     Mutant("bench-budget-of-just-one", "serve/bench.py", "if budget < (size", "if budget <= (size", "bench"),
     Mutant("bench-other-percentiles", "serve/bench.py", "POINTS = (50, 95)", "POINTS = (50, 99)", "bench"),
     Mutant("bench-warms-up-with-more-than-all", "serve/bench.py", "min(slots, requests), n, zipf", "slots, n, zipf", "bench"),
+    Mutant("claim-rank-needed-with-one-seed", "claims/ranks.py", "(rest[1] - rest[64]).min() > NOTHING", "(rest[1] - rest[64]).max() > NOTHING", "claims"),
     Mutant("bench-prompts-one-token-short", "serve/bench.py", "rng.integers(PROMPT[0], PROMPT[1] + 1)", "rng.integers(PROMPT[0], PROMPT[1])", "bench"),
 )
 # fmt: on

@@ -643,6 +643,17 @@ def of_method(rows, method, *ranks, kind="final"):
             yield row
 
 
+def reversed_leaves(rank, excess, seeds=range(5)):
+    """What LoRA of a rank leaves of the base's excess on reversed text, for some seeds or all."""
+
+    def change(rows):
+        for row in runs(rows, "final", task="reversed", rank=rank):
+            if row["config"]["seed"] in seeds:
+                row["excess"] = excess
+
+    return change
+
+
 def method_at(loss, *methods, ranks=()):
     """Every seed of these methods has that test loss."""
 
@@ -965,6 +976,9 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("fifteen_times_the_rate", rates_over_full(r1=7.5, r4=10, r16=20, r64=30), HOLDS),
     ("fifteen_times_the_rate", rates_over_full(r1=7.4), FAILS),
     ("fifteen_times_the_rate", rates_over_full(r64=40), FAILS),
+    ("needs_rank", both(reversed_leaves(1, 0.3), reversed_leaves(64, 0.3)), FAILS),
+    ("needs_rank", both(reversed_leaves(1, 0.9), reversed_leaves(64, 0.885)), FAILS),  # less than 0.02
+    ("needs_rank", reversed_leaves(1, 0.0, seeds=(3,)), FAILS),
 ]
 
 
