@@ -25,6 +25,7 @@ from .ops import (
     Back,
     attention,
     back_nothing,
+    back_same,
     cross_entropy,
     heads,
     rope,
@@ -155,7 +156,10 @@ def after(need: Need, layer: Any) -> Need:
 
 @dataclass(eq=False)
 class Attention:
-    """Causal self-attention with rotary positions: x (N, T, D) -> (N, T, D)."""
+    """Causal self-attention with rotary positions: x (N, T, D) -> (N, T, D).
+
+    Without a `turn` tokens have no order, as the patches of an image: none is turned, and each sees all.
+    """
 
     head_dim: int  # E
     q_proj: Layer  # (H*E, D)
@@ -163,14 +167,16 @@ class Attention:
     v_proj: Layer  # (G*E, D)
     o_proj: Layer  # (D, H*E)
 
-    def __call__(self, x: Array, need: Need, turn: Turn, cache: Cache | None = None) -> tuple[Array, Back]:
+    def __call__(
+        self, x: Array, need: Need, turn: Turn | None, cache: Cache | None = None
+    ) -> tuple[Array, Back]:
         q, back_q = self.q_proj(x, need)
         k, back_k = self.k_proj(x, need)
         v, back_v = self.v_proj(x, need)
-        q, unturn_q = rope(q, *turn, self.head_dim)
-        k, unturn_k = rope(k, *turn, self.head_dim)
+        q, unturn_q = rope(q, *turn, self.head_dim) if turn else (q, back_same)
+        k, unturn_k = rope(k, *turn, self.head_dim) if turn else (k, back_same)
         q, k, v = (heads(x, self.head_dim) for x in (q, k, v))  # (N, H or G, T, E)
-        a, back_a = (cache.attend if cache else attention)(q, k, v)
+        a, back_a = cache.attend(q, k, v) if cache else attention(q, k, v, causal=turn is not None)
         need_a = after(need, [self.q_proj, self.k_proj, self.v_proj, cache])
         y, back_o = self.o_proj(unheads(a), need_a)
         if need_a is not Need.ALL:
@@ -222,7 +228,7 @@ class Block:
     mlp: MLP
 
     def __call__(
-        self, x: Array, turn: Turn, need: Need = Need.ALL, cache: Cache | None = None
+        self, x: Array, turn: Turn | None, need: Need = Need.ALL, cache: Cache | None = None
     ) -> tuple[Array, Back]:
         need_a = after(need, [self.input_layernorm, self.self_attn])
         x, back_a = residual(self.input_layernorm, self.self_attn, x, need, turn, cache)
@@ -387,13 +393,18 @@ def llama(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> 
     In each block the two maps that write to the residual stream are scaled by 1/sqrt(2L). The embedding is
     N(0, 1/D), so that a tied head starts with logits of order one.
     """
+    return build(config, drawing(rng, dtype), dtype)
+
+
+def drawing(rng: np.random.Generator, dtype: Any) -> Callable[[tuple[int, int], float], Array]:
+    """draw(shape, gain): a matrix with W ~ N(0, 1/inputs), times the gain."""
 
     def draw(shape: tuple[int, int], gain: float) -> Array:
         W = normal(rng, shape, 1 / math.sqrt(shape[1]), dtype)
         W *= gain
         return W
 
-    return build(config, draw, dtype)
+    return draw
 
 
 def blank(config: Config, dtype: Any = np.float32) -> Llama:
@@ -404,26 +415,34 @@ def blank(config: Config, dtype: Any = np.float32) -> Llama:
 
 def build(config: Config, draw: Callable[[tuple[int, int], float], Array], dtype: Any) -> Llama:
     """The tree of layers, with matrices from draw(shape, gain); norms are one, biases zero."""
+    shape = config.vocab_size, config.hidden_size
+    table = Embedding(Param(draw(shape, 1.0)))
+    decoder = Decoder(table, blocks(config, draw, dtype), norm(config, dtype))
+    return Llama(config, decoder, None if config.tie_word_embeddings else Linear(Param(draw(shape, 1.0))))
+
+
+def norm(config: Config, dtype: Any) -> RMSNorm:
+    """A fresh norm of the width D."""
+    return RMSNorm(Param(xp.ones(config.hidden_size, dtype)), config.rms_norm_eps)
+
+
+def blocks(config: Config, draw: Callable[[tuple[int, int], float], Array], dtype: Any) -> list[Block]:
+    """The L blocks, as in `build`."""
     c = config
     D, F, E = c.hidden_size, c.intermediate_size, c.E
     H, G = c.num_attention_heads, c.num_key_value_heads
-
-    def norm() -> RMSNorm:
-        return RMSNorm(Param(xp.ones(D, dtype)), c.rms_norm_eps)
+    a, m = c.attention_bias, c.mlp_bias
+    out = 1 / math.sqrt(2 * c.num_hidden_layers)
 
     def project(outputs: int, inputs: int, bias: bool, gain: float = 1.0) -> Linear:
         W = draw((outputs, inputs), gain)
         return Linear(Param(W), Param(xp.zeros(outputs, dtype)) if bias else None)
 
     def block() -> Block:
-        out = 1 / math.sqrt(2 * c.num_hidden_layers)
-        a, m = c.attention_bias, c.mlp_bias
         attn = Attention(
             E, project(H * E, D, a), project(G * E, D, a), project(G * E, D, a), project(D, H * E, a, out)
         )
         mlp = MLP(project(F, D, m), project(F, D, m), project(D, F, m, out))
-        return Block(norm(), attn, norm(), mlp)
+        return Block(norm(c, dtype), attn, norm(c, dtype), mlp)
 
-    table = Embedding(Param(draw((c.vocab_size, D), 1.0)))
-    decoder = Decoder(table, [block() for _ in range(c.num_hidden_layers)], norm())
-    return Llama(c, decoder, None if c.tie_word_embeddings else project(c.vocab_size, D, False))
+    return [block() for _ in range(c.num_hidden_layers)]

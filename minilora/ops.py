@@ -164,11 +164,12 @@ def unheads(x: Array) -> Array:
 TILE = 64  # queries per step of attention: few, to skip masked keys; many, for long products
 
 
-def attention(q: Array, k: Array, v: Array, tile: int = TILE) -> tuple[Array, Back]:
+def attention(q: Array, k: Array, v: Array, tile: int = TILE, causal: bool = True) -> tuple[Array, Back]:
     """Causal softmax(q kᵀ / sqrt(E)) v (Vaswani et al. 2017), grouped queries (Ainslie et al. 2023).
 
     q (N, H, T, E); k, v (N, G, S, E), where head h reads group h // (H/G) and the T queries are the
-    last of the S positions. Returns (N, H, T, E); back gives (dq, dk, dv).
+    last of the S positions; if not `causal`, every query sees all S. Returns (N, H, T, E); back gives
+    (dq, dk, dv).
 
     Queries go in tiles of `tile`, each against the keys up to its last position, which skips up to half of
     the products and exponentials. With e = exp(scores) the sums l = e 1 come out of the product e [v, 1],
@@ -189,9 +190,9 @@ def attention(q: Array, k: Array, v: Array, tile: int = TILE) -> tuple[Array, Ba
     tiles = []
     for start in range(0, T, tile):
         of = slice(start, min(start + tile, T))
-        seen = S - T + of.stop
+        seen = S - T + of.stop if causal else S
         e = q[..., of, :] @ k[..., :seen, :].swapaxes(-1, -2)
-        if (t := of.stop - start) > 1:
+        if causal and (t := of.stop - start) > 1:
             future = xp.arange(t) > xp.arange(t)[:, None]
             e[..., seen - t :] += xp.where(future, -math.inf, 0.0).astype(e.real.dtype)
         e -= e.real.max(-1, keepdims=True)

@@ -109,6 +109,9 @@ def in_layers(numbers: Sequence[int], paths: Sequence[str]) -> list[str]:
 
 def with_head(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
     """The layers, and the one that a tied head becomes when it is adapted: a Linear on the table."""
-    if getattr(model, "lm_head", model) is not None:  # an untied head, or no language model
-        return dict(layers)
-    return {**layers, "lm_head": Linear(layers["model.embed_tokens"].weight)}
+    return {**layers, "lm_head": Linear(layers["model.embed_tokens"].weight)} if tied(model) else dict(layers)
+
+
+def tied(model: Any) -> bool:
+    """Whether the model is a language model whose head is its embedding."""
+    return getattr(model, "lm_head", model) is None

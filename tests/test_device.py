@@ -30,7 +30,7 @@ LAWS = ("test_ops.py", "test_layers.py", "test_optim.py")
 MORE = (
     "test_model.py", "test_lora.py", "test_training.py", "test_spectra.py", "test_finetune.py",
     "formats/test_huggingface.py", "peft/test_folder.py", "methods", "compose", "analysis/test_inspect.py",
-    "serve/test_slots.py",
+    "serve/test_slots.py", "vision",
 )  # fmt: skip
 
 KINDS = {

@@ -55,6 +55,10 @@ OPS = {  # name -> op(rng, *operands), shapes of its operands; a, b, c are drawn
     "cached attention": (
         lambda rng, *qkv: attention(*qkv, tile=3), lambda a, b, c: [(1, 6, a, b), *[(1, 3, a + c, b)] * 2],
     ),
+    "attention of all": (
+        lambda rng, *qkv: attention(*qkv, tile=2, causal=False),
+        lambda a, b, c: [(2, 6, a, b), *[(2, 3, a + c, b)] * 2],
+    ),
     "dropout": (lambda rng, x: Dropout(0.3, rng)(x), lambda a, b, c: [(a, b, c)]),
     "cross_entropy": (labelled, lambda a, b, c: [(a, b, c + 1)]),
 }  # fmt: skip
@@ -149,25 +153,26 @@ def test_attention_matches_softmax_over_grouped_products(seed):
     assert_precision_scales(both)
 
 
-@given(seed=seeds, T=st.integers(1, 9), past=st.integers(0, 3), tile=st.integers(1, 9))
-def test_tiled_attention_matches_plain_attention(seed, T, past, tile):
+@given(seed=seeds, T=st.integers(1, 9), past=st.integers(0, 3), tile=st.integers(1, 9), causal=st.booleans())
+def test_tiled_attention_matches_plain_attention(seed, T, past, tile, causal):
     def both(dtype):
         rng = np.random.default_rng(seed)
         shapes = (2, 6, T, 4), *[(2, 2, T + past, 4)] * 2
         q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
         dy = rng.standard_normal(q.shape).astype(dtype)
-        for y, back in (attention(q, k, v, tile), plain_attention(q, k, v)):
+        for y, back in (attention(q, k, v, tile, causal), plain_attention(q, k, v, causal)):
             yield np.concatenate([a.ravel() for a in (y, *back(dy.copy()))])
 
     assert_precision_scales(both)
 
 
-def plain_attention(q, k, v):
-    """All the scores, and a mask: the clear version of what `attention` does in tiles."""
+def plain_attention(q, k, v, causal=True):
+    """All the scores, and a mask if `causal`: the clear version of what `attention` does in tiles."""
     (_, H, T, E), (G, S) = q.shape, k.shape[1:3]
     k, v = (a.repeat(H // G, 1) for a in (k, v))
     scores = q @ k.swapaxes(-1, -2) / q.dtype.type(math.sqrt(E))
-    scores[..., np.arange(S) > np.arange(S - T, S)[:, None]] = -np.inf
+    if causal:
+        scores[..., np.arange(S) > np.arange(S - T, S)[:, None]] = -np.inf
     p, back_p = softmax(scores)
 
     def back(dy):

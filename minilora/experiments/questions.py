@@ -22,6 +22,7 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "cost": ("cost", "cost_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
     "size": ("size", "size_figures"),
+    "beyond-language": ("beyond_language", "beyond_figures"),  # which needs an extra
 }
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from ..backend import Array
 from ..layers import Dropout, Layer, Linear, Need
 from ..lora import Adapted
-from ..model import Block, Llama, Turn, after, residual
+from ..model import Block, Turn, after, residual
 from ..ops import Back, back_nothing
-from ..tree import walk
+from ..tree import replace, walk
 from .folded import Folded
 
 
@@ -47,7 +47,9 @@ class Recomputed:
 
     block: Block
 
-    def __call__(self, x: Array, turn: Turn, need: Need = Need.ALL, cache: Any = None) -> tuple[Array, Back]:
+    def __call__(
+        self, x: Array, turn: Turn | None, need: Need = Need.ALL, cache: Any = None
+    ) -> tuple[Array, Back]:
         block = self.block
         attention, mlp = block.self_attn, block.mlp
         last = within(attention).o_proj
@@ -90,10 +92,10 @@ def within(half: Any) -> Any:
     return half.base if isinstance(half, Adapted) else half
 
 
-def recompute(model: Llama) -> None:
+def recompute(model: Any) -> None:
     """Wrap every block of a replica."""
-    for i, block in enumerate(model.model.layers):
+    for path, block in [(path, node) for path, node in walk(model) if isinstance(node, Block)]:
         attention = within(block.self_attn)
         attention.o_proj = Last(attention.o_proj)
         block.mlp.down_proj = Last(block.mlp.down_proj)
-        model.model.layers[i] = Recomputed(block)  # type: ignore[call-overload]
+        replace(model, path, Recomputed(block))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -39,9 +40,9 @@ class Prefix:
     values: Param  # (P, G*E)
 
     def __call__(
-        self, base: Attention, x: Array, need: Need, turn: Turn, cache: Cache | None = None
+        self, base: Attention, x: Array, need: Need, turn: Turn | None, cache: Cache | None = None
     ) -> tuple[Array, Back]:
-        return base(x, need, turn, Before(self, base.head_dim, cache))
+        return base(x, need, turn, Before(self, base.head_dim, cache, causal=turn is not None))
 
     @property
     def low_rank(self) -> None:
@@ -64,6 +65,7 @@ class Before:
     prefix: Prefix
     head_dim: int  # E
     cache: Cache | None
+    causal: bool
 
     @property
     def seen(self) -> int:
@@ -72,7 +74,7 @@ class Before:
 
     def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Back]:
         """The attention (N, H, T, E) of q over the prefix and the text; back gives (dq, dk, dv)."""
-        attend = self.cache.attend if self.cache else attention
+        attend = self.cache.attend if self.cache else partial(attention, causal=self.causal)
         if self.seen:
             return attend(q, k, v)
         keys, values, E = self.prefix.keys, self.prefix.values, self.head_dim

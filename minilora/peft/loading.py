@@ -25,7 +25,7 @@ from ..methods.embedding import LowRankEmbedding
 from ..methods.full_copy import FullCopy
 from ..model import Llama
 from ..table import counted, report
-from ..targets import with_head
+from ..targets import tied, with_head
 from ..tree import digest, dtype_of, named_params
 from .config import alphas_of, chosen, meant, peft_config, targets
 from .folder import (
@@ -85,12 +85,12 @@ def load_adapter(
     given = open_adapter(folder)
     check_agreement(given)
     check_name(model, name)
-    layers, tied = bases(model), model.lm_head is None
+    layers, shared = bases(model), tied(model)
     changed = {*given.pairs, *(name.rpartition(".")[0] for name in given.replaced)}
-    split = tied and not changed.isdisjoint({"model.embed_tokens", "lm_head"})  # they share one table
+    split = shared and not changed.isdisjoint({"model.embed_tokens", "lm_head"})  # they share one table
     if split:
         layers = with_head(model, layers)
-    check_fit(given, layers, tied)
+    check_fit(given, layers, shared)
     if not force:
         check_base(given, lambda: base_print(model))
     dtype = dtype_of(model)
@@ -153,7 +153,7 @@ def check_base(given: Adapter, fingerprint: Callable[[], str]) -> None:
         raise MismatchError(f"{given.where}: was trained on another base: {what}")
 
 
-def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
+def check_fit(given: Adapter, layers: Mapping[str, Any], shared: bool) -> None:
     """MismatchError or UnsupportedError, naming module and file, unless every tensor fits these layers."""
     path = given.tensors.where
     for module, pair in given.pairs.items():
@@ -186,7 +186,7 @@ def check_fit(given: Adapter, layers: Mapping[str, Any], tied: bool) -> None:
             hint = "; resize the base's vocabulary first" if parameter.endswith(TABLES) else ""
             raise MismatchError(f"{path}: {tensor} has shape {shape}; the base's is {own}{hint}")
     tables, _ = unlisted(given)
-    if tied and tables:  # PEFT puts such a table into the base itself, where the two are one
+    if shared and tables:  # PEFT puts such a table into the base itself, where the two are one
         a, b = (given.value(given.replaced[name]) for name in (tables[0], tables[-1]))
         if len(tables) < 2 or not np.array_equal(a, b):
             raise MismatchError(
@@ -243,7 +243,7 @@ def save_adapter(
     adapters = active(model)
     if not adapters:
         raise StateError("no adapter is active; set_adapter() chooses one")
-    layers, tied = bases(model), model.lm_head is None
+    layers, shared = bases(model), tied(model)
     low: dict[str, Pair] = {}
     tensors: dict[str, Any] = {}
     saved, biased, kinds, dropout = [], [], {}, 0.0
@@ -256,7 +256,7 @@ def save_adapter(
         if isinstance(inner, FullCopy):
             saved.append(module)
             tensors |= {f"{at}.{name}": p.data for name, p in named_params(inner.layer).items()}
-            if tied and module == "model.embed_tokens":
+            if shared and module == "model.embed_tokens":
                 saved.append("lm_head")
                 tensors[f"{PREFIX}lm_head.weight"] = inner.layer.weight.data
         elif inner is not None:
@@ -270,7 +270,7 @@ def save_adapter(
                 dropout = pair.dropout.p if pair.dropout else dropout
             else:
                 tensors |= {f"{at}.lora_embedding_A": pair.A.data, f"{at}.lora_embedding_B": pair.B.data}
-                if tied:  # ΔE = s (B A)ᵀ is s Aᵀ Bᵀ for the head
+                if shared:  # ΔE = s (B A)ᵀ is s Aᵀ Bᵀ for the head
                     tensors[f"{PREFIX}lm_head.lora_A.weight"] = pair.B.data.T
                     tensors[f"{PREFIX}lm_head.lora_B.weight"] = pair.A.data.T
                     low["lm_head"] = pair

@@ -31,9 +31,12 @@ from minilora.adapters import scales
 from minilora.backend import to_host
 from minilora.compose.combine import add_weighted_adapter, combine
 from minilora.data import batching, corpora
+from minilora.data.digits import Digits, Images, digits
 from minilora.decoding import generate
 from minilora.errors import MiniloraError, MismatchError, StorageError
 from minilora.experiments import adding_adapters as adding
+from minilora.experiments import beyond_language as beyond
+from minilora.experiments import beyond_tasks as shown
 from minilora.experiments import (
     forgetting,
     harness,
@@ -724,6 +727,49 @@ def widened(rank):
     return run
 
 
+BEYOND = beyond.Plan(
+    ranks=(2,), planted=(2,), rates=(0.02,), full_rates=(0.003,), permuted_rates=(0.05,), pretraining=3,
+    drawing_pretraining=4, steps=5, permuted_steps=6, drawing_steps=2, seeds=1, batch=7, samples=16,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def few_digits():
+    """Few images, tiny bases made anew, and a short diffusion."""
+    cut = {part: getattr(digits(), part) for part in ("train", "valid", "test")}
+    some = Digits(**{part: Images(a.pixels[:30], a.labels[:30]) for part, a in cut.items()})
+    bases = functools.cache(shown.pretrained.__wrapped__)
+    shape = replace(TINY, num_key_value_heads=2)
+    with mock.patch.multiple(shown, SHAPE=shape, TIMES=5, pretrained=bases, digits=lambda: some):
+        yield
+
+
+def beyond_words(task, method, rank=0):
+    """One run of the experiment beyond language: how it starts, what it sees, and what comes of it."""
+
+    def run(seed):
+        cell, batches, real = beyond.Run("final", BEYOND, task, method, rank, 0.02, seed), [], shown.drawn
+
+        def drawn(*given):
+            batches.append(real(*given))
+            return batches[-1]
+
+        with few_digits():
+            beyond.base_of(cell)
+            start = bits(trained(beyond.prepared(cell)))
+            with mock.patch.object(shown, "drawn", drawn):
+                row = beyond.measured(cell)
+        after = repr(next(batches[0]))  # the batch after the last
+        found = {path: a for path, a in start.items() if path.endswith(".A")}
+        adapted = {"permuted:2": 1, "rotated": 8, shown.DRAWN: 12}[task]
+        assert len(found) == (adapted if method == "lora" else 0)
+        return found | {"batches": after, "test": row["test"]} | (
+            {"samples": row["samples"]} if task == shown.DRAWN else {}
+        )  # fmt: skip
+
+    return run
+
+
 def benched(seed):
     """The adapters and requests of serve-bench."""
     found, play, adapted = [], bench.play, bench.adapted
@@ -778,6 +824,13 @@ SEEDS = {
         beginning("all weights", ""),
     ],
     "merging.Run": [merging_one],
+    "beyond_language.Run": [
+        beyond_words("rotated", "lora", 2),
+        beyond_words("rotated", "full"),
+        beyond_words("permuted:2", "lora", 2),
+        beyond_words(shown.DRAWN, "lora", 2),
+        beyond_words(shown.DRAWN, "full"),
+    ],
     "intrinsic_dimension.Run": [
         subspaced("subspace", 40),
         subspaced("said", 40),
@@ -1501,6 +1554,20 @@ def remembered_by_hand(plan):
     }
 
 
+def beyond_done(plan):
+    """What is run, and what is measured on the tasks of a classifier, on permuted pixels and in drawings."""
+    with few_digits(), mock.patch.multiple(beyond, EDGES=0, CLASSIFIED=("rotated",)):
+        rows = beyond.run(plan, next(outs), jobs=1)
+    names = ("kind", "task", "method", "rank", "rate", "seed")
+    parts = {"runs": {tuple(row["config"][name] for name in names) for row in rows}}
+    for row in rows:
+        task = row["config"]["task"]
+        part = "drawn" if task == shown.DRAWN else "permuted" if ":" in task else "classified"
+        some = [row.get(name) for name in ("valid", "test", "samples", "parameters")]
+        parts.setdefault(part, []).append(some)
+    return parts
+
+
 def begun(plan):
     """What is run from which start, and what is measured."""
     with mock.patch.multiple(initialisation, EDGES=0, STARTS=FEW_STARTS):
@@ -2145,6 +2212,26 @@ CASES = {
             "batch": (2, "valid test first losses"),
             "test_windows": (8, "test first base"),
             "valid_windows": (10, "valid"),
+        },
+    ),
+    beyond.Plan: Case(
+        BEYOND,
+        beyond_done,
+        None,  # each task by hand: test_beyond_language.py
+        {
+            "ranks": ((4,), "runs classified drawn"),
+            "planted": ((3,), "runs permuted"),
+            "rates": ((0.03,), "runs classified drawn"),
+            "full_rates": ((0.004,), "runs classified drawn"),
+            "permuted_rates": ((0.06,), "runs permuted"),
+            "pretraining": (8, "classified permuted"),
+            "drawing_pretraining": (9, "drawn"),
+            "steps": (10, "classified"),
+            "permuted_steps": (11, "permuted"),
+            "drawing_steps": (12, "drawn"),
+            "seeds": (2, ALL),
+            "batch": (13, "classified permuted drawn"),
+            "samples": (17, "drawn"),
         },
     ),
     merging.Plan: Case(

@@ -24,6 +24,7 @@ PAGES = {  # experiment -> its page in docs/
     "merging": "merging",
     "forgetting": "forgetting",
     "cost": "cost",
+    "beyond-language": "beyond_language",
     "adding-adapters": "adding_adapters",
 }
 SEEDS = 5

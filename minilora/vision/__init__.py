@@ -1,0 +1,1 @@
+"""Beyond language: a vision transformer and a diffusion model of the same blocks."""
