@@ -121,7 +121,7 @@ MUTANTS = (
     Mutant("noise-in-pixels-order", DIFFUSION, "d = back_y(patches(dy))", "d = back_y(dy.reshape(len(dy), -1, 4))", "adapters_beyond"),
     Mutant("time-zero", DIFFUSION, "or time.min() < 1 or", "or time.min() < 0 or", "diffusion"),
     Mutant("a-vit-needs-a-head-of-words", "targets.py", 'getattr(model, "lm_head", model) is None', "model.lm_head is None", "adapters_beyond"),
-    Mutant("recomputed-llamas-only", "fast/recompute.py", "if isinstance(node, Block)]", 'if isinstance(node, Block) and path.startswith("model.")]', "recompute"),
+    Mutant("recomputed-llamas-only", "fast/recompute.py", "if isinstance(node, Block)]", 'if isinstance(node, Block) and path.startswith("model.")]', "adapters_beyond"),
     Mutant("rotated-the-other-way", TASKS, "axes=(1, 2))", "axes=(2, 1))", "beyond_language"),
     Mutant("one-cycle-too-short", TASKS, "np.roll(np.arange(k + 1), 1), *range(k + 1, PATCH**2)", "np.roll(np.arange(k), 1), *range(k, PATCH**2)", "beyond_language"),
     Mutant("known-answer-transposed", TASKS, "weight.data[:, to_device(order(planted(task)))]", "weight.data[:, to_device(np.argsort(order(planted(task))))]", "beyond_language"),
