@@ -205,7 +205,9 @@ def drawings(rows: Sequence[Row]) -> Picture:
         ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=GREYS)
         ax.set_axis_off()
         ax.set_title(f"{title}\n{np.median([row['share'] for row in some]):.0%} are 5 to 9")
-    figure.suptitle(f"Can LoRA teach new digits to what draws others?\n{ways(f, DRAWN)} of all weights' gain")
+    figure.suptitle(
+        f"Can LoRA teach a model of the digits 0 to 4 to draw 5 to 9?\n{ways(f, DRAWN)} of all weights' gain"
+    )
     return Picture(figure, f"Drawings of a diffusion model of the digits 0 to 4. {sentences(rows)[1]}")
 
 
