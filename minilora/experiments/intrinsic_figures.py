@@ -193,7 +193,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         "By width: " + "; ".join(f"{w}, {dimension(arm)}" for w, arm in f.wide().items()) + ".",
         f"Digits from scratch take {dimension(f.digits(), 'accuracy')} for 90% of full training's accuracy, "
         f"{np.median(f.digits().full.accuracy):.1%}, and {dimension(f.digits())} for 90% of the loss gap. "
-        f"Not tested here, and of larger images: {LI}.",
+        f"{LI}, which is not tested here.",
     ]
 
 

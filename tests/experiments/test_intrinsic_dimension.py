@@ -485,7 +485,7 @@ def test_tables_and_sentences_say_the_numbers(grid):
         "Digits from scratch take 194 (0.11%) for 90% of full training's accuracy, 50.0%"
     )
     assert "and 144 (0.083%) for 90% of the loss gap" in written
-    assert written.endswith(f"Not tested here, and of larger images: {LI}.")
+    assert written.endswith(f" {LI}, which is not tested here.")
 
 
 def test_the_number_of_li_et_al_is_of_their_network():
