@@ -997,6 +997,8 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("images_need_the_planted_rank", beyond_solved_from(lambda k: k + 1), FAILS),
     ("images_need_the_planted_rank", beyond_solved_from(lambda k: 1), FAILS),
     ("updates_are_of_low_rank", beyond_at("spectrum", [1.0, 0.1] + 46 * [0.001], method="full"), HOLDS),
+    ("bottlenecks_slow_inference", ratio_at("token", 1.04, BOTH[1]), FAILS),
+    ("merged_is_free", ratio_at("forward", 2.0, "DoRA, merged"), FAILS),
 ]
 
 
