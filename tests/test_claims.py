@@ -811,6 +811,10 @@ def beyond_solved_from(rank_of):
     return change
 
 
+def digits_at(d):
+    return every_start_reaches_it_at(d, 48, 0, measure="accuracy")
+
+
 CHANGED = [  # rule, what becomes of its rows, what it says then
     ("little_is_enough", one_seed_below_half, FAILS),
     ("as_good_as_full", all_as_full, HOLDS),
@@ -999,6 +1003,7 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("updates_are_of_low_rank", beyond_at("spectrum", [1.0, 0.1] + 46 * [0.001], method="full"), HOLDS),
     ("bottlenecks_slow_inference", ratio_at("token", 1.04, BOTH[1]), FAILS),
     ("merged_is_free", ratio_at("forward", 2.0, "DoRA, merged"), FAILS),
+    ("digits_take_hundreds", digits_at(2048), FAILS),
 ]
 
 

@@ -1,6 +1,6 @@
 """What the experiment with known ranks found: rows -> tables, sentences, and figures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -127,9 +127,9 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return [*lines, backwards_said(rows)] if reverse(rows) else lines
 
 
-def rest(rows: Sequence[Row]) -> str:
+def rest(some: Mapping[int, np.ndarray]) -> str:
     """What each rank leaves of the base's excess on reversed text, in the median."""
-    return ", ".join(f"{np.median(x):.0%} with {called(r)}" for r, x in left(rows).items())
+    return ", ".join(f"{np.median(x):.0%} with {called(r)}" for r, x in some.items())
 
 
 def backwards_said(rows: Sequence[Row]) -> str:
@@ -137,7 +137,7 @@ def backwards_said(rows: Sequence[Row]) -> str:
     start, floor = levels(rows)
     return (
         f"reversed text, on which the base has {start:.2f} nats and {floor:.2f} forwards: what "
-        f"is left of the excess is {rest(rows)}."
+        f"is left of the excess is {rest(left(rows))}."
     )
 
 
@@ -217,7 +217,8 @@ def backwards(rows: Sequence[Row]) -> Picture:
     ax.set_ylim(0, 1.1 * max(y.max(), full.max()))
     ax.set(xlabel="rank r of LoRA", ylabel="excess over the same text forwards (% of the base's)")
     ax.legend()
-    figure.suptitle(f"How much rank does reversed text need?\nExcess left: {rest(rows)}")
+    ends = {r: every[r] for r in (x[0], x[-1], 0)}
+    figure.suptitle(f"How much rank does reversed text need?\nleft: {rest(ends)}")
     return Picture(figure, f"Excess loss against rank on reversed text. {backwards_said(rows)}")
 
 
