@@ -29,7 +29,7 @@ from minilora.data.corpora import Corpus
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.experiments import harness
 from minilora.experiments.harness import LOSS, SEARCH_SEED, SIZE
-from minilora.experiments.rank_figures import NATS, level, log_axis
+from minilora.experiments.rank_figures import NATS, log_axis
 from minilora.experiments.recipe import LENGTH, drawn, learn
 from minilora.experiments.scale_figures import span
 from minilora.experiments.size_figures import HEAD, found
@@ -37,7 +37,7 @@ from minilora.formats import forms, huggingface, tokenizer
 from minilora.lora import inject
 from minilora.methods.lora_config import LoraConfig
 from minilora.optim import AdamW
-from minilora.table import Table
+from minilora.table import Table, counted
 from minilora.training import evaluate
 from minilora.tree import size, trained, unfreeze
 
@@ -197,11 +197,13 @@ def draw(rows):
         figure, ((ax,),) = axes(size=(9.0, 5.4))
         losses = np.stack([arm.losses[r] for r in arm.ranks])
         middles = np.median(losses, 1)
-        level(ax, arm.base["test"], "frozen base", GREY, ":", above=False)
-        level(ax, arm.full, "full fine-tuning", ORANGE, "--", above=False)
+        ax.axhline(arm.base["test"], color=GREY, linestyle=":", linewidth=2, label="frozen base")
         ax.axhspan(min(arm.losses[0]), max(arm.losses[0]), color=ORANGE, alpha=0.2, linewidth=0)
         ax.fill_between(arm.ranks, losses.min(1), losses.max(1), color=BLUE, alpha=0.2, linewidth=0)
-        ax.plot(arm.ranks, middles, color=BLUE, marker="o", markersize=8)
+        seeds = counted(len(arm.losses[0]), "seed", "seeds")
+        ax.plot(arm.ranks, middles, color=BLUE, marker="o", markersize=8,
+                label=f"LoRA, median and range of {seeds} (%: of the gap)")  # fmt: skip
+        ax.axhline(arm.full, color=ORANGE, linestyle="--", linewidth=2, label="full fine-tuning")
         for r, loss in zip(arm.ranks, middles, strict=True):
             ax.annotate(f"{np.median(arm.share(r)):.0%}", (r, loss), xytext=(0, 10),
                         textcoords="offset points", ha="center", color=BLUE)  # fmt: skip
@@ -209,6 +211,7 @@ def draw(rows):
         low, high = ax.get_ylim()
         ax.set_ylim(low - 0.08 * (high - low), high + 0.04 * (high - low))
         ax.set_ylabel(f"test loss ({NATS})")
+        ax.legend(loc="center right")
         ax.set_title(
             f"How much of full fine-tuning does each rank reach in SmolLM2-135M?\n{answer(rows)}", fontsize=12
         )

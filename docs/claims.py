@@ -23,9 +23,7 @@ HEAD = (
 
 
 def linked(entry: Entry) -> str:
-    """Where to look: rows and figure, or the arithmetic."""
-    if not entry.rows:
-        return "arithmetic"
+    """Where to look: rows and figure."""
     return f"[rows](../{entry.rows}), [figure](../{entry.figure})"
 
 

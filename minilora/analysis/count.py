@@ -44,6 +44,7 @@ DEEPEST = 10_000  # the most blocks that `modules` lists
 LLAMAS = {  # the released config.json: V, D, F, L, H, G
     "llama-2-7b": Config(32000, 4096, 11008, 32, 32, 32, tie_word_embeddings=False),
     "llama-2-13b": Config(32000, 5120, 13824, 40, 40, 40, tie_word_embeddings=False),
+    "llama-65b": Config(32000, 8192, 22016, 80, 64, 64, tie_word_embeddings=False),
     "llama-2-70b": Config(32000, 8192, 28672, 80, 64, 8, tie_word_embeddings=False),
     "mistral-7b": Config(32000, 4096, 14336, 32, 32, 8, tie_word_embeddings=False),
     "llama-3-8b": Config(128256, 4096, 14336, 32, 32, 8, tie_word_embeddings=False),

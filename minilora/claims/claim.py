@@ -21,7 +21,7 @@ class Claim:
 
     statement: str
     source: str
-    rows: str  # the file, from the top of the repository; "" for arithmetic
+    rows: str  # the file, from the top of the repository
     figure: str
     decide: Decide  # its docstring is the rule
 

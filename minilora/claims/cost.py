@@ -2,8 +2,13 @@
 
 from statistics import median
 
-from ..analysis.count import ATTENTION, count
+from ..experiments.cost import MIXED
+from ..experiments.cost_figures import GPT, SEVEN, cell, human_range, needed, on_disk, saved, total
+from ..experiments.cost_figures import times as times_fewer
 from .claim import FAILS, HOLDS, HU, OVERVIEW, Claim, Rows, Verdict
+
+COUNTED = "figures/cost/rows.jsonl"
+DETTMERS = "Dettmers et al. 2023"
 
 INFERRED, STEPPED, QUANTIZED = (
     f"benchmarks/results/{name}.json" for name in ("inference", "step", "four_bits")
@@ -53,42 +58,86 @@ def four_bits_save_memory(rows: Rows) -> Verdict:
 # ---- arithmetic with the dimensions of real models
 
 
-def fewer_in_one_map(_: Rows) -> Verdict:
+def fewer_in_one_map(rows: Rows) -> Verdict:
     """Holds if 4096² is 256 times the size of A and B at r = 8."""
-    times = 4096 * 4096 / (8 * (4096 + 4096))
+    row = cell(rows, SEVEN, "QV", 8)  # whose maps all are 4096 x 4096
+    times = row["maps"] / row["parameters"]
     return HOLDS if times == 256 else FAILS, f"{times:g} times"
 
 
-def seven_billion(_: Rows) -> Verdict:
+def seven_billion(rows: Rows) -> Verdict:
     """Holds if Llama-2-7B's parameters take 28 GB in float32, to the nearest GB."""
-    size = 4 * (count("llama-2-7b").total or 0) / 1e9
+    size = 4 * total(rows, SEVEN) / 1e9
     return HOLDS if round(size) == 28 else FAILS, f"{size:.1f} GB"
 
 
-def rank_16(_: Rows) -> Verdict:
+def rank_16(rows: Rows) -> Verdict:
     """Holds if r = 16 on all attention projections of Llama-2-7B trains 10 to 20 million parameters."""
-    trained = count("llama-2-7b", 16, ATTENTION).parameters
+    trained = cell(rows, SEVEN, "QKVO", 16)["parameters"]
     return HOLDS if 10e6 <= trained <= 20e6 else FAILS, f"{trained / 1e6:.1f} million"
 
 
-def five_hundred_times(_: Rows) -> Verdict:
+def five_hundred_times(rows: Rows) -> Verdict:
     """Holds if Llama-2-7B has 500 to 1,000 times the parameters of r = 16 on its attention projections."""
-    found = count("llama-2-7b", 16, ATTENTION)
-    times = (found.total or 0) / found.parameters
-    return HOLDS if 500 <= times <= 1000 else FAILS, f"{times:.0f} times"
+    fewer = times_fewer(rows, SEVEN, "QKVO", 16)
+    return HOLDS if 500 <= fewer <= 1000 else FAILS, f"{fewer:.0f} times"
 
 
-def adapter_megabytes(_: Rows) -> Verdict:
+def adapter_megabytes(rows: Rows) -> Verdict:
     """Holds if r = 16 on the attention projections of Llama-2-7B takes 10 to 50 MB in 16 bits."""
-    size = 2 * count("llama-2-7b", 16, ATTENTION).parameters / 1e6
+    size = on_disk(rows, SEVEN)["QKVO", "bfloat16"] / 1e6
     return HOLDS if 10 <= size <= 50 else FAILS, f"{size:.1f} MB"
 
 
-def ten_thousand_times(_: Rows) -> Verdict:
+def ten_thousand_times(rows: Rows) -> Verdict:
     """Holds if r = 1 on q and v of GPT-3 trains 10,000 times fewer parameters than it has, or fewer still."""
-    found = count("gpt-3", 1)
-    times = (found.total or 0) / found.parameters
-    return HOLDS if times >= 10_000 else FAILS, f"{times:,.0f} times"
+    fewer = times_fewer(rows, GPT, "QV", 1)
+    return HOLDS if fewer >= 10_000 else FAILS, f"{fewer:,.0f} times"
+
+
+def checkpoint(rows: Rows) -> Verdict:
+    """Holds if r = 4 on q and v of GPT-3 has 10,000 times fewer parameters than it, within a tenth."""
+    fewer, size = times_fewer(rows, GPT, "QV", 4), 2 * cell(rows, GPT, "QV", 4)["parameters"] / 1e6
+    return HOLDS if 9_000 <= fewer <= 11_000 else FAILS, f"{fewer:,.0f} times, {size:.1f} MB in 16 bits"
+
+
+def a_third_of_the_memory(rows: Rows) -> Verdict:
+    """Holds if weights, gradients and optimizer of GPT-3 in full take 3 times those with r = 4 on q and v, or
+    more, in every number format.
+    """
+    less = saved(rows, GPT, "QV", 4)
+    number = ", ".join(f"{x:.1f} times less in {state}" for state, x in less.items())
+    return HOLDS if min(less.values()) >= 3 else FAILS, number
+
+
+def terabytes(rows: Rows) -> Verdict:
+    """Holds if weights, gradients and optimizer of GPT-3 in full take 1.2 TB, to a tenth, in some format."""
+    full = needed(rows, GPT, "QV", 4, "full")
+    return HOLDS if any(f"{x / 1e12:.1f}" == "1.2" for x in full.values()) else FAILS, human_range(full)
+
+
+def as_much_less_memory(rows: Rows) -> Verdict:
+    """Holds if training GPT-3 in mixed precision takes 10,000 times less memory with r = 1 on q and v."""
+    less = saved(rows, GPT, "QV", 1)[MIXED]
+    return HOLDS if less >= 10_000 else FAILS, f"{less:.1f} times less"
+
+
+def sixty_five_billion(rows: Rows) -> Verdict:
+    """Holds if weights, gradients and optimizer of LLaMA 65B in full take over 780 GB in every format."""
+    full = needed(rows, "llama-65b", "QV", 1, "full")
+    return HOLDS if min(full.values()) > 780e9 else FAILS, human_range(full)
+
+
+def on_one_card(rows: Rows) -> Verdict:
+    """Holds when training r = 16 on all attention projections of Llama-2-7B takes less than the 24 GB of a
+    consumer GPU, without activations, in a number format.
+    """
+    lora = needed(rows, SEVEN, "QKVO", 16, "LoRA")
+    right = [state for state, size in lora.items() if size < 24e9]
+    number = ", ".join(f"{size / 1e9:.1f} GB in {state}" for state, size in lora.items())
+    if len(right) == len(lora):
+        return HOLDS, number
+    return f"holds when the weights are in {' or '.join(right)}" if right else FAILS, number
 
 
 CLAIMS = (
@@ -98,15 +147,30 @@ CLAIMS = (
           INFERRED, "benchmarks/results/inference.png", adapters_slow_inference),
     Claim("LoRA trains in a fraction of full fine-tuning's time.", OVERVIEW,
           STEPPED, "benchmarks/results/step.png", fraction_of_the_time),
-    Claim("QLoRA needs far less memory still.", "Dettmers et al. 2023",
+    Claim("QLoRA needs far less memory still.", DETTMERS,
           QUANTIZED, "benchmarks/results/four_bits.png", four_bits_save_memory),
     Claim("At r = 8 a map of 4096 x 4096 has 256 times fewer parameters.", OVERVIEW,
-          "", "", fewer_in_one_map),
-    Claim("A 7B model takes 28 GB in float32.", OVERVIEW, "", "", seven_billion),
+          COUNTED, "figures/cost/parameters.png", fewer_in_one_map),
+    Claim("A 7B model takes 28 GB in float32.", OVERVIEW,
+          COUNTED, "figures/cost/training.png", seven_billion),
     Claim("Rank 16 on all attention projections of a 7B model is 10 to 20 million parameters.", OVERVIEW,
-          "", "", rank_16),
+          COUNTED, "figures/cost/parameters.png", rank_16),
     Claim("Such an adapter has 500 to 1,000 times fewer parameters than the model.", OVERVIEW,
-          "", "", five_hundred_times),
-    Claim("Such an adapter takes 10 to 50 MB.", OVERVIEW, "", "", adapter_megabytes),
-    Claim("LoRA can train 10,000 times fewer parameters than the model has.", HU, "", "", ten_thousand_times),
+          COUNTED, "figures/cost/parameters.png", five_hundred_times),
+    Claim("Such an adapter takes 10 to 50 MB.", OVERVIEW,
+          COUNTED, "figures/cost/disk.png", adapter_megabytes),
+    Claim("LoRA can train 10,000 times fewer parameters than the model has.", HU,
+          COUNTED, "figures/cost/parameters.png", ten_thousand_times),
+    Claim("The checkpoint of GPT-3's adapter is about 10,000 times smaller than GPT-3.", HU,
+          COUNTED, "figures/cost/parameters.png", checkpoint),
+    Claim("LoRA needs 10,000 times less memory.", "a misreading of Hu et al. 2021",
+          COUNTED, "figures/cost/training.png", as_much_less_memory),
+    Claim("LoRA trains GPT-3 in a third of the memory.", HU,
+          COUNTED, "figures/cost/training.png", a_third_of_the_memory),
+    Claim("Full fine-tuning of GPT-3 takes 1.2 TB.", HU,
+          COUNTED, "figures/cost/training.png", terabytes),
+    Claim("Full fine-tuning of a 65B model takes more than 780 GB.", DETTMERS,
+          COUNTED, "figures/cost/training.png", sixty_five_billion),
+    Claim("LoRA trains a 7B model on one consumer GPU.", OVERVIEW,
+          COUNTED, "figures/cost/training.png", on_one_card),
 )  # fmt: skip

@@ -6,15 +6,17 @@ from pathlib import Path
 from ..experiments import harness, rank_sweep
 from ..experiments.questions import question
 from ..formats.atomic import read
-from . import choices, cost, dimension, full, ranks, starts, use
+from . import choices, cost, dimension, full, ranks, rivals, size, starts, use
 from .claim import Entry, Rows
 
 SUBJECTS = {
     "Ranks and directions": ranks.CLAIMS,
+    "The size of the base": size.CLAIMS,
     "Intrinsic dimension": dimension.CLAIMS,
     "Where and how to adapt": choices.CLAIMS,
     "Where training starts": starts.CLAIMS,
     "Beside full fine-tuning": full.CLAIMS,
+    "LoRA's rivals": rivals.CLAIMS,
     "Merging, adding, serving": use.CLAIMS,
     "Time, memory, parameters": cost.CLAIMS,
 }
@@ -36,11 +38,11 @@ def rows_of(root: Path, name: str) -> Rows:
 
 def entries(root: Path) -> tuple[Entry, ...]:
     """Each claim with what the rows in `root` say of it; raises as `rows_of`."""
-    files = dict.fromkeys(claim.rows for claim in CLAIMS if claim.rows)
+    files = dict.fromkeys(claim.rows for claim in CLAIMS)
     rows = {name: rows_of(root, name) for name in files}
     made = []
     for subject, some in SUBJECTS.items():
         for c in some:
-            verdict, number = c.decide(rows.get(c.rows, ()))
+            verdict, number = c.decide(rows[c.rows])
             made.append(Entry(subject, c.statement, c.source, verdict, number, c.rule, c.rows, c.figure))
     return tuple(made)

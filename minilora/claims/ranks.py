@@ -77,7 +77,8 @@ def best_of_its_rank(rows: Rows) -> Verdict:
     """Holds when LoRA is within 0.02 of the best ΔW of its rank (the base: 1), in each run of a task."""
     near: dict[str, list[bool]] = {t: [] for t in tasks(rows)}
     for row in finals(rows):
-        near[row["config"]["task"]].append(row["excess"] - row["best"] <= NOTHING)
+        if "best" in row:  # reversed text has no known answer
+            near[row["config"]["task"]].append(row["excess"] - row["best"] <= NOTHING)
     return of_tasks(near)
 
 

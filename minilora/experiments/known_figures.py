@@ -1,4 +1,4 @@
-"""What the experiment with known ranks found: rows -> a table, sentences, and two figures."""
+"""What the experiment with known ranks found: rows -> tables, sentences, and figures."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, styled
 from ..table import Table, counted
 from .harness import Row
-from .known_rank import LARGE, TASKS
+from .known_rank import LARGE, REVERSED, TASKS
 from .reading import finals, said, spread
 
 TITLES = {
@@ -60,6 +60,28 @@ def elbow(rows: Sequence[Row], task: str, k: int) -> int | None:
     return None
 
 
+def reverse(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Rank -> the measured rows of reversed text, all weights (0) last; empty if it was not tried."""
+    found = select(rows, REVERSED, 0)
+    return {r: found[r] for r in sorted(found, key=lambda r: (r == 0, r))}
+
+
+def left(rows: Sequence[Row]) -> dict[int, np.ndarray]:
+    """The excess of each rank and seed on reversed text."""
+    return {r: np.array([row["excess"] for row in some]) for r, some in reverse(rows).items()}
+
+
+def called(rank: int) -> str:
+    """LoRA of a rank, or all weights, in words."""
+    return f"r = {rank}" if rank else "all weights"
+
+
+def levels(rows: Sequence[Row]) -> tuple[float, float]:
+    """The base's test loss on reversed text, and on the same letters forwards."""
+    _, start, floor = next(iter(reverse(rows).values()))[0]["losses"]
+    return start, floor
+
+
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Excess at and below the planted rank, beside that of the known answer cut there; and the rank shown."""
     lines = []
@@ -74,22 +96,49 @@ def tables(rows: Sequence[Row]) -> list[Table]:
                 ))  # fmt: skip
     seeds = counted(len({row["config"]["seed"] for row in finals(rows)}), "seed", "seeds")
     head = ("task", "planted", "rank", "excess", "answer cut to it", "shows the planted rank")
-    return [Table(head, lines, f"excess loss over the base's, median and range of {seeds}")]
+    made = [Table(head, lines, f"excess loss over the base's, median and range of {seeds}")]
+    if reverse(rows):
+        start, floor = levels(rows)
+        learned = [
+            (
+                called(r), f"{some[0]['config']['lr']:.2g}", spread([row["losses"][0] for row in some]),
+                spread(left(rows)[r]), spread([row["effective_rank"] for row in some], ".1f"),
+            )
+            for r, some in reverse(rows).items()
+        ]  # fmt: skip
+        of_text = ("reversed text", "learning rate", "test loss", "excess", "effective rank of ΔW")
+        caption = f"the base has {start:.3f}, and {floor:.3f} forwards; the rank is that of the median map"
+        made.append(Table(of_text, learned, f"{caption}; median and range of {seeds}"))
+    return made
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
     """What the table shows, in words."""
-    said = []
+    lines = []
     for task in tasks(rows):
         ks = planted(rows, task)
         right = sum(elbow(rows, task, k) == k for k in ks)
         found = [(n, k) for k in ks for n in shown(rows, task, k)]
-        said.append(
+        lines.append(
             f"{task}: nothing is left to gain from the planted rank on, and not before, for {right} of "
             f"{counted(len(ks), 'rank', 'ranks')}; the spectrum at r = {LARGE} shows it in "
             f"{sum(n == k for n, k in found)} of {counted(len(found), 'run', 'runs')}."
         )
-    return said
+    return [*lines, backwards_said(rows)] if reverse(rows) else lines
+
+
+def rest(rows: Sequence[Row]) -> str:
+    """What each rank leaves of the base's excess on reversed text, in the median."""
+    return ", ".join(f"{np.median(x):.0%} with {called(r)}" for r, x in left(rows).items())
+
+
+def backwards_said(rows: Sequence[Row]) -> str:
+    """The sentence on reversed text."""
+    start, floor = levels(rows)
+    return (
+        f"reversed text, on which the base has {start:.2f} nats and {floor:.2f} forwards: what "
+        f"is left of the excess is {rest(rows)}."
+    )
 
 
 @styled
@@ -150,6 +199,29 @@ def found(rows: Sequence[Row]) -> Picture:
     return Picture(figure, f"The rank shown by the largest drop of the spectrum. {' '.join(sentences(rows))}")
 
 
+@styled
+def backwards(rows: Sequence[Row]) -> Picture:
+    """Excess loss against rank on reversed text, beside all weights."""
+    figure, ((ax,),) = axes(size=(7.6, 5.4))
+    every = left(rows)
+    x = [r for r in every if r]
+    y = 100 * np.array([every[r] for r in x])
+    ax.fill_between(x, y.min(1), y.max(1), color=BLUE, alpha=0.2, linewidth=0)
+    ax.plot(x, np.median(y, 1), color=BLUE, marker="o", markersize=7, label="LoRA on all linear maps")
+    full = 100 * every[0]
+    ax.axhspan(full.min(), full.max(), color=GREY, alpha=0.2, linewidth=0)
+    ax.axhline(float(np.median(full)), color=GREY, linestyle="--", label="all weights")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(x, list(map(str, x)))
+    ax.minorticks_off()
+    ax.set_ylim(0, 1.1 * max(y.max(), full.max()))
+    ax.set(xlabel="rank r of LoRA", ylabel="excess over the same text forwards (% of the base's)")
+    ax.legend()
+    figure.suptitle(f"How much rank does reversed text need?\nExcess left: {rest(rows)}")
+    return Picture(figure, f"Excess loss against rank on reversed text. {backwards_said(rows)}")
+
+
 def pictures(rows: Sequence[Row]) -> dict[str, Picture]:
     """All figures, by file name."""
-    return {"elbows": elbows(rows), "found": found(rows)}
+    more = {"reversed": backwards(rows)} if reverse(rows) else {}
+    return {"elbows": elbows(rows), "found": found(rows), **more}

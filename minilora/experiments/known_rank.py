@@ -6,7 +6,9 @@
 
 (Eckart and Young 1936.) Each has a planted rank k, and LoRA is trained at ranks around it, on the map that
 has the answer. From which rank on is nothing left to gain? And does the spectrum of a ΔW that may have more
-rank show k? Excess is the loss above that of the known answer, over that of the base. Learning rates are
+rank show k? Excess is the loss above that of the known answer, over that of the base. Beside them is a task
+of no known rank whose answer is as good: the base's text read backwards, which has the entropy of the text,
+so that the base's own loss on the same letters forwards is the level to compare with. Learning rates are
 chosen by short runs with a seed of their own. Each run is one row.
 """
 
@@ -32,10 +34,10 @@ from ..model import Llama
 from ..ops import softmax
 from ..optim import AdamW, Schedule
 from ..training import evaluate
-from ..tree import get, replace, replica, trained
+from ..tree import get, replace, replica, trained, unfreeze
 from . import harness, rank_sweep
-from .harness import LOSS, SEARCH_SEED, SIZE, Inputs, Progress, Row
-from .rank_sweep import TABLE
+from .harness import LOSS, SEARCH_SEED, SIZE, Inputs, Progress, Row, RowForm
+from .rank_sweep import TABLE, TEXT
 from .recipe import drawn, learn, windows
 
 OWN = "shakespeare"  # the base's text, and the teacher's
@@ -43,18 +45,21 @@ SITE = "model.layers.1.self_attn.o_proj"  # where the teacher differs from the b
 O, I = 24, 40  # of the map  # noqa: E741
 LARGE = 16  # the rank whose spectrum should show k
 TASKS = ("map", "teacher", "permutation")
+REVERSED = "reversed"  # the task without a planted rank
+DEPTHS = (0, 1, 4, 16, 64)  # its ranks of LoRA, on all linear maps; 0: all weights
 SHIFT = 0.3  # the singular values of the teacher's Δ Σ^1/2
 STEP, EDGES = math.sqrt(10), 2  # beyond the first rates
 RATES = {
     "map": (1e-2, 3e-2, 1e-1),
     "teacher": (3e-3, 1e-2, 3e-2),
     "permutation": (1e-1, 3e-1, 1.0),
+    REVERSED: TEXT.lora_rates,
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planted and tried. ConfigError for an empty grid or an invalid number."""
+    """What is planted and tried, beside reversed text. ConfigError for an empty grid or an invalid number."""
 
     tasks: tuple[str, ...] = TASKS
     planted: tuple[int, ...] = (1, 2, 4, 8, 13)
@@ -90,9 +95,17 @@ def ranks(k: int) -> tuple[int, ...]:
     return tuple(sorted({max(k // 2, 1), max(k - 1, 1), k, min(2 * k, LARGE), LARGE}))
 
 
+def rates(task: str, rank: int) -> tuple[float, ...]:
+    """Where the search of a cell's learning rate begins."""
+    return RATES[task] if rank else TEXT.full_rates
+
+
 @dataclass(frozen=True)
 class Run:
-    """One cell: LoRA of one rank on a task, in the search of a learning rate or to be measured."""
+    """One cell: LoRA of one rank on a task, in the search of a learning rate or to be measured.
+
+    A planted task's row depends on this and on no more, so what stands beside it can change.
+    """
 
     kind: str  # "search" or "final"
     plan: Plan
@@ -110,8 +123,9 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Training steps; a search has a third."""
-        steps = self.plan.steps[TASKS.index(self.task)]
+        """Training steps, on reversed text as on a permutation; a search has a third."""
+        like = "permutation" if self.task == REVERSED else self.task
+        steps = self.plan.steps[TASKS.index(like)]
         return steps if self.kind == "final" else max(steps // 3, 1)
 
     @property
@@ -134,9 +148,14 @@ def measured(run: Run, loss: Callable[[str], float], best: Callable[[], float], 
     if run.kind == "final":
         row |= {"excess": loss("test"), "best": best()}
         row["spectrum"] = [float(f"{x:.6g}") for x in np.sort(spectrum())[::-1][: run.rank]]
-    for name in row.keys() - {"spectrum"}:
-        if not math.isfinite(row[name]):
-            raise NonFiniteError(f"{name} is {row[name]}")
+    return finite(row)
+
+
+def finite(row: Row) -> Row:
+    """The row, or NonFiniteError if a number in it is none."""
+    for name, value in row.items():
+        if not np.isfinite(value).all():
+            raise NonFiniteError(f"{name} is {value}")
     return row
 
 
@@ -282,7 +301,42 @@ def permutation_task(run: Run, inputs: Inputs) -> Row:
     )  # fmt: skip
 
 
-DO = {"map": map_task, "teacher": teacher_task, "permutation": permutation_task}
+def backwards(text: corpora.Corpus) -> corpora.Corpus:
+    """The same text in the other direction."""
+    _, change, note = corpora.parse(REVERSED)
+    return corpora.changed(text, REVERSED, change, note)
+
+
+def reversed_task(run: Run, inputs: Inputs) -> Row:
+    """LoRA on all linear maps, or all weights, on the base's text read backwards."""
+    text, model = backwards(inputs.texts[OWN]), copy.deepcopy(inputs.base)
+    if run.rank:
+        config = LoraConfig(run.rank, TEXT.alpha)
+        inject(model, config, rng=np.random.default_rng([run.seed, run.rank]))
+    else:
+        unfreeze(model)
+    rng = np.random.default_rng([run.seed, 1])
+    learn(model, drawn(text, rng, run.plan.batch), AdamW(run.lr, betas=(0.9, 0.99)), run.steps)
+
+    def losses(split: str) -> list[float]:
+        """Of the model and of the base, and of the base on the same letters forwards."""
+        batches = windows(text, split, run.plan.windows)
+        forwards = [(y[:, ::-1], x[:, ::-1]) for x, y in batches]
+        return [evaluate(model, batches), *(evaluate(inputs.base, some) for some in (batches, forwards))]
+
+    def excess(reached: float, start: float, floor: float) -> float:
+        return (reached - floor) / (start - floor)
+
+    row: Row = {"valid": excess(*losses("valid"))}
+    if run.kind == "final":
+        tested = losses("test")
+        found = spectra.spectrum(model) if run.rank else spectra.spectrum_between(inputs.base, model)
+        used = [spectra.effective_rank(S) for path, S in found.items() if path.endswith("_proj")]
+        row |= {"excess": excess(*tested), "losses": tested, "effective_rank": float(np.median(used))}
+    return finite(row)
+
+
+DO = {"map": map_task, "teacher": teacher_task, "permutation": permutation_task, REVERSED: reversed_task}
 
 
 # ---- the whole
@@ -303,19 +357,20 @@ def run(
     targets = dict.fromkeys([OWN, *(f"permuted:{k}" for k in plan.planted)])
     inputs = harness.read_inputs(plan.base, targets)
     digests = tuple(text.digest for text in inputs.texts.values())
-    cells = [(task, k, r) for task in plan.tasks for k in plan.planted for r in ranks(k)]
+    of_known_rank = [(task, k, r) for task in plan.tasks for k in plan.planted for r in ranks(k)]
     with harness.open_store(
         out, work, inputs, asdict(plan), FORM, jobs=jobs, dask=dask, progress=progress
     ) as store:
-        best = harness.chosen_rates(
-            store, {cell: RATES[cell[0]] for cell in cells},
-            lambda cell, lr: Run("search", plan, *cell, SEARCH_SEED, lr, digests), STEP, EDGES,
-        )  # fmt: skip
-        store.finish(
-            Run("final", plan, *cell, seed, best[cell], digests)
-            for cell in cells
-            for seed in range(plan.seeds)
-        )
+        for cells in (of_known_rank, [(REVERSED, 0, r) for r in DEPTHS]):
+            best = harness.chosen_rates(
+                store, {cell: rates(cell[0], cell[2]) for cell in cells},
+                lambda cell, lr: Run("search", plan, *cell, SEARCH_SEED, lr, digests), STEP, EDGES,
+            )  # fmt: skip
+            store.finish(
+                Run("final", plan, *cell, seed, best[cell], digests)
+                for cell in cells
+                for seed in range(plan.seeds)
+            )
         return store.close()
 
 
@@ -325,4 +380,22 @@ MEASURED = {
     "best": LOSS,
     "spectrum": forms.several(SIZE),
 }
-FORM = harness.form_of({"search": {"valid": LOSS}, "final": MEASURED}, task=forms.one(*TASKS))
+LEARNED = {
+    "valid": LOSS,
+    "excess": LOSS,
+    "losses": forms.tuple_of(LOSS, LOSS, LOSS),
+    "effective_rank": SIZE,
+}
+FORMS = {
+    task: harness.form_of({"search": {"valid": LOSS}, "final": final}, task=forms.one(task))
+    for task, final in (*((task, MEASURED) for task in TASKS), (REVERSED, LEARNED))
+}
+
+
+def check_row(where: str, row: Row) -> None:
+    """FormatError, naming the field, unless a run could have left this row."""
+    forms.has({"config": forms.has({"task": forms.one(*FORMS)})})(where, row)
+    FORMS[row["config"]["task"]].check(where, row)
+
+
+FORM = RowForm(check_row)

@@ -19,6 +19,7 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "forgetting": ("forgetting", "forgetting_figures"),
     "initialisation": ("initialisation", "initialisation_figures"),
     "rivals": ("rivals", "rivals_figures"),
+    "cost": ("cost", "cost_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
     "size": ("size", "size_figures"),
     "beyond-language": ("beyond_language", "beyond_figures"),  # which needs an extra

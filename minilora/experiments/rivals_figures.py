@@ -177,8 +177,8 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         f"{LORA} of rank {f.plan.rank} closes {f.closed(LORA):.0%} of the gap from the base to full "
         f"fine-tuning with {goal / f.parameters(FULL):.1%} of its parameters.",
         f"With as many, within {ALIKE:.0%} of {goal:,}, against {LORA}: {each(changes(f, f.alike()))}.",
-        "With one size: "
-        + "; ".join(f"{m} closes {f.closed(m):.0%} with {f.parameters(m):,} parameters" for m in single)
+        "Of the gap, methods of one size close: "
+        + "; ".join(f"{m} {f.closed(m):.0%} with {f.parameters(m):,} parameters" for m in single)
         + ".",
         f"From the fewest to the most parameters the loss goes: {each(falls(f))}.",
         f"Where more parameters raise the loss: {rising(f)}.",

@@ -215,9 +215,7 @@ def gap(rows: Sequence[Row]) -> Picture:
     ax.set_ylabel(f"test loss less full fine-tuning's\n({NATS})")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     few, many = min(ranks), max(ranks)
-    widths = ", ".join(map(str, arms))
-    left = f"{remains(arms, few)} at r = {few}; {remains(arms, many)} at r = {many}"
-    answer = f"in nats, with width {widths}: {left}"
+    answer = f"by width: {remains(arms, few)} nats at r = {few}; {remains(arms, many)} at r = {many}"
     figure.suptitle(f"Does the gap to full fine-tuning narrow as the base grows?\n{answer}", fontsize=13)
     says = (
         f"Test loss of LoRA less that of full fine-tuning on {text} against the width of the base, by rank; "

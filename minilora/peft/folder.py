@@ -386,6 +386,12 @@ def change_norm(A: np.ndarray, B: np.ndarray, scale: float) -> float:
 # ---- writing
 
 
+def labels(sha256: str, base: str | None) -> dict[str, str]:
+    """The metadata of an adapter's file: its digest, and the fingerprints of bases it fits."""
+    made = {"sha256": sha256} | ({"base": base} if base else {})
+    return {"format": "pt", "minilora": json.dumps(made, sort_keys=True)}
+
+
 def write_adapter(
     folder: Path | str,
     config: Mapping[str, Any],
@@ -399,8 +405,7 @@ def write_adapter(
         if not np.isfinite(a).all():
             raise NonFiniteError(f"{name} is not finite; nothing was written")
     tensors = {name: stored(a, dtype) for name, a in tensors.items()}
-    made = {"sha256": sealed(tensors)} | ({"base": base} if base else {})
-    metadata = {"format": "pt", "minilora": json.dumps(made, sort_keys=True)}
+    metadata = labels(sealed(tensors), base)
 
     def fill(temp: Path) -> None:
         write_atomic(temp / CONFIG, (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode())

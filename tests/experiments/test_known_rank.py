@@ -1,7 +1,9 @@
 """The experiment with known ranks: what is planted has its rank, and nothing beats the known answer."""
 
+import copy
+import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.data.batching import batches
 from minilora.data.corpora import Corpus, permutation
 from minilora.errors import ConfigError, FormatError
 from minilora.experiments import harness, recipe
@@ -16,6 +19,8 @@ from minilora.experiments import known_rank as known
 from minilora.experiments.known_figures import (
     NOTHING,
     elbow,
+    left,
+    levels,
     pictures,
     rank_shown,
     sentences,
@@ -23,16 +28,35 @@ from minilora.experiments.known_figures import (
     spread,
     tables,
 )  # fmt: skip
-from minilora.experiments.known_rank import OWN, SITE, TASKS, Plan, Run, cut, divergence, planted, ranks
+from minilora.experiments.known_rank import (
+    DEPTHS,
+    OWN,
+    REVERSED,
+    SITE,
+    TASKS,
+    Plan,
+    Run,
+    backwards,
+    cut,
+    divergence,
+    planted,
+    ranks,
+)  # fmt: skip
+from minilora.experiments.rank_sweep import TEXT
 from minilora.experiments.reading import finals
 from minilora.layers import Linear, Need
+from minilora.lora import inject
+from minilora.methods.lora_config import LoraConfig
 from minilora.model import Config, llama
-from minilora.tree import digest, freeze, get, replica
+from minilora.optim import AdamW, Schedule
+from minilora.training import evaluate, train
+from minilora.tree import digest, freeze, get, named_params, replica, trained, unfreeze
 from minilora.tree import replace as put
 
 TINY = Config(hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
               num_key_value_heads=2, max_position_embeddings=16)  # fmt: skip
 PLAN = Plan(planted=(1, 2), seeds=2, steps=(60, 4, 5), batch=2, windows=3)
+FEW = (0, 1, 3)  # ranks on reversed text
 U = 2.0**-53
 
 
@@ -64,7 +88,9 @@ def rows(tmp_path_factory):
     """All rows of the tiny plan."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "LENGTH", 16)
-        patch.setattr(known, "RATES", dict.fromkeys(TASKS, (1e-3, 1e-2)))
+        patch.setattr(known, "RATES", dict.fromkeys((*TASKS, REVERSED), (1e-3, 1e-2)))
+        patch.setattr(known, "TEXT", replace(known.TEXT, full_rates=(1e-3, 1e-2)))
+        patch.setattr(known, "DEPTHS", FEW)
         patch.setattr(known, "EDGES", 0)
         patch.setattr(harness, "read_inputs", lambda base, targets: made())
         return known.run(PLAN, tmp_path_factory.mktemp("rows"), jobs=1)
@@ -173,6 +199,129 @@ def test_half_of_the_planted_change_closes_some_of_it_and_training_does():
     assert known.work(cell("teacher", plan=plan, lr=1e-2), made())["excess"] < 0.9
 
 
+# ---- reversed text
+
+
+def test_reversed_text_is_the_text_backwards_split_by_split():
+    text = made().texts[OWN]
+    for split in ("train", "valid", "test"):
+        assert (getattr(backwards(text), split) == getattr(text, split)[::-1]).all()
+
+
+@pytest.mark.parametrize("rank", FEW)
+def test_the_excess_is_over_the_base_on_the_same_letters_forwards(rank):
+    """By hand, letter by letter; it is the base's if nothing is learned, and another if something is."""
+    inputs = made()
+    before = digest(inputs.base)
+    row, trained = (known.work(cell(REVERSED, 0, rank, lr=lr), inputs) for lr in (1e-12, 1e-2))
+    assert digest(inputs.base) == before
+    letters = whole(inputs, "test")
+    _, start, floor = row["losses"]
+    assert start == pytest.approx(evaluate(inputs.base, [cut_off(letters)]), rel=1e-6)
+    assert floor == pytest.approx(evaluate(inputs.base, [cut_off(letters[:, ::-1])]), rel=1e-6)
+    assert start != floor
+    assert row["excess"] == pytest.approx(1, abs=1e-3)
+    assert trained["losses"][1:] == [start, floor]
+    assert trained["losses"][0] != start
+    assert trained["excess"] == (trained["losses"][0] - floor) / (start - floor)
+    assert 1 <= trained["effective_rank"] <= (rank or 16)
+    assert trained.keys() - row.keys() == set()
+    assert trained.keys() >= known.LEARNED.keys()
+
+
+def whole(inputs, split):
+    """The windows of reversed text with their last letters (N, T + 1)."""
+    windows = recipe.windows(backwards(inputs.texts[OWN]), split, PLAN.windows)
+    return np.concatenate([np.concatenate([x, y[:, -1:]], 1) for x, y in windows])
+
+
+def cut_off(letters):
+    """Letters, and those that follow them."""
+    return letters[:, :-1], letters[:, 1:]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_reversed_text_is_learned_by_the_recipe(rank):
+    """By hand: the base's text backwards, all linear maps or all weights, alpha 16."""
+    inputs = made()
+    text, model = backwards(inputs.texts[OWN]), copy.deepcopy(inputs.base)
+    if rank:
+        inject(model, LoraConfig(rank, 16, "all-linear"), rng=np.random.default_rng([4, rank]))
+    else:
+        unfreeze(model)
+    drawn = batches(text.train, np.random.default_rng([4, 1]), PLAN.batch, 16)
+    train(model, drawn, AdamW(1e-2, betas=(0.9, 0.99)), steps=5, schedule=Schedule(5), threads=1)
+    row = known.work(cell(REVERSED, 0, rank, seed=4), inputs)
+    assert row["losses"][0] == evaluate(model, recipe.windows(text, "test", PLAN.windows))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_effective_rank_is_that_of_the_median_map(rank, monkeypatch):
+    """Half of the maps change in one direction, half in three alike; the embedding does not count."""
+
+    def learn(model, *_):
+        for i, p in enumerate(p for path, p in trained(model).items() if path.endswith(".A")):
+            p.data = np.eye(*p.data.shape, dtype=np.float32)
+            p.data[1 if i < 7 else 3 :] = 0
+        for p in (p for path, p in trained(model).items() if path.endswith(".B")):
+            p.data = np.eye(*p.data.shape, dtype=np.float32)
+        if not rank:
+            maps = [p for path, p in named_params(model).items() if path.endswith("_proj.weight")]
+            for i, p in enumerate([*maps, model.model.embed_tokens.weight]):
+                change = np.eye(*p.data.shape, dtype=np.float32)
+                change[1 if i < 7 else 3 :] = 0
+                p.data = p.data + 10 * change
+
+    monkeypatch.setattr(known, "learn", learn)
+    row = known.work(cell(REVERSED, 0, rank), made())
+    assert row["effective_rank"] == pytest.approx(2, abs=1e-3)
+
+
+def test_the_committed_rows_stay_as_they_are_and_new_ones_follow(tmp_path, monkeypatch):
+    """Every planted run of the default plan has the id that it had before there was reversed text."""
+    file = Path(__file__).parents[2] / "figures/known-rank/rows.jsonl"
+    rows = [row for row in harness.read_rows(file, known.FORM) if row["config"]["task"] != REVERSED]
+    done = {row["id"]: row for row in rows}
+    digests = dict(
+        zip([OWN, *(f"permuted:{k}" for k in Plan().planted)], rows[0]["config"]["texts"], strict=True)
+    )
+
+    def read_inputs(base, targets):
+        texts = {target: text(target) for target in targets}
+        for target, one in texts.items():
+            vars(one)["digest"] = digests[target]
+        return harness.Inputs(base, made().base, texts)
+
+    def work(run, inputs):
+        if run.task != REVERSED:
+            return {name: value for name, value in done[run.id].items() if name != "versions"}
+        row = {
+            "id": run.id,
+            "config": asdict(run),
+            "source": "",
+            "status": "done",
+            "valid": abs(run.lr - 2e-3),
+        }
+        if run.kind == "search":
+            return row
+        return row | {"excess": 0.5, "losses": [1.5, 2.0, 1.0], "effective_rank": 1.0}
+
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(harness, "read_inputs", read_inputs)
+    monkeypatch.setattr(known, "work", work)
+    again = known.run(Plan(), tmp_path, jobs=1)
+    assert [row | {"versions": None} for row in again[: len(rows)]] == [
+        row | {"versions": None} for row in rows
+    ]
+    new = again[len(rows) :]
+    assert {row["config"]["task"] for row in new} == {REVERSED}
+    for r in DEPTHS:
+        tried = [row["config"]["lr"] for row in new if row["config"]["rank"] == r]
+        assert tuple(tried[:3]) == (TEXT.lora_rates if r else TEXT.full_rates)
+    finals = [row["config"] for row in new if row["config"]["kind"] == "final"]
+    assert [(c["rank"], c["seed"]) for c in finals] == [(r, seed) for r in DEPTHS for seed in range(5)]
+
+
 # ---- splits and rates
 
 
@@ -182,7 +331,7 @@ def with_other(inputs, split):
     return replace(inputs, texts=texts)
 
 
-@pytest.mark.parametrize("task", ["teacher", "permutation"])
+@pytest.mark.parametrize("task", ["teacher", "permutation", REVERSED])
 def test_a_search_does_not_see_the_test_split_and_a_measurement_does(task):
     inputs, search = made(), cell(task, kind="search")
     row, unseen, other = (
@@ -194,7 +343,7 @@ def test_a_search_does_not_see_the_test_split_and_a_measurement_does(task):
     assert known.work(final, inputs)["excess"] != known.work(final, with_other(inputs, "test"))["excess"]
 
 
-@pytest.mark.parametrize("task", ["teacher", "permutation"])
+@pytest.mark.parametrize("task", ["teacher", "permutation", REVERSED])
 def test_training_has_the_steps_and_the_batch_of_the_plan(task, monkeypatch):
     """And a window is trained on once drawn; those measured on are spread over the split."""
     seen, real = [], known.drawn
@@ -212,8 +361,8 @@ def test_training_has_the_steps_and_the_batch_of_the_plan(task, monkeypatch):
 
 
 def test_a_search_takes_a_third_of_the_steps():
-    assert [cell(task, kind="search").steps for task in TASKS] == [20, 1, 1]
-    assert [cell(task).steps for task in TASKS] == [60, 4, 5]
+    assert [cell(task, kind="search").steps for task in (*TASKS, REVERSED)] == [20, 1, 1, 1]
+    assert [cell(task).steps for task in (*TASKS, REVERSED)] == [60, 4, 5, 5]
 
 
 def test_the_rate_of_each_cell_is_the_best_of_its_search(rows):
@@ -223,6 +372,7 @@ def test_the_rate_of_each_cell_is_the_best_of_its_search(rows):
     searches = [row for row in rows if row["config"]["kind"] == "search"]
     finals = [row for row in rows if row["config"]["kind"] == "final"]
     cells = [(task, k, r) for task in TASKS for k in PLAN.planted for r in ranks(k)]
+    cells += [(REVERSED, 0, r) for r in FEW]
     assert [of(row) for row in searches[::2]] == cells
     assert [of(row) for row in finals[::2]] == cells
     for row in finals:
@@ -244,7 +394,7 @@ def test_ranks_are_below_at_and_beyond_the_planted_one():
 
 
 def row_of(task, k, r, excess, spectrum=(1.0,), best=0.0, seed=0, status="done"):
-    config = {"kind": "final", "task": task, "planted": k, "rank": r, "seed": seed}
+    config = {"kind": "final", "task": task, "planted": k, "rank": r, "seed": seed, "lr": 3e-3}
     return {"status": status, "config": config, "excess": excess, "best": best, "spectrum": list(spectrum)}
 
 
@@ -278,6 +428,53 @@ def test_tables_and_sentences_by_hand():
     assert spread([3.0, 1.0, 2.0], ".4f") == "2.0000 (1.0000 to 3.0000)"
 
 
+REVERSE = [
+    row_of(REVERSED, 0, r, x, seed=i) | {"losses": [1.5 + x, 5.5, 1.5], "effective_rank": used}
+    for r, used, some in ((0, 60.0, (0.1, 0.2)), (64, 32.0, (0.2, 0.3)), (1, 0.5, (0.5, 0.6)))
+    for i, x in enumerate(some)
+]  # fmt: skip
+
+
+def test_reversed_text_is_read_by_hand():
+    assert [(r, x.tolist()) for r, x in left(REVERSE).items()] == [
+        (1, [0.5, 0.6]),
+        (64, [0.2, 0.3]),
+        (0, [0.1, 0.2]),
+    ]
+    assert left(CRAFTED) == {}
+    assert levels(REVERSE) == (5.5, 1.5)
+    both = [*CRAFTED, *REVERSE]
+    planted, text = tables(both)
+    assert planted.rows == tables(CRAFTED)[0].rows
+    assert text.rows[0] == (
+        "r = 1",
+        "0.003",
+        "2.050 (2.000 to 2.100)",
+        "0.550 (0.500 to 0.600)",
+        "0.5 (0.5 to 0.5)",
+    )
+    assert [row[0] for row in text.rows] == ["r = 1", "r = 64", "all weights"]
+    assert "the base has 5.500, and 1.500 forwards" in text.caption
+    assert sentences(both) == [
+        *sentences(CRAFTED),
+        "reversed text, on which the base has 5.50 nats and 1.50 forwards: what is left of the "
+        "excess is 55% with r = 1, 25% with r = 64, 15% with all weights.",
+    ]
+
+
+def test_the_figure_of_reversed_text_is_drawn_if_it_was_tried():
+    assert pictures(CRAFTED).keys() == {"elbows", "found"}
+    drawn = pictures([*CRAFTED, *REVERSE])
+    assert drawn.keys() == {"elbows", "found", "reversed"}
+    for name in ("elbows", "found"):
+        assert drawn[name].figure.get_suptitle() == pictures(CRAFTED)[name].figure.get_suptitle()
+    (ax,) = drawn["reversed"].figure.axes
+    lora, full = ax.lines
+    assert lora.get_xydata() == pytest.approx(np.array([[1, 55], [64, 25]]))
+    assert full.get_ydata() == pytest.approx([15, 15])
+    assert "55% with r = 1, 25% with r = 64, 15% with all weights" in drawn["reversed"].figure.get_suptitle()
+
+
 def test_rows_without_a_measurement_are_refused(rows):
     with pytest.raises(ConfigError, match="nothing was measured"):
         tables([row for row in rows if row["config"]["kind"] == "search"])
@@ -286,7 +483,7 @@ def test_rows_without_a_measurement_are_refused(rows):
 @pytest.mark.slow
 def test_the_same_rows_give_the_same_figures(rows):
     drawn, again = pictures(rows), pictures(rows)
-    assert drawn.keys() == {"elbows", "found"}
+    assert drawn.keys() == {"elbows", "found", "reversed"}
     for name, picture in drawn.items():
         assert picture.encoded("svg") == again[name].encoded("svg")
         assert "rank" in picture.says
@@ -295,6 +492,7 @@ def test_the_same_rows_give_the_same_figures(rows):
 @pytest.mark.slow
 def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "read_inputs", lambda base, targets: made())
+    monkeypatch.setattr(known, "DEPTHS", FEW)
     plan = replace(PLAN, planted=(1,), seeds=1)
     first = known.run(plan, tmp_path, jobs=1)
     data = (tmp_path / "rows.jsonl").read_bytes()
@@ -306,10 +504,26 @@ def test_a_finished_folder_is_read_not_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("excess", "low"), ("best", None), ("spectrum", [-1.0]), ("status", "lost"), ("more", 1)],
+    [
+        ("excess", "low"),
+        ("best", None),
+        ("spectrum", [-1.0]),
+        ("status", "lost"),
+        ("more", 1),
+        ("losses", [1.0, 2.0]),
+        ("effective_rank", -1.0),
+    ],
 )
 def test_a_row_that_no_run_writes_is_refused(field, value, rows, tmp_path):
-    row = {k: v for k, v in rows[-1].items() if k != "sha256"} | {field: value}
+    (planted, *_), (text, *_) = (
+        [
+            row
+            for row in rows
+            if row["config"]["kind"] == "final" and (row["config"]["task"] == REVERSED) == is_text
+        ]
+        for is_text in (False, True)
+    )
+    row = (text if field in text and field not in planted else planted) | {field: value}
     (tmp_path / "rows.jsonl").write_bytes(harness.sealed(row))
     with pytest.raises(FormatError, match=f"line 1: row.*{field}"):
         harness.read_rows(tmp_path / "rows.jsonl", known.FORM)

@@ -485,9 +485,10 @@ def planting(seed):
     freeze(base)
     inputs = Inputs("one", base, {known.OWN: CORPORA["folio"], "permuted:2": CORPORA["kjv"]})
     rows = {
-        task: known.work(known.Run("final", plan, task, 2, 3, seed, 0.02), inputs) for task in known.TASKS
+        (task, rank): known.work(known.Run("final", plan, task, 2, rank, seed, 0.02), inputs)
+        for task, rank in (*((task, 3) for task in known.TASKS), (known.REVERSED, 3), (known.REVERSED, 0))
     }
-    return {task: [row["excess"], row["spectrum"]] for task, row in rows.items()}
+    return {case: [row["excess"], row.get("spectrum")] for case, row in rows.items()}
 
 
 COMPARED = subspaces.Plan("folio", "kjv", "one", (1, 3, 4), 7.0, (1e-4, 0.05), 13, 3, 1, 6, 9, 10)
@@ -1210,8 +1211,11 @@ def sought(plan):
     def work(run, inputs):
         done.append(run)
         row = {"id": run.id, "config": asdict(run), "source": "crafted", "status": "done"}
-        row["valid"] = abs(run.lr - known.RATES[run.task][1])
-        return row | ({} if run.kind == "search" else {"excess": 1.0, "best": 0.0, "spectrum": [1.0]})
+        row["valid"] = abs(run.lr - known.rates(run.task, run.rank)[1])
+        found = {"best": 0.0, "spectrum": [1.0]}
+        if run.task == known.REVERSED:
+            found = {"losses": [1.5, 2.0, 1.0], "effective_rank": 1.0}
+        return row | ({} if run.kind == "search" else {"excess": 1.0} | found)
 
     def read_inputs(path, targets):
         return Inputs(path, load(path), {target: CORPORA["folio"] for target in targets})
@@ -1234,6 +1238,10 @@ def sought_by_hand(plan):
         for r in {max(k // 2, 1), max(k - 1, 1), k, 2 * k, 16}:
             runs += [("search", task, k, r, 1000, lr, max(steps // 3, 1)) for lr in known.RATES[task]]
             runs += [("final", task, k, r, i, known.RATES[task][1], steps) for i in range(plan.seeds)]
+    for r in (0, 1, 4, 16, 64):
+        rates, steps = rank_sweep.TEXT.lora_rates if r else rank_sweep.TEXT.full_rates, plan.steps[2]
+        runs += [("search", "reversed", 0, r, 1000, lr, max(steps // 3, 1)) for lr in rates]
+        runs += [("final", "reversed", 0, r, i, rates[1], steps) for i in range(plan.seeds)]
     return {
         "runs": sorted(runs), "base": {plan.base}, "texts": 1 + len(plan.planted),
         "batch": {plan.batch}, "windows": {plan.windows},

@@ -19,9 +19,12 @@ PAGES = {  # experiment -> its page in docs/
     "which-matrices": "what_to_adapt",
     "scale": "what_to_adapt",
     "initialisation": "what_to_adapt",
+    "rivals": "rivals",
+    "size": "which_rank",
     "merging": "merging",
     "forgetting": "forgetting",
     "beyond-language": "beyond_language",
+    "cost": "cost",
     "adding-adapters": "adding_adapters",
 }
 SEEDS = 5

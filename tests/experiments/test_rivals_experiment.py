@@ -306,7 +306,7 @@ def test_tables_and_sentences_say_the_numbers(grid):
     assert alike.endswith("; ".join(f"{m} {np.median(f.change(m)):+.3f}" for m in f.alike()) + ".")
     assert f"Against LoRA with as many parameters: DoRA {f.above(('DoRA', 2)):+.3f}; " in beside
     assert dora.endswith("; ".join(f"{r} {np.median(f.change('DoRA', r)):+.3f}" for r in (1, 2, 4, 16)) + ".")
-    assert f"norms closes {f.closed('norms'):.0%} with 100 parameters" in single
+    assert f"norms {f.closed('norms'):.0%} with 100 parameters" in single
     assert f"prefix {f.loss(('prefix', 16)) - f.loss(('prefix', 1)):+.3f}" in falls
     assert rises == f"Where more parameters raise the loss: prompt {f.rises('prompt'):+.3f}."
     less = f.loss(("VeRA", 1)) - f.loss((LORA, 16))

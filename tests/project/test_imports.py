@@ -34,17 +34,18 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.rivals_figures",
     "experiments.initialisation", "experiments.initialisation_figures", "experiments.merging",
     "experiments.merging_figures", "experiments.intrinsic_dimension", "experiments.intrinsic_figures",
+    "experiments.cost", "experiments.cost_figures",
     "experiments.size", "experiments.size_figures",
     "experiments.beyond_tasks", "experiments.beyond_language", "experiments.beyond_figures",
-    "experiments.questions", "claims.claim", "claims.ranks", "claims.dimension",
-    "claims.choices", "claims.starts", "claims.full",
+    "experiments.questions", "claims.claim", "claims.ranks", "claims.size", "claims.dimension",
+    "claims.choices", "claims.starts", "claims.full", "claims.rivals",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
     "rank_", "merge_equivalence", "adding_", "known_", "which_", "subspace", "scale", "forgetting",
-    "initialisation", "merging", "intrinsic_", "rivals", "size", "beyond_",
+    "initialisation", "merging", "intrinsic_", "rivals", "size", "cost", "beyond_",
 )  # fmt: skip
 QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")

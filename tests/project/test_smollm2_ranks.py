@@ -10,6 +10,7 @@ import pytest
 
 from minilora.data.batching import batches, eval_batches
 from minilora.data.corpora import Corpus
+from minilora.errors import StorageError
 from minilora.experiments import harness
 from minilora.formats import huggingface
 from minilora.lora import inject
@@ -125,3 +126,14 @@ def test_what_is_said_is_what_the_rows_say(ranks, tmp_path, monkeypatch):
     picture = ranks.draw(rows)
     assert picture.encoded("svg") == ranks.draw(rows).encoded("svg")
     assert picture.says == ranks.said(rows)
+
+
+def test_without_the_model_it_says_what_to_install(ranks, monkeypatch):
+    def read_inputs(base, targets):
+        raise StorageError(f"{base}: no network")
+
+    monkeypatch.setattr(harness, "read_inputs", read_inputs)
+    monkeypatch.setattr("sys.argv", ["smollm2_ranks.py"])
+    said = ranks.main()
+    assert said.startswith("smollm2: no network\n")
+    assert said.endswith("pip install -e '.[gguf,tokenizers]' && minilora data smollm2")
