@@ -120,7 +120,7 @@ MUTANTS = (
     Mutant("noise-in-pixels-order", DIFFUSION, "d = back_y(patches(dy))", "d = back_y(dy.reshape(len(dy), -1, 4))", "adapters_beyond"),
     Mutant("time-zero", DIFFUSION, "or time.min() < 1 or", "or time.min() < 0 or", "diffusion"),
     Mutant("a-vit-needs-a-head-of-words", "targets.py", 'getattr(model, "lm_head", model) is None', "model.lm_head is None", "adapters_beyond"),
-    Mutant("recomputed-llamas-only", "fast/recompute.py", "if isinstance(node, Block)]", 'if isinstance(node, Block) and path.startswith("model.")]', "recompute"),
+    Mutant("recomputed-llamas-only", "fast/recompute.py", "if isinstance(node, Block)]", 'if isinstance(node, Block) and path.startswith("model.")]', "adapters_beyond"),
     Mutant("rotated-the-other-way", TASKS, "axes=(1, 2))", "axes=(2, 1))", "beyond_language"),
     Mutant("one-cycle-too-short", TASKS, "np.roll(np.arange(k + 1), 1), *range(k + 1, PATCH**2)", "np.roll(np.arange(k), 1), *range(k, PATCH**2)", "beyond_language"),
     Mutant("known-answer-transposed", TASKS, "weight.data[:, to_device(order(planted(task)))]", "weight.data[:, to_device(np.argsort(order(planted(task))))]", "beyond_language"),
@@ -2215,6 +2215,7 @@ MUTANTS = (
     Mutant("bench-budget-of-just-one", "serve/bench.py", "if budget < (size", "if budget <= (size", "bench"),
     Mutant("bench-other-percentiles", "serve/bench.py", "POINTS = (50, 95)", "POINTS = (50, 99)", "bench"),
     Mutant("bench-warms-up-with-more-than-all", "serve/bench.py", "min(slots, requests), n, zipf", "slots, n, zipf", "bench"),
+    Mutant("claim-rank-needed-with-one-seed", "claims/ranks.py", "(rest[1] - rest[64]).min() > NOTHING", "(rest[1] - rest[64]).max() > NOTHING", "claims"),
     Mutant("bench-prompts-one-token-short", "serve/bench.py", "rng.integers(PROMPT[0], PROMPT[1] + 1)", "rng.integers(PROMPT[0], PROMPT[1])", "bench"),
 )
 # fmt: on

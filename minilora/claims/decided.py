@@ -6,7 +6,7 @@ from pathlib import Path
 from ..experiments import harness, rank_sweep
 from ..experiments.questions import question
 from ..formats.atomic import read
-from . import choices, cost, dimension, full, ranks, rivals, size, starts, use
+from . import beyond, choices, cost, dimension, full, ranks, rivals, size, starts, use
 from .claim import Entry, Rows
 
 SUBJECTS = {
@@ -17,6 +17,7 @@ SUBJECTS = {
     "Where training starts": starts.CLAIMS,
     "Beside full fine-tuning": full.CLAIMS,
     "LoRA's rivals": rivals.CLAIMS,
+    "Beyond language": beyond.CLAIMS,
     "Merging, adding, serving": use.CLAIMS,
     "Time, memory, parameters": cost.CLAIMS,
 }

@@ -71,7 +71,7 @@ print(ledger("beyond-language/drawings", "beyond-language/ranks"))
 # Then come the Llama's own blocks, in which each patch now sees all others, and the mean of all tokens goes to
 # a classifier. Below it learns 0 to 4, and is then adapted to 5 to 9. It has no output for these yet, so the
 # classifier is trained in full, which `modules_to_save` says. All other linear maps get LoRA, beside training
-# the classifier alone and all weights.
+# the classifier alone and all weights, each at the learning rate that the experiment's search chose.
 
 # %% tags=["trained"]
 data, shape = digits(), ml.Config(hidden_size=48, intermediate_size=96, num_hidden_layers=2)
@@ -104,7 +104,7 @@ def lora(r):
 
 
 ways = {
-    "classifier alone": adapted(lambda model, rng: ml.unfreeze(model.classifier), 16e-3),
+    "classifier alone": adapted(lambda model, rng: ml.unfreeze(model.classifier), 0.128),
     "LoRA, r = 1": adapted(lora(1), 8e-3),
     "LoRA, r = 4": adapted(lora(4), 8e-3),
     "all weights": adapted(lambda model, rng: ml.unfreeze(model), 2e-3),
@@ -131,14 +131,31 @@ holds("of all ten digits", {*data.train.labels} == {*range(10)})
 share = {name: right(model, new_test) for name, model in ways.items()}
 alone, full = share["classifier alone"], share["all weights"]
 holds("none right before", right(base, new_test) == 0)
-holds("LoRA of rank 1 goes more than half of the way", 0.5 < (share["LoRA, r = 1"] - alone) / (full - alone) < 0.9)  # fmt: skip
-holds("rank 4 further", share["LoRA, r = 1"] < share["LoRA, r = 4"] < full)
+holds(
+    "The classifier alone gets far, LoRA of rank 4 gets further, and all weights furthest",
+    0.6 < alone < share["LoRA, r = 4"] < full,
+)
+
+# %% tags=["claims"]
+rows, reads = measured("beyond-language")
+f = reads.found(rows)
+rates = {
+    (method, r): {row["config"]["rate"] for row in f.arms["5 to 9", method, r]}
+    for method, r in (("head", 0), ("lora", 1), ("lora", 4), ("full", 0))
+}
+holds(
+    "each at the learning rate that the experiment's search chose",
+    list(rates.values()) == [{0.128}, {8e-3}, {8e-3}, {2e-3}],
+)
+says("goes {:.0%} of the way at rank 4 and {:.0%} at rank 16", *(f.closed("5 to 9", r) for r in (4, 16)))
+holds("With five seeds", f.plan.seeds == 5)
 
 # %% [markdown]
 # ## A known rank
 #
-# Of the new digits the base has none right before. From the classifier alone to all weights LoRA of rank 1
-# goes more than half of the way, and rank 4 further.
+# Of the new digits the base has none right before. The classifier alone gets far, LoRA of rank 4 gets further,
+# and all weights furthest. With five seeds LoRA goes 79% of the way at rank 4 and 85% at rank 16, from the
+# classifier alone to all weights. So the first sentence of the ledger holds for some tasks only.
 #
 # Does an image need a high rank? For some changes the answer is known. If the pixels of every patch change
 # places by a permutation $P$, the patch embedding can put them back:

@@ -299,7 +299,8 @@ def crafted(run, inputs):
     loss = 2.0 if run.kind == "base" else 1e-3 if k and run.rank >= k else 1.0
     if run.kind == "search":
         return row | {"valid": math.log(run.rate / best) ** 2}
-    spectrum = [] if run.method in ("", "head") else [1.0] * (k or 3) + [0.002] * (4 - k if k else 0)
+    spectrum = [1.0] * k + [0.002] * (4 - k) if k else [1.0] * 3
+    spectrum = [] if run.method in ("", "head") else spectrum[: run.rank or None]
     s = share(run.task, run.method, run.rank) + (0.0, 0.02, -0.02)[run.seed] * (run.kind == "final")
     samples = [(7 * i + run.seed) % 17 for i in range(15 * 64)] if run.task == DRAWN else []
     return row | {"test": loss, "share": min(s, 1.0), "spectrum": spectrum, "samples": samples}

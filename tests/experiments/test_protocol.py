@@ -1556,7 +1556,7 @@ def remembered_by_hand(plan):
 
 def beyond_done(plan):
     """What is run, and what is measured on the tasks of a classifier, on permuted pixels and in drawings."""
-    with few_digits(), mock.patch.object(beyond, "EDGES", 0):
+    with few_digits(), mock.patch.multiple(beyond, EDGES=0, CLASSIFIED=("rotated",)):
         rows = beyond.run(plan, next(outs), jobs=1)
     names = ("kind", "task", "method", "rank", "rate", "seed")
     parts = {"runs": {tuple(row["config"][name] for name in names) for row in rows}}

@@ -23,8 +23,8 @@ PAGES = {  # experiment -> its page in docs/
     "size": "which_rank",
     "merging": "merging",
     "forgetting": "forgetting",
-    "beyond-language": "beyond_language",
     "cost": "cost",
+    "beyond-language": "beyond_language",
     "adding-adapters": "adding_adapters",
 }
 SEEDS = 5

@@ -38,7 +38,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.size", "experiments.size_figures",
     "experiments.beyond_tasks", "experiments.beyond_language", "experiments.beyond_figures",
     "experiments.questions", "claims.claim", "claims.ranks", "claims.size", "claims.dimension",
-    "claims.choices", "claims.starts", "claims.full", "claims.rivals",
+    "claims.choices", "claims.starts", "claims.full", "claims.rivals", "claims.beyond",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
     "flags", "cli", "__main__",
 ]  # fmt: skip

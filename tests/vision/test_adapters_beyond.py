@@ -11,6 +11,7 @@ from models import EVERYTHING, KINDS, answer, batch_of, lora_of, model_of
 from minilora.adapters import disabled
 from minilora.backend import to_device, to_host
 from minilora.errors import InputError, MismatchError, StateError
+from minilora.fast.recompute import Recomputed, recompute
 from minilora.layers import Factors
 from minilora.lora import active, adapted, fuse, inject, merge, unmerge
 from minilora.methods.bottleneck import BottleneckConfig
@@ -25,7 +26,7 @@ from minilora.spectra import spectrum, spectrum_between
 from minilora.training import train
 from minilora.tree import digest, freeze, named_params, trained
 
-few = settings(max_examples=3)
+few, fewer = settings(max_examples=3), settings(max_examples=2)
 kinds = pytest.mark.parametrize("kind", KINDS)
 CONFIGS = {
     "all weights": None,
@@ -39,11 +40,11 @@ CONFIGS = {
 
 @kinds
 @pytest.mark.parametrize("how", [how for how in CONFIGS if how != "dropout"])
-@few
+@fewer
 @given(seed=seeds)
 def test_the_networks_gradient_matches_the_complex_step(kind, how, seed):
     model, rng = model_of(kind, seed) if CONFIGS[how] is None else lora_of(kind, seed, **CONFIGS[how])
-    one = batch_of(kind, rng)
+    one = batch_of(kind, rng, n=2)
     _, found = gradients(model, *one)
     everything, params = named_params(model), trained(model)
     data = {path: p.data for path, p in params.items()}
@@ -53,7 +54,7 @@ def test_the_networks_gradient_matches_the_complex_step(kind, how, seed):
             p.data = arrays[path] if path in arrays else p.data.real.astype(complex)
         return model.loss(*one)[0]
 
-    assert_gradient(value, data, found, rng, directions=2)
+    assert_gradient(value, data, found, rng, directions=1)
 
 
 RIVALS = {
@@ -64,12 +65,12 @@ RIVALS = {
 
 @kinds
 @pytest.mark.parametrize("rival", RIVALS)
-@few
+@fewer
 @given(seed=seeds)
 def test_other_adapters_have_the_gradient_of_the_complex_step(kind, rival, seed):
     model, rng = model_of(kind, seed)
     inject(model, RIVALS[rival], rng=rng)
-    one, everything, params = batch_of(kind, rng), named_params(model), trained(model)
+    one, everything, params = batch_of(kind, rng, n=2), named_params(model), trained(model)
     for p in params.values():
         p.data = p.data + to_device(0.3 * rng.standard_normal(p.shape))
     _, found = gradients(model, *one)
@@ -175,6 +176,8 @@ def test_activation_checkpointing_and_threads_change_no_bit(kind):
         history = train(model, batches, AdamW(1e-2), steps=3, accumulate=2, **how)
         found.append((history.loss, digest(model)))
     assert found[0] == found[1] == found[2]
+    recompute(model)
+    assert [type(block) for block in model.encoder.layers] == [Recomputed] * 2
 
 
 @kinds
