@@ -5,8 +5,8 @@
 # diffusion model draws before and after LoRA. Then you adapt a model that classifies images, find the rank of
 # a change of pixels, and teach new digits to a model that draws, with the same calls as for text.
 #
-# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb), and for the ranks [Low rank, low
-# dimension](8_low_rank_low_dimension.ipynb).
+# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb), and for the ranks [Low
+# rank, low dimension](8_low_rank_low_dimension.ipynb).
 #
 # **Contents.** A known rank · Drawing · The same three calls · Exercises · To take along
 #
@@ -68,10 +68,11 @@ print(ledger("beyond-language/drawings", "beyond-language/ranks"))
 #
 # $$x_t = W\,p_t + E_t$$
 #
-# Then come the Llama's own blocks, in which each patch now sees all others, and the mean of all tokens goes to
-# a classifier. Below it learns 0 to 4, and is then adapted to 5 to 9. It has no output for these yet, so the
-# classifier is trained in full, which `modules_to_save` says. All other linear maps get LoRA, beside training
-# the classifier alone and all weights, each at the learning rate that the experiment's search chose.
+# Then come the Llama's own blocks, in which each patch now sees all others, and the mean of all tokens goes
+# to a classifier. Below it learns 0 to 4, and is then adapted to 5 to 9. Its outputs for these have only
+# learned to say no, so the classifier is trained in full, which `modules_to_save` says. All other linear maps
+# get LoRA. Beside it stand the classifier alone and all weights, each at the learning rate that the
+# experiment's search chose.
 
 # %% tags=["trained"]
 data, shape = digits(), ml.Config(hidden_size=48, intermediate_size=96, num_hidden_layers=2)
@@ -104,7 +105,7 @@ def lora(r):
 
 
 ways = {
-    "classifier alone": adapted(lambda model, rng: ml.unfreeze(model.classifier), 0.128),
+    "classifier alone": adapted(lambda model, rng: ml.unfreeze(model.classifier), 0.13),
     "LoRA, r = 1": adapted(lora(1), 8e-3),
     "LoRA, r = 4": adapted(lora(4), 8e-3),
     "all weights": adapted(lambda model, rng: ml.unfreeze(model), 2e-3),
@@ -125,8 +126,10 @@ holds("The base of the picture has only seen the digits 0 to 4", {*old.labels} =
 holds("shows a digit from 5 to 9", {*new.labels} == {*range(5, 10)})
 holds("Below it learns 0 to 4, and is then adapted to 5 to 9", {*new_test.labels} == {*range(5, 10)})
 cut = patches(old.pixels)
-holds("cut into patches of 2 by 2 pixels, one of 8 by 8 is 16 tokens of 4 numbers", cut.shape[1:] == (16, 4))
-holds("cut into patches of 2 by 2 pixels, one of 8 by 8 is 16 tokens of 4 numbers", data.train.pixels.shape[1] == 8 * 8)  # fmt: skip
+holds(
+    "cut into patches of 2 by 2 pixels, one of 8 by 8 is 16 tokens of 4 numbers",
+    (old.pixels.shape[1], *cut.shape[1:]) == (8 * 8, 16, 2 * 2),
+)
 holds("of all ten digits", {*data.train.labels} == {*range(10)})
 share = {name: right(model, new_test) for name, model in ways.items()}
 alone, full = share["classifier alone"], share["all weights"]
@@ -145,27 +148,31 @@ rates = {
 }
 holds(
     "each at the learning rate that the experiment's search chose",
-    list(rates.values()) == [{0.128}, {8e-3}, {8e-3}, {2e-3}],
+    list(rates.values()) == [{0.13}, {8e-3}, {8e-3}, {2e-3}],
 )
-says("goes {:.0%} of the way at rank 4 and {:.0%} at rank 16", *(f.closed("5 to 9", r) for r in (4, 16)))
+says(
+    "LoRA goes {:.0f} % of the way at rank 4 and {:.0f} % at rank 16",
+    *(100 * f.closed("5 to 9", r) for r in (4, 16)),
+)
 holds("With five seeds", f.plan.seeds == 5)
 
 # %% [markdown]
 # ## A known rank
 #
-# Of the new digits the base has none right before. The classifier alone gets far, LoRA of rank 4 gets further,
-# and all weights furthest. With five seeds LoRA goes 79% of the way at rank 4 and 85% at rank 16, from the
-# classifier alone to all weights. So the first sentence of the ledger holds for some tasks only.
+# Of the new digits the base has none right before. The classifier alone gets far, LoRA of rank 4 gets
+# further, and all weights furthest. With five seeds, from the classifier alone to all weights LoRA goes 79 %
+# of the way at rank 4 and 85 % at rank 16. To inverted or rotated images it goes nearly all the way at rank
+# 16; hence the condition in the ledger.
 #
 # Does an image need a high rank? For some changes the answer is known. If the pixels of every patch change
 # places by a permutation $P$, the patch embedding can put them back:
 #
-# $$W' = W P^\top \qquad \Delta W = W P^\top - W = W\,(P^\top - 1)$$
+# $$W' = W P^\top \qquad \Delta W = W P^\top - W = W\,(P^\top - I)$$
 #
-# $P^\top - 1$ leaves nothing of what is constant along a cycle of $P$. So its rank is the number of pixels
-# less that of cycles. Below, three of four pixels change places in a ring: two cycles, rank 2. LoRA on the
-# patch embedding alone learns the logits that the base has for the plain image. The picture after it has the
-# larger experiment.
+# $P^\top - I$ makes nothing of values that are equal along each cycle of $P$. So its rank is the number of
+# pixels less that of cycles. Below, three of four pixels change places in a ring: two cycles, rank 2. LoRA
+# on the patch embedding alone learns the logits that the base has for the plain image. The picture after it
+# has the larger experiment.
 
 # %% tags=["trained"]
 order = [1, 2, 0, 3]  # a ring of three, and a pixel that stays
@@ -214,17 +221,19 @@ picture("beyond-language/spectra")
 print(ledger("beyond-language/spectra"))
 
 # %% tags=["claims", "trained"]
-known = np.linalg.matrix_rank(W[:, order] - W)
-holds("three of four pixels change places in a ring: two cycles, rank 2", known == 2)
-holds("three of four pixels change places in a ring: two cycles, rank 2", sum(i != j for i, j in enumerate(order)) == 3 and len(order) == 4)  # fmt: skip
+holds(
+    "three of four pixels change places in a ring: two cycles, rank 2",
+    [i != j for i, j in enumerate(order)] == [True] * 3 + [False]
+    and np.linalg.matrix_rank(W[:, order] - W) == 2,
+)
 holds("With rank 1 much is left, with 2 nearly nothing", left[1] > 0.1 and max(left[2], left[3]) < 0.005)
-holds("the third value stays near 0", values[3][2] < 0.01 * values[3][1])
+holds("and with 3 the third value stays near 0", values[3][2] < 0.01 * values[3][1])
 
 # %% [markdown]
 # ## Drawing
 #
-# With rank 1 much is left, with 2 nearly nothing; and with 3 the third value stays near 0. The singular values
-# are those of the known answer.
+# With rank 1 much is left, with 2 nearly nothing; and with 3 the third value stays near 0. The singular
+# values are those of the known answer.
 #
 # Now a model that draws. A **denoising diffusion model** ([Ho et al. 2020](https://arxiv.org/abs/2006.11239))
 # mixes an image $x_0$ with noise $\varepsilon$, and learns to say what the noise was:
@@ -233,9 +242,9 @@ holds("the third value stays near 0", values[3][2] < 0.01 * values[3][1])
 # \varepsilon)^2$$
 #
 # To draw, it starts at pure noise and takes away a little of what it sees as noise, again and again. Our
-# $\hat\varepsilon$ is the same encoder of patches, with the time $t$ added to each token and a linear map back
-# to pixels. It learns to draw 0 to 4; then LoRA of rank 4 stands on all its linear maps, and the batches show
-# 5 to 9.
+# $\hat\varepsilon$ is the same encoder of patches, with the time $t$ added to each token and a linear map
+# back to pixels. It learns to draw 0 to 4; then LoRA of rank 4 stands on all its linear maps, and the batches
+# show 5 to 9.
 
 # %% tags=["trained"]
 TIMES = 100
@@ -250,32 +259,50 @@ ml.merge(draws)
 then = sample(draws, 100, np.random.default_rng(1))
 
 pages = {"before": first, "after LoRA": then}
-greys = {title: (some[:15] + 1) * GREYS / 2 for title, some in pages.items()}
-says_so = " and ".join(f"{beyond_tasks.new(some):.0%} {title}" for title, some in pages.items())
+counted = {title: f"{beyond_tasks.new(some):.0%}" for title, some in pages.items()}
+greys = {f"{title}: {counted[title]}": (some[:15] + 1) * GREYS / 2 for title, some in pages.items()}
 question("beyond-language")[1].sheets(
-    greys, "The same noise, before and after", f"Drawings, of which {says_so} count as 5 to 9."
+    greys,
+    "Which drawings show 5 to 9?",
+    f"Drawings from the same noise: {counted['before']} show 5 to 9 before, {counted['after LoRA']} "
+    "after LoRA.",
 )
 
 # %% tags=["trained"]
 print("drawings that count as 5 to 9")
 for title, some in pages.items():
     print(f"{title:12} {beyond_tasks.new(some):.2f}")
-print()
-print(report)
+print(str(report).splitlines()[-1])
 
 # %% tags=["claims", "trained"]
 shares = {title: beyond_tasks.new(some) for title, some in pages.items()}
-holds("It learns to draw 0 to 4; then LoRA of rank 4", {row.r for row in report.rows} == {4})
-holds("Before, few drawings count as new; after it, most do", shares["before"] < 0.25 and shares["after LoRA"] > 0.6)
+holds(
+    "It learns to draw 0 to 4; then LoRA of rank 4 stands on all its linear maps, "
+    "and the batches show 5 to 9",
+    {row.r for row in report.rows} == {4}
+    and ({*old.labels}, {*new.labels}) == ({*range(5)}, {*range(5, 10)}),
+)
+holds(
+    "Before, few drawings count as new; after LoRA, most do",
+    shares["before"] < 0.25 and shares["after LoRA"] > 0.6,
+)
+
+# %% tags=["claims"]
+drawn = [100 * np.median(f.of("drawing 5 to 9", *way)) for way in (("lora", 4), ("full", 0))]
+says("In the large experiment {:.0f} % do at rank 4, and {:.0f} % with all weights", *drawn)
+says("its effective rank is {:.0f} % of the largest possible", 100 * reads.sizes(f, "drawing 5 to 9")[1])
+changes = [f.closed(task, max(f.ranks(task))) for task in ("inverted", "rotated")]
+holds("To inverted or rotated images it goes nearly all the way at rank 16", min(changes) > 0.9)
 
 # %% [markdown]
 # ## The same three calls
 #
-# Before, few drawings count as new; after it, most do. Nothing was written for images but the two models:
-# `ml.inject` found their linear maps, `ml.merge` put the change into them, and `ml.spectrum` read it. An
-# adapter is saved and loaded with its names, as for text.
+# Before, few drawings count as new; after LoRA, most do. In the large experiment 80 % do at rank 4, and 82 %
+# with all weights. Yet what full training adds has no low rank: its effective rank is 62 % of the largest
+# possible (the right panel above). So LoRA does nearly as well with another change than full training's.
 #
-# What does *not* carry over is a rank. Which one is enough belongs to a task: see the ledger above.
+# Nothing was written for images but the two models. `ml.inject` finds their linear maps, `ml.merge` puts the
+# change into them, and `ml.spectrum` reads it.
 #
 # ## Exercises
 #
@@ -302,7 +329,9 @@ def check():
         other = W[:, np.argsort(order)] - W
         assert not np.array_equal(delta, other), "almost: this is for the way back; a ring has a direction"
         assert not np.array_equal(delta, W[:, order]), "this is the new W; what is added to the old one?"
-        assert np.array_equal((W + delta) @ x[order], W @ x), "the outputs are others: which column meets x[j]?"
+        assert np.array_equal((W + delta) @ x[order], W @ x), (
+            "the outputs are others: which column meets x[j]?"
+        )
     return "with integers, equal by =="
 
 
@@ -358,8 +387,8 @@ verdict(check)
 
 # %% tags=["exercise"]
 def undo_brightness(W, E, c):
-    """c is added to every pixel. ΔE (T, D) with W (p + c) + E[t] + ΔE[t] = W p + E[t] for each patch p (P,)."""
-    return None  # your line in place of this one; W (D, P), E (T, D)
+    """Every pixel has c added. ΔE such that W (p + c) + E[t] + ΔE[t] = W p + E[t]; W (D, P), E, ΔE (T, D)."""
+    return None  # your line in place of this one
 
 
 # %% tags=["check"]
@@ -384,9 +413,8 @@ verdict(check)
 # <details>
 # <summary>A solution</summary>
 #
-# No $\Delta W$ undoes it for every patch: a black patch, all zeros, is moved as well, and $W$ sees only its
-# product. But each token is moved by the same $c\,W 1$, so the table of places can take it back, with rank
-# one:
+# No $\Delta W$ undoes it for every patch. But each token is moved by the same vector, $c$ times the sum of
+# $W$'s columns. So the table of places can take it back, with rank one:
 #
 # ```python
 # def undo_brightness(W, E, c):
@@ -400,6 +428,6 @@ verdict(check)
 #
 # - LoRA changes a matrix and does not ask what it is for. Patches, tokens or noise: `ml.inject`, `ml.merge`,
 #   `ml.spectrum`.
-# - New classes need new outputs. Train the head in full, and put LoRA beside the head alone to see what it adds.
+# - New classes need new outputs. Train the head in full, and compare with the head alone.
 # - A change of pixels can have a rank. LoRA of that rank undoes it, and the spectrum shows it.
 # - What a model draws is adapted as what it writes: show it what it should draw.
