@@ -73,6 +73,7 @@ STARTS, BEGIN = "methods/starts.py", "experiments/initialisation.py"
 BEGUN = "experiments/initialisation_figures.py"
 RIVALS, RIVALLED = "experiments/rivals.py", "experiments/rivals_figures.py"
 SPACE, DIMENSION = "methods/intrinsic.py", "experiments/intrinsic_dimension.py"
+LEARNED = "experiments/intrinsic_tasks.py"
 
 VECTORS, BOTTLE, PREFIXES = "methods/vectors.py", "methods/bottleneck.py", "methods/prefixes.py"
 DIGITS, VIT, DIFFUSION = "data/digits.py", "vision/vit.py", "vision/diffusion.py"
@@ -1132,15 +1133,15 @@ MUTANTS = (
     Mutant("subspace-leaves-the-base-trained", SPACE, "    freeze(model)\n    dtype", "    dtype", "intrinsic"),
     Mutant("subspace-larger-than-the-model", SPACE, "<= k or d > D:", "<= k:", "intrinsic"),
     Mutant("replica-copies-P", SPACE, "return self  # nothing writes it", "return deepcopy((self.shape, self.signs)) and Fastfood(*deepcopy((self.shape, self.signs, self.order, self.g)))", "intrinsic"),
-    Mutant("rate-of-a-subspace-searched-on-test-text", DIMENSION, 'loss_on(plain, text, "valid", plan.valid_windows)',
-           'loss_on(plain, text, "test", plan.valid_windows)', "intrinsic_dimension"),
-    Mutant("subspace-trained-on-test-text", DIMENSION, "batches = drawn(inputs.texts[run.target], np",
-           "batches = drawn(replace(inputs.texts[run.target], train=inputs.texts[run.target].test), np", "intrinsic_dimension"),
+    Mutant("rate-of-a-subspace-searched-on-test-text", DIMENSION, 'learns.loss(plain, "valid")',
+           'learns.loss(plain, "test")', "intrinsic_dimension"),
+    Mutant("subspace-trained-on-test-text", LEARNED, "recipe.drawn(self.corpus, rng",
+           'recipe.drawn(Corpus("", "", *3 * [self.corpus.test]), rng', "intrinsic_dimension"),
     Mutant("start-is-trained-in-place", DIMENSION, "model, rng = copy.deepcopy(start(run, inputs)), np", "model, rng = start(run, inputs), np",
            "intrinsic_dimension"),
     Mutant("rate-not-over-the-root-of-the-count", DIMENSION, "run.rate / math.sqrt(size(trained(model)))", "run.rate / size(trained(model))",
            "intrinsic_dimension"),
-    Mutant("search-as-long-as-a-run", DIMENSION, 'plan.search_steps if run.kind == "search" else plan.steps', "plan.steps",
+    Mutant("search-as-long-as-a-run", DIMENSION, 'self.plan.search_steps if self.kind == "search" else self.plan.steps', "self.plan.steps",
            "intrinsic_dimension"),
     Mutant("scales-left-out-of-said", DIMENSION, 'scales=run.method == "said"', "scales=False", "intrinsic_dimension"),
     Mutant("pretrained-without-decay", PRETRAIN, "Recipe().optimizer()", "Recipe(weight_decay=0.0).optimizer()",
@@ -1153,6 +1154,23 @@ MUTANTS = (
     Mutant("few-seeds-from-random-weights", DIMENSION, "plan.few_seeds if cell.pretrained else", "plan.few_seeds if cell.width else",
            "intrinsic_dimension"),
     Mutant("pretrained-starts-on-every-text", DIMENSION, "*(short if target == first else [])", "*short", "intrinsic_dimension"),
+    Mutant("digits-trained-on-test-images", LEARNED, "data.batches(self.digits.train, rng", "data.batches(self.digits.test, rng",
+           "intrinsic_dimension"),
+    Mutant("digits-of-one-split", LEARNED, "some = getattr(self.digits, split)", "some = self.digits.test", "intrinsic_dimension"),
+    Mutant("accuracy-of-validation-digits", LEARNED, "some = self.digits.test", "some = self.digits.valid", "intrinsic_dimension"),
+    Mutant("digits-in-batches-of-a-text", LEARNED, "rng, BATCH)", "rng, 4)", "intrinsic_dimension"),
+    Mutant("digits-start-with-all-weights-trained", LEARNED, "    freeze(model)\n", "", "intrinsic_dimension"),
+    Mutant("no-loss-of-digits-is-refused", LEARNED, "if not math.isfinite(loss):", "if False:", "intrinsic_dimension"),
+    Mutant("digits-as-long-as-a-text", DIMENSION, "steps * LONGER if self.target == DIGITS else steps", "steps", "intrinsic_dimension"),
+    Mutant("digits-with-the-d-of-texts", DIMENSION, "dims = [*DIMS]", "dims = [*plan.dims]", "intrinsic_dimension"),
+    Mutant("digits-before-the-texts", DIMENSION, '(list(grid(plan, inputs)), [Run("start", plan, DIGITS, SHAPE.hidden_size)])',
+           '([Run("start", plan, DIGITS, SHAPE.hidden_size)], list(grid(plan, inputs)))', "intrinsic_dimension"),
+    Mutant("digits-missed-after-the-texts", DIMENSION, "    digits()  # refuses\n", "", "intrinsic_dimension"),
+    Mutant("d90-of-some-text-as-of-digits", "experiments/intrinsic_figures.py", "if target == DIGITS]", "if target != DIGITS]",
+           "intrinsic_dimension"),
+    Mutant("digits-say-the-loss-for-the-accuracy", "experiments/intrinsic_figures.py",
+           "Digits from scratch take {dimension(f.digits(), 'accuracy')}", "Digits from scratch take {dimension(f.digits())}",
+           "intrinsic_dimension"),
     Mutant("accuracy-of-the-best-seed", "experiments/intrinsic_figures.py", "np.median(self.full.accuracy)\n        before",
            "np.max(self.full.accuracy)\n        before", "intrinsic_dimension"),
     Mutant("gap-to-the-best-seed", "experiments/intrinsic_figures.py", "(before - np.median(self.full.loss))", "(before - self.full.loss.min())",

@@ -1,6 +1,7 @@
 """What is said about LoRA's rivals: adapters that are no matrix, rows before the text, vectors, and DoRA."""
 
 from collections.abc import Sequence
+from statistics import median
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from ..experiments.rivals import LORA, PROMPT
 from ..experiments.rivals_figures import UNMERGED, Found, Key, found
 from .claim import FAILS, HOLDS, HU, OVERVIEW, Claim, Rows, Verdict
 
-RIVALS = "figures/rivals/rows.jsonl"
+RIVALS, TIMED = "figures/rivals/rows.jsonl", "benchmarks/results/methods.json"
 BOTTLENECKS, ROWS = UNMERGED[:2], ("prefix", PROMPT)
 NEARLY = 0.9  # of the gap from the base to full fine-tuning
 
@@ -142,7 +143,37 @@ def more_than_lora(rows: Rows) -> Verdict:
     return HOLDS if alike < 0 else "holds when the rank is the same, not the count of parameters", number
 
 
+# ---- times
+
+
+def times(rows: Rows, job: str, name: str) -> list[float]:
+    """The time of a contestant over that of the base, or of full fine-tuning's step, at each size."""
+    return [row["ratio"][name] for row in rows if row["job"] == job]
+
+
+def bottlenecks_slow_inference(rows: Rows) -> Verdict:
+    """Holds if a token takes 5% longer than the base's, or more, with either bottleneck at every size."""
+    found = [times(rows, "token", name) for name in BOTTLENECKS]
+    number = f"{min(map(min, found)):.2f} to {max(map(max, found)):.2f} times the base's time"
+    return HOLDS if min(map(min, found)) >= 1.05 else FAILS, number
+
+
+def merged_is_free(rows: Rows) -> Verdict:
+    """Holds if merged they take no longer than the base measured again, within 5%, in the median size."""
+    names = ("VeRA", "DoRA")
+    more = {
+        name: max(
+            median(times(rows, job, f"{name}, merged")) / median(times(rows, job, "base again"))
+            for job in ("forward", "token")
+        )
+        for name in names
+    }
+    number = ", ".join(f"{name} {ratio:.2f}" for name, ratio in more.items())
+    return HOLDS if max(more.values()) <= 1.05 else FAILS, f"{number} times the base's time"
+
+
 LOSSES, SIZES = (f"figures/rivals/{name}.png" for name in ("rivals", "parameters"))
+COSTS = "benchmarks/results/methods.png"
 CLAIMS = (
     Claim("With as many parameters LoRA is better than bottleneck adapters, prefix and prompt tuning.", HU,
           RIVALS, LOSSES, lora_beats_what_cannot_be_merged),
@@ -168,4 +199,8 @@ CLAIMS = (
           RIVALS, SIZES, vera_needs_a_tenth),
     Claim("Norms and the embedding, trained beside LoRA, improve it.", OVERVIEW,
           RIVALS, LOSSES, more_than_lora),
+    Claim("Bottleneck adapters make inference slower.", HU,
+          TIMED, COSTS, bottlenecks_slow_inference),
+    Claim("VeRA and DoRA cost nothing at inference once merged.", "Kopiczko et al. 2023; Liu et al. 2024",
+          TIMED, COSTS, merged_is_free),
 )  # fmt: skip

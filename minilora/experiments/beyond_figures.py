@@ -213,7 +213,9 @@ def drawings(rows: Sequence[Row]) -> Picture:
         f"{title}\n{np.median([row['share'] for row in some]):.0%} are 5 to 9": some[0]["samples"]
         for title, some in grids.items()
     }
-    question = f"Can LoRA teach new digits to what draws others?\n{ways(f, DRAWN)} of all weights' gain"
+    question = (
+        f"Can LoRA teach a model of the digits 0 to 4 to draw 5 to 9?\n{ways(f, DRAWN)} of all weights' gain"
+    )
     return sheets(
         images, question, f"Drawings of a diffusion model of the digits 0 to 4. {sentences(rows)[1]}"
     )

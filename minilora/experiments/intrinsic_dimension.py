@@ -7,7 +7,8 @@ too, for the next character. Starts are the base, random weights of the same sha
 shortly: for fewer and more steps, and in several widths. LoRA stands beside them on the base, since its
 parameters are some of the d; so does SAID, with a scale for each weight. For every start, text, method and
 size short runs choose the learning rate on a validation split; all else is measured on the test split. The
-seeds vary P and the batches; every start is one model. Each ΔW is measured by its effective rank.
+seeds vary P and the batches; every start is one model. Each ΔW is measured by its effective rank. Beside the
+texts are digits, learned from scratch as Li et al. have it (intrinsic_tasks.py).
 """
 
 import copy
@@ -19,20 +20,21 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import to_host, xp
-from ..data.corpora import Corpus
+from ..data.digits import digits
 from ..errors import ConfigError, check_float, check_int
 from ..formats import forms
 from ..lora import inject
 from ..methods.intrinsic import Subspace, subspace
 from ..methods.lora_config import LoraConfig
-from ..model import Llama, blank
+from ..model import blank
 from ..optim import AdamW
 from ..spectra import effective_rank, noise_spectrum, spectrum, spectrum_between
 from ..tree import named_params, size, trained, unfreeze
 from . import harness, pretrain
+from .beyond_tasks import SHAPE
 from .harness import LOSS, SEARCH_SEED, Inputs, Progress, Row
-from .recipe import drawn, learn, loss_on, windows
+from .intrinsic_tasks import DIGITS, DIMS, LONGER, Images, Text, random_vit
+from .recipe import learn
 
 OWN = pretrain.Recipe.corpus  # what the bases are pretrained on
 BASE = 0  # the width that stands for the plan's base
@@ -42,7 +44,10 @@ STEP, EDGES = 2.0, 3  # of the search
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained from where, and how. ConfigError for an empty grid or an invalid number."""
+    """What is trained from where, and how, beside digits; of those steps, rates and seeds count.
+
+    ConfigError for an empty grid or an invalid number.
+    """
 
     targets: tuple[str, ...] = ("folio", "kjv")  # bases that are pretrained here see only the first
     dims: tuple[int, ...] = (342, 1368, 5472, 21888, 87552)  # d; the last three as LoRA's parameters
@@ -99,17 +104,34 @@ class Run:
         """A short name derived from the content."""
         return harness.id_of(asdict(self))
 
+    @property
+    def steps(self) -> int:
+        """Training steps; digits take more."""
+        steps = self.plan.search_steps if self.kind == "search" else self.plan.steps
+        return steps * LONGER if self.target == DIGITS else steps
+
 
 # ---- one run
 
 
 def work(run: Run, inputs: Inputs) -> Row:
     """Do one run and return its row."""
-    return harness.row_of(run, inputs.texts[run.target].source, lambda: measured(run, inputs))
+    return harness.row_of(run, task(run, inputs).source, lambda: measured(run, inputs))
 
 
-def start(run: Run, inputs: Inputs) -> Llama:
+def task(run: Run, inputs: Inputs) -> Text | Images:
+    """What a run learns."""
+    plan = run.plan
+    if run.target == DIGITS:
+        return Images(digits())
+    counts = {"valid": plan.valid_windows, "test": plan.test_windows}
+    return Text(inputs.texts[run.target], plan.batch, counts)
+
+
+def start(run: Run, inputs: Inputs) -> Any:
     """θ0, frozen; nobody may change it."""
+    if run.target == DIGITS:
+        return random_vit()
     if run.width == BASE:
         return inputs.base
     return pretrain.pretrained(run.width, run.pretrained, run.plan.batch, inputs.texts[OWN])
@@ -117,15 +139,15 @@ def start(run: Run, inputs: Inputs) -> Llama:
 
 def measured(run: Run, inputs: Inputs) -> Row:
     """The validation loss of a search; of all else loss and accuracy on test, and ΔW's effective rank."""
-    plan, text, before = run.plan, inputs.texts[run.target], start(run, inputs)
+    learns, before = task(run, inputs), start(run, inputs)
     model = before if run.kind == "start" else learned(run, inputs)
     plain = model.moved()[0] if isinstance(model, Subspace) else model
     row: Row = {"parameters": size(before if run.kind == "start" else trained(model))}
     if run.kind == "search":
-        return row | {"valid": loss_on(plain, text, "valid", plan.valid_windows)}
+        return row | {"valid": learns.loss(plain, "valid")}
     return row | {
-        "test": loss_on(plain, text, "test", plan.test_windows),
-        "accuracy": accuracy(plain, text, plan.test_windows),
+        "test": learns.loss(plain, "test"),
+        "accuracy": learns.accuracy(plain),
         "rank": rank(run, plain, before),
     }
 
@@ -144,20 +166,13 @@ def prepared(run: Run, inputs: Inputs) -> Any:
 
 def learned(run: Run, inputs: Inputs) -> Any:
     """The model after the training of the run; runs of a seed see the same batches."""
-    plan, model = run.plan, prepared(run, inputs)
+    model = prepared(run, inputs)
     optimizer = AdamW(run.rate / math.sqrt(size(trained(model))), betas=(0.9, 0.99))
-    batches = drawn(inputs.texts[run.target], np.random.default_rng([run.seed, 1]), plan.batch)
-    learn(model, batches, optimizer, plan.search_steps if run.kind == "search" else plan.steps)
+    learn(model, task(run, inputs).drawn(np.random.default_rng([run.seed, 1])), optimizer, run.steps)
     return model
 
 
-def accuracy(model: Llama, text: Corpus, count: int) -> float:
-    """How often the likeliest next character is the right one, over test windows."""
-    right = [model(ids)[0].argmax(-1) == xp.asarray(labels) for ids, labels in windows(text, "test", count)]
-    return float(np.concatenate([to_host(some).reshape(-1) for some in right]).mean())
-
-
-def rank(run: Run, model: Llama, before: Llama) -> float:
+def rank(run: Run, model: Any, before: Any) -> float:
     """The effective rank of ΔW over the largest it can have, median of all linear maps; a start: of noise."""
     rng = np.random.default_rng(0)
     shapes = {path: p.data.shape for path, p in named_params(before).items() if "_proj" in path}
@@ -182,30 +197,35 @@ def run(
 ) -> list[Row]:
     """Do the runs that are missing in the folder `out`; return all rows in the plan's order.
 
+    UnsupportedError without the extra `vision`, before any run: no folder is left with half of the rows.
     ConfigError for a width or rank that cannot be; other errors as in `harness.open_store`, and InputError
     for a text that is too short.
     """
+    digits()  # refuses
     inputs = harness.read_inputs(plan.base, dict.fromkeys((*plan.targets, OWN)))
-    starts = list(grid(plan, inputs))
-    searches = [cell for one in starts for cell in methods(one, inputs)]
+    parts = [
+        (starts, [cell for one in starts for cell in methods(one, inputs)])
+        for starts in (list(grid(plan, inputs)), [Run("start", plan, DIGITS, SHAPE.hidden_size)])
+    ]
     with harness.open_store(
         out, work, inputs, asdict(plan), FORM, jobs=jobs, dask=dask, progress=progress
     ) as store:
-        store.finish(starts)
-        rates = harness.chosen_rates(
-            store, dict.fromkeys(searches, plan.rates), lambda cell, rate: replace(cell, rate=rate),
-            STEP, EDGES,
-        )  # fmt: skip
-        store.finish(
-            replace(cell, kind="final", rate=rate, seed=seed)
-            for cell, rate in rates.items()
-            for seed in range(plan.few_seeds if cell.pretrained else plan.seeds)
-        )
+        for starts, searches in parts:
+            store.finish(starts)
+            rates = harness.chosen_rates(
+                store, dict.fromkeys(searches, plan.rates), lambda cell, rate: replace(cell, rate=rate),
+                STEP, EDGES,
+            )  # fmt: skip
+            store.finish(
+                replace(cell, kind="final", rate=rate, seed=seed)
+                for cell, rate in rates.items()
+                for seed in range(plan.few_seeds if cell.pretrained else plan.seeds)
+            )
         return store.close()
 
 
 def grid(plan: Plan, inputs: Inputs) -> Iterator[Run]:
-    """Every start: base and random weights on each text, the bases that are pretrained here on the first."""
+    """Every start on a text: base and random weights on each, bases that are pretrained here on the first."""
     first, *_ = plan.targets
     *narrow, width = plan.widths
     *_, most = plan.pretraining
@@ -219,8 +239,11 @@ def grid(plan: Plan, inputs: Inputs) -> Iterator[Run]:
 def methods(start: Run, inputs: Inputs) -> Iterator[Run]:
     """The searches from one start, without a rate: all weights, each d below their number, perhaps more."""
     plan, full = start.plan, replace(start, kind="search", seed=SEARCH_SEED)
-    parameters = size(inputs.base if start.width == BASE else blank(pretrain.shape(start.width)))
-    dims = [d for d in plan.dims if d < parameters]
+    if start.target == DIGITS:
+        dims = [*DIMS]
+    else:
+        parameters = size(inputs.base if start.width == BASE else blank(pretrain.shape(start.width)))
+        dims = [d for d in plan.dims if d < parameters]
     sizes = {"subspace": dims}
     if start.width == BASE and start.target == plan.targets[0]:
         sizes |= {"said": dims, "lora": [*plan.ranks]}

@@ -14,7 +14,6 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "which-matrices": ("which_matrices", "which_figures"),
     "subspaces": ("subspaces", "subspace_figures"),
     "scale": ("scale", "scale_figures"),
-    "intrinsic-dimension": ("intrinsic_dimension", "intrinsic_figures"),
     "merging": ("merging", "merging_figures"),
     "forgetting": ("forgetting", "forgetting_figures"),
     "initialisation": ("initialisation", "initialisation_figures"),
@@ -22,7 +21,9 @@ MODULES = {  # name -> the module that asks, and the one that reads
     "cost": ("cost", "cost_figures"),
     "adding-adapters": ("adding_adapters", "adding_figures"),
     "size": ("size", "size_figures"),
-    "beyond-language": ("beyond_language", "beyond_figures"),  # which needs an extra
+    # which need an extra
+    "intrinsic-dimension": ("intrinsic_dimension", "intrinsic_figures"),
+    "beyond-language": ("beyond_language", "beyond_figures"),
 }
 
 

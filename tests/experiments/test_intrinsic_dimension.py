@@ -1,6 +1,7 @@
 """The experiment with random subspaces: what is trained from which start, and where 90% is reached."""
 
 import copy
+import functools
 import math
 import os
 from dataclasses import asdict, replace
@@ -8,13 +9,17 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from minilora.data import digits as data
 from minilora.data.batching import batches, eval_batches
 from minilora.data.corpora import Corpus
-from minilora.errors import ConfigError, FormatError
+from minilora.data.digits import Digits, Images
+from minilora.errors import ConfigError, FormatError, NonFiniteError, UnsupportedError
 from minilora.experiments import harness, pretrain, recipe
 from minilora.experiments import intrinsic_dimension as module
+from minilora.experiments import intrinsic_tasks as tasks
 from minilora.experiments.intrinsic_dimension import BASE, OWN, Plan, Run
-from minilora.experiments.intrinsic_figures import Arm, Result, found, pictures, sentences, tables
+from minilora.experiments.intrinsic_figures import LI, Arm, Result, found, pictures, sentences, tables
+from minilora.experiments.intrinsic_tasks import DIGITS, DIMS
 from minilora.experiments.reading import crossing
 from minilora.lora import fuse, inject
 from minilora.methods.intrinsic import subspace
@@ -24,6 +29,7 @@ from minilora.optim import AdamW, Schedule
 from minilora.spectra import effective_rank, noise_spectrum
 from minilora.training import evaluate, train
 from minilora.tree import digest, freeze, named_params, trained, unfreeze
+from minilora.vision.vit import vit
 
 TINY = Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
               num_key_value_heads=1, max_position_embeddings=16)  # fmt: skip
@@ -40,14 +46,24 @@ def text(name, seed):
     return Corpus(name, f"source of {name}", *np.split(ids, [2000, 2500]))
 
 
+def images(seed, n):
+    rng = np.random.default_rng(seed)
+    return Images(rng.uniform(-1, 1, (n, 64)).astype(np.float32), rng.integers(10, size=n))
+
+
+SEEN = Digits(images(0, 40), images(1, 20), images(2, 30), "source of digits")
 TEXTS = {name: text(name, i) for i, name in enumerate(("folio", "kjv", OWN))}
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Short windows, and the texts and the base of this file."""
+    """Short windows, and the texts, the images and the bases of this file."""
     monkeypatch.setattr(recipe, "LENGTH", 16)
     monkeypatch.setattr(harness, "read_inputs", lambda base, targets: made())
+    monkeypatch.setattr(tasks, "SHAPE", replace(TINY, num_key_value_heads=2))
+    monkeypatch.setattr(module, "DIMS", (20, 50))
+    monkeypatch.setattr(module, "digits", lambda: SEEN)
+    monkeypatch.setattr(module, "random_vit", functools.cache(tasks.random_vit.__wrapped__))
 
 
 def made():
@@ -141,7 +157,8 @@ def test_accuracy_counts_the_likeliest_next_characters_of_the_windows():
     one = Corpus("", "", ids[:0], ids[:0], ids)
     at = [16 * (i * 62 // 3) + j for i in range(3) for j in range(16)]  # 62 windows fit
     right = np.mean([ids[i + 1] == ids[i] + 1 for i in at])
-    assert module.accuracy(lambda x: (np.eye(128)[x + 1],), one, 3) == right
+    text = tasks.Text(one, 2, {"test": 3})
+    assert text.accuracy(lambda x: (np.eye(128)[x + 1],)) == right
     assert 0.5 < right < 0.9
 
 
@@ -195,6 +212,107 @@ def test_runs_of_a_seed_see_the_same_batches_and_draw_their_own_P(monkeypatch):
     assert (z[4] != z[0]).any()
 
 
+# ---- digits
+
+
+def written(kind="final", **how):
+    return cell(kind, **{"target": DIGITS, "width": 8, "size": 20} | how)
+
+
+@pytest.mark.parametrize("kind", ["search", "final"])
+@pytest.mark.parametrize("how", METHODS[:2])
+def test_digits_are_learned_from_random_weights_by_their_recipe(how, kind):
+    run, inputs = written(kind, method=how[0], size=how[1]), made()
+    row = module.work(run, inputs)
+    model = vit(replace(TINY, num_key_value_heads=2), np.random.default_rng(0))
+    before = copy.deepcopy(model)
+    if run.method == "subspace":
+        model = subspace(model, 30, rng=np.random.default_rng([3, 0]))
+    count = sum(p.size for p in trained(model).values())
+    rng, steps = np.random.default_rng([3, 1]), 5 * {"search": 2, "final": 4}[kind]
+    drawn = (rng.integers(40, size=32) for _ in range(steps))
+    train(
+        model, ((SEEN.train.pixels[i], SEEN.train.labels[i]) for i in drawn),
+        AdamW(0.5 / math.sqrt(count), betas=(0.9, 0.99)), steps=steps,
+        schedule=Schedule(steps, warmup=steps // 20),
+    )  # fmt: skip
+    plain = model.moved()[0] if run.method == "subspace" else model
+    assert row["source"] == "source of digits"
+    assert row["parameters"] == count
+    if kind == "search":
+        assert row["valid"] == float(plain.loss(SEEN.valid.pixels, SEEN.valid.labels)[0])
+        assert "test" not in row
+        return
+    assert row["test"] == float(plain.loss(SEEN.test.pixels, SEEN.test.labels)[0])
+    logits, right = plain(SEEN.test.pixels)[0], 0
+    for scores, digit in zip(logits, SEEN.test.labels, strict=True):
+        right += scores[digit] == scores.max()
+    assert row["accuracy"] == right / 30
+    old, new = named_params(before), named_params(plain)
+    changes = [new[path].data - old[path].data for path in old if "_proj" in path]
+    ranks = [effective_rank(np.linalg.svd(dW.astype(float))[1]) / min(dW.shape) for dW in changes]
+    assert len(ranks) == 7
+    assert row["rank"] == pytest.approx(np.median(ranks), rel=1e-3)
+    assert digest(module.start(run, inputs)) == digest(before)
+
+
+def test_the_start_of_digits_is_one_model_measured_as_it_is():
+    row, model = module.work(written("start", method="full", size=0), made()), tasks.random_vit.__wrapped__()
+    assert row["test"] == float(model.loss(SEEN.test.pixels, SEEN.test.labels)[0])
+    assert row["parameters"] == sum(p.size for p in named_params(model).values())
+    assert not trained(model)
+    assert module.start(written(), made()) is module.start(written(seed=4, method="full"), made())
+
+
+def test_test_digits_choose_no_rate_and_validation_digits_measure_nothing(monkeypatch):
+    for kind, seen, unseen in (("search", "valid", "test"), ("final", "test", "valid")):
+        rows = []
+        for split in (None, unseen, seen, "train"):
+            some = replace(SEEN, **{split: images(9, 25)}) if split else SEEN
+            monkeypatch.setattr(module, "digits", lambda some=some: some)
+            rows.append(module.work(written(kind), made()))
+        row, same, *others = rows
+        assert row == same
+        assert all(row[seen] != other[seen] for other in others)
+
+
+def test_digits_of_a_seed_come_in_the_same_batches():
+    some, same, other = (
+        next(tasks.Images(SEEN).drawn(np.random.default_rng([seed, 1])))[0] for seed in (3, 3, 4)
+    )
+    assert (some == same).all()
+    assert (some != other).any()
+
+
+def test_a_loss_of_digits_that_is_no_number_is_refused():
+    model = tasks.random_vit.__wrapped__()
+    model.classifier.weight.data[0] = np.nan
+    with pytest.raises(NonFiniteError, match="valid of digits is nan"):
+        tasks.Images(SEEN).loss(model, "valid")
+
+
+def test_without_the_extra_nothing_is_run(tmp_path, monkeypatch):
+    """Not even what needs no digits: the folder would hold half of the rows, and look whole."""
+
+    def missing(name):
+        return None
+
+    data.digits.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", missing)
+    monkeypatch.setattr(module, "digits", data.digits)
+    monkeypatch.setattr(module, "work", None)
+    with pytest.raises(UnsupportedError, match=r"minilora\[vision\]"):
+        module.run(PLAN, tmp_path / "out", jobs=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_digits_have_the_vit_of_beyond_language_and_less_d_than_its_weights():
+    from minilora.experiments.beyond_tasks import SHAPE
+
+    assert SHAPE.hidden_size == 48
+    assert max(DIMS) < sum(p.size for p in named_params(vit(SHAPE, np.random.default_rng(0))).values())
+
+
 # ---- the grid
 
 
@@ -213,7 +331,8 @@ def crafted(run, inputs):
     share = 1.0 if run.method == "full" else min(0.99, (2 - (run.width == BASE)) * math.log(number) / 11)
     loss = start - (share + (run.seed - 1) * 0.01) * 0.4
     rank = {"full": 0.6, "lora": run.size / 96}.get(run.method, 0.8)
-    return row | {"test": loss - 0.02 * (run.method == "lora"), "accuracy": 0.5 * share, "rank": rank,
+    accuracy = 0.5 * share ** (1 + (run.target == DIGITS))
+    return row | {"test": loss - 0.02 * (run.method == "lora"), "accuracy": accuracy, "rank": rank,
                   "parameters": number}  # fmt: skip
 
 
@@ -224,6 +343,7 @@ def grid(tmp_path_factory):
         patch.setattr(os, "fsync", lambda _: None)  # no law here is about a power cut
         patch.setattr(harness, "read_inputs", lambda base, targets: real())
         patch.setattr(module, "prepared", lambda *_: None)
+        patch.setattr(module, "digits", lambda: SEEN)
         patch.setattr(module, "work", crafted)
         return module.run(WIDE, tmp_path_factory.mktemp("grid"), jobs=1)
 
@@ -238,9 +358,11 @@ def real():
 def test_every_start_is_trained_by_its_methods_with_its_seeds(grid):
     f = found(grid)
     folio = [(BASE, 0), (96, 0), (96, 60), (96, 600), (32, 600), (56, 600)]
-    assert list(f.arms) == [("folio", *some) for some in folio] + [("kjv", BASE, 0), ("kjv", 96, 0)]
+    others = [("kjv", BASE, 0), ("kjv", 96, 0), (DIGITS, 48, 0)]
+    assert list(f.arms) == [("folio", *some) for some in folio] + others
     for (target, width, steps), arm in f.arms.items():
         dims = [d for d in WIDE.dims if d < (41088 if width == 32 else 10**6)]
+        dims = DIMS if target == DIGITS else dims
         sizes = [("full", 0), *(("subspace", d) for d in dims)]
         if (target, width) == ("folio", BASE):
             sizes += [*(("said", d) for d in dims), *(("lora", r) for r in WIDE.ranks)]
@@ -250,7 +372,10 @@ def test_every_start_is_trained_by_its_methods_with_its_seeds(grid):
         assert {row["config"]["seed"] for row in grid if row["config"]["kind"] == kind} == seeds
     assert {row["config"]["rate"] for row in grid if row["config"]["kind"] == "final"} == {2.0}
     digests = {row["config"]["target"]: tuple(row["config"]["texts"]) for row in grid}
-    assert digests == {name: (TEXTS[name].digest, TEXTS[OWN].digest) for name in ("folio", "kjv")}
+    texts = {name: (TEXTS[name].digest, TEXTS[OWN].digest) for name in ("folio", "kjv")}
+    assert digests == texts | {DIGITS: ()}
+    of_digits = [row["config"]["target"] == DIGITS for row in grid]
+    assert of_digits == sorted(of_digits)  # their rows follow all others
 
 
 def test_the_usual_dims_are_the_parameters_of_the_usual_ranks():
@@ -319,6 +444,18 @@ def test_d90_and_the_pairs_are_those_of_the_crafted_rows(grid):
     assert f.trained()["after 60 steps"] is f.arms["folio", 96, 60]
 
 
+def test_d90_of_digits_is_that_of_the_crafted_rows(grid):
+    """The share is 2 log d / 11, 0.88 at 128 and 0.99 at 256; that of the accuracy is its square."""
+    arm = found(grid).digits()
+    low, high = 14 * math.log(2) / 11, 0.99
+    middle = (0.9 - low**2) / (high**2 - low**2)
+    assert arm.start["parameters"] == 172368
+    assert np.median(arm.d90("accuracy")) == pytest.approx(128 * 2**middle, rel=1e-6)
+    assert np.median(arm.d90()) == pytest.approx(128 * 2 ** ((0.9 - low) / (high - low)), rel=1e-6)
+    with pytest.raises(ConfigError, match="no row is of digits"):
+        found([row for row in grid if row["config"]["target"] != DIGITS]).digits()
+
+
 def test_tables_and_sentences_say_the_numbers(grid):
     dims, every = tables(grid)
     d = f"{float(f'{base_dimension():.3g}'):,.0f} ({100 * base_dimension() / 344736:.2g}%)"
@@ -333,7 +470,8 @@ def test_tables_and_sentences_say_the_numbers(grid):
         "0.500 (0.500 to 0.500)", "0.600",
     )  # fmt: skip
     assert sum(row[2].startswith("LoRA, r = ") for row in every.rows) == 3
-    first, second, ranks, lora, scales, widths = sentences(grid)
+    assert dims.rows[-1] == (DIGITS, "48 wide, random", "172,368", "144 (0.083%)", "194 (0.11%)")
+    first, second, ranks, lora, scales, widths, written = sentences(grid)
     assert first.startswith(f"On folio, 90% of the loss gap takes {d} from the base, at most 342 (0.099%)")
     assert first.endswith("90% of the accuracy 0 and at most 342 (0.099%).")
     assert second.startswith("On kjv")
@@ -343,6 +481,18 @@ def test_tables_and_sentences_say_the_numbers(grid):
     assert lora.endswith("+0.020 nats with 5,472, +0.020 nats with 21,888, +0.020 nats with 87,552.")
     assert scales.endswith(f"it takes {d}.")
     assert widths.count(";") == 2
+    assert written.startswith(
+        "Digits from scratch take 194 (0.11%) for 90% of full training's accuracy, 50.0%"
+    )
+    assert "and 144 (0.083%) for 90% of the loss gap" in written
+    assert written.endswith(f" {LI}, which is not tested here.")
+
+
+def test_the_number_of_li_et_al_is_of_their_network():
+    """Dense layers of 784, 200, 200 and 10."""
+    D = sum(n * (1 + m) for m, n in ((784, 200), (200, 200), (200, 10)))
+    assert D == 199_210
+    assert f"MNIST took 750 of {D:,} ({100 * 750 / D:.2f}%)" in LI
 
 
 def test_a_dimension_that_no_d_reaches_is_named_as_such(grid):
@@ -377,10 +527,10 @@ def test_rows_without_a_seed_are_refused(grid):
 @pytest.mark.slow
 def test_the_same_rows_give_the_same_figures(grid):
     drawn, again = pictures(grid), pictures(grid)
-    assert drawn.keys() == {"starts", "rank", "sizes"}
+    assert drawn.keys() == {"starts", "rank", "sizes", "digits"}
     for name, picture in drawn.items():
         assert picture.encoded("svg") == again[name].encoded("svg")
-        assert "folio" in picture.says
+        assert ("digits" if name == "digits" else "folio") in picture.says
 
 
 # ---- rows

@@ -50,6 +50,7 @@ from minilora.experiments import (
     subspaces,
 )
 from minilora.experiments import intrinsic_dimension as intrinsic
+from minilora.experiments import intrinsic_tasks as written
 from minilora.experiments import known_rank as known
 from minilora.experiments import recipe as common
 from minilora.experiments import size as wide
@@ -76,6 +77,7 @@ from minilora.serve import bench
 from minilora.serve.engine import Engine, Request
 from minilora.training import evaluate, train
 from minilora.tree import freeze, named_params, trained, unfreeze
+from minilora.vision.vit import ViT, vit
 
 PACKAGE = Path(minilora.__file__).parent
 ONE = np.array([[65]])  # a prompt of one letter
@@ -354,7 +356,7 @@ def test_subspaces_of_weights_are_trained_on_train_and_measured_on_test():
     """Bases that are pretrained on the way see the text for that, once, and no other part."""
     pretrain.pretrained.cache_clear()
     (learned, valid, test), (own, *held) = split(CORPORA["folio"]), split(CORPORA["shakespeare"])
-    with by_kind(intrinsic) as seen, mock.patch.object(intrinsic, "EDGES", 0):
+    with by_kind(intrinsic) as seen, mock.patch.object(intrinsic, "EDGES", 0), handwritten():
         intrinsic.run(DIMENSIONS, next(outs), jobs=1)
     within(seen["start", "trained"], own, [learned, valid, test, *held])
     assert len(seen["start", "trained"]) == 2 * 5  # once
@@ -363,6 +365,31 @@ def test_subspaces_of_weights_are_trained_on_train_and_measured_on_test():
     within(seen["search", "measured"], valid, [learned, test])
     for kind in ("start", "final"):
         within(seen[kind, "measured"], test, [learned, valid])
+
+
+def test_digits_are_trained_on_train_their_rates_chosen_on_valid_and_measured_on_test():
+    """Each split has one grey of its own."""
+    grey = {"train": 0.25, "valid": 0.5, "test": 0.75}
+    splits = {part: Images(np.full((30, 64), x, np.float32), np.arange(30) % 10) for part, x in grey.items()}
+    seen, real, kinds = {}, ViT.loss, intrinsic.work
+
+    def work(run, inputs):
+        def loss(model, pixels, labels, train=False):
+            seen.setdefault((run.kind, train), set()).update(np.unique(to_host(pixels)).tolist())
+            return real(model, pixels, labels, train)
+
+        if run.target != written.DIGITS:  # its own test is above
+            lost = {"status": "diverged", "error": "not done"}
+            return {"id": run.id, "config": asdict(run), "source": ""} | lost
+        with mock.patch.object(ViT, "loss", loss):
+            return kinds(run, inputs)
+
+    with handwritten(**splits), mock.patch.multiple(intrinsic, EDGES=0, work=work):
+        intrinsic.run(DIMENSIONS, next(outs), jobs=1)
+    assert seen == {
+        ("start", False): {0.75}, ("search", True): {0.25}, ("search", False): {0.5},
+        ("final", True): {0.25}, ("final", False): {0.75},
+    }  # fmt: skip
 
 
 def test_bases_of_any_width_are_trained_on_train_and_measured_on_test():
@@ -687,6 +714,41 @@ DIMENSIONS = intrinsic.Plan(
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def handwritten(**splits):
+    """Few digits, two d's, and a tiny transformer made anew; the images seen in each split, if asked for."""
+    shape = replace(TINY, num_key_value_heads=2)
+    cut = {part: getattr(digits(), part) for part in ("train", "valid", "test")}
+    some = Digits(**{part: Images(a.pixels[:30], a.labels[:30]) for part, a in (cut | splits).items()})
+    fresh = functools.cache(written.random_vit.__wrapped__)
+    few = {"DIMS": (30, 60), "digits": lambda: some, "random_vit": fresh}
+    with mock.patch.object(written, "SHAPE", shape), mock.patch.multiple(intrinsic, **few):
+        yield some
+
+
+def written_words(method, size):
+    """One run on digits: how it starts, the images of its batches, and what comes of them."""
+
+    def run(seed):
+        cell = intrinsic.Run("final", DIMENSIONS, written.DIGITS, 48, 0, method, size, 0.6, seed)
+        batches, real = [], written.Images.drawn
+
+        def drawn(*given):
+            batches.append(real(*given))
+            return batches[-1]
+
+        inputs = Inputs("one", load("one"), {})
+        with handwritten(), mock.patch.object(written.Images, "drawn", drawn):
+            row = intrinsic.work(cell, inputs)
+            found = {"after": repr(next(batches[0])), "test": row["test"], "rank": row["rank"]}
+            if method == "subspace":
+                project = intrinsic.prepared(cell, inputs).project
+                found |= {part: getattr(project, part).tobytes() for part in ("signs", "order", "g")}
+        return found
+
+    return run
+
+
 def subspaced(method, size):
     """One run of the experiment with random subspaces: how it starts, its batches, and what comes of them."""
 
@@ -836,6 +898,8 @@ SEEDS = {
         subspaced("said", 40),
         subspaced("lora", 2),
         subspaced("full", 0),
+        written_words("subspace", 30),
+        written_words("full", 0),
     ],
     "size.Run": [widened(2), widened(0)],
     "pretrain.Recipe": [pretrained],
@@ -1702,7 +1766,7 @@ def spanned(plan):
     """What is run from where, and what is measured; in short windows, the bases with one layer."""
     pretrain.pretrained.cache_clear()
     few, little = mock.patch.object(intrinsic, "EDGES", 0), mock.patch.object(pretrain, "shape", flat)
-    with few, little, mock.patch.object(common, "LENGTH", 16):
+    with few, little, handwritten(), mock.patch.object(common, "LENGTH", 16):
         rows = intrinsic.run(plan, next(outs), jobs=1)
     names = ("kind", "target", "width", "pretrained", "method", "size", "rate", "seed", "texts")
     numbers = ("test", "accuracy", "parameters")
@@ -1710,6 +1774,9 @@ def spanned(plan):
     return {
         "runs": sorted(json.dumps([row["config"][name] for name in names]) for row in rows),
         "valid": sorted(row["valid"] for row in rows if "valid" in row),
+        "digits": sorted(
+            row["test"] for row in rows if "digits" in row["config"]["target"] and "test" in row
+        ),
         **{kind: sorted([row[name] for name in numbers] for row in some) for kind, some in kinds.items()},
     }
 
@@ -1744,6 +1811,46 @@ def spanned_model(start, target, method, size, rate, seed, steps, batch):
     return model.moved()[0] if method in ("subspace", "said") else model, count
 
 
+def written_by_hand(plan, runs, valid, starts, finals):
+    """What is run on digits, added to the four lists; and the losses on test."""
+    (rate,), shape = plan.rates, replace(TINY, num_key_value_heads=2)
+    with handwritten() as some:
+
+        def learned(way, seed, steps):
+            model = vit(shape, np.random.default_rng(0))
+            if way[1]:
+                model = subspace(model, way[1], rng=np.random.default_rng([seed, 0]))
+            count = sum(p.size for p in trained(model).values())
+            rng = np.random.default_rng([seed, 1])
+            order = (rng.integers(30, size=32) for _ in range(steps))
+            train(
+                model, ((some.train.pixels[i], some.train.labels[i]) for i in order),
+                AdamW(rate / math.sqrt(count), betas=(0.9, 0.99)), steps=steps,
+                schedule=Schedule(steps, warmup=steps // 20),
+            )  # fmt: skip
+            return model.moved()[0] if way[1] else model, count
+
+        def tested(model, count):
+            x, y = some.test.pixels, some.test.labels
+            right = float((to_host(model(x)[0]).argmax(-1) == y).mean())
+            return [float(model.loss(x, y)[0]), right, count]
+
+        name = ("digits", 48, 0)
+        model = vit(shape, np.random.default_rng(0))
+        runs.append(("start", *name, "full", 0, 0.0, 0, []))
+        starts.append(tested(model, sum(p.size for p in named_params(model).values())))
+        found = [starts[-1][0]]
+        for way in (("full", 0), ("subspace", 30), ("subspace", 60)):
+            searched, _ = learned(way, 1000, 5 * plan.search_steps)
+            valid.append(float(searched.loss(some.valid.pixels, some.valid.labels)[0]))
+            runs.append(("search", *name, *way, rate, 1000, []))
+            for seed in range(plan.seeds):
+                finals.append(tested(*learned(way, seed, 5 * plan.steps)))
+                found.append(finals[-1][0])
+                runs.append(("final", *name, *way, rate, seed, []))
+    return found
+
+
 def spanned_by_hand(plan):
     (target,), (width,), (most,), (rate,) = plan.targets, plan.widths, plan.pretraining, plan.rates
     texts = [CORPORA[name].digest for name in (target, "shakespeare")]
@@ -1771,9 +1878,11 @@ def spanned_by_hand(plan):
             for seed in range(plan.few_seeds if start[1] else plan.seeds):
                 finals.append(tested(*spanned_model(*how, seed, plan.steps, plan.batch)))
                 runs.append(("final", target, *start, *way, rate, seed, texts))
+    digits = written_by_hand(plan, runs, valid, starts, finals)
     return {
         "runs": sorted(map(json.dumps, runs)),
         "valid": sorted(valid),
+        "digits": sorted(digits),
         "start": sorted(starts),
         "final": sorted(finals),
     }
@@ -2257,15 +2366,15 @@ CASES = {
         spanned,
         spanned_by_hand,
         {
-            "targets": (("kjv",), ALL),
+            "targets": (("kjv",), "runs valid start final"),
             "dims": ((50,), "runs valid final"),
             "ranks": ((3,), "runs valid final"),
-            "widths": ((16,), ALL),
-            "pretraining": ((3,), ALL),
-            "rates": ((0.9,), "runs valid final"),
-            "steps": (5, "final"),
+            "widths": ((16,), "runs valid start final"),
+            "pretraining": ((3,), "runs valid start final"),
+            "rates": ((0.9,), "runs valid final digits"),
+            "steps": (5, "final digits"),
             "search_steps": (2, "valid"),
-            "seeds": (2, "runs final"),
+            "seeds": (2, "runs final digits"),
             "few_seeds": (1, "runs final"),
             "batch": (3, "valid start final"),
             "base": ("two", "valid start final"),

@@ -200,6 +200,17 @@ def test_the_page_and_the_figure_of_the_methods_have_their_numbers(monkeypatch, 
     assert f"a token at D = 256, times the base's: LoRA {rows[-1]['ratio']['LoRA']:.2f}; LoRA, merged" in svg
 
 
+def test_the_committed_page_of_the_methods_is_that_of_its_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import methods
+
+    rows = json.loads((ROOT / "benchmarks/results/methods.json").read_text())["rows"]
+    assert methods.table(rows) in (ROOT / "benchmarks/results/methods.md").read_text(encoding="utf-8")
+    assert [(row["job"], row["size"]) for row in rows] == [
+        (job, methods.named(size)) for size in methods.SHAPES for job in methods.JOBS
+    ]
+
+
 @pytest.mark.slow
 def test_a_quick_race_of_the_methods_tells_every_time_and_writes_nothing():
     results = ROOT / "benchmarks/results"
