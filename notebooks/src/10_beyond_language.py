@@ -94,7 +94,8 @@ def adapted(prepare, rate):
     """A copy of the base, prepared and then trained on the new digits."""
     model, rng = copy.deepcopy(base), np.random.default_rng(1)
     prepare(model, rng)
-    ml.train(model, batches(new, rng, 32), ml.AdamW(lr=rate), steps=150)
+    optimizer, schedule = ml.AdamW(lr=rate, betas=(0.9, 0.99)), ml.Schedule(150, warmup=7)
+    ml.train(model, batches(new, rng, 32), optimizer, steps=150, schedule=schedule)
     return model
 
 
