@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 LESSONS = (
     "1_lora_from_one_equation", "2_merging_costs_nothing", "3_which_rank", "4_under_the_microscope",
     "5_four_bits", "6_adding_adapters", "7_a_thousand_adapters", "8_low_rank_low_dimension",
-    "9_what_to_adapt_and_how",
+    "9_what_to_adapt_and_how", "10_beyond_language",
 )  # fmt: skip
 
 
@@ -64,6 +64,7 @@ READ = {  # lesson -> where a copy of it finds each file that it reads -> the fi
     },
     LESSONS[7]: experiments("known-rank", "subspaces", "intrinsic-dimension"),
     LESSONS[8]: experiments("which-matrices", "scale", "initialisation"),
+    LESSONS[9]: experiments("beyond-language"),
 }
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.(?P<decimals>\d+))?(?:e(?P<power>[-+]\d+))?")

@@ -3,7 +3,7 @@
 A figure has its question as its title and the answer, computed from the rows, below it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,20 @@ def ranks(rows: Sequence[Row]) -> Picture:
 
 
 @styled
+def sheets(images: Mapping[str, Any], question: str, says: str) -> Picture:
+    """Drawings in greys from 0 to 16, SHOWN below each title, three in a row."""
+    figure, (line,) = axes(columns=len(images), size=(2.9 * len(images), 5.4))
+    for ax, (title, some) in zip(line, images.items(), strict=True):
+        across = 3
+        page = np.array(some).reshape(SHOWN // across, across, SIDE, SIDE)
+        sheet = np.pad(page, ((0, 0), (0, 0), (1, 1), (1, 1))).swapaxes(1, 2).reshape(-1, across * (SIDE + 2))
+        ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=GREYS)
+        ax.set_axis_off()
+        ax.set_title(title)
+    figure.suptitle(question)
+    return Picture(figure, says)
+
+
 def drawings(rows: Sequence[Row]) -> Picture:
     """Drawings of the base, of LoRA at its smallest and largest rank, and of all weights trained."""
     f = found(rows)
@@ -195,20 +209,16 @@ def drawings(rows: Sequence[Row]) -> Picture:
     grids = {"before": [f.bases[DRAWN]]}
     for method, r in dict.fromkeys([("lora", few), ("lora", most), ("full", 0)]):
         grids[named(method, r)] = f.arms[DRAWN, method, r]
-    figure, (line,) = axes(columns=len(grids), size=(2.9 * len(grids), 5.4))
-    for ax, (title, some) in zip(line, grids.items(), strict=True):
-        across = 3
-        images = np.array(some[0]["samples"]).reshape(SHOWN // across, across, SIDE, SIDE)
-        sheet = (
-            np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1))).swapaxes(1, 2).reshape(-1, across * (SIDE + 2))
-        )
-        ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=GREYS)
-        ax.set_axis_off()
-        ax.set_title(f"{title}\n{np.median([row['share'] for row in some]):.0%} are 5 to 9")
-    figure.suptitle(
+    images = {
+        f"{title}\n{np.median([row['share'] for row in some]):.0%} are 5 to 9": some[0]["samples"]
+        for title, some in grids.items()
+    }
+    question = (
         f"Can LoRA teach a model of the digits 0 to 4 to draw 5 to 9?\n{ways(f, DRAWN)} of all weights' gain"
     )
-    return Picture(figure, f"Drawings of a diffusion model of the digits 0 to 4. {sentences(rows)[1]}")
+    return sheets(
+        images, question, f"Drawings of a diffusion model of the digits 0 to 4. {sentences(rows)[1]}"
+    )
 
 
 @styled

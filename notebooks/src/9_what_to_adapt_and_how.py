@@ -396,3 +396,5 @@ verdict(check)
 # - A scale is a learning rate. Keep $\alpha$, and search the rate, for every method anew.
 # - Begin at the base: one factor zero, the other drawn.
 # - Few numbers are trained. That saves memory more than time.
+#
+# Next: [Beyond language](10_beyond_language.ipynb).

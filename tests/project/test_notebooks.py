@@ -264,6 +264,31 @@ WRONG = {
         "return np.zeros((O, 2))",
         "return None",
     ],
+    "put_back_exactly": [
+        "return W[:, np.argsort(order)] - W",  # the way back
+        "return W[:, order]",  # the new W itself
+        "return W - W[:, order]",
+        "return 99 * (W[:, order] - W)",
+        "return np.zeros_like(W)",
+        "return (W[:, order] - W).T",
+        "return W[:, ::-1] - W",
+        "return W @ np.eye(len(order))[order] - np.eye(3)",  # raises
+        "return None",
+    ],
+    "rank_of_a_mirror": ["return 4", "return 1", "return 3", "return 2 * 99", "return 0", "return None"],
+    "undo_brightness": [
+        "return np.outer(np.ones(len(E)), c * W.sum(1))",  # the sign
+        "return np.outer(np.ones(len(E)), -W.sum(1))",  # without c
+        "return np.outer(np.ones(len(E)), -c * W.sum(1) * 99)",
+        "return np.full(E.shape, -c)",
+        "return -c * E",
+        "return -c * W.sum(1)",  # one row
+        "return np.zeros_like(E)",
+        "return np.outer(-c * W.sum(1), np.ones(len(E)))",
+        "return np.outer(np.arange(len(E)), -c * W.sum(1))",
+        "return -c * np.ones(E.shape) @ W",  # raises
+        "return None",
+    ],
 }  # fmt: skip
 
 ATTEMPT = """
@@ -421,6 +446,11 @@ HARMLESS = {
         "([rsLoRA, Kalajdzievski 2023 )",
         "or $\\alpha = 2 r$. Look",  # a definition
     ],
+    "10_beyond_language": [
+        "The same three calls",  # the title of a section
+        "([Dosovitskiy et al. 2021 )",
+        "([Ho et al. 2020 )",
+    ],
 }
 
 
@@ -475,6 +505,7 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
         ("7_a_thousand_adapters", "are copies of our three", "are copies of our four"),
         ("8_low_rank_low_dimension", "it takes 5.5 % of all numbers", "it takes 6.5 % of all numbers"),
         ("9_what_to_adapt_and_how", "at most 0.006 nats apart", "at most 0.016 nats apart"),
+        ("10_beyond_language", "79 % of the way", "89 % of the way"),
     ],
 )
 def test_a_wrong_number_in_the_text_is_detected(name, was, now):

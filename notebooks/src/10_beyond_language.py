@@ -1,0 +1,434 @@
+# %% [markdown]
+# # Beyond language
+#
+# **What you will see.** LoRA changes a matrix, and does not ask what it is for. The first picture has what a
+# diffusion model draws before and after LoRA. Then you adapt a model that classifies images, find the rank of
+# a change of pixels, and teach new digits to a model that draws, with the same calls as for text.
+#
+# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb), and for the ranks [Low
+# rank, low dimension](8_low_rank_low_dimension.ipynb).
+#
+# **Contents.** A known rank · Drawing · The same three calls · Exercises · To take along
+#
+# What trains here takes seconds. The large experiment is read from the rows that are kept with the package,
+# and what follows from it is read from its ledger, where each sentence has a rule that decides it.
+
+# %% tags=["first", "unkept"]
+NEEDS = ["minilora", "sklearn"]  # which has the images
+
+# %% tags=["imports"]
+import copy
+from pathlib import Path
+
+import numpy as np
+
+import minilora as ml
+from minilora.claims.ledger import Ledger, claims
+from minilora.data.digits import GREYS, batches, digits
+from minilora.experiments import beyond_tasks, harness
+from minilora.experiments.questions import question
+from minilora.vision.diffusion import denoiser, noised, sample
+from minilora.vision.vit import patches, unpatches, vit
+
+
+# %%
+def measured(name):
+    """The rows of an experiment, beside this notebook or in the repository, and what reads them."""
+    asks, reads = question(name)
+    places = [Path(name, "rows.jsonl"), Path("../figures", name, "rows.jsonl")]
+    return harness.read_rows(next((p for p in places if p.exists()), places[0]), asks.FORM), reads
+
+
+def picture(figure):
+    """A figure "experiment/name", drawn from its rows."""
+    experiment, name = figure.split("/")
+    rows, reads = measured(experiment)
+    return reads.pictures(rows)[name]
+
+
+def ledger(*figures):
+    """What the ledger says of the sentences that these figures decide."""
+    paths = [f"figures/{figure}.png" for figure in figures]
+    return Ledger(tuple(entry for entry in claims().entries if entry.figure in paths))
+
+
+picture("beyond-language/drawings")
+
+# %%
+print(ledger("beyond-language/drawings", "beyond-language/ranks"))
+
+# %% [markdown]
+# The base of the picture has only seen the digits 0 to 4. A drawing counts as new if the training image
+# nearest to it, of all ten digits, shows a digit from 5 to 9.
+#
+# First a model that classifies. An image is a sequence, too: cut into patches of 2 by 2 pixels, one of 8 by 8
+# is 16 tokens of 4 numbers. A **vision transformer** ([Dosovitskiy et al.
+# 2021](https://arxiv.org/abs/2010.11929)) has a linear map in place of the table of embeddings, and adds a
+# learned vector for each place:
+#
+# $$x_t = W\,p_t + E_t$$
+#
+# Then come the Llama's own blocks, in which each patch now sees all others, and the mean of all tokens goes
+# to a classifier. Below it learns 0 to 4, and is then adapted to 5 to 9. Its outputs for these have only
+# learned to say no, so the classifier is trained in full, which `modules_to_save` says. All other linear maps
+# get LoRA. Beside it stand the classifier alone and all weights, each at the learning rate that the
+# experiment's search chose.
+
+# %% tags=["trained"]
+data, shape = digits(), ml.Config(hidden_size=48, intermediate_size=96, num_hidden_layers=2)
+(old, new), (old_test, new_test) = (
+    [split.of(some) for some in (range(5), range(5, 10))] for split in (data.train, data.test)
+)
+rng = np.random.default_rng(0)
+base = vit(shape, rng, dtype=np.float64)
+ml.train(base, batches(old, rng, 32), ml.AdamW(lr=3e-3), steps=200)
+ml.freeze(base)
+
+
+def right(model, images):
+    """The share of images that are classified right."""
+    return (model(images.pixels)[0].argmax(1) == images.labels).mean()
+
+
+def adapted(prepare, rate):
+    """A copy of the base, prepared and then trained on the new digits."""
+    model, rng = copy.deepcopy(base), np.random.default_rng(1)
+    prepare(model, rng)
+    optimizer, schedule = ml.AdamW(lr=rate, betas=(0.9, 0.99)), ml.Schedule(150, warmup=7)
+    ml.train(model, batches(new, rng, 32), optimizer, steps=150, schedule=schedule)
+    return model
+
+
+def lora(r):
+    """LoRA on all linear maps but the classifier, which is trained in full."""
+    config = ml.LoraConfig(r=r, alpha=2 * r, modules_to_save=["classifier"])
+    return lambda model, rng: ml.inject(model, config, rng=rng)
+
+
+ways = {
+    "classifier alone": adapted(lambda model, rng: ml.unfreeze(model.classifier), 0.13),
+    "LoRA, r = 1": adapted(lora(1), 8e-3),
+    "LoRA, r = 4": adapted(lora(4), 8e-3),
+    "all weights": adapted(lambda model, rng: ml.unfreeze(model), 2e-3),
+}
+print("test images classified right, and numbers that were trained")
+print(f"0 to 4, base       {right(base, old_test):.2f}")
+print(f"5 to 9, base       {right(base, new_test):.2f}")
+for name, model in ways.items():
+    count = sum(p.size for p in ml.trained(model).values())
+    print(f"{name:18} {right(model, new_test):.2f} {count:8,}")
+model = ways["LoRA, r = 4"]
+before = model(new_test.pixels)[0]
+ml.merge(model)
+print("merged, the logits are the same but for rounding:", np.allclose(model(new_test.pixels)[0], before))
+
+# %% tags=["claims", "trained"]
+holds("The base of the picture has only seen the digits 0 to 4", {*old.labels} == {*range(5)})
+holds("shows a digit from 5 to 9", {*new.labels} == {*range(5, 10)})
+holds("Below it learns 0 to 4, and is then adapted to 5 to 9", {*new_test.labels} == {*range(5, 10)})
+cut = patches(old.pixels)
+holds(
+    "cut into patches of 2 by 2 pixels, one of 8 by 8 is 16 tokens of 4 numbers",
+    (old.pixels.shape[1], *cut.shape[1:]) == (8 * 8, 16, 2 * 2),
+)
+holds("of all ten digits", {*data.train.labels} == {*range(10)})
+share = {name: right(model, new_test) for name, model in ways.items()}
+alone, full = share["classifier alone"], share["all weights"]
+holds("none right before", right(base, new_test) == 0)
+holds(
+    "The classifier alone gets far, LoRA of rank 4 gets further, and all weights furthest",
+    0.6 < alone < share["LoRA, r = 4"] < full,
+)
+
+# %% tags=["claims"]
+rows, reads = measured("beyond-language")
+f = reads.found(rows)
+rates = {
+    (method, r): {row["config"]["rate"] for row in f.arms["5 to 9", method, r]}
+    for method, r in (("head", 0), ("lora", 1), ("lora", 4), ("full", 0))
+}
+holds(
+    "each at the learning rate that the experiment's search chose",
+    list(rates.values()) == [{0.13}, {8e-3}, {8e-3}, {2e-3}],
+)
+says(
+    "LoRA goes {:.0f} % of the way at rank 4 and {:.0f} % at rank 16",
+    *(100 * f.closed("5 to 9", r) for r in (4, 16)),
+)
+holds("With five seeds", f.plan.seeds == 5)
+
+# %% [markdown]
+# ## A known rank
+#
+# Of the new digits the base has none right before. The classifier alone gets far, LoRA of rank 4 gets
+# further, and all weights furthest. With five seeds, from the classifier alone to all weights LoRA goes 79 %
+# of the way at rank 4 and 85 % at rank 16. To inverted or rotated images it goes nearly all the way at rank
+# 16; hence the condition in the ledger.
+#
+# Does an image need a high rank? For some changes the answer is known. If the pixels of every patch change
+# places by a permutation $P$, the patch embedding can put them back:
+#
+# $$W' = W P^\top \qquad \Delta W = W P^\top - W = W\,(P^\top - I)$$
+#
+# $P^\top - I$ makes nothing of values that are equal along each cycle of $P$. So its rank is the number of
+# pixels less that of cycles. Below, three of four pixels change places in a ring: two cycles, rank 2. LoRA
+# on the patch embedding alone learns the logits that the base has for the plain image. The picture after it
+# has the larger experiment.
+
+# %% tags=["trained"]
+order = [1, 2, 0, 3]  # a ring of three, and a pixel that stays
+
+
+def changed(pixels):
+    """The pixels of every patch in another order."""
+    return unpatches(patches(pixels)[..., order])
+
+
+def error(model):
+    """The mean square of what changed images do to the base's logits."""
+    return ((model(changed(old_test.pixels))[0] - base(old_test.pixels)[0]) ** 2).mean()
+
+
+def put_back(r, steps=300):
+    """LoRA on the patch embedding that learns the base's logits."""
+    model = copy.deepcopy(base)
+    config = ml.LoraConfig(r=r, alpha=2 * r, targets=["patch_embedding"])
+    ml.inject(model, config, rng=np.random.default_rng(r))
+    optimizer, schedule = ml.AdamW(lr=0.1, betas=(0.9, 0.99)), ml.Schedule(steps)
+    source = batches(old, np.random.default_rng(2), 32)
+    for step in range(steps):
+        pixels, _ = next(source)
+        logits, back = model(changed(pixels), train=True)
+        back(2 * (logits - base(pixels)[0]) / logits.size)
+        optimizer.step(ml.trained(model), optimizer.lr * schedule(step))
+    return model
+
+
+W = base.encoder.patch_embedding.weight.data
+planted = np.linalg.svd(W[:, order] - W, compute_uv=False)
+left, values = {}, {}
+print("r   loss that is left   singular values of ΔW")
+for r in (1, 2, 3):
+    model = put_back(r)
+    left[r] = error(model) / error(base)
+    values[r] = ml.spectrum(model)["encoder.patch_embedding"]
+    print(f"{r} {left[r]:19.3f}   ", *(f"{x:5.2f}" for x in values[r]))
+print("known answer:           ", *(f"{x:5.2f}" for x in planted[:3]))
+
+# %%
+picture("beyond-language/spectra")
+
+# %%
+print(ledger("beyond-language/spectra"))
+
+# %% tags=["claims", "trained"]
+holds(
+    "three of four pixels change places in a ring: two cycles, rank 2",
+    [i != j for i, j in enumerate(order)] == [True] * 3 + [False]
+    and np.linalg.matrix_rank(W[:, order] - W) == 2,
+)
+holds("With rank 1 much is left, with 2 nearly nothing", left[1] > 0.1 and max(left[2], left[3]) < 0.005)
+holds("and with 3 the third value stays near 0", values[3][2] < 0.01 * values[3][1])
+
+# %% [markdown]
+# ## Drawing
+#
+# With rank 1 much is left, with 2 nearly nothing; and with 3 the third value stays near 0. The singular
+# values are those of the known answer.
+#
+# Now a model that draws. A **denoising diffusion model** ([Ho et al. 2020](https://arxiv.org/abs/2006.11239))
+# mixes an image $x_0$ with noise $\varepsilon$, and learns to say what the noise was:
+#
+# $$x_t = \sqrt{a_t}\,x_0 + \sqrt{1 - a_t}\,\varepsilon \qquad \text{loss} = (\hat\varepsilon(x_t, t) -
+# \varepsilon)^2$$
+#
+# To draw, it starts at pure noise and takes away a little of what it sees as noise, again and again. Our
+# $\hat\varepsilon$ is the same encoder of patches, with the time $t$ added to each token and a linear map
+# back to pixels. It learns to draw 0 to 4; then LoRA of rank 4 stands on all its linear maps, and the batches
+# show 5 to 9.
+
+# %% tags=["trained"]
+TIMES = 100
+rng = np.random.default_rng(0)
+draws = denoiser(shape, TIMES, rng, dtype=np.float64)
+ml.train(draws, noised(old, rng, 32, TIMES), ml.AdamW(lr=3e-3), steps=1500)
+first = sample(draws, 100, np.random.default_rng(1))
+
+report = ml.inject(draws, ml.LoraConfig(r=4, alpha=8), rng=rng)
+ml.train(draws, noised(new, rng, 32, TIMES), ml.AdamW(lr=8e-3), steps=300)
+ml.merge(draws)
+then = sample(draws, 100, np.random.default_rng(1))
+
+pages = {"before": first, "after LoRA": then}
+counted = {title: f"{beyond_tasks.new(some):.0%}" for title, some in pages.items()}
+greys = {f"{title}: {counted[title]}": (some[:15] + 1) * GREYS / 2 for title, some in pages.items()}
+question("beyond-language")[1].sheets(
+    greys,
+    "Which drawings show 5 to 9?",
+    f"Drawings from the same noise: {counted['before']} show 5 to 9 before, {counted['after LoRA']} "
+    "after LoRA.",
+)
+
+# %% tags=["trained"]
+print("drawings that count as 5 to 9")
+for title, some in pages.items():
+    print(f"{title:12} {beyond_tasks.new(some):.2f}")
+print(str(report).splitlines()[-1])
+
+# %% tags=["claims", "trained"]
+shares = {title: beyond_tasks.new(some) for title, some in pages.items()}
+holds(
+    "It learns to draw 0 to 4; then LoRA of rank 4 stands on all its linear maps, "
+    "and the batches show 5 to 9",
+    {row.r for row in report.rows} == {4}
+    and ({*old.labels}, {*new.labels}) == ({*range(5)}, {*range(5, 10)}),
+)
+holds(
+    "Before, few drawings count as new; after LoRA, most do",
+    shares["before"] < 0.25 and shares["after LoRA"] > 0.6,
+)
+
+# %% tags=["claims"]
+drawn = [100 * np.median(f.of("drawing 5 to 9", *way)) for way in (("lora", 4), ("full", 0))]
+says("In the large experiment {:.0f} % do at rank 4, and {:.0f} % with all weights", *drawn)
+says("its effective rank is {:.0f} % of the largest possible", 100 * reads.sizes(f, "drawing 5 to 9")[1])
+changes = [f.closed(task, max(f.ranks(task))) for task in ("inverted", "rotated")]
+holds("To inverted or rotated images it goes nearly all the way at rank 16", min(changes) > 0.9)
+
+# %% [markdown]
+# ## The same three calls
+#
+# Before, few drawings count as new; after LoRA, most do. In the large experiment 80 % do at rank 4, and 82 %
+# with all weights. Yet what full training adds has no low rank: its effective rank is 62 % of the largest
+# possible (the right panel above). So LoRA does nearly as well with another change than full training's.
+#
+# Nothing was written for images but the two models. `ml.inject` finds their linear maps, `ml.merge` puts the
+# change into them, and `ml.spectrum` reads it.
+#
+# ## Exercises
+#
+# Write your lines in place of `return None` and run the cell below it. First **write the line** that puts
+# pixels back; then **predict** before you run; last **change** what is done to the pixels, and explain which
+# matrix can undo it.
+
+
+# %% tags=["exercise"]
+def put_back_exactly(W, order):
+    """ΔW (D, P) with (W + ΔW) x[order] = W x for every patch x (P,); W (D, P), order a permutation."""
+    return None  # your line in place of this one
+
+
+# %% tags=["check"]
+def check():
+    """Your answer on integers, for rings of several lengths."""
+    rng = np.random.default_rng(5)
+    for D, order in ((3, [1, 2, 0, 3]), (5, [2, 0, 3, 1, 4]), (2, [1, 2, 3, 0])):
+        W, x = rng.integers(-9, 10, (D, len(order))), rng.integers(-9, 10, len(order))
+        delta = put_back_exactly(W.copy(), np.array(order))
+        assert delta is not None, "put_back_exactly returns None: write the line, and return ΔW"
+        assert np.shape(delta) == W.shape, f"the shape is {np.shape(delta)}; expected that of W, {W.shape}"
+        other = W[:, np.argsort(order)] - W
+        assert not np.array_equal(delta, other), "almost: this is for the way back; a ring has a direction"
+        assert not np.array_equal(delta, W[:, order]), "this is the new W; what is added to the old one?"
+        assert np.array_equal((W + delta) @ x[order], W @ x), (
+            "the outputs are others: which column meets x[j]?"
+        )
+    return "with integers, equal by =="
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# Pixel `order[j]` now stands at place $j$, so its column must, too:
+#
+# ```python
+# def put_back_exactly(W, order):
+#     return W[:, order] - W
+# ```
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def rank_of_a_mirror():
+    """Each patch of 2 by 2 pixels is mirrored, left and right change places. Which rank has the ΔW?"""
+    return None  # your guess, a number, in place of None
+
+
+# %% tags=["check"]
+def check():
+    """Your guess beside what comes out."""
+    W, guess = np.random.default_rng(6).standard_normal((9, 4)), rank_of_a_mirror()
+    mirrored = np.arange(4).reshape(2, 2)[:, ::-1].reshape(-1)
+    rank = np.linalg.matrix_rank(W[:, mirrored] - W)
+    assert guess is not None, "rank_of_a_mirror returns None: write the line, with your guess"
+    assert guess != 4, "all pixels move, yes; but what two of them have in common stays"
+    assert guess == rank, "no: how many cycles has this permutation?"
+    return f"{rank}: the pixels less the cycles, and each pair is a cycle"
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# Each pair changes places, and needs one direction, the difference of its two columns:
+#
+# ```python
+# def rank_of_a_mirror():
+#     return 2
+# ```
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def undo_brightness(W, E, c):
+    """Every pixel has c added. ΔE such that W (p + c) + E[t] + ΔE[t] = W p + E[t]; W (D, P), E, ΔE (T, D)."""
+    return None  # your line in place of this one
+
+
+# %% tags=["check"]
+def check():
+    """The tokens of brighter patches with your ΔE, on integers, and its rank."""
+    rng = np.random.default_rng(7)
+    for T, D, P, c in ((6, 5, 4, 3), (4, 7, 2, -2)):
+        W, E, p = (rng.integers(-9, 10, shape) for shape in ((D, P), (T, D), (T, P)))
+        delta = undo_brightness(W.copy(), E.copy(), c)
+        assert delta is not None, "undo_brightness returns None: write the line, and return ΔE"
+        assert np.shape(delta) == E.shape, f"the shape is {np.shape(delta)}; expected that of E, {E.shape}"
+        off = (p + c) @ W.T + E + delta - (p @ W.T + E)
+        assert np.any(delta), "nothing is undone: what does W make of a patch in which every pixel is c?"
+        assert not np.array_equal(off, 2 * c * np.ones((T, 1)) * W.sum(1)), "twice as far: mind the sign"
+        assert not off.any(), "the tokens are others: what does W make of a patch in which every pixel is c?"
+    return f"rank {np.linalg.matrix_rank(delta)}, in a table: LoRA does not ask what a matrix is for"
+
+
+verdict(check)
+
+# %% [markdown] tags=["solution"]
+# <details>
+# <summary>A solution</summary>
+#
+# No $\Delta W$ undoes it for every patch. But each token is moved by the same vector, $c$ times the sum of
+# $W$'s columns. So the table of places can take it back, with rank one:
+#
+# ```python
+# def undo_brightness(W, E, c):
+#     return np.outer(np.ones(len(E)), -c * W.sum(1))
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To take along
+#
+# - LoRA changes a matrix and does not ask what it is for. Patches, tokens or noise: `ml.inject`, `ml.merge`,
+#   `ml.spectrum`.
+# - New classes need new outputs. Train the head in full, and compare with the head alone.
+# - A change of pixels can have a rank. LoRA of that rank undoes it, and the spectrum shows it.
+# - What a model draws is adapted as what it writes: show it what it should draw.
