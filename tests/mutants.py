@@ -2243,7 +2243,6 @@ MUTANTS = (
     Mutant("claim-bottlenecks-of-any-size", "claims/rivals.py", "if f.sizes[key][1] <= limit]", "if f.sizes[key][1]]", "claims"),
     Mutant("claim-norms-beside-any-loss", "claims/rivals.py", "norms.min() > smallest.max()", "norms.max() > smallest.min()", "claims"),
     Mutant("claim-half-the-rank-once", "claims/rivals.py", "if max(nats for _, nats in halves) < 0", "if min(nats for _, nats in halves) < 0", "claims"),
-    Mutant("claim-vera-beside-the-best", "claims/rivals.py", "so = all(f.arms[v].best.min() <= f.arms[x].best.max() for v, x in pairs)", "so = any(f.arms[v].best.min() <= f.arms[x].best.max() for v, x in pairs)", "claims"),
     Mutant("claim-more-than-lora-without-its-count", "claims/rivals.py", "return HOLDS if alike < 0 else", "return HOLDS if alike > 0 else", "claims"),
     Mutant("claim-one-bottleneck-is-slow", "claims/rivals.py", "return HOLDS if min(map(min, found)) >= 1.05", "return HOLDS if max(map(max, found)) >= 1.05", "claims"),
     Mutant("claim-merged-beside-itself", "claims/rivals.py", '/ median(times(rows, job, "base again"))', '/ median(times(rows, job, f"{name}, merged"))', "claims"),
@@ -2251,6 +2250,9 @@ MUTANTS = (
     Mutant("claim-four-is-most-once", "claims/beyond.py", "return HOLDS if min(parts.values()) >= MOST", "return HOLDS if max(parts.values()) >= MOST", "claims"),
     Mutant("claim-some-permutation-shows-its-rank", "claims/beyond.py", "return HOLDS if all(k == r for k, r in elbows.items())", "return HOLDS if any(k == r for k, r in elbows.items())", "claims"),
     Mutant("claim-low-rank-of-one-model", "claims/beyond.py", "low = all(full < 0.25 for", "low = any(full < 0.25 for", "claims"),
+    Mutant("claim-smollm2-in-the-median", "claims/size.py", "arm.share(4).min() > 0.5", "np.median(arm.share(4)) > 0.5", "claims"),
+    Mutant("claim-ranks-start-alike-within-a-tenth", "claims/size.py", "<= 0.05 * arm.gap", "<= 0.1 * arm.gap", "claims"),
+    Mutant("claim-fifteen-times-at-one-rank", "claims/size.py", "so = 7.5 <= min(times) <= max(times) <= 30", "so = 7.5 <= max(times) <= 30", "claims"),
     Mutant("claim-rank-needed-with-one-seed", "claims/ranks.py", "(rest[1] - rest[64]).min() > NOTHING", "(rest[1] - rest[64]).max() > NOTHING", "claims"),
     Mutant("bench-prompts-one-token-short", "serve/bench.py", "rng.integers(PROMPT[0], PROMPT[1] + 1)", "rng.integers(PROMPT[0], PROMPT[1])", "bench"),
 )

@@ -1004,6 +1004,12 @@ CHANGED = [  # rule, what becomes of its rows, what it says then
     ("bottlenecks_slow_inference", ratio_at("token", 1.04, BOTH[1]), FAILS),
     ("merged_is_free", ratio_at("forward", 2.0, "DoRA, merged"), FAILS),
     ("digits_take_hundreds", digits_at(2048), FAILS),
+    ("real_model_needs_little", closes(r4=0.49), FAILS),
+    ("real_model_needs_little", one_seed_closes_half, FAILS),
+    ("ranks_start_alike", closes(r1=0.96, r4=1.0, r16=1.0, r64=1.0), HOLDS),
+    ("ranks_start_alike", closes(r1=0.8, r4=0.85, r16=0.9, r64=1.0), FAILS),
+    ("fifteen_times_the_rate", rates_over_full(r1=7.4), FAILS),
+    ("fifteen_times_the_rate", rates_over_full(r64=40), FAILS),
 ]
 
 
@@ -1018,6 +1024,14 @@ def test_a_rule_comes_out_the_other_way_on_other_rows(name, change, verdict, com
     [
         ("one_is_enough", ranks_alike_on_one_target),
         ("four_is_most", beyond_at("share", 0.0, ("rotated",))),
+        (
+            "updates_are_of_low_rank",
+            beyond_at("spectrum", [1.0, 0.1] + 46 * [0.001], ("5 to 9",), method="full"),
+        ),
+        (
+            "dora_of_half_the_rank",
+            both(method_at(1.0, "DoRA"), method_at(9.0, "DoRA", ranks=(2,))),
+        ),
         ("negation_unlearns", unlearned("folio", "kjv")),
         ("lora_plus_helps", one_seed_of_plus_is_worse),
         ("alpha_2r_is_better", better_at_one_rank),

@@ -5,9 +5,10 @@ from itertools import pairwise
 import numpy as np
 
 from ..experiments import size_figures
-from .claim import FAILS, HOLDS, OVERVIEW, Claim, Rows, Verdict
+from .claim import FAILS, HOLDS, OVERVIEW, Claim, Rows, Verdict, from_on
 
-SIZE = "figures/size/rows.jsonl"
+SIZE, SMOLLM2 = "figures/size/rows.jsonl", "benchmarks/results/smollm2_ranks.json"
+SCHULMAN = "Schulman et al. 2025"
 
 
 def size_narrows_the_gap(rows: Rows) -> Verdict:
@@ -40,9 +41,42 @@ def size_lowers_the_rank(rows: Rows) -> Verdict:
     return "holds when the rank is taken as a share of the width" if relative else FAILS, number
 
 
+def real_model_needs_little(rows: Rows) -> Verdict:
+    """Holds if r = 4 closes more than half of the gap from SmolLM2 to all its weights, with every seed."""
+    (arm,) = size_figures.found(rows).values()
+    number = ", ".join(f"{np.median(arm.share(r)):.0%} at r = {r}" for r in arm.ranks)
+    return HOLDS if arm.share(4).min() > 0.5 else FAILS, number
+
+
+def ranks_start_alike(rows: Rows) -> Verdict:
+    """Holds when, from a rank on, the median loss is within 5% of full fine-tuning's gain of the best one."""
+    (arm,) = size_figures.found(rows).values()
+    losses = {r: float(np.median(arm.losses[r])) for r in arm.ranks}
+    start = from_on([(r, loss - min(losses.values()) <= 0.05 * arm.gap) for r, loss in losses.items()])
+    low, high = min(losses), max(losses)
+    number = f"r = {low} {losses[low] - losses[high]:+.3f} nats from r = {high}, of a gain of {arm.gap:.3f}"
+    if start == low:
+        return HOLDS, number
+    return FAILS if start in (None, high) else f"holds when r is at least {start}", number
+
+
+def fifteen_times_the_rate(rows: Rows) -> Verdict:
+    """Holds if the best rate of every rank, after 40 steps, is 7.5 to 30 times that of full fine-tuning."""
+    (arm,) = size_figures.found(rows).values()
+    times = [arm.rates[r] / arm.rates[0] for r in arm.ranks]
+    so = 7.5 <= min(times) <= max(times) <= 30
+    return HOLDS if so else FAILS, f"{min(times):g} to {max(times):g} times"
+
+
 CLAIMS = (
     Claim("The gap to full fine-tuning narrows as the model grows.", OVERVIEW,
           SIZE, "figures/size/gap.png", size_narrows_the_gap),
     Claim("The larger the base, the lower the rank that is enough.", "asked here",
           SIZE, "figures/size/needed.png", size_lowers_the_rank),
+    Claim("Ranks as low as 4 capture most of the adaptation of a real model, too.", OVERVIEW,
+          SMOLLM2, "benchmarks/results/smollm2_ranks.png", real_model_needs_little),
+    Claim("Early in training all ranks have the same loss.", SCHULMAN,
+          SMOLLM2, "benchmarks/results/smollm2_ranks.png", ranks_start_alike),
+    Claim("In short runs LoRA's best learning rate is some 15 times that of full fine-tuning.", SCHULMAN,
+          SMOLLM2, "benchmarks/results/smollm2_ranks.png", fifteen_times_the_rate),
 )  # fmt: skip

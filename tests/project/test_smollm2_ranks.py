@@ -1,6 +1,7 @@
 """The rank sweep of SmolLM2 with a tiny model in its place: by its recipe, per character, and resumed."""
 
 import copy
+import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -137,3 +138,10 @@ def test_without_the_model_it_says_what_to_install(ranks, monkeypatch):
     said = ranks.main()
     assert said.startswith("smollm2: no network\n")
     assert said.endswith("pip install -e '.[gguf,tokenizers]' && minilora data smollm2")
+
+
+def test_the_page_is_what_the_rows_say(ranks):
+    rows = json.loads((ranks.RESULTS / "smollm2_ranks.json").read_text())["rows"]
+    page = (ranks.RESULTS / "smollm2_ranks.md").read_text(encoding="utf-8")
+    assert ranks.said(rows) in page
+    assert ranks.table(rows) in page
