@@ -645,7 +645,8 @@ def test_the_notebooks_extra_has_every_package_of_the_lessons():
     for name in build.LESSONS:
         code = [ast.parse(c.source) for c in build.notebook(name).cells if c.cell_type == "code"]
         needs = next(ast.literal_eval(node.value) for node in code[0].body if isinstance(node, ast.Assign))
-        assert {*needs} - {"minilora"} <= extra, name
+        packages = {{"sklearn": "scikit-learn"}.get(module, module) for module in needs}
+        assert packages - {"minilora"} <= extra, name
         nodes = [node for tree in code for node in ast.walk(tree)]
         imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
