@@ -223,7 +223,7 @@ def drawings(rows: Sequence[Row]) -> Picture:
 
 @styled
 def spectra(rows: Sequence[Row]) -> Picture:
-    """The excess of each rank on permuted pixels; singular values of ΔW of a classifier and of what draws."""
+    """The excess of each rank on permuted pixels; singular values of ΔW in both models."""
     f = found(rows)
     figure, (line,) = axes(columns=3, size=(12.6, 5.0))
     for task, (colour, mark) in zip(permutations(f), LOOKS, strict=False):

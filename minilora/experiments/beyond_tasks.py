@@ -1,10 +1,10 @@
 """The tasks of the experiment beyond language: which images, which base, and what counts as learned.
 
-    5 to 9, inverted, rotated    what classifies the digits 0 to 4 is adapted to others, or to changed pixels
+    5 to 9, inverted, rotated    a classifier of the digits 0 to 4 is adapted to others, or to changed pixels
     permuted:k                   k + 1 pixels of a patch change places: ΔW = W Pᵀ - W, of rank k, undoes it
-    drawing 5 to 9               what draws the digits 0 to 4 is adapted to draw others
+    drawing 5 to 9               a diffusion model of the digits 0 to 4 is adapted to draw others
 
-Whoever is adapted to permuted pixels learns the logits that the base has on the plain image, so that the
+A model that is adapted to permuted pixels learns the logits that the base has on the plain image, so that the
 known ΔW leaves no loss at all. A drawing counts as a new digit if the training image nearest to it shows one.
 """
 
@@ -62,7 +62,7 @@ def seen(task: str, split: str, base: Any) -> Images:
 
 @functools.cache
 def pretrained(draws: bool, steps: int, batch: int) -> Any:
-    """A frozen base for the digits 0 to 4: a classifier, or what draws; made once in each process."""
+    """A frozen base for the digits 0 to 4: a classifier, or a diffusion model; made once in each process."""
     fresh, rng, images = np.random.default_rng(0), np.random.default_rng([0, 1]), digits().train.of(OLD)
     model: Any = denoiser(SHAPE, TIMES, fresh) if draws else vit(SHAPE, fresh)
     learn(model, drawn(model, images, rng, batch), AdamW(RATE, betas=(0.9, 0.99)), steps)
@@ -79,7 +79,7 @@ def known(base: ViT, task: str) -> ViT:
 
 
 def drawn(model: Any, images: Images, rng: np.random.Generator, batch: int) -> Iterator[Any]:
-    """Batches of images drawn at random, for what draws with noise."""
+    """Batches of images drawn at random, with noise for a diffusion model."""
     return noised(images, rng, batch, TIMES) if isinstance(model, Denoiser) else batches(images, rng, batch)
 
 
@@ -106,7 +106,7 @@ def square(guess: Array, target: Array) -> tuple[float, Array]:
 
 
 def loss(model: Any, task: str, split: str, base: Any) -> float:
-    """Nats per image; of permuted pixels the mean square in the logits, of what draws that in the noise."""
+    """Nats per image; of permuted pixels the mean square in the logits, of a diffusion model in the noise."""
     images = seen(task, split, base)
     if isinstance(model, Denoiser):
         rng = np.random.default_rng(0)  # the same noise for all
