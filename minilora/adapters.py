@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .errors import ConfigError, MismatchError, nearest
+from .errors import ConfigError, MismatchError, StateError, nearest
 from .layers import Pair
 from .lora import active, adapted, known, unmerged
 from .tree import replace
@@ -44,9 +44,11 @@ def set_scale(model: Any, scale: float | Mapping[str, float]) -> None:
     """Set s of the active low-rank adapters: one number, or path -> number as `scales` returns it.
 
     MismatchError for a path without such an adapter, ConfigError for a number that is not finite, StateError
-    while the model is merged.
+    while the model is merged, or if no active adapter has a scale.
     """
     factors = pairs(model)
+    if not factors:
+        raise StateError("no active adapter has a scale; expected a low-rank one")
     new = scale if isinstance(scale, Mapping) else dict.fromkeys(factors, scale)
     for path, s in new.items():
         if path not in factors:

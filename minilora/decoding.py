@@ -50,8 +50,8 @@ class KVCache:
 class Past:
     """The caches of N texts of up to S positions: 2 L N G S E numbers, and the rotary tables' 2 S H E.
 
-    All of it is allocated once: appending would copy every key and value at every token, which takes as
-    long as attention itself.
+    All of it is allocated once, and once more at the first step if rows stand before the text: appending
+    would copy every key and value at every token, which takes as long as attention itself.
     """
 
     tables: Turn  # cos and sin (S, H*E)
@@ -107,7 +107,8 @@ def generate(
     Ids in, ids out; `complete` takes and returns text, and `encode` and `decode` convert between the
     two. Temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that hold that
     share of the probability (Holtzman et al. 2020). Keys and values are cached. InputError for a
-    meaningless setting or a text longer than the model takes.
+    meaningless setting or a text longer than the model takes, which rows before it make known only at the
+    first token.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     ids = model.check(ids)

@@ -105,8 +105,8 @@ class Factors(NamedTuple):
 class Adapter(Protocol):
     """A change of a frozen layer: the contract of LowRank and of everything in methods/.
 
-    An embedding's adapter also has `attend(base, x, need)`, as a Table has; attention's takes all that
-    attention takes.
+    An embedding's adapter also has `attend(base, x, need)`, as a Table has; that of attention also gets
+    `turn` and `cache`.
     """
 
     def __call__(self, base: Any, x: Array, need: Need = Need.ALL, /) -> tuple[Array, Back]:

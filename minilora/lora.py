@@ -160,21 +160,27 @@ def row_of(path: str, base: Any, adapter: Adapter) -> Row:
 
 
 def owners(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, layer) of every layer that owns parameters or is adapted, without adapters in their paths."""
+    """(path, layer) of every layer that owns parameters or is adapted; no adapter is in its path."""
     for name, child in children(tree):
         at = f"{path}.{name}" if path else name
         if isinstance(child, Adapted):
             yield at, child
             yield from owners(child.base, at)  # of an adapted attention, its maps
-        elif any(isinstance(p, Param) for _, p in children(child)):
+        elif owns(child):
             yield at, child
         else:
             yield from owners(child, at)
 
 
+def owns(layer: Any) -> bool:
+    """Whether it has parameters of its own, as attention has not."""
+    return any(isinstance(p, Param) for _, p in children(layer))
+
+
 def bases(model: Any) -> dict[str, Any]:
     """Path -> layer, without its adapters, of every layer that owns parameters."""
-    return {path: layer.base if isinstance(layer, Adapted) else layer for path, layer in owners(model)}
+    plain = ((path, layer.base if isinstance(layer, Adapted) else layer) for path, layer in owners(model))
+    return {path: layer for path, layer in plain if owns(layer)}
 
 
 def untie(model: Any) -> None:
@@ -198,8 +204,8 @@ def inject(model: Any, config: AdapterConfig, *, rng: np.random.Generator, name:
     layers = with_head(model, bases(model))
     new = config.fresh(layers, rng)
     check_apart(new, unmerged(model))
-    whole = dict(walk(model)) | layers
-    result = Report(tuple(row_of(path, whole[path], a) for path, a in new.items()), size(layers))
+    nodes = dict(walk(model)) | layers
+    result = Report(tuple(row_of(path, nodes[path], a) for path, a in new.items()), size(layers))
     if "lm_head" in new and model.lm_head is None:
         untie(model)
     attach(model, new, name)

@@ -123,7 +123,8 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     for M, group in groupby(batches, lambda batch: getattr(batch[0], "size", 0)):
         with folded([adapters], M):
             for ids, labels in group:
-                n = int((to_host(labels) >= 0).sum())
+                host = to_host(labels)
+                n = int((host >= 0).sum()) if host.dtype.kind in "iu" else len(host)  # noise is all counted
                 total += float(copy.loss(ids, labels)[0]) * n
                 count += n
     if not count:

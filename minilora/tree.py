@@ -11,6 +11,7 @@ from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
+from .backend import xp
 from .digests import of_arrays
 from .errors import MismatchError, StateError, nearest
 from .layers import Dropout, Param
@@ -115,6 +116,7 @@ def replica(tree: T) -> T:
     """A copy of a tree that shares every array and generator but not the gradients."""
     shared: dict[int, Any] = {id(p): without_gradient(p) for p in named_params(tree).values()}
     shared |= {id(node.rng): node.rng for _, node in walk(tree) if isinstance(node, Dropout)}
+    shared |= {id(a): a for _, node in walk(tree) for _, a in children(node) if isinstance(a, xp.ndarray)}
     return deepcopy(tree, shared)
 
 

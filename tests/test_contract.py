@@ -20,7 +20,7 @@ from minilora.methods.dora import DoRA
 from minilora.methods.embedding import LowRankEmbedding
 from minilora.methods.full_copy import FullCopy
 from minilora.methods.lora_config import LoraConfig
-from minilora.methods.prefixes import Behind, Prefix, Prompt
+from minilora.methods.prefixes import Prefix, Prompt, WithoutPrompt
 from minilora.methods.vectors import ScaledInputs, ScaledOutputs, VeRA
 from minilora.ops import rows
 from minilora.optim import AdamW
@@ -196,7 +196,7 @@ def test_every_kind_has_every_member_of_the_contract():
         Bottleneck,
         Prefix,
         Prompt,
-        Behind,
+        WithoutPrompt,
     ):
         members = {*vars(kind), *kind.__dataclass_fields__}
         assert {"__call__", "merged", "change", "low_rank"} <= members, kind

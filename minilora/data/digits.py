@@ -59,9 +59,8 @@ def digits_file() -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         if (path := Path(folder, FILE)).is_file():
             return path
-    raise UnsupportedError(
-        'the package scikit-learn is not installed; expected: pip install "minilora[vision]"'
-    )
+    what = f"scikit-learn is here without {FILE}" if spec else "the package scikit-learn is not installed"
+    raise UnsupportedError(f'{what}; expected: pip install "minilora[vision]"')
 
 
 @functools.cache
@@ -75,6 +74,7 @@ def digits() -> Digits:
         raise FormatError(f"{path}: is not the known file of digits: its sha256 differs")
     table = np.array([line.split(b",") for line in gzip.decompress(data).split()], np.int64)
     pixels = (table[:, :-1] * (2 / GREYS) - 1).astype(np.float32)
+    pixels.setflags(write=False)  # the splits that never change
     splits = zip(np.split(pixels, CUTS), np.split(table[:, -1], CUTS), strict=True)
     train, valid, test = (Images(*split) for split in splits)
     return Digits(train, valid, test)

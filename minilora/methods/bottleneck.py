@@ -39,9 +39,12 @@ class Bottleneck:
         y, back_base = base(x, need)
         h, back_down = self.down(y, need)
         a, back_a = gelu(h)  # (..., m)
-        z, back_up = self.up(a, after(need, self.down))
+        need_a = after(need, self.down)
+        z, back_up = self.up(a, need_a)
 
         def back(dy: Array) -> Array:
+            if need_a is not Need.ALL:  # it is frozen, and so is all before it
+                return None
             d = back_down(back_a(back_up(dy)))
             return back_base(dy + d) if need is Need.ALL else None
 

@@ -42,7 +42,7 @@ class Prefix:
     def __call__(
         self, base: Attention, x: Array, need: Need, turn: Turn | None, cache: Cache | None = None
     ) -> tuple[Array, Back]:
-        return base(x, need, turn, Before(self, base.head_dim, cache, causal=turn is not None))
+        return base(x, need, turn, PrefixedCache(self, base.head_dim, cache, causal=turn is not None))
 
     @property
     def low_rank(self) -> None:
@@ -59,7 +59,7 @@ class Prefix:
 
 
 @dataclass(eq=False)
-class Before:
+class PrefixedCache:
     """A cache that begins with a prefix: empty, or the text's own, which then keeps the prefix, too."""
 
     prefix: Prefix
@@ -80,11 +80,11 @@ class Before:
         keys, values, E = self.prefix.keys, self.prefix.values, self.head_dim
         P = len(keys.data)
 
-        def behind(rows: Param, x: Array) -> Array:
+        def prepend(rows: Param, x: Array) -> Array:
             before = xp.broadcast_to(heads(rows.data[None], E), (*x.shape[:2], P, E))
             return xp.concatenate([before, x], 2)  # (N, G, P + T, E)
 
-        a, back_a = attend(q, behind(keys, k), behind(values, v))
+        a, back_a = attend(q, prepend(keys, k), prepend(values, v))
 
         def back(da: Array) -> tuple[Array, Array, Array]:
             dq, dk, dv = back_a(da)
@@ -151,7 +151,7 @@ class Prompt:
 
 
 @dataclass(eq=False)
-class Behind:
+class WithoutPrompt:
     """A layer of the text alone: the first P rows of x are a prompt's, and get no output."""
 
     P: int
@@ -202,4 +202,4 @@ class PromptTuningConfig:
         (norm,) = resolve("prompt tuning", ["model.norm"], list(layers))
         E = layers[table].weight.dense()
         rows = E[to_device(rng.integers(0, len(E), P))]
-        return {table: Prompt(Param(rows)), norm: Behind(P)}
+        return {table: Prompt(Param(rows)), norm: WithoutPrompt(P)}

@@ -3,7 +3,7 @@
     y = x Ŵᵀ + s (x Aᵀ) Bᵀ,   Ŵ = q[code] c decoded for each product, A and B in float
 
 Weights are swapped, not layers: `quantize` puts a FourBit where a Param was, in all that "all-linear" means.
-The embedding, the head and the norms stay as they are. The gradient passes through Ŵ to x; Ŵ has none.
+The embedding, lm_head and the norms stay as they are. The gradient passes through Ŵ to x; Ŵ has none.
 Stands in for bitsandbytes' Linear4bit and PEFT's prepare_model_for_kbit_training; leaves out bfloat16 and
 paging.
 """

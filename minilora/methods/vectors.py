@@ -97,6 +97,8 @@ class VeraConfig:
     def __post_init__(self) -> None:
         check_int("r", self.r, 1)
         check_float("d_initial", self.d_initial, -math.inf, math.inf, open_low=True)
+        if not self.d_initial:
+            raise ConfigError("d_initial is 0; expected another number, since b is 0, too")
         check_targets(self.targets)
 
     def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
@@ -162,11 +164,13 @@ class ScaledInputs:
 
     def __call__(self, base: Linear, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
         s = self.scale
-        y, back_base = base(s.data * x, after(need, self))
+        need_z = after(need, self)
+        y, back_base = base(s.data * x, need_z)
 
         def back(dy: Array) -> Array:
             dz = back_base(dy)
-            s.add_grad(xp.einsum("mi,mi->i", rows(dz), rows(x)))
+            if need_z is Need.ALL:
+                s.add_grad(xp.einsum("mi,mi->i", rows(dz), rows(x)))
             return s.data * dz if need is Need.ALL else None
 
         return y, back
@@ -187,19 +191,25 @@ class ScaledInputs:
 
 @dataclass(frozen=True)
 class IA3Config:
-    """What to scale with (IA)³: the outputs of the `targets`, but the inputs of those in `feedforward`."""
+    """What to scale with (IA)³: the outputs of the `targets`, but the inputs of those in `feedforward`.
+
+    Unless given, these are the targets called down_proj.
+    """
 
     targets: str | re.Pattern[str] | Sequence[str] = ("k_proj", "v_proj", "down_proj")
-    feedforward: str | Sequence[str] = "down_proj"
+    feedforward: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_targets(self.targets)
-        names("feedforward", self.feedforward)
+        if self.feedforward is not None:
+            names("feedforward", self.feedforward)
 
     def fresh(self, layers: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Adapter]:
         """Path -> ones for every target; ConfigError if one of `feedforward` is no target."""
         targets = find_linears(layers, self.targets)
-        inner = resolve("feedforward", names("feedforward", self.feedforward), list(layers))
+        inner = [path for path in targets if path.endswith("down_proj")]
+        if self.feedforward is not None:
+            inner = resolve("feedforward", names("feedforward", self.feedforward), list(layers))
         if other := sorted(set(inner) - set(targets)):
             raise ConfigError(f"feedforward: {other[0]} is no target; expected some of the targets")
         new: dict[str, Adapter] = {}

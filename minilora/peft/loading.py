@@ -19,7 +19,7 @@ from ..backend import to_device, to_host
 from ..errors import MismatchError, NonFiniteError, StateError, UnsupportedError, nearest, short
 from ..formats.safetensors import CALLED, stored
 from ..layers import Dropout, Embedding, Linear, Pair, Param
-from ..lora import LowRank, active, attach, bases, check_name, untie
+from ..lora import LowRank, active, attach, bases, check_apart, check_name, unmerged, untie
 from ..methods.bias import WithBias
 from ..methods.embedding import LowRankEmbedding
 from ..methods.full_copy import FullCopy
@@ -115,6 +115,7 @@ def load_adapter(
         else:
             copy = new.setdefault(module, FullCopy.of(layers[module]))
             setattr(copy.layer, kind, p)
+    check_apart(new, unmerged(model))
     if split:
         untie(model)
     attach(model, new, name)

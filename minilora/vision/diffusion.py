@@ -89,7 +89,8 @@ class Denoiser:
         InputError for pixels that are not (N, 64) floats, or times that are not N ints from 1 to T.
         """
         need, encoder = Need.WEIGHTS if train else Need.NONE, self.encoder
-        pixels, time = check_pixels(noisy.pixels), self.check(noisy)
+        pixels = check_pixels(noisy.pixels, dtype_of(self))
+        time = self.check(noisy.time, len(pixels))
         x, back_embed = encoder.embed(pixels, need)
         e, back_time = self.time(waves(time, x.shape[2], self.steps, x.real.dtype), need)
         need_x = after(need, [*encoder.embeddings, self.time])
@@ -107,22 +108,22 @@ class Denoiser:
 
         return unpatches(y), back if train else back_untrained
 
-    def check(self, noisy: Noisy) -> Array:
-        """The times on the device, or InputError."""
-        time = host_ints("times", noisy.time)
-        if time.shape != (len(noisy.pixels),) or time.min() < 1 or time.max() > self.steps:
-            raise InputError(
-                f"times are of shape {time.shape}, {time.min()} to {time.max()}; expected one for each of "
-                f"{len(noisy.pixels)} images, 1 to {self.steps}"
-            )
-        return to_device(time)
+    def check(self, time: Any, count: int) -> Array:
+        """The times of so many images on the device, or InputError."""
+        host = host_ints("times", time)
+        if host.shape != (count,):
+            raise InputError(f"times have shape {host.shape}; expected one for each of {count} images")
+        if host.min() < 1 or host.max() > self.steps:
+            raise InputError(f"times are {host.min()} to {host.max()}; expected 1 to {self.steps}")
+        return to_device(host)
 
     def loss(self, noisy: Noisy, noise: Array, train: bool = False) -> tuple[Array, Back]:
         """The mean square of the error per pixel; noise (N, 64). back() means back(1)."""
-        noise = check_pixels(noise)
-        if noise.shape != noisy.pixels.shape:
-            raise InputError(f"noise has shape {noise.shape}; expected the pixels' {noisy.pixels.shape}")
-        y, back_y = self(noisy, train)
+        noise = check_pixels(noise, dtype_of(self), "noise")
+        pixels = check_pixels(noisy.pixels, dtype_of(self))
+        if noise.shape != pixels.shape:
+            raise InputError(f"noise has shape {noise.shape}; expected the pixels' {pixels.shape}")
+        y, back_y = self(Noisy(pixels, noisy.time), train)
         error = y - noise
         value = (error * error).sum() / error.size
 

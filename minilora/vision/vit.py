@@ -17,7 +17,7 @@ import numpy as np
 
 from ..backend import Array, normal, to_device, to_host, xp
 from ..data.digits import SIDE
-from ..errors import InputError
+from ..errors import InputError, check_int
 from ..layers import Embedding, Layer, Linear, Need, Param
 from ..model import (
     Block,
@@ -31,7 +31,7 @@ from ..model import (
 )
 from ..model import norm as fresh_norm
 from ..ops import Back, cross_entropy
-from ..tree import outline
+from ..tree import dtype_of, outline
 
 PATCH = 2  # pixels in a row of a patch, P = 4 in all
 ROW = SIDE // PATCH  # patches in a row of an image, T = 16 in all
@@ -48,14 +48,17 @@ def unpatches(x: Array) -> Array:
     return x.reshape(-1, ROW, ROW, PATCH, PATCH).swapaxes(2, 3).reshape(-1, PIXELS)
 
 
-def check_pixels(x: Any) -> Array:
-    """The pixels on the device; InputError unless they are (N, 64) floats."""
-    host = to_host(x)
+def check_pixels(x: Any, dtype: Any, what: str = "pixels") -> Array:
+    """The pixels on the device, in the model's dtype; InputError unless they are (N, 64) floats."""
+    try:
+        host = to_host(x)
+    except ValueError as e:
+        raise InputError(f"{what} are ragged; expected rows of {PIXELS} floats") from e
     if host.ndim != 2 or host.shape[1] != PIXELS or not len(host) or host.dtype.kind != "f":
         raise InputError(
-            f"pixels are {host.dtype} of shape {host.shape}; expected floats of (N, {PIXELS}), N at least 1"
+            f"{what} are {host.dtype} of shape {host.shape}; expected floats of (N, {PIXELS}), N at least 1"
         )
-    return to_device(x)
+    return to_device(host, xp.zeros(0, dtype).real.dtype)
 
 
 @dataclass(eq=False)
@@ -116,7 +119,7 @@ class ViT:
     def __call__(self, pixels: Array, train: bool = False) -> tuple[Array, Back]:
         """Logits, and when training the `back` that takes their gradient; InputError as in `check_pixels`."""
         need, encoder = Need.WEIGHTS if train else Need.NONE, self.encoder
-        x, back_embed = encoder.embed(check_pixels(pixels), need)
+        x, back_embed = encoder.embed(check_pixels(pixels, dtype_of(self)), need)
         need_x = after(need, encoder.embeddings)
         x, back_x = encoder(x, need_x)
         shape, need_y = x.shape, after(need_x, encoder)
@@ -134,10 +137,10 @@ class ViT:
     def loss(self, pixels: Array, labels: Array, train: bool = False) -> tuple[Array, Back]:
         """Mean cross-entropy in nats per image; labels (N,). back() means back(1).
 
-        InputError for labels of another shape or without a class.
+        InputError for labels of another shape or outside the classes.
         """
-        labels = host_ints("labels", labels)
-        if labels.shape != to_host(pixels).shape[:1]:
+        labels, pixels = host_ints("labels", labels), check_pixels(pixels, dtype_of(self))
+        if labels.shape != pixels.shape[:1]:
             raise InputError(
                 f"labels have shape {labels.shape}; expected one for each of {len(pixels)} images"
             )
@@ -153,6 +156,7 @@ class ViT:
 
 def vit(config: Config, rng: np.random.Generator, classes: int = 10, dtype: Any = np.float32) -> ViT:
     """A fresh model; of `config` only what shapes the blocks counts. W ~ N(0, 1/inputs), E ~ N(0, 1/D)."""
+    check_int("classes", classes, 1)
     draw = drawing(rng, dtype)
     return ViT(
         config, fresh_encoder(config, rng, dtype), Linear(Param(draw((classes, config.hidden_size), 1.0)))

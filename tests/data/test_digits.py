@@ -104,3 +104,8 @@ def test_no_batch_can_be_drawn_from_nothing():
         batches(images, numpy.random.default_rng(0), 4)
     with pytest.raises(ConfigError, match="batch_size is 0"):
         batches(digits().train, numpy.random.default_rng(0), 0)
+
+
+def test_the_images_cannot_be_written():
+    with pytest.raises(ValueError, match="read-only"):
+        digits().train.pixels[0, 0] = 0

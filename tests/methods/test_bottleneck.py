@@ -15,7 +15,7 @@ from minilora.lora import adapted, fuse, inject, merge
 from minilora.methods.bottleneck import HOULSBY, PFEIFFER, BottleneckConfig
 from minilora.ops import gelu, saved
 from minilora.spectra import spectrum
-from minilora.tree import digest, trained
+from minilora.tree import digest, freeze, trained
 
 wide = st.integers(3, 9)
 
@@ -125,3 +125,16 @@ def test_what_it_cannot_stand_behind_is_an_error(options, error, said):
     model, rng = tiny(0)
     with pytest.raises(error, match=said):
         inject(model, BottleneckConfig(**options), rng=rng)
+
+
+def test_beside_a_frozen_adapter_nothing_learns():
+    """Where another row's adapter is trained, in a mixed batch say."""
+    rng = np.random.default_rng(0)
+    tree = {"o_proj": Linear(Param(rng.standard_normal((4, 5))))}
+    inject(tree, BottleneckConfig(2, "o_proj"), rng=rng)
+    freeze(tree)
+    adapter = tree["o_proj"].adapters["default"]
+    _, back = adapter(tree["o_proj"].base, rng.standard_normal((2, 3, 5)), Need.WEIGHTS)
+    assert back(rng.standard_normal((2, 3, 4))) is None
+    assert adapter.down.weight.grad is None
+    assert adapter.up.weight.grad is None

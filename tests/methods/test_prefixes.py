@@ -8,16 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import np
 
+from minilora.adapters import set_scale
 from minilora.backend import to_device
 from minilora.decoding import past_of
 from minilora.errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError
 from minilora.layers import Embedding, Linear, Need, Param, RMSNorm
 from minilora.lora import adapted, bases, inject
 from minilora.methods.lora_config import LoraConfig
-from minilora.methods.prefixes import Behind, PrefixTuningConfig, Prompt, PromptTuningConfig
+from minilora.methods.prefixes import PrefixTuningConfig, Prompt, PromptTuningConfig, WithoutPrompt
 from minilora.methods.quantize import quantize
 from minilora.model import Attention
 from minilora.ops import rope_frequencies, rope_tables, saved, unheads
+from minilora.peft.loading import load_adapter, save_adapter
 from minilora.serve.slots import Span, slots_of
 from minilora.tree import digest, named_params, trained
 
@@ -167,7 +169,10 @@ def test_an_adapter_inside_of_an_adapted_attention_is_refused():
     model, rng = tiny(0)
     before = named_params(model).keys()
     inject(model, PrefixTuningConfig(P), rng=rng)
-    assert {"model.layers.0.self_attn", "model.layers.0.self_attn.q_proj"} <= bases(model).keys()
+    assert "model.layers.0.self_attn.q_proj" in bases(model)
+    assert "model.layers.0.self_attn" not in bases(model)  # it has no weights of its own, so no copy of them
+    with pytest.raises(MismatchError, match="self_attn"):
+        inject(model, LoraConfig(r=2, modules_to_save=["self_attn"]), rng=rng, name="other")
     kept = digest(model)
     with pytest.raises(StateError, match=r"layers\.0\.self_attn\.q_proj cannot be adapted beside model"):
         inject(model, LoraConfig(r=2), rng=rng, name="other")
@@ -179,6 +184,27 @@ def test_an_adapter_inside_of_an_adapted_attention_is_refused():
         inject(model, PrefixTuningConfig(P), rng=rng, name="other")
     assert digest(model) == kept
     assert before <= {path.replace(".base", "") for path in named_params(model)}
+
+
+def test_a_file_for_the_maps_of_an_adapted_attention_is_refused_before_anything_changes(tmp_path):
+    model, rng = tiny(0, tie_word_embeddings=True)
+    inject(model, LoraConfig(r=2, targets=["q_proj", "down_proj", "lm_head"]), rng=rng)
+    save_adapter(model, tmp_path / "lora")
+    model, rng = tiny(0, tie_word_embeddings=True)
+    inject(model, PrefixTuningConfig(P), rng=rng)
+    kept = digest(model)
+    with pytest.raises(StateError, match=r"self_attn\.q_proj cannot be adapted beside model"):
+        load_adapter(model, tmp_path / "lora", "lora")
+    assert digest(model) == kept
+    assert model.lm_head is None
+    assert {name for layer in adapted(model).values() for name in layer.adapters} == {"default"}
+
+
+def test_a_prefix_has_no_scale():
+    model, rng = tiny(0)
+    inject(model, PrefixTuningConfig(P), rng=rng)
+    with pytest.raises(StateError, match="no active adapter has a scale"):
+        set_scale(model, 2.0)
 
 
 def test_a_prefix_is_trained_before_weights_in_4_bits():
@@ -254,7 +280,7 @@ def test_the_cuts_gradient_matches_the_complex_step(seed, p):
     rng = np.random.default_rng(seed)
     norm = RMSNorm(Param(rng.standard_normal(D)))
     x = rng.standard_normal((2, p + T, D))
-    call = lambda x: Behind(p)(norm, x)  # noqa: E731
+    call = lambda x: WithoutPrompt(p)(norm, x)  # noqa: E731
     assert_layer_gradient(call, {"weight": norm.weight}, x, rng)
     assert np.array_equal(call(x)[0], norm(x)[0][:, p:])
 
@@ -264,7 +290,7 @@ def test_a_fresh_prompt_has_the_rows_of_tokens():
     table = model.model.embed_tokens.weight.data
     report = inject(model, PromptTuningConfig(9), rng=rng)
     assert [(row.module, row.kind, row.parameters) for row in report.rows] == [
-        ("model.embed_tokens", "Prompt", 9 * SIZES["hidden_size"]), ("model.norm", "Behind", 0)
+        ("model.embed_tokens", "Prompt", 9 * SIZES["hidden_size"]), ("model.norm", "WithoutPrompt", 0)
     ]  # fmt: skip
     (rows,) = trained(model).values()
     assert rows.dtype == np.float32

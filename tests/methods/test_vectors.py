@@ -11,13 +11,13 @@ from test_lora import assert_adapted_gradient
 
 from minilora.errors import ConfigError, MismatchError
 from minilora.layers import Factors, Linear, Need, Param
-from minilora.lora import adapted, inject, merge
+from minilora.lora import active, adapted, inject, merge
 from minilora.methods.vectors import IA3Config, ScaledInputs, ScaledOutputs, VeraConfig
 from minilora.ops import rows, saved
 from minilora.optim import AdamW
 from minilora.spectra import spectrum
 from minilora.training import train
-from minilora.tree import trained
+from minilora.tree import freeze, replica, trained
 
 wide = st.integers(3, 9)
 
@@ -281,3 +281,43 @@ def test_what_ia3_cannot_scale_is_an_error(options, error, said):
     model, rng = tiny(0)
     with pytest.raises(error, match=said):
         inject(model, IA3Config(**options), rng=rng)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_beside_a_frozen_adapter_nothing_learns(kind):
+    """Where another row's adapter is trained, in a mixed batch say."""
+    tree, adapter, draw, _ = one(0, 4, 5, LAYERS[kind](3))
+    freeze(tree)
+    _, back = adapter(tree["q_proj"].base, draw(2, 3, 5), Need.WEIGHTS)
+    if not isinstance(adapter, ScaledInputs):
+        return
+    assert back(draw(2, 3, 4)) is None
+    assert adapter.scale.grad is None
+
+
+def test_replicas_share_the_random_matrices():
+    model, rng = tiny(0)
+    inject(model, VeraConfig(r=4), rng=rng)
+    own, theirs = (
+        adapter for tree in (model, replica(model)) for adapter in [next(iter(active(tree).values()))]
+    )
+    assert own is not theirs
+    assert theirs.A is own.A
+    assert theirs.B is own.B
+
+
+def test_the_inputs_that_are_scaled_are_those_of_down_proj_unless_told():
+    model, rng = tiny(0)
+    kinds = {}
+    for name, targets in (("a", ("q_proj", "down_proj")), ("b", ("q_proj",))):
+        inject(model, IA3Config(targets), rng=rng, name=name)
+        kinds[name] = {path.rpartition(".")[2]: type(adapter) for path, adapter in active(model).items()}
+    assert kinds == {
+        "a": {"q_proj": ScaledOutputs, "down_proj": ScaledInputs},
+        "b": {"q_proj": ScaledOutputs},
+    }
+
+
+def test_two_zeros_that_would_never_learn_are_refused():
+    with pytest.raises(ConfigError, match="d_initial is 0"):
+        VeraConfig(d_initial=0.0)

@@ -303,3 +303,12 @@ def test_everything_is_everything():
         matrices = {p for p, q in named_params(model_of(kind)[0]).items() if q.data.ndim == 2}
         assert {f"{path}.weight" for path in active(model)} == matrices
     assert EVERYTHING.fullmatch("encoder.position_embedding")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_another_precision_leaves_the_models(kind):
+    model, rng = lora_of(kind, dtype=np.float32)
+    loss, back = model.loss(*batch_of(kind, rng, np.float64), train=True)
+    back()
+    assert loss.dtype == np.float32
+    assert {p.grad.dtype for p in trained(model).values()} == {np.dtype(np.float32)}

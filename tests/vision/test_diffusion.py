@@ -17,6 +17,7 @@ from minilora.data.digits import Images
 from minilora.errors import ConfigError, InputError
 from minilora.layers import Need, Param
 from minilora.model import Config
+from minilora.training import evaluate
 from minilora.vision.diffusion import Noisy, add_noise, denoiser, noised, posterior, sample, signal, waves
 
 few = settings(max_examples=8)
@@ -216,3 +217,28 @@ def test_no_drawing_is_refused():
     model, _ = model_of("denoiser")
     with pytest.raises(ConfigError, match="count is 0"):
         sample(model, 0, numpy.random.default_rng(0))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_evaluation_weighs_a_batch_by_its_images(sign):
+    """Noise is no label: below zero it counts as well."""
+    model, rng = model_of("denoiser")
+    batches = [
+        (noisy, sign * abs(noise)) for noisy, noise in (batch_of("denoiser", rng, n=n) for n in (2, 5))
+    ]
+    losses = [float(model.loss(*some)[0]) for some in batches]
+    assert evaluate(model, batches) == pytest.approx((2 * losses[0] + 5 * losses[1]) / 7, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "noise", "says"),
+    [
+        (numpy.zeros((2, 64)), numpy.zeros((2, 64), int), "noise are int64"),
+        (numpy.zeros((2, 64)).tolist(), numpy.zeros((3, 64)), r"noise has shape \(3, 64\)"),
+        ([[0.0] * 64, [0.0]], numpy.zeros((2, 64)), "pixels are ragged"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused(pixels, noise, says):
+    model, _ = model_of("denoiser")
+    with pytest.raises(InputError, match=says):
+        model.loss(Noisy(pixels, numpy.ones(2, int)), noise)

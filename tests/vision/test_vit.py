@@ -11,7 +11,7 @@ from library import np
 from models import CLASSES, CONFIG, batch_of, lora_of, model_of
 
 from minilora.backend import to_device, to_host
-from minilora.errors import InputError
+from minilora.errors import ConfigError, InputError
 from minilora.layers import Need
 from minilora.lora import inject
 from minilora.methods.prefixes import PrefixTuningConfig
@@ -169,3 +169,8 @@ def test_labels_that_cannot_be_are_refused(labels, says):
     model, rng = model_of("vit")
     with pytest.raises(InputError, match=says):
         model.loss(batch_of("vit", rng)[0], labels)
+
+
+def test_a_model_without_classes_is_refused():
+    with pytest.raises(ConfigError, match="classes is 0"):
+        vit(CONFIG, np.random.default_rng(0), 0)
