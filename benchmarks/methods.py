@@ -1,13 +1,13 @@
-"""Time LoRA beside its rivals at equal parameters: a training step, a forward pass, a decoded token.
+"""Time LoRA beside its rivals: a training step, a forward pass, a decoded token.
 
     python benchmarks/methods.py [--quick] [--draw]
 
-The methods are those of the experiment `rivals`, each sized to the parameters of LoRA of rank 2, at the
-shape of its base (D = 96) and at D = 256: a step as `train` makes it, with AdamW and clipping, of
-N x T tokens; a forward pass of as many; and one token of cached decoding at batch 1. At inference LoRA and
-what else a weight can hold runs unmerged and merged; a bottleneck, a prefix and a prompt only as they are;
-all weights and norms are then the base itself. The base runs twice: what two processes of the same code
-differ by is the error of this clock.
+The methods are those of the experiment `rivals`, sized to LoRA of rank 2 where they have a size, at the
+shape of its base (D = 96) and at D = 256: a step as `train` makes it, with AdamW and clipping, of N x T
+tokens; a forward pass of as many; and one token of cached decoding at batch 1: the rows of a prompt are read
+within the TOKENS that are timed. At inference LoRA and what else a weight can hold runs unmerged and merged;
+a bottleneck, a prefix and a prompt only as they are; all weights and norms are then the base itself. The base
+runs twice: what two processes of the same code differ by is the error of this clock.
 
 Each contestant has a process of its own and one thread; all take turns (common.py), to and fro, and are
 launched anew LAUNCHES times, since memory lies elsewhere every time. Milliseconds are medians; ratios, to
@@ -176,12 +176,16 @@ def draw(rows: list[dict[str, Any]]) -> None:
         last = next(row for row in reversed(rows) if row["job"] == "token")
         answer = "; ".join(f"{name} {last['ratio'][name]:.2f}" for name in SHOWN)
         answer = f"a token at D = {last['size']['D']}, times the base's: {answer}"
-        figure.suptitle(f"What do LoRA and its rivals cost at equal parameters?\n{answer}")
-        says = "Times of a training step and of a token: LoRA and its rivals at equal parameters; "
+        figure.suptitle(f"What do LoRA and its rivals cost in time?\n{answer}")
+        sized = "sized to LoRA of rank 2 where they have a size"
+        says = f"Times of a training step and of a token: LoRA and its rivals, {sized}; "
         return Picture(figure, f"{says}{answer}.")
 
     picture().save(RESULTS, "methods")
-    title = "LoRA and its rivals at equal parameters: ms, and times that of all weights or of the base"
+    title = (
+        "LoRA and its rivals, sized to LoRA of rank 2 where they have a size: ms, and times that of all "
+        "weights or of the base"
+    )
     page = f"# {title} (`python benchmarks/methods.py`)\n\n{table(rows)}\n"
     (RESULTS / "methods.md").write_text(page, encoding="utf-8")
 

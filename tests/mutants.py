@@ -139,6 +139,7 @@ MUTANTS = (
     Mutant("way-from-the-base", READS, 'if task in CLASSIFIED else self.bases[task]["share"]', 'if False else self.bases[task]["share"]', "beyond_language"),
     Mutant("largest-elbow", READS, "return min(enough, default=None)", "return max(enough, default=None)", "beyond_language"),
     Mutant("excess-over-nothing", READS, 'self.of(task, "lora", rank, "test") / self.bases[task]["test"]', 'self.of(task, "lora", rank, "test")', "beyond_language"),
+    Mutant("known-answer-of-the-best-task", READS, "known = max(", "known = min(", "beyond_language"),
     Mutant("spectrum-of-the-smallest-rank", READS, 'self.arms[task, "lora", max(self.ranks(task))]', 'self.arms[task, "lora", min(self.ranks(task))]', "beyond_language"),
     # ---- four bits
     Mutant("four-bit-quantiles-from-eight-below", FOUR, "[-quantiles(7), np.zeros(1, np.float32), quantiles(8)]",
@@ -2245,8 +2246,8 @@ MUTANTS = (
     Mutant("claim-half-the-rank-once", "claims/rivals.py", "if max(nats for _, nats in halves) < 0", "if min(nats for _, nats in halves) < 0", "claims"),
     Mutant("claim-more-than-lora-without-its-count", "claims/rivals.py", "return HOLDS if alike < 0 else", "return HOLDS if alike > 0 else", "claims"),
     Mutant("claim-one-bottleneck-is-slow", "claims/rivals.py", "return HOLDS if min(map(min, found)) >= 1.05", "return HOLDS if max(map(max, found)) >= 1.05", "claims"),
-    Mutant("claim-merged-beside-itself", "claims/rivals.py", '/ median(times(rows, job, "base again"))', '/ median(times(rows, job, f"{name}, merged"))', "claims"),
-    Mutant("claim-one-task-of-vision-is-all", "claims/beyond.py", "if len(works) == len(least):", "if works:", "claims"),
+    Mutant("claim-merged-beside-itself", "claims/rivals.py", "mean(merged) / mean(again)", "mean(merged) / mean(merged)", "claims"),
+    Mutant("claim-one-task-of-vision-is-all", "claims/beyond.py", "if len(works) == len(most):", "if works:", "claims"),
     Mutant("claim-four-is-most-once", "claims/beyond.py", "return HOLDS if min(parts.values()) >= MOST", "return HOLDS if max(parts.values()) >= MOST", "claims"),
     Mutant("claim-some-permutation-shows-its-rank", "claims/beyond.py", "return HOLDS if all(k == r for k, r in elbows.items())", "return HOLDS if any(k == r for k, r in elbows.items())", "claims"),
     Mutant("claim-low-rank-of-one-model", "claims/beyond.py", "low = all(full < 0.25 for", "low = any(full < 0.25 for", "claims"),

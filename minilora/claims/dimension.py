@@ -9,7 +9,6 @@ from .claim import FAILS, HOLDS, OVERVIEW, Claim, Rows, Verdict
 
 INTRINSIC = "figures/intrinsic-dimension/rows.jsonl"
 AGHAJANYAN = "Aghajanyan et al. 2020"
-LI = "Li et al. 2018"
 BY_ACCURACY = "holds when 90% is of the accuracy, not of the loss gap"
 
 
@@ -100,7 +99,8 @@ def digits_take_hundreds(rows: Rows) -> Verdict:
 
 
 CLAIMS = (
-    Claim("A network learns digits from scratch in a few hundred random dimensions.", LI,
+    Claim("A network learns digits from scratch in fewer than 1,000 random dimensions.",
+          "asked here, after Li et al. 2018",
           INTRINSIC, "figures/intrinsic-dimension/digits.png", digits_take_hundreds),
     Claim("Fine-tuning has a low intrinsic dimension.", AGHAJANYAN,
           INTRINSIC, "figures/intrinsic-dimension/starts.png", dimension_is_low),

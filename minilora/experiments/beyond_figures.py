@@ -133,7 +133,9 @@ def elbows(f: Found) -> str:
 
 
 def sizes(f: Found, task: str) -> tuple[float, float, float]:
-    """The effective rank of ΔW over its largest: of the largest LoRA, of all weights, and of noise."""
+    """The effective rank of ΔW's median spectrum over the largest possible: of the largest LoRA and of all
+    weights; and that of noise in a square map.
+    """
     width, top = SHAPE.hidden_size, max(f.ranks(task))
     noise = noise_spectrum((width, width), np.random.default_rng(0))
     return (
@@ -148,6 +150,11 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     f = found(rows)
     some = [task for task in permutations(f) for n in f.shown(task) if n == planted(task)]
     total = sum(len(f.shown(task)) for task in permutations(f))
+    known = max(
+        row["test"] / f.bases[row["config"]["task"]]["test"]
+        for row in rows
+        if row["config"]["kind"] == "known"
+    )
     full = ", ".join(f"{TITLES[task]} {sizes(f, task)[1]:.0%}" for task in (CLASSIFIED[0], DRAWN))
     return [
         "Of the way from the head alone to all weights LoRA goes "
@@ -156,9 +163,10 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         + ", ".join(f"{np.median(f.of(DRAWN, 'lora', r)):.0%} at r = {r}" for r in f.ranks(DRAWN))
         + f"; with all weights {np.median(f.of(DRAWN, 'full')):.0%}.",
         f"Permuted pixels: nothing is left to gain from the planted rank on, not before, for {elbows(f)}; "
-        f"the spectrum shows it in {len(some)} of {counted(total, 'run', 'runs')}.",
-        f"The effective rank of what full fine-tuning adds, of the largest possible: {full}; noise has "
-        f"{sizes(f, DRAWN)[2]:.0%}.",
+        f"the spectrum shows it in {len(some)} of {counted(total, 'run', 'runs')}. The known ΔW leaves "
+        f"at most {known:.0e} of the loss.",
+        f"The effective rank of the median spectrum of what full fine-tuning adds, of the largest possible: "
+        f"{full}; noise in a square map has {sizes(f, DRAWN)[2]:.0%}.",
     ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from .beyond_tasks import CLASSIFIED, DRAWN, planted
 from .harness import LOSS, SEARCH_SEED, SIZE, Inputs, Progress, Row
 
 SCALE = 2.0  # s
-STEP, EDGES = 2.0, 4  # of the search
+STEP, EDGES = 2.0, 6  # of the search
 SHOWN = 15  # drawings that a row keeps
 
 

@@ -208,7 +208,7 @@ def training(rows: Sequence[Row]) -> Picture:
     full, lora, packed = (human(needed(rows, SEVEN, "QKVO", 16, way)[MIXED]) for way in WAYS)
     answer = f"{SEVEN}: {full} in full, {lora} with LoRA, {packed} in 4 bits: the frozen weights remain"
     figure.suptitle(f"How much memory does training take, without activations?\n{answer}")
-    return Picture(figure, f"Mixed precision, r = 16 on all of attention. {' '.join(sentences(rows)[3:5])}")
+    return Picture(figure, f"Mixed precision, r = 16 on all of attention. {sentences(rows)[3]}")
 
 
 @styled

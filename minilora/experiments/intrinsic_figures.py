@@ -37,7 +37,7 @@ class Result:
 
 @dataclass
 class Arm:
-    """What was found from one start on one text."""
+    """What was found from one start on one task."""
 
     start: Row
     results: dict[tuple[str, int], Result] = field(default_factory=dict)  # by method and size

@@ -218,7 +218,7 @@ def backwards(rows: Sequence[Row]) -> Picture:
     ax.set(xlabel="rank r of LoRA", ylabel="excess over the same text forwards (% of the base's)")
     ax.legend()
     ends = {r: every[r] for r in (x[0], x[-1], 0)}
-    figure.suptitle(f"How much rank does reversed text need?\nleft: {rest(ends)}")
+    figure.suptitle(f"How much rank does reversed text need?\nleft of the excess: {rest(ends)}")
     return Picture(figure, f"Excess loss against rank on reversed text. {backwards_said(rows)}")
 
 

@@ -7,9 +7,9 @@
 (Eckart and Young 1936.) Each has a planted rank k, and LoRA is trained at ranks around it, on the map that
 has the answer. From which rank on is nothing left to gain? And does the spectrum of a ΔW that may have more
 rank show k? Excess is the loss above that of the known answer, over that of the base. Beside them is a task
-of no known rank whose answer is as good: the base's text read backwards, which has the entropy of the text,
-so that the base's own loss on the same letters forwards is the level to compare with. Learning rates are
-chosen by short runs with a seed of their own. Each run is one row.
+of no known rank whose best possible loss is known, too: the base's text read backwards, which has the
+entropy of the text, so that the base's own loss on the same letters forwards is the level to compare with.
+Learning rates are chosen by short runs with a seed of their own. Each run is one row.
 """
 
 import copy

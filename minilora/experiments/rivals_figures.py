@@ -56,9 +56,9 @@ class Found:
         key = (method, rank) if (method, rank) in self.arms else (method, 0)
         return self.arms[key].best - self.arms[LORA, rank].best
 
-    def closed(self, method: str) -> float:
+    def closed(self, key: Key) -> float:
         """The share of the gap from the base to full fine-tuning that it closes, in the median."""
-        return (self.base - self.loss(self.key(method))) / (self.base - self.loss((FULL, 0)))
+        return (self.base - self.loss(key)) / (self.base - self.loss((FULL, 0)))
 
     def ordered(self) -> list[str]:
         """All methods at the plan's rank, the smallest median loss first."""
@@ -129,7 +129,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         (n, count), arm = f.sizes[key], f.arms[key]
         lines.append(
             (method, str(n or ""), f"{count:,}", f"{arm.rate:g}", spread(arm.best),
-             spread(f.change(method), "+.3f"), blank(f.above(key), "+.3f"), f"{f.closed(method):.0%}")
+             spread(f.change(method), "+.3f"), blank(f.above(key), "+.3f"), f"{f.closed(key):.0%}")
         )  # fmt: skip
     for method in LARGEST:
         for key in f.curve(method):
@@ -174,11 +174,11 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     beside = [method for method in RANKED if method != LORA and method in f.plan.methods]
     single = [method for method in f.ordered() if f.key(method)[1] == 0 and method != FULL]
     told = [
-        f"{LORA} of rank {f.plan.rank} closes {f.closed(LORA):.0%} of the gap from the base to full "
+        f"{LORA} of rank {f.plan.rank} closes {f.closed(f.key(LORA)):.0%} of the gap from the base to full "
         f"fine-tuning with {goal / f.parameters(FULL):.1%} of its parameters.",
         f"With as many, within {ALIKE:.0%} of {goal:,}, against {LORA}: {each(changes(f, f.alike()))}.",
         "Of the gap, methods of one size close: "
-        + "; ".join(f"{m} {f.closed(m):.0%} with {f.parameters(m):,} parameters" for m in single)
+        + "; ".join(f"{m} {f.closed(f.key(m)):.0%} with {f.parameters(m):,} parameters" for m in single)
         + ".",
         f"From the fewest to the most parameters the loss goes: {each(falls(f))}.",
         f"Where more parameters raise the loss: {rising(f)}.",

@@ -259,7 +259,7 @@ def test_numbers_of_a_method_are_those_of_the_losses(grid):
         assert f.loss(key) == medians[key]
         change = np.subtract(losses[key], losses[LORA, 2])
         assert f.change(method) == pytest.approx(change)
-        assert f.closed(method) == pytest.approx((2.5 - medians[key]) / (2.5 - medians[FULL, 0]))
+        assert f.closed(key) == pytest.approx((2.5 - medians[key]) / (2.5 - medians[FULL, 0]))
     assert f.change("DoRA", 4) == pytest.approx(np.subtract(losses["DoRA", 4], losses[LORA, 4]))
     assert f.ordered() == sorted(METHODS, key=lambda m: medians[f.key(m)])
     assert set(f.alike()) == {*SIZED}  # 2,001 parameters beside 2,000; DoRA has 3,000
@@ -293,7 +293,7 @@ def test_tables_and_sentences_say_the_numbers(grid):
     assert line == (
         "DoRA", "2", "3,000", "0.008", f"{middle:.3f} ({low:.3f} to {high:.3f})",
         f"{change:+.3f} ({change:+.3f} to {change:+.3f})", f"{f.above(('DoRA', 2)):+.3f}",
-        f"{f.closed('DoRA'):.0%}",
+        f"{f.closed(f.key('DoRA')):.0%}",
     )  # fmt: skip
     (norms,) = (line for line in whole.rows if line[0] == "norms")
     assert (norms[1], norms[6]) == ("", "")
@@ -301,12 +301,12 @@ def test_tables_and_sentences_say_the_numbers(grid):
         ("prompt", "7", f"{1000 * r + 1:,}") for r in (1, 2, 4)
     ]
     lora, alike, single, falls, rises, beside, dora, vera = sentences(grid)
-    assert f" closes {f.closed(LORA):.0%} of the gap" in lora
+    assert f" closes {f.closed(f.key(LORA)):.0%} of the gap" in lora
     assert lora.endswith("with 2.2% of its parameters.")
     assert alike.endswith("; ".join(f"{m} {np.median(f.change(m)):+.3f}" for m in f.alike()) + ".")
     assert f"Against LoRA with as many parameters: DoRA {f.above(('DoRA', 2)):+.3f}; " in beside
     assert dora.endswith("; ".join(f"{r} {np.median(f.change('DoRA', r)):+.3f}" for r in (1, 2, 4, 16)) + ".")
-    assert f"norms {f.closed('norms'):.0%} with 100 parameters" in single
+    assert f"norms {f.closed(f.key('norms')):.0%} with 100 parameters" in single
     assert f"prefix {f.loss(('prefix', 16)) - f.loss(('prefix', 1)):+.3f}" in falls
     assert rises == f"Where more parameters raise the loss: prompt {f.rises('prompt'):+.3f}."
     less = f.loss(("VeRA", 1)) - f.loss((LORA, 16))
