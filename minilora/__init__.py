@@ -20,7 +20,6 @@ try:
     from .methods.lora_config import LoraConfig
     from .model import Config, Llama, llama
     from .optim import AdamW, Schedule, lora_plus
-    from .training import evaluate, train
     from .tree import digest, freeze, named_params, trained, unfreeze
 except KeyboardInterrupt:  # Ctrl-C while the command line starts: no traceback
     if Path(sys.argv[0]).stem in ("minilora", "-m"):
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from .serve.bench import serve_bench
     from .serve.engine import Engine, Request
     from .spectra import effective_rank, participation_ratio, spectrum, spectrum_between, stable_rank
+    from .training import evaluate, train
 
 __version__ = "0.1.0"
 
@@ -88,6 +88,7 @@ LATER = {  # imported on first use
     "serve.bench": ("serve_bench",),
     "serve.engine": ("Engine", "Request"),
     "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
+    "training": ("evaluate", "train"),
 }
 MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
