@@ -353,7 +353,7 @@ sys.meta_path.insert(0, Interrupt())
 
 
 @pytest.mark.parametrize(
-    "name", ["numpy", "minilora.training", "minilora.cli", "argparse", "minilora.analysis.count"]
+    "name", ["numpy", "minilora.model", "minilora.cli", "argparse", "minilora.analysis.count"]
 )
 def test_an_interrupt_during_an_import_gives_no_traceback(name, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HOOK.format(name=name))
@@ -365,7 +365,7 @@ def test_an_interrupt_during_an_import_gives_no_traceback(name, tmp_path):
 
 
 def test_an_interrupt_during_import_minilora_reaches_the_caller(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(HOOK.format(name="minilora.training"))
+    (tmp_path / "sitecustomize.py").write_text(HOOK.format(name="minilora.model"))
     env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
     code = "try:\n    import minilora\nexcept KeyboardInterrupt:\n    print('mine')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
