@@ -44,6 +44,7 @@ READ = (
     "figures/**/*.json*",
     "README.md",
     "figures/**/*.png",
+    "figures/**/*.svg",
     "docs/*.md",
     "docs/*.py",
     "benchmarks/results/*",
