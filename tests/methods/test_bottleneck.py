@@ -138,3 +138,7 @@ def test_beside_a_frozen_adapter_nothing_learns():
     assert back(rng.standard_normal((2, 3, 4))) is None
     assert adapter.down.weight.grad is None
     assert adapter.up.weight.grad is None
+
+
+def test_unless_told_it_is_houlsbys_of_width_16():
+    assert BottleneckConfig() == BottleneckConfig(16, HOULSBY)

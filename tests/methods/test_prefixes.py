@@ -347,3 +347,8 @@ def test_what_has_no_place_for_a_prompt_is_an_error():
         inject(
             {"q_proj": Linear(Param(np.zeros((2, 3))))}, PromptTuningConfig(2), rng=np.random.default_rng(0)
         )
+
+
+def test_unless_told_there_are_16_rows():
+    assert PrefixTuningConfig() == PrefixTuningConfig(16)
+    assert PromptTuningConfig() == PromptTuningConfig(16)

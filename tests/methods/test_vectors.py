@@ -318,3 +318,9 @@ def test_the_inputs_that_are_scaled_are_those_of_down_proj_unless_told():
 def test_two_zeros_that_would_never_learn_are_refused():
     with pytest.raises(ConfigError, match="d_initial is 0"):
         VeraConfig(d_initial=0.0)
+
+
+def test_the_defaults_are_pefts():
+    """Compared with PEFT itself in test_parity_rivals.py."""
+    assert VeraConfig() == VeraConfig(256, "all-linear", 0.1)
+    assert IA3Config() == IA3Config(("k_proj", "v_proj", "down_proj"), None)

@@ -143,3 +143,13 @@ def test_a_prompt_is_pefts(base):
     agree_on_a_batch(
         model, lambda ids: wrapped(ids).logits[:, P:], {"rows": p}, {"rows": encoder}, rng, BOUND
     )
+
+
+def test_the_defaults_are_pefts():
+    """Of (IA)³, what it takes of a Llama."""
+    from peft.utils import constants
+
+    theirs = peft.VeraConfig()
+    assert (VeraConfig().r, VeraConfig().d_initial) == (theirs.r, theirs.d_initial)
+    assert {*IA3Config().targets} == {*constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING["llama"]}
+    assert constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING["llama"] == ["down_proj"]
