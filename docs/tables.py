@@ -9,8 +9,7 @@ or `sentences` for a list of what the tables show.
 import re
 from pathlib import Path
 
-from minilora.experiments.harness import read_rows
-from minilora.experiments.questions import MODULES, question
+from minilora.experiments.questions import MODULES, measured
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(<!-- (\S+) (table (\d+)|sentences) -->\n).*?(<!-- end -->)", re.S)
@@ -18,8 +17,7 @@ PLACE = re.compile(r"(<!-- (\S+) (table (\d+)|sentences) -->\n).*?(<!-- end -->)
 
 def told(name: str, table: str | None) -> str:
     """One table of an experiment, counted from 1, or its sentences."""
-    asks, reads = question(name)
-    rows = read_rows(ROOT / f"figures/{name}/rows.jsonl", asks.FORM)
+    rows, reads = measured(name, ROOT / "figures")
     if table is None:
         return "".join(f"- {sentence}\n" for sentence in reads.sentences(rows))
     return f"{reads.tables(rows)[int(table) - 1].markdown()}\n"

@@ -71,6 +71,14 @@ def test_the_ledger_prints_two_lines_for_each_claim_by_subject():
     assert lines == expected
 
 
+def test_the_ledger_of_figures_has_the_claims_that_they_decide():
+    ledger = claims()
+    figures = sorted({entry.figure for entry in ledger.entries if entry.figure.startswith("figures/")})
+    for some in (figures, figures[::3], ()):
+        found = ledger.of(*(figure[len("figures/") : -len(".png")] for figure in some))
+        assert found.entries == tuple(entry for entry in ledger.entries if entry.figure in some)
+
+
 def test_all_rows_of_a_file_are_read(committed):
     for name, rows in committed.items():
         lines = (ROOT / name).read_text(encoding="utf-8")

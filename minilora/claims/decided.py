@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from ..experiments import harness, rank_sweep
-from ..experiments.questions import question
+from ..experiments import rank_sweep
+from ..experiments.questions import measured
 from ..formats.atomic import read
 from . import beyond, choices, cost, dimension, full, ranks, rivals, size, starts, use
 from .claim import Entry, Rows
@@ -30,7 +30,7 @@ def rows_of(root: Path, name: str) -> Rows:
     if name == ranks.SWEEP:
         return rank_sweep.read_rows(path)
     if path.suffix == ".jsonl":  # of the experiment that gives its folder the name
-        return harness.read_rows(path, question(path.parent.name)[0].FORM)
+        return measured(path.parent.name, path.parents[1])[0]
     found = json.loads(read(path))
     if isinstance(found, list):
         return found

@@ -40,6 +40,11 @@ class Ledger:
                 lines += [f"  {entry.statement} ({entry.source})", f"    {entry.verdict}: {entry.number}"]
         return lines
 
+    def of(self, *figures: str) -> Ledger:
+        """The claims that these figures decide, each "NAME/picture" of an experiment."""
+        paths = [f"figures/{figure}.png" for figure in figures]
+        return Ledger(tuple(entry for entry in self.entries if entry.figure in paths))
+
     def subjects(self) -> dict[str, list[Entry]]:
         """Subject -> its claims, in order."""
         found: dict[str, list[Entry]] = {}

@@ -23,39 +23,20 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora.claims.ledger import Ledger, claims
+from minilora.claims.ledger import claims
 from minilora.data.digits import GREYS, batches, digits
-from minilora.experiments import beyond_tasks, harness
-from minilora.experiments.questions import question
+from minilora.experiments import beyond_tasks
+from minilora.experiments.questions import picture, question
 from minilora.vision.diffusion import denoiser, noised, sample
 from minilora.vision.vit import patches, unpatches, vit
 
+# %%
+# the rows are beside this notebook, or in the repository
+FIGURES = Path() if Path("beyond-language").exists() else Path("../figures")
+picture("beyond-language/drawings", FIGURES)
 
 # %%
-def measured(name):
-    """The rows of an experiment, beside this notebook or in the repository, and what reads them."""
-    asks, reads = question(name)
-    places = [Path(name, "rows.jsonl"), Path("../figures", name, "rows.jsonl")]
-    return harness.read_rows(next((p for p in places if p.exists()), places[0]), asks.FORM), reads
-
-
-def picture(figure):
-    """A figure "experiment/name", drawn from its rows."""
-    experiment, name = figure.split("/")
-    rows, reads = measured(experiment)
-    return reads.pictures(rows)[name]
-
-
-def ledger(*figures):
-    """What the ledger says of the sentences that these figures decide."""
-    paths = [f"figures/{figure}.png" for figure in figures]
-    return Ledger(tuple(entry for entry in claims().entries if entry.figure in paths))
-
-
-picture("beyond-language/drawings")
-
-# %%
-print(ledger("beyond-language/drawings", "beyond-language/ranks"))
+print(claims().of("beyond-language/drawings", "beyond-language/ranks"))
 
 # %% [markdown]
 # The base of the picture has only seen the digits 0 to 4. A drawing counts as new if the training image
@@ -141,7 +122,9 @@ holds(
 )
 
 # %% tags=["claims"]
-rows, reads = measured("beyond-language")
+from minilora.experiments.questions import measured
+
+rows, reads = measured("beyond-language", FIGURES)
 f = reads.found(rows)
 rates = {
     (method, r): {row["config"]["rate"] for row in f.arms["5 to 9", method, r]}
@@ -216,10 +199,10 @@ for r in (1, 2, 3):
 print("known answer:           ", *(f"{x:5.2f}" for x in planted[:3]))
 
 # %%
-picture("beyond-language/spectra")
+picture("beyond-language/spectra", FIGURES)
 
 # %%
-print(ledger("beyond-language/spectra"))
+print(claims().of("beyond-language/spectra"))
 
 # %% tags=["claims", "trained"]
 holds(

@@ -23,42 +23,24 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora.claims.ledger import Ledger, claims
+from minilora.claims.ledger import claims
 from minilora.data import corpora
-from minilora.experiments import harness
-from minilora.experiments.questions import question
+from minilora.experiments.questions import picture
 from minilora.layers import Linear, Need, Param
 from minilora.lora import Adapted, LowRank
 
+# %%
+# the rows are beside this notebook, or in the repository
+FIGURES = Path() if Path("known-rank").exists() else Path("../figures")
+picture("intrinsic-dimension/rank", FIGURES)
 
 # %%
-def measured(name):
-    """The rows of an experiment, beside this notebook or in the repository, and what reads them."""
-    asks, reads = question(name)
-    places = [Path(name, "rows.jsonl"), Path("../figures", name, "rows.jsonl")]
-    return harness.read_rows(next((p for p in places if p.exists()), places[0]), asks.FORM), reads
-
-
-def picture(figure):
-    """A figure "experiment/name", drawn from its rows."""
-    experiment, name = figure.split("/")
-    rows, reads = measured(experiment)
-    return reads.pictures(rows)[name]
-
-
-def ledger(*figures):
-    """What the ledger says of the sentences that these figures decide."""
-    paths = [f"figures/{figure}.png" for figure in figures]
-    return Ledger(tuple(entry for entry in claims().entries if entry.figure in paths))
-
-
-picture("intrinsic-dimension/rank")
-
-# %%
-print(ledger("intrinsic-dimension/rank"))
+print(claims().of("intrinsic-dimension/rank"))
 
 # %% tags=["claims"]
-intrinsic, reads = measured("intrinsic-dimension")
+from minilora.experiments.questions import measured, question
+
+intrinsic, reads = measured("intrinsic-dimension", FIGURES)
 f = reads.found(intrinsic)
 base = f.base()
 pairs = [(np.median(base.share(a, "loss")), np.median(base.share(b, "loss"))) for a, b in f.pairs()]
@@ -127,10 +109,10 @@ for r in ranks:
 print("planted:                  ", *(f"{x:6.2f}" for x in planted[: max(ranks)]))
 
 # %%
-picture("known-rank/elbows")
+picture("known-rank/elbows", FIGURES)
 
 # %%
-print(ledger("known-rank/elbows", "known-rank/found"))
+print(claims().of("known-rank/elbows", "known-rank/found"))
 
 # %% tags=["claims", "trained"]
 holds("a $\\Delta$ of rank 3 is what", np.linalg.matrix_rank(delta) == 3)
@@ -139,7 +121,7 @@ holds("to all digits shown", all(abs(left[r] - best[r]) < 5e-5 for r in ranks))
 holds("With more rank than it needs, the values beyond 3 hardly grow", values[5][3] < 0.01 * values[5][2])
 
 # %% tags=["claims"]
-known, reads = measured("known-rank")
+known, reads = measured("known-rank", FIGURES)
 tasks = reads.tasks(known)
 holds("asks the same of three tasks, two of them in a whole model", len(tasks) == 3)
 below = [
@@ -158,7 +140,7 @@ solved = [
 holds("nearly nothing is left at the planted rank", max(solved) < 0.03)
 unsolved = [np.median([row["excess"] for row in reads.select(known, task, 13)[12]]) for task in tasks]
 holds("A task that needs 13 is not solved with 12", min(unsolved) > reads.NOTHING)
-apart, reads = measured("subspaces")
+apart, reads = measured("subspaces", FIGURES)
 apart = [row for row in apart if row["config"]["kind"] == "final"]
 says("$r = 8$ reaches {:.0f} % of the gain of $r = 64$", 100 * np.median(reads.gained(apart)))
 first = {pair: np.median(reads.overlap(apart, pair, "A")[..., 0]) for pair in ("seeds", "texts")}
@@ -178,10 +160,10 @@ holds("Two seeds share a little more than chance, two texts nothing", abs(first[
 # random directions share, 1 means the same ones.
 
 # %%
-picture("subspaces/directions")
+picture("subspaces/directions", FIGURES)
 
 # %%
-print(ledger("subspaces/ranks", "subspaces/seeds"))
+print(claims().of("subspaces/ranks", "subspaces/seeds"))
 
 # %% [markdown]
 # ## A low dimension
@@ -241,7 +223,7 @@ model = ml.load()
 ml.unfreeze(model)
 show("all weights", train(model, 0.5), model)
 print()
-print(ledger("intrinsic-dimension/starts"))
+print(claims().of("intrinsic-dimension/starts"))
 
 # %% tags=["claims", "corpus", "trained"]
 one, same, few, _ = found.items()

@@ -23,42 +23,24 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora.claims.ledger import Ledger, claims
+from minilora.claims.ledger import claims
 from minilora.data import corpora
-from minilora.experiments import harness
-from minilora.experiments.questions import question
+from minilora.experiments.questions import picture
 from minilora.layers import Linear, Need, Param
 from minilora.lora import LowRank
 
+# %%
+# the rows are beside this notebook, or in the repository
+FIGURES = Path() if Path("scale").exists() else Path("../figures")
+picture("which-matrices/which_set", FIGURES)
 
 # %%
-def measured(name):
-    """The rows of an experiment, beside this notebook or in the repository, and what reads them."""
-    asks, reads = question(name)
-    places = [Path(name, "rows.jsonl"), Path("../figures", name, "rows.jsonl")]
-    return harness.read_rows(next((p for p in places if p.exists()), places[0]), asks.FORM), reads
-
-
-def picture(figure):
-    """A figure "experiment/name", drawn from its rows."""
-    experiment, name = figure.split("/")
-    rows, reads = measured(experiment)
-    return reads.pictures(rows)[name]
-
-
-def ledger(*figures):
-    """What the ledger says of the sentences that these figures decide."""
-    paths = [f"figures/{figure}.png" for figure in figures]
-    return Ledger(tuple(entry for entry in claims().entries if entry.figure in paths))
-
-
-picture("which-matrices/which_set")
-
-# %%
-print(ledger("which-matrices/which_set", "which-matrices/all_against_qv"))
+print(claims().of("which-matrices/which_set", "which-matrices/all_against_qv"))
 
 # %% tags=["claims"]
-rows, which = measured("which-matrices")
+from minilora.experiments.questions import measured
+
+rows, which = measured("which-matrices", FIGURES)
 found = {(text, i): one for text in which.texts(rows) for i, one in enumerate(which.budgets(rows, text))}
 orders = [list(which.medians(one)) for one in found.values()]
 holds("spends one budget of parameters in eight places", {len(order) for order in orders} == {8})
@@ -157,10 +139,10 @@ one, *others = list(ways.values())[1:]
 print("all losses of the last three are equal to the bit:", all(other == one for other in others))
 
 # %%
-picture("scale/one_rate")
+picture("scale/one_rate", FIGURES)
 
 # %%
-print(ledger("scale/one_rate", "scale/rates", "scale/lora_plus"))
+print(claims().of("scale/one_rate", "scale/rates", "scale/lora_plus"))
 
 # %% tags=["claims", "corpus"]
 holds("to the bit", all(other == one for other in others))
@@ -175,7 +157,7 @@ model = ml.load()
 ml.inject(model, replace(usual, rslora=True), rng=np.random.default_rng(0))
 scales = {adapter.scale for adapter in active(model).values()}
 holds("At $r = 16$ the scale of rsLoRA is 4 times the usual one", scales == {4 * usual.alpha / usual.r})
-rows, reads = measured("scale")
+rows, reads = measured("scale", FIGURES)
 f = reads.found(rows)
 scalings = "alpha / r", "alpha / √r", "alpha = 2r"
 best = np.array([[np.median(arm.best) for arm in f.scaled(s).values()] for s in scalings])
@@ -200,13 +182,13 @@ says("from $r = {}$ on the best rates are within a factor of {:.1f}", f.plan.ran
 # off again: $\Delta W = s\,(B A - B_0 A_0)$. The same in random directions stands beside them.
 
 # %%
-picture("initialisation/starts")
+picture("initialisation/starts", FIGURES)
 
 # %%
-print(ledger("initialisation/starts", "initialisation/first_steps"))
+print(claims().of("initialisation/starts", "initialisation/first_steps"))
 
 # %% tags=["claims"]
-rows, reads = measured("initialisation")
+rows, reads = measured("initialisation", FIGURES)
 f = reads.found(rows)
 good = [start for start in f.arms if start not in ("B zero", "both random", "both zero", "all weights")]
 norms = [f.gradients(start) for start in ("B zero", "A zero", "both zero")]

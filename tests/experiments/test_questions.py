@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from minilora.data.corpora import Corpus
-from minilora.errors import StorageError
+from minilora.errors import InputError, StorageError
 from minilora.experiments import harness, rank_sweep
-from minilora.experiments.questions import MODULES, question
+from minilora.experiments.questions import MODULES, measured, picture, question
 from minilora.formats import huggingface
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +42,8 @@ REDONE = [  # experiment, the committed run that is done again (first or last), 
 @pytest.fixture(scope="module", params=MODULES)
 def experiment(request):
     """The name, its two modules, and the committed rows."""
-    asks, reads = question(request.param)
-    rows = harness.read_rows(ROOT / f"figures/{request.param}/rows.jsonl", asks.FORM)
+    asks, _ = question(request.param)
+    rows, reads = measured(request.param, ROOT / "figures")
     return request.param, asks, reads, rows
 
 
@@ -90,6 +90,23 @@ def test_the_committed_rows_are_those_of_the_default_plan(experiment, tmp_path, 
     assert all(sorted(some) == list(range(len(some))) for some in seeds.values())
 
 
+def test_rows_and_pictures_are_those_of_the_folder_that_is_named(tmp_path):
+    lines = (ROOT / "figures/size/rows.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "size").mkdir()
+    (tmp_path / "size/rows.jsonl").write_bytes(b"".join(lines[1:]))
+    rows, reads = measured("size", tmp_path)
+    assert reads is question("size")[1]
+    assert rows == measured("size", ROOT / "figures")[0][1:]
+    drawn = picture("size/needed", ROOT / "figures")
+    assert drawn.encoded("png") == (ROOT / "figures/size/needed.png").read_bytes()
+    with pytest.raises(StorageError, match="cost"):
+        measured("cost", tmp_path)
+    with pytest.raises(InputError, match="no experiment 'sise'; nearest: 'size'"):
+        measured("sise", tmp_path)
+    with pytest.raises(InputError, match="size has no picture 'need'; nearest: 'needed'"):
+        picture("size/need", ROOT / "figures")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "i", "loss"), REDONE)
 def test_a_committed_run_done_again_gives_its_row(name, i, loss, tmp_path, monkeypatch):
@@ -98,7 +115,7 @@ def test_a_committed_run_done_again_gives_its_row(name, i, loss, tmp_path, monke
     So whatever a row depends on that its plan does not say is still what it was.
     """
     asks, _ = question(name)
-    rows = harness.read_rows(ROOT / f"figures/{name}/rows.jsonl", asks.FORM)
+    rows, _ = measured(name, ROOT / "figures")
     known = {row["id"]: row for row in rows}
     row = [row for row in rows if row["config"]["kind"] == "final"][i]
     home = rank_sweep if name == "which-matrices" else asks  # whose runs are the sweep's
@@ -129,7 +146,7 @@ def test_a_page_says_what_the_rows_say(experiment, monkeypatch):
     assert filled(page) == page
     places = [match[3] for match in PLACE.finditer(page) if match[2] == name]
     assert sorted(places) == ["sentences", *(f"table {i + 1}" for i in range(len(reads.tables(rows))))]
-    for picture in reads.pictures(rows):
-        assert f"](../figures/{name}/{picture}.png)" in page
-        assert (ROOT / f"figures/{name}/{picture}.svg").is_file()
+    for drawn in reads.pictures(rows):
+        assert f"](../figures/{name}/{drawn}.png)" in page
+        assert (ROOT / f"figures/{name}/{drawn}.svg").is_file()
     assert f"minilora experiment {name} --out figures/{name}" in page
