@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_plotting import MERGED, make_rows, some_modules
 
@@ -410,6 +410,8 @@ def test_generated_text_cannot_control_the_terminal(pieces, tmp_path_factory):
     assert calm(stream.getvalue())
 
 
+@example(1)
+@example(2)
 @given(n=st.integers(0, 10**6))
 def test_only_one_is_singular(n):
     assert counted(n, "tensor is", "tensors are") == f"{n} " + ("tensor is" if n == 1 else "tensors are")
