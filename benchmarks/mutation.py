@@ -1,4 +1,4 @@
-"""A systematic net beside the named bugs of tests/mutants.py: a sample of all small changes to a file.
+"""A systematic net beside the named bugs of tests/seeded_bugs.py: a sample of all small changes to a file.
 
     pip install -e ".[test,mutation]"
     python benchmarks/mutation.py [FILE ...] [--places 20] [--seed 2] [--jobs 2]
@@ -25,6 +25,7 @@ import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,13 +132,14 @@ def main() -> int:
     start = time.monotonic()
     os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
     with copies(options.jobs) as free, ThreadPoolExecutor(options.jobs) as pool:
-        if red := not_green(free, pool, (FILES[file] for file in files)):
+        if red := not_green(free, pool, (name for file in files for name in FILES[file].split())):
             print(*red, sep="\n")
             return 1
         for file in files:
             rng = random.Random(f"{options.seed} {file}")
             changes, count = draw((ROOT / "minilora" / file).read_text(), options.places, rng)
-            results = pool.map(lambda c, file=file: attempt(free, FILES[file], (file, c.text)), changes)
+            asked = partial(attempt, free, FILES[file].split())
+            results = pool.map(asked, [(file, change.text) for change in changes])
             for change, (seen, said) in zip(changes, results, strict=True):
                 outcome = "seen" if seen or said else "survived"  # said: no end, or nothing can be imported
                 rows.append({

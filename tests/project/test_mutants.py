@@ -2,9 +2,24 @@
 
 import ast
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from mutants import FILES, MUTANTS, ROOT, UNFIT, Mutant, apply, copies, tried, witness, witnesses
+from mutants import (
+    FILES,
+    ROOT,
+    UNFIT,
+    apply,
+    attempt,
+    copies,
+    function,
+    not_green,
+    share_bytecode,
+    tried,
+    witness,
+    witnesses,
+)
+from seeded_bugs import MUTANTS, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
@@ -34,11 +49,13 @@ def test_every_witness_is_an_existing_test_of_its_mutant():
     for mutant, test in witnesses().items():
         file, _, name = test.partition("::")
         assert file in files[mutant], mutant
-        assert name in tests[file], mutant
+        assert function(name) in tests[file], mutant
 
 
-def test_a_witness_names_the_test_without_its_parameters():
-    assert witness("test_ops.py::test_back[3 of a::b.py::c]") == "ops::test_back"
+def test_a_witness_is_a_test_with_its_parameters_where_they_are_whole():
+    assert witness("project/test_imports.py::test_all") == "imports::test_all"
+    assert witness("test_ops.py::test_back[3 of a::b.py::c[0]]") == "ops::test_back[3 of a::b.py::c[0]]"
+    assert witness("test_ops.py::test_back[3") == "ops::test_back"  # pytest printed [3 - 4]: message and all
 
 
 COUNTED = "table::test_only_one_is_singular"  # the one test of `counted`
@@ -47,6 +64,9 @@ TRIED = {  # (what is changed to what, the witness) -> whether it is seen, and b
     "a bug, by its witness": ("if n == 1 else", "if n < 2 else", COUNTED, True, "test_only_one_is_singular"),
     "a bug, by another test": ("if n == 1 else", "if n < 2 else", OTHER, True, "test_only_one_is_singular"),
     "a bug without a witness": ("if n == 1 else", "if n < 2 else", None, True, "test_only_one_is_singular"),
+    "a bug, whose witness has other parameters now": (
+        "if n == 1 else", "if n < 2 else", f"{COUNTED}[0]", True, "test_only_one_is_singular"
+    ),
     "another sentence": ("A number and what is counted", "A number", COUNTED, False, ""),
     "no program": ("if n == 1 else", "if n == 1", COUNTED, False, "SyntaxError"),
     "no such place": ("if n == 7 else", "", COUNTED, False, "its old text stands 0 times"),
@@ -61,3 +81,33 @@ def test_a_bug_is_caught_and_a_harmless_change_survives(what):
     with copies(1) as free:
         seen, said = tried(free, Mutant("x", "table.py", old, new, "table"), known)
     assert (seen, by in said) == (caught, True), said
+
+
+@pytest.mark.slow
+def test_witnesses_with_other_parameters_are_green_if_their_tests_are():
+    with copies(1) as free, ThreadPoolExecutor(1) as pool:
+        assert not_green(free, pool, [COUNTED, f"{COUNTED}[0]", OTHER]) == []
+        (copy := free.get()).joinpath("minilora/table.py").write_text("")
+        free.put(copy)
+        (said,) = not_green(free, pool, [f"{COUNTED}[0]"])
+    assert said.startswith("test_table.py is not green without any mutant: ")
+
+
+@pytest.mark.slow
+def test_bytecode_is_remembered_of_the_unchanged_source_alone():
+    """A mutant of the same length as what it replaces: only the time of its file tells them apart."""
+    with copies(2) as free:
+        first, second = free.get(), free.get()
+        free.put(first)
+        assert attempt(free, [COUNTED]) == (False, "")
+        free.put(second)
+        share_bytecode(free)
+        kept = {file.relative_to(first): file.read_bytes() for file in first.rglob("*.pyc")}
+        assert any(file.match("minilora/__pycache__/table.*.pyc") for file in kept)
+        assert any(file.match("tests/__pycache__/test_table.*.pyc") for file in kept)
+        assert kept == {file.relative_to(second): file.read_bytes() for file in second.rglob("*.pyc")}
+        mutated = apply(Mutant("x", "table.py", "if n == 1 else", "if n == 2 else", "table"), ROOT)[2]
+        free.get()
+        for _ in range(2):  # in one copy
+            assert attempt(free, [COUNTED], ("table.py", mutated))[0]
+            assert attempt(free, [COUNTED]) == (False, "")
