@@ -20,21 +20,20 @@ from .table import printed
 T = TypeVar("T")
 
 
-def children(node: Any) -> Iterator[tuple[str, Any]]:
+def children(node: Any) -> list[tuple[str, Any]]:
     """The named children of a layer, list or dict of layers, in order."""
     if isinstance(node, list):
-        yield from ((str(i), part) for i, part in enumerate(node))
-    elif isinstance(node, dict):
-        yield from node.items()
-    elif is_dataclass(node):
-        yield from ((f.name, getattr(node, f.name)) for f in fields(node))
+        return [(str(i), part) for i, part in enumerate(node)]
+    if isinstance(node, dict):
+        return list(node.items())
+    return [(f.name, getattr(node, f.name)) for f in fields(node)] if is_dataclass(node) else []
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every (path, layer or Param) of a tree, parents first."""
     yield path, node
     for name, part in children(node):
-        if isinstance(part, Param | list | dict) or is_dataclass(part):
+        if isinstance(part, (Param, list, dict)) or is_dataclass(part):
             yield from walk(part, f"{path}.{name}" if path else name)
 
 

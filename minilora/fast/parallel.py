@@ -104,7 +104,7 @@ def on_threads(
             jobs = [(ids, labels, each * weight) for ids, labels, weight in cuts]
             M = sum(getattr(ids, "size", 0) for ids, *_ in jobs)  # the model refuses anything else
             with folded(adapters, M):
-                results = run_all(run, jobs)
+                results = (run_all if len(jobs) > 1 else map)(run, jobs)  # one is not worth a thread
                 loss, grads = next(results)
                 for more, others in results:
                     loss = loss + more

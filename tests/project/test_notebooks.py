@@ -589,15 +589,15 @@ def test_the_rows_are_found_from_a_students_copy(copies):
     assert int(done.stdout.split()[-1]) == len(path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("name", build.LESSONS[7:9])
+@pytest.mark.parametrize("name", build.LESSONS[7:])
 def test_the_rows_of_experiments_are_found_from_a_students_copy(name, copies):
     nb = nbformat.read(copies / f"{name}.ipynb", 4)
     (imports,) = tagged(nb, "imports")
-    (cell,) = (c for c in nb.cells if "def measured(" in c.source)
-    definitions = cell.source.rpartition("\n\n\n")[0]  # what is below draws
+    (where,) = (line for c in nb.cells for line in c.source.split("\n") if line.startswith("FIGURES = "))
     want = [Path(place).parent.name for place in build.READ[name]]
-    said = f"print([len(measured(name)[0]) for name in {want!r}])"
-    done = run("-c", "\n".join([imports.source, definitions, said]), cwd=copies)
+    said = f"print([len(questions.measured(name, FIGURES)[0]) for name in {want!r}])"
+    rest = "from minilora.experiments import questions", where, said
+    done = run("-c", "\n".join([imports.source, *rest]), cwd=copies)
     assert done.returncode == 0, done.stderr
     lengths = [len(path.read_text().splitlines()) for path, _ in build.READ[name].values()]
     assert json.loads(done.stdout) == lengths
