@@ -2212,5 +2212,10 @@ MUTANTS = (
     Mutant("digits-can-be-written", "data/digits.py", "    pixels.setflags(write=False)", "    pass", "digits"),
     Mutant("claim-rank-needed-with-one-seed", "claims/ranks.py", "(rest[1] - rest[64]).min() > NOTHING", "(rest[1] - rest[64]).max() > NOTHING", "claims"),
     Mutant("bench-prompts-one-token-short", "serve/bench.py", "rng.integers(PROMPT[0], PROMPT[1] + 1)", "rng.integers(PROMPT[0], PROMPT[1])", "bench"),
+    Mutant("picture-first-of-all", "experiments/questions.py", "    return drawn[which]\n", "    return next(iter(drawn.values()))\n", "questions"),
+    Mutant("rows-beside-the-folder", "experiments/questions.py", 'Path(figures, name, "rows.jsonl")', 'Path(figures, "..", "figures", name, "rows.jsonl")', "questions"),
+    Mutant("ledger-of-one-figure", "claims/ledger.py", "if entry.figure in paths", "if entry.figure in paths[:1]", "claims"),
+    Mutant("one-micro-batch-on-a-thread", "fast/parallel.py", "(run_all if len(jobs) > 1 else map)", "run_all", "parallel"),
+    Mutant("two-micro-batches-in-turn", "fast/parallel.py", "(run_all if len(jobs) > 1 else map)", "(run_all if len(jobs) > 2 else map)", "parallel"),
 )
 # fmt: on

@@ -97,8 +97,9 @@ def test_rows_and_pictures_are_those_of_the_folder_that_is_named(tmp_path):
     rows, reads = measured("size", tmp_path)
     assert reads is question("size")[1]
     assert rows == measured("size", ROOT / "figures")[0][1:]
-    drawn = picture("size/needed", ROOT / "figures")
-    assert drawn.encoded("png") == (ROOT / "figures/size/needed.png").read_bytes()
+    for name in ("size/needed", "size/gap"):
+        drawn = picture(name, ROOT / "figures").encoded("png")
+        assert drawn == (ROOT / f"figures/{name}.png").read_bytes()
     with pytest.raises(StorageError, match="cost"):
         measured("cost", tmp_path)
     with pytest.raises(InputError, match="no experiment 'sise'; nearest: 'size'"):

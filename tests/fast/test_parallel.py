@@ -1,6 +1,7 @@
 """A batch in micro-batches, on however many threads, has its gradient; the threads change no bit."""
 
 import ctypes
+from threading import get_ident
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from minilora.fast.folded import places
 from minilora.fast.parallel import micro_batches, on_threads
 from minilora.lora import LowRank, inject
 from minilora.methods.lora_config import LoraConfig
+from minilora.model import Llama
 from minilora.tree import named_params, replica, trained
 
 
@@ -62,6 +64,21 @@ def test_the_number_of_threads_changes_no_bit(seed, n, dtype, recompute):
         with on_threads(model, threads, recompute) as gradient:
             results.append((gradient(batches), [g.tobytes() for g in taken(model).values()]))
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_only_a_lone_micro_batch_stays_on_the_callers_thread(n, monkeypatch):
+    """To wait for one other thread gains nothing."""
+    with one_blas_thread() as held:
+        if not held:
+            pytest.skip("this BLAS cannot be held to one thread, so there is one")
+    used, real = [], Llama.loss
+    monkeypatch.setattr(Llama, "loss", lambda *a, **k: used.append(get_ident()) or real(*a, **k))
+    model, rng = tiny_lora(0)
+    with on_threads(model, 2) as gradient:
+        gradient([batch(rng, n=n, t=5)])
+    assert len(used) == -(-n // 2)
+    assert [thread == get_ident() for thread in used] == [n == 2] * len(used)
 
 
 def test_a_model_with_dropout_uses_one_thread(monkeypatch):
