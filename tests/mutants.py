@@ -121,10 +121,10 @@ def run_tests(copy: Path, tests: Iterable[str], remember: bool = False) -> tuple
         "-p",
         "no:cacheprovider",
         "--tb=no",
+        "--assert=plain",  # nobody reads why; of two pictures, where CI is set, it takes minutes to say
         "-k",
         f"not ({UNFIT})",
     ]
-    arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported already
     said = copy / "said"  # what is in the base folder of temporary files belongs to this copy alone
     run = FORKS.Process(
         target=be_pytest, args=(copy, [*arguments, f"--basetemp={copy / 'temp'}", *files], said, remember)

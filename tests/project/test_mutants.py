@@ -92,6 +92,15 @@ def test_a_bug_is_caught_and_a_harmless_change_survives(what):
 
 
 @pytest.mark.slow
+def test_why_a_bug_is_seen_is_not_explained():
+    """Of two pictures that differ it takes minutes where the variable CI is set, and the bug would survive."""
+    mutated = apply(Mutant("x", "table.py", "if n == 1 else", "if n < 2 else", "table"), ROOT)[2]
+    with copies(1) as free:
+        assert attempt(free, [COUNTED], ("table.py", mutated))[0]
+        assert free.get().joinpath("said").read_text().count(" - AssertionError\n") == 1
+
+
+@pytest.mark.slow
 def test_witnesses_with_other_parameters_are_green_if_their_tests_are():
     with copies(1) as free, ThreadPoolExecutor(1) as pool:
         assert not_green(free, pool, [COUNTED, f"{COUNTED}[0]", OTHER]) == []
