@@ -15,6 +15,7 @@ from minilora.errors import (
     StateError,
     UnsupportedError,
 )
+from minilora.fast.mixed import RowByRow
 from minilora.fast.packed import PackedRun, train_packed
 from minilora.lora import active, inject, merge, set_adapter
 from minilora.methods.lora_config import LoraConfig
@@ -108,6 +109,15 @@ def test_an_invariant_run_has_the_same_bits_whatever_is_packed_beside_it(seed, n
         assert history[name] == losses[name]
         assert same_bits(arrays(alone, name), arrays(packed, name))
         assert same_bits(run.optimizer.state(), runs[name].optimizer.state())
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_only_an_invariant_run_takes_the_rows_of_the_base_one_by_one(invariant, monkeypatch):
+    """Whatever the processor: some round a row alone and a row in company alike."""
+    seen, call = [], RowByRow.__call__
+    monkeypatch.setattr(RowByRow, "__call__", lambda *args: seen.append(args) or call(*args))
+    train_packed(several(0), {name: run_of(name) for name in "ab"}, steps=1, invariant=invariant)
+    assert bool(seen) is invariant
 
 
 def test_the_base_and_other_adapters_are_not_touched():

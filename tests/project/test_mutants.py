@@ -93,7 +93,7 @@ def test_a_bug_is_caught_and_a_harmless_change_survives(what):
 
 @pytest.mark.slow
 def test_why_a_bug_is_seen_is_not_explained():
-    """Of two pictures that differ it takes minutes where the variable CI is set, and the bug would survive."""
+    """Of two pictures it takes minutes where the variable CI is set, and the bug would survive."""
     mutated = apply(Mutant("x", "table.py", "if n == 1 else", "if n < 2 else", "table"), ROOT)[2]
     with copies(1) as free:
         assert attempt(free, [COUNTED], ("table.py", mutated))[0]
