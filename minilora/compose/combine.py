@@ -28,9 +28,8 @@ from ..layers import Factors, Param
 from ..lora import LowRank, adapted, attach, check_name
 from ..methods.embedding import LowRankEmbedding
 from ..model import Llama
-from ..peft.config import peft_config, read_fields
+from ..peft.config import peft_config
 from ..peft.folder import Adapter, check_agreement, open_adapter, write_adapter
-from ..peft.recognise import CONFIG
 from ..spectra import quotient
 from ..table import Table, counted, report
 from .arithmetic import Combined, Update, cat, check_rank, check_weights, linear, peft_linear, svd
@@ -274,7 +273,7 @@ def form_words(embedding: bool, shape: tuple[int, int], window: tuple[int, ...])
 
 def shared(folders: Sequence[Adapter]) -> dict[str, Any]:
     """The fields on which all configs agree; and the first one's selectors, if all have the same modules."""
-    configs = [read_fields(folder.where / CONFIG) for folder in folders]
+    configs = [folder.settings.fields for folder in folders]
     first = configs[0]
     alike = all(folder.pairs.keys() == folders[0].pairs.keys() for folder in folders)
     fields = {name: first.get(name) for name in SELECTORS} if alike else {}

@@ -22,9 +22,9 @@ from ..errors import InputError, nearest
 from ..formats.atomic import check_free
 from ..formats.huggingface import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
 from ..formats.safetensors import CALLED, stored
+from ..lora_files.recognise import recognised
 from ..model import Llama
 from ..peft.loading import load_adapter
-from ..peft.recognise import adapter_folder
 from ..spectra import quotient
 from ..table import Table, plain, report
 from ..tree import named_params, unpack
@@ -90,7 +90,7 @@ def merge_checkpoint(
     kind = dtype or source.dtype
     if kind not in CALLED:
         raise InputError(f"dtype is {kind!r}; {nearest(kind, CALLED)}")
-    adapter = adapter_folder(adapter)
+    _, adapter = recognised(adapter)
     refuse_same(out, source.where, adapter)
     check_free(out)
     V, T = source.config.vocab_size, min(32, source.config.max_position_embeddings)

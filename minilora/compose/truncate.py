@@ -23,7 +23,7 @@ from ..backend import to_device, to_host
 from ..errors import ConfigError, InputError, MismatchError, check_int, short
 from ..formats.atomic import check_free
 from ..layers import Factors
-from ..peft.config import peft_config, read_fields
+from ..peft.config import peft_config
 from ..peft.folder import (
     PREFIX,
     Adapter,
@@ -35,7 +35,6 @@ from ..peft.folder import (
     write_adapter,
 )
 from ..peft.kinds import KINDS
-from ..peft.recognise import CONFIG
 from ..spectra import norm, quotient, rank_at, thin_svd
 from ..table import Table, report
 from .arithmetic import size, split
@@ -221,7 +220,8 @@ def corrected(given: Adapter) -> tuple[dict[str, Any], set[str]]:
 
     MismatchError if only some modules have magnitudes: PEFT has no form for that.
     """
-    config, settings = read_fields(given.where / CONFIG), given.settings
+    settings = given.settings
+    config = dict(settings.fields)
     for kind in KINDS:
         states = {kind.vector in pair.vectors for pair in given.pairs.values()}
         if len(states) > 1:

@@ -24,12 +24,12 @@ from ..formats import forms
 from ..formats.huggingface import located
 from ..formats.safetensors import CALLED, FLOATS, layout
 from ..lora import inject
+from ..lora_files.recognise import WEIGHTS
 from ..methods.lora_config import LoraConfig
 from ..model import Llama
 from ..optim import AdamW
 from ..peft.folder import PREFIX, labels
 from ..peft.loading import save_adapter
-from ..peft.recognise import WEIGHTS
 from ..tree import named_params, size, trained
 from . import harness
 from .harness import Inputs, Progress, Row

@@ -17,7 +17,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,31 +187,47 @@ def open_gguf(path: Path) -> tuple[Config, Tensors]:
     """Config and tensors of a Llama, with Hugging Face's names and row order."""
     file = opened(path)
     try:
-        places = {hf_name(name): blocks for name, blocks in file.tensors.items()}
-        config = shape(file.values, places)
+        names = {hf_name(name): name for name in file.tensors}
+        config = shape(file.values, {new: file.tensors[old] for new, old in names.items()})
     except (UnsupportedError, ConfigError) as e:
         raise type(e)(f"{path}: {e}") from e
-    types = package().GGMLQuantizationType
+    tensors = decoded(named(path), file).renamed(names)
     rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
     def fetch(name: str) -> np.ndarray:
-        blocks = places[name]
+        W, heads = tensors[name], rotated.get(name.split(".")[-2])
+        if heads and len(W) % (2 * heads):
+            raise MismatchError(f"{path}: {name} has {len(W)} rows; expected pairs for {short(heads)} heads")
+        return half_split(W, heads) if heads else W
+
+    return config, replace(tensors, fetch=fetch)
+
+
+def open_any(path: Path) -> tuple[Mapping[str, Any], Tensors]:
+    """Values and tensors of a GGUF file of any architecture, under the names and in the order of the file."""
+    path = named(path)
+    file = header(path.absolute(), stamp_of(path))
+    return file.values, decoded(path, file)
+
+
+def decoded(path: Path, file: Header) -> Tensors:
+    """The tensors of a file, decoded when read."""
+    types = package().GGMLQuantizationType
+
+    def fetch(name: str) -> np.ndarray:
+        blocks = file.tensors[name]
         kind = types(blocks.kind)
-        raw = np.frombuffer(read_at(named(path), blocks.start, blocks.size, file.stamp), np.uint8)
+        raw = np.frombuffer(read_at(path, blocks.start, blocks.size, file.stamp), np.uint8)
         try:
             with np.errstate(all="ignore"):  # a damaged scale
                 W = package().dequantize(raw.reshape(*blocks.shape[:-1], -1), kind)
         except NotImplementedError as e:
             raise UnsupportedError(f"{path}: {name} is {kind.name}, which gguf cannot decode") from e
-        W = np.asarray(W, np.float32).reshape(blocks.shape)
-        heads = rotated.get(name.split(".")[-2])
-        if heads and len(W) % (2 * heads):
-            raise MismatchError(f"{path}: {name} has {len(W)} rows; expected pairs for {short(heads)} heads")
-        return half_split(W, heads) if heads else W
+        return np.asarray(W, np.float32).reshape(blocks.shape)
 
-    shapes = {name: blocks.shape for name, blocks in places.items()}
-    kinds = {name: types(blocks.kind).name for name, blocks in places.items()}
-    return config, Tensors(str(path), shapes, kinds, fetch)
+    shapes = {name: blocks.shape for name, blocks in file.tensors.items()}
+    kinds = {name: types(blocks.kind).name for name, blocks in file.tensors.items()}
+    return Tensors(str(path), shapes, kinds, fetch)
 
 
 def beyond(path: Path) -> str:

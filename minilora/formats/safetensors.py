@@ -29,6 +29,8 @@ from .atomic import read_at, stamp_of
 FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # in a file, and in this order
 KNOWN = FLOATS | {"U8": "u1"}  # a quantized weight's codes
 OTHERS = {"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64"}
+EIGHT_BIT = {"F8_E4M3": "u1"}
+WHOLE = {"I32": "<i4", "I64": "<i8"}
 OTHER_FLOATS = re.compile(r"F(8|6|4)_[A-Z0-9]{1,20}|F4|F8")
 CALLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 NAMED = CALLED | {"uint8": "U8"}
@@ -82,10 +84,11 @@ class Tensors(Mapping[str, np.ndarray]):
         return name in self.shapes
 
 
-def open_tensors(path: Path | str) -> Tensors:
+def open_tensors(path: Path | str, *, adapter: bool = False) -> Tensors:
     """Open a safetensors file; only its header is read now.
 
-    It may hold tensors of other dtypes (a base's positions or masks), which are refused on access.
+    It may hold tensors of other dtypes (a base's positions or masks), which are refused on access. Of an
+    `adapter` also 8-bit floats (E4M3) are read, and whole numbers if a tensor holds one: an alpha.
     StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
     """
     stamp = stamp_of(path)
@@ -103,7 +106,7 @@ def open_tensors(path: Path | str) -> Tensors:
     if not raw.startswith(b"{"):  # a blank or a byte order mark before it
         raise FormatError(f"{path}: the header is not a JSON object: {short(raw[:40])}")
     header = json_object(f"{path}: the header", raw)
-    metadata = header.pop("__metadata__", {})
+    metadata = {} if (given := header.pop("__metadata__", None)) is None else given  # null: MLX
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise FormatError(f"{path}: __metadata__ is {short(metadata)}; expected strings by name")
     places = {name: check_entry(path, name, entry) for name, entry in header.items()}
@@ -120,6 +123,12 @@ def open_tensors(path: Path | str) -> Tensors:
 
     def fetch(name: str) -> np.ndarray:
         dtype, shape, begin, stop = places[name]
+        if adapter and (kind := EIGHT_BIT.get(dtype) or (math.prod(shape) == 1 and WHOLE.get(dtype))):
+            if stop - begin != (need := math.prod(shape) * np.dtype(kind).itemsize):
+                what = f"has {stop - begin} bytes; expected {need}"
+                raise FormatError(f"{path}: {name}: {what} for {dtype} {short(shape)}")
+            held = np.frombuffer(read_at(path, 8 + length + begin, need, stamp), kind).reshape(shape)
+            return e4m3(held) if dtype in EIGHT_BIT else held.astype(np.float64)
         if dtype not in FLOATS:
             raise UnsupportedError(f"{path}: {name}: dtype is {dtype}; expected one of {', '.join(FLOATS)}")
         raw = read_at(path, 8 + length + begin, stop - begin, stamp)
@@ -206,6 +215,13 @@ def widened(bits: np.ndarray) -> np.ndarray:
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
+
+
+def e4m3(bits: np.ndarray) -> np.ndarray:
+    """8-bit floats (as uint8) to float32: a sign, 4 bits of exponent, 3 of fraction, no infinities. Exact."""
+    sign, exponent, fraction = np.where(bits & 0x80, -1.0, 1.0), (bits >> 3 & 0xF).astype(int), bits & 7
+    size = np.ldexp(np.where(exponent, 8.0 + fraction, 2.0 * fraction), np.where(exponent, exponent, 0) - 10)
+    return np.where(bits & 0x7F == 0x7F, np.nan, sign * size).astype(np.float32)
 
 
 def narrowed(a: np.ndarray) -> np.ndarray:

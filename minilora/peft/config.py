@@ -78,6 +78,7 @@ class Settings:
     base: str | None = None  # base_model_name_or_path, never compared
     beside: tuple[str, ...] = ()  # fields that act beside B A, as "lora_bias is True"
     where: str = "adapter_config.json"  # the file, for messages
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as they are in the file
 
     def scale(self, alpha: float, r: int) -> float:
         """The scale s for this alpha and rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
@@ -98,9 +99,8 @@ def read_fields(path: Path) -> dict[str, Any]:
     return read_json(path, LARGEST)
 
 
-def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
-    """The settings in an adapter_config.json, and notes; ConfigError or UnsupportedError names the field."""
-    fields = read_fields(path)
+def settings_of(fields: Mapping[str, Any], path: Path | str) -> tuple[Settings, tuple[str, ...]]:
+    """The settings in the fields of a config, and notes; ConfigError or UnsupportedError names the field."""
 
     def wrong(name: str, expected: str) -> ConfigError:
         return ConfigError(f"{path}: {name} is {short(fields.get(name))}; expected {expected}")
@@ -191,14 +191,21 @@ def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
         base=base if isinstance(base, str) else None,
         beside=tuple(beside),
         where=str(path),
+        fields=fields,
     )
     known = {*USED, *REFUSED, *BESIDE, *OF_NO_EFFECT, *(kind.flag for kind in KINDS)}
     strange = sorted(name for name, value in fields.items() if value and name not in known)
     some = ", ".join(map(short, strange[:3])) + (f" and {len(strange) - 3} more" if strange[3:] else "")
     notes = [f"unknown and ignored: {some}"] if strange else []
-    if read_at(path, 0, 3) == codecs.BOM_UTF8:
-        notes.append("the config begins with a byte order mark, which PEFT cannot read")
     return settings, tuple(notes)
+
+
+def read_settings(path: Path) -> tuple[Settings, tuple[str, ...]]:
+    """The settings in an adapter_config.json, and notes; FormatError, and errors as in `settings_of`."""
+    settings, notes = settings_of(read_fields(path), path)
+    if read_at(path, 0, 3) == codecs.BOM_UTF8:
+        notes += ("the config begins with a byte order mark, which PEFT cannot read",)
+    return settings, notes
 
 
 def check_targets(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
     base_model.model.MODULE.lora_A.weight (r, I)   .lora_B.weight (O, r)   s = alpha / r of the config
 
+A file of another tool (lora_files/) is opened as the folder that would mean the same.
 Reading is lenient: the file counts, ranks come from the shapes, and a note says where the config disagrees.
 Loading (loading.py) is strict. An adapter of any architecture can be opened; only its header is read until a
 matrix is needed. No pickle is ever opened, and no regular expression from a file can take long.
@@ -22,12 +23,25 @@ import numpy as np
 from ..errors import ConfigError, MismatchError, NonFiniteError, UnsupportedError, nearest, short
 from ..formats.atomic import write_atomic, write_folder
 from ..formats.safetensors import Tensors, layout, open_tensors, sealed, stored
+from ..lora_files.contents import TABLE_A, A, Contents
+from ..lora_files.opening import read_contents
+from ..lora_files.recognise import CONFIG, PEFT, WEIGHTS, recognised, whose
 from ..table import counted
 from ..targets import LAYER
-from .config import NAME, Settings, check_targets, chosen, meant, named, read_settings
+from .config import (
+    NAME,
+    Settings,
+    alphas_of,
+    check_targets,
+    chosen,
+    meant,
+    named,
+    peft_config,
+    read_settings,
+    settings_of,
+)
 from .kinds import KINDS, vectors
 from .patterns import starts
-from .recognise import CONFIG, WEIGHTS, adapter_folder, of_names
 
 PATTERNS = "rank_pattern", "alpha_pattern"
 PREFIX = "base_model.model."
@@ -74,8 +88,8 @@ class Pair:
 class Adapter:
     """An opened adapter folder: its config and its tensors, by PEFT's names, whatever the file calls them."""
 
-    where: Path
-    settings: Settings
+    where: Path  # its folder, or another tool's file
+    settings: Settings  # its config; that of another tool's file is made here
     pairs: Mapping[str, Pair]  # by module
     replaced: Mapping[str, str]  # parameter of the base -> the tensor that replaces it
     tensors: Tensors
@@ -111,13 +125,65 @@ class Adapter:
 # ---- reading
 
 
-def open_adapter(folder: Path | str) -> Adapter:
-    """Open the adapter in a folder (or of a file in it): what it holds, and where the config disagrees.
+def open_adapter(
+    path: Path | str,
+    *,
+    alpha: float | None = None,
+    r: int | None = None,
+    heads: tuple[int, int] | None = None,
+) -> Adapter:
+    """Open a LoRA: PEFT's folder, or any tool's file or folder; what it holds, and where it contradicts itself.
 
-    Numbers are read now only to check the digest in minilora's own files.
+    `alpha` and `r` are for files without them (PEFT's without its config, torchtune's, loralib's). `heads`, the
+    base's numbers of query and key heads, bring rows of q and k in llama.cpp's and torchtune's files into
+    Hugging Face's order. Numbers are read now only to check the digest in minilora's own files.
     StorageError, FormatError, ConfigError, UnsupportedError or MismatchError name file and field or tensor.
     """
-    folder = adapter_folder(folder)
+    form, where = recognised(path)
+    if form == PEFT:
+        return of_folder(where)
+    return of_contents(where, read_contents(form, where, alpha, r, heads))
+
+
+def of_contents(where: Path, given: Contents) -> Adapter:
+    """The contents of another tool's file as the PEFT folder that would mean the same."""
+    tensors, parts = given.tensors, dict[str, dict[str, str]]()
+    known = (*PARTS, *vectors())
+    for name in tensors:
+        kind = next(kind for kind in known if name.endswith(f".{kind}"))
+        module = name.removesuffix(f".{kind}")
+        if not NAME.fullmatch(module):
+            raise MismatchError(f"{tensors.where}: {short(module)} cannot be the name of a module")
+        parts.setdefault(module, {})[kind] = PREFIX + name
+    ranks = {m: rank_of(tensors, m) for m in parts}
+    scales = {m: given.alphas[m] / ranks[m] for m in parts if m in given.alphas}
+    for component, fields in given.configs.items():
+        start = f"{component}." if component else ""
+        inside = {m.removeprefix(start): m for m in parts if m.startswith(start) and m not in scales}
+        settings, _ = settings_of({"peft_type": "LORA", **fields}, f"{tensors.where}: its header")
+        alphas = chosen(settings, "alpha_pattern", list(inside)).values
+        for name, module in inside.items():
+            scales[module] = settings.scale(alphas.get(name, settings.lora_alpha), ranks[module])
+    alphas, rslora = alphas_of({m: (scales.get(m, 1.0), r) for m, r in ranks.items()})
+    config = peft_config({m: (r, alphas[m]) for m, r in ranks.items()}, sorted(parts), rslora)
+    config |= {kind.flag: any(kind.vector in part for part in parts.values()) for kind in KINDS}
+    config["base_model_name_or_path"] = given.base
+    settings, _ = settings_of(config, str(where))
+    tensors = tensors.renamed({PREFIX + name: name for name in tensors})
+    pairs, replaced = read_parts(tensors, settings, parts)
+    adapter = Adapter(where, settings, pairs, replaced, tensors)
+    doubts = (*given.doubts, *disagreements(adapter, ()))
+    return replace(adapter, notes=(*given.notes, *peculiar(adapter)), doubts=doubts)
+
+
+def rank_of(tensors: Tensors, module: str) -> int:
+    """r by the shape of A; 1 where there is no A, which is an error elsewhere."""
+    shape = tensors.shapes.get(f"{module}.{A}") or tensors.shapes.get(f"{module}.{TABLE_A}")
+    return max(shape[0], 1) if shape else 1
+
+
+def of_folder(folder: Path) -> Adapter:
+    """The adapter in a PEFT folder."""
     settings, notes = read_settings(folder / CONFIG)
     tensors = open_tensors(folder / WEIGHTS)
     entry = tensors.metadata.get("minilora", "{}")
@@ -131,7 +197,7 @@ def open_adapter(folder: Path | str) -> Adapter:
     known = tensors.renamed(keys)
     pairs, replaced = read_parts(known, settings, parts)
     if not pairs:
-        what = of_names(tensors) or f"expected those of {short(settings.target_modules)}"
+        what = whose(tensors) or f"expected those of {short(settings.target_modules)}"
         raise MismatchError(f"{tensors.where}: has no lora_A and lora_B; {what}")
     adapter = Adapter(folder, settings, pairs, replaced, known, made=made)
     return replace(

@@ -69,20 +69,22 @@ class Attached:
 
 def load_adapter(
     model: Llama,
-    folder: Path | str,
+    source: Adapter | Path | str,
     name: str = "default",
     *,
     force: bool = False,
     rng: np.random.Generator | None = None,
 ) -> Attached:
-    """Attach the adapter in a folder to a model and make it active; the base is only read.
+    """Attach an adapter, opened or by its path, to a model and make it active; the base is only read.
 
     All or nothing. Another base is a MismatchError: by the fingerprint in minilora's own files (unless
     `force`), by names and shapes in PEFT's. Other errors as in `open_adapter`, and NonFiniteError. With an
     `rng`, the config's dropout acts in further training. If head and embedding are tied and one of them is
     adapted, the head becomes a separate layer on the same table, as in PEFT.
     """
-    given = open_adapter(folder)
+    shape = model.config
+    heads = shape.num_attention_heads, shape.num_key_value_heads
+    given = source if isinstance(source, Adapter) else open_adapter(source, heads=heads)
     check_agreement(given)
     check_name(model, name)
     layers, shared = bases(model), tied(model)

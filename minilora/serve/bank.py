@@ -21,10 +21,10 @@ from pathlib import Path
 from ..errors import InputError, StorageError, UnsupportedError, check_int, nearest, short
 from ..formats.atomic import exists, named, named_errors
 from ..lora import LowRank, bases
+from ..lora_files.recognise import CONFIG
 from ..model import Llama
 from ..peft.folder import Adapter, check_agreement, open_adapter
 from ..peft.loading import base_print, check_base, check_fit, factors
-from ..peft.recognise import CONFIG
 from ..targets import with_head
 from ..tree import dtype_of, freeze
 

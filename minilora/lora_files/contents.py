@@ -1,0 +1,107 @@
+"""What a LoRA file holds, in PEFT's terms: tensors under PEFT's names, shaped as PEFT's, read when asked for.
+
+    MODULE.lora_A.weight (r, I)   MODULE.lora_B.weight (O, r)   ΔW = s B A, s = alpha / r
+
+A reader says how each tensor follows from those of the file, and nothing is computed before that. So every
+part of minilora that takes an adapter takes any file: none of them knows another form than PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, MismatchError, short
+from ..formats.safetensors import Tensors
+from ..table import counted
+
+A, B = "lora_A.weight", "lora_B.weight"
+TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
+MAGNITUDE = "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in PEFT's form: its shape, the dtype in the file, and how it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a file holds: its tensors by PEFT's names, and the scales as far as it tells them."""
+
+    tool: str  # whose file it is
+    tensors: Tensors
+    alphas: Mapping[str, float]  # by module; others have that of their component's config, or scale 1
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by component, "" for all
+    notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()  # shown on reading, refused on loading
+    base: str | None = None  # the name of the base
+
+
+def gathered(where: str, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Tensors:
+    """Entries as the tensors of a file."""
+    return Tensors(
+        where,
+        {name: entry.shape for name, entry in entries.items()},
+        {name: entry.dtype for name, entry in entries.items()},
+        lambda name: entries[name].read(),
+        metadata,
+    )
+
+
+def plain(tensors: Tensors, key: str, shape: tuple[int, ...] | None = None) -> Entry:
+    """A tensor of the file as it is, or its numbers in another shape."""
+    shape = tensors.shapes[key] if shape is None else shape
+    return Entry(shape, tensors.dtypes[key], lambda: tensors[key].reshape(shape))
+
+
+def turned(tensors: Tensors, key: str) -> Entry:
+    """A matrix of the file, transposed."""
+    return Entry(tensors.shapes[key][::-1], tensors.dtypes[key], lambda: tensors[key].T)
+
+
+def reordered(entry: Entry, order: Callable[[np.ndarray], np.ndarray]) -> Entry:
+    """An entry with its rows in another order."""
+    return Entry(entry.shape, entry.dtype, lambda: order(entry.read()))
+
+
+def product(tensors: Tensors, module: str, mid: str, down: str) -> Entry:
+    """A (r, I, kh, kw) of LyCORIS' Tucker form: A[i, c, h, w] = sum over j of mid[i, j, h, w] down[j, c]."""
+    core, inner = tensors.shapes[mid], tensors.shapes[down]
+    if len(core) < 3 or len(inner) < 2 or core[1] != inner[0] or math.prod(inner[2:]) != 1:
+        what = f"lora_mid {core} and lora_down {inner}"
+        raise MismatchError(f"{tensors.where}: {module} has {what}; expected (r, r, kh, kw) and (r, I, 1, 1)")
+
+    def read() -> np.ndarray:
+        down_matrix = tensors[down].reshape(inner[:2]).astype(np.float64)
+        return np.einsum("ij...,jc->ic...", tensors[mid].astype(np.float64), down_matrix)
+
+    return Entry((core[0], inner[1], *core[2:]), tensors.dtypes[mid], read)
+
+
+def one_number(tensors: Tensors, key: str) -> float:
+    """The one number in a tensor; MismatchError if there are more, ConfigError if it can be no alpha."""
+    if math.prod(shape := tensors.shapes[key]) != 1:
+        raise MismatchError(f"{tensors.where}: {key} has shape {shape}; expected one number")
+    value = float(tensors[key].reshape(()))
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{tensors.where}: {key} is {short(value)}; expected a finite number, at least 0")
+    return value
+
+
+def listed(others: Mapping[str, Iterable[str]]) -> list[str]:
+    """A sentence on each kind of tensors that is no LoRA: of how many modules, and the first."""
+    said = []
+    for kind, names in others.items():
+        some = sorted(set(names))
+        what = counted(len(some), "module is", "modules are")
+        said.append(f"{kind}: {what} not in the numbers, such as {short(some[0])}")
+    return said

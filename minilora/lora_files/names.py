@@ -1,0 +1,96 @@
+"""The names of modules in other tools' files -> dotted paths, as in the model that they change.
+
+    lora_te1_text_model_encoder_layers_0_mlp_fc1 -> text_encoder.text_model.encoder.layers.0.mlp.fc1
+    ...attn1.processor.to_out_lora               -> ...attn1.to_out.0
+
+kohya's tools write `_` for each dot, though names have underscores, too. The dots come back by a list of all
+the names with underscores in the image models (`ATOMS`): the longest that fits is taken. What it does not
+know keeps its underscores, and works all the same: nothing but a comparison with a base needs the path.
+"""
+
+from __future__ import annotations
+
+import re
+
+ATOMS = frozenset((
+    "down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks",
+    "transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks", "double_blocks",
+    "single_blocks", "time_embedding", "time_proj", "add_embedding", "time_emb_proj", "time_embed",
+    "label_emb", "conv_in", "conv_out", "conv_shortcut", "conv_norm_out", "proj_in", "proj_out",
+    "proj_mlp", "to_q", "to_k", "to_v", "to_out", "to_add_out", "add_q_proj", "add_k_proj", "add_v_proj",
+    "linear_1", "linear_2", "linear_3", "in_layers", "out_layers", "emb_layers", "skip_connection",
+    "norm_out", "norm1_context", "ff_context", "norm_k", "norm_q", "x_embedder", "context_embedder",
+    "time_text_embed", "timestep_embedder", "guidance_embedder", "text_embedder", "img_in", "txt_in",
+    "time_in", "vector_in", "guidance_in", "in_layer", "out_layer", "final_layer", "adaLN_modulation",
+    "img_attn", "txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "text_model", "self_attn",
+    "cross_attn", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    "text_projection", "lm_head", "embed_tokens", "token_embedding", "position_embedding", "wi_0", "wi_1",
+    "pos_embed", "patch_embedding", "condition_embedder", "time_embedder", "token_refiner",
+    "refiner_blocks", "caption_projection", "time_caption_embed", "caption_embedder", "noise_refiner",
+    "context_refiner", "feed_forward", "adaln_single", "resolution_embedder", "aspect_ratio_embedder",
+    "relative_attention_bias",
+))  # fmt: skip
+MOST = max(atom.count("_") for atom in ATOMS) + 1  # words of an atom
+COMPONENTS = {  # the prefix of a flattened name -> the component of a pipeline, by diffusers' names
+    "lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3", "lora_transformer": "transformer",
+    "lora_prior_unet": "prior", "lora_prior_te": "text_encoder", "lycoris": "",
+}  # fmt: skip
+FLAT = re.compile(f"({'|'.join(sorted(COMPONENTS, key=len, reverse=True))})_([A-Za-z0-9_]+)")
+FLUX = re.compile(r"(double|single)_blocks_")
+BEFORE = re.compile(r"(unet\.|transformer\.|text_encoder(?:_[0-9])?\.)?(?:base_model\.model\.)+")
+XLABS = re.compile(r"((double|single)_blocks\.[0-9]+)\.processor\.(qkv|proj)_lora([12]?)")
+STREAMS = {"1": "img_attn", "2": "txt_attn"}  # of a double block in XLabs' files
+SINGLE = {"qkv": "linear1", "proj": "linear2"}  # and of a single one
+OLD = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
+OLD_TEXT = {
+    "to_q_lora": "q_proj", "to_k_lora": "k_proj", "to_v_lora": "v_proj", "to_out_lora": "out_proj",
+}  # fmt: skip
+TORCHTUNE = {
+    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj", "tok_embeddings": "model.embed_tokens", "output": "lm_head",
+}  # fmt: skip
+
+
+def dotted(flat: str) -> str:
+    """A flattened path with its dots, as far as `ATOMS` has its names: "mid_block_attentions_0" and so on."""
+    words, parts = flat.strip("_").split("_"), []
+    while words:
+        for n in range(min(MOST, len(words)), 0, -1):
+            if n == 1 or "_".join(words[:n]) in ATOMS:
+                parts.append("_".join(words[:n]))
+                words = words[n:]
+                break
+    return ".".join(parts)
+
+
+def is_flux(name: str) -> bool:
+    """Whether a flattened name is that of a block of Flux: kohya calls its transformer a U-Net, too."""
+    match = FLAT.fullmatch(name)
+    return bool(match and match[1] == "lora_unet" and FLUX.match(match[2]))
+
+
+def path_of(name: str, flux: bool = False) -> str:
+    """The path of a module in the model, from its name in a file of any tool but torchtune.
+
+    `flux` says that what the file calls a U-Net is Flux's transformer.
+    """
+    if match := FLAT.fullmatch(name):
+        component = "transformer" if flux and match[1] == "lora_unet" else COMPONENTS[match[1]]
+        return ".".join(filter(None, (component, dotted(match[2]))))
+    if match := XLABS.fullmatch(name):
+        inner = f"{STREAMS[match[4]]}.{match[3]}" if match[4] else SINGLE[match[3]]
+        return f"transformer.{match[1]}.{inner}"
+    name = BEFORE.sub(lambda match: match[1] or "", name, count=1) if BEFORE.match(name) else name
+    above, _, last = name.replace(".processor.", ".").rpartition(".")
+    last = (OLD_TEXT if "text_encoder" in above or "text_model" in above else OLD).get(last, last)
+    return f"{above}.{last}" if above else last
+
+
+def of_torchtune(name: str) -> str:
+    """Hugging Face's path of a module of torchtune's Llama: layers.0.attn.q_proj and so on."""
+    name = name.removeprefix("base_model.model.")
+    match = re.fullmatch(r"(?:(layers\.[0-9]+)\.)?(.+)", name)
+    inner = TORCHTUNE.get(match[2], match[2]) if match else name
+    return f"model.{match[1]}.{inner}" if match and match[1] else inner
