@@ -1991,10 +1991,10 @@ MUTANTS = (
            "worth = [(S[i] ** 2, m)", "reading"),
     Mutant("pointer-of-lfs-unseen", "formats/safetensors.py", "start.startswith(POINTER):", "start == POINTER:",
            "recognise"),
-    Mutant("a-model-taken-for-nothing", "lora_files/recognise.py", r'(r"config\.json", r"(pyt', r'(r"config", r"(pyt', "recognise"),
+    Mutant("a-model-taken-for-nothing", "lora_files/recognise.py", 'return "config.json" in names and', 'return "config" in names and', "recognise"),
     Mutant("checkpoints-in-order-of-letters", "lora_files/recognise.py", "int(match[2][:18] or 0)", "0", "recognise"),
-    Mutant("the-file-is-not-its-folder", "lora_files/recognise.py", "if path.name in (CONFIG, WEIGHTS) and",
-           "if path.name in (CONFIG,) and", "recognise"),
+    Mutant("the-file-is-not-its-folder", "lora_files/recognise.py", "if path.name in (CONFIG, WEIGHTS, ",
+           "if path.name in (CONFIG, ", "recognise"),
     # ---- the fuzzers of bases: folders and GGUF files
     Mutant("gguf-rows-are-no-pairs", "formats/gguf.py", "if heads and len(W) % (2 * heads):",
            "if heads and len(W) % heads:", "gguf"),

@@ -42,10 +42,6 @@ def read_mlx(tensors: Tensors, keys: Keys, scale: float, notes: tuple[str, ...] 
     entries: dict[str, Entry] = {}
     alphas: dict[str, float] = {}
     for module, part in keys.parts.items():
-        for half in ("a", "b"):
-            if half not in part:
-                there = next(iter(part.values()))
-                raise MismatchError(f"{tensors.where}: {module} has no lora_{half}; there is {there}")
         a, b = (tensors.shapes[part[half]] for half in ("a", "b"))
         if len(a) == len(b) == 3 and a[0] == b[0]:
             for expert in range(a[0]):
@@ -99,7 +95,7 @@ def unturned(tool: str) -> str:
 def rows_of(
     where: str, module: str, heads: tuple[int, int] | None
 ) -> Callable[[np.ndarray], np.ndarray] | None:
-    """What puts the rows of a module, pairs (2j, 2j+1) of each head, into Hugging Face's order; None if nothing."""
+    """What brings rows in pairs (2j, 2j+1) of each head into Hugging Face's order; None if they are not."""
     last = module.rpartition(".")[2]
     if heads is None or last not in ("q_proj", "k_proj"):
         return None
@@ -124,10 +120,6 @@ def read_loralib(tensors: Tensors, keys: Keys, alpha: float | None, r: int | Non
     entries: dict[str, Entry] = {}
     alphas, merged = {}, []
     for module, part in keys.parts.items():
-        for name in ("A", "B"):
-            if name not in part:
-                there = next(iter(part.values()))
-                raise MismatchError(f"{tensors.where}: {module} has no lora_{name}; there is {there}")
         a, b = (tensors.shapes[part[name]] for name in ("A", "B"))
         rows, inner = (*a, 0)[0], (*b, 0, 0)[1]
         if len(a) != 2 or len(b) != 2 or rows % r or inner % r or not rows or rows % inner:

@@ -59,7 +59,7 @@ OTHERS = {  # how the names of what is no LoRA end -> its name
     r"\.base_layer\.(weight|bias)": "copy of the base",
     r"\.(weight|bias)": "full weight",
 }
-FACTORS = ("A", "B", "a", "b", "table A", "table B")
+HALVES = {"A": "B", "B": "A", "a": "b", "b": "a", "table A": "table B", "table B": "table A"}
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -88,7 +88,7 @@ class Keys:
 
 
 def sort_out(where: str, keys: Iterable[str]) -> Keys:
-    """Sort the names of tensors; MismatchError if two are the same part of the same module."""
+    """Sort the names of tensors; MismatchError for the same part twice, or one factor without the other."""
     keys, found, apart = sorted(keys), Keys(), set()
     control, flux = MARKER in keys, any(is_flux(parsed(key)[0]) for key in keys)
     for key in keys:
@@ -104,8 +104,12 @@ def sort_out(where: str, keys: Iterable[str]) -> Keys:
         if part in own:
             raise MismatchError(f"{where}: {own[part]} and {key} are the same part of {module}")
         own[part] = key
-        if part in FACTORS:
+        if part in HALVES:
             found.tools[module] = tool
+    for module, part in found.parts.items():
+        for half, other in HALVES.items():
+            if half in part and other not in part:
+                raise MismatchError(f"{where}: {part[half]} is one factor of {module}; the other is missing")
     for module in [module for module in found.parts if module not in found.tools]:
         for key in found.parts.pop(module).values():
             if parsed(key)[0] not in apart:  # an alpha of what is no LoRA

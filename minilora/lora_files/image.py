@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, short
+from ..errors import ConfigError, StorageError, short
 from ..formats.safetensors import Tensors, json_object
 from ..table import counted
 from .contents import (
@@ -31,6 +32,7 @@ from .contents import (
     product,
 )
 from .grammar import Keys
+from .recognise import CONFIG
 
 PEFTS = "base_model.model."  # the beginning of PEFT's names
 CONFIGS = "lora_adapter_metadata"  # in diffusers' headers: PEFT's config of each component
@@ -41,8 +43,8 @@ SPLIT = "processor.qkv_lora."  # XLabs adapts q, k and v of a single block's lin
 def read_image(tensors: Tensors, keys: Keys, alpha: float | None = None) -> Contents:
     """The contents of a file; `alpha` is for modules that have none there.
 
-    MismatchError for tensors that do not belong together, FormatError for a damaged header, ConfigError if
-    the names are those of a PEFT folder, whose config tells the scale, and there is no alpha.
+    MismatchError for tensors that do not belong together, FormatError for a damaged header, StorageError if
+    the names are those of a PEFT folder, whose config is not there, and there is no alpha.
     """
     entries: dict[str, Entry] = {}
     alphas: dict[str, float] = {}
@@ -68,8 +70,8 @@ def read_image(tensors: Tensors, keys: Keys, alpha: float | None = None) -> Cont
     if without:
         first = next(iter(keys.parts[without[0]].values()))
         if first.startswith(PEFTS):
-            what = "its names are those of a PEFT folder, and there is no config beside it"
-            raise ConfigError(f"{tensors.where}: {what}; give the alpha that it was trained with")
+            what = f"is missing, and only it has the scale of {Path(tensors.where).name}; or give the alpha"
+            raise StorageError(f"{Path(tensors.where).with_name(CONFIG)}: {what}")
         what = counted(len(without), "module has", "modules have")
         notes.append(f"{what} no alpha, so the scale is 1, whatever it was in training, as for {without[0]}")
     tool, *more = dict.fromkeys(keys.tools[module] for module in keys.parts)

@@ -22,20 +22,22 @@ STEP = re.compile(r"(.*?)(\d*)")  # checkpoint-500 after checkpoint-60
 WANTED = f"expected a folder with {CONFIG} and {WEIGHTS}, or a LoRA file of another tool"
 PICKLE = "a pickle runs code and is never opened"
 ELSEWHERE = (  # for a pickle {0}
-    'where torch is installed, this makes a file of it that is: python -c "import torch; from safetensors.torch '
-    "import save_file; save_file(torch.load('{0}', weights_only=True), '{1}.safetensors')\""
+    'where torch is installed, this makes a file of it that is: python -c "import torch; from '
+    "safetensors.torch import save_file; save_file(torch.load('{0}', weights_only=True), "
+    "'{1}.safetensors')\""
 )
 LARGEST = 1 << 23  # bytes of a config; peft/config.py says why
 FILES = {  # the file of a LoRA in a folder without PEFT's config -> its form; the first that is there counts
-    r"adapters\.safetensors": SINGLE, r"adapters\.npz": MLX_ARRAYS, r"pytorch_lora_weights\.safetensors": SINGLE,
-    r"adapter_model\.safetensors": SINGLE, r".*\.gguf": GGUF, r".*\.safetensors": SINGLE,
+    r"adapters\.safetensors": SINGLE, r"adapters\.npz": MLX_ARRAYS,
+    r"pytorch_lora_weights\.safetensors": SINGLE, r"adapter_model\.safetensors": SINGLE,
+    r".*\.gguf": GGUF, r".*\.safetensors": SINGLE,
 }  # fmt: skip
 MODEL = re.compile(r"(pytorch_)?model.*\.(safetensors|bin).*", re.DOTALL)
 PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)", re.DOTALL)
 
 
 def recognised(given: Path | str) -> tuple[str, Path]:
-    """The form of the LoRA at a path (PEFT, MLX, ...) and its folder or file, which the path may be inside of.
+    """The form of the LoRA at a path (PEFT, MLX, ...) and its folder or file; the path may be one in it.
 
     StorageError if nothing is there, FormatError for a pointer of Git LFS, UnsupportedError for anything that
     is no LoRA; each says what it is.

@@ -132,11 +132,11 @@ def open_adapter(
     r: int | None = None,
     heads: tuple[int, int] | None = None,
 ) -> Adapter:
-    """Open a LoRA: PEFT's folder, or any tool's file or folder; what it holds, and where it contradicts itself.
+    """Open a LoRA, PEFT's folder or any tool's file: what it holds, and where it contradicts itself.
 
-    `alpha` and `r` are for files without them (PEFT's without its config, torchtune's, loralib's). `heads`, the
-    base's numbers of query and key heads, bring rows of q and k in llama.cpp's and torchtune's files into
-    Hugging Face's order. Numbers are read now only to check the digest in minilora's own files.
+    `alpha` and `r` are for files without them (PEFT's without its config, torchtune's, loralib's). `heads`,
+    the base's numbers of query and key heads, bring the rows of q and k in llama.cpp's and torchtune's files
+    into Hugging Face's order. Numbers are read now only for a scale, or a digest in minilora's own files.
     StorageError, FormatError, ConfigError, UnsupportedError or MismatchError name file and field or tensor.
     """
     form, where = recognised(path)

@@ -605,7 +605,7 @@ REFUSED = [
             [False, 144], ["0", "144"])]),
     (52, "metadata", FILE, FormatError, "__metadata__ is .*expected strings",
         [header(lambda head, new=new: head | {"__metadata__": new})
-         for new in (None, [], "x", 3, {"a": 1}, {"a": None}, {"a": {}}, {"format": "pt", ESC: 1})]),
+         for new in ([], "x", 3, {"a": 1}, {"a": None}, {"a": {}}, {"format": "pt", ESC: 1})]),
     (53, "bombs", FILE, FormatError, "header|overlap", [
         header(lambda head: b'{"a":' * 100_000), header(lambda head: b'{"a":' + DEEP + b"}"),
         bombs(100_001, ZERO), bombs(120_000, {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}),

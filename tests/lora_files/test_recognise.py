@@ -14,7 +14,7 @@ from minilora.analysis.inspect import inspect
 from minilora.cli import main
 from minilora.compose.export import merge_checkpoint
 from minilora.compose.truncate import compress
-from minilora.errors import FormatError, MismatchError, StorageError, UnsupportedError
+from minilora.errors import ConfigError, FormatError, MismatchError, StorageError, UnsupportedError
 from minilora.formats.huggingface import load
 from minilora.peft.folder import open_adapter
 from minilora.peft.loading import load_adapter
@@ -114,52 +114,70 @@ KINDS = {  # what it is -> error, what it says, how to get there
     ),
     "a pickle": (
         UnsupportedError,
-        "adapter_model.bin only: a pickle",
+        "'adapter_model.bin' only: a pickle.*python -c .*'adapter_model.bin', weights_only=True",
         both(only(CONFIG), put("adapter_model.bin")),
     ),
     "a pickle by its path": (
         UnsupportedError,
-        "a pickle",
+        r"a pickle.*save_file.*'adapter_model.safetensors'",
         at("adapter_model.bin", only(CONFIG), put("adapter_model.bin")),
     ),
-    "torchtune's checkpoint": (UnsupportedError, "has pickles only", put("adapter_0.pt")),
-    "kohya's file": (
-        UnsupportedError,
-        "kohya",
+    "a pickle by its bytes": (UnsupportedError, "a pickle", at("lora", put("lora", b"\x80\x02}q\x00."))),
+    "torchtune's checkpoint": (UnsupportedError, "'adapter_0.pt' only: a pickle", put("adapter_0.pt")),
+    "one half of a pair": (
+        MismatchError,
+        "_to_q.lora_down.weight is one factor of unet.down_blocks.0.to_q; the other is missing",
         at("a.safetensors", tensors("a.safetensors", "lora_unet_down_blocks_0_to_q.lora_down.weight")),
+    ),
+    "one half beside MLX's config": (
+        MismatchError,
+        "model.q_proj.lora_b is one factor of model.q_proj",
+        both(put(CONFIG, MLX.encode()), tensors("adapters.safetensors", "model.q_proj.lora_b")),
+    ),
+    "MLX's config without its file": (
+        StorageError,
+        "adapters.safetensors: is missing",
+        put(CONFIG, MLX.encode()),
+    ),
+    "a module by two names": (
+        MismatchError,
+        "are the same part of unet.mid_block.x",
+        tensors("a.safetensors", "unet.mid_block.x.lora_A.weight", "lora_unet_mid_block_x.lora_down.weight"),
+    ),
+    "a mixture of tools": (
+        MismatchError,
+        "names of MLX and of PEFT; expected those of one tool",
+        tensors("a.safetensors", "x.lora_a", "x.lora_b", "y.lora_A.weight", "y.lora_B.weight"),
+    ),
+    "several files": (
+        UnsupportedError,
+        "has 2 files, such as 'a.safetensors'; expected one",
+        both(tensors("a.safetensors", "x.lora_a"), tensors("b.safetensors", "x.lora_a")),
     ),
     "kohya's tensors": (
         MismatchError,
         "kohya",
         both(only(CONFIG), tensors(WEIGHTS, "lora_te1_text_model_q.lora_up.weight")),
     ),
-    "diffusers' file": (
-        UnsupportedError,
-        "LoRA of diffusers",
-        at(
-            "pytorch_lora_weights.safetensors",
-            tensors("pytorch_lora_weights.safetensors", "unet.mid_block.to_q.lora_A.weight"),
-        ),
-    ),
-    "diffusers' folder": (
-        UnsupportedError,
-        "LoRA of diffusers",
-        tensors("pytorch_lora_weights.safetensors", "unet.q.lora.up.weight"),
-    ),
-    "MLX's folder": (
-        UnsupportedError,
-        "adapter of MLX",
-        both(put(CONFIG, MLX.encode()), tensors("adapters.safetensors", "a.lora_a")),
-    ),
-    "MLX's folder without a config": (
-        UnsupportedError,
-        "adapter of MLX",
-        tensors("adapters.safetensors", "a.lora_a"),
-    ),
     "MLX's tensors": (
         MismatchError,
         "MLX",
         both(only(CONFIG), tensors(WEIGHTS, "model.layers.0.q_proj.lora_a")),
+    ),
+    "no LoRA but a LoKr": (
+        UnsupportedError,
+        r"holds no LoRA but LoKr \(2 modules\)",
+        tensors("a.safetensors", "lora_unet_x.lokr_w1", "lora_unet_x.lokr_w2_a", "lora_unet_y.lokr_w1"),
+    ),
+    "loralib's dictionary": (
+        ConfigError,
+        "a file of loralib does not have the scale; give alpha and r",
+        tensors("a.safetensors", "fc.lora_A", "fc.lora_B"),
+    ),
+    "torchtune's dictionary": (
+        ConfigError,
+        "a file of torchtune does not have the scale; give alpha",
+        tensors("a.safetensors", "layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"),
     ),
     "a model's tensors": (
         UnsupportedError,
@@ -167,12 +185,11 @@ KINDS = {  # what it is -> error, what it says, how to get there
         at("model.safetensors", tensors("model.safetensors", "model.norm.weight")),
     ),
     "an adapter's file without its config": (
-        UnsupportedError,
-        "no adapter_config.json beside it",
-        at("b.safetensors", tensors("b.safetensors", KEY)),
+        StorageError,
+        "adapter_config.json: is missing, and only it has the scale of b.safetensors",
+        at("b.safetensors", tensors("b.safetensors", KEY, KEY.replace("_A", "_B"))),
     ),
-    "llama.cpp's file": (UnsupportedError, "file of llama.cpp", at("a.gguf", put("a.gguf", b"GGUF"))),
-    "llama.cpp's folder": (UnsupportedError, "file of llama.cpp", put("a-f16.gguf", b"GGUF")),
+    "the beginning of llama.cpp's file": (FormatError, "header", at("a", put("a", b"GGUF"))),
     "a name on the hub": (
         StorageError,
         "hf download someone/their-lora.v2 --local-dir their-lora.v2",
@@ -210,7 +227,7 @@ def table():
 
 
 def test_the_second_table_of_bad_files_matches_the_tests():
-    """`python tests/peft/test_recognise.py` prints it."""
+    """`python tests/lora_files/test_recognise.py` prints it."""
     assert table() in (Path(__file__).parents[2] / "benchmarks/results/bad_files.md").read_text()
 
 

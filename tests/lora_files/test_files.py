@@ -1,0 +1,284 @@
+"""Every tool's own file gives the ΔW that the tool computed, to rounding; fixtures/lora_files says whose."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minilora as ml
+from minilora.errors import MismatchError, UnsupportedError
+from minilora.formats.safetensors import open_tensors
+from minilora.lora_files.grammar import parsed, sort_out
+from minilora.lora_files.names import of_torchtune, path_of
+from minilora.peft.folder import check_agreement
+
+ROOT = Path(__file__).parents[1] / "fixtures/lora_files"
+READ = sorted(str(f.parent.relative_to(ROOT)) for f in ROOT.glob("*/*/expected.npz"))
+UNIT = 2.0**-24  # of float32, in which the tools computed
+
+
+def how(name):
+    """What a file does not hold, as its user gives it."""
+    about = json.loads((ROOT / name / "expected.json").read_text())
+    if name.startswith("torchtune"):
+        return {"alpha": about["alpha"], "heads": (about["num_heads"], about["num_kv_heads"])}
+    if name.startswith("loralib"):
+        return {"alpha": about["lora_alpha"], "r": about["r"]}
+    if name.startswith("gguf"):
+        config = json.loads((ROOT / name / "base_config.json").read_text())
+        return {"heads": (config["num_attention_heads"], config["num_key_value_heads"])}
+    return {}
+
+
+def expected(name):
+    """Module -> the tool's ΔW and perhaps W, by our names of modules."""
+    with np.load(ROOT / name / "expected.npz") as file:
+        held = dict(file)
+    prefix = next((p for p in ("BA::", "hf::") if any(key.startswith(p) for key in held)), "")
+    changes = {key[len(prefix) :].lstrip("."): held[key] for key in held if key.startswith(prefix)}
+    changes = {key: dW for key, dW in changes.items() if "::" not in key}
+    renamed = {
+        "transformer_bfl.": "transformer.",
+        "unet.": "" if name.startswith("diffusers_old") else "unet.",
+    }
+    for old, new in renamed.items():
+        changes = {
+            key.replace(old, new, 1) if key.startswith(old) else key: dW for key, dW in changes.items()
+        }
+    return changes, held
+
+
+def change(adapter, module):
+    """ΔW (O, I) in float64, a convolution's as a matrix, an embedding's (V, D)."""
+    A, B = (x.astype(np.float64) for x in adapter.factors(module))
+    dW = adapter.pairs[module].scale * (B @ A)
+    return dW.T if adapter.pairs[module].embedding else dW
+
+
+def assert_same(adapter, module, dW, weight=None):
+    """The same matrix, where each entry is a sum of r products of two values, times a scale, in float32.
+
+    `weight` is the largest |W| where a tool merges, so that its ΔW is the rounded W + ΔW less W.
+    """
+    ours, (A, B), pair = change(adapter, module), adapter.factors(module), adapter.pairs[module]
+    size = abs(pair.scale) * (abs(B).astype(np.float64) @ abs(A).astype(np.float64))
+    off = abs(ours - dW.astype(np.float64).reshape(ours.shape))
+    size = size.T if pair.embedding else size
+    bound = (pair.r + 3) * UNIT * size + (0 if weight is None else 2 * UNIT * (weight + size))
+    assert (off <= bound).all(), module
+
+
+OTHERWISE = (  # read below, with what their files do not hold or hold in another form
+    "gguf/", "loralib/", "torchtune/", "peft/bin_old", "peft/dora", "peft/conv2d_dora", "mlx/dora",
+    "mlx/moe_switch", "kohya_flux/converted_back", "synthetic_names/xlabs", "kohya_lycoris/refuse",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in READ if not name.startswith(OTHERWISE)])
+def test_every_module_of_a_file_has_the_tools_own_change(name):
+    folder = ROOT / name
+    adapter = ml.open_adapter(folder / "style" if name.endswith("subfolder") else folder, **how(name))
+    changes, _ = expected(name)
+    assert changes.keys() == adapter.pairs.keys()
+    for module, dW in changes.items():
+        turned = adapter.settings.fan_in_fan_out
+        assert_same(adapter, module, dW.T if turned else dW)
+
+
+@pytest.mark.parametrize(
+    "name", ["peft/dora", "peft/conv2d_dora", "mlx/dora", "kohya_lycoris/dora_wd_out", "torchtune/dora"]
+)
+def test_magnitudes_scale_the_rows_as_in_the_tool(name):
+    """W' = m (W + ΔW) / |W + ΔW|; LyCORIS adds float32's eps to the norm."""
+    adapter = ml.open_adapter(ROOT / name, **how(name))
+    _, held = expected(name)
+    assert adapter.settings.flags == {"use_dora"}
+    if name.startswith("torchtune"):  # its own weights are there in its own order
+        adapter = ml.open_adapter(ROOT / name, **how(name) | {"heads": None})
+        own = [key.removeprefix("W::tune::") for key in held if key.startswith("W::tune::")]
+        held = {f"{w}::{of_torchtune(m)}": held[f"{w}::tune::{m}"] for w in ("W", "Wmerged") for m in own}
+    for module, pair in adapter.pairs.items():
+        W = held[f"W::{module}"].astype(np.float64).reshape(pair.shape)
+        merged = held[f"Wmerged::{module}"].astype(np.float64).reshape(pair.shape)
+        m = adapter.value(pair.vectors["lora_magnitude_vector"]).astype(np.float64).reshape(-1, 1)
+        whole = W + change(adapter, module)
+        norm = np.linalg.norm(whole, axis=1, keepdims=True)
+        A, B = (abs(x).astype(np.float64) for x in adapter.factors(module))
+        size = abs(W) + abs(pair.scale) * (B @ A)  # of what is summed in float32
+        off = (pair.r + 4) * UNIT * (size + np.linalg.norm(size, axis=1, keepdims=True) * abs(whole) / norm)
+        off += (pair.shape[1] * UNIT + 2 * UNIT / norm) * abs(whole)
+        assert (abs(m * whole / norm - merged) <= abs(m) / norm * off).all(), module
+
+
+def test_magnitudes_of_inputs_are_counted_and_left_aside():
+    adapter = ml.open_adapter(ROOT / "kohya_lycoris/dora_wd_in_old")
+    assert not any(pair.vectors for pair in adapter.pairs.values())
+    (doubt,) = adapter.doubts
+    assert doubt.startswith(f"magnitude of each input: {len(adapter.pairs)} modules are not in the numbers")
+
+
+def test_the_experts_of_a_switch_are_modules_of_their_own():
+    adapter = ml.open_adapter(ROOT / "mlx/moe_switch")
+    changes, _ = expected("mlx/moe_switch")
+    experts = {f"{m}.{e}": dW[e] for m, dW in changes.items() if dW.ndim == 3 for e in range(len(dW))}
+    whole = {m: dW for m, dW in changes.items() if dW.ndim == 2} | experts
+    assert whole.keys() == adapter.pairs.keys()
+    for module, dW in whole.items():
+        assert_same(adapter, module, dW)
+
+
+def test_flux_keeps_its_fused_maps():
+    """XLabs adapts the rows of q, k and v of a single block's linear1; a converter of kohya's splits them."""
+    split, _ = expected("synthetic_names/xlabs_flux")
+    adapter = ml.open_adapter(ROOT / "synthetic_names/xlabs_flux")
+    parts = {
+        "img_attn.qkv": ("to_q", "to_k", "to_v"),
+        "txt_attn.qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+        "img_attn.proj": ("to_out.0",),
+        "txt_attn.proj": ("to_add_out",),
+    }
+    seen = 0
+    for module in adapter.pairs:
+        _, kind, n, inner = module.split(".", 3)
+        if kind == "double_blocks":
+            names = [f"transformer.transformer_blocks.{n}.attn.{part}" for part in parts[inner]]
+        elif inner == "linear2":
+            names = [f"transformer.single_transformer_blocks.{n}.proj_out"]
+        else:
+            names = [f"transformer.single_transformer_blocks.{n}.attn.to_{part}" for part in "qkv"]
+        seen += len(names)
+        dW = np.concatenate([split[name] for name in names])
+        if inner == "linear1":
+            dW = np.pad(dW, ((0, 4 * len(dW) // 3), (0, 0)))
+        assert_same(adapter, module, dW)
+    assert seen == len(split)
+    back = ml.open_adapter(ROOT / "kohya_flux/converted_back_block_diagonal")
+    with np.load(ROOT / "kohya_flux/converted_back_block_diagonal/expected.npz") as changes:
+        assert {path_of(name, flux=True) for name in changes} == back.pairs.keys()
+        for name, dW in changes.items():
+            assert_same(back, path_of(name, flux=True), dW)
+
+
+@pytest.mark.parametrize("name", ["torchtune/lora", "gguf/llama_gqa", "gguf/embed_gguf"])
+def test_rows_of_queries_and_keys_come_into_hugging_faces_order_with_the_heads(name):
+    (path,) = (ROOT / name).glob("*.f32.gguf" if name.startswith("gguf") else "*.safetensors")
+    with np.load(ROOT / name / "expected.npz") as held:
+        ours, theirs = (
+            ml.open_adapter(path, **how(name)),
+            ml.open_adapter(path, **how(name) | {"heads": None}),
+        )
+        assert not ours.doubts
+        assert "the rows of q_proj and k_proj are in" in theirs.doubts[0]
+        about = json.loads((ROOT / name / "expected.json").read_text())
+        own = {f"hf::{m['hf']}": f"gguf::{n}" for n, m in about.get("modules", {}).items()}
+        own |= {f"hf::{of_torchtune(n[6:])}": n for n in held if n.startswith("tune::")}
+        changes = {key.removeprefix("hf::"): key for key in held if key.startswith("hf::")}
+        assert changes.keys() == ours.pairs.keys() == theirs.pairs.keys()
+        for module, key in changes.items():
+            merged = 1.0 if name.startswith("torchtune") else None
+            assert_same(ours, module, held[key], merged)
+            assert_same(theirs, module, held[own[key]], merged)
+            moved = module.endswith(("q_proj", "k_proj"))
+            assert np.array_equal(change(ours, module), change(theirs, module)) is not moved
+
+
+@pytest.mark.parametrize("heads", [(3, 2), (4, 3)])
+def test_rows_that_are_no_pairs_of_every_head_are_refused(heads):
+    adapter = ml.open_adapter(ROOT / "gguf/llama_gqa/llama_gqa.f32.gguf", heads=heads)
+    with pytest.raises(MismatchError, match="expected pairs for 3 heads"):
+        [adapter.factors(module) for module in adapter.pairs]
+
+
+def rounding(a, kind):
+    """The largest error of values stored in a type of GGUF, by entry."""
+    size = abs(a).astype(np.float64)
+    if kind == "Q8_0":  # of 32 values: multiples of the largest / 127, which is a float16
+        largest = size.reshape(-1, 32).max(1, keepdims=True) * np.ones((1, 32))
+        return largest.reshape(a.shape) * (0.5 / 127 + 2.0**-11)
+    return size * {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}[kind]  # a bfloat16 is cut off
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_factors_in_gguf_are_those_of_the_source_to_the_rounding_of_their_type(kind):
+    name = "gguf/llama_gqa"
+    source = ml.open_adapter(ROOT / name / "source_peft")
+    adapter = ml.open_adapter(ROOT / name / f"llama_gqa.{kind}.gguf", **how(name))
+    assert adapter.pairs.keys() == source.pairs.keys()
+    seen = set()
+    for module, pair in adapter.pairs.items():
+        assert pair.scale == source.pairs[module].scale
+        for key, ours, theirs in zip(
+            (pair.A, pair.B), adapter.factors(module), source.factors(module), strict=True
+        ):
+            seen.add(adapter.tensors.dtypes[key])
+            bound = rounding(theirs, adapter.tensors.dtypes[key])
+            assert (abs(ours.astype(np.float64) - theirs) <= bound + 2.0**-25).all(), (
+                key
+            )  # 2**-25: subnormals
+    assert kind.upper() in seen
+
+
+def test_a_gguf_has_lost_the_scale_of_rslora_and_its_own_reading_is_taken():
+    adapter = ml.open_adapter(ROOT / "gguf/qwen_small/qwen_small.f32.gguf")
+    source = ml.open_adapter(ROOT / "gguf/qwen_small/source_peft")
+    assert not adapter.doubts  # a Qwen's rows are not reordered
+    for module, pair in adapter.pairs.items():
+        assert pair.scale == pytest.approx(source.pairs[module].scale / pair.r**0.5, rel=4 * 2.0**-53)
+        for ours, theirs in zip(adapter.factors(module), source.factors(module), strict=True):
+            assert np.array_equal(ours, theirs)
+
+
+def test_loralibs_merged_maps_convolutions_and_tables():
+    adapter = ml.open_adapter(ROOT / "loralib/net", **how("loralib/net"))
+    with np.load(ROOT / "loralib/net/expected.npz") as held:
+        assert_same(adapter, "fc", held["fc"])
+        assert_same(adapter, "emb", held["emb"].T, weight=4.0)  # drawn from a normal distribution
+        assert_same(adapter, "c_attn", held["c_attn"].T)
+        assert_same(adapter, "conv", held["conv"])
+        parts = held["qkv"].reshape(3, 12, 12)
+        assert not parts[1].any()  # not adapted, and not in the file
+        assert_same(adapter, "qkv", parts[[0, 2]].reshape(24, 12))
+    assert [note.partition(" ")[0] for note in adapter.notes] == ["c_attn", "qkv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("refuse_loha", r"holds no LoRA but LoHa \(54 modules\)"),
+        ("refuse_lokr", r"holds no LoRA but LoKr \(54 modules\)"),
+        ("refuse_full_diff_norm", r"but full difference \(4 modules\), difference of a bias \(4 modules\)"),
+    ],
+)
+def test_what_is_no_lora_is_refused_by_name_and_number(name, says):
+    with pytest.raises(UnsupportedError, match=says):
+        ml.open_adapter(ROOT / "kohya_lycoris" / name)
+
+
+def test_what_is_no_lora_beside_one_is_said_and_a_model_refuses_it():
+    adapter = ml.open_adapter(ROOT / "synthetic_names/comfy_diffusion_model")
+    assert [doubt.partition(",")[0] for doubt in adapter.doubts] == [
+        "full difference: 1 module is not in the numbers",
+        "difference of a bias: 1 module is not in the numbers",
+    ]
+    with pytest.raises(MismatchError, match="not in the numbers"):
+        check_agreement(adapter)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_tensor_of_a_file_is_a_part_of_a_module_or_reported(name):
+    for path in (ROOT / name).glob("*.safetensors"):
+        keys = set(open_tensors(path))
+        sorted_out = sort_out(str(path), keys)
+        parts = [key for part in sorted_out.parts.values() for key in part.values()]
+        others = {name for names in sorted_out.others.values() for name in names}
+        rest = keys - {*parts}
+        assert len(parts) + len(rest) == len(keys)
+        assert {parsed(key)[0] for key in rest} <= others
+
+
+def test_a_file_that_mixes_styles_is_read_whole():
+    """diffusers' own script writes it, and diffusers judges it by the first name: 8 of 40 modules."""
+    adapter = ml.open_adapter(ROOT / "diffusers/sd15_dreambooth_script")
+    assert len(adapter.pairs) == 44
+    assert any("others of" in note for note in adapter.notes)
