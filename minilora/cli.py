@@ -289,9 +289,9 @@ def parser() -> argparse.ArgumentParser:
     add("adapter", "a PEFT folder", metavar="ADAPTER")
     add("out", "the new adapter's folder", metavar="OUT")
     choice(add)
-    add("--conv-rank", "rank of convolutions, where it is another", **number)
-    add("--dynamic", "kohya's rule for each module's rank: sv_ratio, sv_fro or sv_cumulative; the two ranks "
-        "above are then bounds", metavar="NAME")  # fmt: skip
+    add("--conv-rank", "rank of convolutions, instead of --rank", **number)
+    add("--dynamic", "kohya's rule for each module's rank: sv_ratio, sv_fro or sv_cumulative; --rank and "
+        "--conv-rank are then bounds", metavar="NAME")  # fmt: skip
     add("--param", "the share of |ΔW| (sv_fro) or of the sum of singular values (sv_cumulative) to keep, or "
         "the largest ratio of two that are kept (sv_ratio)", type=float, metavar="P")  # fmt: skip
     add("--minimum", "leave out the one singular value that kohya keeps beyond what its rule needs", **switch)

@@ -50,8 +50,8 @@ def extract(
     decomposed twice. The residuals are measured on the written file.
 
     `min_diff`: a map of which no entry differs by more is left out, and counted in a note. (kohya's script
-    asks this of the text encoder as a whole.) `clamp_quantile`: below 1, the factors are clamped as `clamped`
-    explains, which always moves ΔW away from the optimum; the residual beside it is what that costs.
+    asks this of the text encoder as a whole.) `clamp_quantile`: below 1 the factors are clamped, as `clamped`
+    explains; the result is no longer the nearest, and the residual beside the optimum tells what that costs.
 
     ConfigError for an option; MismatchError if a map has two shapes or nothing can be compared; InputError if
     one checkpoint is only the other, rounded to fewer bits, or a clamp would leave nothing.
@@ -122,7 +122,8 @@ def extract(
             tensors[f"{PREFIX}{module}.lora_{half}.weight"] = factor.astype(np.float32)
     if clamp_quantile < 1:
         notes.append(
-            f"factors are clamped at their {clamp_quantile:g} quantile; without, only the optimum is lost"
+            f"the factors are clamped at their {clamp_quantile:g} quantile, which makes the residual larger than "
+            "the optimum"
         )
     modules = [name.removesuffix(".weight") for name in before.shapes]
     config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(parts)))
@@ -140,8 +141,8 @@ def extract(
 def clamped(B: np.ndarray, A: np.ndarray, quantile: float, module: str) -> tuple[np.ndarray, np.ndarray]:
     """B (O, k) and A (k, I) clamped to plus and minus the quantile of all their entries, signs and all.
 
-    As in kohya's extract_lora_from_models.py, where B = U S and A = Vᵀ. The loss may be many times the
-    optimum's, and has no bound. InputError if the quantile is not positive.
+    As in kohya's extract_lora_from_models.py, where B = U S and A = Vᵀ. Their product is no longer the
+    nearest: not even a change of rank k is recovered. InputError if the quantile is not positive.
     """
     bound = float(np.quantile(np.concatenate([B.ravel(), A.ravel()]), quantile))
     if bound <= 0:
@@ -155,7 +156,8 @@ def clamped(B: np.ndarray, A: np.ndarray, quantile: float, module: str) -> tuple
 def upright(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """B and A with the same product, of whose i-th column and row the largest entry of all is positive.
 
-    The signs of singular vectors come in pairs that LAPACK chooses as it likes, and a clamp depends on them.
+    Signs of singular vectors come in pairs, as LAPACK likes them, and a clamp depends on them. kohya's script
+    takes them as they come.
     """
     both = np.concatenate([B, A.T])
     signs = np.sign(np.take_along_axis(both, abs(both).argmax(0)[None], 0))

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import ConfigError, check_float, check_int, nearest, short
 from ..spectra import rank_at
+from ..table import counted
 
 DYNAMIC = ("sv_ratio", "sv_fro", "sv_cumulative")
 ZERO = 1e-6  # kohya takes up @ down for zero if no singular value is larger
@@ -106,17 +107,17 @@ def choose(
 
 
 def dynamic_rank(S: np.ndarray, method: str, param: float, cap: int, minimum: bool = False) -> int:
-    """The rank, from 1 to `cap`, that kohya's resize_lora.py gives a module by the singular values S of B A.
+    """The rank, from 1 to `cap`, that kohya's resize_lora.py gives a module.
 
-    S (k,) falls and has no scale in it; zeros at its end may be left out if `cap` is at most what is left.
-    The rules need n values:
+    S (k,) are the singular values of up @ down, without the scale, largest first; zeros at the end do not
+    matter to a cap of at most k. A rule needs the first n values:
 
-        sv_ratio         those above s_1 / param
-        sv_fro           the first whose |.| is at least param of the whole
-        sv_cumulative    the first whose sum is at least param of the whole
+        sv_ratio         all above s_1 / param
+        sv_fro           as many as have a norm of at least param |S|
+        sv_cumulative    as many as have a sum of at least param times that of S
 
-    kohya keeps n + 1, and 2 at least; 1 where s_1 is at most 1e-6. `minimum` keeps n. Only sums within a
-    rounding of float32 of the threshold, in which kohya computes, may be decided otherwise.
+    kohya keeps one more than these, so at least 2; where s_1 is at most 1e-6, only 1. `minimum` keeps these.
+    What is within rounding of a threshold in float32, kohya's dtype, may be decided otherwise.
     """
     if S[0] <= ZERO:
         return 1
@@ -128,5 +129,22 @@ def dynamic_rank(S: np.ndarray, method: str, param: float, cap: int, minimum: bo
         sums = np.cumsum(s.astype(np.float64) ** power)
         n = int(np.searchsorted((sums / sums[-1]).astype(np.float32), np.float32(param**power))) + 1
     if not minimum:
-        n = max(min(n, len(S) - 1), 1) + 1
+        n = max(n, 1) + 1
     return max(min(n, len(S), cap), 1)
+
+
+def by_rule(
+    spectra: Mapping[str, np.ndarray], caps: Mapping[str, int], method: str, param: float, minimum: bool
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The rank of every module by `dynamic_rank`, and a note on what the rule does not need."""
+    chosen, least = (
+        {m: dynamic_rank(S, method, param, caps[m], how) for m, S in spectra.items()}
+        for how in (minimum, True)
+    )
+    if more := sum(chosen[m] > least[m] for m in chosen):
+        modules = f"{more} of {counted(len(chosen), 'module', 'modules')}"
+        note = (
+            f"{method}, as in kohya's script, keeps one more than it needs in {modules}; `minimum` does not"
+        )
+        return chosen, (note,)
+    return chosen, ()

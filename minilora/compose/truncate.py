@@ -39,7 +39,7 @@ from ..peft.recognise import CONFIG
 from ..spectra import norm, quotient, thin_svd
 from ..table import Table, report
 from .arithmetic import size, split
-from .ranks import check_resize, choose, dynamic_rank
+from .ranks import by_rule, check_resize, choose
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def compress(
 ) -> Compression:
     """Write the best approximation of an adapter at smaller rank; `choose` explains the ranks.
 
-    `conv_rank` stands in for `rank` in convolutions, 1 x 1 too. `dynamic` and `param` are the rules of
-    kohya's resize_lora.py, which `dynamic_rank` explains; beside them the two ranks are upper bounds, and no
-    module gets more than ΔW has. The rules keep one singular value more than they need; `minimum` does not.
+    `conv_rank` takes the place of `rank` in convolutions, 1 x 1 too. `dynamic` is a rule of kohya's
+    resize_lora.py with its `param`: `dynamic_rank` explains it, and `minimum`. Beside it the two ranks are
+    bounds. No module gets a rank beyond that of its factors, where kohya's script can add one of rounding.
 
     Biases, saved modules and DoRA's magnitudes are copied, under PEFT's names; tensors that no LoRA has are
     left out and noted. ConfigError for the ranks, and whatever opening and writing raise.
@@ -149,22 +149,18 @@ def compress(
         parts[module] = (A, B, *map(to_host, thin_svd(to_device(B), to_device(A), pair.scale)))
     costs = {m: sum(pair.shape) for m, pair in given.pairs.items()}
     spectra, notes = {m: S for m, (*_, S, _) in parts.items()}, given.all_notes
-    convolutions = {m for m, pair in given.pairs.items() if len(given.tensors.shapes[pair.A]) > 2}
-    bounds = {m: conv_rank if conv_rank and m in convolutions else rank for m in spectra}
-    caps = {m: min(bounds[m] or len(S), len(S)) for m, S in spectra.items()}
+    caps = {m: min(rank or len(S), len(S)) for m, S in spectra.items()}
+    if conv_rank:
+        flat = {m for m, pair in given.pairs.items() if len(given.tensors.shapes[pair.A]) == 2}
+        caps |= {m: min(conv_rank, len(S)) for m, S in spectra.items() if m not in flat}
+        if flat == caps.keys():
+            notes += ("no module is a convolution, so conv_rank changes nothing",)
     if dynamic and param:
-        plain = {m: S / (abs(given.pairs[m].scale) or 1.0) for m, S in spectra.items()}
-        chosen, least = (
-            {m: dynamic_rank(S, dynamic, param, caps[m], least) for m, S in plain.items()}
-            for least in (minimum, True)
-        )
-        if more := sum(chosen.values()) - sum(least.values()):
-            ranks = f"{more} of {sum(chosen.values())} ranks"
-            notes += (f"{dynamic} as in kohya keeps {ranks} that it does not need; `minimum` does not",)
+        plain = {m: S / given.pairs[m].scale for m, S in spectra.items()}
+        chosen, said = by_rule(plain, caps, dynamic, param, minimum)
+        notes += said
     else:
         chosen = caps if conv_rank else choose(spectra, costs, rank, energy, per_module)
-    if conv_rank and not convolutions:
-        notes += ("no module is a convolution, so conv_rank changes nothing",)
     omitted |= {name for pair in given.pairs.values() for name in (pair.A, pair.B)}
     tensors = {name: given.value(name) for name in given.tensors if name not in omitted}
     rows = []
