@@ -2217,5 +2217,17 @@ MUTANTS = (
     Mutant("ledger-of-one-figure", "claims/ledger.py", "if entry.figure in paths", "if entry.figure in paths[:1]", "claims"),
     Mutant("one-micro-batch-on-a-thread", "fast/parallel.py", "(run_all if len(jobs) > 1 else map)", "run_all", "parallel"),
     Mutant("two-micro-batches-in-turn", "fast/parallel.py", "(run_all if len(jobs) > 1 else map)", "(run_all if len(jobs) > 2 else map)", "parallel"),
+    Mutant("kohya-keeps-no-more", "compose/ranks.py", "        n = max(n, 1) + 1\n", "        n = max(n, 1)\n", "ranks"),
+    Mutant("sv-fro-of-a-share-of-squares", "compose/ranks.py", "np.float32(param**power)", "np.float32(param)", "ranks"),
+    Mutant("share-passed-and-not-reached", "compose/ranks.py", "np.float32(param**power)))", "np.float32(param**power), \"right\"))", "ranks"),
+    Mutant("ratio-with-the-tie", "compose/ranks.py", "(s > np.float32(1 / param))", "(s >= np.float32(1 / param))", "ranks"),
+    Mutant("minimum-below-one", "compose/ranks.py", "return max(min(n, len(S), cap), 1)", "return min(n, len(S), cap)", "ranks"),
+    Mutant("rule-on-scaled-values", "compose/truncate.py", "S / given.pairs[m].scale", "S", "ranks"),
+    Mutant("pointwise-convolution-is-flat", "compose/truncate.py", "len(given.tensors.shapes[pair.A]) == 2}", "len(given.tensors.shapes[pair.A]) == 2 or given.tensors.shapes[pair.A][2] == 1}", "ranks"),
+    Mutant("clamped-by-size-alone", "compose/extract.py", "np.concatenate([B.ravel(), A.ravel()])", "abs(np.concatenate([B.ravel(), A.ravel()]))", "extract"),
+    Mutant("clamped-on-one-side", "compose/extract.py", "A.clip(-bound, bound)", "A.clip(None, bound)", "extract"),
+    Mutant("balanced-before-the-clamp", "compose/extract.py", "upright(U[:, :k] * S[:k], Vt[:k])", "upright(*split(U, S, Vt, k))", "extract"),
+    Mutant("clamped-as-the-signs-came", "compose/extract.py", "    return B * signs, A * signs.T\n", "    return B, A\n", "extract"),
+    Mutant("least-difference-counts", "compose/extract.py", "abs(change).max(initial=0) > min_diff", "abs(change).max(initial=0) >= min_diff", "extract"),
 )
 # fmt: on

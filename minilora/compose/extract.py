@@ -122,8 +122,7 @@ def extract(
             tensors[f"{PREFIX}{module}.lora_{half}.weight"] = factor.astype(np.float32)
     if clamp_quantile < 1:
         notes.append(
-            f"the factors are clamped at their {clamp_quantile:g} quantile, which makes the residual larger than "
-            "the optimum"
+            f"the factors are clamped at their {clamp_quantile:g} quantile, so more than the optimum is lost"
         )
     modules = [name.removesuffix(".weight") for name in before.shapes]
     config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(parts)))

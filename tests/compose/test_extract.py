@@ -70,7 +70,7 @@ def test_a_clamp_costs_what_the_report_says(tmp_path):
     found = [extract(base, tuned, tmp_path / str(q), rank=4, clamp_quantile=q) for q in sizes]
     assert found[0].residual < found[1].residual < found[2].residual
     for q, report in zip(sizes, found, strict=True):
-        note = f"note: the factors are clamped at their {q} quantile, which makes the residual larger"
+        note = f"note: the factors are clamped at their {q} quantile, so more than the optimum is lost"
         assert (note in str(report)) == (q < 1)
 
 
@@ -82,6 +82,8 @@ def test_a_quantile_of_1_changes_nothing(tmp_path):
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     assert (found.rows, found.notes) == (plain.rows, ())
+    for A, B, _ in read_peft(tmp_path / "b")[0].values():  # the singular values in equal parts
+        assert np.linalg.norm(A, axis=1) == pytest.approx(np.linalg.norm(B, axis=0), rel=4 * U32)
 
 
 FACTORS = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3)).flatmap(

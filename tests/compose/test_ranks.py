@@ -127,6 +127,8 @@ def test_ties_are_decided_as_kohya_does():
     S = np.array([4.0, 3.0, 2.0, 1.0])
     assert dynamic_rank(S, "sv_ratio", 2.0, 4, minimum=True) == 2  # 2 is not above 4 / 2
     assert dynamic_rank(S, "sv_ratio", 1.0, 4) == 2  # none is above 4
+    assert dynamic_rank(S, "sv_ratio", 1.0, 4, minimum=True) == 1
+    assert dynamic_rank(np.array([1.0, 0.7]), "sv_ratio", 1 / 0.7, 2, minimum=True) == 1  # alike in float32
     assert dynamic_rank(S, "sv_cumulative", 0.7, 4, minimum=True) == 2  # 4 + 3 of 10, in float32
     assert dynamic_rank(np.array([4.0, 3.0]), "sv_fro", 0.8, 2, minimum=True) == 1  # 16 of 25
 
