@@ -289,12 +289,21 @@ def parser() -> argparse.ArgumentParser:
     add("adapter", "a PEFT folder", metavar="ADAPTER")
     add("out", "the new adapter's folder", metavar="OUT")
     choice(add)
+    add("--conv-rank", "rank of convolutions, instead of --rank", **number)
+    add("--dynamic", "kohya's rule for each module's rank: sv_ratio, sv_fro or sv_cumulative; --rank and "
+        "--conv-rank are then bounds", metavar="NAME")  # fmt: skip
+    add("--param", "the share of |ΔW| (sv_fro) or of the sum of singular values (sv_cumulative) to keep, or "
+        "the largest ratio of two that are kept (sv_ratio)", type=float, metavar="P")  # fmt: skip
+    add("--minimum", "leave out the one singular value that kohya keeps beyond what its rule needs", **switch)
     of = Of("compose.extract", "extract")
     add = command("extract", of.report, of.usual, "the LoRA nearest to the difference of two checkpoints")
     add("base", "a checkpoint", metavar="BASE")
     add("tuned", "the same checkpoint after training", metavar="TUNED")
     add("out", "the adapter's folder", metavar="OUT")
     choice(add)
+    add("--min-diff", "leave out maps of which no entry differs by more", type=float, metavar="D")
+    add("--clamp-quantile", "clamp a map's two factors at this quantile of their entries; kohya's is 0.99, "
+        "and 1 leaves the nearest", type=float, metavar="Q")  # fmt: skip
     of = Of("compose.combine", "combine", {"rank": "all that the method gives"})
     add = command("combine", of.report, of.usual, "the weighted sum of adapters, or TIES, DARE and the like")
     add("adapters", "PEFT folders and their weights, such as A:0.7 B:0.3; A:-1 takes A away", nargs="+",

@@ -6,6 +6,7 @@ oracle.
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -15,6 +16,7 @@ from minilora.formats.safetensors import open_tensors
 U32, U64 = 2.0**-24, 2.0**-53
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FILES = Path(__file__).parent / "fixtures/lora_files"
 USUAL = {"peft_type": "LORA", "lora_alpha": 16, "task_type": "CAUSAL_LM"}
 
 
@@ -57,6 +59,20 @@ def read_peft(folder):
             assert (len(A), B.shape[1]) == (r, r)
             found[module] = A, B, alpha / (np.sqrt(r) if config.get("use_rslora") else r)
     return found, tensors, config
+
+
+def read_kohya(file):
+    """Module -> (down, up, scale) of one of kohya's files, as stored."""
+    tensors, found = open_tensors(file), {}
+    for m in (name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")):
+        down, up, alpha = (tensors[f"{m}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+        found[m] = down, up, float(alpha) / len(down)
+    return found
+
+
+def flat(down, up):
+    """B (O, r) and A (r, I) in float64, of a convolution's factors, too."""
+    return up.reshape(len(up), -1).astype(float), down.reshape(len(down), -1).astype(float)
 
 
 def changes(folder):

@@ -254,10 +254,16 @@ OPTIONS = {
     "compress": ({"adapter": ["a"], "out": ["o"]}, {
         "adapter": (["a2"], {"compress.adapter": "a2"}), "out": (["o2"], {"compress.out": "o2"}),
         **smaller("compress"),
+        "conv_rank": (["--conv-rank", "2"], {"compress.conv_rank": 2}),
+        "dynamic": (["--dynamic", "sv_fro"], {"compress.dynamic": "sv_fro"}),
+        "param": (["--param", "0.9"], {"compress.param": 0.9}),
+        "minimum": (["--minimum"], {"compress.minimum": True}),
     }),
     "extract": ({"base": ["b"], "tuned": ["t"], "out": ["o"]}, {
         "base": (["b2"], {"extract.base": "b2"}), "tuned": (["t2"], {"extract.tuned": "t2"}),
         "out": (["o2"], {"extract.out": "o2"}), **smaller("extract"),
+        "min_diff": (["--min-diff", "0.01"], {"extract.min_diff": 0.01}),
+        "clamp_quantile": (["--clamp-quantile", "0.99"], {"extract.clamp_quantile": 0.99}),
     }),
     "combine": ({"adapters": ["a:0.7", "b/c:-1"], "out": ["o"]}, {
         "adapters": (["C:a2:0.5"], {"combine.adapters": [("C:a2", 0.5)]}),
@@ -399,7 +405,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
-                        "combine": 2, "experiment": 1, "inspect": 0, "quantize": 2, "serve": 7,
+                        "combine": 2, "extract": 2, "experiment": 1, "inspect": 0, "quantize": 2, "serve": 7,
                         "serve-bench": 11}.get(command, 0)  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """The LoRA nearest to the difference of two checkpoints, one matrix in memory at a time.
 
-Stands in for mergekit's extract_lora.
+Stands in for mergekit's extract_lora and kohya's extract_lora_from_models.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host, xp
-from ..errors import InputError, MismatchError, NonFiniteError, nearest
+from ..errors import InputError, MismatchError, NonFiniteError, check_float, nearest
 from ..formats.atomic import check_free
 from ..formats.huggingface import fingerprint, located, transposed, weights
 from ..formats.safetensors import Tensors, stored
@@ -22,7 +23,8 @@ from ..peft.folder import PREFIX, Adapter, open_adapter, write_adapter
 from ..table import counted
 from ..targets import LAYER
 from .arithmetic import split
-from .truncate import Compression, check_choice, choose, refuse_same, shrunk
+from .ranks import check_choice, check_share, choose
+from .truncate import Compression, refuse_same, shrunk
 
 TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # and any name with "embed" in it
 
@@ -35,6 +37,8 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     per_module: bool = False,
+    min_diff: float = 0.0,
+    clamp_quantile: float = 1.0,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Compression:
@@ -43,10 +47,18 @@ def extract(
     Every 2-D weight that differs becomes a module, except embeddings and heads. Those, norms and biases are
     listed with the norm of their change; so are the tensors that only one checkpoint has, without a norm.
     `choose` explains the ranks. Where a module's rank depends on the other modules, its difference is
-    decomposed twice. The residuals are measured on the written file. MismatchError if a map has two shapes
-    or nothing can be compared; InputError if one checkpoint is only the other, rounded to fewer bits.
+    decomposed twice. The residuals are measured on the written file.
+
+    `min_diff`: a map of which no entry differs by more is left out, and counted in a note. (kohya's script
+    asks this of the text encoder as a whole.) `clamp_quantile`: below 1 the factors are clamped, as `clamped`
+    explains; the result is no longer the nearest, and the residual beside the optimum tells what that costs.
+
+    ConfigError for an option; MismatchError if a map has two shapes or nothing can be compared; InputError if
+    one checkpoint is only the other, rounded to fewer bits, or a clamp would leave nothing.
     """
     check_choice(rank, energy)
+    check_float("min_diff", min_diff, 0, math.inf)
+    check_share("clamp_quantile", clamp_quantile)
     refuse_same(out, located(base), located(tuned))
     check_free(out, overwrite)
     before, after = weights(base), weights(tuned)
@@ -58,15 +70,18 @@ def extract(
     left: dict[str, float] = {}
     parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # U and Vᵀ as far as needed, S whole
     rounded = Counter[str]()
+    small: list[float] = []  # |change| of maps that differ by too little
     for i, name in enumerate(names):
         change, kind = difference(before, after, name)
         module = name.removesuffix(".weight")
         if kind:
             rounded[kind] += 1
-        elif change.any() and module in maps:
+        elif module in maps and abs(change).max(initial=0) > min_diff:
             U, S, Vt = decomposed(change.T if turned[module] else change)
             k = choose({module: S}, {module: 1}, rank, energy, per_module)[module] if alone else 0
             parts[module] = (U[:, :k].copy(), S, Vt[:k].copy())
+        elif change.any() and module in maps:
+            small.append(float(np.linalg.norm(change)))
         elif change.any():
             left[name] = float(np.linalg.norm(change))
         if progress:
@@ -78,9 +93,15 @@ def extract(
     if fewer and not parts:
         raise InputError(f"{base} and {tuned}: {fewer}; there is nothing else to extract")
     if not parts:
-        raise MismatchError(f"{base} and {tuned}: no linear map differs; there is nothing to extract")
+        more = f" by more than {min_diff:g}" if min_diff else ""
+        raise MismatchError(f"{base} and {tuned}: no linear map differs{more}; there is nothing to extract")
     if fewer:
         notes.append(f"left out: {fewer}")
+    if small:
+        few = counted(len(small), "map differs", "maps differ")
+        notes.append(
+            f"left out: {few} by {min_diff:g} at most in each entry, |change| {math.hypot(*small):.3g}"
+        )
     flag = any(turned[module] for module in parts)
     if others := [module for module in parts if turned[module] != flag]:
         left |= {maps[module]: float(np.linalg.norm(parts.pop(module)[1])) for module in others}
@@ -94,8 +115,15 @@ def extract(
         if U.shape[1] < k:
             change, _ = difference(before, after, f"{module}.weight")
             U, S, Vt = decomposed(change.T if flag else change)
-        B, A = (half.astype(np.float32) for half in split(U, S, Vt, k))
-        tensors |= {f"{PREFIX}{module}.lora_A.weight": A, f"{PREFIX}{module}.lora_B.weight": B}
+        B, A = split(U, S, Vt, k)
+        if clamp_quantile < 1:
+            B, A = clamped(*upright(U[:, :k] * S[:k], Vt[:k]), clamp_quantile, module)
+        for half, factor in (("A", A), ("B", B)):
+            tensors[f"{PREFIX}{module}.lora_{half}.weight"] = factor.astype(np.float32)
+    if clamp_quantile < 1:
+        notes.append(
+            f"the factors are clamped at their {clamp_quantile:g} quantile, so more than the optimum is lost"
+        )
     modules = [name.removesuffix(".weight") for name in before.shapes]
     config = peft_config({m: (k, k) for m, k in chosen.items()}, targets(modules, set(parts)))
     config |= {"base_model_name_or_path": str(base), "fan_in_fan_out": flag}
@@ -107,6 +135,32 @@ def extract(
         rows.append(shrunk(module, written.pairs[module].shape, None, S, chosen[module], lost))
     spent = sum(k * costs[m] for m, k in chosen.items())
     return Compression(str(out), tuple(rows), spent, None, left, tuple(notes))
+
+
+def clamped(B: np.ndarray, A: np.ndarray, quantile: float, module: str) -> tuple[np.ndarray, np.ndarray]:
+    """B (O, k) and A (k, I) clamped to plus and minus the quantile of all their entries, signs and all.
+
+    As in kohya's extract_lora_from_models.py, where B = U S and A = Vᵀ. Their product is no longer the
+    nearest: not even a change of rank k is recovered. InputError if the quantile is not positive.
+    """
+    bound = float(np.quantile(np.concatenate([B.ravel(), A.ravel()]), quantile))
+    if bound <= 0:
+        raise InputError(
+            f"{module}: the {quantile:g} quantile of its factors is {bound:.3g}; expected a clamp_quantile "
+            "nearer 1, at which it is positive"
+        )
+    return B.clip(-bound, bound), A.clip(-bound, bound)
+
+
+def upright(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """B and A with the same product, of whose i-th column and row the largest entry of all is positive.
+
+    Signs of singular vectors come in pairs, as LAPACK likes them, and a clamp depends on them. kohya's script
+    takes them as they come.
+    """
+    both = np.concatenate([B, A.T])
+    signs = np.sign(np.take_along_axis(both, abs(both).argmax(0)[None], 0))
+    return B * signs, A * signs.T
 
 
 def applied(given: Adapter, module: str) -> np.ndarray:

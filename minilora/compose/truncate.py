@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
-from ..errors import ConfigError, InputError, MismatchError, check_int, short
+from ..errors import InputError, MismatchError
 from ..formats.atomic import check_free
 from ..layers import Factors
 from ..peft.config import peft_config
@@ -35,9 +35,10 @@ from ..peft.folder import (
     write_adapter,
 )
 from ..peft.kinds import KINDS
-from ..spectra import norm, quotient, rank_at, thin_svd
+from ..spectra import norm, quotient, thin_svd
 from ..table import Table, report
 from .arithmetic import size, split
+from .ranks import by_rule, check_resize, choose
 
 
 @dataclass(frozen=True)
@@ -111,60 +112,6 @@ def ratio(rows: Sequence[Any], part: str) -> float:
     return quotient(lost, whole)
 
 
-# ---- which ranks
-
-
-def check_choice(rank: int | None, energy: float | None) -> None:
-    """ConfigError unless exactly one of the two is given, and is valid."""
-    if (rank is None) == (energy is None):
-        raise ConfigError("rank and energy are two ways to choose; expected exactly one of them")
-    if rank is not None:
-        check_int("rank", rank, 1)
-    elif type(energy) not in (int, float) or not 0 < (energy or 0) <= 1:
-        raise ConfigError(f"energy is {short(energy)}; expected a number in (0, 1]")
-
-
-def choose(
-    spectra: Mapping[str, np.ndarray],
-    costs: Mapping[str, int],
-    rank: int | None,
-    energy: float | None,
-    per_module: bool,
-) -> dict[str, int]:
-    """The rank of every module, at least 1 each.
-
-    `rank`: the same for all modules. With `per_module`, the parameters that this rank costs are a budget. It
-    is spent on the singular values that bring the most energy for their O + I parameters, unless the same
-    rank for all keeps more. `energy`: the least common rank that keeps this share of the whole; with
-    `per_module`, each module's least rank that keeps this share of it.
-
-    The budget never keeps less energy than the same rank for all. It falls short of the most that it could
-    keep by at most the energy of the first value that did not fit: filling a budget to the last parameter
-    is a knapsack problem. Where all modules cost the same, it keeps the most.
-    """
-    largest = max((float(S.max()) for S in spectra.values()), default=0.0) or 1.0
-    spectra = {m: S / largest for m, S in spectra.items()}  # so that squares do not underflow
-    if energy is not None and per_module:
-        return {m: max(rank_at(S, energy), 1) for m, S in spectra.items()}
-    if energy is not None:
-        squares = [np.pad(S * S, (0, max(map(len, spectra.values())) - len(S))) for S in spectra.values()]
-        total = np.sqrt(np.sum(squares, 0))
-        rank = max(rank_at(total, energy), 1)
-    common = {m: min(rank or 1, len(S)) for m, S in spectra.items()}
-    if not per_module:
-        return common
-    budget = (rank or 1) * sum(costs.values())
-    worth = [(S[i] ** 2 / costs[m], m) for m, S in spectra.items() for i in range(1, len(S)) if S[i] > 0]
-    chosen = dict.fromkeys(spectra, 1)
-    spent = sum(costs.values())
-    for _, module in sorted(worth, key=lambda item: -item[0]):  # values fall within a module, so in order
-        if spent + costs[module] <= budget:
-            chosen[module] += 1
-            spent += costs[module]
-    # once a wide module's value no longer fits, narrow modules get the rest, which may keep less
-    return max(chosen, common, key=lambda ks: math.fsum(sum(S[: ks[m]] ** 2) for m, S in spectra.items()))
-
-
 # ---- one adapter, smaller
 
 
@@ -175,14 +122,22 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     per_module: bool = False,
+    conv_rank: int | None = None,
+    dynamic: str | None = None,
+    param: float | None = None,
+    minimum: bool = False,
     overwrite: bool = False,
 ) -> Compression:
     """Write the best approximation of an adapter at smaller rank; `choose` explains the ranks.
 
+    `conv_rank` takes the place of `rank` in convolutions, 1 x 1 too. `dynamic` is a rule of kohya's
+    resize_lora.py with its `param`: `dynamic_rank` explains it, and `minimum`. Beside it the two ranks are
+    bounds. No module gets a rank beyond that of its factors, where kohya's script can add one of rounding.
+
     Biases, saved modules and DoRA's magnitudes are copied, under PEFT's names; tensors that no LoRA has are
     left out and noted. ConfigError for the ranks, and whatever opening and writing raise.
     """
-    check_choice(rank, energy)
+    check_resize(rank, energy, per_module, conv_rank, dynamic, param, minimum)
     given = open_adapter(adapter)
     refuse_same(out, given.where)
     check_free(out, overwrite)
@@ -192,7 +147,19 @@ def compress(
         A, B = given.factors(module, np.float32)
         parts[module] = (A, B, *map(to_host, thin_svd(to_device(B), to_device(A), pair.scale)))
     costs = {m: sum(pair.shape) for m, pair in given.pairs.items()}
-    chosen = choose({m: S for m, (*_, S, _) in parts.items()}, costs, rank, energy, per_module)
+    spectra, notes = {m: S for m, (*_, S, _) in parts.items()}, given.all_notes
+    caps = {m: min(rank or len(S), len(S)) for m, S in spectra.items()}
+    if conv_rank:
+        flat = {m for m, pair in given.pairs.items() if len(given.tensors.shapes[pair.A]) == 2}
+        caps |= {m: min(conv_rank, len(S)) for m, S in spectra.items() if m not in flat}
+        if flat == caps.keys():
+            notes += ("no module is a convolution, so conv_rank changes nothing",)
+    if dynamic and param:
+        plain = {m: S / given.pairs[m].scale for m, S in spectra.items()}
+        chosen, said = by_rule(plain, caps, dynamic, param, minimum)
+        notes += said
+    else:
+        chosen = caps if conv_rank else choose(spectra, costs, rank, energy, per_module)
     omitted |= {name for pair in given.pairs.values() for name in (pair.A, pair.B)}
     tensors = {name: given.value(name) for name in given.tensors if name not in omitted}
     rows = []
@@ -212,7 +179,7 @@ def compress(
     write_adapter(out, config, tensors, given.made.get("base"), overwrite=overwrite)
     before = sum(pair.r * sum(pair.shape) for pair in given.pairs.values())
     smaller = sum(k * costs[m] for m, k in chosen.items())
-    return Compression(str(out), tuple(rows), smaller, before, {}, given.all_notes)
+    return Compression(str(out), tuple(rows), smaller, before, {}, notes)
 
 
 def corrected(given: Adapter) -> tuple[dict[str, Any], set[str]]:

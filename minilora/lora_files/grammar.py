@@ -89,9 +89,9 @@ class Keys:
 
 def sort_out(where: str, keys: Iterable[str]) -> Keys:
     """Sort the names of tensors; MismatchError for the same part twice, or one factor without the other."""
-    keys, found, apart = sorted(keys), Keys(), set()
-    control, flux = MARKER in keys, any(is_flux(parsed(key)[0]) for key in keys)
-    for key in keys:
+    names, found, apart = sorted(keys), Keys(), set()
+    control, flux = MARKER in names, any(is_flux(parsed(key)[0]) for key in names)
+    for key in names:
         if key == MARKER:
             continue
         name, part, tool = parsed(key, control)

@@ -32,7 +32,8 @@ from safetensors.numpy import save_file
 from minilora.backend import to_device, to_host
 from minilora.compose.export import merge_checkpoint
 from minilora.compose.extract import extract, is_map
-from minilora.compose.truncate import choose, compress
+from minilora.compose.ranks import choose
+from minilora.compose.truncate import compress
 from minilora.errors import (
     ConfigError,
     InputError,

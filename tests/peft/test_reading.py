@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from minilora.analysis.inspect import inspect, noise
 from minilora.backend import to_host
 from minilora.compose.export import merge_checkpoint
-from minilora.compose.truncate import choose, compress
+from minilora.compose.ranks import choose
+from minilora.compose.truncate import compress
 from minilora.errors import ConfigError, MiniloraError, MismatchError, UnsupportedError
 from minilora.formats.huggingface import load, save_model
 from minilora.lora import fuse
