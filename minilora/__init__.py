@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .methods.quantize import quantize
     from .methods.starts import StartConfig, as_lora, lora_ga, olora, pissa, weight_gradients
     from .methods.vectors import IA3Config, VeraConfig
+    from .peft.convert import convert
     from .peft.folder import open_adapter
     from .peft.loading import load_adapter, save_adapter
     from .serve.bank import Bank
@@ -82,6 +83,7 @@ LATER = {  # imported on first use
     "methods.quantize": ("quantize",),
     "methods.starts": ("StartConfig", "as_lora", "lora_ga", "olora", "pissa", "weight_gradients"),
     "methods.vectors": ("IA3Config", "VeraConfig"),
+    "peft.convert": ("convert",),
     "peft.folder": ("open_adapter",),
     "peft.loading": ("load_adapter", "save_adapter"),
     "serve.bank": ("Bank",),
@@ -96,8 +98,8 @@ HOMES = {name: module for module, names in LATER.items() for name in names}
 __all__ = [
     "AdamW", "Bank", "BottleneckConfig", "Config", "Engine", "IA3Config", "Llama", "LoraConfig", "PackedRun",
     "Plan", "PrefixTuningConfig", "PromptTuningConfig", "Request", "Schedule", "StartConfig", "VeraConfig",
-    "add_weighted_adapter", "as_lora", "batches", "checkpoint", "combine", "complete", "compress", "corpus",
-    "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
+    "add_weighted_adapter", "as_lora", "batches", "checkpoint", "combine", "complete", "compress", "convert",
+    "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
     "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
     "lora_ga", "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params", "olora",
     "open_adapter", "participation_ratio", "pissa", "plots", "quantize", "quantize_checkpoint", "remove",

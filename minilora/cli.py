@@ -304,6 +304,17 @@ def parser() -> argparse.ArgumentParser:
     add("--min-diff", "leave out maps of which no entry differs by more", type=float, metavar="D")
     add("--clamp-quantile", "clamp a map's two factors at this quantile of their entries; kohya's is 0.99, "
         "and 1 leaves the nearest", type=float, metavar="Q")  # fmt: skip
+    of = Of("peft.convert", "convert", {"alpha": "the file's", "r": "the file's"})
+    add = command("convert", of.report, of.usual, "a LoRA in another tool's form, with the same ΔW")
+    add("source", "a LoRA of any tool, file or folder", metavar="ADAPTER")
+    add("out", "the new file or folder", metavar="OUT")
+    add("--to", "peft, kohya, diffusers, mlx or gguf", required=True, metavar="FORM")
+    add("--base", "a folder with the base's config.json: llama.cpp's and torchtune's files depend on its heads",
+        metavar="BASE")  # fmt: skip
+    add("--alpha", "for a file that does not have it, or whose config is lost", type=float, metavar="A")
+    add("--r", "for loralib's files, which do not have it", type=int, metavar="R")
+    add("--overwrite", again, **switch)
+    add("--json", table, **switch)
     of = Of("compose.combine", "combine", {"rank": "all that the method gives"})
     add = command("combine", of.report, of.usual, "the weighted sum of adapters, or TIES, DARE and the like")
     add("adapters", "PEFT folders and their weights, such as A:0.7 B:0.3; A:-1 takes A away", nargs="+",

@@ -42,7 +42,7 @@ from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
 from minilora.methods import bitsandbytes
 from minilora.model import Config, llama
-from minilora.peft import loading
+from minilora.peft import convert, loading
 from minilora.serve import bank, bench, engine, http, service
 
 CORES = 3
@@ -131,6 +131,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
                 (microscope, "report_page", "a page")],
     "compress": [(truncate, "compress", Found())],
     "extract": [(extract, "extract", Found())],
+    "convert": [(convert, "convert", Found())],
     "combine": [(combine, "combine", Found())],
     "merge": [(export, "merge_checkpoint", Found())],
     "quantize": [(compose_quantize, "quantize_checkpoint", Found())],
@@ -264,6 +265,15 @@ OPTIONS = {
         "out": (["o2"], {"extract.out": "o2"}), **smaller("extract"),
         "min_diff": (["--min-diff", "0.01"], {"extract.min_diff": 0.01}),
         "clamp_quantile": (["--clamp-quantile", "0.99"], {"extract.clamp_quantile": 0.99}),
+    }),
+    "convert": ({"source": ["a"], "out": ["o"], "to": ["--to", "mlx"]}, {
+        "source": (["a2"], {"convert.source": "a2"}), "out": (["o2"], {"convert.out": "o2"}),
+        "to": (["--to", "gguf"], {"convert.to": "gguf"}),
+        "base": (["--base", "b"], {"convert.base": "b"}),
+        "alpha": (["--alpha", "8"], {"convert.alpha": 8.0}),
+        "r": (["--r", "4"], {"convert.r": 4}),
+        "overwrite": (["--overwrite"], {"convert.overwrite": True}),
+        "json": (["--json"], {"printed": JSON}),
     }),
     "combine": ({"adapters": ["a:0.7", "b/c:-1"], "out": ["o"]}, {
         "adapters": (["C:a2:0.5"], {"combine.adapters": [("C:a2", 0.5)]}),

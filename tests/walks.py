@@ -263,6 +263,7 @@ PLACES = (
     Place("extract --overwrite", [*EXTRACT, "--overwrite"], old=True),
     Place("combine", COMBINE, inputs=("in/adapter", "in/other")),
     Place("combine --overwrite", [*COMBINE, "--overwrite"], old=True),
+    Place("convert", ["convert", "in/adapter", "work/out", "--to", "mlx"], inputs=ADAPTER),
     Place("merge", ["merge", "in/base", "in/adapter", "work/out"], inputs=("in/base", "in/adapter")),
     Place("quantize", ["quantize", "in/base", "work/out"], inputs=BASE),
     Place("quantize --overwrite", ["quantize", "in/base", "work/out", "--overwrite"], old=True),

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..backend import to_device, to_host
 from ..errors import InputError, MiniloraError, MismatchError, UnsupportedError, nearest, short
-from ..formats.atomic import check_free
+from ..formats.atomic import check_free, refuse_same
 from ..layers import Factors, Param
 from ..lora import LowRank, adapted, attach, check_name
 from ..methods.embedding import LowRankEmbedding
@@ -34,7 +34,7 @@ from ..spectra import quotient
 from ..table import Table, counted, report
 from .arithmetic import Combined, Update, cat, check_rank, check_weights, linear, peft_linear, svd
 from .sparsify import check_density, dare, dare_ties, magnitude, ties
-from .truncate import ratio, refuse_same
+from .truncate import ratio
 
 METHODS: dict[str, Callable[..., Combined]] = {
     f.__name__: f for f in (linear, cat, svd, peft_linear, magnitude, ties, dare, dare_ties)

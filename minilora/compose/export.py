@@ -19,7 +19,7 @@ from .. import lora
 from ..backend import quiet_overflow, to_device, to_host
 from ..decoding import past_of
 from ..errors import InputError, nearest
-from ..formats.atomic import check_free
+from ..formats.atomic import check_free, refuse_same
 from ..formats.huggingface import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
 from ..formats.safetensors import CALLED, stored
 from ..lora_files.recognise import recognised
@@ -28,7 +28,6 @@ from ..peft.loading import load_adapter
 from ..spectra import quotient
 from ..table import Table, plain, report
 from ..tree import named_params, unpack
-from .truncate import refuse_same
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..backend import to_device, to_host, xp
 from ..errors import InputError, MismatchError, NonFiniteError, check_float, nearest
-from ..formats.atomic import check_free
+from ..formats.atomic import check_free, refuse_same
 from ..formats.huggingface import fingerprint, located, transposed, weights
 from ..formats.safetensors import Tensors, stored
 from ..peft.config import peft_config, targets
@@ -24,7 +24,7 @@ from ..table import counted
 from ..targets import LAYER
 from .arithmetic import split
 from .ranks import check_choice, check_share, choose
-from .truncate import Compression, refuse_same, shrunk
+from .truncate import Compression, shrunk
 
 TABLES = ("lm_head", "wte", "wpe", "shared", "relative_attention_bias")  # and any name with "embed" in it
 

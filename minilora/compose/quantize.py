@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..formats.atomic import check_free
+from ..formats.atomic import check_free, refuse_same
 from ..formats.huggingface import assemble, beside, checkpoint, save_model, token_ids
 from ..methods.bitsandbytes import KINDS
 from ..methods.four_bit import check_form
 from ..methods.quantize import Quantized, quantize
 from ..table import plain
-from .truncate import refuse_same
 
 
 def quantize_checkpoint(

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
-from ..errors import InputError, MismatchError
-from ..formats.atomic import check_free
+from ..errors import MismatchError
+from ..formats.atomic import check_free, refuse_same
 from ..layers import Factors
 from ..peft.config import peft_config
 from ..peft.folder import (
@@ -210,10 +210,3 @@ def corrected(given: Adapter) -> tuple[dict[str, Any], set[str]]:
         config |= {"target_modules": sorted(given.pairs), "exclude_modules": None}
         config |= {"layers_to_transform": None, "layers_pattern": None}
     return config, omitted
-
-
-def refuse_same(out: Path | str, *sources: Path) -> None:
-    """InputError if the output is an input, inside it or around it."""
-    out = Path(out).resolve()
-    if any(out == s or s in out.parents or out in s.parents for s in (path.resolve() for path in sources)):
-        raise InputError(f"{out}: is the input, lies in it or contains it; expected another folder")

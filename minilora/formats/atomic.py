@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import LockedError, MiniloraError, StorageError
+from ..errors import InputError, LockedError, MiniloraError, StorageError
 
 MARKS = ("config.json", "adapter_config.json")  # one of them is in a folder that may be overwritten
 BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and only such files are in it
@@ -372,6 +372,13 @@ def check_free(path: Path | str, overwrite: bool = False) -> None:
     if not folder or strange or (inside and not any(child.name in MARKS for child in inside)):
         what = f"holds {strange[0]!a}" if strange else "is not one"
         raise StorageError(f"{path}: only the folder of a model or adapter is overwritten; this {what}")
+
+
+def refuse_same(out: Path | str, *sources: Path) -> None:
+    """InputError if the output is an input, inside it or around it."""
+    out = Path(out).resolve()
+    if any(out == s or s in out.parents or out in s.parents for s in (path.resolve() for path in sources)):
+        raise InputError(f"{out}: is the input, lies in it or contains it; expected another folder")
 
 
 def plain(state: os.stat_result) -> bool:

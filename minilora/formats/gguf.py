@@ -64,6 +64,12 @@ def half_split(W: np.ndarray, heads: int) -> np.ndarray:
     return W.reshape(heads, half, 2, *W.shape[1:]).swapaxes(1, 2).reshape(W.shape)
 
 
+def neighbours(W: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `half_split`."""
+    half = len(W) // heads // 2
+    return W.reshape(heads, 2, half, *W.shape[1:]).swapaxes(1, 2).reshape(W.shape)
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A tensor in the file: blocks of one of ggml's types, from byte `start` on."""

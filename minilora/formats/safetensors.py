@@ -254,19 +254,29 @@ def layout(
     kinds = {
         name: NAMED[a.dtype.name if name in kept else dtype or a.dtype.name] for name, a in tensors.items()
     }
-    order = sorted(tensors, key=lambda name: (list(KNOWN).index(kinds[name]), name))
+    shapes = {name: a.shape for name, a in tensors.items()}
+    return streamed(shapes, kinds, tensors.__getitem__, metadata)
+
+
+def streamed(
+    shapes: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, str],
+    fetch: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[bytes]:
+    """The same for tensors of these shapes and dtypes (F32, ...) that are fetched one at a time."""
+    order = sorted(shapes, key=lambda name: (list(KNOWN).index(kinds[name]), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
     begin = 0
     for name in order:
-        end = begin + tensors[name].size * np.dtype(KNOWN[kinds[name]]).itemsize
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
+        end = begin + math.prod(shapes[name]) * np.dtype(KNOWN[kinds[name]]).itemsize
+        header[name] = {"dtype": kinds[name], "shape": list(shapes[name]), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        a = narrowed(tensors[name]) if kinds[name] == "BF16" else tensors[name]
+        a = narrowed(fetch(name)) if kinds[name] == "BF16" else fetch(name)
         with np.errstate(over="ignore", invalid="ignore"):
             a = a.astype(KNOWN[kinds[name]], copy=False)
         yield a.tobytes()

@@ -118,7 +118,7 @@ def read_loralib(tensors: Tensors, keys: Keys, alpha: float | None, r: int | Non
     if alpha is None or r is None:
         raise ConfigError(f"{tensors.where}: {NO_SCALE.format('loralib', 'alpha and r')}")
     entries: dict[str, Entry] = {}
-    alphas, merged = {}, []
+    alphas, merged, doubts = {}, [], listed(keys.others)
     for module, part in keys.parts.items():
         a, b = (tensors.shapes[part[name]] for name in ("A", "B"))
         rows, inner = (*a, 0)[0], (*b, 0, 0)[1]
@@ -127,6 +127,10 @@ def read_loralib(tensors: Tensors, keys: Keys, alpha: float | None, r: int | Non
             raise MismatchError(f"{tensors.where}: {module} has {what}; expected multiples of r = {r}")
         entries[f"{module}.{A}"] = plain(tensors, part["A"])
         entries[f"{module}.{B}"] = plain(tensors, part["B"])
+        if inner > r:
+            doubts.append(
+                f"{module} is a convolution: B A has its numbers, but not in the order of a weight's"
+            )
         if rows > inner:
             entries[f"{module}.{B}"] = on_the_diagonal(tensors, part["B"], rows // inner)
             merged.append(module)
@@ -135,7 +139,7 @@ def read_loralib(tensors: Tensors, keys: Keys, alpha: float | None, r: int | Non
         f"{module} is a MergedLinear; rows that it leaves out are left out here" for module in merged
     )
     found = gathered(tensors.where, entries, tensors.metadata)
-    return Contents("loralib", found, alphas, {}, notes, tuple(listed(keys.others)))
+    return Contents("loralib", found, alphas, {}, notes, tuple(doubts))
 
 
 def on_the_diagonal(tensors: Tensors, key: str, n: int) -> Entry:

@@ -11,6 +11,7 @@ know keeps its underscores, and works all the same: nothing but a comparison wit
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 ATOMS = frozenset((
     "down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks",
@@ -36,6 +37,12 @@ COMPONENTS = {  # the prefix of a flattened name -> the component of a pipeline,
     "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3", "lora_transformer": "transformer",
     "lora_prior_unet": "prior", "lora_prior_te": "text_encoder", "lycoris": "",
 }  # fmt: skip
+UNET = re.compile(r"(down_blocks|up_blocks|mid_block|conv_(in|out)|(time|add)_embedding)(?![^.])")
+PREFIXES = {  # and back
+    "unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2",
+    "text_encoder_3": "lora_te3", "transformer": "lora_transformer", "prior": "lora_prior_unet",
+    "": "lycoris",
+}  # fmt: skip
 FLAT = re.compile(f"({'|'.join(sorted(COMPONENTS, key=len, reverse=True))})_([A-Za-z0-9_]+)")
 FLUX = re.compile(r"(double|single)_blocks_")
 BEFORE = re.compile(r"(unet\.|transformer\.|text_encoder(?:_[0-9])?\.)?(?:base_model\.model\.)+")
@@ -45,6 +52,45 @@ SINGLE = {"qkv": "linear1", "proj": "linear2"}  # and of a single one
 OLD = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
 OLD_TEXT = {
     "to_q_lora": "q_proj", "to_k_lora": "k_proj", "to_v_lora": "v_proj", "to_out_lora": "out_proj",
+}  # fmt: skip
+FUSED = {  # in Black Forest Labs' names of Flux -> in diffusers', in the order of the rows of B
+    "double_blocks": ("transformer_blocks", {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "txt_attn.proj": ("attn.to_add_out",), "img_mlp.0": ("ff.net.0.proj",), "img_mlp.2": ("ff.net.2",),
+        "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",),
+        "img_mod.lin": ("norm1.linear",), "txt_mod.lin": ("norm1_context.linear",),
+    }),
+    "single_blocks": ("single_transformer_blocks", {
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",),
+        "modulation.lin": ("norm.linear",),
+    }),
+}  # fmt: skip
+AROUND = {  # the modules before and after the blocks
+    "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+}  # fmt: skip
+SWAPPED = "final_layer.adaLN_modulation.1"  # its rows are shift and scale, in diffusers scale and shift
+SGM = re.compile(r"unet\.(input|output)_blocks\.(\d+)\.(\d+)(?:\.(.+))?")
+MIDDLE = re.compile(r"unet\.middle_block\.([012])\.(.+)")
+UNET_BLOCK = re.compile(
+    r"unet\.(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+LAYERS = 3  # entries of a level in Stability AI's lists of blocks: two layers, and a change of size
+RESNET = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+ENDS = {
+    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
 }  # fmt: skip
 TORCHTUNE = {
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
@@ -94,3 +140,60 @@ def of_torchtune(name: str) -> str:
     match = re.fullmatch(r"(?:(layers\.[0-9]+)\.)?(.+)", name)
     inner = TORCHTUNE.get(match[2], match[2]) if match else name
     return f"model.{match[1]}.{inner}" if match and match[1] else inner
+
+
+def of_sgm(path: str) -> str:
+    """diffusers' path of a module of a U-Net in Stability AI's names, which kohya has for SDXL.
+
+    unet.input_blocks.4.1.proj_in -> unet.down_blocks.1.attentions.0.proj_in
+    """
+    if end := ENDS.get(path.removeprefix("unet.")):
+        return f"unet.{end}"
+    if match := MIDDLE.fullmatch(path):
+        layer = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}[match[1]]
+        return f"unet.mid_block.{layer}.{RESNET.get(match[2], match[2])}"
+    if not (match := SGM.fullmatch(path)) or not match[4]:
+        return path
+    down, i, j, inner = match[1] == "input", int(match[2]), int(match[3]), match[4]
+    block, n = divmod(i - down, LAYERS)
+    above = f"unet.{'down' if down else 'up'}_blocks.{block}"
+    if inner in ("op", "conv"):
+        return f"{above}.{'downsamplers' if down else 'upsamplers'}.0.conv"
+    return f"{above}.attentions.{n}.{inner}" if j else f"{above}.resnets.{n}.{RESNET.get(inner, inner)}"
+
+
+def to_sgm(path: str) -> str:
+    """Stability AI's path of a module of SDXL's U-Net in diffusers' names: what `of_sgm` undoes."""
+    ends, inner_names = ({new: old for old, new in names.items()} for names in (ENDS, RESNET))
+    if end := ends.get(path.removeprefix("unet.")):
+        return f"unet.{end}"
+    if not (match := UNET_BLOCK.fullmatch(path)):
+        return path
+    way, level, kind, n, inner = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    inner = inner_names.get(inner, inner) if kind == "resnets" else inner
+    if not way:
+        return f"unet.middle_block.{1 if kind == 'attentions' else 2 * n}.{inner}"
+    if kind == "downsamplers":
+        return f"unet.input_blocks.{LAYERS * (level + 1)}.0.op"
+    if kind == "upsamplers":
+        return f"unet.output_blocks.{LAYERS * level + 2}.2.conv"
+    side, i = ("input", 1) if way == "down" else ("output", 0)
+    return f"unet.{side}_blocks.{LAYERS * level + n + i}.{int(kind == 'attentions')}.{inner}"
+
+
+def whole(path: str) -> str:
+    """A path with its component: files of a U-Net alone leave it out."""
+    return f"unet.{path}" if UNET.match(path) else path
+
+
+def flattened(path: str, components: Collection[str]) -> str:
+    """kohya's name of a module; `components` are all that the file has, since they name the text encoders."""
+    component, _, inner = whole(path).partition(".")
+    if component not in PREFIXES:
+        component, inner = "", path
+    if component == "transformer" and inner.split(".")[0] in FUSED:
+        component = "unet"
+    several = component == "text_encoder" and not {*components}.isdisjoint(
+        {"text_encoder_2", "text_encoder_3"}
+    )
+    return f"{PREFIXES[component]}{'1' if several else ''}_{inner.replace('.', '_')}"

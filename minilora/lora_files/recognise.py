@@ -77,8 +77,10 @@ def of_file(path: Path) -> tuple[str, Path]:
     if path.name in (CONFIG, WEIGHTS, "adapters.safetensors") and exists(path.with_name(CONFIG)):
         return recognised(path.parent)
     stamp = stamp_of(path)
-    start = read_at(path, 0, min(4, stamp.size), stamp)
-    if start == b"GGUF":
+    start = read_at(path, 0, min(9, stamp.size), stamp)
+    if start.endswith(b"{"):  # its header's length comes first, which can be any 8 bytes
+        return SINGLE, path
+    if start.startswith(b"GGUF"):
         return GGUF, path
     if path.suffix == ".npz" and start.startswith(b"PK"):
         return MLX_ARRAYS, path

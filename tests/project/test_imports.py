@@ -19,7 +19,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "vision.vit", "vision.diffusion",
     "lora_files.contents", "lora_files.names", "lora_files.grammar", "lora_files.recognise",
     "lora_files.image", "lora_files.dictionaries", "lora_files.llama_cpp", "lora_files.opening",
-    "peft.patterns", "peft.kinds", "peft.config", "peft.folder", "peft.loading",
+    "peft.patterns", "peft.kinds", "peft.config", "peft.folder", "peft.image_forms", "peft.language_forms", "peft.convert", "peft.loading",
     "serve.bank", "serve.slots", "serve.engine", "serve.bench", "serve.metrics", "serve.openai",
     "serve.service", "serve.http",
     "compose.arithmetic", "compose.sparsify", "compose.ranks", "compose.truncate", "compose.extract",

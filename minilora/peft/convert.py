@@ -1,0 +1,184 @@
+"""A LoRA of any tool -> a file of another tool, with the same ΔW: what was written is read and compared.
+
+|ΔW' - ΔW| = 0 where the form can hold the factors as they are, else the rounding of s B in float32
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, InputError, MismatchError, NonFiniteError, nearest, short
+from ..formats.atomic import check_free, make_folder, refuse_same, write_atomic, write_folder
+from ..formats.huggingface import read_json
+from ..formats.safetensors import streamed
+from ..lora_files.contents import MAGNITUDE, Entry
+from ..lora_files.names import of_sgm, whole
+from ..lora_files.recognise import CONFIG, WEIGHTS
+from ..spectra import norm, quotient, thin_values
+from ..table import counted, report
+from .folder import FACTORS, OF_TABLE, PREFIX, Adapter, open_adapter
+from .image_forms import Module, Written, diffusers, kohya, modules_of, split
+from .language_forms import gguf, gguf_bytes, mlx
+
+FORMS = ("peft", "kohya", "diffusers", "mlx", "gguf")
+LARGEST = {  # numbers of each dtype
+    "F64": float(np.finfo(np.float64).max), "F32": float(np.finfo(np.float32).max),
+    "BF16": 3.3895313892515355e38, "F16": 65504.0,
+}  # fmt: skip
+ENDINGS = {
+    "kohya": ".safetensors",
+    "diffusers": ".safetensors",
+    "gguf": ".gguf",
+}  # of those that are one file
+OWN = ("format", "minilora", "lora_adapter_metadata")  # what a header says of its own file alone
+
+
+@report
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` wrote; prints as lines."""
+
+    out: str
+    form: str
+    modules: int
+    norm: float  # |ΔW| over all modules
+    difference: float  # |ΔW' - ΔW| over all modules, of what was written and read again
+    notes: tuple[str, ...]
+
+    def data(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def parts(self) -> list[str]:
+        what = counted(self.modules, "module", "modules")
+        lines = [
+            f"{self.out}: {what} in the form of {self.form}; read again, its ΔW differs by "
+            f"{quotient(self.difference, self.norm):.1e} of |ΔW|"
+        ]
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+
+def convert(
+    source: Path | str,
+    out: Path | str,
+    to: str,
+    *,
+    base: Path | str | None = None,
+    alpha: float | None = None,
+    r: int | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write a LoRA of any tool in the form of another: "peft", "kohya", "diffusers", "mlx" or "gguf".
+
+    ΔW stays. A factor changes only where the form has no place for its scale or rank, and then it is float32.
+    Strings of the header are kept; Flux is split for diffusers and fused for kohya. `base`, a folder with
+    config.json, tells the heads and the architecture on which llama.cpp's and torchtune's files depend;
+    `alpha` and `r` are as in `open_adapter`. UnsupportedError names what the form cannot hold, StorageError
+    an output that exists, unless `overwrite`; nothing is written then.
+    """
+    if to not in FORMS:
+        raise InputError(f"to is {to!r}; {nearest(str(to), FORMS)}")
+    out = Path(out)
+    ending = ENDINGS.get(to, "")
+    if ending != out.suffix and (ending or out.suffix in ENDINGS.values()):
+        what = f"a name that ends in {ending}" if ending else "the name of a folder"
+        raise InputError(f"{out}: expected {what} for the form of {to}")
+    if not (ending and overwrite):  # a file is replaced by a file, whatever it is
+        check_free(out, overwrite)
+    config = None if base is None else read_json(Path(base) / "config.json")
+    heads = heads_of(config)
+    given = open_adapter(source, alpha=alpha, r=r, heads=heads)
+    refuse_same(out, given.where)
+    modules = modules_of(given, f"the form of {to}")
+    header = {key: text for key, text in given.tensors.metadata.items() if key not in OWN}
+    if ending:
+        make_folder(out.parent)
+    if to == "gguf":
+        write_atomic(out, gguf_bytes(*gguf(modules, config, heads)))
+    elif to in ENDINGS:
+        written = (kohya if to == "kohya" else diffusers)(modules, header)
+        write_atomic(out, container(written.tensors, written.header))
+    else:
+        name, written = (
+            ("adapters.safetensors", mlx(modules)) if to == "mlx" else (WEIGHTS, peft(given, modules, header))
+        )
+
+        def fill(folder: Path) -> None:
+            text = json.dumps(dict(written.config or {}), indent=2, sort_keys=True) + "\n"
+            write_atomic(folder / CONFIG, text.encode())
+            write_atomic(folder / name, container(written.tensors, written.header))
+
+        write_folder(out, fill, overwrite)
+    again = open_adapter(out, heads=heads)
+    off, size = compared(modules, modules_of(again, to), str(out))
+    return Conversion(str(out), to, len(again.pairs), size, off, given.notes)
+
+
+def heads_of(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """The numbers of query and key heads in a base's config, None without one."""
+    if config is None:
+        return None
+    queries = config.get("num_attention_heads")
+    keys = config.get("num_key_value_heads") or queries
+    if type(queries) is not int or type(keys) is not int or min(queries, keys) < 1:
+        what = f"num_attention_heads is {short(queries)} and num_key_value_heads {short(keys)}"
+        raise ConfigError(f"the base's {what}; expected numbers above 0")
+    return queries, keys
+
+
+def peft(given: Adapter, modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
+    """PEFT's tensors, as they are, and config."""
+    tensors: dict[str, Entry] = {}
+    for path, module in modules.items():
+        at = PREFIX + path
+        ends = OF_TABLE if module.table else FACTORS
+        tensors |= {f"{at}.{ends[0]}": module.A, f"{at}.{ends[1]}": module.B}
+        if module.magnitude:
+            tensors[f"{at}.{MAGNITUDE}"] = module.magnitude
+    return Written(tensors, {"format": "pt", **header}, given.settings.fields)
+
+
+def container(tensors: Mapping[str, Entry], header: Mapping[str, str]) -> Iterator[bytes]:
+    """The bytes of a safetensors file; NonFiniteError for a value that its dtype cannot hold."""
+
+    def fetch(name: str) -> np.ndarray:
+        a = np.asarray(tensors[name].read())
+        if not abs(a).max(initial=0.0) <= LARGEST[tensors[name].dtype]:
+            raise NonFiniteError(f"{name} is too large for {tensors[name].dtype}; nothing was written")
+        return a
+
+    shapes = {name: entry.shape for name, entry in tensors.items()}
+    return streamed(shapes, {name: entry.dtype for name, entry in tensors.items()}, fetch, header)
+
+
+def compared(before: Mapping[str, Module], after: Mapping[str, Module], where: str) -> tuple[float, float]:
+    """|ΔW' - ΔW| and |ΔW| over all modules, whatever their names' dots, and with Flux's maps split."""
+    old, new = (
+        {of_sgm(whole(path)).replace(".", "_"): m for path, m in split(ms).items()} for ms in (before, after)
+    )
+    if missing := old.keys() - new.keys():
+        raise MismatchError(f"{where}: {min(missing)} is not in what was written")
+    off, size = [], []
+    for path, module in new.items():
+        A, B = matrices(module)
+        was = matrices(old[path]) if path in old else (np.zeros((1, A.shape[1])), np.zeros((len(B), 1)))
+        same = path in old and all(map(np.array_equal, (A, B), was))
+        both = np.hstack([B, -was[1]]), np.vstack([A, was[0]])
+        off.append(0.0 if same else norm(thin_values(*both)))
+        size.append(norm(thin_values(was[1], was[0])))
+        was_m = old[path].magnitude if path in old else None
+        if (m := module.magnitude) and not (was_m and np.array_equal(m.read(), was_m.read())):
+            raise MismatchError(f"{where}: the magnitudes of {path} are others than before")
+    return math.hypot(*off), math.hypot(*size)
+
+
+def matrices(module: Module) -> tuple[np.ndarray, np.ndarray]:
+    """A and s B in float64, a convolution's as matrices."""
+    A = module.A.read().astype(np.float64).reshape(module.r, -1)
+    return A, module.scale * module.B.read().astype(np.float64).reshape(-1, module.r)
