@@ -309,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
     add("source", "a LoRA of any tool, file or folder", metavar="ADAPTER")
     add("out", "the new file or folder", metavar="OUT")
     add("--to", "peft, kohya, diffusers, mlx or gguf", required=True, metavar="FORM")
-    add("--base", "a folder with the base's config.json: llama.cpp's and torchtune's files depend on its heads",
+    add("--base", "a folder with the base's config.json, on which llama.cpp's and torchtune's files depend",
         metavar="BASE")  # fmt: skip
     add("--alpha", "for a file that does not have it, or whose config is lost", type=float, metavar="A")
     add("--r", "for loralib's files, which do not have it", type=int, metavar="R")

@@ -1521,7 +1521,7 @@ MUTANTS = (
     Mutant("narrow-modules-crowd-out-wide-ones", "compose/ranks.py", "return max(chosen, common, key=",
            "return max(chosen, chosen, key=", "truncate"),
     Mutant("common-rank-by-plain-values", "compose/ranks.py", "[np.pad(S * S, (0,", "[np.pad(S, (0,", "truncate"),
-    Mutant("output-around-the-input", "compose/truncate.py", " or out in s.parents", "", "truncate"),
+    Mutant("output-around-the-input", "formats/atomic.py", " or out in s.parents", "", "truncate"),
     Mutant("extracted-the-other-way-round", "compose/extract.py", "two.astype(np.float64) - one",
            "one.astype(np.float64) - two", "truncate"),
     Mutant("an-embedding-is-a-map", "compose/extract.py", ' and "embed" not in last and ', " and ", "truncate"),

@@ -221,7 +221,7 @@ OPTIONS = {
     "generate": ({"prompt": ["To be"], "base": ["--base", "../one"], "adapter": ["--adapter", "a"]}, {
         "prompt": (["Not"], {"generate.ids": "Not", "printed": "Not!\n"}),
         "base": (["--base", "../two"], {"checkpoint.spec": "../two"}),
-        "adapter": (["--adapter", "a2"], {"load_adapter.folder": "a2"}),
+        "adapter": (["--adapter", "a2"], {"load_adapter.source": "a2"}),
         "merged": (["--merged"], {"merge": True}),
         "max_tokens": (["--max-tokens", "11"], {"generate.max_new_tokens": 11}),
         "temperature": (["--temperature", "0.3"], {"generate.temperature": 0.3}),

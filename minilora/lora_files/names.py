@@ -11,7 +11,6 @@ know keeps its underscores, and works all the same: nothing but a comparison wit
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 ATOMS = frozenset((
     "down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks",
@@ -186,14 +185,14 @@ def whole(path: str) -> str:
     return f"unet.{path}" if UNET.match(path) else path
 
 
-def flattened(path: str, components: Collection[str]) -> str:
-    """kohya's name of a module; `components` are all that the file has, since they name the text encoders."""
+def flattened(path: str, numbered: bool = False, flux: bool = False) -> str:
+    """kohya's name of a module; the first text encoder is `numbered` where there are more.
+
+    `flux` says that a transformer has the names of Black Forest Labs, and so is called a U-Net.
+    """
     component, _, inner = whole(path).partition(".")
     if component not in PREFIXES:
         component, inner = "", path
-    if component == "transformer" and inner.split(".")[0] in FUSED:
-        component = "unet"
-    several = component == "text_encoder" and not {*components}.isdisjoint(
-        {"text_encoder_2", "text_encoder_3"}
-    )
-    return f"{PREFIXES[component]}{'1' if several else ''}_{inner.replace('.', '_')}"
+    prefix = PREFIXES["unet" if flux and component == "transformer" else component]
+    number = "1" if numbered and component == "text_encoder" else ""
+    return f"{prefix}{number}_{inner.replace('.', '_')}"

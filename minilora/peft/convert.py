@@ -37,6 +37,7 @@ ENDINGS = {
     "diffusers": ".safetensors",
     "gguf": ".gguf",
 }  # of those that are one file
+WRITERS = {"kohya": kohya, "diffusers": diffusers, "mlx": mlx}
 OWN = ("format", "minilora", "lora_adapter_metadata")  # what a header says of its own file alone
 
 
@@ -97,22 +98,20 @@ def convert(
     refuse_same(out, given.where)
     modules = modules_of(given, f"the form of {to}")
     header = {key: text for key, text in given.tensors.metadata.items() if key not in OWN}
+    if to == "gguf":
+        data: Any = gguf_bytes(*gguf(modules, config, heads))
+    else:
+        written = peft(given, modules, header) if to == "peft" else WRITERS[to](modules, header)
+        data = container(written.tensors, written.header)
     if ending:
         make_folder(out.parent)
-    if to == "gguf":
-        write_atomic(out, gguf_bytes(*gguf(modules, config, heads)))
-    elif to in ENDINGS:
-        written = (kohya if to == "kohya" else diffusers)(modules, header)
-        write_atomic(out, container(written.tensors, written.header))
+        write_atomic(out, data)
     else:
-        name, written = (
-            ("adapters.safetensors", mlx(modules)) if to == "mlx" else (WEIGHTS, peft(given, modules, header))
-        )
 
         def fill(folder: Path) -> None:
             text = json.dumps(dict(written.config or {}), indent=2, sort_keys=True) + "\n"
             write_atomic(folder / CONFIG, text.encode())
-            write_atomic(folder / name, container(written.tensors, written.header))
+            write_atomic(folder / ("adapters.safetensors" if to == "mlx" else WEIGHTS), data)
 
         write_folder(out, fill, overwrite)
     again = open_adapter(out, heads=heads)

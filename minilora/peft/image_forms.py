@@ -98,10 +98,12 @@ def kohya(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
     no_tables(modules, "kohya's form")
     modules = fused(modules)
     components = {name.partition(".")[0] for name in modules}
+    flux = any(path.startswith(tuple(f"transformer.{blocks}." for blocks in FUSED)) for path in modules)
+    numbered = flux or not components.isdisjoint({"text_encoder_2", "text_encoder_3"})
     sdxl = "text_encoder_2" in components or header.get("ss_base_model_version", "").startswith("sdxl")
     tensors: dict[str, Entry] = {}
     for path, module in modules.items():
-        name = flattened(to_sgm(path) if sdxl else path, components)
+        name = flattened(to_sgm(path) if sdxl else path, numbered, flux)
         if f"{name}.alpha" in tensors:
             raise MismatchError(f"{path} and another module are both called {name} in kohya's form")
         tensors[f"{name}.lora_down.weight"] = module.A

@@ -35,7 +35,7 @@ def flat_only(modules: Mapping[str, Module], form: str) -> None:
             raise UnsupportedError(f"{name} is a convolution, which {form} cannot hold")
 
 
-def mlx(modules: Mapping[str, Module]) -> Written:
+def mlx(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
     """MLX's file and config: one rank and one scale for all, so ranks are filled up with zeros."""
     flat_only(modules, "MLX's form")
     dora = {module.magnitude is not None for module in modules.values()}
@@ -61,7 +61,7 @@ def mlx(modules: Mapping[str, Module]) -> Written:
         "num_layers": -1,
         "lora_parameters": {"rank": r, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
     }
-    return Written(tensors, {"format": "mlx"}, config)
+    return Written(tensors, {**header, "format": "mlx"}, config)
 
 
 def filled(entry: Entry, r: int, axis: int) -> Entry:

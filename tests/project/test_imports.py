@@ -19,7 +19,8 @@ ORDER = [  # a wing or a file stands above all that it imports
     "vision.vit", "vision.diffusion",
     "lora_files.contents", "lora_files.names", "lora_files.grammar", "lora_files.recognise",
     "lora_files.image", "lora_files.dictionaries", "lora_files.llama_cpp", "lora_files.opening",
-    "peft.patterns", "peft.kinds", "peft.config", "peft.folder", "peft.image_forms", "peft.language_forms", "peft.convert", "peft.loading",
+    "peft.patterns", "peft.kinds", "peft.config", "peft.folder", "peft.image_forms",
+    "peft.language_forms", "peft.convert", "peft.loading",
     "serve.bank", "serve.slots", "serve.engine", "serve.bench", "serve.metrics", "serve.openai",
     "serve.service", "serve.http",
     "compose.arithmetic", "compose.sparsify", "compose.ranks", "compose.truncate", "compose.extract",
@@ -52,7 +53,8 @@ SUBJECTS = (
 )  # fmt: skip
 QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SUBJECTS))
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
-DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf"}, "tokenizers": {"formats.tokenizer"},
+DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf", "peft.convert"},
+         "tokenizers": {"formats.tokenizer"},
          "jinja2": {"data.chat"}, "sklearn": {"data.digits"}}  # fmt: skip
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra", "vision.vit"]
 TYPES = {"ndarray", "float32", "float64", "int64", "dtype", "errstate", "random.Generator"}

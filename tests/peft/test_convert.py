@@ -1,0 +1,344 @@
+"""Another tool's form of a LoRA has the same ΔW, by readings that are not ours, or is refused by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from by_hand import write_peft
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+import minilora as ml
+from minilora.errors import ConfigError, InputError, MismatchError, StorageError, UnsupportedError
+from minilora.formats.gguf import half_split, neighbours
+from minilora.formats.safetensors import open_tensors
+from minilora.lora_files.names import dotted, flattened, of_sgm, path_of, to_sgm
+from minilora.peft.convert import FORMS, convert
+
+ROOT = Path(__file__).parents[1] / "fixtures/lora_files"
+UNIT = 2.0**-24
+FILE = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}
+LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
+HEADS = (4, 2)
+SOURCES = {  # of every shape that a form has to hold
+    "peft/plain": FORMS, "peft/rslora_patterns": FORMS, "peft/qwen2": FORMS,
+    "peft/dora": ("peft", "kohya", "diffusers", "mlx"), "peft/embed_lmhead": ("peft", "mlx", "gguf"),
+    "peft/conv2d": ("peft", "kohya", "diffusers"), "peft/conv2d_dora": ("peft", "kohya", "diffusers"),
+    "kohya_lycoris/locon_tucker_mid": ("peft", "kohya", "diffusers"),
+    "kohya_lycoris/rs_lora": ("peft", "kohya", "diffusers"),
+    "kohya_sdscripts/fp8_e4m3": ("peft", "kohya", "diffusers"),
+    "kohya_sdscripts/sd15_conv": ("peft", "kohya", "diffusers"),
+    "kohya_sdxl/sdxl_sgm_names": ("peft", "kohya"), "kohya_sdscripts/sdxl_te1_te2": ("peft", "diffusers"),
+    "kohya_flux/flux_bfl_names": ("peft", "kohya", "diffusers"),
+    "kohya_flux/converted_to_ai_toolkit": ("peft", "kohya", "diffusers"),
+    "diffusers/flux_transformer": ("peft", "kohya", "diffusers"),
+    "diffusers/sd15_dreambooth_script": ("peft", "kohya", "diffusers"),
+    "diffusers/unet_only_save_lora_adapter": ("peft", "kohya", "diffusers"),
+    "synthetic_names/xlabs_flux": ("peft", "kohya", "diffusers"),
+    "mlx/lora_keys_last_layer": FORMS, "mlx/dora": ("peft", "mlx"),
+    "gguf/embed_gguf": ("peft", "mlx", "gguf"),
+}  # fmt: skip
+
+
+def source(name):
+    return next((ROOT / name).glob("*.f32.gguf"), ROOT / name)
+
+
+def base(folder):
+    (folder / "base").mkdir()
+    (folder / "base/config.json").write_text(json.dumps(LLAMA))
+    return folder / "base"
+
+
+def factors(adapter, module):
+    """A and s B of a module in float64."""
+    A, B = (x.astype(np.float64) for x in adapter.factors(module))
+    return A, adapter.pairs[module].scale * B
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, forms in SOURCES.items() for form in forms]
+)
+def test_what_is_written_reads_as_the_same_change(name, form, tmp_path):
+    """One rounding of s B in float32, and one of A where it is a product; else to the bit."""
+    out = tmp_path / f"out{FILE.get(form, '')}"
+    told = convert(source(name), out, form, base=base(tmp_path))
+    old = ml.open_adapter(source(name), heads=HEADS)
+    new = ml.open_adapter(out, heads=HEADS)
+    assert told.modules == len(new.pairs)
+    assert told.difference <= 2 * UNIT * told.norm * 4
+    if old.pairs.keys() != new.pairs.keys():
+        return  # other names or parts: the laws of names and of Flux, below
+    for module, pair in old.pairs.items():
+        (A, B), (A2, B2) = factors(old, module), factors(new, module)
+        size = abs(B) @ abs(A)
+        assert (abs(B @ A - B2 @ A2) <= 3 * UNIT * size).all(), module
+        for one, other in zip(
+            sorted(pair.vectors.items()), sorted(new.pairs[module].vectors.items()), strict=True
+        ):
+            assert one[0] == other[0]
+            assert np.array_equal(old.value(one[1]).ravel(), new.value(other[1]).ravel())
+
+
+def independent(path, form):
+    """Name -> ΔW of a file, by the formulas of its format and another reader of its container."""
+    if form == "mlx":
+        held = load_file(path / "adapters.safetensors")
+        scale = json.loads((path / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+        return {n[:-7]: scale * (held[n] @ held[n[:-1] + "b"]).T for n in held if n.endswith(".lora_a")}
+    held = load_file(path)
+    if form == "kohya":
+        return {
+            n[:-6]: float(held[n]) / len(down) * up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+            for n in held if n.endswith(".alpha")
+            for down, up in [(held[f"{n[:-6]}.lora_down.weight"], held[f"{n[:-6]}.lora_up.weight"])]
+        }  # fmt: skip
+    return {
+        n[:-14]: held[n[:-13] + "lora_B.weight"].reshape(-1, len(held[n])) @ held[n].reshape(len(held[n]), -1)
+        for n in held if n.endswith("lora_A.weight")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "mlx"])
+@pytest.mark.parametrize(
+    "name", ["peft/rslora_patterns", "kohya_sdscripts/sd15_conv", "diffusers/sd15_with_metadata"]
+)
+def test_the_formulas_of_the_form_give_the_change(name, form, tmp_path):
+    if form == "mlx" and name != "peft/rslora_patterns":
+        with pytest.raises(UnsupportedError, match="is a convolution"):
+            convert(source(name), tmp_path / "out", form)
+        return
+    out = tmp_path / f"out{FILE.get(form, '')}"
+    convert(source(name), out, form)
+    old, found = ml.open_adapter(source(name)), independent(out, form)
+    names = {flattened(m) if form == "kohya" else m: m for m in old.pairs}
+    assert names.keys() == found.keys()
+    for name_there, module in names.items():
+        A, B = factors(old, module)
+        bound = (len(A) + 6) * UNIT * (abs(B) @ abs(A))
+        assert (abs(found[name_there].astype(np.float64).reshape(bound.shape) - B @ A) <= bound).all(), module
+
+
+def test_one_module_of_each_dtype_keeps_it_where_nothing_is_folded(tmp_path):
+    for name in ("kohya_sdscripts/sd15_linear", "kohya_flux/flux_bfl_names", "kohya_sdscripts/sd15_conv"):
+        out = tmp_path / f"{Path(name).name}.safetensors"
+        convert(source(name), out, "kohya")
+        (path,) = (ROOT / name).glob("*.safetensors")
+        old, new = open_tensors(path), open_tensors(out)
+        assert old.keys() == new.keys()
+        for key in old:
+            assert np.array_equal(old[key], new[key])
+            assert key.endswith(".alpha") or old.dtypes[key] == new.dtypes[key]
+
+
+def test_strings_of_the_header_stay_and_sizes_are_told_anew(tmp_path):
+    convert(source("kohya_sdscripts/sd15_conv"), tmp_path / "a.safetensors", "diffusers")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
+    (path,) = (ROOT / "kohya_sdscripts/sd15_conv").glob("*.safetensors")
+    old, new = open_tensors(path).metadata, open_tensors(tmp_path / "b.safetensors").metadata
+    about = {"ss_network_module", "ss_network_dim", "ss_network_alpha"}
+    assert {k: v for k, v in old.items() if k not in about} == {
+        k: v for k, v in new.items() if k not in about
+    }
+    assert (
+        new["ss_network_dim"] == new["ss_network_alpha"] == "Dynamic"
+    )  # linear maps and convolutions differ
+
+
+def test_flux_is_split_and_fused_again(tmp_path):
+    """kohya's own converter splits the same way, and what was split is fused to the same bits."""
+    one = ROOT / "kohya_flux/flux_bfl_names"
+    convert(one, tmp_path / "split.safetensors", "diffusers")
+    split = ml.open_adapter(tmp_path / "split.safetensors")
+    theirs = ml.open_adapter(ROOT / "kohya_flux/converted_to_ai_toolkit")
+    for module in theirs.pairs:
+        (A, B), (A2, B2) = factors(split, module), factors(theirs, module)
+        assert (abs(B @ A - B2 @ A2) <= 4 * UNIT * (abs(B) @ abs(A))).all(), module
+    convert(tmp_path / "split.safetensors", tmp_path / "fused.safetensors", "kohya")
+    old, new = ml.open_adapter(one), ml.open_adapter(tmp_path / "fused.safetensors")
+    assert old.pairs.keys() == new.pairs.keys()
+    for module in old.pairs:
+        (A, B), (A2, B2) = factors(old, module), factors(new, module)
+        assert np.array_equal(A, A2), module
+        assert np.array_equal(B, B2), module
+
+
+def test_parts_that_differ_are_fused_block_by_block(tmp_path):
+    """Some of q, k, v alone: the rows of the others are zeros."""
+    rng = np.random.default_rng(0)
+    at = "transformer.single_transformer_blocks.0."
+    parts = {f"{at}attn.to_q": (2, 8), f"{at}proj_mlp": (3, 32)}
+    drawn = {m: (rng.normal(size=(r, 8)), rng.normal(size=(rows, r))) for m, (r, rows) in parts.items()}
+    write_peft(tmp_path / "a", drawn)
+    convert(tmp_path / "a", tmp_path / "b.safetensors", "kohya")
+    adapter = ml.open_adapter(tmp_path / "b.safetensors")
+    assert list(adapter.pairs) == ["transformer.single_blocks.0.linear1"]
+    A, B = factors(adapter, "transformer.single_blocks.0.linear1")
+    old = ml.open_adapter(tmp_path / "a")
+    (A1, B1), (A2, B2) = (factors(old, m) for m in parts)
+    want = np.vstack([B1 @ A1, np.zeros((16, 8)), B2 @ A2])
+    assert A.shape == (5, 8)
+    assert (abs(B @ A - want) <= 4 * UNIT * (abs(B) @ abs(A))).all()
+
+
+SDXL = [
+    "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1",
+    "add_embedding.linear_2", "mid_block.resnets.0.conv1", "mid_block.resnets.1.time_emb_proj",
+    "mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj",
+    *(f"down_blocks.{b}.resnets.{n}.{part}" for b in range(3) for n in range(2)
+      for part in ("conv1", "conv2", "time_emb_proj", "conv_shortcut")),
+    *(f"up_blocks.{b}.resnets.{n}.conv2" for b in range(3) for n in range(3)),
+    *(f"down_blocks.{b}.attentions.{n}.proj_in" for b in (1, 2) for n in range(2)),
+    *(f"up_blocks.{b}.attentions.{n}.transformer_blocks.1.attn2.to_out.0" for b in (0, 1) for n in range(3)),
+    "down_blocks.0.downsamplers.0.conv", "down_blocks.1.downsamplers.0.conv", "up_blocks.0.upsamplers.0.conv",
+    "up_blocks.1.upsamplers.0.conv",
+]  # fmt: skip
+
+
+def test_names_of_sdxl_go_to_stability_ais_and_back():
+    there = [to_sgm(f"unet.{path}") for path in SDXL]
+    assert len(set(there)) == len(SDXL)
+    assert not any(
+        part in path for path in there for part in ("down_blocks", "up_blocks", "mid_block", "resnets")
+    )
+    assert [of_sgm(path) for path in there] == [f"unet.{path}" for path in SDXL]
+    known = {  # as in diffusers' converter and kohya's files
+        "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q":
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.input_blocks.3.0.op": "unet.down_blocks.0.downsamplers.0.conv",
+        "unet.input_blocks.7.0.in_layers.2": "unet.down_blocks.2.resnets.0.conv1",
+        "unet.middle_block.2.out_layers.3": "unet.mid_block.resnets.1.conv2",
+        "unet.output_blocks.5.2.conv": "unet.up_blocks.1.upsamplers.0.conv",
+        "unet.output_blocks.3.1.proj_out": "unet.up_blocks.1.attentions.0.proj_out",
+        "unet.label_emb.0.2": "unet.add_embedding.linear_2",
+    }  # fmt: skip
+    assert {path: of_sgm(path) for path in known} == known
+
+
+WORDS = """down_blocks 0 17 attn1 to_q to_out ff net proj time_emb_proj transformer_blocks text_model encoder
+    layers self_attn out_proj fc1"""
+PATHS = st.lists(st.sampled_from(WORDS.split()), min_size=1, max_size=8)
+
+
+@given(PATHS)
+def test_dots_come_back_to_flattened_names(parts):
+    """By the atoms alone, for any path of them."""
+    path = ".".join(parts)
+    assert dotted(path.replace(".", "_")) == path
+    assert path_of(flattened(f"text_encoder_2.{path}")) == f"text_encoder_2.{path}"
+
+
+def test_text_encoders_are_numbered_where_there_are_several():
+    inner = "text_model.encoder.layers.0.mlp.fc1"
+    flat = inner.replace(".", "_")
+    assert flattened(f"text_encoder.{inner}") == f"lora_te_{flat}"
+    assert flattened(f"text_encoder.{inner}", numbered=True) == f"lora_te1_{flat}"
+    assert flattened(f"text_encoder_2.{inner}", numbered=True) == f"lora_te2_{flat}"
+    assert flattened("down_blocks.0.proj_in") == "lora_unet_down_blocks_0_proj_in"  # a U-Net alone
+    assert flattened("model.layers.0.q_proj") == "lycoris_model_layers_0_q_proj"
+    assert flattened("transformer.img_in") == "lora_transformer_img_in"
+    assert flattened("transformer.img_in", flux=True) == "lora_unet_img_in"
+
+
+@given(heads=st.integers(1, 5), half=st.integers(1, 4), columns=st.integers(1, 3))
+def test_rows_go_to_neighbours_and_back(heads, half, columns):
+    W = np.arange(2.0 * heads * half * columns).reshape(-1, columns)
+    moved = neighbours(W, heads)
+    assert np.array_equal(half_split(moved, heads), W)
+    assert np.array_equal(moved[:2], W[[0, half]])  # the first pair of the first head
+
+
+def test_gguf_has_one_alpha_and_what_differs_is_in_the_factors(tmp_path):
+    import gguf
+
+    out = tmp_path / "a.gguf"
+    convert(ROOT / "peft/rslora_patterns", out, "gguf", base=base(tmp_path))
+    reader = gguf.GGUFReader(out)
+    values = {name: f.parts[-1] for name, f in reader.fields.items()}
+    assert bytes(values["general.type"]) == b"adapter"
+    assert bytes(values["adapter.type"]) == b"lora"
+    assert bytes(values["general.architecture"]) == b"llama"
+    (alpha,) = values["adapter.lora.alpha"].tolist()
+    old = ml.open_adapter(ROOT / "peft/rslora_patterns")
+    held = {t.name: t.data for t in reader.tensors}
+    names = {
+        "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+        "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+    }  # fmt: skip
+    assert len(held) == 2 * len(old.pairs)
+    for module in old.pairs:
+        n, last = module.split(".")[2], module.rpartition(".")[2]
+        a, b = (held[f"blk.{n}.{names[last]}.weight.lora_{half}"] for half in "ab")
+        dW = alpha / len(a) * b.astype(np.float64) @ a
+        if last in ("q_proj", "k_proj"):
+            dW = half_split(dW, HEADS[last == "k_proj"])
+        A, B = factors(old, module)
+        assert (abs(dW - B @ A) <= 4 * UNIT * (abs(B) @ abs(A))).all(), module
+
+
+BAD = {  # what is asked -> the error
+    "an unknown form": ("peft/plain", "o", "mlz", {}, InputError, "to is 'mlz'; nearest: 'mlx'"),
+    "a folder for a file": ("peft/plain", "o", "kohya", {}, InputError, "a name that ends in .safetensors"),
+    "a file for a folder": ("peft/plain", "o.gguf", "mlx", {}, InputError, "the name of a folder"),
+    "an embedding for kohya": (
+        "peft/embed_lmhead", "o.safetensors", "kohya", {}, UnsupportedError, "embedding",
+    ),
+    "an embedding for diffusers": (
+        "peft/embed_lmhead", "o.safetensors", "diffusers", {}, UnsupportedError, "embedding",
+    ),
+    "a convolution for MLX": ("peft/conv2d", "o", "mlx", {}, UnsupportedError, "c1 is a convolution"),
+    "llama.cpp's without a base": ("peft/plain", "o.gguf", "gguf", {}, ConfigError, "expected base"),
+    "magnitudes for llama.cpp": ("peft/dora", "o.gguf", "gguf", {"base": LLAMA}, UnsupportedError, "DoRA"),
+    "another architecture": (
+        "peft/plain", "o.gguf", "gguf", {"base": LLAMA | {"model_type": "lama"}}, UnsupportedError, "'llama'",
+    ),
+    "a base without heads": (
+        "peft/plain", "o.gguf", "gguf", {"base": {"model_type": "llama"}}, ConfigError, "num_attention_heads",
+    ),
+    "a module without a name": (
+        "peft/gpt2_conv1d", "o.gguf", "gguf", {"base": LLAMA}, UnsupportedError, "no name in llama.cpp's",
+    ),
+    "full differences": (
+        "synthetic_names/comfy_diffusion_model", "o", "peft", {}, MismatchError, "full difference: 1 module",
+    ),
+    "magnitudes of inputs": ("kohya_lycoris/dora_wd_in_old", "o", "peft", {}, MismatchError, "each input"),
+    "loralib's convolution": (
+        "loralib/net", "o", "peft", {"alpha": 8, "r": 4}, MismatchError, "conv is a convolution",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_a_form_cannot_hold_is_refused_and_nothing_is_written(what, tmp_path):
+    name, out, form, options, error, says = BAD[what]
+    if "base" in options:
+        (tmp_path / "config.json").write_text(json.dumps(options["base"]))
+        options = options | {"base": tmp_path}
+    with pytest.raises(error, match=says):
+        convert(ROOT / name, tmp_path / "new" / out, form, **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_is_replaced_when_asked_and_never_the_input(tmp_path):
+    (tmp_path / "o.safetensors").write_bytes(b"old")
+    with pytest.raises(StorageError, match="is there already"):
+        convert(ROOT / "peft/plain", tmp_path / "o.safetensors", "kohya")
+    assert (tmp_path / "o.safetensors").read_bytes() == b"old"
+    convert(ROOT / "peft/plain", tmp_path / "o.safetensors", "kohya", overwrite=True)
+    once = (tmp_path / "o.safetensors").read_bytes()
+    with pytest.raises(InputError, match="is the input"):
+        convert(tmp_path / "o.safetensors", tmp_path / "o.safetensors", "diffusers", overwrite=True)
+    assert (tmp_path / "o.safetensors").read_bytes() == once
+    convert(ROOT / "peft/plain", tmp_path / "o", "mlx")
+    convert(ROOT / "peft/plain", tmp_path / "o", "peft", overwrite=True)
+    assert ml.open_adapter(tmp_path / "o").pairs.keys() == ml.open_adapter(ROOT / "peft/plain").pairs.keys()
+
+
+def test_values_too_large_for_their_dtype_are_refused(tmp_path):
+    big = {"a.q_proj": (np.full((1, 2), 1.0), np.full((2, 1), 3e38))}
+    write_peft(tmp_path / "a", big, lora_alpha=3)
+    with pytest.raises(ml.errors.NonFiniteError, match="too large for F32"):
+        convert(tmp_path / "a", tmp_path / "o.safetensors", "diffusers")
+    assert not (tmp_path / "o.safetensors").exists()
