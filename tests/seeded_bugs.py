@@ -2229,5 +2229,22 @@ MUTANTS = (
     Mutant("balanced-before-the-clamp", "compose/extract.py", "upright(U[:, :k] * S[:k], Vt[:k])", "upright(*split(U, S, Vt, k))", "extract"),
     Mutant("clamped-as-the-signs-came", "compose/extract.py", "    return B * signs, A * signs.T\n", "    return B, A\n", "extract"),
     Mutant("least-difference-counts", "compose/extract.py", "abs(change).max(initial=0) > min_diff", "abs(change).max(initial=0) >= min_diff", "extract"),
+    # ---- convert: another tool's form
+    Mutant("kohyas-alpha-is-the-scale", "peft/image_forms.py", "number(module.scale * module.r)", "number(module.scale)", "convert"),
+    Mutant("diffusers-scale-is-lost", "peft/image_forms.py", "folded(module.B, module.scale)", "module.B", "convert"),
+    Mutant("powers-of-two-folded-into-halves", "peft/image_forms.py", 'entry.dtype in ("F64", "F32", "BF16")', "True", "convert"),
+    Mutant("fused-parts-share-a-column", "peft/image_forms.py", "at += 0 if alike else module.r", "at += 0", "convert"),
+    Mutant("fused-scales-are-lost", "peft/image_forms.py", "module.B.read() * (1.0 if alike else module.scale)", "module.B.read()", "convert"),
+    Mutant("missing-parts-have-no-rows", "peft/image_forms.py", "        O += h * (4 if part == \"proj_mlp\" else 1)", "        O += h * (4 if part == \"proj_mlp\" else 1) * (part in group)", "convert"),
+    Mutant("shift-and-scale-are-not-swapped", "peft/image_forms.py", "np.roll(entry.read(), -start, 0)", "entry.read()", "convert"),
+    Mutant("mlx-of-the-smallest-rank", "peft/language_forms.py", "r = max(module.r", "r = min(module.r", "convert"),
+    Mutant("gguf-of-one-head-count", "peft/language_forms.py", 'heads=heads[inner.endswith("k_proj")]', "heads=heads[0]", "convert"),
+    Mutant("gguf-scales-by-rank-only-once", "peft/language_forms.py", "module.scale * module.r / alpha)", "module.scale / alpha)", "convert"),
+    Mutant("only-one-text-encoder-is-numbered", "peft/image_forms.py", "numbered = flux or not components", "numbered = not components", "convert"),
+    Mutant("a-doubt-is-converted", "peft/image_forms.py", "    if given.doubts:\n", "    if not given.pairs:\n", "convert"),
+    Mutant("the-difference-is-not-looked-at", "peft/convert.py", "off.append(0.0 if same else norm(thin_values(*both)))", "off.append(0.0)", "convert"),
+    Mutant("levels-of-sdxl-are-shifted", "lora_files/names.py", "block, n = divmod(i - down, LAYERS)", "block, n = divmod(i, LAYERS)", "convert"),
+    Mutant("a-convolution-is-written-flat", "peft/image_forms.py", "tensors[f\"{name}.lora_up.weight\"] = module.B", "tensors[f\"{name}.lora_up.weight\"] = Entry(module.B.shape[:2], module.B.dtype, reshaped(module.B, module.B.shape[:2]))", "convert"),
+    Mutant("eight-bits-of-another-bias", "formats/safetensors.py", "np.where(exponent, exponent, 0) - 10", "np.where(exponent, exponent, 0) - 9", "files"),
 )
 # fmt: on

@@ -8,7 +8,7 @@ import pytest
 from by_hand import write_peft
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import minilora as ml
 from minilora.errors import ConfigError, InputError, MismatchError, StorageError, UnsupportedError
@@ -181,6 +181,44 @@ def test_parts_that_differ_are_fused_block_by_block(tmp_path):
     want = np.vstack([B1 @ A1, np.zeros((16, 8)), B2 @ A2])
     assert A.shape == (5, 8)
     assert (abs(B @ A - want) <= 4 * UNIT * (abs(B) @ abs(A))).all()
+
+
+def test_shift_and_scale_change_places_between_flux_and_diffusers(tmp_path):
+    rng = np.random.default_rng(0)
+    ours, theirs = "transformer.final_layer.adaLN_modulation.1", "transformer.norm_out.linear"
+    block = "transformer.single_transformer_blocks.0.attn.to_q"
+    drawn = {m: (rng.normal(size=(2, 4)), rng.normal(size=(n, 2))) for m, n in ((theirs, 8), (block, 4))}
+    write_peft(tmp_path / "a", drawn, lora_alpha=2)
+    convert(tmp_path / "a", tmp_path / "b.safetensors", "kohya")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "diffusers")
+    bfl, again = (ml.open_adapter(tmp_path / f"{name}.safetensors") for name in "bc")
+    B = drawn[theirs][1]
+    assert np.array_equal(factors(bfl, ours)[1], np.concatenate([B[4:], B[:4]]))
+    assert np.array_equal(factors(again, theirs)[1], B)
+
+
+def test_halves_are_not_scaled_in_their_own_dtype(tmp_path):
+    """Half of the smallest float16 is no float16."""
+    least = np.full((2, 1), 2.0**-24, np.float16)
+    tensors = {"x.lora_down.weight": np.ones((1, 3), np.float16), "x.lora_up.weight": least}
+    save_file(tensors | {"x.alpha": np.float16(0.5).reshape(())}, tmp_path / "a.safetensors")
+    told = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers")
+    new = open_tensors(tmp_path / "b.safetensors")
+    assert np.array_equal(new["x.lora_B.weight"], np.full((2, 1), 2.0**-25))
+    assert (new.dtypes["x.lora_A.weight"], new.dtypes["x.lora_B.weight"]) == ("F16", "F32")
+    assert told.difference == 0
+
+
+def test_the_difference_is_that_of_what_was_written(tmp_path):
+    source = ROOT / "peft/rslora_patterns"
+    told = convert(source, tmp_path / "b.safetensors", "diffusers")
+    old, new = ml.open_adapter(source), ml.open_adapter(tmp_path / "b.safetensors")
+    changes = [[B @ A for A, B in (factors(x, m) for m in old.pairs)] for x in (old, new)]
+    size = np.linalg.norm([np.linalg.norm(dW) for dW in changes[0]])
+    off = np.linalg.norm([np.linalg.norm(dW - other) for dW, other in zip(*changes, strict=True)])
+    assert off > 0
+    assert abs(told.norm - size) <= 1e-12 * size
+    assert abs(told.difference - off) <= 1e-12 * size
 
 
 SDXL = [
