@@ -104,11 +104,13 @@ def test_lycoris_loads_kohyas_form(unet, adapter, tmp_path):
 
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "vocab_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 SHAPES = {
-    "self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "mlp.gate_proj": (24, 16), "mlp.down_proj": (16, 24),
+    "self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "mlp.gate_proj": (24, 16),
+    "mlp.down_proj": (16, 24),
 }  # fmt: skip
 
 

@@ -201,7 +201,7 @@ def test_halves_are_not_scaled_in_their_own_dtype(tmp_path):
     """Half of the smallest float16 is no float16."""
     least = np.full((2, 1), 2.0**-24, np.float16)
     tensors = {"x.lora_down.weight": np.ones((1, 3), np.float16), "x.lora_up.weight": least}
-    save_file(tensors | {"x.alpha": np.float16(0.5).reshape(())}, tmp_path / "a.safetensors")
+    save_file(tensors | {"x.alpha": np.array(0.5, np.float16)}, tmp_path / "a.safetensors")
     told = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers")
     new = open_tensors(tmp_path / "b.safetensors")
     assert np.array_equal(new["x.lora_B.weight"], np.full((2, 1), 2.0**-25))
