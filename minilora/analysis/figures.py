@@ -37,7 +37,7 @@ def grid_of(modules: Sequence[Any], value: Callable[[Any], float]) -> tuple[np.n
 def grids(
     modules: Sequence[Any], parts: Sequence[tuple[Callable[[Any], float], str, str, dict[str, Any]]]
 ) -> tuple[Figure, list[str]]:
-    """Heat maps one below the other, and each in words; a part is (value, label, words, imshow's settings)."""
+    """Heat maps one below the other, and each in words; a part is (value, label, words, imshow's options)."""
     _, names, blocks = grid_of(modules, lambda m: 0.0)
     size = max(6.4, 0.22 * len(blocks) + 3), len(parts) * max(1.2, 0.3 * len(names) + 0.9)
     figure, lines = axes(1, len(parts), size)
@@ -49,7 +49,8 @@ def grids(
         ax.set_yticks(range(len(names)), list(map(drawn, names)))
         step = -(-len(blocks) // 16)
         upright = any(len(block) > 3 for block in blocks)
-        ax.set_xticks(range(0, len(blocks), step), list(map(drawn, blocks[::step])), rotation=90 * upright)
+        labels = list(map(drawn, blocks[::step]))
+        ax.set_xticks(range(0, len(blocks), step), labels, rotation=90 * upright)
         figure.colorbar(image, ax=ax, label=label)
         means = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, np.nanmean(grid, 1), strict=True))
         says.append(f"mean {what}: {means}")

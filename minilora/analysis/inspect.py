@@ -244,8 +244,8 @@ def report_page(seen: Inspection, drawn: Mapping[str, Picture]) -> str:
     parts += [pages.drawing(name, p) for name, p in drawn.items()]
     parts += [table.html() for table in tables(seen)]
     parts += [pages.paragraph(f"Note: {note}.") for note in seen.notes]
-    if seen.metadata:
-        parts.append(Table(("entry", "value"), sorted(seen.metadata.items()), "Metadata of the file").html())
+    if entries := sorted(item for item in seen.metadata.items() if item[0] not in tabled.OURS):
+        parts.append(Table(("entry", "value"), entries, "Metadata of the file").html())
     parts.append(pages.facts({"adapter": seen.adapter, "base": seen.base, "against": seen.against}))
     return pages.page("An adapter under the microscope", parts)
 

@@ -254,9 +254,9 @@ def record(m: Module) -> dict[str, Any]:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same names as CSV (RFC 4180), the names first; numbers are exact."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
+    """Rows of the same names as CSV (RFC 4180, but lines end as the system's do), the names first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
