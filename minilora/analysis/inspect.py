@@ -23,7 +23,7 @@ from ..formats.huggingface import weights
 from ..peft.folder import Adapter, open_adapter
 from ..peft.kinds import KINDS
 from ..peft.recognise import step
-from ..table import Table, counted, plain, report
+from ..table import Table, counted, report
 from . import tables as tabled
 from .measures import ENERGY, Group, Module, group, look, placed, weight_of
 from .names import order, place
@@ -280,7 +280,7 @@ class Survey:
     def rows(self) -> list[dict[str, Any]]:
         """A row of numbers for each adapter, None where they are not known."""
         return [
-            {"adapter": plain(line.adapter)}
+            {"adapter": line.adapter}
             | {field.name: getattr(line.numbers, field.name, None) for field in fields(Group)}
             | {"error": line.error}
             for line in self.lines

@@ -242,7 +242,7 @@ def record(m: Module) -> dict[str, Any]:
     """A module's numbers under flat names, None where they are not known."""
     O, I = m.shape  # noqa: E741
     flat: dict[str, Any] = {
-        "module": plain(m.module), "component": m.component, "kind": plain(m.kind), "block": plain(m.block),
+        "module": m.module, "component": m.component, "kind": m.kind, "block": m.block,
         "outputs": O, "inputs": I, "r": m.r, "alpha": m.alpha, "scale": m.scale, "norm": m.norm,
         "s_1": m.singular_values[0], "s_r": m.singular_values[-1],
     }  # fmt: skip
@@ -254,9 +254,9 @@ def record(m: Module) -> dict[str, Any]:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same names as CSV (RFC 4180, but lines end as the system's do), the names first."""
+    """Rows of the same names as CSV (RFC 4180, but lines end as the system's do), the names first; plain."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({k: plain(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
     return text.getvalue()
