@@ -85,6 +85,8 @@ def difference(modules: Sequence[Any]) -> Picture:
         (lambda m: m.other.norm - m.norm, "$|ΔW_2| - |ΔW_1|$", "|ΔW_2| - |ΔW_1|",
          look | {"vmin": -most, "vmax": most}),
     ])  # fmt: skip
+    for ax in figure.axes:
+        ax.set_facecolor("#DDDDDD")  # where there is no module; 0 is white
     return Picture(figure, f"Two adapters by layer; {'; '.join(says)}.")
 
 

@@ -220,6 +220,7 @@ def test_a_pattern_chooses_the_modules_that_are_read(pattern, folder):
     assert any("were not read" in note for note in seen.notes) is (len(wanted) < len(whole.modules))
     both = inspect(folder, against=folder, modules=pattern)
     assert [m.module for m in both.modules if m.other] == [m.module for m in wanted]
+    assert not any("by only one of the two" in note for note in both.notes)
 
 
 def test_a_pattern_that_matches_nothing_is_answered_with_the_nearest_names(folder, run):
