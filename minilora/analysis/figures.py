@@ -128,11 +128,11 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
 def subspaces(modules: Sequence[Any]) -> Picture:
     """phi(i, i) of two adapters per kind of module, mean over layers: inputs, outputs; chance dotted."""
     compared = [m for m in modules if m.other]
-    names = list(dict.fromkeys(m.kind for m in compared))
+    names = list(dict.fromkeys(m.kind for m in compared))[:MOST]
     figure, ((left, right),) = axes(2, 1, (10, 4))
     says = []
     colours = cycle((BLUE, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9"))
-    for name, colour, marker in zip(names, colours, cycle("osD^vPX"), strict=False):
+    for name, colour, marker in zip(names, colours, cycle("osD^vPX*"), strict=False):
         some = [m.other for m in compared if m.kind == name]
         n = min(len(o.inputs) for o in some)
         at = np.arange(1, n + 1)

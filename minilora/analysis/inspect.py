@@ -198,7 +198,11 @@ def view(
     """
     check_int("limit", limit, 1)
     shown = tabled.ordered(seen.modules, sort)[:limit]
-    parts: list[str | Table] = [tabled.by_kind(seen.modules), *tabled.wrapped(tabled.LEGEND), ""]
+    parts: list[str | Table] = [
+        tabled.by_kind(seen.modules),
+        *tabled.wrapped(f"{tabled.LEGEND} |ΔW|: the median."),
+        "",
+    ]
     for table in tabled.narrow(shown, seen.base is not None, seen.against is not None):
         parts += [table, ""]
     if rest := len(seen.modules) - len(shown):

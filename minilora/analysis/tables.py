@@ -69,8 +69,8 @@ def groups(modules: Sequence[Module]) -> dict[str, dict[str, list[Module]]]:
 
 
 LEGEND = (
-    "count: modules. Ranks are medians, those of noise in brackets; 99 %: holds 99 % of a module's |ΔW|². "
-    "keep: the least common rank that keeps 99 % of all."
+    "count: modules. Ranks are medians over them, in brackets those of noise; 90 % and 99 %: what holds so "
+    "much of a module's |ΔW|². keep: the least common rank that keeps 99 % of all."
 )
 KIND_HEAD = "kind", "count", "r", "|ΔW|", "eff. rank", "90 %", "99 %", "keep"
 

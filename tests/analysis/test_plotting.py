@@ -506,6 +506,12 @@ def test_of_very_many_kinds_the_first_are_drawn():
     assert picture.figure.axes[0].get_images()[0].get_array().shape == (figures.MOST, 1)
     assert f"{200 - figures.MOST} more kinds are not shown" in picture.says
     assert len([ax for ax in figures.adapter_spectra(modules).figure.axes if ax.axison]) == figures.MOST
+    lines = [
+        drawn
+        for drawn in figures.subspaces(modules).figure.axes[0].get_lines()
+        if drawn.get_marker() != "None"
+    ]
+    assert len({(drawn.get_color(), drawn.get_marker()) for drawn in lines}) == len(lines) == figures.MOST
 
 
 def test_a_figure_is_rendered_once_per_format():
