@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "minilora"
 APART = 2.3  # inches from one box of a row to the next
 SLOTS = range(-6, 7)  # of a row, half as far apart
-STARTS = 6  # random ones, of which the best is drawn
+STARTS = 8  # random ones, of which the best is drawn
 
 
 class Import(NamedTuple):

@@ -1,7 +1,7 @@
 """The command line: flags -> one call. Results go to files first, then a table to the terminal.
 
-Exit codes: 0 done; 1 some runs diverged; 2 bad input; 3 the folder is in use; 4 the file system said no;
-130 interrupted. Out of memory is 4, too.
+Exit codes: 0 done; 1 some runs diverged, or some of several adapters could not be read; 2 bad input; 3 the
+folder is in use; 4 the file system said no; 130 interrupted. Out of memory is 4, too.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from .flags import (
     words,
 )
 from .session import bar
-from .table import plain
+from .table import plain, printed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +133,13 @@ def usual_serve() -> dict[str, Any]:
 
     here = {"host": "127.0.0.1", "port": 8000, "grace": 30.0}  # as in http.Server, which needs the extra
     return defaults(Bank) | defaults(Engine) | here
+
+
+def usual_inspect() -> dict[str, Any]:
+    """The defaults of an inspection and of what it shows."""
+    from .analysis import inspect
+
+    return defaults(inspect.inspect) | defaults(inspect.view)
 
 
 FIRST = """minilora: LoRA from scratch in NumPy. What to do first:
@@ -269,11 +276,17 @@ def parser() -> argparse.ArgumentParser:
     add("--grace", "seconds that texts may still take when the server is stopped", type=float, metavar="S")
     add("--invariant", "the same text to the bit, whatever is served beside it; slower", **switch)
 
-    of = Of("analysis.inspect", "inspect")
-    add = command("inspect", inspect, of.usual, "which rank an adapter really uses, module by module")
-    add("adapter", "a PEFT folder", metavar="ADAPTER")
+    add = command("inspect", inspect, usual_inspect, "which rank an adapter really uses, module by module")
+    add("adapter", "a PEFT folder; several, or a folder of them, are told in a line each", nargs="+",
+        metavar="ADAPTER")  # fmt: skip
     add("--base", "compare with the weights that it changes", metavar="BASE")
     add("--against", "compare with another adapter", metavar="ADAPTER")
+    add("--modules", "only the modules whose names match this pattern", metavar="PATTERN")
+    add("--sort", "order of the modules: model, name, norm, rank or at99", metavar="NAME",
+        choices=("model", "name", "norm", "rank", "at99"))  # fmt: skip
+    add("--limit", "modules to show, at most", **number)
+    add("--metadata", "show all metadata of the file", **switch)
+    add("--csv", "print a line of exact numbers for each module instead of the table", **switch)
     add("--json", table, **switch)
     add("--out", "write figures and report.html there too", type=Path, metavar="DIR")
 
@@ -569,20 +582,40 @@ def serve(options: Options) -> int:
 
 
 def inspect(options: Options) -> int:
-    """Print what an adapter does; with --out draw it, too."""
+    """Print what an adapter does, with --out draw it, too; of several adapters a line each."""
     from .analysis import inspect
+    from .analysis.tables import csv_text
     from .formats.atomic import make_folder, write_atomic
 
+    if options.csv and options.json:
+        raise ConfigError("--csv and --json are two forms of output; expected one of them")
+    adapters = [path for given in options.adapter for path in inspect.adapters_at(given)]
     out = getattr(options, "out", None)
+    if len(adapters) > 1:
+        alone = [name for name in ("base", "against", "sort", "limit", "out") if name in options]
+        if alone or options.metadata:
+            flag = (*alone, "metadata")[0]
+            raise ConfigError(f"--{flag} needs a single adapter; {len(adapters)} are given")
+        with bar("adapters") as line:
+            all_seen = inspect.survey(adapters, **typed(options, inspect.survey), progress=line)
+        print(csv_text(all_seen.rows()), end="") if options.csv else show(options, all_seen)
+        return int(all_seen.failed > 0)
+    how = typed(options, inspect.inspect) | {"adapter": adapters[0]}
     with bar("modules") as line:
-        seen = inspect.inspect(**typed(options, inspect.inspect), progress=line)
+        seen = inspect.inspect(**how, progress=line)
+    shown = inspect.view(seen, **typed(options, inspect.view))
     if out:
         make_folder(out)
         pictures = inspect.pictures(seen)
         for name, picture in pictures.items():
             picture.save(out, name)
         write_atomic(out / "report.html", inspect.report_page(seen, pictures).encode())
-    show(options, seen)
-    if out and not options.json:
+    if options.json:
+        return show(options, seen)
+    if options.csv:
+        print(csv_text(inspect.rows(seen)), end="")
+        return 0
+    print(printed(*shown))
+    if out:
         print(plain(f"figures and report: {out / 'report.html'}"))
     return 0

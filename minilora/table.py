@@ -22,11 +22,16 @@ def plain(text: str, keep: str = "") -> str:
 
 def drawn(text: str) -> str:
     """A text for matplotlib, plain and cut: $ starts no formula there, and a leading _ hides no label."""
-    text = plain(text)
-    if len(text) > WIDEST:
-        text = f"{text[: WIDEST // 2]}…{text[1 - WIDEST // 2 :]}"
-    text = text.replace("$", r"\$")
+    text = shortened(plain(text), WIDEST).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text  # else a legend leaves it out
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters: its middle becomes an ellipsis."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
 def markup(text: str) -> str:

@@ -25,6 +25,7 @@ import pytest
 from minilora import cli, console, decoding, finetune, flags, lora
 from minilora.analysis import count
 from minilora.analysis import inspect as microscope
+from minilora.analysis.tables import SORTS
 from minilora.claims import ledger
 from minilora.compose import combine, export, extract, truncate
 from minilora.compose import quantize as compose_quantize
@@ -55,7 +56,7 @@ TINY = Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_atte
 class Found:
     """In the place of any result."""
 
-    test = speed = characters = 0
+    test = speed = characters = failed = 0
     url, private, ended = "http://h", True, Event()
     ended.set()
 
@@ -127,8 +128,9 @@ CALLED = {  # by command: the functions that it calls, and what they return here
                  (decoding, "generate", [np.array([33])])],
     "serve": [(huggingface, "checkpoint", ...), (bank, "Bank", Found()), (engine, "Engine", Found()),
               (service, "Service", Found()), (http, "Server", Found())],
-    "inspect": [(microscope, "inspect", Found()), (microscope, "pictures", {"drawn": Found()}),
-                (microscope, "report_page", "a page")],
+    "inspect": [(microscope, "inspect", Found()), (microscope, "view", ["a table"]),
+                (microscope, "pictures", {"drawn": Found()}), (microscope, "report_page", "a page"),
+                (microscope, "rows", [{"r": 1}]), (microscope, "survey", Found())],
     "compress": [(truncate, "compress", Found())],
     "extract": [(extract, "extract", Found())],
     "convert": [(convert, "convert", Found())],
@@ -246,6 +248,11 @@ OPTIONS = {
         "adapter": (["a2"], {"inspect.adapter": "a2"}),
         "base": (["--base", "b"], {"inspect.base": "b"}),
         "against": (["--against", "c"], {"inspect.against": "c"}),
+        "modules": (["--modules", "*.x"], {"inspect.modules": "*.x"}),
+        "sort": (["--sort", "norm"], {"view.sort": "norm"}),
+        "limit": (["--limit", "3"], {"view.limit": 3}),
+        "metadata": (["--metadata"], {"view.metadata": True}),
+        "csv": (["--csv"], {"rows": True, "printed": "r\n1\n"}),
         "json": (["--json"], {"printed": JSON}),
         "out": (["--out", "o"], {
             "pictures": True, "report_page": True, "o/drawn": "written", "o/report.html": "written",
@@ -415,7 +422,9 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
-                        "combine": 2, "extract": 2, "experiment": 1, "inspect": 0, "quantize": 2, "serve": 7,
+                        "combine": 2, "convert": 2, "extract": 2, "experiment": 1, "inspect": 3,
+                        "quantize": 2,
+                        "serve": 7,
                         "serve-bench": 11}.get(command, 0)  # fmt: skip
 
 
@@ -429,11 +438,12 @@ def test_help_shows_each_default_once(command):
 
 @pytest.mark.parametrize(("command", "option", "known"), [
     ("train", "method", finetune.METHODS), ("combine", "method", combine.METHODS),
-    ("quantize", "kind", bitsandbytes.KINDS),
+    ("quantize", "kind", bitsandbytes.KINDS), ("inspect", "sort", SORTS),
 ])  # fmt: skip
 def test_help_names_every_choice(command, option, known):
     (action,) = (a for a in COMMANDS[command]._actions if a.dest == option)
-    said = re.findall(r"\w+", action.help.partition(" (default")[0])
+    assert action.choices in (None, tuple(known))
+    said = re.findall(r"\w+", action.help.partition(" (default")[0].rpartition(": ")[2])
     assert sorted(said) == sorted([*known, "or"])
 
 
@@ -482,6 +492,19 @@ def test_zero_is_not_taken_for_an_omitted_option():
     given, _ = received("generate", OPTIONS["generate"][0] | {"temperature": ["--temperature", "0"]})
     assert given["generate.temperature"] == 0
     assert received("pretrain", {"steps": ["--seed", "0"]})[0]["run.recipe.seed"] == 0
+
+
+def test_several_adapters_are_told_in_a_line_each_and_options_for_one_are_refused(capsys):
+    given, _ = received("inspect", {"all": ["a", "b", "--modules", "*.x", "a"]})
+    assert given["survey.adapters"] == ["a", "b", "a"]
+    assert (given["survey.modules"], given.get("inspect"), given["printed"]) == ("*.x", None, "a table\n")
+    assert received("inspect", {"all": ["a", "b", "--json"]})[0]["printed"] == JSON
+    for option in ("base", "against", "sort", "limit", "metadata", "out"):
+        typed = OPTIONS["inspect"][1][option][0]
+        assert cli.main(["inspect", "a", "b", *typed]) == 2
+        assert f"--{option} needs a single adapter; 2 are given" in capsys.readouterr().err
+    assert cli.main(["inspect", "a", "--csv", "--json"]) == 2
+    assert "--csv and --json are two forms" in capsys.readouterr().err
 
 
 def test_with_json_only_json_is_printed():

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import types
@@ -20,7 +21,7 @@ from test_plotting import MERGED, make_rows, some_modules
 import minilora
 from minilora import cli, errors
 from minilora.analysis import figures, report
-from minilora.analysis.inspect import BesideOther
+from minilora.analysis.measures import BesideOther
 from minilora.compose import export
 from minilora.errors import MiniloraError
 from minilora.experiments import merge_equivalence, rank_figures
@@ -228,9 +229,9 @@ def test_a_long_name_is_shortened_in_a_figure():
 
 def test_a_module_kind_is_named_in_every_figure():
     name = "_$x^$\x1b[2J\n"
-    other = BesideOther(0.5, (0.5, 0.6), (0.4, 0.3), (0.1, 0.2), (0.1, 0.1))
+    other = BesideOther(0.5, (0.5, 0.6), (0.4, 0.3), (0.1, 0.2), (0.1, 0.1), 2.0)
     modules = [dataclasses.replace(m, kind=name, other=other) for m in some_modules()]
-    for draw in (figures.heat_map, figures.adapter_spectra, figures.subspaces):
+    for draw in (figures.heat_map, figures.adapter_spectra, figures.subspaces, figures.difference):
         texts = [text.strip() for text in shown(draw(modules).encoded("svg"))]
         assert plain(name) in texts
 
@@ -369,11 +370,21 @@ def test_no_file_name_controls_the_terminal(tmp_path, said):
         ["generate", "x", "--base", missing], ["generate", name, "--base", "base"],
         ["sweep", "--data", missing], ["sweep", "--targets", name], ["sweep", "--base", missing],
         ["pretrain", "--out", tmp_path / "no" / name, "--steps", 0],
-        ["inspect", "x", name], [name], [f"--{name}"], ["data", name], ["sweep", "--ranks", name],
+        ["inspect", "x", "--base", name], [name], [f"--{name}"], ["data", name], ["sweep", "--ranks", name],
     ):  # fmt: skip
         code, _, err = said(*arguments)
         assert code in (2, 4), (arguments, err)
         assert len(err.splitlines()) == 1 or err.startswith("usage: ")
+
+
+def test_no_name_of_several_adapters_controls_the_terminal(tmp_path, said):
+    for form in ([], ["--csv"], ["--json"]):
+        code, out, err = said("inspect", tmp_path / NAME, NAME, *form)
+        assert (code, err) == (1, "")
+        if form == ["--json"]:
+            assert json.loads(out)["adapters"][1]["adapter"] == NAME
+        else:
+            assert plain(NAME) in out
 
 
 def test_files_of_any_name_are_reported_escaped(tmp_path, said, monkeypatch):

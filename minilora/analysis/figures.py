@@ -9,68 +9,102 @@ import numpy as np
 
 from ..spectra import noise_spectrum
 from ..table import drawn
-from .plotting import BLUE, GREEN, GREY, KINDS, ORANGE, PINK, Picture, axes, shades, styled
+from .plotting import BLUE, GREEN, GREY, KINDS, ORANGE, PINK, Figure, Picture, axes, shades, styled
+
+MOST = 32  # kinds in a picture
 
 
-def grid_of(modules: Sequence[Any], value: Callable[[Any], float]) -> tuple[np.ndarray, list[str], list[int]]:
-    """A value as a grid (kinds, layers), NaN where there is no module, and the names of both axes.
+def grid_of(modules: Sequence[Any], value: Callable[[Any], float]) -> tuple[np.ndarray, list[str], list[str]]:
+    """A value as a grid (kinds, blocks), NaN where there is no module, and the names of both axes.
 
-    Where several modules share a place, such as experts or the blocks of a U-Net, it is their mean.
+    The modules are those of one component, in the model's order. Where several share a place, such as
+    experts, it is their mean. Of very many kinds, as names without dots make them, the first are shown.
     """
-    inside = [m for m in modules if m.layer is not None] or list(modules)
+    inside = [m for m in modules if m.block] or list(modules)
     names = [k for k in KINDS if k in {m.kind for m in inside}]
-    names += sorted({m.kind for m in inside} - {*names})
-    layers = sorted({m.layer or 0 for m in inside})
-    grid = np.full((len(names), len(layers)), np.nan)
+    names = [*names, *sorted({m.kind for m in inside} - {*names})][:MOST]
+    blocks = list(dict.fromkeys(m.block for m in inside))
+    grid = np.full((len(names), len(blocks)), np.nan)
     places: dict[tuple[int, int], list[float]] = {}
     for m in inside:
-        places.setdefault((names.index(m.kind), layers.index(m.layer or 0)), []).append(value(m))
+        if m.kind in names:
+            places.setdefault((names.index(m.kind), blocks.index(m.block)), []).append(value(m))
     for place, values in places.items():
         grid[place] = math.fsum(values) / len(values)
-    return grid, names, layers
+    return grid, names, blocks
+
+
+def grids(
+    modules: Sequence[Any], parts: Sequence[tuple[Callable[[Any], float], str, str, dict[str, Any]]]
+) -> tuple[Figure, list[str]]:
+    """Heat maps one below the other, and each in words; a part is (value, label, words, imshow's options)."""
+    _, names, blocks = grid_of(modules, lambda m: 0.0)
+    size = max(6.4, 0.22 * len(blocks) + 3), len(parts) * max(1.2, 0.3 * len(names) + 0.9)
+    figure, lines = axes(1, len(parts), size)
+    says = []
+    for (ax,), (value, label, what, how) in zip(lines, parts, strict=True):
+        grid = grid_of(modules, value)[0]
+        image = ax.imshow(grid, aspect="auto", interpolation="nearest", **how)
+        ax.grid(False)
+        ax.set_yticks(range(len(names)), list(map(drawn, names)))
+        step = -(-len(blocks) // 16)
+        upright = any(len(block) > 3 for block in blocks)
+        labels = list(map(drawn, blocks[::step]))
+        ax.set_xticks(range(0, len(blocks), step), labels, rotation=90 * upright)
+        figure.colorbar(image, ax=ax, label=label)
+        means = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, np.nanmean(grid, 1), strict=True))
+        says.append(f"mean {what}: {means}")
+    ax.set_xlabel("layer")
+    if more := len({m.kind for m in modules} - {*names}) * (len(names) == MOST):
+        says.append(f"{more} more kinds are not shown")
+    return figure, says
 
 
 @styled
 def heat_map(modules: Sequence[Any]) -> Picture:
     """Effective rank as a share of noise's, and |ΔW| (over |W| with a base), layer by kind of module."""
     related = all(m.base for m in modules)
-    shares, names, layers = grid_of(modules, lambda m: 100 * m.ranks.effective / max(m.noise.effective, 1e-9))
-    norms, _, _ = grid_of(modules, lambda m: m.base.relative if related else m.norm)
-    tall = max(1.2, 0.3 * len(names) + 0.9)
-    figure, ((top,), (bottom,)) = axes(1, 2, (max(6.4, 0.22 * len(layers) + 3), 2 * tall))
-    says = []
-    for ax, grid, label, what in (
-        (top, shares, "effective rank\n(% of noise's)", "effective rank in % of noise's"),
-        (bottom, norms, "|ΔW| / |W|" if related else "|ΔW|", "|ΔW| / |W|" if related else "|ΔW|"),
-    ):
-        most = 100 if ax is top else None  # a share has a fixed range, so noise looks like noise
-        image = ax.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=most)
-        ax.grid(False)
-        ax.set_yticks(range(len(names)), list(map(drawn, names)))
-        step = -(-len(layers) // 16)
-        ax.set_xticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
-        figure.colorbar(image, ax=ax, label=label)
-        means = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, np.nanmean(grid, 1), strict=True))
-        says.append(f"mean {what}: {means}")
-    bottom.set_xlabel("layer")
+    size = "|ΔW| / |W|" if related else "|ΔW|"
+    look = {"cmap": "viridis", "vmin": 0}  # a share has a fixed range, so noise looks like noise
+    figure, says = grids(modules, [
+        (lambda m: 100 * m.ranks.effective / max(m.noise.effective, 1e-9), "effective rank\n(% of noise's)",
+         "effective rank in % of noise's", look | {"vmax": 100}),
+        (lambda m: m.base.relative if related else m.norm, size, size, look),
+    ])  # fmt: skip
     return Picture(figure, f"Modules by layer; {'; '.join(says)}.")
+
+
+@styled
+def difference(modules: Sequence[Any]) -> Picture:
+    """Two adapters, layer by kind of module: the cosine of their ΔW, and how much larger the second's is."""
+    compared = [m for m in modules if m.other]
+    most = max(abs(m.other.norm - m.norm) for m in compared) or 1.0
+    look = {"cmap": "PuOr"}
+    figure, says = grids(compared, [
+        (lambda m: m.other.cosine, "cosine", "cosine", look | {"vmin": -1, "vmax": 1}),
+        (lambda m: m.other.norm - m.norm, "$|ΔW_2| - |ΔW_1|$", "|ΔW_2| - |ΔW_1|",
+         look | {"vmin": -most, "vmax": most}),
+    ])  # fmt: skip
+    for ax in figure.axes:
+        ax.set_facecolor("#DDDDDD")  # where there is no module; 0 is white
+    return Picture(figure, f"Two adapters by layer; {'; '.join(says)}.")
 
 
 @styled
 def adapter_spectra(modules: Sequence[Any]) -> Picture:
     """The singular values s_i / s_1 of every ΔW: a panel per kind of module, layers from dark to light."""
-    _, names, layers = grid_of(modules, lambda m: 0.0)
-    names += sorted({m.kind for m in modules} - {*names})
+    _, names, blocks = grid_of(modules, lambda m: 0.0)
+    names = [*names, *sorted({m.kind for m in modules} - {*names})][:MOST]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure, grid = axes(columns, lines, (max(3.0 * columns, 6.4), 2.6 * lines))
-    colours = shades(layers)
+    colours = shades(blocks)
     least = min(m.singular_values[-1] / max(m.singular_values[0], 1e-300) for m in modules)
     says = []
     for ax, name in zip(grid.flat, names, strict=False):
         some = [m for m in modules if m.kind == name]
         for m in some:
-            S, colour = np.array(m.singular_values), colours.get(m.layer or 0, BLUE)
+            S, colour = np.array(m.singular_values), colours.get(m.block, BLUE)
             at, heights = np.arange(1, len(S) + 1), S / max(S[0], 1e-300)
             ax.plot(at, heights, color=colour, linewidth=1, marker=".", markersize=3)
         noise = noise_spectrum(some[0].shape, np.random.default_rng(0), some[0].r, draws=4)
@@ -94,11 +128,11 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
 def subspaces(modules: Sequence[Any]) -> Picture:
     """phi(i, i) of two adapters per kind of module, mean over layers: inputs, outputs; chance dotted."""
     compared = [m for m in modules if m.other]
-    names = list(dict.fromkeys(m.kind for m in compared))
+    names = list(dict.fromkeys(m.kind for m in compared))[:MOST]
     figure, ((left, right),) = axes(2, 1, (10, 4))
     says = []
     colours = cycle((BLUE, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9"))
-    for name, colour, marker in zip(names, colours, cycle("osD^vPX"), strict=False):
+    for name, colour, marker in zip(names, colours, cycle("osD^vPX*"), strict=False):
         some = [m.other for m in compared if m.kind == name]
         n = min(len(o.inputs) for o in some)
         at = np.arange(1, n + 1)

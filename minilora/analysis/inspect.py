@@ -1,98 +1,43 @@
-"""An adapter -> what it really does, module by module: its spectrum, and what noise would show in its place.
+"""An adapter -> what it really does, module by module; several adapters -> one line each.
 
-    |ΔW|, singular values s_i, effective rank exp(H(s / sum s)), stable rank |ΔW|² / s_1², rank at 90 and 99 %
-
-With the base: |ΔW| / |W|, how much ΔW amplifies its directions (Hu et al. 2021, section 7.3), intruder
-dimensions (Shuttleworth et al. 2024) and the overlap with W's top directions. With a second adapter: their
-common subspace, phi. Every number that chance can produce comes with chance's value. Only factors are read,
-one module at a time, so any PEFT LoRA of any architecture works. The numbers leave out DoRA's magnitudes,
-biases and saved modules; notes say so. Notes also list where config and file, or adapter and base,
-disagree: looking at an adapter does not require settling that.
+Only factors are read, one module at a time, so any LoRA of any architecture works. The numbers (measures.py)
+leave out DoRA's magnitudes, biases and saved modules; notes say so. Notes also list where config and file, or
+adapter and base, disagree: looking at an adapter does not require settling that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .. import spectra
-from ..backend import Array, cores, one_blas_thread, to_device, to_host
-from ..errors import MismatchError, NonFiniteError, UnsupportedError, nearest
-from ..formats.huggingface import name_in, transposed, weights
-from ..formats.safetensors import Tensors
+from ..backend import cores, one_blas_thread
+from ..errors import MiniloraError, MismatchError, check_int, nearest
+from ..formats.atomic import named_errors
+from ..formats.huggingface import weights
+from ..lora_files.recognise import step
 from ..peft.folder import Adapter, open_adapter
 from ..peft.kinds import KINDS
-from ..spectra import norm, quotient, rank_at, similarity
 from ..table import Table, counted, report
-from ..targets import LAYER
+from . import tables as tabled
+from .measures import ENERGY, Group, Module, group, look, placed, weight_of
+from .names import order, place
 
 if TYPE_CHECKING:
     from .plotting import Picture
 
-FIRST = 10  # singular vectors of W + ΔW checked for intruders
 WHOLE = 2048  # all singular vectors of W are computed if its smaller side is at most this
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How many directions a spectrum has, by four measures."""
-
-    effective: float
-    stable: float
-    at90: int  # singular values that hold 90 % of the energy
-    at99: int
-
-
-@dataclass(frozen=True)
-class BesideBase:
-    """A ΔW compared with its W."""
-
-    relative: float  # |ΔW| / |W|
-    amplification: float
-    random_amplification: float  # along random directions
-    overlap: float  # phi(k, k) of the first k left singular vectors of ΔW and W, k the true rank of ΔW
-    random_overlap: float
-    intruders: int | None  # among the first 10 of W + ΔW; None where W is too large to decompose
-    cosines: tuple[float, ...]  # max |cos| of each of them with W's
-    threshold: float  # below which a vector resembles W no more than 99 % of random ones
-
-
-@dataclass(frozen=True)
-class BesideOther:
-    """A ΔW compared with another adapter's of the same module."""
-
-    cosine: float  # <ΔW_1, ΔW_2> / (|ΔW_1| |ΔW_2|)
-    inputs: tuple[float, ...]  # phi(i, i) of right singular vectors, up to the lesser true rank
-    outputs: tuple[float, ...]  # phi(i, i) of left ones
-    random_inputs: tuple[float, ...]
-    random_outputs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Module:
-    """The numbers of one adapted module."""
-
-    module: str
-    kind: str  # the last part of its name
-    layer: int | None
-    shape: tuple[int, int]  # (O, I)
-    r: int
-    alpha: float
-    scale: float
-    norm: float  # |ΔW|, Frobenius
-    singular_values: tuple[float, ...]
-    ranks: Ranks
-    noise: Ranks  # of a product of two Gaussian factors of the same shapes
-    base: BesideBase | None = None
-    other: BesideOther | None = None
+LIMIT = 40  # modules that a terminal shows
+ONE = {  # files of a folder that is one adapter, or a model
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
+    "adapters.npz", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "config.json",
+}  # fmt: skip
+FILES = ".safetensors", ".gguf"  # of an adapter in a file of its own
 
 
 @report
@@ -106,6 +51,7 @@ class Inspection:
     modules: tuple[Module, ...]
     parameters: int
     notes: tuple[str, ...]
+    metadata: Mapping[str, str]  # of the file
 
     @property
     def norm(self) -> float:
@@ -117,12 +63,29 @@ class Inspection:
         """Parameters that would hold 99 % of the energy of each module."""
         return sum(max(m.ranks.at99, 1) * sum(m.shape) for m in self.modules)
 
+    @property
+    def suggested_rank(self) -> int:
+        """The least rank for all modules that keeps 99 % of the whole's energy, as `compress` chooses it."""
+        return group(self.modules).suggested_rank
+
+    @property
+    def idle(self) -> list[str]:
+        """The modules that do nothing: ΔW = 0."""
+        return [m.module for m in self.modules if not m.norm]
+
     def data(self) -> dict[str, Any]:
-        return asdict(self) | {"norm": self.norm, "parameters_at_99": self.needed}
+        kinds = [
+            {"component": component, "kind": kind} | asdict(group(some))
+            for component, found in tabled.groups(self.modules).items()
+            for kind, some in found.items()
+        ]
+        return asdict(self) | {
+            "norm": self.norm, "parameters_at_99": self.needed, "suggested_rank": self.suggested_rank,
+            "idle": self.idle, "kinds": kinds,
+        }  # fmt: skip
 
     def parts(self) -> list[str | Table]:
-        shown: list[str | Table] = [part for table in tables(self) for part in (table, "")]
-        return [*shown, self.summary(), *(f"note: {note}" for note in self.notes)]
+        return view(self)
 
     def summary(self) -> str:
         """The whole adapter in one line."""
@@ -137,31 +100,44 @@ class Inspection:
             f"hold 99 % of each module's energy, in {self.needed / self.parameters:.0%} of the parameters"
         )
 
+    def suggestion(self) -> str:
+        """The suggested rank, and by which rule."""
+        return (
+            f"suggested rank: {self.suggested_rank}, the least that, common to all modules, keeps "
+            f"{100 * ENERGY:g} % of |ΔW|² (minilora compress --energy {ENERGY})"
+        )
+
 
 def inspect(
     adapter: Path | str,
     base: Path | str | None = None,
     against: Path | str | None = None,
     *,
+    modules: str = "*",
     whole: int = WHOLE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Measure an adapter's folder, also `against` another and a `base` (any checkpoint with its modules).
 
+    Only `modules` whose names match this pattern (as in fnmatch) are read; MismatchError if none does.
     Modules that the base lacks, or has in another shape, are noted and not compared; at least one must match.
     Memory: the factors of one module per core; with a base, the factors and the weight of one module.
     Intruders are computed if the smaller side of the weight is at most `whole`. StorageError, FormatError,
     ConfigError, UnsupportedError, MismatchError or NonFiniteError name file and module.
     """
-    given = open_adapter(adapter)
-    other = None if against is None else open_adapter(against)
+    opened = open_adapter(adapter)
+    given = selected(opened, modules)
+    if not given.pairs:
+        what = f"none of its {len(opened.pairs)} modules matches {modules!r}"
+        raise MismatchError(f"{adapter}: {what}; {nearest(modules, opened.pairs)}")
+    other = None if against is None else selected(open_adapter(against), modules)
     tensors = None if base is None else weights(base)
     places = {} if tensors is None else placed(given, tensors)
     common = given.pairs.keys() & other.pairs.keys() if other else set()
     if other and not common:
         near = nearest(next(iter(given.pairs)), other.pairs)
         raise MismatchError(f"{against}: adapts no module of {adapter}; {near}")
-    modules = []
+    measured: list[Module] = []
 
     def one(name: str) -> Module:
         W = weight_of(tensors, *places[name]) if tensors is not None and name in places else None
@@ -172,9 +148,10 @@ def inspect(
         threads = cores() if several else 1
         each = stack.enter_context(ThreadPoolExecutor(threads)).map if threads > 1 else map
         for module in each(one, given.pairs):
-            modules.append(module)
+            measured.append(module)
             if progress:
-                progress(len(modules), len(given.pairs))
+                progress(len(measured), len(given.pairs))
+    measured.sort(key=lambda m: order(place(m.module)))
     notes = [*given.all_notes, *(tensors.notes if tensors else ())]
     for kind in KINDS:
         if kind.flag in given.settings.flags:
@@ -190,186 +167,76 @@ def inspect(
     if tensors is not None and (apart := [name for name in given.pairs if name not in places]):
         what = counted(len(apart), "module is", "modules are")
         notes.append(f"{what} not in the base, or in another shape, such as {apart[0]}")
-    if any(m.base and m.base.intruders is None for m in modules):
+    if any(m.base and m.base.intruders is None for m in measured):
         notes.append(f"intruders were not computed where both sides are larger than {whole}")
+    if idle := [m.module for m in measured if not m.norm]:
+        notes.append(f"{counted(len(idle), 'module does', 'modules do')} nothing: ΔW = 0, such as {idle[0]}")
+    if left := len(opened.pairs) - len(given.pairs):
+        notes.append(f"{counted(left, 'module does', 'modules do')} not match {modules!r} and were not read")
     parameters = sum(pair.r * sum(pair.shape) for pair in given.pairs.values())
     return Inspection(
         str(adapter), None if base is None else str(base), None if against is None else str(against),
-        tuple(sorted(modules, key=lambda m: (m.layer is None, m.layer or 0))), parameters, tuple(notes),
+        tuple(measured), parameters, tuple(notes), given.tensors.metadata,
     )  # fmt: skip
 
 
-def look(given: Adapter, name: str, W: np.ndarray | None, other: Adapter | None, whole: int) -> Module:
-    """The numbers of one module; singular vectors are computed only for a comparison."""
-    pair = given.pairs[name]
-    if W is None and other is None:
-        S = spectra.thin_values(*thin(given, name))
-    else:
-        parts = spectra.thin_svd(*thin(given, name))
-        S = to_host(parts[1])
-    number = LAYER.match(name)
-    return Module(
-        name, name.rpartition(".")[2], int(number[1]) if number else None, pair.shape, pair.r, pair.alpha,
-        pair.scale, norm(S), tuple(S.tolist()), ranks(S), noise(pair.shape, pair.r),
-        None if W is None else beside_base(given, name, W, *directions(*parts), whole),
-        None if other is None else beside_other(*directions(*parts), other, name),
-    )  # fmt: skip
+def selected(adapter: Adapter, pattern: str) -> Adapter:
+    """The adapter with only the modules whose names match."""
+    pairs = {name: pair for name, pair in adapter.pairs.items() if fnmatchcase(name, pattern)}
+    return replace(adapter, pairs=pairs)
 
 
-def thin(given: Adapter, name: str) -> tuple[Array, Array, float]:
-    """B (O, r), A (r, I) and scale s of a module on the device; NonFiniteError if its ΔW is not finite."""
-    A, B = given.factors(name)
-    return to_device(B), to_device(A), given.pairs[name].scale
+# ---- what is shown
 
 
-def directions(U: Array, S: Array, Vt: Array) -> tuple[Array, Array, Array]:
-    """U, S and Vᵀ without the arbitrary directions that carry no energy; for ΔW = 0, one zero direction."""
-    k = max(rank_at(to_host(S), 1.0), 1)
-    some = S[:k] > 0
-    return U[:, :k] * some, S[:k], Vt[:k] * some[:, None]
+def view(
+    seen: Inspection, sort: str = "model", limit: int = LIMIT, metadata: bool = False
+) -> list[str | Table]:
+    """The report for a terminal: by kind, then at most `limit` modules in the order `sort`, then the rest.
 
-
-def ranks(S: np.ndarray) -> Ranks:
-    """The four measures of a spectrum."""
-    return Ranks(spectra.effective_rank(S), spectra.stable_rank(S), rank_at(S, 0.9), rank_at(S, 0.99))
-
-
-@functools.cache
-def noise(shape: tuple[int, int], r: int) -> Ranks:
-    """The four measures of noise: B A with Gaussian factors, the mean spectrum of four draws."""
-    return ranks(spectra.noise_spectrum(shape, np.random.default_rng(0), r, draws=4))
-
-
-def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
-    """Module -> its weight's name in the base, and whether that is stored (I, O), where the shapes agree.
-
-    MismatchError if none do; UnsupportedError if the adapter numbers its layers unlike the base.
+    ConfigError if there is no such order, or if `limit` is less than 1.
     """
-    if beside := [field for field in given.settings.beside if field.startswith("layer_replication")]:
-        raise UnsupportedError(f"{given.where}: {beside[0]}; the base numbers its layers differently")
-    places = {}
-    for name, pair in given.pairs.items():
-        key = name_in(base, name)
-        O, *rest = base.shapes.get(key) or (0,)  # noqa: E741
-        shape = O, math.prod(rest)
-        turned = pair.embedding or transposed(base.shapes, key.removesuffix(".weight"))
-        if turned is None:  # the base does not tell
-            turned = given.settings.fan_in_fan_out and pair.shape == shape[::-1]
-        if pair.shape == (shape[::-1] if turned else shape):
-            places[name] = key, turned
-    if not places:
-        name, pair = next(iter(given.pairs.items()))
-        if (key := f"{name}.weight") not in base:
-            raise MismatchError(f"{given.where}: the base has no {key}; {nearest(key, base)}")
-        raise MismatchError(f"{given.where}: {name} is {pair.shape}; the base's is {base.shapes[key]}")
-    return places
-
-
-def weight_of(base: Tensors, key: str, turned: bool) -> np.ndarray:
-    """W (O, I) of a module in float64; a convolution's is flattened to a matrix."""
-    W = base[key].astype(np.float64)
-    W = W.reshape(len(W), -1)
-    return W.T if turned else W
-
-
-def beside_base(given: Adapter, name: str, W: Array, U: Array, S: Array, Vt: Array, whole: int) -> BesideBase:
-    """ΔW = U S Vᵀ compared with W (O, I)."""
-    size = float(np.linalg.norm(W))
-    if not math.isfinite(size):
-        raise NonFiniteError(f"{given.where}: the base's {name}.weight has values that are not finite")
-    W, k = to_device(W), len(S)
-    top, _ = spectra.top_vectors(W, k)
-    factor, random = spectra.amplification(W, U, S, Vt)
-    cosines = spectra.intruders(W, (U * S) @ Vt, FIRST) if min(W.shape) <= whole else np.zeros(0)
-    threshold = spectra.intruder_threshold(W.shape[0], min(W.shape))
-    return BesideBase(
-        quotient(norm(to_host(S)), size), factor, random, float(similarity(U, top)[-1, -1]),
-        spectra.random_similarity(k, k, len(W)), int((cosines < threshold).sum()) if cosines.size else None,
-        tuple(cosines.tolist()), threshold,
-    )  # fmt: skip
-
-
-def beside_other(U: Array, S: Array, Vt: Array, other: Adapter, name: str) -> BesideOther:
-    """ΔW = U S Vᵀ compared with another adapter's."""
-    O, I = len(U), Vt.shape[1]  # noqa: E741
-    if (shape := other.pairs[name].shape) != (O, I):
-        raise MismatchError(f"{other.where}: {name} is {shape}; the first adapter's is {O, I}")
-    U2, S2, Vt2 = directions(*spectra.thin_svd(*thin(other, name)))
-    s, s2 = (spectra.relative(to_host(x)) for x in (S, S2))
-    inner = float((to_host((U.T @ U2) * (Vt @ Vt2.T)) * s[:, None] * s2).sum())
-    n = range(1, min(len(S), len(S2)) + 1)
-    at_random = (tuple(spectra.random_similarity(i, i, D) for i in n) for D in (I, O))
-    return BesideOther(
-        quotient(inner, norm(s) * norm(s2)),
-        tuple(np.diag(similarity(Vt.T, Vt2.T)).tolist()),
-        tuple(np.diag(similarity(U, U2)).tolist()),
-        *at_random,
-    )
-
-
-# ---- the tables, for terminal and page; chance's values in brackets
+    check_int("limit", limit, 1)
+    shown = tabled.ordered(seen.modules, sort)[:limit]
+    parts: list[str | Table] = [
+        tabled.by_kind(seen.modules),
+        *tabled.wrapped(f"{tabled.LEGEND} |ΔW|: the median."),
+        "",
+    ]
+    for table in tabled.narrow(shown, seen.base is not None, seen.against is not None):
+        parts += [table, ""]
+    if rest := len(seen.modules) - len(shown):
+        what = counted(rest, "more module is", "more modules are")
+        parts += [f"{what} not shown; --limit {len(seen.modules)} shows all", ""]
+    if lines := list(tabled.metadata_lines(seen.metadata, metadata)):
+        parts += [*lines, ""]
+    for line in (seen.summary(), seen.suggestion(), *(f"note: {note}" for note in seen.notes)):
+        parts += tabled.wrapped(line)
+    return parts
 
 
 def tables(seen: Inspection) -> Iterator[Table]:
-    """Every table of an inspection."""
-    yield Table(HEAD, [cells(m) for m in seen.modules], "Every module")
-    if seen.base:
-        rows = [base_cells(m.module, m.base) for m in seen.modules if m.base]
-        yield Table(BASE_HEAD, rows, f"Against the base {seen.base}")
-    if seen.against:
-        rows = [other_cells(m.module, m.other) for m in seen.modules if m.other]
-        yield Table(OTHER_HEAD, rows, f"Against the adapter {seen.against}")
+    """The tables of all modules with all their numbers."""
+    return tabled.wide(seen.modules, seen.base, seen.against)
 
 
-HEAD = (
-    "module", "O x I", "r", "scale", "|ΔW|", "s_1", "s_r", "eff. rank", "(noise)", "stable", "(noise)",
-    "at 90 %", "(noise)", "at 99 %", "(noise)",
-)  # fmt: skip
-BASE_HEAD = (
-    "module", "|ΔW|/|W|", "amplifies", "(random)", "overlap", "(random)", "intruders", "(below |cos|)",
-)  # fmt: skip
-OTHER_HEAD = (
-    "module", "cosine", "phi(1) in", "(random)", "phi(r) in", "(random)", "phi(r) out", "(random)",
-)  # fmt: skip
-
-
-def cells(m: Module) -> Sequence[str]:
-    """The row of a module."""
-    S, w, n = m.singular_values, m.ranks, m.noise
-    return (
-        m.module, "{} x {}".format(*m.shape), str(m.r), f"{m.scale:.4g}", f"{m.norm:.3g}", f"{S[0]:.3g}",
-        f"{S[-1]:.2g}", f"{w.effective:.1f}", f"({n.effective:.1f})", f"{w.stable:.1f}", f"({n.stable:.1f})",
-        str(w.at90), f"({n.at90})", str(w.at99), f"({n.at99})",
-    )  # fmt: skip
-
-
-def base_cells(module: str, b: BesideBase) -> Sequence[str]:
-    """The row that compares a module with its base."""
-    intruders = "-" if b.intruders is None else f"{b.intruders} of {len(b.cosines)}"
-    return (
-        module, f"{b.relative:.2e}", f"{b.amplification:.3g}", f"({b.random_amplification:.3g})",
-        f"{b.overlap:.3f}", f"({b.random_overlap:.3f})", intruders, f"({b.threshold:.2f})",
-    )  # fmt: skip
-
-
-def other_cells(module: str, o: BesideOther) -> Sequence[str]:
-    """The row that compares a module with another adapter's."""
-    return (
-        module, f"{o.cosine:.3f}", f"{o.inputs[0]:.3f}", f"({o.random_inputs[0]:.3f})", f"{o.inputs[-1]:.3f}",
-        f"({o.random_inputs[-1]:.3f})", f"{o.outputs[-1]:.3f}", f"({o.random_outputs[-1]:.3f})",
-    )  # fmt: skip
-
-
-# ---- figures and report
+def rows(seen: Inspection) -> list[dict[str, Any]]:
+    """A row of numbers for each module, for CSV."""
+    return [tabled.record(m) for m in seen.modules]
 
 
 def pictures(seen: Inspection) -> dict[str, Picture]:
-    """The figures of an inspection by name."""
+    """The figures of an inspection by name; those of further components end with the component's name."""
     from . import figures
 
-    drawn = {"heat_map": figures.heat_map(seen.modules), "spectra": figures.adapter_spectra(seen.modules)}
-    if seen.against:
-        drawn["similarity"] = figures.subspaces(seen.modules)
+    drawn: dict[str, Picture] = {}
+    for i, component in enumerate(dict.fromkeys(m.component for m in seen.modules)):
+        end = f"_{component or 'others'}" if i else ""
+        some = [m for m in seen.modules if m.component == component]
+        drawn |= {f"heat_map{end}": figures.heat_map(some), f"spectra{end}": figures.adapter_spectra(some)}
+        if compared := [m for m in some if m.other]:
+            drawn[f"similarity{end}"] = figures.subspaces(compared)
+            drawn[f"difference{end}"] = figures.difference(compared)
     return drawn
 
 
@@ -377,8 +244,99 @@ def report_page(seen: Inspection, drawn: Mapping[str, Picture]) -> str:
     """The whole inspection as one HTML page."""
     from . import report as pages
 
-    parts = [pages.paragraph(seen.summary()), *(pages.drawing(name, p) for name, p in drawn.items())]
+    parts = [pages.paragraph(text) for text in (seen.summary(), seen.suggestion())]
+    parts += [pages.drawing(name, p) for name, p in drawn.items()]
     parts += [table.html() for table in tables(seen)]
     parts += [pages.paragraph(f"Note: {note}.") for note in seen.notes]
+    if entries := sorted(item for item in seen.metadata.items() if item[0] not in tabled.OURS):
+        parts.append(Table(("entry", "value"), entries, "Metadata of the file").html())
     parts.append(pages.facts({"adapter": seen.adapter, "base": seen.base, "against": seen.against}))
     return pages.page("An adapter under the microscope", parts)
+
+
+# ---- several adapters
+
+
+@dataclass(frozen=True)
+class Line:
+    """One of several adapters: its numbers, or why it has none."""
+
+    adapter: str
+    numbers: Group | None
+    error: str | None
+
+
+@report
+@dataclass(frozen=True)
+class Survey:
+    """Several adapters; prints a line for each."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def failed(self) -> int:
+        """How many could not be read."""
+        return sum(line.numbers is None for line in self.lines)
+
+    def data(self) -> dict[str, Any]:
+        return {"adapters": self.rows()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row of numbers for each adapter, None where they are not known."""
+        return [
+            {"adapter": line.adapter}
+            | {field.name: getattr(line.numbers, field.name, None) for field in fields(Group)}
+            | {"error": line.error}
+            for line in self.lines
+        ]
+
+    def parts(self) -> list[str | Table]:
+        names = [Path(line.adapter).name for line in self.lines]
+        if len({*names}) < len(names):
+            names = [line.adapter for line in self.lines]
+        head, *rows = tabled.survey(names, [line.numbers for line in self.lines]).lines()
+        shown = [
+            row if line.error is None else f"{row}  {line.error.removeprefix(f'{line.adapter}: ')}"
+            for row, line in zip(rows, self.lines, strict=True)
+        ]
+        return [head, *shown, *tabled.wrapped(tabled.LEGEND)]
+
+
+def survey(
+    adapters: Sequence[Path | str],
+    modules: str = "*",
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Survey:
+    """Inspect several adapters one after another; what is wrong with one stands in its line."""
+    lines = []
+    for adapter in adapters:
+        try:
+            lines.append(Line(str(adapter), group(inspect(adapter, modules=modules).modules), None))
+        except MiniloraError as e:
+            lines.append(Line(str(adapter), None, str(e)))
+        if progress:
+            progress(len(lines), len(adapters))
+    return Survey(tuple(lines))
+
+
+def adapters_at(path: Path | str) -> list[Path | str]:
+    """The adapters in a folder of adapters, checkpoint-60 before checkpoint-500; else the path itself."""
+    folder = Path(path)
+    if not folder.is_dir() or names_in(folder) & ONE:
+        return [path]
+    inside = sorted((folder / name for name in names_in(folder)), key=lambda p: step(p.name))
+    return [child for child in inside if child.suffix in FILES or holds_one(child)] or [path]
+
+
+def holds_one(folder: Path) -> bool:
+    """Whether this is a folder with an adapter's file; a model's has a config.json alone."""
+    names = names_in(folder) if folder.is_dir() else set()
+    known = names & ONE or {name for name in names if name.endswith(FILES)}
+    return bool(known - {"config.json"})
+
+
+def names_in(folder: Path) -> set[str]:
+    """What a folder holds; StorageError if that cannot be read."""
+    with named_errors(folder):
+        return {child.name for child in folder.iterdir()}

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes as Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure
 
 from ..formats.atomic import write_atomic
 from ..table import markup
@@ -85,7 +85,7 @@ def axes(columns: int = 1, lines: int = 1, size: tuple[float, float] | None = No
     return figure, figure.subplots(lines, columns, squeeze=False)
 
 
-def shades(ranks: Sequence[int]) -> dict[int, Any]:
-    """A colour of viridis for each rank, dark to light."""
+def shades(ranks: Sequence[Any]) -> dict[Any, Any]:
+    """A colour of viridis for each rank or block, dark to light."""
     viridis, last = matplotlib.colormaps["viridis"], max(len(ranks) - 1, 1)
     return {r: viridis(0.85 * i / last) for i, r in enumerate(ranks)}

@@ -2,13 +2,15 @@
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from minilora.analysis import figures, plotting
-from minilora.analysis.inspect import BesideBase, BesideOther, Module, Ranks
+from minilora.analysis.measures import BesideBase, BesideOther, Module, Ranks
+from minilora.analysis.names import place
 from minilora.errors import InputError
 from minilora.experiments import merge_equivalence, rank_figures, rank_sweep
 from minilora.experiments.rank_report import pictures, report_page, table
@@ -338,8 +340,9 @@ def looked(name, norm, S, other=None, base=None, shape=(12, 20)):
     if other:
         phi = tuple(other / (i + 1) for i in range(len(S)))
         chance = tuple((i + 1) / shape[1] for i in range(len(S)))
-        other = BesideOther(0.3, phi, tuple(x / 2 for x in phi), chance, tuple(x / 2 for x in chance))
-    return Module(name, name.rpartition(".")[2], int(found[1]) if found else None, shape, len(S), 1.0, 1.0,
+        halves = (tuple(x / 2 for x in values) for values in (phi, chance))
+        other = BesideOther(0.3, phi, next(halves), chance, next(halves), norm + other)
+    return Module(name, *place(name), int(found[1]) if found else None, shape, len(S), 1.0, 1.0,
                   norm, tuple(S), mine, noise, beside, other or None)  # fmt: skip
 
 
@@ -360,6 +363,7 @@ VIEWS = {
     "heat_map beside a base": lambda: figures.heat_map(some_modules(base=0.25)),
     "adapter_spectra": lambda: figures.adapter_spectra(some_modules()),
     "subspaces": lambda: figures.subspaces(some_modules(other=0.9)),
+    "difference": lambda: figures.difference(some_modules(other=0.9)),
     "curves": lambda: figures.curves(LINES, "block size", "error", "3 lines.", "log"),
     "matrices": lambda: figures.matrices(MATRICES, "2 matrices."),
 }
@@ -471,6 +475,43 @@ def test_subspace_similarities_are_means_over_layers_with_chance_dotted():
     names = [t.get_text() for t in legend.get_texts()]
     assert names == ["lm_head", "up_proj", "k_proj", "q_proj", "adapter_in"]
     assert "q_proj inputs 0.80 to 0.40 (chance 0.088), outputs 0.40 to 0.20 (chance 0.044)" in picture.says
+
+
+def test_the_difference_of_two_adapters_has_their_cosines_and_norms():
+    modules = [m for m in some_modules(other=0.9) if "q_proj" in m.module or "up_proj" in m.module]
+    cosines = [0.1, -0.5, 0.9, 0.2, -0.3, 1.0]
+    modules = [replace(m, other=replace(m.other, cosine=c, norm=m.norm * (1 + c)))
+               for m, c in zip(modules, cosines, strict=True)]  # fmt: skip
+    alone = looked("model.layers.7.x.v_proj", 1.0, [1.0])
+    picture = figures.difference([*modules, alone])
+    wanted = {"q_proj": cosines[1::2], "up_proj": cosines[::2]}
+    top, bottom, *_ = picture.figure.axes
+    for ax, limit in (
+        (top, 1),
+        (bottom, max(abs(m.norm * c) for m, c in zip(modules, cosines, strict=True))),
+    ):
+        assert [t.get_text() for t in ax.get_yticklabels()] == list(wanted)
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "2", "10"]
+        assert ax.get_images()[0].get_clim() == pytest.approx((-limit, limit))
+    assert top.get_images()[0].get_array().tolist() == list(wanted.values())
+    norms = np.array([[m.norm for m in modules if m.kind == kind] for kind in wanted])
+    found = bottom.get_images()[0].get_array()
+    assert np.allclose(found, norms * list(wanted.values()), rtol=1e-12)
+    assert f"mean cosine: q_proj {np.mean(wanted['q_proj']):.3g}" in picture.says
+
+
+def test_of_very_many_kinds_the_first_are_drawn():
+    modules = [looked(f"lora_unet_{i:03}", 1.0, [1.0], other=0.5) for i in range(200)]
+    picture = figures.heat_map(modules)
+    assert picture.figure.axes[0].get_images()[0].get_array().shape == (figures.MOST, 1)
+    assert f"{200 - figures.MOST} more kinds are not shown" in picture.says
+    assert len([ax for ax in figures.adapter_spectra(modules).figure.axes if ax.axison]) == figures.MOST
+    lines = [
+        drawn
+        for drawn in figures.subspaces(modules).figure.axes[0].get_lines()
+        if drawn.get_marker() != "None"
+    ]
+    assert len({(drawn.get_color(), drawn.get_marker()) for drawn in lines}) == len(lines) == figures.MOST
 
 
 def test_a_figure_is_rendered_once_per_format():

@@ -252,7 +252,7 @@ def test_a_file_that_is_no_adapter_is_named_for_what_it_is(kind, tmp_path, monke
         assert type(e.value) is error
         assert str(e.value).isprintable()
         assert len(str(e.value)) < 500 + len(str(tmp_path))
-    assert main(["inspect", str(path)]) == error.exit_code
+    assert main(["compress", str(path), str(tmp_path / "out"), "--rank", "1"]) == error.exit_code
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from peft_cases import FIXTURES
 from safetensors.numpy import load_file, save_file
 
-from minilora.analysis.inspect import inspect, noise
+from minilora.analysis.inspect import inspect
+from minilora.analysis.measures import noise
 from minilora.backend import to_host
 from minilora.compose.export import merge_checkpoint
 from minilora.compose.ranks import choose
