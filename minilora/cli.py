@@ -250,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("generate", generate, of.usual, "continue a prompt, with the base, an adapter, or merged")
     add("prompt", "exactly what the model sees, with its special tokens, such as <|im_start|>")
     add("--base", bases, **base)
-    add("--adapter", "a PEFT folder", metavar="DIR")
+    add("--adapter", "a LoRA: PEFT's folder, or another tool's file", metavar="DIR")
     add("--merged", "merge the adapter first", **switch)
     add("--max-tokens", "tokens to write, at most", **number)
     add("--temperature", "sampling temperature; 0 is greedy", type=float, metavar="T")
@@ -277,8 +277,8 @@ def parser() -> argparse.ArgumentParser:
     add("--invariant", "the same text to the bit, whatever is served beside it; slower", **switch)
 
     add = command("inspect", inspect, usual_inspect, "which rank an adapter really uses, module by module")
-    add("adapter", "a PEFT folder; several, or a folder of them, are told in a line each", nargs="+",
-        metavar="ADAPTER")  # fmt: skip
+    add("adapter", "a LoRA: PEFT's folder, or another tool's file; several, or a folder of them, are told "
+        "in a line each", nargs="+", metavar="ADAPTER")  # fmt: skip
     add("--base", "compare with the weights that it changes", metavar="BASE")
     add("--against", "compare with another adapter", metavar="ADAPTER")
     add("--modules", "only the modules whose names match this pattern", metavar="PATTERN")
@@ -299,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
 
     of = Of("compose.truncate", "compress")
     add = command("compress", of.report, of.usual, "an adapter of smaller rank with the nearest ΔW")
-    add("adapter", "a PEFT folder", metavar="ADAPTER")
+    add("adapter", "a LoRA: PEFT's folder, or another tool's file", metavar="ADAPTER")
     add("out", "the new adapter's folder", metavar="OUT")
     choice(add)
     add("--conv-rank", "rank of convolutions, instead of --rank", **number)
@@ -330,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", table, **switch)
     of = Of("compose.combine", "combine", {"rank": "all that the method gives"})
     add = command("combine", of.report, of.usual, "the weighted sum of adapters, or TIES, DARE and the like")
-    add("adapters", "PEFT folders and their weights, such as A:0.7 B:0.3; A:-1 takes A away", nargs="+",
+    add("adapters", "LoRAs and their weights, such as A:0.7 B:0.3; A:-1 takes A away", nargs="+",
         type=weighted, metavar="ADAPTER:WEIGHT")  # fmt: skip
     add("out", "the new adapter's folder", type=unweighted, metavar="OUT")
     add("--method", "linear, cat, svd, magnitude, ties, dare, dare_ties or peft_linear", metavar="NAME")
@@ -344,7 +344,7 @@ def parser() -> argparse.ArgumentParser:
         "merge", of.report, of.usual, "merge an adapter into a base, and measure how much the logits change"
     )
     add("base", bases, metavar="BASE")
-    add("adapter", "a PEFT folder", metavar="ADAPTER")
+    add("adapter", "a LoRA: PEFT's folder, or another tool's file", metavar="ADAPTER")
     add("out", "the merged model's folder", metavar="OUT")
     add("--dtype", "float32, bfloat16, ...", metavar="NAME")
     add("--force", "merge even if the adapter was trained on another base", **switch)

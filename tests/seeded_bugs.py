@@ -2258,7 +2258,7 @@ MUTANTS = (
     Mutant("csv-of-raw-text", "analysis/tables.py", "plain(v) if isinstance(v, str) else v", "v", "tables"),
     Mutant("one-bad-adapter-stops-all", "analysis/inspect.py", "        except MiniloraError as e:\n", "        except ZeroDivisionError as e:\n", "tables"),
     Mutant("models-are-adapters", "analysis/inspect.py", 'return bool(known - {"config.json"})', "return bool(known)", "tables"),
-    Mutant("second-adapter-unfiltered", "analysis/inspect.py", "else selected(open_adapter(against), modules)", "else open_adapter(against)", "tables"),
+    Mutant("second-adapter-unfiltered", "analysis/inspect.py", "else selected(open_adapter(against, heads=heads), modules)", "else open_adapter(against)", "tables"),
     Mutant("failure-exits-with-0", "cli.py", "return int(all_seen.failed > 0)", "return 0", "tables"),
     Mutant("encoders-in-the-same-heat-map", "analysis/inspect.py", "some = [m for m in seen.modules if m.component == component]", "some = list(seen.modules)", "tables"),
     Mutant("kinds-without-end-drawn", "analysis/figures.py", "- {*names})][:MOST]\n    blocks", "- {*names})]\n    blocks", "plotting"),

@@ -422,7 +422,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
-                        "combine": 2, "convert": 2, "extract": 2, "experiment": 1, "inspect": 3,
+                        "combine": 2, "extract": 2, "experiment": 1, "inspect": 3,
                         "quantize": 2,
                         "serve": 7,
                         "serve-bench": 11}.get(command, 0)  # fmt: skip

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..backend import cores, one_blas_thread
 from ..errors import MiniloraError, MismatchError, check_int, nearest
 from ..formats.atomic import named_errors
-from ..formats.huggingface import weights
+from ..formats.huggingface import heads_in, weights
 from ..lora_files.recognise import step
 from ..peft.folder import Adapter, open_adapter
 from ..peft.kinds import KINDS
@@ -125,12 +125,13 @@ def inspect(
     Intruders are computed if the smaller side of the weight is at most `whole`. StorageError, FormatError,
     ConfigError, UnsupportedError, MismatchError or NonFiniteError name file and module.
     """
-    opened = open_adapter(adapter)
+    heads = None if base is None else heads_in(base)
+    opened = open_adapter(adapter, heads=heads)
     given = selected(opened, modules)
     if not given.pairs:
         what = f"none of its {len(opened.pairs)} modules matches {modules!r}"
         raise MismatchError(f"{adapter}: {what}; {nearest(modules, opened.pairs)}")
-    other = None if against is None else selected(open_adapter(against), modules)
+    other = None if against is None else selected(open_adapter(against, heads=heads), modules)
     tensors = None if base is None else weights(base)
     places = {} if tensors is None else placed(given, tensors)
     common = given.pairs.keys() & other.pairs.keys() if other else set()

@@ -92,6 +92,7 @@ FORWARD = {  # values that the forward pass here can run; the first is the defau
     "sliding_window": (None,),
     "partial_rotary_factor": (None, 1),
 }
+PART = re.compile(r"(unet|transformer|prior|diffusion_model|text_encoder(_[23])?)\.")  # of a pipeline
 ROOTS = ("transformer.", "model.")  # names in a model with a head begin with it; without a head they do not
 BARE = re.compile(r"h\.[0-9]+\.")  # names in public files of GPT-2 and BLOOM begin so; PEFT's do not
 STEMS = ("model", "diffusion_pytorch_model")  # of tensor files
@@ -173,7 +174,28 @@ def name_in(base: Mapping[str, Any], module: str) -> str:
     key = f"{module}.weight"
     names = [key, *(root + key for root in ROOTS), *(key.removeprefix(root) for root in ROOTS)]
     names += [TABLE] if key == TIED else []
+    if PART.match(key):  # a pipeline's component in a file of its own, or in a checkpoint of all
+        inner = key.partition(".")[2]
+        names += [inner, f"model.diffusion_model.{inner}"]
     return next((name for name in names if name in base), key)
+
+
+def heads_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The numbers of query and key heads in a config, None if it has none; ConfigError for a wrong one."""
+    queries = config.get("num_attention_heads")
+    keys = config.get("num_key_value_heads") or queries
+    if queries is None:
+        return None
+    if type(queries) is not int or type(keys) is not int or min(queries, keys) < 1:
+        what = f"num_attention_heads is {short(queries)} and num_key_value_heads {short(keys)}"
+        raise ConfigError(f"the base's {what}; expected numbers above 0")
+    return queries, keys
+
+
+def heads_in(spec: Path | str) -> tuple[int, int] | None:
+    """The same of a checkpoint, None if there is no config.json."""
+    path = located(spec) / "config.json"
+    return heads_of(read_json(path)) if exists(path) else None
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, InputError, MismatchError, NonFiniteError, nearest, short
+from ..errors import InputError, MismatchError, NonFiniteError, nearest
 from ..formats.atomic import check_free, make_folder, refuse_same, write_atomic, write_folder
-from ..formats.huggingface import read_json
+from ..formats.huggingface import heads_of, read_json
 from ..formats.safetensors import streamed
 from ..lora_files.contents import MAGNITUDE, Entry
 from ..lora_files.names import of_sgm, whole
@@ -93,7 +93,7 @@ def convert(
     if not (ending and overwrite):  # a file is replaced by a file, whatever it is
         check_free(out, overwrite)
     config = None if base is None else read_json(Path(base) / "config.json")
-    heads = heads_of(config)
+    heads = heads_of(config or {})
     given = open_adapter(source, alpha=alpha, r=r, heads=heads)
     refuse_same(out, given.where)
     modules = modules_of(given, f"the form of {to}")
@@ -117,18 +117,6 @@ def convert(
     again = open_adapter(out, heads=heads)
     off, size = compared(modules, modules_of(again, to), str(out))
     return Conversion(str(out), to, len(again.pairs), size, off, given.notes)
-
-
-def heads_of(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
-    """The numbers of query and key heads in a base's config, None without one."""
-    if config is None:
-        return None
-    queries = config.get("num_attention_heads")
-    keys = config.get("num_key_value_heads") or queries
-    if type(queries) is not int or type(keys) is not int or min(queries, keys) < 1:
-        what = f"num_attention_heads is {short(queries)} and num_key_value_heads {short(keys)}"
-        raise ConfigError(f"the base's {what}; expected numbers above 0")
-    return queries, keys
 
 
 def peft(given: Adapter, modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, UnsupportedError, nearest, short
+from ..formats.atomic import read
 from ..formats.gguf import NAMES, neighbours, package
 from ..lora_files.contents import Entry, reordered
 from ..lora_files.dictionaries import TABLES
@@ -82,9 +83,8 @@ def gguf(
     """
     flat_only(modules, "llama.cpp's form")
     if config is None or heads is None:
-        raise ConfigError(
-            "llama.cpp's form depends on the base; expected base, a folder with its config.json"
-        )
+        what = "a folder with its config.json, and there num_attention_heads"
+        raise ConfigError(f"llama.cpp's form depends on the base; expected base, {what}")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UnsupportedError(f"the base's model_type is {short(kind)}; {nearest(str(kind), ARCHITECTURES)}")
@@ -131,4 +131,4 @@ def gguf_bytes(values: Mapping[str, Any], tensors: Mapping[str, Entry]) -> bytes
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return path.read_bytes()
+        return read(path)

@@ -1,59 +1,18 @@
 """Every tool's own file gives the ΔW that the tool computed, to rounding; fixtures/lora_files says whose."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_cases import READ, ROOT, UNIT, change, expected, how
+from safetensors.numpy import save_file
 
 import minilora as ml
 from minilora.errors import MismatchError, UnsupportedError
 from minilora.formats.safetensors import open_tensors
 from minilora.lora_files.grammar import parsed, sort_out
-from minilora.lora_files.names import of_torchtune, path_of
+from minilora.lora_files.names import of_torchtune
 from minilora.peft.folder import check_agreement
-
-ROOT = Path(__file__).parents[1] / "fixtures/lora_files"
-READ = sorted(str(f.parent.relative_to(ROOT)) for f in ROOT.glob("*/*/expected.npz"))
-UNIT = 2.0**-24  # of float32, in which the tools computed
-
-
-def how(name):
-    """What a file does not hold, as its user gives it."""
-    about = json.loads((ROOT / name / "expected.json").read_text())
-    if name.startswith("torchtune"):
-        return {"alpha": about["alpha"], "heads": (about["num_heads"], about["num_kv_heads"])}
-    if name.startswith("loralib"):
-        return {"alpha": about["lora_alpha"], "r": about["r"]}
-    if name.startswith("gguf"):
-        config = json.loads((ROOT / name / "base_config.json").read_text())
-        return {"heads": (config["num_attention_heads"], config["num_key_value_heads"])}
-    return {}
-
-
-def expected(name):
-    """Module -> the tool's ΔW and perhaps W, by our names of modules."""
-    with np.load(ROOT / name / "expected.npz") as file:
-        held = dict(file)
-    prefix = next((p for p in ("BA::", "hf::") if any(key.startswith(p) for key in held)), "")
-    changes = {key[len(prefix) :].lstrip("."): held[key] for key in held if key.startswith(prefix)}
-    changes = {key: dW for key, dW in changes.items() if "::" not in key}
-    renamed = {
-        "transformer_bfl.": "transformer.",
-        "unet.": "" if name.startswith("diffusers_old") else "unet.",
-    }
-    for old, new in renamed.items():
-        changes = {
-            key.replace(old, new, 1) if key.startswith(old) else key: dW for key, dW in changes.items()
-        }
-    return changes, held
-
-
-def change(adapter, module):
-    """ΔW (O, I) in float64, a convolution's as a matrix, an embedding's (V, D)."""
-    A, B = (x.astype(np.float64) for x in adapter.factors(module))
-    dW = adapter.pairs[module].scale * (B @ A)
-    return dW.T if adapter.pairs[module].embedding else dW
 
 
 def assert_same(adapter, module, dW, weight=None):
@@ -71,7 +30,7 @@ def assert_same(adapter, module, dW, weight=None):
 
 OTHERWISE = (  # read below, with what their files do not hold or hold in another form
     "gguf/", "loralib/", "torchtune/", "peft/bin_old", "peft/dora", "peft/conv2d_dora", "mlx/dora",
-    "mlx/moe_switch", "kohya_flux/converted_back", "synthetic_names/xlabs", "kohya_lycoris/refuse",
+    "synthetic_names/xlabs", "kohya_lycoris/refuse",
 )  # fmt: skip
 
 
@@ -118,18 +77,8 @@ def test_magnitudes_of_inputs_are_counted_and_left_aside():
     assert doubt.startswith(f"magnitude of each input: {len(adapter.pairs)} modules are not in the numbers")
 
 
-def test_the_experts_of_a_switch_are_modules_of_their_own():
-    adapter = ml.open_adapter(ROOT / "mlx/moe_switch")
-    changes, _ = expected("mlx/moe_switch")
-    experts = {f"{m}.{e}": dW[e] for m, dW in changes.items() if dW.ndim == 3 for e in range(len(dW))}
-    whole = {m: dW for m, dW in changes.items() if dW.ndim == 2} | experts
-    assert whole.keys() == adapter.pairs.keys()
-    for module, dW in whole.items():
-        assert_same(adapter, module, dW)
-
-
 def test_flux_keeps_its_fused_maps():
-    """XLabs adapts the rows of q, k and v of a single block's linear1; a converter of kohya's splits them."""
+    """XLabs adapts the rows of q, k and v of a single block's linear1; the expected parts are split."""
     split, _ = expected("synthetic_names/xlabs_flux")
     adapter = ml.open_adapter(ROOT / "synthetic_names/xlabs_flux")
     parts = {
@@ -153,11 +102,6 @@ def test_flux_keeps_its_fused_maps():
             dW = np.pad(dW, ((0, 4 * len(dW) // 3), (0, 0)))
         assert_same(adapter, module, dW)
     assert seen == len(split)
-    back = ml.open_adapter(ROOT / "kohya_flux/converted_back_block_diagonal")
-    with np.load(ROOT / "kohya_flux/converted_back_block_diagonal/expected.npz") as changes:
-        assert {path_of(name, flux=True) for name in changes} == back.pairs.keys()
-        for name, dW in changes.items():
-            assert_same(back, path_of(name, flux=True), dW)
 
 
 @pytest.mark.parametrize("name", ["torchtune/lora", "gguf/llama_gqa", "gguf/embed_gguf"])
@@ -282,3 +226,33 @@ def test_a_file_that_mixes_styles_is_read_whole():
     adapter = ml.open_adapter(ROOT / "diffusers/sd15_dreambooth_script")
     assert len(adapter.pairs) == 44
     assert any("others of" in note for note in adapter.notes)
+
+
+def test_a_base_may_be_one_component_or_a_checkpoint_of_all(tmp_path):
+    """Names of the file begin with `unet.`, those of a base with nothing, or with model.diffusion_model."""
+    path = next((ROOT / "kohya_sdxl/sdxl_sgm_names").glob("*.safetensors"))
+    adapter, rng = ml.open_adapter(path), np.random.default_rng(0)
+    of_unet = {m: pair.shape for m, pair in adapter.pairs.items() if m.startswith("unet.")}
+    for before in ("", "model.diffusion_model."):
+        weights = {f"{before}{m[5:]}.weight": rng.normal(size=shape) for m, shape in of_unet.items()}
+        save_file(weights, tmp_path / "base.safetensors")
+        seen = ml.inspect(path, tmp_path / "base.safetensors")
+        assert {m.module for m in seen.modules if m.base} == of_unet.keys()
+        assert any("not in the base" in note for note in seen.notes)  # the text encoders
+
+
+def test_with_a_base_rows_of_queries_and_keys_are_compared_in_its_order(tmp_path):
+    """|ΔW|'s overlap with W and the cosine with the source are those of the source itself."""
+    folder = ROOT / "gguf/llama_gqa"
+    base, rng = tmp_path / "base", np.random.default_rng(0)
+    base.mkdir()
+    (base / "config.json").write_text((folder / "base_config.json").read_text())
+    source = ml.open_adapter(folder / "source_peft")
+    weights = {f"{m}.weight": rng.normal(size=pair.shape) for m, pair in source.pairs.items()}
+    save_file(weights, base / "model.safetensors")
+    seen = ml.inspect(folder / "llama_gqa.f32.gguf", base, folder / "source_peft")
+    assert all(m.other.cosine > 1 - 1e-6 for m in seen.modules)
+    assert not any("order" in note for note in seen.notes)
+    alone = ml.inspect(folder / "llama_gqa.f32.gguf", against=folder / "source_peft")
+    assert {m.kind for m in alone.modules if m.other.cosine < 0.9} == {"q_proj", "k_proj"}
+    assert any("in llama.cpp's order" in note for note in alone.notes)
