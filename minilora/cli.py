@@ -333,7 +333,11 @@ def parser() -> argparse.ArgumentParser:
     add("adapters", "LoRAs and their weights, such as A:0.7 B:0.3; A:-1 takes A away", nargs="+",
         type=weighted, metavar="ADAPTER:WEIGHT")  # fmt: skip
     add("out", "the new adapter's folder", type=unweighted, metavar="OUT")
-    add("--method", "linear, cat, svd, magnitude, ties, dare, dare_ties or peft_linear", metavar="NAME")
+    add(
+        "--method",
+        "linear, cat, svd, magnitude, ties, dare, dare_ties, peft_linear or kohya_linear",
+        metavar="NAME",
+    )
     add("--rank", "rank of the result", type=int, metavar="R")
     add("--density", "the share of entries that pruning keeps", type=float, metavar="D")
     add("--seed", "seed of the entries that dare drops", **number)

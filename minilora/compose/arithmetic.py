@@ -11,13 +11,13 @@ a product of sums holds B_i A_j of every two adapters, so it is another update:
     (Σ √|w s| B) (Σ ±√|w s| A) = Σ_ij √|w_i s_i| ±√|w_j s_j| B_i A_j
 
 Every result comes with its distance to the exact sum. Stands in for PEFT's add_weighted_adapter with "cat",
-"svd" and "linear"; leaves out the search for weights, and clamping.
+"svd" and "linear", and for kohya's merge_lora.py; leaves out the search for weights, and clamping.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -78,16 +78,30 @@ def peft_linear(updates: Sequence[Update]) -> Combined:
 
     The residual is the size of its error. InputError unless all ranks are equal; others as `cat`.
     """
+    return of_sums(updates, "peft_linear", lambda w, s: math.sqrt(abs(w * s)))
+
+
+def kohya_linear(updates: Sequence[Update]) -> Combined:
+    """What merge_lora.py of kohya's sd-scripts makes of several files: as `peft_linear`, of squared weights.
+
+    Both factors are multiplied by the weight, so one file of weight 1/2 is 1/4 of it: w |w| s B A. The
+    residual is its distance to Σ w ΔW. Errors as `peft_linear`.
+    """
+    return of_sums(updates, "kohya_linear", lambda w, s: abs(w) * math.sqrt(abs(s)))
+
+
+def of_sums(updates: Sequence[Update], name: str, root: Callable[[float, float], float]) -> Combined:
+    """(Σ root B) (Σ ±root A), with the sign of w s once; InputError unless all ranks are equal."""
     updates = checked(updates)
     ranks = [len(change.A) for _, change in updates]
     if len({*ranks}) > 1:
-        raise InputError(f"the ranks are {short(ranks)}; peft_linear adds factors: expected the same rank")
+        raise InputError(f"the ranks are {short(ranks)}; {name} adds factors: expected the same rank")
     B, A = xp.zeros(updates[0][1].B.shape), xp.zeros(updates[0][1].A.shape)
     with quiet_overflow():
         for w, change in updates:
-            root = math.sqrt(abs(w * change.scale))
-            B = B + root * change.B.astype(xp.float64)
-            A = A + math.copysign(root, w * change.scale) * change.A.astype(xp.float64)  # the sign, once
+            size = root(w, change.scale)
+            B = B + size * change.B.astype(xp.float64)
+            A = A + math.copysign(size, w * change.scale) * change.A.astype(xp.float64)
     return measured(updates, B, A)
 
 

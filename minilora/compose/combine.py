@@ -32,12 +32,22 @@ from ..peft.config import peft_config
 from ..peft.folder import Adapter, check_agreement, open_adapter, write_adapter
 from ..spectra import quotient
 from ..table import Table, counted, report
-from .arithmetic import Combined, Update, cat, check_rank, check_weights, linear, peft_linear, svd
+from .arithmetic import (
+    Combined,
+    Update,
+    cat,
+    check_rank,
+    check_weights,
+    kohya_linear,
+    linear,
+    peft_linear,
+    svd,
+)
 from .sparsify import check_density, dare, dare_ties, magnitude, ties
 from .truncate import ratio
 
 METHODS: dict[str, Callable[..., Combined]] = {
-    f.__name__: f for f in (linear, cat, svd, peft_linear, magnitude, ties, dare, dare_ties)
+    f.__name__: f for f in (linear, cat, svd, peft_linear, kohya_linear, magnitude, ties, dare, dare_ties)
 }
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 

@@ -13,10 +13,12 @@ from library import LIBRARY
 from vectors import ALL, SUMS, exact, most, of, rounding, sized, slack, summed, weighted, whole
 
 from minilora.backend import to_host
-from minilora.compose.arithmetic import Combined, cat, linear, peft_linear, size, svd
+from minilora.compose.arithmetic import Combined, cat, kohya_linear, linear, peft_linear, size, svd
 from minilora.compose.sparsify import magnitude
 from minilora.errors import InputError, MismatchError, NonFiniteError
 from minilora.layers import Factors
+
+CROSSED = {"peft_linear": peft_linear, "kohya_linear": kohya_linear}
 
 
 def product(made, wide=np.longdouble):
@@ -105,7 +107,7 @@ def test_the_order_of_adapters_does_not_matter(method, updates):
     """Within the rounding of both; where entries are dropped, see test_sparsify.py, to the bit."""
     one, other = ALL[method](updates), ALL[method](updates[::-1])
     assert np.linalg.norm((product(one) - product(other)).astype(float)) <= 2 * slack(updates)
-    if method not in ("cat", "linear", "svd", "peft_linear"):
+    if method not in ("cat", "linear", "svd", *CROSSED):
         assert bits(one) == bits(other)
 
 
@@ -197,28 +199,39 @@ def test_linear_is_cat_or_svd(updates):
         assert bits(one) == bits(other)
 
 
-# ---- what PEFT calls linear
+# ---- what PEFT and kohya's scripts call a sum of adapters
 
-
+@pytest.mark.parametrize("method", CROSSED)
 @given(updates=weighted(equal=True))
-def test_peft_linear_is_the_double_sum_with_its_cross_terms(updates):
+def test_the_product_of_sums_is_the_double_sum_with_its_cross_terms(method, updates):
     counted = [(w, x) for w, x in updates if w]
+
+    def root(w, x):
+        w, s = np.longdouble(abs(w)), np.longdouble(abs(x.scale))
+        return np.sqrt(w * s) if method == "peft_linear" else w * np.sqrt(s)
+
     expected, scale = np.longdouble(0), np.longdouble(0)
     for w, x in counted:
         for v, y in counted:
-            root = np.sqrt(np.longdouble(abs(w * x.scale))) * np.sqrt(np.longdouble(abs(v * y.scale)))
-            term = root * math.copysign(1, v) * (to_host(x.B).astype(np.longdouble) @ to_host(y.A))
+            both = root(w, x) * root(v, y)
+            term = both * math.copysign(1, v) * (to_host(x.B).astype(np.longdouble) @ to_host(y.A))
             expected = expected + term
-            scale = scale + root * (abs(to_host(x.B)).astype(float) @ abs(to_host(y.A)))
-    made = peft_linear(updates)
+            scale = scale + both * (abs(to_host(x.B)).astype(float) @ abs(to_host(y.A)))
+    made = CROSSED[method](updates)
     u = unit(to_host(made.factors.A).dtype)
     K, r = len(counted), len(to_host(made.factors.A))
-    sides = gamma(2 * (K + 2), U)  # of each side: w s and its root, at most 2; times B; K - 1 sums
+    sides = gamma(2 * (K + 2), U)  # of each side: a root and a product, at most 2; times B; K - 1 sums
     wide = gamma(r + K * K + 8, 2.0**-63)  # this oracle
     bound = (2 * u + u * u + sides + wide) * (1 + gamma(2, u)) * scale  # 2u: both are rounded to the dtype
     assert (abs(product(made) - expected) <= bound).all()
     cross = np.linalg.norm((expected - summed(updates)).astype(float))  # what it gets wrong
     assert abs(made.residual - cross) <= np.linalg.norm(bound.astype(float)) + rounding(updates)
+
+
+def test_half_of_one_adapter_is_a_quarter_in_kohyas_arithmetic():
+    (one,) = [of(np.ones((3, 2)), np.ones((2, 4)), 2.0)]
+    assert np.allclose(product(kohya_linear([(0.5, one)])), 0.25 * 2.0 * 2 * np.ones((3, 4)), rtol=4 * U)
+    assert kohya_linear([(1.0, one)]).relative <= 8 * U
 
 
 def test_peft_linear_is_far_from_the_sum_of_random_adapters():
@@ -344,10 +357,11 @@ def test_a_rank_that_the_sum_cannot_have_is_refused(rank):
         svd([(1.0, pair(4, 3, 2)), (1.0, pair(4, 3, 2))], rank)  # 3 inputs
 
 
-def test_peft_linear_needs_equal_ranks():
-    with pytest.raises(InputError, match=r"the ranks are \[2, 3\]; peft_linear adds factors: expected the"):
-        peft_linear([(1.0, pair(r=2)), (1.0, pair(r=3))])
-    assert isinstance(peft_linear([(1.0, pair(r=2)), (0.0, pair(r=3))]), Combined)  # which is absent
+@pytest.mark.parametrize("method", CROSSED)
+def test_sums_of_factors_need_equal_ranks(method):
+    with pytest.raises(InputError, match=rf"the ranks are \[2, 3\]; {method} adds factors: expected the"):
+        CROSSED[method]([(1.0, pair(r=2)), (1.0, pair(r=3))])
+    assert isinstance(CROSSED[method]([(1.0, pair(r=2)), (0.0, pair(r=3))]), Combined)  # which is absent
 
 
 def test_a_distance_is_a_sum_with_weight_minus_1():

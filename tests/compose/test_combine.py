@@ -36,9 +36,11 @@ from minilora.peft.loading import load_adapter, save_adapter
 from minilora.tree import named_params
 
 NEEDS = {  # method -> the options that drop nothing, of an adapter of rank 2
-    "linear": {}, "cat": {}, "svd": {"rank": 2}, "peft_linear": {}, "magnitude": {"density": 1.0},
+    "linear": {}, "cat": {}, "svd": {"rank": 2}, "peft_linear": {}, "kohya_linear": {},
+    "magnitude": {"density": 1.0},
     "ties": {"density": 1.0}, "dare": {"density": 1.0}, "dare_ties": {"density": 1.0},
 }  # fmt: skip
+CROSSED = ("peft_linear", "kohya_linear")  # which are no sums
 SHAPES = {"model.layers.0.mlp.m0": (7, 4), "model.layers.1.mlp.m1": (3, 8), "model.layers.2.mlp.m0": (5, 5)}
 
 
@@ -111,7 +113,7 @@ def test_the_sum_of_folders_is_the_sum_of_their_changes(given_, tmp_path_factory
     check_agreement(given_again)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("ties", "dare_ties", "peft_linear")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("ties", "dare_ties", *CROSSED)])
 @settings(max_examples=6)
 @given(given_=folders())
 def test_every_method_that_drops_nothing_writes_the_sum(method, given_, tmp_path_factory):
@@ -434,6 +436,29 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is the input, lies in it or contains it"):
         combine({a: 1}, a, overwrite=True)
     assert not (tmp_path / "out").exists()
+
+
+FILES = Path(__file__).parents[1] / "fixtures/lora_files"
+
+
+def test_kohyas_arithmetic_is_that_of_its_script(tmp_path):
+    """merge_lora.py's own output: equal but for its float32, and far from the sum."""
+    told = json.loads((FILES / "kohya_sdscripts_merged/merge_plain/args.json").read_text())
+    adapters = [(FILES / model, w) for model, w in zip(told["models"], told["ratios"], strict=True)]
+    made = combine(adapters, tmp_path / "out", method="kohya_linear")
+    ours, theirs = open_adapter(tmp_path / "out"), open_adapter(FILES / "kohya_sdscripts_merged/merge_plain")
+    inputs = [open_adapter(path) for path, _ in adapters]
+    assert ours.pairs.keys() == theirs.pairs.keys()
+    for m, pair in theirs.pairs.items():
+        (A, B), (A2, B2) = (x.factors(m) for x in (ours, theirs))
+        largest = [  # of the factors, each a sum of two products in float32
+            sum(abs(w) * math.sqrt(x.pairs[m].scale) * abs(x.factors(m)[i]).astype(float)
+                for x, (_, w) in zip(inputs, adapters, strict=True)) for i in (0, 1)
+        ]  # fmt: skip
+        bound = (pair.r + 12) * U32 * (largest[1] @ largest[0])
+        off = ours.pairs[m].scale * B.astype(float) @ A - pair.scale * B2.astype(float) @ A2
+        assert (abs(off) <= bound).all(), m
+    assert made.relative > 0.3
 
 
 # ---- in a model, and through files

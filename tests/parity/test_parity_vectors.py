@@ -282,4 +282,4 @@ def test_every_method_is_compared_or_explained():
     names = {*re.findall(r"`([a-z_]+)`", listed)} - {"list", "str"}
     compared = {kind for kind, *_ in SAME.values()} | {*DROPPING.values()} | {*APART}
     assert names == compared
-    assert {*SAME, *DROPPING, "linear"} == {*METHODS}
+    assert {*SAME, *DROPPING, "linear", "kohya_linear"} == {*METHODS}
