@@ -182,15 +182,20 @@ def json_object(what: str, raw: bytes) -> dict[str, Any]:
     return value
 
 
+def check_name(path: Path | str, name: str) -> None:
+    """MismatchError, or FormatError, unless a tensor's name can be printed and is not too long."""
+    if not PRINTABLE.fullmatch(name):
+        kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # it fits no module
+        raise kind(f"{path}: the tensor name {ascii(name)[:120]} is invalid; expected printable ASCII")
+
+
 def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one tensor's entry; errors as in `open_tensors`."""
 
     def wrong(what: str, value: object, expected: str) -> FormatError:
         return FormatError(f"{path}: {short(name)}: {what} is {short(value)}; expected {expected}")
 
-    if not PRINTABLE.fullmatch(name):
-        kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # it fits no module
-        raise kind(f"{path}: the tensor name {ascii(name)[:120]} is invalid; expected printable ASCII")
+    check_name(path, name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("entry", entry, "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

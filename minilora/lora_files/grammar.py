@@ -106,10 +106,10 @@ def sort_out(where: str, keys: Iterable[str]) -> Keys:
         own[part] = key
         if part in HALVES:
             found.tools[module] = tool
-    for module, part in found.parts.items():
+    for module, own in found.parts.items():
         for half, other in HALVES.items():
-            if half in part and other not in part:
-                raise MismatchError(f"{where}: {part[half]} is one factor of {module}; the other is missing")
+            if half in own and other not in own:
+                raise MismatchError(f"{where}: {own[half]} is one factor of {module}; the other is missing")
     for module in [module for module in found.parts if module not in found.tools]:
         for key in found.parts.pop(module).values():
             if parsed(key)[0] not in apart:  # an alpha of what is no LoRA
