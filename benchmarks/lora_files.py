@@ -102,8 +102,8 @@ def main() -> None:
     about = machine()
     text = (
         f"# `minilora` on a LoRA of SDXL in kohya's form (`python benchmarks/lora_files.py`)\n\n"
-        f"{modules} modules, r = {R}, float32: {size / 1e6:.0f} MB. Medians of {rounds} runs, and the highest "
-        f"peak; {about['cores']} cores of {about['processor']}, Python {about['python']}, NumPy "
+        f"{modules} modules, r = {R}, float32: {size / 1e6:.0f} MB. Medians of {rounds} runs, and the "
+        f"highest peak; {about['cores']} cores of {about['processor']}, Python {about['python']}, NumPy "
         f"{about['numpy']}.\n\n{table}\n"
     )
     print(text)

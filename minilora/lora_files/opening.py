@@ -57,10 +57,10 @@ def read_contents(
     q and k are in another order. UnsupportedError, MismatchError, ConfigError, FormatError or StorageError.
     """
     if alpha is not None:
-        check_float("alpha", alpha, 0, math.inf, open_low=True)
+        check_float(f"{path}: alpha", alpha, 0, math.inf, open_low=True)
     for name, number in (("r", r), *zip(("query heads", "key heads"), heads or (), strict=False)):
         if number is not None:
-            check_int(name, number, 1)
+            check_int(f"{path}: {name}", number, 1)
     if form == GGUF:
         return read_gguf(path, heads)
     if form == MLX_ARRAYS:
@@ -70,7 +70,7 @@ def read_contents(
         if not exists(path / "adapters.safetensors"):
             raise StorageError(f"{path / 'adapters.safetensors'}: is missing; the config is one of MLX")
         tensors = open_tensors(path / "adapters.safetensors", adapter=True)
-        return read_mlx(tensors, checked(tensors, "MLX"), mlx_scale(path / CONFIG))
+        return read_mlx(tensors, checked(tensors, "MLX"), *mlx_scale(path / CONFIG))
     tensors = open_tensors(path, adapter=True)
     keys = checked(tensors)
     tool = next(iter(keys.tools.values()))
@@ -105,8 +105,8 @@ def checked(tensors: Tensors, expected: str | None = None) -> Keys:
     return keys
 
 
-def mlx_scale(path: Path) -> float:
-    """The scale in MLX's adapter_config.json; ConfigError or UnsupportedError names the field."""
+def mlx_scale(path: Path) -> tuple[float, tuple[str, ...]]:
+    """The scale in MLX's adapter_config.json, and notes; ConfigError or UnsupportedError names the field."""
     fields = read_json(path, LARGEST)
     kind = fields.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
@@ -117,13 +117,14 @@ def mlx_scale(path: Path) -> float:
         raise ConfigError(f"{path}: lora_parameters is {short(numbers)}; expected rank and scale")
 
     def number(name: str, usual: float) -> float:
-        value = numbers.get(name, usual)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ConfigError(f"{path}: lora_parameters {name} is {short(value)}; expected a number above 0")
-        return float(value)
+        what = f"{path}: lora_parameters {name}"
+        return check_float(what, numbers.get(name, usual), 0, math.inf, open_low=True)
 
     scale = number("scale", USUAL)
-    return scale * number("alpha", 1) / number("rank", 1) if "alpha" in numbers else scale  # before 2024-03
+    notes = () if "scale" in numbers else (f"the config has no scale, so it is MLX's usual {USUAL:g}",)
+    if "alpha" in numbers:  # before 2024-03
+        scale *= number("alpha", 1) / number("rank", 1)
+    return scale, notes
 
 
 def arrays(path: Path) -> Tensors:

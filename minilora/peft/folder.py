@@ -166,6 +166,10 @@ def of_contents(where: Path, given: Contents) -> Adapter:
         alphas = chosen(settings, "alpha_pattern", list(inside)).values
         for name, module in inside.items():
             scales[module] = settings.scale(alphas.get(name, settings.lora_alpha), ranks[module])
+    for module, scale in scales.items():
+        if not 0 < scale * ranks[module] < math.inf:  # which is its alpha
+            what = f"the scale of {module} is {short(scale)}; expected one with a finite alpha above 0"
+            raise ConfigError(f"{tensors.where}: {what}")
     alphas, rslora = alphas_of({m: (scales.get(m, 1.0), r) for m, r in ranks.items()})
     config = peft_config({m: (r, alphas[m]) for m, r in ranks.items()}, sorted(parts), rslora)
     config |= {kind.flag: any(kind.vector in part for part in parts.values()) for kind in KINDS}
