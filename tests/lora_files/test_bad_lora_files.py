@@ -252,7 +252,8 @@ NUMBERS = [  # opened, but the numbers are refused
     ("kohya", "not finite", NonFiniteError, "not finite, the first at",
      with_(kohya, {UP: np.full((4, 2), NAN, "f4")}, {DOWN: np.array([[1, 1, INF]] * 2, "f4")})),
     ("kohya", "a product beyond float64", NonFiniteError, "its factors are too large",
-     with_(kohya, {DOWN: np.full((2, 3), 1e200), UP: np.full((4, 2), 1e200)})),
+     with_(kohya, *({DOWN: np.full((2, 3), a), UP: np.full((4, 2), b)}
+                    for a, b in ((1e200, 1e200), (-1e200, 1e200), (1.2e154, 1.2e154))))),
     ("LyCORIS", "a core that is not finite", NonFiniteError, "not finite",
      with_(conv, {MID: np.full((2, 2, 3, 3), NAN, "f4")})),
     ("any", "another dtype", UnsupportedError, "dtype is (I32|U32|F8_E5M2); expected one of F64",
@@ -344,6 +345,22 @@ def test_an_unusual_lora_file_is_read_and_a_note_says_so(note, make, tmp_path):
     assert note in "; ".join(found.all_notes)
     assert bool(note) == bool(found.all_notes)
     assert inspect(path).modules
+
+
+@pytest.mark.parametrize(("scale", "make"), [
+    pytest.param(0.5, kohya, id="alpha / r"),
+    pytest.param(1, *with_(kohya, {ALPHA: np.float32(0)}), id="an alpha of 0 is r"),
+    pytest.param(1, *with_(kohya, {ALPHA: None}), id="no alpha"),
+    pytest.param(4, *told(file({DOWN: ones(2, 3), UP: ones(4, 2)}), "network_alpha", "8"), id="one for all"),
+    pytest.param(2, *told(diffusers, HEADER, peft()), id="diffusers' header"),
+    pytest.param(20, mlx, id="MLX"),
+    pytest.param(40, partial(mlx, config=scaled(alpha=4)), id="MLX, before 2024-03"),
+    pytest.param(2, llama, id="llama.cpp"),
+    pytest.param(1, partial(llama, values={"adapter.lora.alpha": 0.0}), id="llama.cpp, an alpha of 0 is r"),
+])  # fmt: skip
+def test_the_scale_is_where_each_tool_keeps_it(scale, make, tmp_path):
+    (pair,) = open_adapter(make(tmp_path)).pairs.values()
+    assert pair.scale == scale
 
 
 def test_arrays_of_numpy_are_read_as_they_are(tmp_path):
