@@ -2230,6 +2230,7 @@ MUTANTS = (
     Mutant("clamped-as-the-signs-came", "compose/extract.py", "    return B * signs, A * signs.T\n", "    return B, A\n", "extract"),
     Mutant("least-difference-counts", "compose/extract.py", "abs(change).max(initial=0) > min_diff", "abs(change).max(initial=0) >= min_diff", "extract"),
     Mutant("tucker-core-transposed", "lora_files/contents.py", "ij...,jc->ic...", "ji...,jc->ic...", "files"),
+    Mutant("factors-of-terabytes", "lora_files/contents.py", "if math.prod(shape) > LARGEST:", "if False:", "bad_lora_files"),
     Mutant("alpha-below-zero", "lora_files/contents.py", "if not 0 <= value < math.inf:", "if not -math.inf < value < math.inf:", "bad_lora_files"),
     Mutant("mlx-scale-by-the-inputs", "lora_files/dictionaries.py", "alphas[module] = scale * a[1]", "alphas[module] = scale * a[0]", "files"),
     Mutant("experts-without-numbers", "lora_files/dictionaries.py", " and 0 not in (*a, *b)", "", "bad_lora_files"),

@@ -22,6 +22,7 @@ from .contents import (
     B,
     Contents,
     Entry,
+    computed,
     gathered,
     listed,
     plain,
@@ -148,4 +149,4 @@ def on_the_diagonal(tensors: Tensors, key: str, n: int) -> Entry:
         whole[range(n), :, range(n)] = tensors[key].reshape(n, O // n, r)
         return whole.reshape(O, n * r)
 
-    return Entry((O, n * r), tensors.dtypes[key], read)
+    return computed(tensors, key, (O, n * r), read)

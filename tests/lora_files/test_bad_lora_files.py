@@ -180,6 +180,8 @@ REFUSED = [
      with_(conv, {MID: ones(2)}, {MID: ones(2, 3, 3, 3)}, {MID: ones(2, 2)}, {MID: np.float32(1)},
            {DOWN: ones(2, 3, 3, 3)}, {DOWN: ones(2)})),
     ("LyCORIS", "a core of another rank", MismatchError, FIT, with_(conv, {MID: ones(3, 2, 3, 3)})),
+    ("LyCORIS", "a core that makes terabytes", UnsupportedError, "makes a factor .*; expected at most",
+     with_(conv, {MID: ones(2, 2, 500, 500), DOWN: ones(2, 10**5)})),
     ("any", "names with odd characters", MismatchError, r"the tensor name '.* is invalid; expected printable",
      named("lora_unet_ä", "lora_unet_a b", "a\n", "\x1b[2J", "а", "a" * 600, "\0")),
     ("any", "names that are no paths", MismatchError, r"'.*' cannot be the name of a module",
@@ -278,6 +280,8 @@ GIVEN = [  # what a file does not hold, given wrongly
      [{"alpha": 8, "r": r} for r in (0, -1, 2.0, True)]),
     ("loralib", "r that does not fit", MismatchError, "expected multiples of r = 3", loralib,
      [{"alpha": 8, "r": 3}]),
+    ("loralib", "parts that make terabytes", UnsupportedError, "makes a factor .*; expected at most",
+     file({f"{LIB}.lora_A": ones(10**5, 1), f"{LIB}.lora_B": ones(10**5, 1)}), [{"alpha": 8, "r": 1}]),
     ("loralib", "parts that do not fit", MismatchError, "expected multiples of r = 2",
      file({f"{LIB}.lora_A": ones(6, 3), f"{LIB}.lora_B": ones(4, 2)}), [{"alpha": 8, "r": 2}]),
 ]  # fmt: skip
