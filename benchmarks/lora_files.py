@@ -130,9 +130,10 @@ def main() -> None:
     about = machine()
     text = (
         f"# `minilora` on a LoRA of SDXL in kohya's form (`python benchmarks/lora_files.py`)\n\n"
-        f"{modules} modules, r = {R}, float32: {size / 1e6:.0f} MB. Medians of {rounds} runs, of compress one, "
-        f"and the highest peak; {about['cores']} cores of {about['processor']}, Python {about['python']}, NumPy "
-        f"{about['numpy']}. The machine's load before it was {load:.1f}.\n\n{table}\n"
+        f"{modules} modules, r = {R}, float32: {size / 1e6:.0f} MB. Medians of {rounds} runs, of compress "
+        f"one, and the highest peak; {about['cores']} cores of {about['processor']}, "
+        f"Python {about['python']}, NumPy {about['numpy']}. The machine's load before it was {load:.1f}."
+        f"\n\n{table}\n"
     )
     print(text)
     write("lora_files", [{"modules": modules, "bytes": size, "load": load, **row} for row in rows])
