@@ -835,9 +835,11 @@ def retold(rng, data):
         return data
     told = header.get("__metadata__", {})
     name = rng.choice([*image.NUMBERS, image.CONFIGS, image.CONFIGS, "ss_base_model_version"])
-    old = told.get(name, "8")
-    value = str(near(rng, 8)) if name != image.CONFIGS else rng.choice([swapped, reformed])(rng, old.encode())
-    told = told | {name: value if isinstance(value, str) else value.decode("utf-8", "replace")}
+    value = str(near(rng, 8))
+    if name == image.CONFIGS and isinstance(old := told.get(name), str):
+        text = rng.choice([swapped, reformed])(rng, old.encode("utf-8", "surrogatepass"))
+        value = text.decode("utf-8", "replace")
+    told = told | {name: value}
     return headlined({"__metadata__": told} | header | {"__metadata__": told}, body)
 
 
