@@ -24,6 +24,11 @@ import minilora as ml
 
 PAUSE = 0.25  # seconds: threads of BLAS and OpenMP go on spinning for a while, on the next one's core
 RESULTS = Path(__file__).parent / "results"
+COMMAND = "import sys; from minilora.cli import main; assert main(sys.argv[1:]) == 0"
+PEAK = """
+import re, sys
+print(re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read().replace("\\t", " "))[1], file=sys.stderr)
+"""  # Linux's own count: getrusage's begins with the memory of the process that forked
 SIZES = (
     # D, L, H, F, T, V, N
     (64, 2, 4, 176, 64, 96, 16),
@@ -91,6 +96,17 @@ def alternate(contestants: Mapping[str, Contestant], rounds: int, cores: int) ->
         for contestant in contestants.values():
             contestant.close()
     return times
+
+
+def fresh(program: str, *args: Any) -> tuple[float, float]:
+    """Seconds, the interpreter's start included, and peak MB of a program in a process of its own."""
+    argv = [sys.executable, "-c", program + PEAK, *map(str, args)]
+    start = time.perf_counter()
+    done = subprocess.run(argv, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return seconds, int(done.stderr.split()[-1]) * 1024 / 1e6
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:

@@ -11,13 +11,12 @@ LAPACK's decomposition of the dense ΔW (1024 of its rows at first, then all wit
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from common import COMMAND, fresh
 
 from minilora.peft.config import peft_config
 from minilora.peft.folder import PREFIX, write_adapter
@@ -29,13 +28,6 @@ SHAPES = {
     **{f"self_attn.{k}_proj": (D, D) for k in "qkvo"},
     "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
 }  # fmt: skip
-CHILD = """
-import re, sys
-from minilora.cli import main
-code = main(sys.argv[1:])
-print(re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read().replace("\\t", " "))[1], file=sys.stderr)
-sys.exit(code)
-"""  # Linux's own count: getrusage's begins with the memory of the process that forked
 
 
 def generate(folder):
@@ -51,15 +43,6 @@ def generate(folder):
             tensors |= {f"{at}A.weight": A, f"{at}B.weight": B}
     names = {f"model.layers.{layer}.{module}": (R, 16) for layer in range(L) for module in SHAPES}
     write_adapter(folder, peft_config(names, [m.split(".")[-1] for m in SHAPES]), tensors)
-
-
-def run(*args):
-    """Seconds and peak MB of one command."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", CHILD, *map(str, args)], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    assert done.returncode == 0, done.stderr
-    return seconds, int(done.stderr.split()[-1]) * 1024 / 1e6
 
 
 def dense(shape, seed=1):
@@ -91,8 +74,8 @@ def main():
         found["bytes"] = sum(f.stat().st_size for f in adapter.iterdir())
         kinds = {"table": [], "figures": []}
         for i in range(options.rounds):
-            kinds["table"].append(run("inspect", adapter))
-            kinds["figures"].append(run("inspect", adapter, "--out", Path(folder) / f"out{i}"))
+            kinds["table"].append(fresh(COMMAND, "inspect", adapter))
+            kinds["figures"].append(fresh(COMMAND, "inspect", adapter, "--out", Path(folder) / f"out{i}"))
         for kind, runs in kinds.items():
             found[kind] = {
                 "seconds": statistics.median(s for s, _ in runs),

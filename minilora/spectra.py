@@ -86,6 +86,7 @@ def relative(s: np.ndarray) -> np.ndarray:
 
 def effective_rank(s: np.ndarray) -> float:
     """exp(-sum p ln p) with p = s / sum s (Roy and Vetterli 2007); 0 for the zero matrix."""
+    s = relative(s)
     total = s.sum()
     p = s / total if total > 0 else s[:0]
     p = p[p > 0]

@@ -3,12 +3,14 @@
     python tests/fuzz.py --seconds 300                  coverage-guided where atheris is installed, else blind
     python tests/fuzz.py --target jsonl --seconds 300   or rows, or checkpoints: with right seals
     python tests/fuzz.py --target bases --seconds 300   or gguf (needs the extras gguf and tokenizers)
+    python tests/fuzz.py --target lora_files            LoRA files of other tools (needs the extra gguf)
 
 An input is a config and a file of tensors, which must be looked at, compressed to something without a
 doubt, loaded beside its tiny base and merged; or a file of examples, which must give the ids of its texts;
 or a file of rows, tabled and drawn; or a checkpoint, loaded and saved again, the same; or a base, a folder or
 a GGUF file, of which every number is what the package of that format reads, counted as it is loaded, saved
-again the same, and merged with an adapter. Or it must be refused with one printable line. What was read has
+again the same, and merged with an adapter; or another tool's LoRA, opened with and without a given alpha, r
+and heads, its factors read, and compressed. Or it must be refused with one printable line. What was read has
 not changed in either case. Anything else, or too much time or memory, ends the program with the input in
 hex. The last line counts.
 """
@@ -33,6 +35,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+from by_hand import FILES
 from helpers import TooLong, same_bits, says, tiny, within
 from peft_cases import FIXED, FIXTURES, slug
 from safetensors import deserialize
@@ -51,6 +54,7 @@ from minilora.formats import atomic, forms, gguf, huggingface, safetensors, toke
 from minilora.formats.checkpoint import save_checkpoint
 from minilora.formats.checkpoint import sealed as seal_of_checkpoint
 from minilora.lora import Adapted, merge, owners, unmerge
+from minilora.lora_files import contents, dictionaries, grammar, image, llama_cpp, names, opening, recognise
 from minilora.peft import config, folder, loading
 from minilora.peft.folder import CONFIG, WEIGHTS
 from minilora.tree import digest, named_params
@@ -73,6 +77,22 @@ STRING, ARRAY = 8, 9  # types of a value in a GGUF file
 SPLICES = (
     "\ufeff", "\u2028", "\x85", "\r", "\r\n", "\n", "\x0c", "\\ud800", "\\u0000", "?", "[", "}", "漢", "NaN",
 )  # fmt: skip
+FORMS = ("lora.safetensors", "adapters.safetensors", "adapters.npz", "m.gguf")  # of other tools' LoRAs
+SMALL = (  # fixtures of each
+    "kohya_lycoris/scalar/*.safetensors", "kohya_lycoris/locon_tucker_mid/*.safetensors",
+    "kohya_lycoris/dora_wd_out/*.safetensors", "kohya_sdscripts/fp8_e4m3/*.safetensors",
+    "synthetic_names/*/lora.safetensors", "diffusers/sd15_with_metadata/*.safetensors",
+    "diffusers_old/*/*.safetensors", "mlx/dora/*.safetensors", "mlx/embedding/*.safetensors",
+    "mlx/moe_switch/*.safetensors", "gguf/embed_gguf/*.gguf", "gguf/qwen_small/*.gguf",
+    "torchtune/dora/*.safetensors", "loralib/net/*.safetensors",
+)  # fmt: skip
+ENDS = (  # of names in them
+    ".lora_down.weight", ".lora_up.weight", ".lora_mid.weight", ".alpha", ".dora_scale", ".lora_A.weight",
+    ".lora_B.weight", ".lora_A.default.weight", ".lora_a", ".lora_b", ".m", ".lora_a.weight", ".lora_A",
+    ".lora.down.weight", "_lora.up.weight", ".lora_embedding_A", ".lora_magnitude_vector", ".magnitude",
+    ".hada_w1_a", ".diff", ".weight", ".down",
+)  # fmt: skip
+BEGINNINGS = ("lora_unet_", "lora_te2_", "lycoris_", "base_model.model.", "unet.", "_orig_mod.")
 VALUES = (None, True, False, *NUMBERS, *WORDS, [], {}, [0], [3, 12], ["q_proj"], {"q_proj": 2}, [[]])
 
 
@@ -81,9 +101,9 @@ def join(base, config, weights):
     return bytes([base]) + len(config).to_bytes(4, "little") + config + weights
 
 
-def split(data):
+def split(data, kinds=BASES):
     size = int.from_bytes(data[1:5], "little")
-    return data[0] % len(BASES) if data else 0, data[5 : 5 + size], data[5 + size :]
+    return data[0] % len(kinds) if data else 0, data[5 : 5 + size], data[5 + size :]
 
 
 def joined(files):
@@ -527,9 +547,86 @@ class Gguf(Bases):
         return data
 
 
+class LoraFiles(Readers):
+    """A LoRA as another tool writes it: one file, or MLX's with its config."""
+
+    modules = (
+        errors, safetensors, gguf, folder, contents, dictionaries, grammar, image, llama_cpp, names, opening,
+        recognise,
+    )  # fmt: skip
+    given = (  # with what a file does not hold, or without it
+        {"alpha": 8, "r": 4, "heads": (4, 2)},
+        {},
+    )
+
+    def read(self, data):
+        form, settings, raw = split(data, FORMS)
+        for path in self.folder.iterdir():
+            path.unlink()
+        where = self.folder / FORMS[form]
+        where.write_bytes(raw)
+        if FORMS[form] == "adapters.safetensors":
+            (self.folder / CONFIG).write_bytes(settings)
+        gguf.header.cache_clear()
+        return any([self.done(self.opened, where, how) for how in self.given])
+
+    def opened(self, where, how):
+        """Every tensor has the shape that is said, and a pair's factors fit together."""
+        found = folder.open_adapter(where, **how)
+        said = [*found.all_notes, *(f"{m} {pair}" for m, pair in found.pairs.items())]
+        assert all(line.isprintable() for line in said), ascii(said)
+        for name in found.tensors:
+            with contextlib.suppress(MiniloraError):  # NaN, or a dtype that is none of factors
+                assert found.tensors[name].shape == found.tensors.shapes[name], name
+        for m, pair in found.pairs.items():
+            A, B = found.factors(m)
+            assert (pair.r, math.prod(A.shape[1:])) == (len(A), pair.shape[1]), m
+            assert (len(B), B.shape[1]) == (pair.shape[0], pair.r), m
+            assert 0 < pair.scale < math.inf, m
+        if self.inputs % 10 == 0 and not how:
+            self.looked_at(where, found)
+
+    def looked_at(self, where, found):
+        """What is said is printable, and compressing writes a folder of the same modules without a doubt."""
+        said = str(microscope.inspect(where))
+        assert all(line.isprintable() for line in said.splitlines()), ascii(said)
+        rank = max(pair.r for pair in found.pairs.values())
+        truncate.compress(where, self.out, rank=rank, overwrite=True)
+        again = folder.open_adapter(self.out)
+        assert not again.doubts
+        assert again.pairs.keys() == found.pairs.keys()
+
+    def corpus(self):
+        """Small files of every form among the fixtures."""
+        for path in (path for pattern in SMALL for path in sorted(FILES.glob(pattern))):
+            form = path.name if path.name in FORMS else "m.gguf" if path.suffix == ".gguf" else FORMS[0]
+            settings = path.with_name(CONFIG).read_bytes() if form == "adapters.safetensors" else b""
+            yield join(FORMS.index(form), settings, path.read_bytes())
+            if form == "adapters.safetensors":
+                yield join(FORMS.index("adapters.npz"), b"", zipped(load(path.read_bytes())))
+
+    def mutated(self, rng, data, others):
+        form, settings, raw = split(data, FORMS)
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            how = rng.random()
+            if how < 0.1:
+                raw = rng.choice([flipped, cut])(rng, raw)
+            elif how < 0.12:
+                form, _, raw = split(rng.choice(others), FORMS)
+            elif FORMS[form] == "m.gguf":
+                raw = forged_gguf(rng, raw)
+            elif FORMS[form] == "adapters.npz":
+                raw = rearranged(rng, raw)
+            elif FORMS[form] == "adapters.safetensors" and how < 0.4:
+                settings = rng.choice([swapped, swapped, reformed])(rng, settings)
+            else:
+                raw = rng.choice([headed, restyled, restyled, retold, recast, stated])(rng, raw)
+        return join(form, settings, raw)
+
+
 TARGETS = {
     "adapters": Adapters, "jsonl": Examples, "rows": Rows, "checkpoints": Checkpoints, "bases": Bases,
-    "gguf": Gguf,
+    "gguf": Gguf, "lora_files": LoraFiles,
 }  # fmt: skip
 
 
@@ -674,6 +771,7 @@ def other_arrays(rng, arrays, known=("v.x",)):
 MORE = {  # what a GGUF file may say besides
     "general.alignment": (1, 8, 24, 64, 0), "llama.rope.scaling.type": ("none", "linear"),
     "llama.rope.scale_linear": (1.0, 2.0), "tokenizer.ggml.add_bos_token": (True, 1),
+    "adapter.lora.alpha": (0.0, 16.0, math.nan, -1.0), "general.type": ("adapter", "model"),
 }  # fmt: skip
 
 
@@ -694,6 +792,77 @@ def recast(rng, data):
     extra = ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.norm.weight")
     arrays = other_arrays(rng, arrays, extra) if arrays else arrays
     return save({k: np.ascontiguousarray(a) if a.ndim else a for k, a in arrays.items()})
+
+
+def lined(data):
+    """The header of a file of tensors and the bytes behind it; ValueError, or RecursionError, for others."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError
+    return header, data[end:]
+
+
+def headlined(header, body):
+    """A file of tensors with that header."""
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def restyled(rng, data):
+    """A file with a tensor's name, or those of its whole module, ended or begun as another tool does."""
+    try:
+        header, body = lined(data)
+    except (ValueError, RecursionError):
+        return data
+    if not (known := [name for name in header if grammar.parsed(name)[1]]):
+        return data
+    key = rng.choice(known)
+    module = grammar.parsed(key)[0]
+    beginning, another = rng.choice([*BEGINNINGS, ""]), grammar.parsed(rng.choice(known))[0]
+    new = rng.choice([module, another, beginning + module, module.replace("_", "."), module[1:]])
+    names = {name: name.replace(module, new) for name in known if grammar.parsed(name)[0] == module}
+    if rng.random() < 0.5:
+        names = {key: new + rng.choice([key[len(module) :], *ENDS])}
+    return headlined({names.get(name, name): entry for name, entry in header.items()}, body)
+
+
+def retold(rng, data):
+    """A file whose header says something else of scales and configs."""
+    try:
+        header, body = lined(data)
+    except (ValueError, RecursionError):
+        return data
+    told = header.get("__metadata__", {})
+    name = rng.choice([*image.NUMBERS, image.CONFIGS, image.CONFIGS, "ss_base_model_version"])
+    value = str(near(rng, 8))
+    if name == image.CONFIGS and isinstance(old := told.get(name), str):
+        text = rng.choice([swapped, reformed])(rng, old.encode("utf-8", "surrogatepass"))
+        value = text.decode("utf-8", "replace")
+    told = told | {name: value}
+    return headlined({"__metadata__": told} | header | {"__metadata__": told}, body)
+
+
+def zipped(held):
+    """Arrays as the bytes of an .npz."""
+    out = io.BytesIO()
+    np.savez(out, **held)
+    return out.getvalue()
+
+
+def rearranged(rng, data):
+    """An .npz of other arrays, or with another header of one; another file as it is."""
+    try:
+        with np.load(io.BytesIO(data)) as file:
+            held = other_arrays(rng, dict(file), ("model.layers.0.x.lora_a", "model.layers.0.x.m"))
+        new = zipped({name.replace("/", ""): a for name, a in held.items()})
+    except Exception:
+        return data
+    if rng.random() < 0.3:  # CRCs still hold what was there
+        old = rng.choice([b"(4,", b"<f4", b"False", b"'shape'", b"NUMPY\x01", b"PK\x01\x02"])
+        more = rng.choice([b"(9,", b"|O8", b"True ", b"'shapf'", b"NUMPY\x02", b"(-1", b"<i4"])
+        new = new.replace(old, more.ljust(len(old))[: len(old)], rng.choice([1, -1]))
+    return new
 
 
 def dissolved(raw):

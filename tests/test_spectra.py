@@ -286,6 +286,13 @@ def test_a_value_negligible_beside_the_first_counts_for_nothing(least):
     assert rank_at(s, 1.0) == 1
 
 
+@pytest.mark.parametrize("size", [1.5e308, 1e-310, 5e-324])
+def test_values_at_the_ends_of_the_range_of_floats_count_as_any_others(size):
+    """Their sum would overflow."""
+    for measure in MEASURES:
+        assert measure(numpy.full(3, size)) == measure(numpy.ones(3))
+
+
 @given(s=spectra_, share=st.floats(0.01, 1))
 def test_energy_rises_to_one_and_rank_at_is_where_it_reaches_the_share(s, share):
     e = energy(s)

@@ -38,7 +38,8 @@ LONGEST = 100_000_000  # bytes of header
 MOST = 100_000  # tensors; factors of every expert of DeepSeek-V3 (58 layers, 256 experts) are 89,088
 POINTER = b"version https://git-lfs."  # the beginning of a Git LFS pointer file
 BRIEF = 1024  # bytes; a pointer has fewer
-PRINTABLE = re.compile(r"[!-~]{1,500}")
+LONGEST_NAME = 500
+PRINTABLE = re.compile(rf"[!-~]{{1,{LONGEST_NAME}}}")
 
 
 def no_bytes(name: str) -> np.ndarray:
@@ -182,15 +183,21 @@ def json_object(what: str, raw: bytes) -> dict[str, Any]:
     return value
 
 
+def check_name(path: Path | str, name: str) -> None:
+    """MismatchError, or FormatError, unless a tensor's name can be printed and is not too long."""
+    if not PRINTABLE.fullmatch(name):
+        kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # it fits no module
+        expected = f"printable ASCII, at most {LONGEST_NAME} characters"
+        raise kind(f"{path}: the tensor name {ascii(name)[:120]} is invalid; expected {expected}")
+
+
 def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one tensor's entry; errors as in `open_tensors`."""
 
     def wrong(what: str, value: object, expected: str) -> FormatError:
         return FormatError(f"{path}: {short(name)}: {what} is {short(value)}; expected {expected}")
 
-    if not PRINTABLE.fullmatch(name):
-        kind = FormatError if re.search("[\ud800-\udfff]", name) else MismatchError  # it fits no module
-        raise kind(f"{path}: the tensor name {ascii(name)[:120]} is invalid; expected printable ASCII")
+    check_name(path, name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("entry", entry, "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

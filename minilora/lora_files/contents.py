@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, MismatchError, short
+from ..errors import ConfigError, MismatchError, UnsupportedError, short
 from ..formats.safetensors import Tensors
 from ..table import counted
 
 A, B = "lora_A.weight", "lora_B.weight"
 TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
+LARGEST = 1 << 27  # numbers of a computed factor: 1 GiB in float64
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,18 @@ def product(tensors: Tensors, module: str, mid: str, down: str) -> Entry:
         down_matrix = tensors[down].reshape(inner[:2]).astype(np.float64)
         return np.einsum("ij...,jc->ic...", tensors[mid].astype(np.float64), down_matrix)
 
-    return Entry((core[0], inner[1], *core[2:]), tensors.dtypes[mid], read)
+    return computed(tensors, mid, (core[0], inner[1], *core[2:]), read)
+
+
+def computed(tensors: Tensors, key: str, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> Entry:
+    """A factor that is computed when read; UnsupportedError if it is larger than any layer's.
+
+    A file of a few megabytes can ask for terabytes.
+    """
+    if math.prod(shape) > LARGEST:
+        what = f"{key} makes a factor {shape}; expected at most {LARGEST} numbers"
+        raise UnsupportedError(f"{tensors.where}: {what}")
+    return Entry(shape, tensors.dtypes[key], read)
 
 
 def one_number(tensors: Tensors, key: str) -> float:

@@ -22,6 +22,7 @@ from .contents import (
     B,
     Contents,
     Entry,
+    computed,
     gathered,
     listed,
     plain,
@@ -43,7 +44,7 @@ def read_mlx(tensors: Tensors, keys: Keys, scale: float, notes: tuple[str, ...] 
     alphas: dict[str, float] = {}
     for module, part in keys.parts.items():
         a, b = (tensors.shapes[part[half]] for half in ("a", "b"))
-        if len(a) == len(b) == 3 and a[0] == b[0]:
+        if len(a) == len(b) == 3 and a[0] == b[0] and 0 not in (*a, *b):
             for expert in range(a[0]):
                 entries[f"{module}.{expert}.{A}"] = one_of(tensors, part["a"], expert)
                 entries[f"{module}.{expert}.{B}"] = one_of(tensors, part["b"], expert)
@@ -122,17 +123,16 @@ def read_loralib(tensors: Tensors, keys: Keys, alpha: float | None, r: int | Non
     for module, part in keys.parts.items():
         a, b = (tensors.shapes[part[name]] for name in ("A", "B"))
         rows, inner = (*a, 0)[0], (*b, 0, 0)[1]
-        if len(a) != 2 or len(b) != 2 or rows % r or inner % r or not rows or rows % inner:
+        n = rows // inner if inner else 0  # parts of a MergedLinear, 1 of others
+        if len(a) != 2 or len(b) != 2 or not n or rows != n * inner or inner % r or b[0] % n:
             what = f"lora_A {a} and lora_B {b}"
             raise MismatchError(f"{tensors.where}: {module} has {what}; expected multiples of r = {r}")
         entries[f"{module}.{A}"] = plain(tensors, part["A"])
         entries[f"{module}.{B}"] = plain(tensors, part["B"])
         if inner > r:
-            doubts.append(
-                f"{module} is a convolution: B A has its numbers, but not in the order of a weight's"
-            )
-        if rows > inner:
-            entries[f"{module}.{B}"] = on_the_diagonal(tensors, part["B"], rows // inner)
+            doubts.append(f"{module} is a convolution, whose B A is not in the order of a weight")
+        if n > 1:
+            entries[f"{module}.{B}"] = on_the_diagonal(tensors, part["B"], n)
             merged.append(module)
         alphas[module] = alpha * rows / r  # s = alpha / r, whatever the rows
     notes = tuple(
@@ -151,4 +151,4 @@ def on_the_diagonal(tensors: Tensors, key: str, n: int) -> Entry:
         whole[range(n), :, range(n)] = tensors[key].reshape(n, O // n, r)
         return whole.reshape(O, n * r)
 
-    return Entry((O, n * r), tensors.dtypes[key], read)
+    return computed(tensors, key, (O, n * r), read)

@@ -89,12 +89,10 @@ class Keys:
 
 def sort_out(where: str, keys: Iterable[str]) -> Keys:
     """Sort the names of tensors; MismatchError for the same part twice, or one factor without the other."""
-    names, found, apart = sorted(keys), Keys(), set()
-    control, flux = MARKER in names, any(is_flux(parsed(key)[0]) for key in names)
-    for key in names:
-        if key == MARKER:
-            continue
-        name, part, tool = parsed(key, control)
+    found, apart, names = Keys(), set(), {*keys}
+    judged = {key: parsed(key, MARKER in names) for key in sorted(names - {MARKER})}
+    flux = any(is_flux(name) for name, _, _ in judged.values())
+    for key, (name, part, tool) in judged.items():
         if not part:
             found.others.setdefault(tool, []).append(name)
             apart.add(name)
@@ -112,6 +110,6 @@ def sort_out(where: str, keys: Iterable[str]) -> Keys:
                 raise MismatchError(f"{where}: {own[half]} is one factor of {module}; the other is missing")
     for module in [module for module in found.parts if module not in found.tools]:
         for key in found.parts.pop(module).values():
-            if parsed(key)[0] not in apart:  # an alpha of what is no LoRA
+            if judged[key][0] not in apart:  # an alpha of what is no LoRA
                 found.others.setdefault("a part of a LoRA without its factors", []).append(key)
     return found

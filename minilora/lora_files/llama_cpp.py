@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, UnsupportedError, short
 from ..formats.gguf import hf_name, open_any
+from ..formats.safetensors import check_name
 from .contents import TABLE_A, TABLE_B, A, B, Contents, Entry, gathered, listed, plain, reordered, turned
 from .dictionaries import rows_of, unturned
 
@@ -39,6 +40,7 @@ def read_gguf(path: Path, heads: tuple[int, int] | None = None) -> Contents:
     others: dict[str, list[str]] = {}
     permuted = architecture in PERMUTED
     for name in tensors:
+        check_name(path, name)
         match = FORM.fullmatch(name)
         if not match:
             others.setdefault("full weight", []).append(name)

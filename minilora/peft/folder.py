@@ -116,7 +116,9 @@ class Adapter:
         """A (r, I) and B (O, r), a convolution's as matrices; NonFiniteError if |ΔW| overflows `dtype`."""
         pair = self.pairs[module]
         A, B = self.value(pair.A).reshape(pair.r, -1), self.value(pair.B).reshape(-1, pair.r)
-        if not change_norm(A, B, pair.scale) <= float(np.finfo(dtype).max):
+        most, (O, I) = float(np.finfo(dtype).max), pair.shape  # noqa: E741
+        bound = abs(pair.scale) * pair.r * math.sqrt(O * I) * largest(A) * largest(B)  # takes less time
+        if not (bound <= most or change_norm(A, B, pair.scale) <= most):
             what = f"is not finite in {np.dtype(dtype)}: its factors are too large"
             raise NonFiniteError(f"{self.where}: the ΔW of {module} {what}")
         return A, B
@@ -164,6 +166,10 @@ def of_contents(where: Path, given: Contents) -> Adapter:
         alphas = chosen(settings, "alpha_pattern", list(inside)).values
         for name, module in inside.items():
             scales[module] = settings.scale(alphas.get(name, settings.lora_alpha), ranks[module])
+    for module, scale in scales.items():
+        if not 0 < scale * ranks[module] < math.inf:  # which is its alpha
+            what = f"the scale of {module} is {short(scale)}; expected one with a finite alpha above 0"
+            raise ConfigError(f"{tensors.where}: {what}")
     alphas, rslora = alphas_of({m: (scales.get(m, 1.0), r) for m, r in ranks.items()})
     config = peft_config({m: (r, alphas[m]) for m, r in ranks.items()}, sorted(parts), rslora)
     config |= {kind.flag: any(kind.vector in part for part in parts.values()) for kind in KINDS}
@@ -432,21 +438,26 @@ def check_agreement(adapter: Adapter) -> None:
 # ---- the size of a change
 
 
+def largest(a: np.ndarray) -> float:
+    """The largest size of an entry."""
+    return max(float(a.max()), -float(a.min()))
+
+
 def change_norm(A: np.ndarray, B: np.ndarray, scale: float) -> float:
     """|s B A|, Frobenius; inf if it, or B A, overflows float64. No r x r product for a large r.
 
     |B A|² = tr(BᵀB AAᵀ), with factors scaled to a largest entry of 1, so that no square underflows.
     """
-    largest = [float(abs(factor).max()) for factor in (A, B)]
-    if not all(largest):
+    most_a, most_b = largest(A), largest(B)
+    if not most_a or not most_b:
         return 0.0
-    a, b = A / np.float64(largest[0]), B / np.float64(largest[1])
+    a, b = A / np.float64(most_a), B / np.float64(most_b)
     with np.errstate(over="ignore", invalid="ignore"):
         if len(a) > min(len(b), a.shape[1]):  # then B A is no larger than the factors
             size = float(np.linalg.norm(b @ a))
         else:
             size = math.sqrt(max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0))
-        return abs(scale) * (largest[0] * largest[1] * size)
+        return abs(scale) * (most_a * most_b * size)
 
 
 # ---- writing

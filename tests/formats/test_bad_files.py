@@ -1210,9 +1210,9 @@ def test_a_mutated_base_is_refused_or_read_correctly(target, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["best", "random"])
-@pytest.mark.parametrize("target", ["adapters", "jsonl", "bases", "gguf"])
+@pytest.mark.parametrize("target", ["adapters", "jsonl", "bases", "gguf", "lora_files"])
 def test_five_seconds_of_fuzzing(target, engine):
-    if target in ("bases", "gguf"):
+    if target in ("bases", "gguf", "lora_files"):
         extras()
     program = Path(__file__).parents[1] / "fuzz.py"
     how = ["--target", target, *(["--engine", "random"] if engine == "random" else [])]
