@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.lora_files.names import path_of
+from minilora.lora_files.names import is_flux, path_of
 
 ROOT = Path(__file__).parent / "fixtures/lora_files"
 READ = sorted(str(f.parent.relative_to(ROOT)) for f in ROOT.glob("*/*/expected.npz"))
@@ -32,13 +32,18 @@ def expected(name):
         held = dict(file)
     prefix = next((p for p in ("BA::", "hf::") if any(key.startswith(p) for key in held)), "")
     changes = {key[len(prefix) :].lstrip("."): held[key] for key in held if key.startswith(prefix)}
-    changes = {path_of(key, flux=True): dW for key, dW in changes.items() if "::" not in key}
+    flux = any(map(is_flux, changes))
+    changes = {path_of(key, flux): dW for key, dW in changes.items() if "::" not in key}
     ours = [("transformer_bfl.", "transformer.")]
     ours += [("unet.", "")] if name.startswith("diffusers_old") else []
     for old, new in ours:
         changes = {re.sub(f"^{re.escape(old)}", new, key): dW for key, dW in changes.items()}
     experts = {m: dW for m, dW in changes.items() if dW.ndim == 3}
-    apart = {f"{m}.{e}": one for m, dW in experts.items() for e, one in enumerate(dW)}
+    apart = {
+        m.replace(".switch_mlp.", f".experts.{e}."): one
+        for m, dW in experts.items()
+        for e, one in enumerate(dW)
+    }
     return {m: dW for m, dW in changes.items() if m not in experts} | apart, held
 
 

@@ -139,6 +139,8 @@ def compress(
     """
     check_resize(rank, energy, per_module, conv_rank, dynamic, param, minimum)
     given = open_adapter(adapter)
+    if given.unread:
+        raise MismatchError(f"{given.where}: {given.unread[0]}; a smaller file would lack it")
     refuse_same(out, given.where)
     check_free(out, overwrite)
     config, omitted = corrected(given)

@@ -7,6 +7,7 @@ loralib    as PEFT's; a MergedLinear has n factors below each other, a convoluti
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -31,6 +32,7 @@ from .contents import (
 )
 from .grammar import Keys
 
+EXPERTS = re.compile(r"\.switch_mlp\.(\w+)$")
 TABLES = ("embed_tokens", "wte", "tok_embeddings")  # the last names of embeddings
 NO_SCALE = "a file of {} does not have the scale; give {}"
 
@@ -38,7 +40,8 @@ NO_SCALE = "a file of {} does not have the scale; give {}"
 def read_mlx(tensors: Tensors, keys: Keys, scale: float, notes: tuple[str, ...] = ()) -> Contents:
     """The contents of an MLX file with this scale, which is a plain factor and not alpha.
 
-    The experts of a SwitchLinear, a (E, r, I) and b (E, O, r), become modules of their own.
+    The experts of a SwitchLinear, a (E, r, I) and b (E, O, r), become modules of their own, with names as in
+    Hugging Face's models.
     """
     entries: dict[str, Entry] = {}
     alphas: dict[str, float] = {}
@@ -46,9 +49,11 @@ def read_mlx(tensors: Tensors, keys: Keys, scale: float, notes: tuple[str, ...] 
         a, b = (tensors.shapes[part[half]] for half in ("a", "b"))
         if len(a) == len(b) == 3 and a[0] == b[0] and 0 not in (*a, *b):
             for expert in range(a[0]):
-                entries[f"{module}.{expert}.{A}"] = one_of(tensors, part["a"], expert)
-                entries[f"{module}.{expert}.{B}"] = one_of(tensors, part["b"], expert)
-                alphas[f"{module}.{expert}"] = scale * a[1]
+                name = EXPERTS.sub(rf".experts.{expert}.\1", module)
+                name = name if name != module else f"{module}.{expert}"
+                entries[f"{name}.{A}"] = one_of(tensors, part["a"], expert)
+                entries[f"{name}.{B}"] = one_of(tensors, part["b"], expert)
+                alphas[name] = scale * a[1]
             continue
         if not len(a) == len(b) == 2:
             what = f"lora_a {a} and lora_b {b}"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, StorageError, short
+from ..formats.atomic import exists
 from ..formats.safetensors import Tensors, json_object
 from ..table import counted
 from .contents import (
@@ -32,7 +33,7 @@ from .contents import (
     product,
 )
 from .grammar import Keys
-from .recognise import CONFIG
+from .recognise import CONFIG, WEIGHTS
 
 PEFTS = "base_model.model."  # the beginning of PEFT's names
 CONFIGS = "lora_adapter_metadata"  # in diffusers' headers: PEFT's config of each component
@@ -70,8 +71,11 @@ def read_image(tensors: Tensors, keys: Keys, alpha: float | None = None) -> Cont
     if without:
         first = next(iter(keys.parts[without[0]].values()))
         if first.startswith(PEFTS):
-            what = f"is missing, and only it has the scale of {Path(tensors.where).name}; or give the alpha"
-            raise StorageError(f"{Path(tensors.where).with_name(CONFIG)}: {what}")
+            config, name = Path(tensors.where).with_name(CONFIG), Path(tensors.where).name
+            what = f"is missing, and only it has the scale of {name}; or give the alpha"
+            if exists(config):
+                what = f"is for {WEIGHTS}, not for {name}; expected that name, or the alpha"
+            raise StorageError(f"{config}: {what}")
         what = counted(len(without), "module has", "modules have")
         notes.append(f"{what} no alpha, so the scale is 1, whatever it was in training, as for {without[0]}")
     tool, *more = dict.fromkeys(keys.tools[module] for module in keys.parts)
@@ -107,8 +111,7 @@ def factors(tensors: Tensors, module: str, part: Mapping[str, str]) -> dict[str,
         if SPLIT in part["B"]:
             made[f"{module}.{B}"] = beside_zeros(made[f"{module}.{B}"], 4 * O // 3)
     if "magnitude" in part:
-        size = math.prod(tensors.shapes[part["magnitude"]])
-        made[f"{module}.{MAGNITUDE}"] = plain(tensors, part["magnitude"], (size,))
+        made[f"{module}.{MAGNITUDE}"] = plain(tensors, part["magnitude"])
     return made
 
 
@@ -134,7 +137,8 @@ def dora(
     outputs = made[f"{module}.{B}"].shape[0] if f"{module}.{B}" in made else 0
     ones = (1,) * (len(shape) - 1)
     if ones and outputs > 1 and shape == (outputs, *ones):
-        return {f"{module}.{MAGNITUDE}": plain(tensors, key, (outputs,))}
+        flat = len(made[f"{module}.{B}"].shape) == 2
+        return {f"{module}.{MAGNITUDE}": plain(tensors, key, (outputs,) if flat else (1, outputs, *ones[1:]))}
     which = "magnitude of each input" if ones and outputs > 1 else "magnitude of inputs or outputs"
     others.setdefault(which, []).append(module)
     return {}
@@ -153,17 +157,17 @@ def headers(tensors: Tensors) -> dict[str, dict[str, Any]]:
 
 
 def number_for_all(tensors: Tensors) -> float | None:
-    """The alpha of all modules, if the header has one as a plain number."""
+    """The alpha of all modules, if the header has one as a plain number; ConfigError if it is none."""
     for name in NUMBERS:
-        if name in tensors.metadata:
-            try:
-                value = float(tensors.metadata[name])
-            except ValueError:
-                value = math.nan
-            if not 0 < value < math.inf:
-                given = short(tensors.metadata[name])
-                raise ConfigError(
-                    f"{tensors.where}: {name} in the header is {given}; expected a number above 0"
-                )
-            return value
+        text = tensors.metadata.get(name, "None")
+        if text == "None":  # so kohya's scripts write that there is none
+            continue
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            what = f"{name} in the header is {short(text)}; expected a number above 0"
+            raise ConfigError(f"{tensors.where}: {what}")
+        return value
     return None

@@ -3,9 +3,9 @@
     lora_te1_text_model_encoder_layers_0_mlp_fc1 -> text_encoder.text_model.encoder.layers.0.mlp.fc1
     ...attn1.processor.to_out_lora               -> ...attn1.to_out.0
 
-kohya's tools write `_` for each dot, though names have underscores, too. The dots come back by a list of all
-the names with underscores in the image models (`ATOMS`): the longest that fits is taken. What it does not
-know keeps its underscores, and works all the same: nothing but a comparison with a base needs the path.
+kohya's tools write `_` for each dot, though names have underscores, too. The dots come back by a list of
+names with underscores in the image models (`ATOMS`): the longest that fits is taken, and elsewhere every `_`
+becomes a dot. A path that is wrong for that works all the same: only a comparison with a base needs it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ COMPONENTS = {  # the prefix of a flattened name -> the component of a pipeline,
     "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3", "lora_transformer": "transformer",
     "lora_prior_unet": "prior", "lora_prior_te": "text_encoder", "lycoris": "",
 }  # fmt: skip
+OF_FLUX_IN_KOHYA = {"lora_unet": "transformer", "lora_te3": "text_encoder_2"}
 UNET = re.compile(r"(down_blocks|up_blocks|mid_block|conv_(in|out)|(time|add)_embedding)(?![^.])")
 PREFIXES = {  # and back
     "unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2",
     "text_encoder_3": "lora_te3", "transformer": "lora_transformer", "prior": "lora_prior_unet",
+    "diffusion_model": "lora_unet",
     "": "lycoris",
 }  # fmt: skip
-FLAT = re.compile(f"({'|'.join(sorted(COMPONENTS, key=len, reverse=True))})_([A-Za-z0-9_]+)")
-FLUX = re.compile(r"(double|single)_blocks_")
+FLAT = re.compile(f"({'|'.join(sorted(COMPONENTS, key=len, reverse=True))})_([A-Za-z0-9_-]+)")
+FLUX = re.compile(r"((diffusion_model|transformer)\.)?(double|single)_blocks[._]")
+OF_FLUX = re.compile(r"((double|single)_blocks\..+)")
 BEFORE = re.compile(r"(unet\.|transformer\.|text_encoder(?:_[0-9])?\.)?(?:base_model\.model\.)+")
 XLABS = re.compile(r"((double|single)_blocks\.[0-9]+)\.processor\.(qkv|proj)_lora([12]?)")
 STREAMS = {"1": "img_attn", "2": "txt_attn"}  # of a double block in XLabs' files
@@ -65,6 +68,10 @@ FUSED = {  # in Black Forest Labs' names of Flux -> in diffusers', in the order 
         "modulation.lin": ("norm.linear",),
     }),
 }  # fmt: skip
+HOMES = {  # the same table from diffusers' side: block, part -> block, fused map, all its parts
+    to: {part: (blocks, name, parts) for name, parts in names.items() for part in parts}
+    for blocks, (to, names) in FUSED.items()
+}
 AROUND = {  # the modules before and after the blocks
     "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
@@ -75,6 +82,7 @@ AROUND = {  # the modules before and after the blocks
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
 }  # fmt: skip
+WIDTHS = {"proj_mlp": 4}  # rows of a part over those of q, of which a fused map has one of each
 SWAPPED = "final_layer.adaLN_modulation.1"  # its rows are shift and scale, in diffusers scale and shift
 SGM = re.compile(r"unet\.(input|output)_blocks\.(\d+)\.(\d+)(?:\.(.+))?")
 MIDDLE = re.compile(r"unet\.middle_block\.([012])\.(.+)")
@@ -111,23 +119,29 @@ def dotted(flat: str) -> str:
 
 
 def is_flux(name: str) -> bool:
-    """Whether a flattened name is that of a block of Flux: kohya calls its transformer a U-Net, too."""
+    """Whether a name is that of a block of Flux, in the names of Black Forest Labs."""
     match = FLAT.fullmatch(name)
-    return bool(match and match[1] == "lora_unet" and FLUX.match(match[2]))
+    return bool(FLUX.match(name) or (match and match[1] == "lora_unet" and FLUX.match(match[2])))
 
 
 def path_of(name: str, flux: bool = False) -> str:
     """The path of a module in the model, from its name in a file of any tool but torchtune.
 
-    `flux` says that what the file calls a U-Net is Flux's transformer.
+    `flux` says that the file is one of Flux, whose transformer is called a U-Net, a diffusion model or
+    nothing, and whose second text encoder in diffusers is the third in kohya's names.
     """
     if match := FLAT.fullmatch(name):
-        component = "transformer" if flux and match[1] == "lora_unet" else COMPONENTS[match[1]]
+        component = OF_FLUX_IN_KOHYA.get(match[1]) if flux else None
+        component = component or COMPONENTS[match[1]]
         return ".".join(filter(None, (component, dotted(match[2]))))
     if match := XLABS.fullmatch(name):
         inner = f"{STREAMS[match[4]]}.{match[3]}" if match[4] else SINGLE[match[3]]
         return f"transformer.{match[1]}.{inner}"
+    if flux and (match := OF_FLUX.fullmatch(name)):
+        return f"transformer.{match[1]}"
     name = BEFORE.sub(lambda match: match[1] or "", name, count=1) if BEFORE.match(name) else name
+    if flux and name.partition(".")[0] == "diffusion_model":
+        name = f"transformer.{name.partition('.')[2]}"
     above, _, last = name.replace(".processor.", ".").rpartition(".")
     last = (OLD_TEXT if "text_encoder" in above or "text_model" in above else OLD).get(last, last)
     return f"{above}.{last}" if above else last
@@ -193,6 +207,7 @@ def flattened(path: str, numbered: bool = False, flux: bool = False) -> str:
     component, _, inner = whole(path).partition(".")
     if component not in PREFIXES:
         component, inner = "", path
-    prefix = PREFIXES["unet" if flux and component == "transformer" else component]
+    in_kohya = {ours: prefix for prefix, ours in OF_FLUX_IN_KOHYA.items()} if flux else {}
+    prefix = in_kohya.get(component, PREFIXES[component])
     number = "1" if numbered and component == "text_encoder" else ""
     return f"{prefix}{number}_{inner.replace('.', '_')}"

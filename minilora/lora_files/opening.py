@@ -71,16 +71,32 @@ def read_contents(
             raise StorageError(f"{path / 'adapters.safetensors'}: is missing; the config is one of MLX")
         tensors = open_tensors(path / "adapters.safetensors", adapter=True)
         return read_mlx(tensors, checked(tensors, "MLX"), *mlx_scale(path / CONFIG))
-    tensors = open_tensors(path, adapter=True)
+    return read_single(open_tensors(path, adapter=True), alpha, r, heads)
+
+
+def read_single(
+    tensors: Tensors,
+    alpha: float | None = None,
+    r: int | None = None,
+    heads: tuple[int, int] | None = None,
+) -> Contents:
+    """The contents of a safetensors file by its names; arguments and errors as in `read_contents`."""
     keys = checked(tensors)
     tool = next(iter(keys.tools.values()))
     if tool == "MLX":
-        return read_mlx(tensors, keys, USUAL, (usual(),))
+        return read_mlx(tensors, keys, *scale_beside(tensors))
     if tool == "torchtune":
         return read_torchtune(tensors, keys, alpha, heads)
     if tool == "loralib":
         return read_loralib(tensors, keys, alpha, r)
     return read_image(tensors, keys, alpha)
+
+
+def scale_beside(tensors: Tensors) -> tuple[float, tuple[str, ...]]:
+    """The scale of MLX's file, and notes: by the config beside it; 1 for Flux, whose header has the rank."""
+    if exists(config := Path(tensors.where).with_name(CONFIG)):
+        return mlx_scale(config)
+    return (1.0, ()) if "lora_rank" in tensors.metadata else (USUAL, (usual(),))
 
 
 def usual() -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from ..errors import InputError, MismatchError, NonFiniteError, nearest
 from ..formats.atomic import check_free, make_folder, refuse_same, write_atomic, write_folder
 from ..formats.huggingface import heads_of, read_json
 from ..formats.safetensors import streamed
-from ..lora_files.contents import MAGNITUDE, Entry
+from ..lora_files.contents import MAGNITUDE, Entry, gathered
 from ..lora_files.names import of_sgm, whole
+from ..lora_files.opening import read_single
 from ..lora_files.recognise import CONFIG, WEIGHTS
 from ..spectra import norm, quotient, thin_values
 from ..table import counted, report
-from .folder import FACTORS, OF_TABLE, PREFIX, Adapter, open_adapter
+from .folder import FACTORS, OF_TABLE, PREFIX, Adapter, of_contents, open_adapter
 from .image_forms import Module, Written, diffusers, kohya, modules_of, split
 from .language_forms import gguf, gguf_bytes, mlx
 
@@ -38,7 +39,13 @@ ENDINGS = {
     "gguf": ".gguf",
 }  # of those that are one file
 WRITERS = {"kohya": kohya, "diffusers": diffusers, "mlx": mlx}
-OWN = ("format", "minilora", "lora_adapter_metadata")  # what a header says of its own file alone
+OWN = (
+    "format",
+    "minilora",
+    "lora_adapter_metadata",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)  # what a header says of its own file alone
 
 
 @report
@@ -98,11 +105,18 @@ def convert(
     refuse_same(out, given.where)
     modules = modules_of(given, f"the form of {to}")
     header = {key: text for key, text in given.tensors.metadata.items() if key not in OWN}
+    notes = given.notes
     if to == "gguf":
         data: Any = gguf_bytes(*gguf(modules, config, heads))
     else:
         written = peft(given, modules, header) if to == "peft" else WRITERS[to](modules, header)
         data = container(written.tensors, written.header)
+        notes += written.notes
+        if ending:  # whether its names can be read again, before anything is replaced
+            preview = read_single(gathered(str(out), written.tensors, written.header))
+            paired(modules, modules_of(of_contents(out, preview), to), str(out))
+    if copies := [pair.copy for pair in given.pairs.values() if pair.copy]:
+        notes += (f"{counted(len(copies), 'copy', 'copies')} of the base's weights left out, as {copies[0]}",)
     if ending:
         make_folder(out.parent)
         write_atomic(out, data)
@@ -115,8 +129,8 @@ def convert(
 
         write_folder(out, fill, overwrite)
     again = open_adapter(out, heads=heads)
-    off, size = compared(modules, modules_of(again, to), str(out))
-    return Conversion(str(out), to, len(again.pairs), size, off, given.notes)
+    off, size = compared(paired(modules, modules_of(again, to), str(out)))
+    return Conversion(str(out), to, len(again.pairs), size, off, notes)
 
 
 def peft(given: Adapter, modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
@@ -144,24 +158,47 @@ def container(tensors: Mapping[str, Entry], header: Mapping[str, str]) -> Iterat
     return streamed(shapes, {name: entry.dtype for name, entry in tensors.items()}, fetch, header)
 
 
-def compared(before: Mapping[str, Module], after: Mapping[str, Module], where: str) -> tuple[float, float]:
-    """|ΔW' - ΔW| and |ΔW| over all modules, whatever their names' dots, and with Flux's maps split."""
-    old, new = (
-        {of_sgm(whole(path)).replace(".", "_"): m for path, m in split(ms).items()} for ms in (before, after)
-    )
+def paired(
+    before: Mapping[str, Module], after: Mapping[str, Module], where: str
+) -> list[tuple[Module | None, Module]]:
+    """The modules before and after, matched whatever their names' dots; Flux's maps are split if need be.
+
+    MismatchError if one is missing, if two have one name, or if only one of a pair has a magnitude.
+    """
+    old, new = known(before, where), known(after, where)
+    if old.keys() != new.keys():
+        old, new = known(split(before), where), known(split(after), where)
     if missing := old.keys() - new.keys():
-        raise MismatchError(f"{where}: {min(missing)} is not in what was written")
+        raise MismatchError(f"{where}: {min(missing)} would not be found again in this form")
+    for name, module in old.items():
+        if (module.magnitude is None) != (new[name].magnitude is None):
+            raise MismatchError(f"{where}: the magnitude of {name} would not be found again in this form")
+    return [(old.get(name), module) for name, module in new.items()]
+
+
+def known(modules: Mapping[str, Module], where: str) -> dict[str, Module]:
+    """The modules by names without dots, a U-Net's in diffusers' form; MismatchError if two are the same."""
+    made: dict[str, Module] = {}
+    for path, module in modules.items():
+        name = of_sgm(whole(path)).replace(".", "_")
+        if name in made:
+            raise MismatchError(f"{where}: {path} and another module would have the same name")
+        made[name] = module
+    return made
+
+
+def compared(pairs: Iterable[tuple[Module | None, Module]]) -> tuple[float, float]:
+    """|ΔW' - ΔW| and |ΔW| over all modules; MismatchError if a magnitude is another one."""
     off, size = [], []
-    for path, module in new.items():
-        A, B = matrices(module)
-        was = matrices(old[path]) if path in old else (np.zeros((1, A.shape[1])), np.zeros((len(B), 1)))
-        same = path in old and all(map(np.array_equal, (A, B), was))
-        both = np.hstack([B, -was[1]]), np.vstack([A, was[0]])
-        off.append(0.0 if same else norm(thin_values(*both)))
+    for before, after in pairs:
+        A, B = matrices(after)
+        was = matrices(before) if before else (np.zeros((1, A.shape[1])), np.zeros((len(B), 1)))
+        same = all(map(np.array_equal, (A, B), was))
+        off.append(0.0 if same else norm(thin_values(np.hstack([B, -was[1]]), np.vstack([A, was[0]]))))
         size.append(norm(thin_values(was[1], was[0])))
-        was_m = old[path].magnitude if path in old else None
-        if (m := module.magnitude) and not (was_m and np.array_equal(m.read(), was_m.read())):
-            raise MismatchError(f"{where}: the magnitudes of {path} are others than before")
+        vectors = [m.read().ravel() for x in (before, after) if x and (m := x.magnitude)]
+        if len(vectors) == 2 and not np.array_equal(vectors[0], vectors[1]):
+            raise MismatchError("what was written has another magnitude than before")
     return math.hypot(*off), math.hypot(*size)
 
 

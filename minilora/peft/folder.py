@@ -95,6 +95,7 @@ class Adapter:
     tensors: Tensors
     notes: tuple[str, ...] = ()  # unusual, but accepted
     doubts: tuple[str, ...] = ()  # where config and file disagree: shown on reading, refused on loading
+    unread: tuple[str, ...] = ()  # those of them that say what of the file is not in B A, or in another order
     made: Mapping[str, str] = field(default_factory=dict)  # minilora's own: base (its fingerprint), sha256
 
     @property
@@ -174,12 +175,15 @@ def of_contents(where: Path, given: Contents) -> Adapter:
     config = peft_config({m: (r, alphas[m]) for m, r in ranks.items()}, sorted(parts), rslora)
     config |= {kind.flag: any(kind.vector in part for part in parts.values()) for kind in KINDS}
     config["base_model_name_or_path"] = given.base
+    if not all(module.startswith(("model.", "lm_head")) for module in parts):
+        config["task_type"] = None  # PEFT asks a language model for what others lack
     settings, _ = settings_of(config, str(where))
     tensors = tensors.renamed({PREFIX + name: name for name in tensors})
     pairs, replaced = read_parts(tensors, settings, parts)
     adapter = Adapter(where, settings, pairs, replaced, tensors)
     doubts = (*given.doubts, *disagreements(adapter, ()))
-    return replace(adapter, notes=(*given.notes, *peculiar(adapter)), doubts=doubts)
+    notes = (*given.notes, *peculiar(adapter))
+    return replace(adapter, notes=notes, doubts=doubts, unread=given.doubts)
 
 
 def rank_of(tensors: Tensors, module: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,19 @@ import numpy as np
 
 from ..errors import MismatchError, UnsupportedError
 from ..formats.safetensors import FLOATS
-from ..lora_files.contents import Entry
-from ..lora_files.names import AROUND, FUSED, SWAPPED, flattened, of_sgm, to_sgm
+from ..lora_files.contents import Entry, reordered
+from ..lora_files.names import (
+    AROUND,
+    FUSED,
+    HOMES,
+    SWAPPED,
+    UNET,
+    WIDTHS,
+    flattened,
+    of_sgm,
+    to_sgm,
+    whole,
+)
 from .folder import Adapter
 
 
@@ -45,6 +56,7 @@ class Written:
     tensors: Mapping[str, Entry]
     header: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def modules_of(given: Adapter, form: str) -> dict[str, Module]:
@@ -65,7 +77,7 @@ def modules_of(given: Adapter, form: str) -> dict[str, Module]:
     made = {}
     for module, pair in given.pairs.items():
         vector = next(iter(pair.vectors.values()), None)
-        magnitude = entry(vector, (math.prod(given.tensors.shapes[vector]),)) if vector else None
+        magnitude = entry(vector) if vector else None
         made[module] = Module(entry(pair.A), entry(pair.B), pair.scale, pair.embedding, magnitude)
     return made
 
@@ -98,140 +110,170 @@ def kohya(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
     no_tables(modules, "kohya's form")
     modules = fused(modules)
     components = {name.partition(".")[0] for name in modules}
-    flux = any(path.startswith(tuple(f"transformer.{blocks}." for blocks in FUSED)) for path in modules)
+    flux = has_blocks(modules)
     numbered = flux or not components.isdisjoint({"text_encoder_2", "text_encoder_3"})
-    sdxl = "text_encoder_2" in components or header.get("ss_base_model_version", "").startswith("sdxl")
+    sdxl = is_sdxl(modules, header)
     tensors: dict[str, Entry] = {}
     for path, module in modules.items():
-        name = flattened(to_sgm(path) if sdxl else path, numbered, flux)
+        name = flattened(to_sgm(whole(path)) if sdxl else path, numbered, flux)
         if f"{name}.alpha" in tensors:
             raise MismatchError(f"{path} and another module are both called {name} in kohya's form")
         tensors[f"{name}.lora_down.weight"] = module.A
         tensors[f"{name}.lora_up.weight"] = module.B
         tensors[f"{name}.alpha"] = number(module.scale * module.r)
         if m := module.magnitude:
-            shape = (*m.shape, *(1,) * (len(module.A.shape) - 1))
-            tensors[f"{name}.dora_scale"] = Entry(shape, m.dtype, reshaped(m, shape))
+            O = math.prod(m.shape)  # noqa: E741
+            if O == 1:
+                raise UnsupportedError(
+                    f"{path} has a magnitude of one output, which kohya's form cannot tell"
+                )
+            tensors[f"{name}.dora_scale"] = shaped(m, (O, *(1,) * (len(module.A.shape) - 1)))
     ranks = {str(module.r) for module in modules.values()}
     alphas = {f"{module.scale * module.r:g}" for module in modules.values()}
     about = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora_flux" if flux else "networks.lora",
         "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
     }
-    return Written(tensors, {**header, **about})
+    own = "transformer" in components and not flux
+    note = "names of the transformer are those of OneTrainer; sd-scripts has others for each model"
+    return Written(tensors, {**header, **about}, notes=(note,) if own else ())
+
+
+def is_sdxl(modules: Mapping[str, Module], header: Mapping[str, str]) -> bool:
+    """Whether a U-Net is that of SDXL, which kohya calls by Stability AI's names.
+
+    Its text has 2048 numbers a token, and some of its attention has more than one block.
+    """
+    told = header.get("ss_base_model_version", "") + header.get("modelspec.architecture", "")
+    if "sdxl" in told or "stable-diffusion-xl" in told:
+        return True
+    for path, module in modules.items():
+        deep = re.search(r"\.transformer_blocks\.[1-9]|\.add_embedding\.", f".{whole(path)}")
+        wide = path.endswith(("attn2.to_k", "attn2.to_v")) and module.A.shape[1] == 2048
+        if whole(path).startswith("unet.") and (deep or wide):
+            return True
+    return False
 
 
 def diffusers(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
-    """diffusers' file with PEFT's names; the scale goes into B, since readers seek it in different places."""
+    """diffusers' file with PEFT's names; the scale goes into B, since readers seek it in different places.
+
+    UnsupportedError for a model whose names in kohya's form are not known here: SD3, Wan and others.
+    """
     no_tables(modules, "diffusers' form")
     tensors: dict[str, Entry] = {}
     for path, module in split(modules).items():
         name = of_sgm(path)
+        if name.startswith("unet.") and not UNET.match(name.removeprefix("unet.")):
+            raise UnsupportedError(f"{path} is no module of a U-Net; its name in diffusers is not known")
+        if f"{name}.lora_A.weight" in tensors:
+            raise MismatchError(f"{path} and another module are both called {name} in diffusers' form")
         tensors[f"{name}.lora_A.weight"] = module.A
         tensors[f"{name}.lora_B.weight"] = folded(module.B, module.scale)
         if module.magnitude:
             tensors[f"{name}.lora_magnitude_vector"] = module.magnitude
-    return Written(tensors, {key: text for key, text in header.items() if key != "lora_adapter_metadata"})
+    return Written(tensors, header)
 
 
-def reshaped(entry: Entry, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    """The reading of a tensor in another shape."""
-    return lambda: entry.read().reshape(shape)
+def shaped(entry: Entry, shape: tuple[int, ...]) -> Entry:
+    """A tensor in another shape."""
+    return Entry(shape, entry.dtype, lambda: entry.read().reshape(shape))
 
 
-def places(path: str) -> tuple[str, str, tuple[str, ...]] | None:
-    """The beginning of the new name, the fused map, its parts, of a module of Flux; None for any other."""
-    match = re.fullmatch(r"transformer\.(double_blocks|single_blocks)\.(\d+)\.(.+)", path)
-    if match and match[3] in FUSED[match[1]][1]:
-        to, names = FUSED[match[1]]
-        return f"transformer.{to}.{match[2]}.", match[3], names[match[3]]
-    inner = path.removeprefix("transformer.")
-    return ("transformer.", inner, (AROUND[inner],)) if inner != path and inner in AROUND else None
+# ---- Flux, whose maps are fused in the names of Black Forest Labs
+
+
+def has_blocks(modules: Mapping[str, Module]) -> bool:
+    """Whether the names are those of Black Forest Labs."""
+    return any(path.startswith(tuple(f"transformer.{blocks}." for blocks in FUSED)) for path in modules)
 
 
 def split(modules: Mapping[str, Module]) -> dict[str, Module]:
-    """Flux's fused maps as diffusers has them: each part gets A, and its rows of B."""
+    """Flux's fused maps as diffusers has them: each part gets A, and its rows of B; other models as they are.
+
+    UnsupportedError if a map has other rows than in Flux.1.
+    """
+    if not has_blocks(modules):
+        return dict(modules)
     made = {}
     for path, module in modules.items():
-        if (place := places(path)) is None:
+        match = re.fullmatch(r"transformer\.(?:(double_blocks|single_blocks)\.(\d+)\.)?(.+)", path)
+        blocks, n, inner = match.groups() if match else (None, None, "")
+        to, names = FUSED[blocks] if blocks else ("", {ours: (theirs,) for ours, theirs in AROUND.items()})
+        if inner not in names:
             made[path] = module
             continue
-        above, inner, names = place
-        O = module.B.shape[0]  # noqa: E741
-        h = O // (7 if len(names) == 4 else len(names))
-        ends = [min(h * (i + 1), O) for i in range(len(names) - 1)] + [O]
-        for name, start, end in zip(names, [0, *ends], ends, strict=False):
-            made[above + name] = rows(module, start, end) if len(names) > 1 else module
-        if inner == SWAPPED:
-            made[above + names[0]] = rows(module, O // 2, O // 2)
+        above, start = f"transformer.{to}.{n}." if blocks else "transformer.", 0
+        if len(names[inner]) == 1:
+            made[above + names[inner][0]] = swapped(module) if inner == SWAPPED else module
+            continue
+        O, I = module.B.shape[0], module.A.shape[1]  # noqa: E741
+        if I * sum(WIDTHS.get(part, 1) for part in names[inner]) != O:
+            raise UnsupportedError(f"{path} has {O} rows for {I} inputs; in Flux.1 it has others")
+        for part in names[inner]:
+            end = start + I * WIDTHS.get(part, 1)
+            made[above + part] = Module(module.A, rows(module.B, start, end), module.scale)
+            start = end
+        if module.magnitude:
+            raise UnsupportedError(f"{path}: the magnitudes of a fused map cannot be split")
     return made
 
 
-def rows(module: Module, start: int, end: int) -> Module:
-    """The module of some rows; from the same row on to it again, all of them."""
+def rows(entry: Entry, start: int, end: int) -> Entry:
+    """Some rows of a matrix."""
+    return Entry((end - start, *entry.shape[1:]), entry.dtype, lambda: entry.read()[start:end])
 
-    def take(entry: Entry) -> Entry:
-        size = end - start if end > start else entry.shape[0]
-        return Entry(
-            (size, *entry.shape[1:]), entry.dtype,
-            lambda: entry.read()[start:end] if end > start else np.roll(entry.read(), -start, 0),
-        )  # fmt: skip
 
-    magnitude = take(module.magnitude) if module.magnitude else None
-    return Module(module.A, take(module.B), module.scale, False, magnitude)
+def swapped(module: Module) -> Module:
+    """A module with the halves of its rows in the other order: shift and scale."""
+    half = module.B.shape[0] // 2
+    if module.magnitude:
+        raise UnsupportedError(f"the magnitudes of {SWAPPED} cannot be swapped")
+    return Module(module.A, reordered(module.B, lambda B: np.roll(B, half, 0)), module.scale)
 
 
 def fused(modules: Mapping[str, Module]) -> dict[str, Module]:
-    """diffusers' Flux with the fused maps of Black Forest Labs; other modules as they are.
+    """diffusers' Flux.1 with the fused maps of Black Forest Labs; other models as they are.
 
     Parts that share one A become one module of its rank. Others stand below each other, rank by rank, with B
     block by block; parts that have no LoRA are rows of zeros.
     """
-    homes = {}
-    if any(path.startswith("transformer.single_transformer_blocks.") for path in modules):
-        for blocks, (to, names) in FUSED.items():
-            for path in modules:
-                if match := re.fullmatch(rf"transformer\.{to}\.(\d+)\.(.+)", path):
-                    for fused_name, parts in names.items():
-                        if match[2] in parts:
-                            homes[path] = f"transformer.{blocks}.{match[1]}.{fused_name}", parts
-        for ours, theirs in AROUND.items():
-            homes[f"transformer.{theirs}"] = f"transformer.{ours}", (theirs,)
+    homes: dict[str, tuple[str, tuple[str, ...]]] = {}
+    homes |= {f"transformer.{theirs}": (f"transformer.{ours}", (theirs,)) for ours, theirs in AROUND.items()}
+    for path in modules:
+        match = re.fullmatch(r"transformer\.(\w+)\.(\d+)\.(.+)", path)
+        if match and match[3] in HOMES.get(match[1], ()):
+            blocks, name, parts = HOMES[match[1]][match[3]]
+            homes[path] = f"transformer.{blocks}.{match[2]}.{name}", parts
+    ours = [path for path in modules if path.startswith("transformer.")]
+    single = any(path.startswith("transformer.single_transformer_blocks.") for path in ours)
+    if not single or any(path not in homes for path in ours):  # of another model
+        return dict(modules)
     made: dict[str, Module] = {}
-    groups: dict[str, dict[str, Module]] = {}
+    groups: dict[str, tuple[tuple[str, ...], dict[str, Module]]] = {}
     for path, module in modules.items():
-        home, parts = homes.get(path, (path, ("",)))
-        if len(parts) == 1:
-            made[home] = rows(module, *(2 * (module.B.shape[0] // 2,))) if home.endswith(SWAPPED) else module
+        home, parts = homes.get(path, (path, ()))
+        if len(parts) > 1:
+            (own,) = (part for part in parts if path.endswith(f".{part}"))
+            groups.setdefault(home, (parts, {}))[1][own] = module
         else:
-            part = next(part for part in parts if path.endswith(f".{part}"))
-            groups.setdefault(home, {})[part] = module
-    for home, group in groups.items():
-        made[home] = stacked(home, group, homes_parts(homes, home))
-    return made
+            made[home] = swapped(module) if home.endswith(SWAPPED) else module
+    return made | {home: stacked(home, *group) for home, group in groups.items()}
 
 
-def homes_parts(homes: Mapping[str, tuple[str, tuple[str, ...]]], home: str) -> tuple[str, ...]:
-    """The parts of a fused map."""
-    return next(parts for place, parts in homes.values() if place == home)
-
-
-def stacked(home: str, group: Mapping[str, Module], parts: tuple[str, ...]) -> Module:
-    """One module of the parts of a fused map, in the order of their rows."""
+def stacked(home: str, parts: tuple[str, ...], group: Mapping[str, Module]) -> Module:
+    """One module of some parts of a fused map, each at its rows."""
     if any(module.magnitude for module in group.values()):
         raise UnsupportedError(f"{home}: the magnitudes of its parts cannot be those of one map")
-    whole = {part: module.B.shape[0] // (4 if part == "proj_mlp" else 1) for part, module in group.items()}
-    (h, *more) = set(whole.values())
-    inputs = {module.A.shape[1:] for module in group.values()}
-    if more or len(inputs) > 1:
-        raise MismatchError(
-            f"{home}: its parts are of different sizes, {sorted(inputs)} and {sorted(whole.values())}"
-        )
+    I = next(iter(group.values())).A.shape[1]  # noqa: E741
     starts, O = {}, 0  # noqa: E741
     for part in parts:
-        starts[part] = O
-        O += h * (4 if part == "proj_mlp" else 1)  # noqa: E741
+        starts[part], O = O, O + I * WIDTHS.get(part, 1)  # noqa: E741
+    for part, module in group.items():
+        expected = I * WIDTHS.get(part, 1), I
+        if (shape := (module.B.shape[0], module.A.shape[1])) != expected:
+            raise UnsupportedError(f"{home}: {part} is {shape}; in Flux.1 it would be {expected}")
     own = [(starts[part], module) for part, module in group.items()]
     first = own[0][1]
     scales = {module.scale for _, module in own}
@@ -249,7 +291,7 @@ def stacked(home: str, group: Mapping[str, Module], parts: tuple[str, ...]) -> M
             at += 0 if alike else module.r
         return B
 
-    plain = alike or scales == {1.0}
-    kind = first.B.dtype if plain and len({module.B.dtype for _, module in own}) == 1 else "F32"
-    A = Entry((r, *first.A.shape[1:]), first.A.dtype, read_A)
-    return Module(A, Entry((O, r), kind, read_B), first.scale if alike else 1.0)
+    A_kinds, B_kinds = ({getattr(module, half).dtype for _, module in own} for half in ("A", "B"))
+    A_kind = A_kinds.pop() if len(A_kinds) == 1 else "F32"
+    B_kind = B_kinds.pop() if len(B_kinds) == 1 and (alike or scales == {1.0}) else "F32"
+    return Module(Entry((r, I), A_kind, read_A), Entry((O, r), B_kind, read_B), first.scale if alike else 1.0)

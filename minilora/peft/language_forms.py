@@ -52,6 +52,10 @@ def mlx(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
             raise UnsupportedError(
                 f"{path}: MLX's form knows an embedding by its name, one of {', '.join(TABLES)}"
             )
+        if ".experts." in path:
+            raise UnsupportedError(
+                f"{path} is an expert; MLX's form stacks all of them, which is not supported"
+            )
         tensors[f"{path}.lora_a"] = filled(module.A, r, 0)
         tensors[f"{path}.lora_b"] = filled(folded(module.B, module.scale / scale), r, 1)
         if module.magnitude:

@@ -139,6 +139,8 @@ def test_strings_of_the_header_stay_and_sizes_are_told_anew(tmp_path):
     (path,) = (ROOT / "kohya_sdscripts/sd15_conv").glob("*.safetensors")
     old, new = open_tensors(path).metadata, open_tensors(tmp_path / "b.safetensors").metadata
     about = {"ss_network_module", "ss_network_dim", "ss_network_alpha"}
+    about |= {"sshs_model_hash", "sshs_legacy_hash"}  # of the file's own bytes
+    assert not new.keys() & {"sshs_model_hash", "sshs_legacy_hash"}
     assert {k: v for k, v in old.items() if k not in about} == {
         k: v for k, v in new.items() if k not in about
     }
