@@ -148,7 +148,8 @@ def headers(tensors: Tensors) -> dict[str, dict[str, Any]]:
     """PEFT's configs in the header, component -> fields, "" for a file of one; FormatError if damaged."""
     if CONFIGS not in tensors.metadata:
         return {}
-    fields = json_object(f"{tensors.where}: {CONFIGS}", tensors.metadata[CONFIGS].encode())
+    raw = tensors.metadata[CONFIGS].encode("utf-8", "surrogatepass")
+    fields = json_object(f"{tensors.where}: {CONFIGS}", raw)
     configs: dict[str, dict[str, Any]] = {}
     for key, value in fields.items():
         component, _, name = key.rpartition(".")

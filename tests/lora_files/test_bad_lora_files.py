@@ -193,6 +193,8 @@ REFUSED = [
     ("any", "100,001 tensors", FormatError, "header has 100001 tensors; expected at most 100000", [many]),
     ("diffusers", "a header that is none", FormatError, "lora_adapter_metadata is not a JSON object",
      told(diffusers, HEADER, "", "{", "[]", "null", "x", '{"unet.r": 1, "unet.r": 2}', "[" * 100_000)),
+    ("diffusers", "a header with half a character", FormatError, "lora_adapter_metadata is not a JSON object",
+     [partial(diffusers, told={HEADER: "@" * 6}, raw=lambda b: b.replace(b"@" * 6, rb"\ud800"))]),
     ("diffusers", "a header without r or alpha", ConfigError, "(r|lora_alpha) is missing; expected a number",
      told(diffusers, HEADER, peft(r=...), peft(lora_alpha=...))),
     ("diffusers", "a header of other types", ConfigError, "(r|lora_alpha|alpha_pattern|use_rslora) is ",
