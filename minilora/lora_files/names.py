@@ -46,7 +46,7 @@ PREFIXES = {  # and back
 }  # fmt: skip
 FLAT = re.compile(f"({'|'.join(sorted(COMPONENTS, key=len, reverse=True))})_([A-Za-z0-9_-]+)")
 FLUX = re.compile(r"((diffusion_model|transformer)\.)?(double|single)_blocks[._]")
-OF_FLUX = re.compile(r"((double|single)_blocks\..+)")
+OF_FLUX = re.compile(r"(double|single)_blocks\.")
 BEFORE = re.compile(r"(unet\.|transformer\.|text_encoder(?:_[0-9])?\.)?(?:base_model\.model\.)+")
 XLABS = re.compile(r"((double|single)_blocks\.[0-9]+)\.processor\.(qkv|proj)_lora([12]?)")
 STREAMS = {"1": "img_attn", "2": "txt_attn"}  # of a double block in XLabs' files
@@ -108,7 +108,7 @@ TORCHTUNE = {
 
 def dotted(flat: str) -> str:
     """A flattened path with its dots, as far as `ATOMS` has its names: "mid_block_attentions_0" and so on."""
-    words, parts = flat.strip("_").split("_"), []
+    words, parts = [word for word in flat.split("_") if word], []
     while words:
         for n in range(min(MOST, len(words)), 0, -1):
             if n == 1 or "_".join(words[:n]) in ATOMS:
@@ -137,8 +137,8 @@ def path_of(name: str, flux: bool = False) -> str:
     if match := XLABS.fullmatch(name):
         inner = f"{STREAMS[match[4]]}.{match[3]}" if match[4] else SINGLE[match[3]]
         return f"transformer.{match[1]}.{inner}"
-    if flux and (match := OF_FLUX.fullmatch(name)):
-        return f"transformer.{match[1]}"
+    if flux and (OF_FLUX.match(name) or name in AROUND):
+        return f"transformer.{name}"
     name = BEFORE.sub(lambda match: match[1] or "", name, count=1) if BEFORE.match(name) else name
     if flux and name.partition(".")[0] == "diffusion_model":
         name = f"transformer.{name.partition('.')[2]}"

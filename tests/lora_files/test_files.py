@@ -256,3 +256,28 @@ def test_with_a_base_rows_of_queries_and_keys_are_compared_in_its_order(tmp_path
     alone = ml.inspect(folder / "llama_gqa.f32.gguf", against=folder / "source_peft")
     assert {m.kind for m in alone.modules if m.other.cosine < 0.9} == {"q_proj", "k_proj"}
     assert any("in llama.cpp's order" in note for note in alone.notes)
+
+
+def test_any_of_mlxs_files_has_the_scale_of_the_config_beside_it(tmp_path):
+    """mlx-lm writes 0000100_adapters.safetensors as it trains; its Flux example has a rank in the header."""
+    (source,) = (ROOT / "mlx/lora_default").glob("*.safetensors")
+    config = json.loads((ROOT / "mlx/lora_default/adapter_config.json").read_text())
+    config["lora_parameters"]["scale"] = 5.0
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "0000100_adapters.safetensors").write_bytes(source.read_bytes())
+    adapter = ml.open_adapter(tmp_path / "0000100_adapters.safetensors")
+    assert {pair.scale for pair in adapter.pairs.values()} == {5.0}
+    assert not adapter.notes
+    tensors = {"x.lora_a": np.ones((4, 2), np.float32), "x.lora_b": np.ones((2, 3), np.float32)}
+    for metadata, scale in (({"lora_rank": "2"}, 1.0), (None, 20.0)):
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        save_file(tensors, tmp_path / "alone/flux.safetensors", metadata)
+        assert ml.open_adapter(tmp_path / "alone/flux.safetensors").pairs["x"].scale == scale
+
+
+@pytest.mark.parametrize("name", ["gguf/llama_gqa", "synthetic_names/comfy_diffusion_model"])
+def test_what_a_smaller_file_would_lack_is_refused(name, tmp_path):
+    source = next((ROOT / name).glob("*.f32.gguf"), ROOT / name)
+    with pytest.raises(MismatchError, match="a smaller file would lack it"):
+        ml.compress(source, tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Another tool's form of a LoRA has the same ΔW, by readings that are not ours, or is refused by name."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -382,3 +383,155 @@ def test_values_too_large_for_their_dtype_are_refused(tmp_path):
     with pytest.raises(ml.errors.NonFiniteError, match="too large for F32"):
         convert(tmp_path / "a", tmp_path / "o.safetensors", "diffusers")
     assert not (tmp_path / "o.safetensors").exists()
+
+
+# ---- which model it is
+
+
+def drawn(tmp_path, shapes):
+    """A PEFT folder with modules of these shapes (O, I)."""
+    rng = np.random.default_rng(0)
+    factors = {m: (rng.normal(size=(2, I)), rng.normal(size=(O, 2))) for m, (O, I) in shapes.items()}  # noqa: E741
+    return write_peft(tmp_path / "in", factors, lora_alpha=2)
+
+
+def names_of(path):
+    """Names of the modules in a safetensors file."""
+    return {re.sub(r"\.(lora_(down|up|A|B)\.weight|alpha)$", "", key) for key in open_tensors(path)}
+
+
+DOWN, INPUT = "down_blocks.1.attentions.0.transformer_blocks", "input_blocks.4.1.transformer_blocks"
+UNETS = {  # a module and its inputs -> its name in kohya's form, with dots
+    (f"{DOWN}.1.attn1.to_q", 4): f"{INPUT}.1.attn1.to_q",
+    (f"{DOWN}.0.attn2.to_k", 2048): f"{INPUT}.0.attn2.to_k",
+    ("add_embedding.linear_1", 4): "label_emb.0.0",
+    (f"{DOWN}.0.attn2.to_k", 768): f"{DOWN}.0.attn2.to_k",  # not SDXL
+}
+
+
+@pytest.mark.parametrize("path", UNETS)
+def test_sdxl_is_known_by_its_unet_alone(path, tmp_path):
+    """No metadata and no second text encoder: its text has 2048 numbers, its attention several blocks."""
+    for start in ("unet.", ""):
+        folder = tmp_path / f"at{len(start)}"
+        convert(drawn(folder, {start + path[0]: (6, path[1])}), folder / "a.safetensors", "kohya")
+        assert names_of(folder / "a.safetensors") == {f"lora_unet_{UNETS[path].replace('.', '_')}"}
+
+
+@pytest.mark.parametrize("start", ["diffusion_model.", "transformer.", ""])
+def test_flux_is_known_under_any_prefix(start, tmp_path):
+    inner = {"double_blocks.0.img_attn.qkv": (12, 4), "img_in": (4, 3), "single_blocks.1.linear1": (28, 4)}
+    tensors = {f"{start}{m}.lora_A.weight": np.ones((2, shape[1]), np.float32) for m, shape in inner.items()}
+    tensors |= {f"{start}{m}.lora_B.weight": np.ones((shape[0], 2), np.float32) for m, shape in inner.items()}
+    save_file(tensors, tmp_path / "b.safetensors")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya")
+    assert names_of(tmp_path / "c.safetensors") == {f"lora_unet_{m.replace('.', '_')}" for m in inner}
+    convert(tmp_path / "b.safetensors", tmp_path / "d.safetensors", "diffusers")
+    parts = {f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qkv"}
+    parts |= {f"transformer.single_transformer_blocks.1.attn.to_{part}" for part in "qkv"}
+    parts |= {"transformer.single_transformer_blocks.1.proj_mlp", "transformer.x_embedder"}
+    assert names_of(tmp_path / "d.safetensors") == parts
+
+
+def test_fluxs_second_text_encoder_is_kohyas_third(tmp_path):
+    inner = "encoder.block.0.layer.0.SelfAttention.q"
+    flux = {"transformer.single_blocks.0.linear2": (4, 20), f"text_encoder_2.{inner}": (4, 4)}
+    convert(drawn(tmp_path, flux), tmp_path / "a.safetensors", "kohya")
+    assert f"lora_te3_{inner.replace('.', '_')}" in names_of(tmp_path / "a.safetensors")
+    assert f"text_encoder_2.{inner}" in ml.open_adapter(tmp_path / "a.safetensors").pairs
+
+
+AURA = [
+    f"transformer.{m}" for m in ("single_transformer_blocks.0.attn.to_q", "joint_transformer_blocks.0.ff.x")
+]
+OTHER_MODELS = {  # which are not Flux.1, though some names agree -> what diffusers' form says, if refused
+    "Flux.2's rows": ({"transformer.single_blocks.0.linear1": (72, 8)}, "72 rows for 8 inputs"),
+    "SD3 in kohya's names": ({"unet.joint_blocks.0.x_block.attn.qkv": (12, 4)}, "no module of a U-Net"),
+    "Qwen-Image": ({"transformer.img_in": (4, 4)}, None),
+    "AuraFlow": (dict.fromkeys(AURA, (4, 4)), None),
+}
+
+
+@pytest.mark.parametrize("model", OTHER_MODELS)
+def test_other_models_are_not_taken_for_flux(model, tmp_path):
+    shapes, says = OTHER_MODELS[model]
+    source = drawn(tmp_path, shapes)
+    if says:
+        with pytest.raises(UnsupportedError, match=says):
+            convert(source, tmp_path / "a.safetensors", "diffusers")
+        assert not (tmp_path / "a.safetensors").exists()
+        return
+    convert(source, tmp_path / "a.safetensors", "diffusers")
+    assert names_of(tmp_path / "a.safetensors") == shapes.keys()
+    told = convert(source, tmp_path / "b.safetensors", "kohya")
+    assert names_of(tmp_path / "b.safetensors") == {f"lora_{m.replace('.', '_')}" for m in shapes}
+    assert any("OneTrainer" in note for note in told.notes)
+
+
+TWICE = [f"unet.{m}.proj_in" for m in ("input_blocks.4.1", "down_blocks.1.attentions.0")]
+
+
+@pytest.mark.parametrize(
+    ("form", "paths", "says"),
+    [
+        ("kohya", ["unet.my__thing.a"], "would not be found again"),
+        ("diffusers", ["model.a.processor.b"], "would not be found again"),
+        ("diffusers", TWICE, "both called"),
+        ("kohya", ["unet.a.b_c", "unet.a_b.c"], "both called"),
+    ],
+)
+def test_names_that_cannot_be_told_again_are_refused_before_anything_is_replaced(form, paths, says, tmp_path):
+    (tmp_path / "o.safetensors").write_bytes(b"old")
+    source = drawn(tmp_path, dict.fromkeys(paths, (4, 4)))
+    with pytest.raises(MismatchError, match=says):
+        convert(source, tmp_path / "o.safetensors", form, overwrite=True)
+    assert (tmp_path / "o.safetensors").read_bytes() == b"old"
+
+
+def test_magnitudes_of_convolutions_have_pefts_shape(tmp_path):
+    """(1, O, 1, 1), and (O,) of linear maps, from LyCORIS' (O, 1, 1, 1) and (O, 1) and back."""
+    source = ROOT / "kohya_lycoris/dora_wd_out"
+    convert(source, tmp_path / "p", "peft")
+    convert(tmp_path / "p", tmp_path / "k.safetensors", "kohya")
+    held = open_tensors(tmp_path / "p/adapter_model.safetensors")
+    (path,) = source.glob("*.safetensors")
+    axes = set()
+    for key in (key for key in held if key.endswith("lora_magnitude_vector")):
+        A, B = (held.shapes[key.replace("magnitude_vector", f"{half}.weight")] for half in "AB")
+        axes.add(len(A))
+        assert held.shapes[key] == ((B[0],) if len(A) == 2 else (1, B[0], *(1,) * (len(A) - 2)))
+    assert axes == {2, 4}
+    of_files = (open_tensors(file).shapes for file in (path, tmp_path / "k.safetensors"))
+    old, again = ({key: shape for key, shape in shapes.items() if "dora" in key} for shapes in of_files)
+    assert old == again != {}
+
+
+def test_experts_have_hugging_faces_names_and_mlx_is_refused(tmp_path):
+    told = convert(ROOT / "mlx/moe_switch", tmp_path / "p", "peft")
+    assert told.difference == 0
+    assert "model.layers.0.mlp.experts.3.down_proj" in ml.open_adapter(tmp_path / "p").pairs
+    with pytest.raises(UnsupportedError, match="is an expert"):
+        convert(tmp_path / "p", tmp_path / "m", "mlx")
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("mlx/lora_default", "CAUSAL_LM"), ("diffusers/flux_transformer", None)]
+)
+def test_only_a_language_models_folder_says_that_it_is_one(name, task, tmp_path):
+    convert(ROOT / name, tmp_path / "p", "peft")
+    assert json.loads((tmp_path / "p/adapter_config.json").read_text())["task_type"] == task
+
+
+def test_copies_of_the_base_are_left_out_and_said(tmp_path):
+    told = convert(ROOT / "peft/embed_lmhead", tmp_path / "m", "mlx")
+    assert any("of the base's weights left out" in note for note in told.notes)
+
+
+def test_fused_parts_of_two_dtypes_keep_all_bits(tmp_path):
+    at = "transformer.single_transformer_blocks.0.attn."
+    third = np.full((1, 4), 1 / 3, np.float32)
+    tensors = {f"{at}to_q.lora_A.weight": third.astype(np.float16), f"{at}to_k.lora_A.weight": third}
+    tensors |= {f"{at}to_{part}.lora_B.weight": np.ones((4, 1), np.float32) for part in "qk"}
+    save_file(tensors, tmp_path / "a.safetensors")
+    told = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
+    assert told.difference <= 8 * 2.0**-53 * told.norm  # of looking: a float16 loses 1e-4
