@@ -201,6 +201,7 @@ def test_linear_is_cat_or_svd(updates):
 
 # ---- what PEFT and kohya's scripts call a sum of adapters
 
+
 @pytest.mark.parametrize("method", CROSSED)
 @given(updates=weighted(equal=True))
 def test_the_product_of_sums_is_the_double_sum_with_its_cross_terms(method, updates):
