@@ -284,6 +284,8 @@ def test_a_value_negligible_beside_the_first_counts_for_nothing(least):
     s = numpy.array([10.0, least])
     assert [measure(s) for measure in MEASURES] == [1.0] * 3
     assert rank_at(s, 1.0) == 1
+    two = numpy.array([1.0, 1.0, least])  # half of the least number of all is 0
+    assert [measure(two) for measure in MEASURES] == pytest.approx([2.0] * 3, rel=4 * 2.0**-53)
 
 
 @pytest.mark.parametrize("size", [1.5e308, 1e-310, 5e-324])
