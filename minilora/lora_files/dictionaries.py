@@ -1,8 +1,10 @@
 """The files of MLX, torchtune and loralib: factors by name, their scale elsewhere or nowhere.
 
-MLX        lora_a (I, r), lora_b (r, O): ΔW = scale (a b)ᵀ; of an embedding, a (V, r), b (r, D): scale a b
-torchtune  as PEFT's, but the rows of q and k are in the order of neighbouring pairs
-loralib    as PEFT's; a MergedLinear has n factors below each other, a convolution's are k times as large
+    MLX        lora_a (I, r), lora_b (r, O): ΔW = scale (a b)ᵀ; of an embedding, a (V, r), b (r, D): scale a b
+    torchtune  as PEFT's, but the rows of q and k are in the order of neighbouring pairs
+    loralib    as PEFT's; a MergedLinear has n factors below each other, a convolution's are k times as large
+
+None of them says in its tensors how ΔW is scaled: MLX has a config beside the file, the others nothing.
 """
 
 from __future__ import annotations

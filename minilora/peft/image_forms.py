@@ -2,7 +2,7 @@
 
 A tool's form may have no place for a scale of each module, or one rank for all. Then the factors change and
 their product stays: s B goes into the file for B (`folded`), zeros fill up the ranks. What a form cannot hold
-is refused by name. Nothing is read before it is written.
+is refused by name. Numbers are read when they are written, one tensor at a time.
 """
 
 from __future__ import annotations

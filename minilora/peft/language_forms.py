@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, UnsupportedError, nearest, short
+from ..errors import ConfigError, MismatchError, NonFiniteError, UnsupportedError, nearest, short
 from ..formats.atomic import read
 from ..formats.gguf import NAMES, neighbours, package
 from ..lora_files.contents import Entry, reordered
@@ -83,7 +83,8 @@ def gguf(
     """llama.cpp's values and tensors; `config` is the base's, `heads` its queries and keys.
 
     One alpha for all: the most common one, and what another module's scale differs by goes into its B.
-    UnsupportedError for another architecture and for what the form cannot hold, ConfigError without a config.
+    UnsupportedError for another architecture and for what the form cannot hold, ConfigError without a config,
+    MismatchError for heads that do not fit.
     """
     flat_only(modules, "llama.cpp's form")
     if config is None or heads is None:
@@ -107,7 +108,11 @@ def gguf(
         name = f"{f'blk.{match[1]}.' if match else ''}{theirs[inner]}.weight"
         A, B = module.A, folded(module.B, module.scale * module.r / alpha)
         if architecture in PERMUTED and inner in ("self_attn.q_proj", "self_attn.k_proj"):
-            B = reordered(B, functools.partial(neighbours, heads=heads[inner.endswith("k_proj")]))
+            count = heads[inner.endswith("k_proj")]
+            if module.B.shape[0] % (2 * count):
+                what = f"{module.B.shape[0]} rows; expected pairs for the base's {count} heads"
+                raise MismatchError(f"{path} has {what}")
+            B = reordered(B, functools.partial(neighbours, heads=count))
         tensors[f"{name}.lora_a"] = transposed(A) if module.table else A
         tensors[f"{name}.lora_b"] = B
     values = {"general.architecture": architecture, "adapter.lora.alpha": float(alpha)}
@@ -120,7 +125,10 @@ def transposed(entry: Entry) -> Entry:
 
 
 def gguf_bytes(values: Mapping[str, Any], tensors: Mapping[str, Entry]) -> bytes:
-    """A GGUF file, as the package `gguf` writes it; float16 stays float16, all else becomes float32."""
+    """A GGUF file, as the package `gguf` writes it; float16 stays float16, all else becomes float32.
+
+    NonFiniteError for a value that float32 cannot hold.
+    """
     writer_of = package().GGUFWriter
     with tempfile.TemporaryDirectory(prefix="minilora-") as temp:
         path = Path(temp, "adapter.gguf")
@@ -130,7 +138,11 @@ def gguf_bytes(values: Mapping[str, Any], tensors: Mapping[str, Entry]) -> bytes
         writer.add_float32("adapter.lora.alpha", values["adapter.lora.alpha"])
         for name, entry in tensors.items():
             kind = np.float16 if entry.dtype == "F16" else np.float32
-            writer.add_tensor(name, np.ascontiguousarray(entry.read(), kind))
+            with np.errstate(over="ignore"):
+                a = np.ascontiguousarray(entry.read(), kind)
+            if not np.isfinite(a).all():
+                raise NonFiniteError(f"{name} is too large for {np.dtype(kind)}; nothing was written")
+            writer.add_tensor(name, a)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -338,6 +338,10 @@ BAD = {  # what is asked -> the error
     "a base without heads": (
         "peft/plain", "o.gguf", "gguf", {"base": {"model_type": "llama"}}, ConfigError, "num_attention_heads",
     ),
+    "heads that do not fit": (
+        "peft/plain", "o.gguf", "gguf", {"base": LLAMA | {"num_attention_heads": 3}}, MismatchError,
+        "has 16 rows; expected pairs for the base's 3 heads",
+    ),
     "a module without a name": (
         "peft/gpt2_conv1d", "o.gguf", "gguf", {"base": LLAMA}, UnsupportedError, "no name in llama.cpp's",
     ),
@@ -383,6 +387,14 @@ def test_values_too_large_for_their_dtype_are_refused(tmp_path):
     with pytest.raises(ml.errors.NonFiniteError, match="too large for F32"):
         convert(tmp_path / "a", tmp_path / "o.safetensors", "diffusers")
     assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_values_too_large_for_llama_cpps_float32_are_refused(tmp_path):
+    big = {"model.layers.0.mlp.up_proj": (np.full((1, 2), 1.0), np.full((2, 1), 1e39))}
+    write_peft(tmp_path / "a", big, lora_alpha=1)
+    with pytest.raises(ml.errors.NonFiniteError, match="lora_b is too large for float32"):
+        convert(tmp_path / "a", tmp_path / "o.gguf", "gguf", base=base(tmp_path))
+    assert not (tmp_path / "o.gguf").exists()
 
 
 # ---- which model it is
