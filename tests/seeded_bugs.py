@@ -2295,5 +2295,15 @@ MUTANTS = (
     Mutant("mlx-looks-for-no-config-beside", "lora_files/opening.py", "if exists(config := Path(tensors.where).with_name(CONFIG)):", "if not exists(config := Path(tensors.where)):", "files"),
     Mutant("compress-leaves-out-what-is-unread", "compose/truncate.py", "    if given.unread:\n", "    if given.made and given.unread:\n", "files"),
     Mutant("t5-is-the-second-encoder-of-kohyas-flux", "lora_files/names.py", '"lora_te3": "text_encoder_2"}', '"lora_te2": "text_encoder_2"}', "convert"),
+    # ---- tables and orders of other tools' files
+    Mutant("mistral-is-a-qwen", "peft/language_forms.py", '"mistral": "llama"', '"mistral": "qwen2"', "convert"),
+    Mutant("alpha-of-the-fewest-modules", "peft/language_forms.py", "(alphas[alpha], -alpha)", "(-alphas[alpha], -alpha)", "convert"),
+    Mutant("granites-rows-stay", "lora_files/llama_cpp.py", '("llama", "granite", "llada")', '("llama", "llada")', "convert"),
+    Mutant("diffusers-file-is-any-file", "lora_files/recognise.py", r'r"pytorch_lora_weights\.safetensors": SINGLE', r'r"pytorch_lora_weightz\.safetensors": SINGLE', "files"),
+    Mutant("a-bias-of-the-base-is-full", "lora_files/grammar.py", r'r"\.base_layer\.(weight|bias)"', r'r"\.base_layer\.(weight)"', "files"),
+    Mutant("flux-under-the-plain-network", "peft/image_forms.py", '"networks.lora_flux" if flux', '"networks.lora" if flux', "convert"),
+    Mutant("network-alpha-before-lora-alpha", "lora_files/image.py", '("lora_alpha", "network_alpha", ', '("network_alpha", "lora_alpha", ', "files"),
+    Mutant("rows-that-are-no-pairs-reach-numpy", "peft/language_forms.py", "if module.B.shape[0] % (2 * count):", "if False:", "convert"),
+    Mutant("llama-cpps-values-may-overflow", "peft/language_forms.py", "if not np.isfinite(a).all():", "if False:", "convert"),
 )
 # fmt: on

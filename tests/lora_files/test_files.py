@@ -281,3 +281,38 @@ def test_what_a_smaller_file_would_lack_is_refused(name, tmp_path):
     with pytest.raises(MismatchError, match="a smaller file would lack it"):
         ml.compress(source, tmp_path / "out", rank=1)
     assert not (tmp_path / "out").exists()
+
+
+ORDER = (
+    "adapters.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "z.safetensors",
+)
+
+
+def test_of_several_files_in_a_folder_the_tools_own_name_counts(tmp_path):
+    """MLX's, diffusers', PEFT's; another name only if it is alone."""
+    for scale, name in enumerate(ORDER, 1):
+        tensors = {"x.lora_down.weight": np.ones((1, 4), np.float32), "x.alpha": np.array(scale, np.float32)}
+        save_file(tensors | {"x.lora_up.weight": np.ones((3, 1), np.float32)}, tmp_path / name)
+    for scale, name in enumerate(ORDER, 1):
+        assert ml.open_adapter(tmp_path).pairs["x"].scale == scale
+        (tmp_path / name).unlink()
+
+
+def test_the_first_of_the_headers_alphas_counts_and_none_is_none(tmp_path):
+    tensors = {"x.lora_A.weight": np.ones((2, 4), np.float32), "x.lora_B.weight": np.ones((3, 2), np.float32)}
+    header = {"lora_alpha": "6", "network_alpha": "8", "alpha": "10"}
+    for name in header:
+        save_file(tensors, tmp_path / "a.safetensors", header)
+        assert ml.open_adapter(tmp_path / "a.safetensors").pairs["x"].scale == float(header[name]) / 2
+        header = header | {name: "None"}
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_a_copy_of_the_base_is_said_to_be_one(kind, tmp_path):
+    tensors = {"x.lora_A.weight": np.ones((2, 4), np.float32), "x.lora_B.weight": np.ones((3, 2), np.float32)}
+    save_file(tensors | {f"x.base_layer.{kind}": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    (doubt,) = ml.open_adapter(tmp_path / "a.safetensors").doubts
+    assert doubt.startswith("copy of the base: 1 module")

@@ -15,8 +15,10 @@ import minilora as ml
 from minilora.errors import ConfigError, InputError, MismatchError, StorageError, UnsupportedError
 from minilora.formats.gguf import half_split, neighbours
 from minilora.formats.safetensors import open_tensors
+from minilora.lora_files.contents import Entry
 from minilora.lora_files.names import dotted, flattened, of_sgm, path_of, to_sgm
 from minilora.peft.convert import FORMS, convert
+from minilora.peft.language_forms import gguf_bytes
 
 ROOT = Path(__file__).parents[1] / "fixtures/lora_files"
 UNIT = 2.0**-24
@@ -547,3 +549,63 @@ def test_fused_parts_of_two_dtypes_keep_all_bits(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     told = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
     assert told.difference <= 8 * 2.0**-53 * told.norm  # of looking: a float16 loses 1e-4
+
+
+# ---- tables and orders
+
+ARCHITECTURES = {  # the base's model_type -> llama.cpp's name, and whether it reorders rows of q and k
+    "llama": ("llama", True), "mistral": ("llama", True), "granite": ("granite", True),
+    "qwen2": ("qwen2", False), "qwen3": ("qwen3", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_each_architecture_has_llama_cpps_name_and_order_of_rows(kind, tmp_path):
+    import gguf
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": kind}))
+    source = drawn(tmp_path, {"model.layers.0.self_attn.k_proj": (8, 16)})
+    convert(source, tmp_path / "a.gguf", "gguf", base=tmp_path)
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    name, moved = ARCHITECTURES[kind]
+    assert bytes(reader.fields["general.architecture"].parts[-1]).decode() == name
+    (B,) = (t.data for t in reader.tensors if t.name == "blk.0.attn_k.weight.lora_b")
+    was = ml.open_adapter(source).factors("model.layers.0.self_attn.k_proj")[1].astype(np.float32)
+    assert np.array_equal(B, neighbours(was, HEADS[1]) if moved else was)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "moved"), [("llama", True), ("granite", True), ("llada", True), ("qwen2", False)]
+)
+def test_rows_are_known_to_be_reordered_by_the_architecture(architecture, moved, tmp_path):
+    name = "blk.0.attn_q.weight.lora_"
+    tensors = {f"{name}a": Entry((2, 4), "F32", lambda: np.ones((2, 4), np.float32))}
+    tensors[f"{name}b"] = Entry((8, 2), "F32", lambda: np.ones((8, 2), np.float32))
+    values = {"general.architecture": architecture, "adapter.lora.alpha": 2.0}
+    (tmp_path / "a.gguf").write_bytes(gguf_bytes(values, tensors))
+    assert bool(ml.open_adapter(tmp_path / "a.gguf").doubts) is moved
+
+
+def test_most_modules_keep_their_factors_in_gguf(tmp_path):
+    """The one alpha is that of most of them."""
+    rng, one = np.random.default_rng(0), "model.layers.0.mlp."
+    names = ("gate_proj", "up_proj", "down_proj")
+    factors = {f"{one}{n}": (rng.normal(size=(2, 4)), rng.normal(size=(4, 2))) for n in names}
+    write_peft(tmp_path / "a", factors, lora_alpha=6, alpha_pattern={"down_proj": 5})
+    convert(tmp_path / "a", tmp_path / "b.gguf", "gguf", base=base(tmp_path))
+    old, new = ml.open_adapter(tmp_path / "a"), ml.open_adapter(tmp_path / "b.gguf", heads=HEADS)
+    for module in factors:
+        kept = np.array_equal(new.factors(module)[1], old.factors(module)[1].astype(np.float32))
+        assert kept is not module.endswith("down_proj")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "network"),
+    [
+        ({"transformer.single_blocks.0.linear2": (4, 20)}, "networks.lora_flux"),
+        ({"unet.mid_block.attentions.0.proj_in": (4, 4)}, "networks.lora"),
+    ],
+)
+def test_the_network_module_is_that_of_the_model(shapes, network, tmp_path):
+    convert(drawn(tmp_path, shapes), tmp_path / "a.safetensors", "kohya")
+    assert open_tensors(tmp_path / "a.safetensors").metadata["ss_network_module"] == network
