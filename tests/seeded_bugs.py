@@ -2238,7 +2238,7 @@ MUTANTS = (
     Mutant("missing-parts-have-no-rows", "peft/image_forms.py", 'starts[part], O = O, O + I * WIDTHS.get(part, 1)', 'starts[part], O = O, O + I * WIDTHS.get(part, 1) * (part in group)', "convert"),
     Mutant("shift-and-scale-are-not-swapped", "peft/image_forms.py", 'np.roll(B, half, 0)', 'B', "convert"),
     Mutant("mlx-of-the-smallest-rank", "peft/language_forms.py", "r = max(module.r", "r = min(module.r", "convert"),
-    Mutant("gguf-of-one-head-count", "peft/language_forms.py", 'heads=heads[inner.endswith("k_proj")]', "heads=heads[0]", "convert"),
+    Mutant("gguf-of-one-head-count", "peft/language_forms.py", 'count = heads[inner.endswith("k_proj")]', "count = heads[0]", "convert"),
     Mutant("gguf-scales-by-rank-only-once", "peft/language_forms.py", "module.scale * module.r / alpha)", "module.scale / alpha)", "convert"),
     Mutant("only-one-text-encoder-is-numbered", "peft/image_forms.py", "numbered = flux or not components", "numbered = not components", "convert"),
     Mutant("a-doubt-is-converted", "peft/image_forms.py", "    if given.doubts:\n", "    if not given.pairs:\n", "convert"),
