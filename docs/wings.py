@@ -219,7 +219,8 @@ def draw(graph: dict[str, set[str]]) -> Any:
         axes.set_axis_off()
         for node, (x, y) in at.items():
             names = boxes[node].names
-            text = f"$\\bf{{{node}/}}$\n{names}" if names else node.replace("_", " ")
+            bold = node.replace("_", r"\_")  # a subscript otherwise
+            text = f"$\\bf{{{bold}/}}$\n{names}" if names else node.replace("_", " ")
             colour = ml.plots.BLUE if names else ml.plots.GREY
             box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}
             axes.text(x, y, text, ha="center", va="center", fontsize=8 if names else 10, bbox=box, zorder=3)

@@ -100,6 +100,14 @@ def diagram(graph):
     return wings.draw(graph)
 
 
+def test_no_name_in_the_diagram_has_a_subscript(diagram):
+    """An underscore in bold is the beginning of one, unless it is escaped."""
+    labels = [text.get_text() for text in diagram.axes[0].texts]
+    bold = [label.split("$")[1] for label in labels if "$" in label]
+    assert any(r"lora\_files" in name for name in bold)
+    assert not [name for name in bold if re.search(r"(?<!\\)_", name)]
+
+
 def test_every_box_is_inside_the_diagram(diagram):
     diagram.draw_without_rendering()
     for text in diagram.axes[0].texts:
