@@ -19,6 +19,7 @@ from ..errors import ConfigError, MismatchError, UnsupportedError, short
 from ..formats.safetensors import Tensors
 from ..table import counted
 
+PREFIX = "base_model.model."  # before every name in PEFT's files
 A, B = "lora_A.weight", "lora_B.weight"
 TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
@@ -64,9 +65,9 @@ def plain(tensors: Tensors, key: str, shape: tuple[int, ...] | None = None) -> E
     return Entry(shape, tensors.dtypes[key], lambda: tensors[key].reshape(shape))
 
 
-def turned(tensors: Tensors, key: str) -> Entry:
-    """A matrix of the file, transposed."""
-    return Entry(tensors.shapes[key][::-1], tensors.dtypes[key], lambda: tensors[key].T)
+def turned(entry: Entry) -> Entry:
+    """A matrix, transposed."""
+    return Entry(entry.shape[::-1], entry.dtype, lambda: entry.read().T)
 
 
 def reordered(entry: Entry, order: Callable[[np.ndarray], np.ndarray]) -> Entry:

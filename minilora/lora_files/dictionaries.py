@@ -61,8 +61,8 @@ def read_mlx(tensors: Tensors, keys: Keys, scale: float, notes: tuple[str, ...] 
             what = f"lora_a {a} and lora_b {b}"
             raise MismatchError(f"{tensors.where}: {module} has {what}; expected (I, r) and (r, O)")
         first, second = (TABLE_A, TABLE_B) if module.rpartition(".")[2] in TABLES else (A, B)
-        entries[f"{module}.{first}"] = turned(tensors, part["a"])
-        entries[f"{module}.{second}"] = turned(tensors, part["b"])
+        entries[f"{module}.{first}"] = turned(plain(tensors, part["a"]))
+        entries[f"{module}.{second}"] = turned(plain(tensors, part["b"]))
         alphas[module] = scale * a[1]
         if "magnitude" in part:
             entries[f"{module}.{MAGNITUDE}"] = plain(tensors, part["magnitude"])

@@ -20,6 +20,7 @@ from ..formats.safetensors import Tensors, json_object
 from ..table import counted
 from .contents import (
     MAGNITUDE,
+    PREFIX,
     TABLE_A,
     TABLE_B,
     A,
@@ -35,7 +36,6 @@ from .contents import (
 from .grammar import Keys
 from .recognise import CONFIG, WEIGHTS
 
-PEFTS = "base_model.model."  # the beginning of PEFT's names
 CONFIGS = "lora_adapter_metadata"  # in diffusers' headers: PEFT's config of each component
 NUMBERS = ("lora_alpha", "network_alpha", "alpha")  # in other headers: one for all modules
 SPLIT = "processor.qkv_lora."  # XLabs adapts q, k and v of a single block's linear1, which also has the MLP's
@@ -70,7 +70,7 @@ def read_image(tensors: Tensors, keys: Keys, alpha: float | None = None) -> Cont
     notes = []
     if without:
         first = next(iter(keys.parts[without[0]].values()))
-        if first.startswith(PEFTS):
+        if first.startswith(PREFIX):
             config, name = Path(tensors.where).with_name(CONFIG), Path(tensors.where).name
             what = f"is missing, and only it has the scale of {name}; or give the alpha"
             if exists(config):

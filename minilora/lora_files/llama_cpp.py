@@ -48,7 +48,8 @@ def read_gguf(path: Path, heads: tuple[int, int] | None = None) -> Contents:
         module = path_of(match[1])
         table = module.endswith("embed_tokens")
         kind = {"a": TABLE_A if table else A, "b": TABLE_B if table else B}[match[2]]
-        entry = turned(tensors, name) if table and match[2] == "a" else plain(tensors, name)
+        entry = plain(tensors, name)
+        entry = turned(entry) if table and match[2] == "a" else entry
         order = rows_of(str(path), module, heads) if permuted and match[2] == "b" else None
         entries[f"{module}.{kind}"] = reordered(entry, order) if order else entry
         if alpha:

@@ -23,7 +23,10 @@ import numpy as np
 from ..errors import ConfigError, MismatchError, NonFiniteError, UnsupportedError, nearest, short
 from ..formats.atomic import write_atomic, write_folder
 from ..formats.safetensors import Tensors, layout, open_tensors, sealed, stored
-from ..lora_files.contents import TABLE_A, A, Contents
+from ..lora_files import contents
+from ..lora_files.contents import PREFIX as PREFIX
+from ..lora_files.contents import Contents
+from ..lora_files.grammar import WRAPPERS
 from ..lora_files.opening import read_contents
 from ..lora_files.recognise import CONFIG, PEFT, WEIGHTS, recognised, whose
 from ..table import counted
@@ -44,10 +47,8 @@ from .kinds import KINDS, vectors
 from .patterns import starts
 
 PATTERNS = "rank_pattern", "alpha_pattern"
-PREFIX = "base_model.model."
-WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BEFORE = re.compile(r"((_forward_module|module|model)\.)*(base_model\.model\.)+")  # module: DDP, DeepSpeed
-FACTORS, OF_TABLE = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+FACTORS, OF_TABLE = (contents.A, contents.B), (contents.TABLE_A, contents.TABLE_B)
 COPY, BIAS = "base_layer.weight", "base_layer.bias"
 ADDED = {  # tensors that act beside B A, and the config's field for each
     "lora_B.bias": "lora_bias", "token_adapter.trainable_tokens_delta": "trainable_token_indices",
@@ -188,7 +189,7 @@ def of_contents(where: Path, given: Contents) -> Adapter:
 
 def rank_of(tensors: Tensors, module: str) -> int:
     """r by the shape of A; 1 where there is no A, which is an error elsewhere."""
-    shape = tensors.shapes.get(f"{module}.{A}") or tensors.shapes.get(f"{module}.{TABLE_A}")
+    shape = tensors.shapes.get(f"{module}.{FACTORS[0]}") or tensors.shapes.get(f"{module}.{OF_TABLE[0]}")
     return max(shape[0], 1) if shape else 1
 
 

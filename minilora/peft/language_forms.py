@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ConfigError, MismatchError, NonFiniteError, UnsupportedError, nearest, short
 from ..formats.atomic import read
 from ..formats.gguf import NAMES, neighbours, package
-from ..lora_files.contents import Entry, reordered
+from ..lora_files.contents import Entry, reordered, turned
 from ..lora_files.dictionaries import TABLES
 from ..lora_files.llama_cpp import PERMUTED
 from .image_forms import Module, Written, folded
@@ -113,15 +113,10 @@ def gguf(
                 what = f"{module.B.shape[0]} rows; expected pairs for the base's {count} heads"
                 raise MismatchError(f"{path} has {what}")
             B = reordered(B, functools.partial(neighbours, heads=count))
-        tensors[f"{name}.lora_a"] = transposed(A) if module.table else A
+        tensors[f"{name}.lora_a"] = turned(A) if module.table else A
         tensors[f"{name}.lora_b"] = B
     values = {"general.architecture": architecture, "adapter.lora.alpha": float(alpha)}
     return values, tensors
-
-
-def transposed(entry: Entry) -> Entry:
-    """A matrix, transposed."""
-    return Entry(entry.shape[::-1], entry.dtype, lambda: entry.read().T)
 
 
 def gguf_bytes(values: Mapping[str, Any], tensors: Mapping[str, Entry]) -> bytes:
