@@ -41,7 +41,9 @@ HEADER = re.compile(  # of an array, as NumPy and MLX write it
 LONGEST = 10_000  # bytes of it
 DAMAGED = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # what zipfile raises
 USUAL = 20.0  # the scale of MLX's LoRA where no config gives one
-APART = ("MLX", "torchtune", "loralib")  # tools whose names no other tool's file has beside its own
+APART = {  # tools whose names no other tool's file has beside its own -> the parts that they write
+    "MLX": {"a", "b", "magnitude"}, "torchtune": {"A", "B", "magnitude"}, "loralib": {"A", "B"},
+}  # fmt: skip
 
 
 def read_contents(
@@ -118,6 +120,11 @@ def checked(tensors: Tensors, expected: str | None = None) -> Keys:
     if (expected and tools != {expected}) or (len(tools) > 1 and tools & {*APART}):
         what = f"names of {' and of '.join(sorted(tools))}"
         raise MismatchError(f"{tensors.where}: has {what}; expected those of {expected or 'one tool'}")
+    for part in keys.parts.values():
+        own = APART.get(tool := max(tools), part.keys())
+        if strange := sorted(part.keys() - own):
+            what = f"{short(part[strange[0]])} is no part of a file of {tool}"
+            raise MismatchError(f"{tensors.where}: {what}; expected only {', '.join(sorted(own))}")
     return keys
 
 

@@ -251,6 +251,13 @@ REFUSED = [
     ("llama.cpp", "names with odd characters", MismatchError, "the tensor name '.* is invalid",
      [partial(llama, tensors={name: (2, 2)}) for name in ("a b", "\x1b[2J", "a" * 600)]),
     ("llama.cpp", "cut", FormatError, "m.gguf: ", cut(llama)),
+    ("MLX", "a part of kohya's", MismatchError, "alpha' is no part of a file of MLX; expected only a, b,",
+     with_(mlx, {f"{MLX}.alpha": ones(1)})),
+    ("torchtune", "a part of kohya's", MismatchError, "no part of a file of torchtune; expected only A, B,",
+     with_(file({"output.lora_a.weight": ones(2, 3), "output.lora_b.weight": ones(8, 2)}),
+           *({f"lm_head.{end}": ones(1)} for end in ("alpha", "dora_scale", "lora_mid.weight")))),
+    ("loralib", "a part of kohya's", MismatchError, "no part of a file of loralib; expected only A, B$",
+     with_(loralib, {f"{LIB}.alpha": np.float32(1)})),
 ]  # fmt: skip
 NUMBERS = [  # opened, but the numbers are refused
     ("kohya", "not finite", NonFiniteError, "not finite, the first at",
