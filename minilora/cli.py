@@ -343,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", "seed of the entries that dare drops", **number)
     add("--overwrite", again, **switch)
     add("--json", table, **switch)
-    of = Of("compose.export", "merge_checkpoint", {"dtype": "the base's"})
+    of = Of("merging.merge", "merge_checkpoint", {"dtype": "the base's"})
     add = command(
         "merge", of.report, of.usual, "merge an adapter into a base, and measure how much the logits change"
     )
