@@ -92,7 +92,7 @@ def test_magnitudes_of_inputs_are_read_and_refused_where_there_is_no_place_for_t
         lambda: ml.compress(source, folder, rank=1),
         lambda: ml.combine([(source, 1.0)], folder),
     ):
-        with pytest.raises(UnsupportedError, match="magnitude of each input|dora_scale"):
+        with pytest.raises(UnsupportedError, match=r"magnitude of each input|dora_scale"):
             refuse()
         assert not folder.exists()
 
