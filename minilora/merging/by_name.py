@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import one_blas_thread
 from ..errors import InputError, NonFiniteError, nearest
 from ..formats.atomic import check_free, make_folder, read_pieces, refuse_same, write_atomic, write_folder
 from ..formats.huggingface import fingerprint, heads_in, read_json, weights
@@ -35,7 +36,7 @@ from .places import Part
 from .plan import Base, Plan, opened, planned
 
 LIMIT = 40  # modules that a terminal shows
-BLOCK = 1 << 18  # numbers that are added at a time
+BLOCK = 1 << 15  # numbers that are added at a time
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")  # of any form
 Progress = Callable[[int, int], None]
 
@@ -68,6 +69,7 @@ class MergeByName:
         return [*made, f"{self.out}: written in {self.dtype}", *(f"note: {note}" for note in self.notes)]
 
 
+@one_blas_thread()  # a block is too small for more
 def merge_by_name(
     base: Path | str,
     adapter: Path | str,
