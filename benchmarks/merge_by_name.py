@@ -101,8 +101,8 @@ def main() -> None:
     text = (
         f"# Merging by names beside a plain copy (`python benchmarks/merge_by_name.py`)\n\n"
         f"A base of {size / 1e6:,.0f} MB in bfloat16, {LAYERS * len(MAPS)} maps in {SHARDS} shards, and a "
-        f"LoRA with r = {R} on each. The largest tensor takes {8 * largest / 1e6:.0f} MB in float64. Medians of "
-        f"{rounds} runs, and the highest peak; {about['cores']} cores of {about['processor']}, "
+        f"LoRA with r = {R} on each. The largest tensor takes {8 * largest / 1e6:.0f} MB in float64. Medians "
+        f"of {rounds} runs, and the highest peak; {about['cores']} cores of {about['processor']}, "
         f"Python {about['python']}, NumPy {about['numpy']}. The machine's load before it was {load:.1f}."
         f"\n\n{table}\n"
     )
