@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .analysis.inspect import inspect
     from .completion import complete
     from .compose.combine import add_weighted_adapter, combine
-    from .compose.export import merge_checkpoint
     from .compose.extract import extract
     from .compose.quantize import quantize_checkpoint
     from .compose.truncate import compress
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from .fast.packed import PackedRun, train_packed
     from .formats.huggingface import checkpoint, load, save_model
     from .formats.tokenizer import decode, encode
+    from .merging.merge import merge_checkpoint
     from .methods.bottleneck import BottleneckConfig
     from .methods.intrinsic import subspace
     from .methods.prefixes import PrefixTuningConfig, PromptTuningConfig
@@ -66,7 +66,7 @@ LATER = {  # imported on first use
     "analysis.inspect": ("inspect",),
     "completion": ("complete",),
     "compose.combine": ("add_weighted_adapter", "combine"),
-    "compose.export": ("merge_checkpoint",),
+    "merging.merge": ("merge_checkpoint",),
     "compose.extract": ("extract",),
     "compose.quantize": ("quantize_checkpoint",),
     "compose.truncate": ("compress",),

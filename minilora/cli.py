@@ -343,13 +343,17 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", "seed of the entries that dare drops", **number)
     add("--overwrite", again, **switch)
     add("--json", table, **switch)
-    of = Of("compose.export", "merge_checkpoint", {"dtype": "the base's"})
+    of = Of("merging.merge", "merge_checkpoint", {"dtype": "the base's"})
     add = command(
-        "merge", of.report, of.usual, "merge an adapter into a base, and measure how much the logits change"
+        "merge",
+        of.report,
+        of.usual,
+        "merge an adapter into a base, and measure what changes and what is lost",
     )
-    add("base", bases, metavar="BASE")
+    add("base", f"{bases}; or any base in safetensors: a file, a model's folder or a diffusers pipeline's",
+        metavar="BASE")  # fmt: skip
     add("adapter", "a LoRA: PEFT's folder, or another tool's file", metavar="ADAPTER")
-    add("out", "the merged model's folder", metavar="OUT")
+    add("out", "the merged base: a folder, or of a file a .safetensors", metavar="OUT")
     add("--dtype", "float32, bfloat16, ...", metavar="NAME")
     add("--force", "merge even if the adapter was trained on another base", **switch)
     add("--json", table, **switch)

@@ -46,7 +46,7 @@ from minilora.adapters import remove
 from minilora.analysis import count
 from minilora.analysis import inspect as microscope
 from minilora.backend import to_host
-from minilora.compose import export, truncate
+from minilora.compose import truncate
 from minilora.data import corpora, examples
 from minilora.errors import MiniloraError, NonFiniteError
 from minilora.experiments import harness, rank_report, rank_sweep, rows
@@ -55,6 +55,7 @@ from minilora.formats.checkpoint import save_checkpoint
 from minilora.formats.checkpoint import sealed as seal_of_checkpoint
 from minilora.lora import Adapted, merge, owners, unmerge
 from minilora.lora_files import contents, dictionaries, grammar, image, llama_cpp, names, opening, recognise
+from minilora.merging import llama
 from minilora.peft import config, folder, loading
 from minilora.peft.folder import CONFIG, WEIGHTS
 from minilora.tree import digest, named_params
@@ -452,7 +453,7 @@ class Bases(Readers):
     def merged(self):
         """A merged base has what is not adapted as it was, up to the rounding of what it is stored as."""
         atomic.remove_tree(self.out)
-        report = export.merge_checkpoint(self.where, self.adapter, self.out)
+        report = llama.merge_llama(self.where, self.adapter, self.out)
         assert all(line.isprintable() for line in str(report).splitlines()), ascii(str(report))
         before, after = (huggingface.checkpoint(where).tensors for where in (self.where, self.out))
         same = [name for name in before if not name.endswith(("q_proj.weight", "v_proj.weight"))]

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from test_cli import minilora_, one_line
 
 from minilora import cli, finetune, session
-from minilora.compose.export import merge_checkpoint
 from minilora.compose.quantize import quantize_checkpoint
 from minilora.data import batching
 from minilora.data.examples import examples, padded
@@ -33,6 +32,7 @@ from minilora.finetune import Recipe, texts
 from minilora.formats import tokenizer
 from minilora.formats.huggingface import BASE, load, read_json
 from minilora.formats.tokenizer import Tokenizer, stream
+from minilora.merging.merge import merge_checkpoint
 from minilora.methods.lora_config import LoraConfig
 from minilora.methods.quantize import quantize
 from minilora.model import Config, llama

@@ -27,7 +27,7 @@ from minilora.analysis import count
 from minilora.analysis import inspect as microscope
 from minilora.analysis.tables import SORTS
 from minilora.claims import ledger
-from minilora.compose import combine, export, extract, truncate
+from minilora.compose import combine, extract, truncate
 from minilora.compose import quantize as compose_quantize
 from minilora.data import corpora
 from minilora.experiments import (
@@ -41,6 +41,7 @@ from minilora.experiments import (
 )
 from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
+from minilora.merging import merge as merging
 from minilora.methods import bitsandbytes
 from minilora.model import Config, llama
 from minilora.peft import convert, loading
@@ -135,7 +136,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "extract": [(extract, "extract", Found())],
     "convert": [(convert, "convert", Found())],
     "combine": [(combine, "combine", Found())],
-    "merge": [(export, "merge_checkpoint", Found())],
+    "merge": [(merging, "merge_checkpoint", Found())],
     "quantize": [(compose_quantize, "quantize_checkpoint", Found())],
     "params": [(count, "count", Found())],
     "modules": [(count, "modules", Found())],

@@ -22,12 +22,12 @@ import minilora
 from minilora import cli, errors
 from minilora.analysis import figures, report
 from minilora.analysis.measures import BesideOther
-from minilora.compose import export
 from minilora.errors import MiniloraError
 from minilora.experiments import merge_equivalence, rank_figures
 from minilora.experiments.harness import sealed
 from minilora.experiments.rank_report import figure_names, pictures, report_page, table
 from minilora.formats import huggingface, tokenizer
+from minilora.merging import llama as merging
 from minilora.table import Table, counted, drawn, html, markup, plain, printed
 
 PIECES = (
@@ -332,7 +332,7 @@ def test_a_figure_in_a_notebook_is_escaped_too():
 
 
 def test_a_model_card_is_escaped():
-    card = export.card(types.SimpleNamespace(where=Path(NASTY[1])), Path(NASTY[1]))
+    card = merging.card(types.SimpleNamespace(where=Path(NASTY[1])), Path(NASTY[1]))
     assert card.encode().count(b"\n") == 1
     assert calm(card)
 

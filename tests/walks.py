@@ -265,6 +265,9 @@ PLACES = (
     Place("combine --overwrite", [*COMBINE, "--overwrite"], old=True),
     Place("convert", ["convert", "in/adapter", "work/out", "--to", "mlx"], inputs=ADAPTER),
     Place("merge", ["merge", "in/base", "in/adapter", "work/out"], inputs=("in/base", "in/adapter")),
+    Place("merge by names", ["merge", "in/named", "in/adapter", "work/out"], inputs=("in/named", *ADAPTER)),
+    Place("merge of a file", ["merge", "in/named.safetensors", "in/adapter", "work/out/new.safetensors"],
+          whole=False, inputs=ADAPTER),
     Place("quantize", ["quantize", "in/base", "work/out"], inputs=BASE),
     Place("quantize --overwrite", ["quantize", "in/base", "work/out", "--overwrite"], old=True),
     Place("train", TRAIN, inputs=BASE),
@@ -332,6 +335,10 @@ def make_world(root):
     model = llama(Config(**TINY), np.random.default_rng(1))
     spoken = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ messages }}"}
     save_model(model, root / "in" / "base", "", {"eos_token_id": 10}, beside=spoken)
+    shutil.copytree(root / "in" / "base", root / "in" / "named")  # of a kind that is merged by names
+    config = json.loads((root / "in/named/config.json").read_text()) | {"model_type": "qwen2"}
+    (root / "in/named/config.json").write_text(json.dumps(config))
+    shutil.copy(root / "in/named/model.safetensors", root / "in/named.safetensors")
     for p in named_params(model).values():
         p.data += 0.25 if p.data.ndim == 1 else np.float32(0.5) * p.data[::-1]
     save_model(model, root / "in" / "tuned", "")

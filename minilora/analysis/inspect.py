@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backend import cores, one_blas_thread
-from ..errors import MiniloraError, MismatchError, check_int, nearest
+from ..errors import MiniloraError, MismatchError, UnsupportedError, check_int, nearest
 from ..formats.atomic import named_errors
 from ..formats.huggingface import heads_in, weights
+from ..formats.safetensors import Tensors
 from ..lora_files.recognise import step
+from ..merging.places import Names, Place, misfit, places, weight_of
 from ..peft.folder import Adapter, open_adapter
 from ..peft.kinds import KINDS
 from ..table import Table, counted, report
 from . import tables as tabled
-from .measures import ENERGY, Group, Module, group, look, placed, weight_of
+from .measures import ENERGY, Group, Module, group, look
 from .names import order, place
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ def inspect(
         raise MismatchError(f"{adapter}: {what}; {nearest(modules, opened.pairs)}")
     other = None if against is None else selected(open_adapter(against, heads=heads), modules)
     tensors = None if base is None else weights(base)
-    places = {} if tensors is None else placed(given, tensors)
+    found = {} if tensors is None else compared(given, tensors)
     common = given.pairs.keys() & other.pairs.keys() if other else set()
     if other and not common:
         near = nearest(next(iter(given.pairs)), other.pairs)
@@ -141,7 +143,7 @@ def inspect(
     measured: list[Module] = []
 
     def one(name: str) -> Module:
-        W = weight_of(tensors, *places[name]) if tensors is not None and name in places else None
+        W = weight_of(tensors, found[name]) if tensors is not None and name in found else None
         return look(given, name, W, other if name in common else None, whole)
 
     with contextlib.ExitStack() as stack:  # a thin QR is too small for BLAS threads
@@ -157,6 +159,9 @@ def inspect(
     for kind in KINDS:
         if kind.flag in given.settings.flags:
             notes.append(f"{kind.adapter.__name__}: the numbers are those of B A alone; {kind.besides}")
+    if given.by_inputs:
+        what = "its magnitudes also scale the columns of W + ΔW"
+        notes.append(f"DoRA: the numbers are those of B A alone; {what}")
     if replaced := len(given.replaced) + sum(pair.bias is not None for pair in given.pairs.values()):
         what = counted(replaced, "parameter is", "parameters are")
         notes.append(f"{what} replaced in full, not in the numbers")
@@ -165,7 +170,7 @@ def inspect(
             what = counted(len(alone), "module is", "modules are")
             notes.append(f"{what} adapted by only one of the two, such as {min(alone)}")
         notes += [f"{against}: {note}" for note in other.all_notes]
-    if tensors is not None and (apart := [name for name in given.pairs if name not in places]):
+    if tensors is not None and (apart := [name for name in given.pairs if name not in found]):
         what = counted(len(apart), "module is", "modules are")
         notes.append(f"{what} not in the base, or in another shape, such as {apart[0]}")
     if any(m.base and m.base.intruders is None for m in measured):
@@ -179,6 +184,18 @@ def inspect(
         str(adapter), None if base is None else str(base), None if against is None else str(against),
         tuple(measured), parameters, tuple(notes), given.tensors.metadata,
     )  # fmt: skip
+
+
+def compared(given: Adapter, base: Tensors) -> dict[str, Place]:
+    """Module -> its place in a base, where there is one.
+
+    MismatchError if no module has one; UnsupportedError if the adapter numbers its layers unlike the base.
+    """
+    if beside := [field for field in given.settings.beside if field.startswith("layer_replication")]:
+        raise UnsupportedError(f"{given.where}: {beside[0]}; the base numbers its layers differently")
+    if found := places(given, names := Names(base)):
+        return found
+    raise misfit(given, names, next(iter(given.pairs)))
 
 
 def selected(adapter: Adapter, pattern: str) -> Adapter:

@@ -20,9 +20,7 @@ import numpy as np
 from .. import spectra
 from ..backend import Array, to_device, to_host
 from ..compose.ranks import choose
-from ..errors import MismatchError, NonFiniteError, UnsupportedError, nearest
-from ..formats.huggingface import name_in, transposed
-from ..formats.safetensors import Tensors
+from ..errors import MismatchError, NonFiniteError
 from ..peft.folder import Adapter
 from ..spectra import norm, quotient, rank_at, similarity
 from ..targets import LAYER
@@ -157,38 +155,6 @@ def ranks(S: np.ndarray) -> Ranks:
 def noise(shape: tuple[int, int], r: int) -> Ranks:
     """The four measures of noise: B A with Gaussian factors, the mean spectrum of four draws."""
     return ranks(spectra.noise_spectrum(shape, np.random.default_rng(0), r, draws=4))
-
-
-def placed(given: Adapter, base: Tensors) -> dict[str, tuple[str, bool]]:
-    """Module -> its weight's name in the base, and whether that is stored (I, O), where the shapes agree.
-
-    MismatchError if none do; UnsupportedError if the adapter numbers its layers unlike the base.
-    """
-    if beside := [field for field in given.settings.beside if field.startswith("layer_replication")]:
-        raise UnsupportedError(f"{given.where}: {beside[0]}; the base numbers its layers differently")
-    places = {}
-    for name, pair in given.pairs.items():
-        key = name_in(base, name)
-        O, *rest = base.shapes.get(key) or (0,)  # noqa: E741
-        shape = O, math.prod(rest)
-        turned = pair.embedding or transposed(base.shapes, key.removesuffix(".weight"))
-        if turned is None:  # the base does not tell
-            turned = given.settings.fan_in_fan_out and pair.shape == shape[::-1]
-        if pair.shape == (shape[::-1] if turned else shape):
-            places[name] = key, turned
-    if not places:
-        name, pair = next(iter(given.pairs.items()))
-        if (key := f"{name}.weight") not in base:
-            raise MismatchError(f"{given.where}: the base has no {key}; {nearest(key, base)}")
-        raise MismatchError(f"{given.where}: {name} is {pair.shape}; the base's is {base.shapes[key]}")
-    return places
-
-
-def weight_of(base: Tensors, key: str, turned: bool) -> np.ndarray:
-    """W (O, I) of a module in float64; a convolution's is flattened to a matrix."""
-    W = base[key].astype(np.float64)
-    W = W.reshape(len(W), -1)
-    return W.T if turned else W
 
 
 def beside_base(given: Adapter, name: str, W: Array, U: Array, S: Array, Vt: Array, whole: int) -> BesideBase:

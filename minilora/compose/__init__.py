@@ -1,1 +1,1 @@
-"""Adapters and bases made from others: summed, truncated, extracted, merged, quantized."""
+"""Adapters and bases made from others: summed, truncated, extracted, quantized."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import to_device, to_host
-from ..errors import MismatchError
+from ..errors import MismatchError, UnsupportedError
 from ..formats.atomic import check_free, refuse_same
 from ..layers import Factors
 from ..peft.config import peft_config
@@ -141,6 +141,9 @@ def compress(
     given = open_adapter(adapter)
     if given.unread:
         raise MismatchError(f"{given.where}: {given.unread[0]}; a smaller file would lack it")
+    if given.by_inputs:
+        what = f"{given.by_inputs[0]} has a magnitude of each input"
+        raise UnsupportedError(f"{given.where}: {what}, which a PEFT folder cannot hold")
     refuse_same(out, given.where)
     check_free(out, overwrite)
     config, omitted = corrected(given)

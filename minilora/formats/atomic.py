@@ -34,6 +34,7 @@ BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and
 OURS = re.compile(r"\.(?P<name>.+)\.\d+\.[0-9a-f]{8}\.(?P<kind>tmp|old)")  # the names that `temporary` makes
 BLOB = re.compile(r"(?P<up>(?:\.\./){2,9})blobs/(?P<hash>[0-9A-Za-z_-]{1,255})")
 EXCHANGE, AT_FDCWD = 2, -100  # Linux's renameat2
+PIECE = 1 << 24  # bytes that are copied at a time
 
 
 class Stamp(NamedTuple):
@@ -165,6 +166,16 @@ def read_at(path: Path | str, start: int, count: int, stamp: Stamp | None = None
         if stamp and stamp != Stamp.of(fd):  # after reading: it may have changed meanwhile
             raise StorageError(f"{path}: has been changed or replaced since it was opened; open it again")
         return data
+
+
+def read_pieces(
+    path: Path | str, start: int = 0, stop: int | None = None, stamp: Stamp | None = None
+) -> Iterator[bytes]:
+    """The bytes of a regular file, or some of them, piece by piece; errors as in `read_at`."""
+    stamp = stamp or stamp_of(path)
+    end = stamp.size if stop is None else stop
+    for at in range(start, end, PIECE):
+        yield read_at(path, at, min(PIECE, end - at), stamp)
 
 
 def part(path: Path | str, fd: int, start: int, count: int) -> bytes:

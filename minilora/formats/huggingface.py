@@ -53,7 +53,17 @@ from ..model import Config, Llama, RopeScaling, blank
 from ..tree import dtype_of, freeze, named_params, replace, walk
 from . import archives, gguf
 from .atomic import exists, read, write_atomic, write_folder
-from .safetensors import CALLED, Tensors, json_object, layout, open_tensors, refuse_pointer, sealed, stored
+from .safetensors import (
+    CALLED,
+    Tensors,
+    joined,
+    json_object,
+    layout,
+    open_tensors,
+    refuse_pointer,
+    sealed,
+    stored,
+)
 from .tokenizer import FILES, Tokenizer, tokenizer
 
 NAMES = ("base", "smollm2")  # of models; a name wins over a path
@@ -92,11 +102,11 @@ FORWARD = {  # values that the forward pass here can run; the first is the defau
     "sliding_window": (None,),
     "partial_rotary_factor": (None, 1),
 }
-PART = re.compile(r"(unet|transformer|prior|diffusion_model|text_encoder(_[23])?)\.")  # of a pipeline
 ROOTS = ("transformer.", "model.")  # names in a model with a head begin with it; without a head they do not
 BARE = re.compile(r"h\.[0-9]+\.")  # names in public files of GPT-2 and BLOOM begin so; PEFT's do not
 STEMS = ("model", "diffusion_pytorch_model")  # of tensor files
 OWN = re.compile(rf"({'|'.join(STEMS)})(-[0-9]+-of-[0-9]+)?\.safetensors(\.index\.json)?")
+INDEX = re.compile(r".+\.safetensors\.index(\.[\w-]+)?\.json")  # of any stem and variant
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")  # the name of a model on the hub
 CONV1D = ("c_attn", "c_fc", "q_attn", "c_proj")  # GPT-2's maps, (I, O); other models' are (O, I)
@@ -149,8 +159,12 @@ def weights(spec: Path | str) -> Tensors:
     """The tensors of a checkpoint of any architecture, by the names of its modules in PEFT.
 
     They are not compared with the config, since no forward pass runs. Buffers are left out, and so is a tied
-    head that only repeats the embedding table.
+    head that only repeats the embedding table. Of a diffusers pipeline each name begins with its component's.
     """
+    if parts := components(where := Path(spec)):
+        models = {name: open_folder(folder) for name, folder in parts.items()}
+        homes = {f"{name}.{own}": (model, own) for name, model in models.items() for own in model}
+        return joined(str(where), homes)
     where = located(spec)
     if where.suffix == ".gguf":
         return gguf.open_gguf(where)[1]
@@ -169,17 +183,6 @@ def root_of(config: Mapping[str, Any], names: Iterable[str]) -> str:
     return ROOTS[0] if ("Head" in kind or "For" in kind) and any(map(BARE.match, names)) else ""
 
 
-def name_in(base: Mapping[str, Any], module: str) -> str:
-    """The name of a module's weight in a base, whose names may have a prefix more or less than PEFT's."""
-    key = f"{module}.weight"
-    names = [key, *(root + key for root in ROOTS), *(key.removeprefix(root) for root in ROOTS)]
-    names += [TABLE] if key == TIED else []
-    if PART.match(key):  # a pipeline's component in a file of its own, or in a checkpoint of all
-        inner = key.partition(".")[2]
-        names += [inner, f"model.diffusion_model.{inner}"]
-    return next((name for name in names if name in base), key)
-
-
 def heads_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The numbers of query and key heads in a config, None if it has none; ConfigError for a wrong one."""
     queries = config.get("num_attention_heads")
@@ -194,7 +197,7 @@ def heads_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def heads_in(spec: Path | str) -> tuple[int, int] | None:
     """The same of a checkpoint, None if there is no config.json."""
-    path = located(spec) / "config.json"
+    path = (Path(spec) if components(Path(spec)) else located(spec)) / "config.json"
     return heads_of(read_json(path)) if exists(path) else None
 
 
@@ -389,15 +392,22 @@ def smollm2(cache: Path | None = None) -> Path:
 
 def open_folder(folder: Path) -> Tensors:
     """All tensors of a checkpoint's folder, in one file or in those that its index names."""
-    files = [(folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json") for name in STEMS]
-    single, index = next((pair for pair in files if any(map(exists, pair))), files[0])
-    if exists(single) or not exists(index):  # with both, transformers takes the single file
-        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
-        if pickles and not exists(single):
-            raise UnsupportedError(
-                f"{folder}: has only {pickles[-1]}, a pickle, which can run code; expected safetensors"
-            )
-        return unpacked(open_tensors(single))
+    _, files = weight_files(folder)
+    if len(files) == 1:
+        return unpacked(next(iter(files.values())))
+    homes = {name: (file, name) for file in files.values() for name in file}
+    return unpacked(joined(str(folder), homes))
+
+
+def weight_files(folder: Path) -> tuple[Path | None, dict[Path, Tensors]]:
+    """The index of a checkpoint's folder, if one counts, and its tensor files; only their headers are read.
+
+    With a file and an index the file counts, as in transformers. Other names, such as a variant's
+    model.fp16.safetensors, count if there is one.
+    """
+    single, index = sources(folder)
+    if index is None:
+        return None, {single: open_tensors(single)}
     weight_map = read_json(index, limit=1 << 24).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise FormatError(f"{index}: weight_map is {short(weight_map)}; expected file names by tensor")
@@ -407,17 +417,39 @@ def open_folder(folder: Path) -> Tensors:
         for tensor in sorted(listed ^ set(shard)):
             state = "is not in this file" if tensor in listed else "is in this file but not in weight_map"
             raise MismatchError(f"{index}: {name}: {short(tensor)} {state}")
-    where = {tensor: shards[name] for tensor, name in weight_map.items()}
-    shapes = {tensor: shard.shapes[tensor] for tensor, shard in where.items()}
-    dtypes = {tensor: shard.dtypes[tensor] for tensor, shard in where.items()}
+    return index, {folder / name: shard for name, shard in shards.items()}
 
-    def fetch(tensor: str) -> np.ndarray:
-        return where[tensor][tensor]
 
-    def bytes_of(tensor: str) -> np.ndarray:
-        return where[tensor].bytes_of(tensor)
+def sources(folder: Path) -> tuple[Path, Path | None]:
+    """The tensor file of a checkpoint's folder, and the index that counts instead, if one does."""
+    for stem in STEMS:
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if exists(single):
+            return single, None
+        if exists(index):
+            return single, index
+    names = sorted(path.name for path in folder.glob("*"))
+    indices = [name for name in names if INDEX.fullmatch(name)]
+    files = [name for name in names if name.endswith(".safetensors")]
+    if len(indices) == 1:
+        return folder / files[0] if files else folder, folder / indices[0]
+    if len(files) == 1 and not indices:
+        return folder / files[0], None
+    if files:
+        what = f"has {len(files)} tensor files, such as {short(files[0])}"
+        raise StorageError(f"{folder}: {what}; expected one, or one index")
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        raise UnsupportedError(
+            f"{folder}: has only {pickles[-1]}, a pickle, which can run code; expected safetensors"
+        )
+    return folder / f"{STEMS[0]}.safetensors", None
 
-    return unpacked(Tensors(str(folder), shapes, dtypes, fetch, bytes_of=bytes_of))
+
+def components(where: Path) -> dict[str, Path]:
+    """The models of a diffusers pipeline, by the names of their folders; {} for anything else."""
+    if not exists(where / "model_index.json"):
+        return {}
+    return {p.name: p for p in sorted(where.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}
 
 
 def unpacked(tensors: Tensors) -> Tensors:

@@ -15,16 +15,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..digests import of_arrays
 from ..errors import FormatError, MismatchError, UnsupportedError, short
-from .atomic import read_at, stamp_of
+from .atomic import Stamp, read_at, read_pieces, stamp_of
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # in a file, and in this order
 KNOWN = FLOATS | {"U8": "u1"}  # a quantized weight's codes
@@ -92,6 +92,54 @@ def open_tensors(path: Path | str, *, adapter: bool = False) -> Tensors:
     `adapter` also 8-bit floats (E4M3) are read, and whole numbers if a tensor holds one: an alpha.
     StorageError, FormatError, UnsupportedError or MismatchError name the file and the tensor.
     """
+    start, stamp, metadata, places = header_of(path)
+
+    def fetch(name: str) -> np.ndarray:
+        dtype, shape, begin, stop = places[name]
+        if adapter and (kind := EIGHT_BIT.get(dtype) or (math.prod(shape) == 1 and WHOLE.get(dtype))):
+            if stop - begin != (need := math.prod(shape) * np.dtype(kind).itemsize):
+                what = f"has {stop - begin} bytes; expected {need}"
+                raise FormatError(f"{path}: {name}: {what} for {dtype} {short(shape)}")
+            held = np.frombuffer(read_at(path, start + begin, need, stamp), kind).reshape(shape)
+            return e4m3(held) if dtype in EIGHT_BIT else held.astype(np.float64)
+        if dtype not in FLOATS:
+            raise UnsupportedError(f"{path}: {name}: dtype is {dtype}; expected one of {', '.join(FLOATS)}")
+        raw = read_at(path, start + begin, stop - begin, stamp)
+        return values(np.frombuffer(raw, FLOATS[dtype]).reshape(shape), dtype)
+
+    def bytes_of(name: str) -> np.ndarray:
+        dtype, shape, begin, stop = places[name]
+        if dtype != "U8":
+            raise FormatError(f"{path}: {name}: dtype is {dtype}; expected U8")
+        if stop - begin != math.prod(shape):
+            raise FormatError(f"{path}: {name}: has {stop - begin} bytes; expected {short(shape)} of U8")
+        return np.frombuffer(read_at(path, start + begin, stop - begin, stamp), np.uint8).reshape(shape)
+
+    shapes = {name: place.shape for name, place in places.items()}
+    dtypes = {name: place.dtype for name, place in places.items()}
+    return Tensors(str(path), shapes, dtypes, fetch, metadata, bytes_of=bytes_of)
+
+
+class Place(NamedTuple):
+    """What a header says of a tensor; its bytes are counted from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """What a file's header says: where the numbers start, of which file, its strings, its tensors."""
+
+    start: int
+    stamp: Stamp
+    metadata: Mapping[str, str]
+    places: Mapping[str, Place]
+
+
+def header_of(path: Path | str) -> Header:
+    """The header of a safetensors file, checked; errors as in `open_tensors`."""
     stamp = stamp_of(path)
     size = stamp.size
     if size < 8:
@@ -112,7 +160,7 @@ def open_tensors(path: Path | str, *, adapter: bool = False) -> Tensors:
         raise FormatError(f"{path}: __metadata__ is {short(metadata)}; expected strings by name")
     places = {name: check_entry(path, name, entry) for name, entry in header.items()}
     end = 0
-    for name, (_, _, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+    for name, (_, _, begin, stop) in in_order(places):
         if begin != end:
             what = "overlap others" if begin < end else "leave a hole"
             raise FormatError(
@@ -121,35 +169,12 @@ def open_tensors(path: Path | str, *, adapter: bool = False) -> Tensors:
         end = stop
     if end != size - 8 - length:
         raise FormatError(f"{path}: has {size} bytes; its header says {8 + length + end}")
+    return Header(8 + length, stamp, metadata, places)
 
-    def fetch(name: str) -> np.ndarray:
-        dtype, shape, begin, stop = places[name]
-        if adapter and (kind := EIGHT_BIT.get(dtype) or (math.prod(shape) == 1 and WHOLE.get(dtype))):
-            if stop - begin != (need := math.prod(shape) * np.dtype(kind).itemsize):
-                what = f"has {stop - begin} bytes; expected {need}"
-                raise FormatError(f"{path}: {name}: {what} for {dtype} {short(shape)}")
-            held = np.frombuffer(read_at(path, 8 + length + begin, need, stamp), kind).reshape(shape)
-            return e4m3(held) if dtype in EIGHT_BIT else held.astype(np.float64)
-        if dtype not in FLOATS:
-            raise UnsupportedError(f"{path}: {name}: dtype is {dtype}; expected one of {', '.join(FLOATS)}")
-        raw = read_at(path, 8 + length + begin, stop - begin, stamp)
-        a = np.frombuffer(raw, FLOATS[dtype]).reshape(shape)
-        if dtype == "BF16":
-            return widened(a)
-        with np.errstate(invalid="ignore"):  # a signalling NaN
-            return a.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
-    def bytes_of(name: str) -> np.ndarray:
-        dtype, shape, begin, stop = places[name]
-        if dtype != "U8":
-            raise FormatError(f"{path}: {name}: dtype is {dtype}; expected U8")
-        if stop - begin != math.prod(shape):
-            raise FormatError(f"{path}: {name}: has {stop - begin} bytes; expected {short(shape)} of U8")
-        return np.frombuffer(read_at(path, 8 + length + begin, stop - begin, stamp), np.uint8).reshape(shape)
-
-    shapes = {name: shape for name, (_, shape, _, _) in places.items()}
-    dtypes = {name: place[0] for name, place in places.items()}
-    return Tensors(str(path), shapes, dtypes, fetch, metadata, bytes_of=bytes_of)
+def in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
+    """The tensors in the order of their bytes."""
+    return sorted(places.items(), key=lambda item: item[1][2:])
 
 
 def refuse_pointer(path: Path | str, start: bytes) -> None:
@@ -191,8 +216,8 @@ def check_name(path: Path | str, name: str) -> None:
         raise kind(f"{path}: the tensor name {ascii(name)[:120]} is invalid; expected {expected}")
 
 
-def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, begin, end) of one tensor's entry; errors as in `open_tensors`."""
+def check_entry(path: Path | str, name: str, entry: Any) -> Place:
+    """One tensor's entry; errors as in `open_tensors`."""
 
     def wrong(what: str, value: object, expected: str) -> FormatError:
         return FormatError(f"{path}: {short(name)}: {what} is {short(value)}; expected {expected}")
@@ -214,7 +239,21 @@ def check_entry(path: Path | str, name: str, entry: Any) -> tuple[str, tuple[int
         raise wrong("data_offsets", offsets, "0 <= begin <= end")
     if dtype in FLOATS and end - begin != (need := math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize):
         raise wrong("data_offsets", offsets, f"{short(need)} bytes for {dtype} {short(shape)}")
-    return dtype, tuple(shape), begin, end
+    return Place(dtype, tuple(shape), begin, end)
+
+
+def values(a: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers of an array as it is in a file: of F64 in float64, of all narrower dtypes in float32."""
+    if dtype == "BF16":
+        return widened(a)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return a.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
+
+
+def encoded(a: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers as an array that is in a file, rounded to nearest; of bfloat16 by way of float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (narrowed(a) if dtype == "BF16" else a).astype(KNOWN[dtype], copy=False)
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
@@ -248,6 +287,24 @@ def stored(a: np.ndarray, dtype: str) -> np.ndarray:
         return a.astype(dtype).astype(np.float64 if dtype == "float64" else np.float32)
 
 
+def joined(where: str, homes: Mapping[str, tuple[Tensors, str]]) -> Tensors:
+    """The tensors of several files as one mapping: name -> its file and its name there."""
+
+    def each(part: str) -> dict[str, Any]:
+        return {name: getattr(file, part)[own] for name, (file, own) in homes.items()}
+
+    def fetch(name: str) -> np.ndarray:
+        file, own = homes[name]
+        return file[own]
+
+    def bytes_of(name: str) -> np.ndarray:
+        file, own = homes[name]
+        return file.bytes_of(own)
+
+    packed = {name: file.packed[own] for name, (file, own) in homes.items() if own in file.packed}
+    return Tensors(where, each("shapes"), each("dtypes"), fetch, bytes_of=bytes_of, packed=packed)
+
+
 def layout(
     tensors: Mapping[str, np.ndarray],
     dtype: str | None = None,
@@ -273,20 +330,58 @@ def streamed(
 ) -> Iterator[bytes]:
     """The same for tensors of these shapes and dtypes (F32, ...) that are fetched one at a time."""
     order = sorted(shapes, key=lambda name: (list(KNOWN).index(kinds[name]), name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
-    begin = 0
+    sizes = {name: size_of(kinds[name], shapes[name]) for name in order}
+    yield head(dict(sorted((metadata or {"format": "pt"}).items())), kinds, shapes, sizes)
     for name in order:
-        end = begin + math.prod(shapes[name]) * np.dtype(KNOWN[kinds[name]]).itemsize
-        header[name] = {"dtype": kinds[name], "shape": list(shapes[name]), "data_offsets": [begin, end]}
-        begin = end
+        yield encoded(fetch(name), kinds[name]).tobytes()
+
+
+def rewritten(
+    path: Path | str, kinds: Mapping[str, str], pieces: Callable[[str], Iterable[bytes]]
+) -> Iterator[bytes]:
+    """The bytes of a safetensors file with other numbers in some tensors: their dtypes and bytes by name.
+
+    All else is copied, and so is the header if no dtype changes. StorageError if the file changes meanwhile.
+    """
+    start, stamp, metadata, places = header_of(path)
+    order = in_order(places)
+    if all(kinds.get(name, place.dtype) == place.dtype for name, place in order):
+        yield from read_pieces(path, 0, start, stamp)
+    else:
+        dtypes = {name: kinds.get(name, place.dtype) for name, place in order}
+        shapes = {name: place.shape for name, place in order}
+        sizes = {
+            name: size_of(kinds[name], place.shape) if name in kinds else place.end - place.begin
+            for name, place in order
+        }
+        yield head(metadata, dtypes, shapes, sizes)
+    for name, place in order:
+        if name in kinds:
+            yield from pieces(name)
+        else:
+            yield from read_pieces(path, start + place.begin, start + place.end, stamp)
+
+
+def size_of(kind: str, shape: tuple[int, ...]) -> int:
+    """The bytes of a tensor of a dtype that can be written."""
+    return math.prod(shape) * np.dtype(KNOWN[kind]).itemsize
+
+
+def head(
+    metadata: Mapping[str, str],
+    kinds: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int],
+) -> bytes:
+    """The first bytes of a file, of tensors with these sizes in this order."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    begin = 0
+    for name, size in sizes.items():
+        offsets = [begin, begin := begin + size]
+        header[name] = {"dtype": kinds[name], "shape": list(shapes[name]), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
-        a = narrowed(fetch(name)) if kinds[name] == "BF16" else fetch(name)
-        with np.errstate(over="ignore", invalid="ignore"):
-            a = a.astype(KNOWN[kinds[name]], copy=False)
-        yield a.tobytes()
+    return len(text).to_bytes(8, "little") + text
 
 
 def sealed(tensors: Mapping[str, Any], dtype: Any = None) -> str:

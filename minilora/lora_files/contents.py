@@ -23,6 +23,7 @@ PREFIX = "base_model.model."  # before every name in PEFT's files
 A, B = "lora_A.weight", "lora_B.weight"
 TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
+INPUTS = "dora_scale"  # of each input (I,), as in LyCORIS' files until 2024; PEFT has no name for it
 LARGEST = 1 << 27  # numbers of a computed factor: 1 GiB in float64
 
 

@@ -19,6 +19,7 @@ from ..formats.atomic import exists
 from ..formats.safetensors import Tensors, json_object
 from ..table import counted
 from .contents import (
+    INPUTS,
     MAGNITUDE,
     PREFIX,
     TABLE_A,
@@ -128,19 +129,21 @@ def beside_zeros(entry: Entry, count: int) -> Entry:
 def dora(
     tensors: Tensors, module: str, key: str, made: Mapping[str, Entry], others: dict[str, list[str]]
 ) -> dict[str, Entry]:
-    """The magnitudes of LyCORIS' DoRA if they scale the outputs, as PEFT's do; else it is one of `others`.
+    """The magnitudes of LyCORIS' DoRA, of the outputs, as PEFT's, or of the inputs; else one of `others`.
 
     W' = m (W + ΔW) / |W + ΔW|: one m and one norm for each output (O, 1), or for each input (1, I), as in all
     files until 2024. Where O is 1, or there is one axis only, it can be either.
     """
     shape = tensors.shapes[key]
-    outputs = made[f"{module}.{B}"].shape[0] if f"{module}.{B}" in made else 0
+    halves = [made.get(f"{module}.{half}") for half in (B, A)]
+    outputs, inputs = ((*half.shape, 0, 0)[i] if half else 0 for i, half in enumerate(halves))
     ones = (1,) * (len(shape) - 1)
     if ones and outputs > 1 and shape == (outputs, *ones):
         flat = len(made[f"{module}.{B}"].shape) == 2
         return {f"{module}.{MAGNITUDE}": plain(tensors, key, (outputs,) if flat else (1, outputs, *ones[1:]))}
-    which = "magnitude of each input" if ones and outputs > 1 else "magnitude of inputs or outputs"
-    others.setdefault(which, []).append(module)
+    if ones and outputs > 1 and shape == (1, inputs, *ones[1:]):
+        return {f"{module}.{INPUTS}": plain(tensors, key, (inputs,))}
+    others.setdefault("magnitude of inputs or outputs", []).append(module)
     return {}
 
 

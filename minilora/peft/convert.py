@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, MismatchError, NonFiniteError, nearest
+from ..errors import InputError, MismatchError, NonFiniteError, UnsupportedError, nearest
 from ..formats.atomic import check_free, make_folder, refuse_same, write_atomic, write_folder
 from ..formats.huggingface import heads_of, read_json
 from ..formats.safetensors import streamed
@@ -103,6 +103,9 @@ def convert(
     heads = heads_of(config or {})
     given = open_adapter(source, alpha=alpha, r=r, heads=heads)
     refuse_same(out, given.where)
+    if given.by_inputs and to != "kohya":
+        what = f"{given.by_inputs[0]} has a magnitude of each input"
+        raise UnsupportedError(f"{given.where}: {what}, which the form of {to} cannot hold")
     modules = modules_of(given, f"the form of {to}")
     header = {key: text for key, text in given.tensors.metadata.items() if key not in OWN}
     notes = given.notes
@@ -171,7 +174,7 @@ def paired(
     if missing := old.keys() - new.keys():
         raise MismatchError(f"{where}: {min(missing)} would not be found again in this form")
     for name, module in old.items():
-        if (module.magnitude is None) != (new[name].magnitude is None):
+        if (module.magnitude is None) != (new[name].magnitude is None) or module.axis != new[name].axis:
             raise MismatchError(f"{where}: the magnitude of {name} would not be found again in this form")
     return [(old.get(name), module) for name, module in new.items()]
 

@@ -49,12 +49,13 @@ from .patterns import starts
 PATTERNS = "rank_pattern", "alpha_pattern"
 BEFORE = re.compile(r"((_forward_module|module|model)\.)*(base_model\.model\.)+")  # module: DDP, DeepSpeed
 FACTORS, OF_TABLE = (contents.A, contents.B), (contents.TABLE_A, contents.TABLE_B)
+INPUTS = contents.INPUTS
 COPY, BIAS = "base_layer.weight", "base_layer.bias"
 ADDED = {  # tensors that act beside B A, and the config's field for each
     "lora_B.bias": "lora_bias", "token_adapter.trainable_tokens_delta": "trainable_token_indices",
 }  # fmt: skip
 PARTS = (*FACTORS, *OF_TABLE, COPY, BIAS, *ADDED)  # of an adapted module, besides the vectors of its kind
-OF_LORA = re.compile(r"(?<![^.])(lora_|(base_layer|token_adapter)(?![^.]))")  # in no name of a base
+OF_LORA = re.compile(r"(?<![^.])(lora_|(base_layer|token_adapter|dora_scale)(?![^.]))")  # in no base's names
 TABLES = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them unasked if the vocabulary was resized
 
 
@@ -80,7 +81,7 @@ class Pair:
     alpha: float
     scale: float
     embedding: bool = False
-    vectors: Mapping[str, str] = field(default_factory=dict)  # further tensors of its kind (kinds.py)
+    vectors: Mapping[str, str] = field(default_factory=dict)  # further ones: of its kind (kinds.py), INPUTS
     bias: str | None = None  # replaces the base's
     copy: str | None = None  # the base's own weight, which PEFT adds for embedding and head
 
@@ -98,6 +99,11 @@ class Adapter:
     doubts: tuple[str, ...] = ()  # where config and file disagree: shown on reading, refused on loading
     unread: tuple[str, ...] = ()  # those of them that say what of the file is not in B A, or in another order
     made: Mapping[str, str] = field(default_factory=dict)  # minilora's own: base (its fingerprint), sha256
+
+    @property
+    def by_inputs(self) -> list[str]:
+        """The modules with a magnitude of each input, which PEFT's form cannot hold."""
+        return [module for module, pair in self.pairs.items() if INPUTS in pair.vectors]
 
     @property
     def all_notes(self) -> tuple[str, ...]:
@@ -152,7 +158,7 @@ def open_adapter(
 def of_contents(where: Path, given: Contents) -> Adapter:
     """The contents of another tool's file as the PEFT folder that would mean the same."""
     tensors, parts = given.tensors, dict[str, dict[str, str]]()
-    known = (*PARTS, *vectors())
+    known = (*PARTS, *vectors(), INPUTS)
     for name in tensors:
         kind = next(kind for kind in known if name.endswith(f".{kind}"))
         module = name.removesuffix(f".{kind}")
@@ -264,7 +270,7 @@ def read_parts(
     pairs: dict[str, Pair] = {}
     replaced: dict[str, str] = {}
     alphas = chosen(settings, "alpha_pattern", list(parts)).values
-    of_module = (*PARTS, *vectors())
+    of_module = (*PARTS, *vectors(), INPUTS)
     for module, part in parts.items():
         replaced |= {f"{module}.{kind}": name for kind, name in part.items() if kind not in of_module}
         added = part.keys() & {*of_module}
@@ -300,7 +306,9 @@ def pair_up(tensors: Tensors, settings: Settings, module: str, part: Mapping[str
     for name in (part.get(kind) for kind in (*vectors(), BIAS, "lora_B.bias")):
         if name and math.prod(size := tensors.shapes[name]) != columns[0]:
             raise MismatchError(f"{tensors.where}: {name} has shape {size}; expected ({columns[0]},)")
-    beside = {name: part[name] for name in vectors() if name in part}
+    if INPUTS in part and math.prod(size := tensors.shapes[part[INPUTS]]) != rows[1]:
+        raise MismatchError(f"{tensors.where}: {part[INPUTS]} has shape {size}; expected ({rows[1]},)")
+    beside = {name: part[name] for name in (*vectors(), INPUTS) if name in part}
     scale = settings.scale(alpha, r)
     return Pair(part[a], part[b], shape, r, alpha, scale, embedding, beside, part.get(BIAS), part.get(COPY))
 

@@ -30,7 +30,7 @@ from ..lora_files.names import (
     to_sgm,
     whole,
 )
-from .folder import Adapter
+from .folder import INPUTS, Adapter
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Module:
     scale: float
     table: bool = False  # of an embedding: A (r, V), B (D, r)
     magnitude: Entry | None = None
+    axis: int = 0  # of the weight (O, I, ...) that the magnitude scales: 1 for that of each input
 
     @property
     def r(self) -> int:
@@ -78,7 +79,8 @@ def modules_of(given: Adapter, form: str) -> dict[str, Module]:
     for module, pair in given.pairs.items():
         vector = next(iter(pair.vectors.values()), None)
         magnitude = entry(vector) if vector else None
-        made[module] = Module(entry(pair.A), entry(pair.B), pair.scale, pair.embedding, magnitude)
+        axis = int(INPUTS in pair.vectors)
+        made[module] = Module(entry(pair.A), entry(pair.B), pair.scale, pair.embedding, magnitude, axis)
     return made
 
 
@@ -122,12 +124,13 @@ def kohya(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
         tensors[f"{name}.lora_up.weight"] = module.B
         tensors[f"{name}.alpha"] = number(module.scale * module.r)
         if m := module.magnitude:
-            O = math.prod(m.shape)  # noqa: E741
-            if O == 1:
+            if module.B.shape[0] == 1:
                 raise UnsupportedError(
                     f"{path} has a magnitude of one output, which kohya's form cannot tell"
                 )
-            tensors[f"{name}.dora_scale"] = shaped(m, (O, *(1,) * (len(module.A.shape) - 1)))
+            shape = [1] * len(module.A.shape)
+            shape[module.axis] = math.prod(m.shape)
+            tensors[f"{name}.dora_scale"] = shaped(m, tuple(shape))
     ranks = {str(module.r) for module in modules.values()}
     alphas = {f"{module.scale * module.r:g}" for module in modules.values()}
     about = {

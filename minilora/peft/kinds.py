@@ -51,8 +51,10 @@ def of_adapter(adapter: Any) -> Kind | None:
 
 
 def of_vectors(present: Mapping[str, str], where: str) -> Kind | None:
-    """The row of a module that has these vectors, None if it has none; UnsupportedError for two."""
+    """The row of a module that has these vectors, None if it has none; UnsupportedError for two or others."""
     kinds = [kind for kind in KINDS if kind.vector in present]
+    if others := sorted(present.keys() - {*vectors()}):
+        raise UnsupportedError(f"{where}: has a {others[0]}, which no adapter here has; `merge` applies it")
     if len(kinds) > 1:
         raise UnsupportedError(f"{where}: has {' and '.join(k.vector for k in kinds)}; expected one of them")
     return kinds[0] if kinds else None

@@ -30,7 +30,6 @@ from peft_cases import logits as peft_logits
 from safetensors.numpy import save_file
 
 from minilora.backend import to_device, to_host
-from minilora.compose.export import merge_checkpoint
 from minilora.compose.extract import extract, is_map
 from minilora.compose.ranks import choose
 from minilora.compose.truncate import compress
@@ -45,6 +44,7 @@ from minilora.errors import (
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import layout, open_tensors, stored
 from minilora.lora import fuse
+from minilora.merging.merge import merge_checkpoint
 from minilora.peft.folder import open_adapter
 from minilora.peft.loading import load_adapter
 from minilora.spectra import rank_at

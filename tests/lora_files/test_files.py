@@ -12,6 +12,7 @@ from minilora.errors import MismatchError, UnsupportedError
 from minilora.formats.safetensors import open_tensors
 from minilora.lora_files.grammar import parsed, sort_out
 from minilora.lora_files.names import of_torchtune
+from minilora.model import Config
 from minilora.peft.folder import check_agreement
 
 
@@ -70,11 +71,41 @@ def test_magnitudes_scale_the_rows_as_in_the_tool(name):
         assert (abs(m * whole / norm - merged) <= abs(m) / norm * off).all(), module
 
 
-def test_magnitudes_of_inputs_are_counted_and_left_aside():
-    adapter = ml.open_adapter(ROOT / "kohya_lycoris/dora_wd_in_old")
-    assert not any(pair.vectors for pair in adapter.pairs.values())
-    (doubt,) = adapter.doubts
-    assert doubt.startswith(f"magnitude of each input: {len(adapter.pairs)} modules are not in the numbers")
+def test_magnitudes_of_inputs_are_read_and_refused_where_there_is_no_place_for_them(tmp_path):
+    """One for each channel; kohya's form keeps them, to the bit. tests/merging merges them."""
+    source = ROOT / "kohya_lycoris/dora_wd_in_old"
+    adapter, (file,) = ml.open_adapter(source), source.glob("*.safetensors")
+    assert not adapter.doubts
+    tensors = open_tensors(file)
+    for module, pair in adapter.pairs.items():
+        m = adapter.value(pair.vectors["dora_scale"])
+        assert m.shape == adapter.tensors.shapes[pair.A][1:2], module
+    assert any("scale the columns" in note for note in ml.inspect(source).notes)
+    ml.convert(source, tmp_path / "same.safetensors", "kohya")
+    again = open_tensors(tmp_path / "same.safetensors")
+    assert again.shapes == tensors.shapes
+    assert all(np.array_equal(again[key], tensors[key]) for key in tensors)
+    folder = tmp_path / "out"
+    for refuse in (
+        lambda: ml.convert(source, tmp_path / "out.safetensors", "diffusers"),
+        lambda: ml.convert(source, folder, "mlx"),
+        lambda: ml.compress(source, folder, rank=1),
+        lambda: ml.combine([(source, 1.0)], folder),
+    ):
+        with pytest.raises(UnsupportedError, match=r"magnitude of each input|dora_scale"):
+            refuse()
+        assert not folder.exists()
+
+
+def test_a_model_refuses_magnitudes_of_inputs(tmp_path):
+    rng, at = np.random.default_rng(0), "model.layers.0.self_attn.q_proj"
+    model = ml.llama(Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+                            num_key_value_heads=1), rng=rng)  # fmt: skip
+    A, B = rng.normal(size=(2, 8)).astype(np.float32), rng.normal(size=(8, 2)).astype(np.float32)
+    tensors = {f"{at}.lora_down.weight": A, f"{at}.lora_up.weight": B}
+    save_file(tensors | {f"{at}.dora_scale": np.ones((1, 8), np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(UnsupportedError, match="has a dora_scale, which no adapter here has"):
+        ml.load_adapter(model, tmp_path / "a.safetensors")
 
 
 def test_flux_keeps_its_fused_maps():

@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 
 from minilora.analysis.inspect import inspect
 from minilora.cli import main
-from minilora.compose.export import merge_checkpoint
 from minilora.compose.truncate import compress
 from minilora.errors import ConfigError, FormatError, MismatchError, StorageError, UnsupportedError
 from minilora.formats.huggingface import load
+from minilora.merging.merge import merge_checkpoint
 from minilora.peft.folder import open_adapter
 from minilora.peft.loading import load_adapter
 from minilora.table import Table

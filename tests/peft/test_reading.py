@@ -19,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 from minilora.analysis.inspect import inspect
 from minilora.analysis.measures import noise
 from minilora.backend import to_host
-from minilora.compose.export import merge_checkpoint
 from minilora.compose.ranks import choose
 from minilora.compose.truncate import compress
 from minilora.errors import ConfigError, MiniloraError, MismatchError, UnsupportedError
 from minilora.formats.huggingface import load, save_model
 from minilora.lora import fuse
+from minilora.merging.merge import merge_checkpoint
 from minilora.peft.folder import change_norm, check_agreement, open_adapter
 from minilora.peft.loading import load_adapter
 from minilora.spectra import (

@@ -100,7 +100,9 @@ def test_a_command_finishes_with_any_standard_streams(kind, walk):
     walk_streams(walk("compress"), kind)
 
 
-@pytest.mark.parametrize("name", ["merge", "data", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["merge", "merge by names", "data", pytest.param("train", marks=pytest.mark.slow)]
+)
 def test_no_link_is_followed(name, walk):
     """A link in a cache is no text that was fetched, so the cache is made anew; all others are refused."""
     assert ("replaced" if name == "data" else "refused") in {outcome for _, outcome in walk_links(walk(name))}

@@ -15,13 +15,13 @@ from peft_cases import FIXED, FIXTURES, IDS, slug
 from safetensors.numpy import save_file
 
 from minilora.backend import to_device, to_host
-from minilora.compose.export import Merge, logits, merge_checkpoint
 from minilora.errors import InputError, MismatchError, NonFiniteError, StorageError
 from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import CALLED, open_tensors, stored
 from minilora.formats.tokenizer import FILES
 from minilora.layers import Linear, Param
 from minilora.lora import inject
+from minilora.merging.llama import Merge, logits, merge_llama
 from minilora.methods.lora_config import LoraConfig
 from minilora.peft.loading import save_adapter
 from minilora.tree import named_params
@@ -40,7 +40,7 @@ def refused(error, match, base, adapter, out, **how):
     """Merging raises, and leaves the folder around as it was."""
     before = listed(out.parent)
     with pytest.raises(error, match=match):
-        merge_checkpoint(base, adapter, out, **how)
+        merge_llama(base, adapter, out, **how)
     assert listed(out.parent) == before
 
 
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 def case(request, tmp_path_factory):
     base, adapter = FIXTURES / "bases" / request.param[0], FIXTURES / "adapters" / request.param[1]
     before, out = listed(FIXTURES), tmp_path_factory.mktemp("m") / "out"
-    found = merge_checkpoint(base, adapter, out, probe=IDS[0, ::4].tolist())
+    found = merge_llama(base, adapter, out, probe=IDS[0, ::4].tolist())
     assert listed(FIXTURES) == before  # both are only read
     return Case(base, adapter, out, found)
 
@@ -106,7 +106,7 @@ def test_merging_writes_W_plus_delta_in_the_dtype_of_the_base(case):
 @pytest.mark.parametrize("source", ["untied", "bfloat16"])
 def test_merging_writes_every_requested_dtype(kind, source, tmp_path):
     base = FIXTURES / "bases" / source
-    found = merge_checkpoint(base, ADAPTER, tmp_path / "out", dtype=kind)
+    found = merge_llama(base, ADAPTER, tmp_path / "out", dtype=kind)
     W, written = merged(base, ADAPTER), open_tensors(tmp_path / "out/model.safetensors")
     assert found.dtype == kind
     assert set(written.dtypes.values()) == {CALLED[kind]}
@@ -124,7 +124,7 @@ def test_a_float64_base_keeps_float64(tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     W = {name: a + 1e-9 * rng.standard_normal(a.shape) for name, a in base_weights(base).items()}
     save_file(W, base / "model.safetensors")
-    found = merge_checkpoint(base, ADAPTER, tmp_path / "out")
+    found = merge_llama(base, ADAPTER, tmp_path / "out")
     assert found.dtype == "float64"
     written = open_tensors(tmp_path / "out/model.safetensors")
     for name, whole in merged(base, ADAPTER).items():
@@ -139,7 +139,7 @@ def test_only_the_tokenizer_and_the_card_are_copied(tmp_path):
     (base / "pytorch_model.bin").write_text("no")
     config = json.loads((base / "config.json").read_text()) | {"eos_token_id": [2, 5], "pad_token_id": 3}
     (base / "config.json").write_text(json.dumps(config))
-    merge_checkpoint(base, ADAPTER, tmp_path / "out")
+    merge_llama(base, ADAPTER, tmp_path / "out")
     wanted = {"config.json", "README.md", "model.safetensors", *FILES}
     assert set(os.listdir(tmp_path / "out")) == wanted
     for name in FILES:
@@ -152,7 +152,7 @@ def test_only_the_tokenizer_and_the_card_are_copied(tmp_path):
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path):
-    found = [merge_checkpoint(BASE, ADAPTER, tmp_path / name / "out", dtype="float16") for name in "ab"]
+    found = [merge_llama(BASE, ADAPTER, tmp_path / name / "out", dtype="float16") for name in "ab"]
     assert listed(tmp_path / "a") == listed(tmp_path / "b")
     assert found[0].rows == found[1].rows
     assert found[0].data() | {"out": ""} == found[1].data() | {"out": ""}
@@ -220,7 +220,7 @@ def test_for_one_linear_map_the_difference_is_within_the_derived_bound(tmp_path)
     V, D, r = 23, 12, 3
     A, B = (rng.standard_normal(shape).astype(np.float32) for shape in ((r, D), (V, r)))
     adapter = write_peft(tmp_path / "head", {"lm_head": (A, B)}, lora_alpha=7)
-    found = merge_checkpoint(BASE, adapter, tmp_path / "out", probe=IDS[0, :32].tolist())
+    found = merge_llama(BASE, adapter, tmp_path / "out", probe=IDS[0, :32].tolist())
     model = load(BASE)
     W = to_host(model.lm_head.weight.data)
     model.lm_head = Linear(Param(to_device(np.eye(D, dtype=np.float32))))  # which adds nothing but zeros
@@ -241,7 +241,7 @@ def test_the_report_says_that_a_change_is_too_small_for_the_dtype(tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     W = {name: stored(a, "bfloat16") for name, a in base_weights(base).items()}
     save_file(W, base / "model.safetensors")
-    found = merge_checkpoint(base, adapter, tmp_path / "out", dtype="bfloat16")
+    found = merge_llama(base, adapter, tmp_path / "out", dtype="bfloat16")
     written = open_tensors(tmp_path / "out/model.safetensors")
     assert len(found.rows) == 4
     for row in found.rows:
@@ -250,7 +250,7 @@ def test_the_report_says_that_a_change_is_too_small_for_the_dtype(tmp_path):
         assert same > 0.95  # only numbers near 0 could take it
         assert 0.5 < row.lost <= 1.5
         assert 0 < row.relative < 2.0**-8
-    in32 = merge_checkpoint(base, adapter, tmp_path / "wide", dtype="float32")
+    in32 = merge_llama(base, adapter, tmp_path / "wide", dtype="float32")
     assert all(row.lost < 0.01 for row in in32.rows)
     assert all("e" in line for line in str(found).splitlines()[1:5])
 
@@ -261,7 +261,7 @@ def test_a_zero_adapter_can_be_merged(init, tmp_path):
     save_model(model, tmp_path / "base", "b\n")
     inject(model, LoraConfig(r=2, targets=["q_proj", "up_proj"], init=init), rng=rng)
     save_adapter(model, tmp_path / "adapter")
-    found = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found = merge_llama(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert len(found.rows) == (0 if init == "kaiming" else 4)
     assert "written in float32" in str(found)
     if init == "kaiming":
@@ -276,7 +276,7 @@ def test_a_change_of_a_zero_matrix_has_infinite_relative_size(tmp_path):
     W = {name: a.astype(np.float32) for name, a in base_weights(base).items()}
     W["model.layers.0.self_attn.q_proj.weight"] *= 0
     save_file(W, base / "model.safetensors")
-    found = merge_checkpoint(base, FIXTURES / "adapters/untied--q-and-v", tmp_path / "out")
+    found = merge_llama(base, FIXTURES / "adapters/untied--q-and-v", tmp_path / "out")
     relative = {row.module: row.relative for row in found.rows}
     assert relative.pop("model.layers.0.self_attn.q_proj") == math.inf
     assert all(map(math.isfinite, relative.values()))
@@ -288,7 +288,7 @@ def test_the_report_says_that_logits_overflow(large, tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     W = {name: a * np.float32(large if "mlp" in name else 1) for name, a in base_weights(base).items()}
     save_file(W, base / "model.safetensors")
-    found = merge_checkpoint(base, ADAPTER, tmp_path / "out", dtype="float32")
+    found = merge_llama(base, ADAPTER, tmp_path / "out", dtype="float32")
     assert not math.isfinite(found.float32)
     assert "nan" in str(found)
     W, written = merged(base, ADAPTER), base_weights(tmp_path / "out")
@@ -296,7 +296,7 @@ def test_the_report_says_that_logits_overflow(large, tmp_path):
 
 
 def test_a_report_prints_every_module_and_its_data_are_json(tmp_path):
-    found = merge_checkpoint(BASE, ADAPTER, tmp_path / "out")
+    found = merge_llama(BASE, ADAPTER, tmp_path / "out")
     text = str(found)
     for row in found.rows:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{row.module} ")]
@@ -309,8 +309,8 @@ def test_a_report_prints_every_module_and_its_data_are_json(tmp_path):
 
 
 def test_the_report_is_computed_on_the_given_probe(tmp_path):
-    one = merge_checkpoint(BASE, ADAPTER, tmp_path / "one", probe=[5])
-    many = merge_checkpoint(BASE, ADAPTER, tmp_path / "many", probe=[5, 7, 11, 5])
+    one = merge_llama(BASE, ADAPTER, tmp_path / "one", probe=[5])
+    many = merge_llama(BASE, ADAPTER, tmp_path / "many", probe=[5, 7, 11, 5])
     assert one.logits == pytest.approx(np.abs(by_hand_logits(BASE, ADAPTER, np.array([5]))).max(), rel=1e-12)
     assert many.logits == pytest.approx(
         np.abs(by_hand_logits(BASE, ADAPTER, np.array([5, 7, 11, 5]))).max(), rel=1e-12
@@ -346,7 +346,7 @@ def test_another_base_is_refused_unless_forced(tmp_path):
     inject(model, LoraConfig(r=2, targets=["q_proj"], init="both"), rng=rng)
     save_adapter(model, tmp_path / "adapter")
     refused(MismatchError, "another base", tmp_path / "other", tmp_path / "adapter", tmp_path / "out")
-    merge_checkpoint(tmp_path / "other", tmp_path / "adapter", tmp_path / "out", force=True)
+    merge_llama(tmp_path / "other", tmp_path / "adapter", tmp_path / "out", force=True)
     W, written = merged(tmp_path / "other", tmp_path / "adapter"), base_weights(tmp_path / "out")
     assert all(np.array_equal(written[name], stored(W[name], "float32")) for name in W)
 
@@ -358,7 +358,7 @@ def test_values_that_overflow_the_dtype_are_refused_and_leave_nothing(tmp_path):
     save_file(W, base / "model.safetensors")
     says = r"up_proj\.weight has values that are not finite in float16"
     refused(NonFiniteError, says, base, ADAPTER, tmp_path / "out", dtype="float16")
-    assert merge_checkpoint(base, ADAPTER, tmp_path / "out", dtype="bfloat16").dtype == "bfloat16"
+    assert merge_llama(base, ADAPTER, tmp_path / "out", dtype="bfloat16").dtype == "bfloat16"
 
 
 def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):

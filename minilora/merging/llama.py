@@ -1,4 +1,4 @@
-"""A base and an adapter -> one plain checkpoint: W + ΔW in the stored dtype, and the rounding error.
+"""A Llama and an adapter -> one plain checkpoint: W + ΔW in the stored dtype, and the rounding error.
 
 In exact arithmetic the merged and the unmerged model compute the same function. In floating point they
 differ by rounding. The report compares that difference with rounding alone: the unmerged model in float32
@@ -28,22 +28,13 @@ from ..peft.loading import load_adapter
 from ..spectra import quotient
 from ..table import Table, plain, report
 from ..tree import named_params, unpack
-
-
-@dataclass(frozen=True)
-class Change:
-    """What merging does to one matrix, in Frobenius norms."""
-
-    module: str
-    largest: float  # max |ΔW| over the entries
-    relative: float  # |ΔW| / |W|
-    lost: float  # |stored(W + ΔW) - (W + ΔW)| / |ΔW|: what rounding to the stored dtype loses of ΔW
+from .changes import Change, table_of
 
 
 @report
 @dataclass(frozen=True)
 class Merge:
-    """What `merge_checkpoint` wrote; prints as a table."""
+    """What `merge_llama` wrote; prints as a table."""
 
     out: str
     dtype: str
@@ -58,9 +49,8 @@ class Merge:
         return asdict(self)
 
     def parts(self) -> list[str | Table]:
-        rows = [(w.module, f"{w.largest:.2e}", f"{w.relative:.2e}", f"{w.lost:.1e}") for w in self.rows]
         return [
-            Table(("module", "max |ΔW|", "|ΔW|/|W|", "lost"), rows),
+            table_of(self.rows),
             f"{self.out}: written in {self.dtype}",
             f"largest difference of logits (up to {self.logits:.3g}), merged against unmerged:",
             f"  float32            {self.float32:.1e}   (rounding alone: {self.rounding:.1e})",
@@ -70,7 +60,7 @@ class Merge:
 
 
 @quiet_overflow()  # of logits, which the report tells; what is written is looked at
-def merge_checkpoint(
+def merge_llama(
     base: Path | str,
     adapter: Path | str,
     out: Path | str,

@@ -1,0 +1,24 @@
+"""What merging does to one matrix: how large the change is, and what rounding to the dtype loses of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..table import Table
+
+
+@dataclass(frozen=True)
+class Change:
+    """What merging does to one matrix, in Frobenius norms."""
+
+    module: str
+    largest: float  # max |ΔW| over the entries
+    relative: float  # |ΔW| / |W|
+    lost: float  # |stored(W + ΔW) - (W + ΔW)| / |ΔW|: what rounding to the stored dtype loses of ΔW
+
+
+def table_of(rows: Iterable[Change]) -> Table:
+    """The changes as a table."""
+    cells = [(w.module, f"{w.largest:.2e}", f"{w.relative:.2e}", f"{w.lost:.1e}") for w in rows]
+    return Table(("module", "max |ΔW|", "|ΔW|/|W|", "lost"), cells)
