@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import on_cores
 from ..errors import InputError, MismatchError, NonFiniteError, nearest
 from ..formats.atomic import check_free, make_folder, refuse_same, write_atomic, write_folder
 from ..formats.huggingface import heads_of, read_json
 from ..formats.safetensors import streamed
-from ..lora_files.contents import MAGNITUDE, Entry, gathered
+from ..lora_files.contents import MAGNITUDE, Entry, gathered, inherited
 from ..lora_files.names import of_sgm, whole
 from ..lora_files.opening import read_single
 from ..lora_files.recognise import CONFIG, WEIGHTS
 from ..spectra import norm, quotient, thin_values
 from ..table import counted, report
-from .folder import FACTORS, OF_TABLE, PREFIX, Adapter, of_contents, open_adapter
+from .folder import FACTORS, OF_TABLE, PREFIX, Adapter, change_norm, of_contents, open_adapter
 from .image_forms import Module, Written, diffusers, kohya, modules_of, split
 from .language_forms import gguf, gguf_bytes, mlx
 
@@ -39,13 +40,6 @@ ENDINGS = {
     "gguf": ".gguf",
 }  # of those that are one file
 WRITERS = {"kohya": kohya, "diffusers": diffusers, "mlx": mlx}
-OWN = (
-    "format",
-    "minilora",
-    "lora_adapter_metadata",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-)  # what a header says of its own file alone
 
 
 @report
@@ -104,8 +98,7 @@ def convert(
     given = open_adapter(source, alpha=alpha, r=r, heads=heads)
     refuse_same(out, given.where)
     modules = modules_of(given, f"the form of {to}")
-    header = {key: text for key, text in given.tensors.metadata.items() if key not in OWN}
-    notes = given.notes
+    header, notes = given.tensors.metadata, given.notes
     if to == "gguf":
         data: Any = gguf_bytes(*gguf(modules, config, heads))
     else:
@@ -142,7 +135,7 @@ def peft(given: Adapter, modules: Mapping[str, Module], header: Mapping[str, str
         tensors |= {f"{at}.{ends[0]}": module.A, f"{at}.{ends[1]}": module.B}
         if module.magnitude:
             tensors[f"{at}.{MAGNITUDE}"] = module.magnitude
-    return Written(tensors, {"format": "pt", **header}, given.settings.fields)
+    return Written(tensors, {**inherited(header, (), ()), "format": "pt"}, given.settings.fields)
 
 
 def container(tensors: Mapping[str, Entry], header: Mapping[str, str]) -> Iterator[bytes]:
@@ -189,17 +182,20 @@ def known(modules: Mapping[str, Module], where: str) -> dict[str, Module]:
 
 def compared(pairs: Iterable[tuple[Module | None, Module]]) -> tuple[float, float]:
     """|ΔW' - ΔW| and |ΔW| over all modules; MismatchError if a magnitude is another one."""
-    off, size = [], []
-    for before, after in pairs:
-        A, B = matrices(after)
-        was = matrices(before) if before else (np.zeros((1, A.shape[1])), np.zeros((len(B), 1)))
-        same = all(map(np.array_equal, (A, B), was))
-        off.append(0.0 if same else norm(thin_values(np.hstack([B, -was[1]]), np.vstack([A, was[0]]))))
-        size.append(norm(thin_values(was[1], was[0])))
-        vectors = [m.read().ravel() for x in (before, after) if x and (m := x.magnitude)]
-        if len(vectors) == 2 and not np.array_equal(vectors[0], vectors[1]):
-            raise MismatchError("what was written has another magnitude than before")
+    off, size = zip(*on_cores(lambda pair: apart(*pair), pairs), strict=True)
     return math.hypot(*off), math.hypot(*size)
+
+
+def apart(before: Module | None, after: Module) -> tuple[float, float]:
+    """|ΔW' - ΔW| and |ΔW| of a module; where A stayed, as mostly, it is the difference of s B times A."""
+    A, B = matrices(after)
+    A0, B0 = matrices(before) if before else (A, np.zeros_like(B))
+    vectors = [m.read().ravel() for x in (before, after) if x and (m := x.magnitude)]
+    if len(vectors) == 2 and not np.array_equal(vectors[0], vectors[1]):
+        raise MismatchError("what was written has another magnitude than before")
+    if np.array_equal(A, A0):
+        return change_norm(A, B - B0, 1.0), change_norm(A0, B0, 1.0)
+    return norm(thin_values(np.hstack([B, -B0]), np.vstack([A, A0]))), change_norm(A0, B0, 1.0)
 
 
 def matrices(module: Module) -> tuple[np.ndarray, np.ndarray]:
