@@ -189,16 +189,20 @@ def compared(pairs: Iterable[tuple[Module | None, Module]]) -> tuple[float, floa
 def apart(before: Module | None, after: Module) -> tuple[float, float]:
     """|ΔW' - ΔW| and |ΔW| of a module; where A stayed, as mostly, it is the difference of s B times A."""
     A, B = matrices(after)
-    A0, B0 = matrices(before) if before else (A, np.zeros_like(B))
+    A0, B0 = matrices(before) if before else (A, 0 * B)
+    s, s0 = after.scale, before.scale if before else 0.0
     vectors = [m.read().ravel() for x in (before, after) if x and (m := x.magnitude)]
     if len(vectors) == 2 and not np.array_equal(vectors[0], vectors[1]):
         raise MismatchError("what was written has another magnitude than before")
-    if np.array_equal(A, A0):
-        return change_norm(A, B - B0, 1.0), change_norm(A0, B0, 1.0)
-    return norm(thin_values(np.hstack([B, -B0]), np.vstack([A, A0]))), change_norm(A0, B0, 1.0)
+    if not np.array_equal(A, A0):
+        off = norm(thin_values(np.hstack([np.float64(s) * B, -np.float64(s0) * B0]), np.vstack([A, A0])))
+    elif s != s0 or not np.array_equal(B, B0):
+        off = change_norm(A, np.float64(s) * B - np.float64(s0) * B0, 1.0)
+    else:
+        off = 0.0
+    return off, change_norm(A0, B0, s0)
 
 
 def matrices(module: Module) -> tuple[np.ndarray, np.ndarray]:
-    """A and s B in float64, a convolution's as matrices."""
-    A = module.A.read().astype(np.float64).reshape(module.r, -1)
-    return A, module.scale * module.B.read().astype(np.float64).reshape(-1, module.r)
+    """A and B, a convolution's as matrices."""
+    return module.A.read().reshape(module.r, -1), module.B.read().reshape(-1, module.r)
