@@ -66,7 +66,7 @@ def is_denoiser(name: str) -> bool:
     return bool(match and match["denoiser"]) or bool(DENOISER.match(name[match.end() if match else 0 :]))
 
 
-def step(names: Iterable[str]) -> str:
+def block_or_layer(names: Iterable[str]) -> str:
     """What the blocks of these modules are called, those that data passes one by one."""
     return "block" if any(map(is_denoiser, names)) else "layer"
 
