@@ -160,8 +160,9 @@ def main() -> None:
     text = (
         f"# `minilora` on a LoRA of SDXL in kohya's form (`python benchmarks/lora_files.py`)\n\n"
         f"{modules} modules, r = {R}, float32: {size / 1e6:.0f} MB. Medians of "
-        f"{counted(rounds, 'run', 'runs')}, and the highest peak; {about['cores']} cores of {about['processor']}, "
-        f"Python {about['python']}, NumPy {about['numpy']}. The machine's load before it was {load:.1f}."
+        f"{counted(rounds, 'run', 'runs')}, and the highest peak; {about['cores']} cores of "
+        f"{about['processor']}, Python {about['python']}, NumPy {about['numpy']}. The machine's load before it "
+        f"was {load:.1f}."
         f"\n\n{table}\n"
     )
     print(text)

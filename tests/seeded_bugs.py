@@ -707,7 +707,7 @@ MUTANTS = (
            "inspect"),
     Mutant("all-modules-in-memory", "analysis/inspect.py", "for module in each(one, given.pairs):",
            "held = [given.factors(name) for name in given.pairs]\n"
-           "        for module in each(one, given.pairs):", "inspect"),
+           "    for module in each(one, given.pairs):", "inspect"),
     Mutant("matrices-that-forget-the-negative", "analysis/figures.py", "np.nanmax(np.abs(M))", "np.nanmax(M)",
            "plotting"),
     Mutant("matrices-full-of-numbers", "analysis/figures.py", "if M.size <= 64", "if M.size <= 65", "plotting"),
