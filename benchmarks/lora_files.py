@@ -161,8 +161,8 @@ def main() -> None:
         f"# `minilora` on a LoRA of SDXL in kohya's form (`python benchmarks/lora_files.py`)\n\n"
         f"{modules} modules, r = {R}, float32: {size / 1e6:.0f} MB. Medians of "
         f"{counted(rounds, 'run', 'runs')}, and the highest peak; {about['cores']} cores of "
-        f"{about['processor']}, Python {about['python']}, NumPy {about['numpy']}. The machine's load before it "
-        f"was {load:.1f}."
+        f"{about['processor']}, Python {about['python']}, NumPy {about['numpy']}. The machine's load before "
+        f"it was {load:.1f}."
         f"\n\n{table}\n"
     )
     print(text)
