@@ -1,16 +1,18 @@
-"""How long `minilora inspect` and `compress` take on a LoRA of SDXL as kohya's trainer writes it.
+"""How long `minilora inspect`, `compress` and `convert` take on a LoRA of SDXL as kohya's trainer writes it.
 
     python benchmarks/lora_files.py            writes benchmarks/results/lora_files.md and .json
 
 The file is generated: names and shapes of all linear maps that sd-scripts adapts in SDXL's U-Net and in its
 two text encoders, r = 32, float32. A command runs as a user types it, in a process of its own, the
 interpreter's start included; its peak memory is that of the process. The plain read, in pieces of 1 MiB,
-says how fast the file comes from the page cache. Seconds of processors do not depend on who else works on
-the machine, but for threads that wait by spinning.
+says how fast the file comes from the page cache, the copy how fast it goes to the disk, for which `compress`
+and `convert` wait, too. NumPy's QR of all factors, on all cores, is the floor of `compress`. Seconds of
+processors depend little on who else works on the machine.
 """
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ import numpy as np
 from common import COMMAND, RESULTS, fresh, machine, write
 
 from minilora.formats.safetensors import layout
-from minilora.table import Table
+from minilora.table import Table, counted
 
 R, ALPHA = 32, 16.0
 TRANSFORMERS = {  # place in the U-Net: width, blocks
@@ -39,6 +41,29 @@ with open(sys.argv[1], "rb", buffering=0) as file:
     while file.readinto(piece):
         pass
 """
+COPY = """
+import os, sys
+with open(sys.argv[1], "rb", buffering=0) as file, open(sys.argv[2], "wb", buffering=0) as out:
+    while piece := file.read(1 << 20):
+        out.write(piece)
+    os.fsync(out.fileno())
+"""
+FACTORED = """
+import sys
+import numpy as np
+from minilora.backend import on_cores
+from minilora.formats.safetensors import open_tensors
+tensors = open_tensors(sys.argv[1])
+def factored(name):
+    a = tensors[name].astype(np.float64)
+    np.linalg.qr(a if len(a) > a.shape[1] else a.T)
+for _ in on_cores(factored, [name for name in tensors if tensors.shapes[name]]):
+    pass
+"""
+WORK = {  # command -> what it makes
+    "compress --rank 8": "small", "compress --energy 0.9": "small", "convert --to peft": "peft",
+    "convert --to diffusers": "diffusers.safetensors",
+}  # fmt: skip
 
 
 def maps() -> Iterator[tuple[str, int, int]]:
@@ -103,13 +128,17 @@ def main() -> None:
         modules, size = generate(file), file.stat().st_size
         fresh(READ, file)  # the page cache is warm for all
         load = os.getloadavg()[0]
-        found: dict[str, list[Run]] = {"a plain read": [], "inspect": [], "compress --rank 8": []}
-        for _ in range(rounds):
+        found = {what: [] for what in ("a plain read", "a copy", "QR of all factors", "inspect", *WORK)}
+        for i in range(rounds):
             found["a plain read"].append(measured(READ, file))
+            found["a copy"].append(measured(COPY, file, Path(folder) / "copy"))
+            found["QR of all factors"].append(measured(FACTORED, file))
             found["inspect"].append(measured(COMMAND, "inspect", file))
-        found["compress --rank 8"].append(
-            measured(COMMAND, "compress", file, Path(folder) / "out", "--rank", 8)
-        )
+            for what, made in WORK.items():
+                name, *options = what.split()
+                out = Path(folder) / f"{i}" / made
+                found[what].append(measured(COMMAND, name, file, out, *options))
+                shutil.rmtree(out.parent)
     rows: list[dict[str, Any]] = [
         {
             "what": what,
@@ -130,9 +159,10 @@ def main() -> None:
     about = machine()
     text = (
         f"# `minilora` on a LoRA of SDXL in kohya's form (`python benchmarks/lora_files.py`)\n\n"
-        f"{modules} modules, r = {R}, float32: {size / 1e6:.0f} MB. Medians of {rounds} runs, of compress "
-        f"one, and the highest peak; {about['cores']} cores of {about['processor']}, "
-        f"Python {about['python']}, NumPy {about['numpy']}. The machine's load before it was {load:.1f}."
+        f"{modules} modules, r = {R}, float32: {size / 1e6:.0f} MB. Medians of "
+        f"{counted(rounds, 'run', 'runs')}, and the highest peak; {about['cores']} cores of "
+        f"{about['processor']}, Python {about['python']}, NumPy {about['numpy']}. The machine's load before "
+        f"it was {load:.1f}."
         f"\n\n{table}\n"
     )
     print(text)

@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -24,6 +24,8 @@ from .errors import ConfigError, nearest
 
 Array = Any  # numpy.ndarray, or cupy.ndarray after use("cupy")
 Chain = TypeVar("Chain", bound=Callable[..., Any])
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 xp: Any = types.SimpleNamespace()  # numpy's functions, or cupy's
 name = "numpy"
@@ -177,6 +179,21 @@ def one_blas_thread() -> Iterator[bool]:
             yield all(library.num_threads == 1 for library in libraries.lib_controllers)
         else:
             yield "1" in map(os.environ.get, THREADS)
+
+
+def on_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` with as many threads as cores and one BLAS thread in each, so that their number changes no bit.
+
+    One after another on a GPU, and where BLAS cannot be held to one thread.
+    """
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(one_blas_thread())
+        if held and on_host() and (threads := cores()) > 1:
+            from concurrent.futures import ThreadPoolExecutor
+
+            yield from stack.enter_context(ThreadPoolExecutor(threads)).map(function, items)
+        else:
+            yield from map(function, items)
 
 
 install(np)

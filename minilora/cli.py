@@ -100,6 +100,9 @@ def note_shadowed(options: Options) -> None:
         )
 
 
+FILES = {"alpha": "the file's", "r": "the file's"}  # their defaults, in words
+
+
 def usual_sweep() -> dict[str, Any]:
     """The defaults of a sweep; those that depend on the text, in words."""
     from .experiments.rank_sweep import RANKS, TABLE, TEXT, Plan
@@ -139,7 +142,7 @@ def usual_inspect() -> dict[str, Any]:
     """The defaults of an inspection and of what it shows."""
     from .analysis import inspect
 
-    return defaults(inspect.inspect) | defaults(inspect.view)
+    return defaults(inspect.inspect) | defaults(inspect.view) | FILES
 
 
 FIRST = """minilora: LoRA from scratch in NumPy. What to do first:
@@ -276,12 +279,21 @@ def parser() -> argparse.ArgumentParser:
     add("--grace", "seconds that texts may still take when the server is stopped", type=float, metavar="S")
     add("--invariant", "the same text to the bit, whatever is served beside it; slower", **switch)
 
+    def heads(add: Callable[..., argparse.Action]) -> None:
+        add("--base", "a folder with the base's config.json, on which llama.cpp's and torchtune's files "
+            "depend", metavar="BASE")  # fmt: skip
+
+    def missing(add: Callable[..., argparse.Action]) -> None:
+        add("--alpha", "for a file that does not have it, or whose config is lost", type=float, metavar="A")
+        add("--r", "for loralib's files, which do not have it", type=int, metavar="R")
+
     add = command("inspect", inspect, usual_inspect, "which rank an adapter really uses, module by module")
     add("adapter", "a LoRA: PEFT's folder, or another tool's file; several, or a folder of them, are told "
         "in a line each", nargs="+", metavar="ADAPTER")  # fmt: skip
     add("--base", "compare with the weights that it changes", metavar="BASE")
     add("--against", "compare with another adapter", metavar="ADAPTER")
     add("--modules", "only the modules whose names match this pattern", metavar="PATTERN")
+    missing(add)
     add("--sort", "order of the modules: model, name, norm, rank or at99", metavar="NAME",
         choices=("model", "name", "norm", "rank", "at99"))  # fmt: skip
     add("--limit", "modules to show, at most", **number)
@@ -297,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
         add("--overwrite", again, **switch)
         add("--json", table, **switch)
 
-    of = Of("compose.truncate", "compress")
+    of = Of("compose.truncate", "compress", FILES)
     add = command("compress", of.report, of.usual, "an adapter of smaller rank with the nearest ΔW")
     add("adapter", "a LoRA: PEFT's folder, or another tool's file", metavar="ADAPTER")
     add("out", "the new adapter's folder", metavar="OUT")
@@ -308,6 +320,8 @@ def parser() -> argparse.ArgumentParser:
     add("--param", "the share of |ΔW| (sv_fro) or of the sum of singular values (sv_cumulative) to keep, or "
         "the largest ratio of two that are kept (sv_ratio)", type=float, metavar="P")  # fmt: skip
     add("--minimum", "leave out the one singular value that kohya keeps beyond what its rule needs", **switch)
+    heads(add)
+    missing(add)
     of = Of("compose.extract", "extract")
     add = command("extract", of.report, of.usual, "the LoRA nearest to the difference of two checkpoints")
     add("base", "a checkpoint", metavar="BASE")
@@ -317,15 +331,13 @@ def parser() -> argparse.ArgumentParser:
     add("--min-diff", "leave out maps of which no entry differs by more", type=float, metavar="D")
     add("--clamp-quantile", "clamp a map's two factors at this quantile of their entries; kohya's is 0.99, "
         "and 1 leaves the nearest", type=float, metavar="Q")  # fmt: skip
-    of = Of("peft.convert", "convert", {"alpha": "the file's", "r": "the file's"})
+    of = Of("peft.convert", "convert", FILES)
     add = command("convert", of.report, of.usual, "a LoRA in another tool's form, with the same ΔW")
     add("source", "a LoRA of any tool, file or folder", metavar="ADAPTER")
     add("out", "the new file or folder", metavar="OUT")
     add("--to", "peft, kohya, diffusers, mlx or gguf", required=True, metavar="FORM")
-    add("--base", "a folder with the base's config.json, on which llama.cpp's and torchtune's files depend",
-        metavar="BASE")  # fmt: skip
-    add("--alpha", "for a file that does not have it, or whose config is lost", type=float, metavar="A")
-    add("--r", "for loralib's files, which do not have it", type=int, metavar="R")
+    heads(add)
+    missing(add)
     add("--overwrite", again, **switch)
     add("--json", table, **switch)
     of = Of("compose.combine", "combine", {"rank": "all that the method gives"})
@@ -594,10 +606,11 @@ def inspect(options: Options) -> int:
     from .analysis import inspect
     from .analysis.tables import csv_text
     from .formats.atomic import make_folder, write_atomic
+    from .lora_files.recognise import adapters_at
 
     if options.csv and options.json:
         raise ConfigError("--csv and --json are two forms of output; expected one of them")
-    adapters = [path for given in options.adapter for path in inspect.adapters_at(given)]
+    adapters = [path for given in options.adapter for path in adapters_at(given)]
     out = getattr(options, "out", None)
     if len(adapters) > 1:
         alone = [name for name in ("base", "against", "sort", "limit", "out") if name in options]

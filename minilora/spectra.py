@@ -29,16 +29,16 @@ def thin_svd(B: Array, A: Array, scale: float = 1.0) -> tuple[Array, Array, Arra
 
     k is the least of O, I and r; the work is O(r k (O + I)), the memory O(r (O + I)), however large r is.
     """
-    Q, R = xp.linalg.qr(B.astype(xp.float64))
-    P, T = xp.linalg.qr(A.T.astype(xp.float64))
+    Q, R = xp.linalg.qr(B.astype(xp.float64, order="F"))  # by columns, as LAPACK takes it
+    P, T = xp.linalg.qr(A.T.astype(xp.float64, order="F"))
     U, S, Vt = xp.linalg.svd(scale * (R @ T.T), full_matrices=False)
     return Q @ U, S, Vt @ P.T
 
 
 def thin_values(B: Array, A: Array, scale: float = 1.0) -> np.ndarray:
     """The singular values (k,) alone, for which Q and P need not be formed."""
-    R = xp.linalg.qr(B.astype(xp.float64), mode="r")
-    T = xp.linalg.qr(A.T.astype(xp.float64), mode="r")
+    R = xp.linalg.qr(B.astype(xp.float64, order="F"), mode="r")
+    T = xp.linalg.qr(A.T.astype(xp.float64, order="F"), mode="r")
     return to_host(xp.linalg.svd(scale * (R @ T.T), compute_uv=False))
 
 

@@ -250,6 +250,8 @@ OPTIONS = {
         "base": (["--base", "b"], {"inspect.base": "b"}),
         "against": (["--against", "c"], {"inspect.against": "c"}),
         "modules": (["--modules", "*.x"], {"inspect.modules": "*.x"}),
+        "alpha": (["--alpha", "8"], {"inspect.alpha": 8.0}),
+        "r": (["--r", "4"], {"inspect.r": 4}),
         "sort": (["--sort", "norm"], {"view.sort": "norm"}),
         "limit": (["--limit", "3"], {"view.limit": 3}),
         "metadata": (["--metadata"], {"view.metadata": True}),
@@ -267,6 +269,9 @@ OPTIONS = {
         "dynamic": (["--dynamic", "sv_fro"], {"compress.dynamic": "sv_fro"}),
         "param": (["--param", "0.9"], {"compress.param": 0.9}),
         "minimum": (["--minimum"], {"compress.minimum": True}),
+        "base": (["--base", "b"], {"compress.base": "b"}),
+        "alpha": (["--alpha", "8"], {"compress.alpha": 8.0}),
+        "r": (["--r", "4"], {"compress.r": 4}),
     }),
     "extract": ({"base": ["b"], "tuned": ["t"], "out": ["o"]}, {
         "base": (["b2"], {"extract.base": "b2"}), "tuned": (["t2"], {"extract.tuned": "t2"}),

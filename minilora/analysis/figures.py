@@ -9,6 +9,7 @@ import numpy as np
 
 from ..spectra import noise_spectrum
 from ..table import drawn
+from .names import block_or_layer
 from .plotting import BLUE, GREEN, GREY, KINDS, ORANGE, PINK, Figure, Picture, axes, shades, styled
 
 MOST = 32  # kinds in a picture
@@ -54,7 +55,7 @@ def grids(
         figure.colorbar(image, ax=ax, label=label)
         means = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, np.nanmean(grid, 1), strict=True))
         says.append(f"mean {what}: {means}")
-    ax.set_xlabel("layer")
+    ax.set_xlabel(block_or_layer(m.module for m in modules))
     if more := len({m.kind for m in modules} - {*names}) * (len(names) == MOST):
         says.append(f"{more} more kinds are not shown")
     return figure, says
@@ -71,7 +72,7 @@ def heat_map(modules: Sequence[Any]) -> Picture:
          "effective rank in % of noise's", look | {"vmax": 100}),
         (lambda m: m.base.relative if related else m.norm, size, size, look),
     ])  # fmt: skip
-    return Picture(figure, f"Modules by layer; {'; '.join(says)}.")
+    return Picture(figure, f"Modules by {block_or_layer(m.module for m in modules)}; {'; '.join(says)}.")
 
 
 @styled
@@ -87,7 +88,7 @@ def difference(modules: Sequence[Any]) -> Picture:
     ])  # fmt: skip
     for ax in figure.axes:
         ax.set_facecolor("#DDDDDD")  # where there is no module; 0 is white
-    return Picture(figure, f"Two adapters by layer; {'; '.join(says)}.")
+    return Picture(figure, f"Two adapters by {block_or_layer(m.module for m in modules)}; {'; '.join(says)}.")
 
 
 @styled
@@ -120,7 +121,8 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
         ax.set_ylabel("$s_i / s_1$")
     for ax in grid[-1]:
         ax.set_xlabel("index i")
-    figure.suptitle("Singular values of ΔW, first layer dark, last light; dashed: noise", fontsize=12)
+    first = block_or_layer(m.module for m in modules)
+    figure.suptitle(f"Singular values of ΔW, first {first} dark, last light; dashed: noise", fontsize=12)
     return Picture(figure, f"Singular values of ΔW over the largest; mean effective rank: {', '.join(says)}.")
 
 

@@ -7,21 +7,18 @@ adapter and base, disagree: looking at an adapter does not require settling that
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backend import cores, one_blas_thread
+from ..backend import on_cores
 from ..errors import MiniloraError, MismatchError, UnsupportedError, check_int, nearest
-from ..formats.atomic import named_errors
 from ..formats.huggingface import heads_in, weights
 from ..formats.safetensors import Tensors
-from ..lora_files.recognise import step
 from ..merging.places import Names, Place, misfit, places, weight_of
 from ..peft.folder import Adapter, open_adapter
 from ..peft.kinds import KINDS
@@ -35,11 +32,6 @@ if TYPE_CHECKING:
 
 WHOLE = 2048  # all singular vectors of W are computed if its smaller side is at most this
 LIMIT = 40  # modules that a terminal shows
-ONE = {  # files of a folder that is one adapter, or a model
-    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
-    "adapters.npz", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "config.json",
-}  # fmt: skip
-FILES = ".safetensors", ".gguf"  # of an adapter in a file of its own
 
 
 @report
@@ -116,6 +108,8 @@ def inspect(
     against: Path | str | None = None,
     *,
     modules: str = "*",
+    alpha: float | None = None,
+    r: int | None = None,
     whole: int = WHOLE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
@@ -123,17 +117,19 @@ def inspect(
 
     Only `modules` whose names match this pattern (as in fnmatch) are read; MismatchError if none does.
     Modules that the base lacks, or has in another shape, are noted and not compared; at least one must match.
+    `alpha` and `r` are as in `open_adapter`.
     Memory: the factors of one module per core; with a base, the factors and the weight of one module.
     Intruders are computed if the smaller side of the weight is at most `whole`. StorageError, FormatError,
     ConfigError, UnsupportedError, MismatchError or NonFiniteError name file and module.
     """
     heads = None if base is None else heads_in(base)
-    opened = open_adapter(adapter, heads=heads)
+    opening = partial(open_adapter, alpha=alpha, r=r, heads=heads)
+    opened = opening(adapter)
     given = selected(opened, modules)
     if not given.pairs:
         what = f"none of its {len(opened.pairs)} modules matches {modules!r}"
         raise MismatchError(f"{adapter}: {what}; {nearest(modules, opened.pairs)}")
-    other = None if against is None else selected(open_adapter(against, heads=heads), modules)
+    other = None if against is None else selected(opening(against), modules)
     tensors = None if base is None else weights(base)
     found = {} if tensors is None else compared(given, tensors)
     common = given.pairs.keys() & other.pairs.keys() if other else set()
@@ -146,14 +142,11 @@ def inspect(
         W = weight_of(tensors, found[name]) if tensors is not None and name in found else None
         return look(given, name, W, other if name in common else None, whole)
 
-    with contextlib.ExitStack() as stack:  # a thin QR is too small for BLAS threads
-        several = base is None and stack.enter_context(one_blas_thread())
-        threads = cores() if several else 1
-        each = stack.enter_context(ThreadPoolExecutor(threads)).map if threads > 1 else map
-        for module in each(one, given.pairs):
-            measured.append(module)
-            if progress:
-                progress(len(measured), len(given.pairs))
+    each = on_cores if base is None else map  # a thin QR is too small for BLAS threads
+    for module in each(one, given.pairs):
+        measured.append(module)
+        if progress:
+            progress(len(measured), len(given.pairs))
     measured.sort(key=lambda m: order(place(m.module)))
     notes = [*given.all_notes, *(tensors.notes if tensors else ())]
     for kind in KINDS:
@@ -323,6 +316,8 @@ class Survey:
 def survey(
     adapters: Sequence[Path | str],
     modules: str = "*",
+    alpha: float | None = None,
+    r: int | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Survey:
@@ -330,31 +325,10 @@ def survey(
     lines = []
     for adapter in adapters:
         try:
-            lines.append(Line(str(adapter), group(inspect(adapter, modules=modules).modules), None))
+            seen = inspect(adapter, modules=modules, alpha=alpha, r=r)
+            lines.append(Line(str(adapter), group(seen.modules), None))
         except MiniloraError as e:
             lines.append(Line(str(adapter), None, str(e)))
         if progress:
             progress(len(lines), len(adapters))
     return Survey(tuple(lines))
-
-
-def adapters_at(path: Path | str) -> list[Path | str]:
-    """The adapters in a folder of adapters, checkpoint-60 before checkpoint-500; else the path itself."""
-    folder = Path(path)
-    if not folder.is_dir() or names_in(folder) & ONE:
-        return [path]
-    inside = sorted((folder / name for name in names_in(folder)), key=lambda p: step(p.name))
-    return [child for child in inside if child.suffix in FILES or holds_one(child)] or [path]
-
-
-def holds_one(folder: Path) -> bool:
-    """Whether this is a folder with an adapter's file; a model's has a config.json alone."""
-    names = names_in(folder) if folder.is_dir() else set()
-    known = names & ONE or {name for name in names if name.endswith(FILES)}
-    return bool(known - {"config.json"})
-
-
-def names_in(folder: Path) -> set[str]:
-    """What a folder holds; StorageError if that cannot be read."""
-    with named_errors(folder):
-        return {child.name for child in folder.iterdir()}

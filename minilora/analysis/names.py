@@ -12,6 +12,7 @@ other name has a place too: without dots it is a kind of its own.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 COMPONENT = re.compile(
@@ -51,12 +52,23 @@ def place(name: str) -> Place:
     """The place of a module by its name alone, whatever the name."""
     match = COMPONENT.match(name)
     component, rest = (match[0][:-1], name[match.end() :]) if match else ("", name)
-    if (match and match["denoiser"]) or DENOISER.match(rest):
+    if is_denoiser(name):
         ends = [found.end() for found in LISTS.finditer(rest)]
         kind = MEMBER.sub(r"\1.", rest[ends[-1] if ends else 0 :])
     else:
         kind = found[0] if (found := LAST.search(rest)) else rest
     return Place(component, kind or name, label(rest.split(".")))
+
+
+def is_denoiser(name: str) -> bool:
+    """Whether a module belongs to what draws, a U-Net or a transformer, and not to a text's."""
+    match = COMPONENT.match(name)
+    return bool(match and match["denoiser"]) or bool(DENOISER.match(name[match.end() if match else 0 :]))
+
+
+def block_or_layer(names: Iterable[str]) -> str:
+    """What the blocks of these modules are called, those that data passes one by one."""
+    return "block" if any(map(is_denoiser, names)) else "layer"
 
 
 def label(parts: list[str]) -> str:

@@ -23,7 +23,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from ..backend import Array, quiet_overflow, to_host, xp
+from ..backend import Array, floats, quiet_overflow, to_host, xp
 from ..errors import InputError, MismatchError, NonFiniteError, short
 from ..layers import Factors
 from ..spectra import norm, quotient, thin_svd, thin_values
@@ -186,6 +186,24 @@ def split(U: Array, S: Array, Vt: Array, k: int) -> tuple[Array, Array]:
     """B (O, k) = U √S and A (k, I) = √S Vᵀ, whose product is the first k terms of U S Vᵀ."""
     root = S[:k] ** 0.5
     return U[:, :k] * root, root[:, None] * Vt[:k]
+
+
+def distance(U: Array, S: Array, Vt: Array, B: Array, A: Array) -> float:
+    """|U S Vᵀ - B A|, Frobenius, for orthonormal U and V, from products with them: no further QR.
+
+    With X = Uᵀ B, Y = A V, B' = B - U X and A' = A - Y Vᵀ it has four parts, orthogonal to each other:
+
+        U (S - X Y) Vᵀ - U X A' - B' Y Vᵀ - B' A'
+
+    In float64 it is off by a few (O + I + r) u |B| |A|, as with a QR of the factors side by side.
+    """
+    half = math.frexp(float(S[0]))[1] // 2  # a power of two, so that no square underflows
+    S, B, A = (xp.ldexp(x.astype(xp.float64), -n) for x, n in ((S, 2 * half), (B, half), (A, half)))
+    X, Y = U.T @ B, A @ Vt.T
+    B, A = B - U @ X, A - Y @ Vt
+    squares = floats(*((part * part).sum() for part in (xp.diag(S) - X @ Y, X @ A, B @ Y)))
+    last = float(((B.T @ B) * (A @ A.T)).sum())  # |B A|²
+    return math.ldexp(math.sqrt(math.fsum((*squares, max(last, 0.0)))), 2 * half)
 
 
 def measured(updates: Sequence[Update], B: Array, A: Array, cut: float = 0.0) -> Combined:

@@ -26,6 +26,7 @@ from ..errors import InputError, MiniloraError, MismatchError, UnsupportedError,
 from ..formats.atomic import check_free, refuse_same
 from ..layers import Factors, Param
 from ..lora import LowRank, adapted, attach, check_name
+from ..lora_files.contents import inherited
 from ..methods.embedding import LowRankEmbedding
 from ..model import Llama
 from ..peft.config import peft_config
@@ -205,7 +206,8 @@ def combine(
         rows.append(row)
     config = peft_config(sizes, list(sizes)) | shared([folder for folder, _ in summed])
     wide = any(a.dtype == np.float64 for a in tensors.values())
-    write_adapter(out, config, tensors, base, "float64" if wide else "float32", overwrite)
+    header = strings([folder for folder, _ in summed], list(sizes.values()))
+    write_adapter(out, config, tensors, base, "float64" if wide else "float32", overwrite, header)
     notes = tuple(
         f"{folder.where}: {note}" for folder, _ in summed for note in notes_on(folder, lost=base is None)
     )
@@ -291,6 +293,13 @@ def shared(folders: Sequence[Adapter]) -> dict[str, Any]:
         if all(config.get(name) == first.get(name) for config in configs):
             fields[name] = first.get(name)
     return fields | {"fan_in_fan_out": folders[0].settings.fan_in_fan_out}
+
+
+def strings(folders: Sequence[Adapter], sizes: Sequence[tuple[int, int]]) -> dict[str, str]:
+    """The strings of the headers on which all agree, as far as they are true of the new r and alpha."""
+    headers = [folder.tensors.metadata for folder in folders]
+    alike = {k: text for k, text in headers[0].items() if all(other.get(k) == text for other in headers)}
+    return inherited(alike, [(pair.r, pair.alpha) for f in folders for pair in f.pairs.values()], sizes)
 
 
 # ---- in a model

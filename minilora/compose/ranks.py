@@ -14,7 +14,6 @@ import numpy as np
 
 from ..errors import ConfigError, check_float, check_int, nearest, short
 from ..spectra import rank_at
-from ..table import counted
 
 DYNAMIC = ("sv_ratio", "sv_fro", "sv_cumulative")
 ZERO = 1e-6  # kohya takes up @ down for zero if no singular value is larger
@@ -131,20 +130,3 @@ def dynamic_rank(S: np.ndarray, method: str, param: float, cap: int, minimum: bo
     if not minimum:
         n = max(n, 1) + 1
     return max(min(n, len(S), cap), 1)
-
-
-def by_rule(
-    spectra: Mapping[str, np.ndarray], caps: Mapping[str, int], method: str, param: float, minimum: bool
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The rank of every module by `dynamic_rank`, and a note on what the rule does not need."""
-    chosen, least = (
-        {m: dynamic_rank(S, method, param, caps[m], how) for m, S in spectra.items()}
-        for how in (minimum, True)
-    )
-    if more := sum(chosen[m] > least[m] for m in chosen):
-        modules = f"{more} of {counted(len(chosen), 'module', 'modules')}"
-        note = (
-            f"{method}, as in kohya's script, keeps one more than it needs in {modules}; `minimum` does not"
-        )
-        return chosen, (note,)
-    return chosen, ()

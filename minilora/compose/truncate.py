@@ -5,6 +5,7 @@ The best rank-k approximation of ΔW = U S Vᵀ keeps the first k singular value
     |ΔW - ΔW_k|² = sum of s_i² beyond k (Frobenius)        |ΔW - ΔW_k|_2 = s_{k+1}
 
 An adapter's ΔW is never formed: QR of B and Aᵀ and the SVD of an r x r core give U, S and V (spectra.py).
+Modules are cut one by one; only where a rank depends on the others are all spectra computed before.
 The file holds B = U sqrt(S) and A = sqrt(S) Vᵀ in float32 with scale 1; the residual is measured on these
 float32 factors. Stands in for mergekit's and PEFT's rank reduction; combine.py combines several adapters.
 """
@@ -19,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import to_device, to_host
+from ..backend import on_cores, to_device, to_host
 from ..errors import MismatchError, UnsupportedError
 from ..formats.atomic import check_free, refuse_same
+from ..formats.huggingface import heads_in
 from ..layers import Factors
+from ..lora_files.contents import inherited
 from ..peft.config import peft_config
 from ..peft.folder import (
     PREFIX,
@@ -35,10 +38,10 @@ from ..peft.folder import (
     write_adapter,
 )
 from ..peft.kinds import KINDS
-from ..spectra import norm, quotient, thin_svd
-from ..table import Table, report
-from .arithmetic import size, split
-from .ranks import by_rule, check_resize, choose
+from ..spectra import norm, quotient, thin_svd, thin_values
+from ..table import Table, counted, report
+from .arithmetic import distance, split
+from .ranks import check_resize, choose, dynamic_rank
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,9 @@ def compress(
     dynamic: str | None = None,
     param: float | None = None,
     minimum: bool = False,
+    base: Path | str | None = None,
+    alpha: float | None = None,
+    r: int | None = None,
     overwrite: bool = False,
 ) -> Compression:
     """Write the best approximation of an adapter at smaller rank; `choose` explains the ranks.
@@ -135,10 +141,14 @@ def compress(
     bounds. No module gets a rank beyond that of its factors, where kohya's script can add one of rounding.
 
     Biases, saved modules and DoRA's magnitudes are copied, under PEFT's names; tensors that no LoRA has are
-    left out and noted. ConfigError for the ranks, and whatever opening and writing raise.
+    left out and noted. Of a header the strings stay that are true of the new file. `base` tells the heads of
+    llama.cpp's and torchtune's files; `alpha` and `r` are as in `open_adapter`. The number of cores changes
+    no bit. Memory: the new factors, and those of one module per core. ConfigError for the ranks, and whatever
+    opening and writing raise.
     """
     check_resize(rank, energy, per_module, conv_rank, dynamic, param, minimum)
-    given = open_adapter(adapter)
+    heads = None if base is None else heads_in(base)
+    given = open_adapter(adapter, alpha=alpha, r=r, heads=heads)
     if given.unread:
         raise MismatchError(f"{given.where}: {given.unread[0]}; a smaller file would lack it")
     if given.by_inputs:
@@ -147,43 +157,60 @@ def compress(
     refuse_same(out, given.where)
     check_free(out, overwrite)
     config, omitted = corrected(given)
-    parts = {}
-    for module, pair in given.pairs.items():
+    costs, notes = {m: sum(pair.shape) for m, pair in given.pairs.items()}, given.all_notes
+    flat = {m for m, pair in given.pairs.items() if len(given.tensors.shapes[pair.A]) == 2}
+    if conv_rank and flat == given.pairs.keys():
+        notes += ("no module is a convolution, so conv_rank changes nothing",)
+
+    def thin(module: str) -> Factors:
         A, B = given.factors(module, np.float32)
-        parts[module] = (A, B, *map(to_host, thin_svd(to_device(B), to_device(A), pair.scale)))
-    costs = {m: sum(pair.shape) for m, pair in given.pairs.items()}
-    spectra, notes = {m: S for m, (*_, S, _) in parts.items()}, given.all_notes
-    caps = {m: min(rank or len(S), len(S)) for m, S in spectra.items()}
-    if conv_rank:
-        flat = {m for m, pair in given.pairs.items() if len(given.tensors.shapes[pair.A]) == 2}
-        caps |= {m: min(conv_rank, len(S)) for m, S in spectra.items() if m not in flat}
-        if flat == caps.keys():
-            notes += ("no module is a convolution, so conv_rank changes nothing",)
-    if dynamic and param:
-        plain = {m: S / given.pairs[m].scale for m, S in spectra.items()}
-        chosen, said = by_rule(plain, caps, dynamic, param, minimum)
-        notes += said
-    else:
-        chosen = caps if conv_rank else choose(spectra, costs, rank, energy, per_module)
+        return Factors(to_device(B), to_device(A), given.pairs[module].scale)
+
+    def choice(module: str, S: np.ndarray, minimum: bool) -> int:
+        most = (rank if module in flat else conv_rank or rank) or len(S)
+        if dynamic and param:
+            return dynamic_rank(S / given.pairs[module].scale, dynamic, param, most, minimum)
+        return choose({module: S}, costs, None if energy else most, energy, per_module)[module]
+
+    chosen: dict[str, int] = {}
+    if not dynamic and (energy is None) == per_module:  # a rank depends on the other modules
+        spectra = on_cores(lambda module: thin_values(*thin(module)), given.pairs)
+        chosen = choose(dict(zip(given.pairs, spectra, strict=True)), costs, rank, energy, per_module)
+
+    def cut(module: str) -> tuple[Shrunk, bool, np.ndarray, np.ndarray]:
+        U, S, Vt = thin_svd(*thin(module))
+        values, pair = to_host(S), given.pairs[module]
+        k = chosen.get(module) or choice(module, values, minimum)
+        more = dynamic is not None and k > choice(module, values, True)
+        B, A = (half.astype(np.float32) for half in split(U, S, Vt, k))
+        row = shrunk(module, pair.shape, pair.r, values, k, distance(U, S, Vt, B, A))
+        return row, more, to_host(B), to_host(A)
+
     omitted |= {name for pair in given.pairs.values() for name in (pair.A, pair.B)}
     tensors = {name: given.value(name) for name in given.tensors if name not in omitted}
-    rows = []
-    for module, (A, B, U, S, Vt) in parts.items():
-        pair, k = given.pairs[module], chosen[module]
-        Bk, Ak = (half.astype(np.float32) for half in split(U, S, Vt, k))
-        old = Factors(to_device(B), to_device(A), pair.scale)
-        lost = size([(1.0, old), (-1.0, Factors(to_device(Bk), to_device(Ak), 1.0))])
-        rows.append(shrunk(module, pair.shape, pair.r, S, k, lost))
+    rows, spare = [], 0
+    for row, more, B, A in on_cores(cut, given.pairs):
+        pair, k = given.pairs[row.module], row.rank
         inner, outer = (given.tensors.shapes[name] for name in (pair.A, pair.B))  # a convolution's: > 2 axes
-        tensors[pair.A], tensors[pair.B] = Ak.reshape(k, *inner[1:]), Bk.reshape(-1, k, *outer[2:])
-        if (bias := f"{PREFIX}{module}.lora_B.bias") in tensors:  # the scale multiplies it, and is 1 now
+        tensors[pair.A], tensors[pair.B] = A.reshape(k, *inner[1:]), B.reshape(-1, k, *outer[2:])
+        if (bias := f"{PREFIX}{row.module}.lora_B.bias") in tensors:  # the scale multiplies it, and is 1 now
             tensors[bias] = tensors[bias] * pair.scale
-    sizes = peft_config({m: (k, k) for m, k in chosen.items()}, ())
+        rows.append(row)
+        spare += more
+    if spare:
+        modules = f"{spare} of {counted(len(rows), 'module', 'modules')}"
+        what = f"keeps one more than it needs in {modules}; `minimum` does not"
+        notes += (f"{dynamic}, as in kohya's script, {what}",)
+    sizes = peft_config({row.module: (row.rank, row.rank) for row in rows}, ())
     for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
         config[name] = sizes[name]
-    write_adapter(out, config, tensors, given.made.get("base"), overwrite=overwrite)
+    header = inherited(
+        given.tensors.metadata, [(pair.r, pair.alpha) for pair in given.pairs.values()],
+        [(row.rank, row.rank) for row in rows],
+    )  # fmt: skip
+    write_adapter(out, config, tensors, given.made.get("base"), overwrite=overwrite, header=header)
     before = sum(pair.r * sum(pair.shape) for pair in given.pairs.values())
-    smaller = sum(k * costs[m] for m, k in chosen.items())
+    smaller = sum(row.rank * costs[row.module] for row in rows)
     return Compression(str(out), tuple(rows), smaller, before, {}, notes)
 
 

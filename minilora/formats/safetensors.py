@@ -280,11 +280,12 @@ def narrowed(a: np.ndarray) -> np.ndarray:
 
 
 def stored(a: np.ndarray, dtype: str) -> np.ndarray:
-    """An array as it is after it was written as "float32", "float16", ... and read back."""
+    """An array as it is when written as "float32", ... and read back: itself, if it is that already."""
     if dtype == "bfloat16":
         return widened(narrowed(a))
     with np.errstate(over="ignore", invalid="ignore"):
-        return a.astype(dtype).astype(np.float64 if dtype == "float64" else np.float32)
+        wide = np.float64 if dtype == "float64" else np.float32
+        return a.astype(dtype, copy=False).astype(wide, copy=False)
 
 
 def joined(where: str, homes: Mapping[str, tuple[Tensors, str]]) -> Tensors:
@@ -379,7 +380,7 @@ def head(
     for name, size in sizes.items():
         offsets = [begin, begin := begin + size]
         header[name] = {"dtype": kinds[name], "shape": list(shapes[name]), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

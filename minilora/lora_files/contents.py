@@ -8,8 +8,10 @@ part of minilora that takes an adapter takes any file: none of them knows anothe
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,12 @@ TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
 INPUTS = "dora_scale"  # of each input (I,), as in LyCORIS' files until 2024; PEFT has no name for it
 LARGEST = 1 << 27  # numbers of a computed factor: 1 GiB in float64
+OWN = (  # what a header says of its own file alone
+    "format", "minilora", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash",
+    "modelspec.hash_sha256",
+)  # fmt: skip
+ARGS = "ss_network_args"  # in kohya's headers: an object with conv_dim, conv_alpha, ...
+SIZE = re.compile(r"(?:.*_)?(?:(?P<rank>dims?|rank)|alphas?)")  # the name of a rank or an alpha in a header
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,30 @@ def one_number(tensors: Tensors, key: str) -> float:
     if not 0 <= value < math.inf:
         raise ConfigError(f"{tensors.where}: {key} is {short(value)}; expected a finite number, at least 0")
     return value
+
+
+def inherited(
+    header: Mapping[str, str], before: Collection[tuple[int, float]], after: Collection[tuple[int, float]]
+) -> dict[str, str]:
+    """The strings of a header that are true of a file made from its own, too.
+
+    `before` and `after` are r and alpha of the modules: if they differ, what the header says of them goes.
+    """
+    ranks, alphas = ([{f"{size[i]:g}" for size in sizes} for sizes in (before, after)] for i in (0, 1))
+
+    def true(name: str) -> bool:
+        match = SIZE.fullmatch(name)
+        old, new = ranks if match and match["rank"] else alphas
+        return match is None or old == new
+
+    kept = {name: text for name, text in header.items() if name not in OWN and true(name)}
+    try:
+        args = json.loads(kept.get(ARGS, "null"))
+    except (ValueError, RecursionError):
+        args = None
+    if isinstance(args, dict) and not all(map(true, args)):
+        kept[ARGS] = json.dumps({name: value for name, value in args.items() if true(name)})
+    return kept
 
 
 def listed(others: Mapping[str, Iterable[str]]) -> list[str]:

@@ -27,11 +27,12 @@ ELSEWHERE = (  # for a pickle {0}
     "'{1}.safetensors')\""
 )
 LARGEST = 1 << 23  # bytes of a config; peft/config.py says why
-FILES = {  # the file of a LoRA in a folder without PEFT's config -> its form; the first that is there counts
+NAMED = {  # the file of a LoRA in a folder of its own without PEFT's config -> its form
     r"adapters\.safetensors": SINGLE, r"adapters\.npz": MLX_ARRAYS,
     r"pytorch_lora_weights\.safetensors": SINGLE, r"adapter_model\.safetensors": SINGLE,
-    r".*\.gguf": GGUF, r".*\.safetensors": SINGLE,
 }  # fmt: skip
+FILES = NAMED | {r".*\.gguf": GGUF, r".*\.safetensors": SINGLE}  # the first that is there counts
+UNREAD = r"(adapter_model|pytorch_lora_weights)\.bin"  # the pickles among them
 MODEL = re.compile(r"(pytorch_)?model.*\.(safetensors|bin).*", re.DOTALL)
 PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)", re.DOTALL)
 
@@ -43,9 +44,7 @@ def recognised(given: Path | str) -> tuple[str, Path]:
     is no LoRA; each says what it is.
     """
     path = named(given)
-    with named_errors(path):
-        names = {child.name for child in path.iterdir()} if path.is_dir() else None
-    if names is None:
+    if (names := names_in(path)) is None:
         return of_file(path)
     if CONFIG in names:
         config = read_json(path / CONFIG, LARGEST)
@@ -105,6 +104,33 @@ def step(name: str) -> tuple[str, int]:
     """The sort key that puts checkpoint-60 before checkpoint-500."""
     match = STEP.fullmatch(name)
     return (match[1], int(match[2][:18] or 0)) if match else (name, 0)
+
+
+def names_in(path: Path) -> set[str] | None:
+    """What a folder holds, None if it is none; StorageError if that cannot be read."""
+    with named_errors(path):
+        return {child.name for child in path.iterdir()} if path.is_dir() else None
+
+
+def adapters_at(path: Path | str) -> list[Path | str]:
+    """The adapters in a folder of adapters, checkpoint-60 before checkpoint-500; else the path itself."""
+    names = names_in(Path(path))
+    if names is None or CONFIG in names or is_model(names) or matching(names, *NAMED, UNREAD):
+        return [path]
+    inside = sorted((Path(path, name) for name in names), key=lambda child: step(child.name))
+    return [child for child in inside if may_be_one(child)] or [path]
+
+
+def may_be_one(path: Path) -> bool:
+    """Whether this is, by its name, a LoRA's file, or a folder with one; a model is none."""
+    if (names := names_in(path)) is None:
+        return matching({path.name}, *FILES)
+    return CONFIG in names or (not is_model(names) and matching(names, *FILES, UNREAD))
+
+
+def matching(names: Iterable[str], *patterns: str) -> bool:
+    """Whether one of the names has one of these forms."""
+    return any(re.fullmatch(pattern, name, re.DOTALL) for pattern in patterns for name in names)
 
 
 def is_model(names: set[str]) -> bool:

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import on_cores
 from ..errors import InputError, MismatchError, NonFiniteError, UnsupportedError, nearest
 from ..formats.atomic import check_free, make_folder, refuse_same, write_atomic, write_folder
 from ..formats.huggingface import heads_of, read_json
 from ..formats.safetensors import streamed
-from ..lora_files.contents import MAGNITUDE, Entry, gathered
+from ..lora_files.contents import MAGNITUDE, Entry, gathered, inherited
 from ..lora_files.names import of_sgm, whole
 from ..lora_files.opening import read_single
 from ..lora_files.recognise import CONFIG, WEIGHTS
 from ..spectra import norm, quotient, thin_values
 from ..table import counted, report
-from .folder import FACTORS, OF_TABLE, PREFIX, Adapter, of_contents, open_adapter
+from .folder import FACTORS, OF_TABLE, PREFIX, Adapter, change_norm, of_contents, open_adapter
 from .image_forms import Module, Written, diffusers, kohya, modules_of, split
 from .language_forms import gguf, gguf_bytes, mlx
 
@@ -39,13 +40,6 @@ ENDINGS = {
     "gguf": ".gguf",
 }  # of those that are one file
 WRITERS = {"kohya": kohya, "diffusers": diffusers, "mlx": mlx}
-OWN = (
-    "format",
-    "minilora",
-    "lora_adapter_metadata",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-)  # what a header says of its own file alone
 
 
 @report
@@ -107,8 +101,7 @@ def convert(
         what = f"{given.by_inputs[0]} has a magnitude of each input"
         raise UnsupportedError(f"{given.where}: {what}, which the form of {to} cannot hold")
     modules = modules_of(given, f"the form of {to}")
-    header = {key: text for key, text in given.tensors.metadata.items() if key not in OWN}
-    notes = given.notes
+    header, notes = given.tensors.metadata, given.notes
     if to == "gguf":
         data: Any = gguf_bytes(*gguf(modules, config, heads))
     else:
@@ -145,7 +138,7 @@ def peft(given: Adapter, modules: Mapping[str, Module], header: Mapping[str, str
         tensors |= {f"{at}.{ends[0]}": module.A, f"{at}.{ends[1]}": module.B}
         if module.magnitude:
             tensors[f"{at}.{MAGNITUDE}"] = module.magnitude
-    return Written(tensors, {"format": "pt", **header}, given.settings.fields)
+    return Written(tensors, {**inherited(header, (), ()), "format": "pt"}, given.settings.fields)
 
 
 def container(tensors: Mapping[str, Entry], header: Mapping[str, str]) -> Iterator[bytes]:
@@ -192,20 +185,27 @@ def known(modules: Mapping[str, Module], where: str) -> dict[str, Module]:
 
 def compared(pairs: Iterable[tuple[Module | None, Module]]) -> tuple[float, float]:
     """|ΔW' - ΔW| and |ΔW| over all modules; MismatchError if a magnitude is another one."""
-    off, size = [], []
-    for before, after in pairs:
-        A, B = matrices(after)
-        was = matrices(before) if before else (np.zeros((1, A.shape[1])), np.zeros((len(B), 1)))
-        same = all(map(np.array_equal, (A, B), was))
-        off.append(0.0 if same else norm(thin_values(np.hstack([B, -was[1]]), np.vstack([A, was[0]]))))
-        size.append(norm(thin_values(was[1], was[0])))
-        vectors = [m.read().ravel() for x in (before, after) if x and (m := x.magnitude)]
-        if len(vectors) == 2 and not np.array_equal(vectors[0], vectors[1]):
-            raise MismatchError("what was written has another magnitude than before")
+    off, size = zip(*on_cores(lambda pair: apart(*pair), pairs), strict=True)
     return math.hypot(*off), math.hypot(*size)
 
 
+def apart(before: Module | None, after: Module) -> tuple[float, float]:
+    """|ΔW' - ΔW| and |ΔW| of a module; where A stayed, as mostly, it is the difference of s B times A."""
+    A, B = matrices(after)
+    A0, B0 = matrices(before) if before else (A, 0 * B)
+    s, s0 = after.scale, before.scale if before else 0.0
+    vectors = [m.read().ravel() for x in (before, after) if x and (m := x.magnitude)]
+    if len(vectors) == 2 and not np.array_equal(vectors[0], vectors[1]):
+        raise MismatchError("what was written has another magnitude than before")
+    if not np.array_equal(A, A0):
+        off = norm(thin_values(np.hstack([np.float64(s) * B, -np.float64(s0) * B0]), np.vstack([A, A0])))
+    elif s != s0 or not np.array_equal(B, B0):
+        off = change_norm(A, np.float64(s) * B - np.float64(s0) * B0, 1.0)
+    else:
+        off = 0.0
+    return off, change_norm(A0, B0, s0)
+
+
 def matrices(module: Module) -> tuple[np.ndarray, np.ndarray]:
-    """A and s B in float64, a convolution's as matrices."""
-    A = module.A.read().astype(np.float64).reshape(module.r, -1)
-    return A, module.scale * module.B.read().astype(np.float64).reshape(-1, module.r)
+    """A and B, a convolution's as matrices."""
+    return module.A.read().reshape(module.r, -1), module.B.read().reshape(-1, module.r)

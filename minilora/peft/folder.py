@@ -489,13 +489,17 @@ def write_adapter(
     base: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
+    header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter's folder: config, tensors, their digest, and the fingerprints of bases it fits."""
+    """Write an adapter's folder: config, tensors, their digest, and the fingerprints of bases it fits.
+
+    `header` has further strings for the file's. NonFiniteError, StorageError.
+    """
     for name, a in tensors.items():
         if not np.isfinite(a).all():
             raise NonFiniteError(f"{name} is not finite; nothing was written")
     tensors = {name: stored(a, dtype) for name, a in tensors.items()}
-    metadata = labels(sealed(tensors), base)
+    metadata = {**(header or {}), **labels(sealed(tensors), base)}
 
     def fill(temp: Path) -> None:
         write_atomic(temp / CONFIG, (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode())

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import MismatchError, UnsupportedError
 from ..formats.safetensors import FLOATS
-from ..lora_files.contents import Entry, reordered
+from ..lora_files.contents import Entry, inherited, reordered
 from ..lora_files.names import (
     AROUND,
     FUSED,
@@ -84,6 +84,11 @@ def modules_of(given: Adapter, form: str) -> dict[str, Module]:
     return made
 
 
+def sizes(modules: Mapping[str, Module]) -> set[tuple[int, float]]:
+    """r and alpha of the modules."""
+    return {(module.r, module.scale * module.r) for module in modules.values()}
+
+
 def folded(entry: Entry, factor: float) -> Entry:
     """A tensor times a factor: in float32, unless a power of two keeps a wide exponent's bits."""
     if factor == 1:
@@ -110,7 +115,7 @@ def no_tables(modules: Mapping[str, Module], form: str) -> None:
 def kohya(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
     """kohya's single file: an alpha for each module, so that nothing is folded; diffusers' Flux is fused."""
     no_tables(modules, "kohya's form")
-    modules = fused(modules)
+    before, modules = sizes(modules), fused(modules)
     components = {name.partition(".")[0] for name in modules}
     flux = has_blocks(modules)
     numbered = flux or not components.isdisjoint({"text_encoder_2", "text_encoder_3"})
@@ -140,7 +145,8 @@ def kohya(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
     }
     own = "transformer" in components and not flux
     note = "names of the transformer are those of OneTrainer; sd-scripts has others for each model"
-    return Written(tensors, {**header, **about}, notes=(note,) if own else ())
+    kept = inherited(header, before, sizes(modules))
+    return Written(tensors, kept | about, notes=(note,) if own else ())
 
 
 def is_sdxl(modules: Mapping[str, Module], header: Mapping[str, str]) -> bool:
@@ -165,8 +171,9 @@ def diffusers(modules: Mapping[str, Module], header: Mapping[str, str]) -> Writt
     UnsupportedError for a model whose names in kohya's form are not known here: SD3, Wan and others.
     """
     no_tables(modules, "diffusers' form")
+    before, modules = sizes(modules), split(modules)
     tensors: dict[str, Entry] = {}
-    for path, module in split(modules).items():
+    for path, module in modules.items():
         name = of_sgm(path)
         if name.startswith("unet.") and not UNET.match(name.removeprefix("unet.")):
             raise UnsupportedError(f"{path} is no module of a U-Net; its name in diffusers is not known")
@@ -176,7 +183,7 @@ def diffusers(modules: Mapping[str, Module], header: Mapping[str, str]) -> Writt
         tensors[f"{name}.lora_B.weight"] = folded(module.B, module.scale)
         if module.magnitude:
             tensors[f"{name}.lora_magnitude_vector"] = module.magnitude
-    return Written(tensors, header)
+    return Written(tensors, inherited(header, before, {(module.r, module.r) for module in modules.values()}))
 
 
 def shaped(entry: Entry, shape: tuple[int, ...]) -> Entry:

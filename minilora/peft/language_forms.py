@@ -15,10 +15,10 @@ import numpy as np
 from ..errors import ConfigError, MismatchError, NonFiniteError, UnsupportedError, nearest, short
 from ..formats.atomic import read
 from ..formats.gguf import NAMES, neighbours, package
-from ..lora_files.contents import Entry, reordered, turned
+from ..lora_files.contents import Entry, inherited, reordered, turned
 from ..lora_files.dictionaries import TABLES
 from ..lora_files.llama_cpp import PERMUTED
-from .image_forms import Module, Written, folded
+from .image_forms import Module, Written, folded, sizes
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -66,7 +66,8 @@ def mlx(modules: Mapping[str, Module], header: Mapping[str, str]) -> Written:
         "num_layers": -1,
         "lora_parameters": {"rank": r, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
     }
-    return Written(tensors, {**header, "format": "mlx"}, config)
+    kept = inherited(header, sizes(modules), {(r, scale * r)})
+    return Written(tensors, {**kept, "format": "mlx"}, config)
 
 
 def filled(entry: Entry, r: int, axis: int) -> Entry:

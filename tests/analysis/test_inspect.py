@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peft_cases import FIXED, FIXTURES, slug
 from safetensors.numpy import save_file
 
-from minilora.analysis import inspect as microscope
+from minilora import backend
 from minilora.analysis.inspect import inspect, pictures, report_page, tables
 from minilora.analysis.measures import Ranks, noise
 from minilora.backend import cores
@@ -380,7 +380,7 @@ def test_factors_of_only_one_module_per_core_are_in_memory(tmp_path, monkeypatch
     rng, (O, I, r), count = np.random.default_rng(0), (500, 400, 32), 60  # noqa: E741
     A, B = rng.standard_normal((r, I)).astype(np.float32), rng.standard_normal((O, r)).astype(np.float32)
     folder = write_peft(tmp_path / "a", {f"layers.{i}.x": (A, B) for i in range(count)})
-    monkeypatch.setattr(microscope, "cores", lambda: 2)
+    monkeypatch.setattr(backend, "cores", lambda: 2)
     noise((O, I), r)
     tracemalloc.start()
     inspect(folder)
@@ -410,7 +410,7 @@ def test_only_one_weight_of_the_base_is_in_memory(tmp_path):
 def test_results_do_not_depend_on_cores_and_progress_is_reported(monkeypatch):
     found = []
     for n in (1, 3):
-        monkeypatch.setattr(microscope, "cores", lambda n=n: n)
+        monkeypatch.setattr(backend, "cores", lambda n=n: n)
         seen = []
         found.append(inspect(PATTERNS, progress=lambda *at, seen=seen: seen.append(at)))
         assert seen == [(i + 1, 14) for i in range(14)]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.analysis.names import brief, order, place
+from minilora.analysis.names import block_or_layer, brief, order, place
 from minilora.targets import LAYER
 
 PLACES = {  # of the U-Nets, transformers and encoders that diffusers, sgm and Black Forest Labs name
@@ -46,6 +46,13 @@ PLACES = {  # of the U-Nets, transformers and encoders that diffusers, sgm and B
 @pytest.mark.parametrize("name", PLACES)
 def test_a_name_has_its_component_kind_and_block(name):
     assert place(name) == PLACES[name]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_denoisers_have_blocks_and_all_others_layers(name):
+    denoiser = PLACES[name][0] in ("unet", "transformer", "diffusion_model")
+    assert block_or_layer([name]) == ("block" if denoiser or name.startswith("down_blocks") else "layer")
+    assert block_or_layer([name, "unet.conv_in"]) == "block"
 
 
 words = st.sampled_from([word for name in PLACES for word in name.split(".")])

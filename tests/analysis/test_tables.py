@@ -21,9 +21,10 @@ from peft_cases import FIXTURES
 from minilora import cli
 from minilora.analysis import inspect as microscope
 from minilora.analysis import tables
-from minilora.analysis.inspect import adapters_at, inspect, pictures, report_page, survey, view
+from minilora.analysis.inspect import inspect, pictures, report_page, survey, view
 from minilora.compose.truncate import compress
 from minilora.errors import ConfigError, MismatchError
+from minilora.lora_files.recognise import adapters_at
 from minilora.table import Table, plain, printed
 
 PATTERNS, QV = FIXTURES / "adapters/untied--patterns", FIXTURES / "adapters/untied--q-and-v"
@@ -241,6 +242,11 @@ def test_text_encoders_have_pictures_of_their_own(folder):
     names = ["heat_map", "spectra", "similarity", "difference"]
     assert list(drawn) == [*names, *(f"{name}_text_encoder_2" for name in names)]
     assert "text_encoder" not in drawn["heat_map"].says
+    for end, word in (("", "block"), ("_text_encoder_2", "layer")):
+        for name in ("heat_map", "difference"):
+            assert drawn[name + end].figure.axes[1].get_xlabel() == word
+            assert f" by {word}; " in drawn[name + end].says
+        assert f"first {word} dark" in drawn[f"spectra{end}"].figure.get_suptitle()
     own, encoder = (drawn[name].figure.axes[1] for name in ("heat_map", "heat_map_text_encoder_2"))
     columns = [
         "down 0.0",
@@ -462,3 +468,17 @@ def test_an_adapter_a_model_and_what_is_missing_are_no_folders_of_adapters(many,
     for name in ("b.safetensors", "a.gguf", "x.txt"):
         (tmp_path / "files" / name).write_text("")
     assert adapters_at(tmp_path / "files") == [tmp_path / "files" / n for n in ("a.gguf", "b.safetensors")]
+    (tmp_path / "files/config.json").write_text("{}")  # of whatever made them
+    assert len(adapters_at(tmp_path / "files")) == 2
+    (tmp_path / "files/model.safetensors").write_text("")
+    assert adapters_at(tmp_path / "files") == [tmp_path / "files"]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_lora_weights.bin", "adapters.npz", "x.gguf"])
+def test_a_folder_whose_lora_cannot_be_read_has_its_line(name, many):
+    (many / "pickled").mkdir()
+    (many / "pickled" / name).write_text("")
+    assert many / "pickled" in adapters_at(many)
+    assert adapters_at(many / "pickled") == [
+        many / "pickled" / name if name == "x.gguf" else many / "pickled"
+    ]

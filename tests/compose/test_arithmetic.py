@@ -6,17 +6,29 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from by_hand import U64
 from helpers import U, gamma, seeds, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import LIBRARY
 from vectors import ALL, SUMS, exact, most, of, rounding, sized, slack, summed, weighted, whole
 
-from minilora.backend import to_host
-from minilora.compose.arithmetic import Combined, cat, kohya_linear, linear, peft_linear, size, svd
+from minilora.backend import to_device, to_host
+from minilora.compose.arithmetic import (
+    Combined,
+    cat,
+    distance,
+    kohya_linear,
+    linear,
+    peft_linear,
+    size,
+    split,
+    svd,
+)
 from minilora.compose.sparsify import magnitude
 from minilora.errors import InputError, MismatchError, NonFiniteError
 from minilora.layers import Factors
+from minilora.spectra import thin_svd
 
 CROSSED = {"peft_linear": peft_linear, "kohya_linear": kohya_linear}
 
@@ -372,3 +384,32 @@ def test_a_distance_is_a_sum_with_weight_minus_1():
     both = [(1.0, one), (-1.0, other)]
     assert abs(size(both) - np.linalg.norm((exact(one) - exact(other)).astype(float))) <= rounding(both)
     assert size([(1.0, one), (-1.0, Factors(one.B * one.scale, one.A, 1.0))]) <= rounding([(1.0, one)] * 2)
+
+
+@st.composite
+def cut(draw):
+    """U, S and Vᵀ of an update of any size, and factors: all of it or less, rounded, or quite others."""
+    (_, x), rng = draw(weighted())[0], np.random.default_rng(draw(seeds))
+    decomposed = thin_svd(x.B, x.A, x.scale * 2.0 ** draw(st.integers(-900, 900)))
+    S = to_host(decomposed[1])
+    B, A = map(to_host, split(*decomposed, draw(st.integers(1, len(S)))))
+    off = 2.0 ** -draw(st.sampled_from([0, 11, 24, 53, 70]))
+    return decomposed, *(side * (1 + off * rng.uniform(-1, 1, side.shape)) for side in (B, A))
+
+
+@given(drawn=cut())
+def test_a_distance_in_the_bases_of_the_change_is_the_dense_one(drawn):
+    """Each of six products errs by (O + I + k + l + 2) u |B||A| or as much of U S Vᵀ: X, Y, B', A' and the
+    parts; and so does taking U and V for orthonormal. A sum of squares errs in its last part by the root.
+    """
+    (U, S, Vt), B, A = drawn
+    found = distance(U, S, Vt, to_device(B), to_device(A))
+    U, S, Vt = map(to_host, (U, S, Vt))
+    top, wide = math.sqrt(S[0]), np.longdouble
+    B, A = B / wide(top), A / wide(top)
+    dense = (U.astype(wide) * (S / wide(top) ** 2)) @ Vt - B @ A
+    n = len(B) + A.shape[1] + len(S) + len(A) + 2
+    size = float(S.sum() / S[0] + np.linalg.norm(B.astype(float)) * np.linalg.norm(A.astype(float)))
+    beyond = [float(np.sqrt((x * x).sum())) for x in (B - U @ (U.T @ B), A - A @ Vt.T @ Vt)]
+    bound = 8 * n * U64 * size + 2 * math.sqrt(n * U64) * math.prod(beyond)
+    assert abs(found / S[0] - float(np.sqrt((dense * dense).sum()))) <= bound

@@ -28,6 +28,7 @@ from minilora.errors import (
     StorageError,
     UnsupportedError,
 )
+from minilora.formats.safetensors import open_tensors
 from minilora.layers import Factors, Linear
 from minilora.lora import active, adapted, inject, merge, set_adapter
 from minilora.methods.lora_config import LoraConfig
@@ -291,6 +292,30 @@ def test_what_all_configs_say_is_kept_and_an_old_folder_replaced(tmp_path):
     assert changes(out).keys() == SHAPES.keys()
 
 
+def test_strings_on_which_all_headers_agree_are_kept_if_they_are_true_of_the_sum(tmp_path):
+    rng, common = (
+        np.random.default_rng(0),
+        {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora"},
+    )
+    sizes = {"ss_network_dim": "2", "ss_network_alpha": "2", "ss_network_args": '{"conv_dim": 1, "a": 3}'}
+    adapters = {}
+    for i in range(3):
+        folder, factors = (
+            tmp_path / f"{i}",
+            {"a.b": (rng.standard_normal((2, 5)), rng.standard_normal((4, 2)))},
+        )
+        own = {"ss_output_name": f"{i}", "sshs_model_hash": "00"} | ({"ss_seed": "1"} if i else {})
+        write_peft(folder, factors, metadata=common | sizes | own, lora_alpha=2)
+        adapters[str(folder)] = i / 2
+    combine(adapters, tmp_path / "sum")
+    new = dict(open_tensors(tmp_path / "sum" / WEIGHTS).metadata)
+    assert new.pop("format") == "pt"
+    assert json.loads(new.pop("minilora")).keys() == {"sha256"}
+    assert new == common | {"ss_network_args": '{"a": 3}', "ss_seed": "1"}  # the first has no weight
+    combine(adapters, tmp_path / "svd", method="svd", rank=2)
+    assert dict(open_tensors(tmp_path / "svd" / WEIGHTS).metadata).items() >= (common | sizes).items()
+
+
 def test_fan_in_fan_out_is_kept(tmp_path):
     a, b = two(tmp_path, fan_in_fan_out=True)
     combine({a: 1, b: 1}, tmp_path / "out")
@@ -459,6 +484,26 @@ def test_kohyas_arithmetic_is_that_of_its_script(tmp_path):
         off = ours.pairs[m].scale * B.astype(float) @ A - pair.scale * B2.astype(float) @ A2
         assert (abs(off) <= bound).all(), m
     assert made.relative > 0.3
+
+
+def test_kohyas_concat_counts_each_file_by_its_squared_weight_and_share_of_the_rank(tmp_path):
+    """Not the sum, which `cat` is; with weights w |w| r / Σ r `cat` is what merge_lora.py --concat wrote."""
+    told = json.loads((FILES / "kohya_sdscripts_merged/merge_concat/args.json").read_text())
+    inputs, weights = [open_adapter(FILES / model) for model in told["models"]], told["ratios"]
+    theirs = open_adapter(FILES / "kohya_sdscripts_merged/merge_concat")
+    shares = {one.pairs[m].r / theirs.pairs[m].r for one in inputs for m in theirs.pairs}
+    assert shares == {0.5}
+    folders = {FILES / model: w * abs(w) / 2 for model, w in zip(told["models"], weights, strict=True)}
+    combine(folders, tmp_path / "out", method="cat")
+    combine(dict(zip(folders, weights, strict=True)), tmp_path / "sum", method="cat")
+    found, plain = (changes(tmp_path / name) for name in ("out", "sum"))
+    for m, pair in theirs.pairs.items():
+        A, B = (x.astype(float) for x in theirs.factors(m))
+        size = sum(abs(w) * one.pairs[m].scale * (abs(B1).astype(float) @ abs(A1))
+                   for one, w in zip(inputs, folders.values(), strict=True)
+                   for A1, B1 in [one.factors(m)])  # fmt: skip
+        assert (abs(found[m] - pair.scale * (B @ A)) <= 12 * U32 * size).all(), m
+        assert np.linalg.norm(plain[m] - pair.scale * (B @ A)) > 0.5 * np.linalg.norm(plain[m]), m
 
 
 # ---- in a model, and through files

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from by_hand import (
     CONFIG,
+    FILES,
     PREFIX,
     U32,
     WEIGHTS,
@@ -25,10 +26,12 @@ from by_hand import (
 from helpers import SIZES, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_cases import how as told_of
 from peft_cases import FIXED, FIXTURES, IDS, slug
 from peft_cases import logits as peft_logits
 from safetensors.numpy import save_file
 
+from minilora import backend
 from minilora.backend import to_device, to_host
 from minilora.compose.extract import extract, is_map
 from minilora.compose.ranks import choose
@@ -45,6 +48,7 @@ from minilora.formats.huggingface import load, save_model
 from minilora.formats.safetensors import layout, open_tensors, stored
 from minilora.lora import fuse
 from minilora.merging.merge import merge_checkpoint
+from minilora.peft.convert import convert
 from minilora.peft.folder import open_adapter
 from minilora.peft.loading import load_adapter
 from minilora.spectra import rank_at
@@ -371,6 +375,105 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path):
         for name in ("a", "b"):
             compress(source, tmp_path / f"{name}{i}", **how)
         assert listed(tmp_path / f"a{i}") == listed(tmp_path / f"b{i}")
+
+
+@pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.9}, {"rank": 2, "per_module": True}])
+def test_the_number_of_cores_changes_no_bit(how, tmp_path, monkeypatch):
+    found = []
+    for n in (1, 2, 5):
+        monkeypatch.setattr(backend, "cores", lambda n=n: n)
+        told = compress(FIXTURES / "adapters/untied--patterns", tmp_path / f"{n}", **how)
+        found.append((told.rows, told.notes, listed(tmp_path / f"{n}")))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.5}, {"energy": 0.5, "per_module": True}])
+def test_only_what_is_kept_and_a_module_per_core_are_in_memory(how, tmp_path, monkeypatch):
+    rng, (O, I, r), count = np.random.default_rng(0), (400, 300, 32), 60  # noqa: E741
+    fall = 0.3 ** np.arange(r)[:, None]
+    A, B = (fall * rng.standard_normal((r, I))).astype(np.float32), rng.standard_normal((O, r))
+    factors = {f"layers.{i}.x": (A, B.astype(np.float32)) for i in range(count)}
+    source = write_peft(tmp_path / "in", factors)
+    monkeypatch.setattr(backend, "cores", lambda: 2)
+    tracemalloc.start()
+    found = compress(source, tmp_path / "out", **how)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {row.rank for row in found.rows} <= {1, 2}
+    each = 8 * r * (O + I)  # the factors of a module in float64
+    most = 2 * 8 * each + 2 * 4 * found.parameters
+    assert peak < most
+    assert count * each > 2 * most
+
+
+# ---- the strings of a header, and what other tools' files leave out
+
+
+def header(folder):
+    return open_tensors(folder / WEIGHTS).metadata
+
+
+def test_the_strings_of_a_header_stay_unless_they_tell_of_old_sizes(tmp_path):
+    (file,) = (FILES / "kohya_sdscripts/sd15_conv").glob("*.safetensors")
+    told = {"ss_network_args": '{"conv_dim": "4", "conv_alpha": "1.0", "algo": "locon", "conv_dims": 1}'}
+    told |= {
+        "ss_tag_frequency": '{"dim": 3}',
+        "alpha": "3",
+        "lora_rank": "9",
+        "modelspec.hash_sha256": "0x00",
+    }
+    tensors = open_tensors(file)
+    old = dict(tensors.metadata) | told
+    (tmp_path / "a.safetensors").write_bytes(b"".join(layout({n: tensors[n] for n in tensors}, None, old)))
+    compress(tmp_path / "a.safetensors", tmp_path / "out", rank=3)
+    sizes = {"ss_network_dim", "ss_network_alpha", "alpha", "lora_rank"}
+    own = {"format", "minilora", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
+    new = dict(header(tmp_path / "out"))
+    assert json.loads(new.pop("ss_network_args")) == {"algo": "locon"}
+    del old["ss_network_args"]
+    assert new.pop("format") == "pt"
+    assert new.pop("minilora")
+    assert new == {k: text for k, text in old.items() if k not in sizes | own}
+
+
+def test_sizes_that_are_still_true_stay_in_a_header(tmp_path):
+    """r = alpha = 2 before and after."""
+    rng, told = (
+        np.random.default_rng(0),
+        {"ss_network_dim": "2", "ss_network_alpha": "2", "ss_network_args": "None"},
+    )
+    factors = {f"a.{i}": (rng.standard_normal((2, 5)), rng.standard_normal((4, 2))) for i in range(2)}
+    source = write_peft(tmp_path / "in", factors, metadata=told, lora_alpha=2)
+    compress(source, tmp_path / "same", rank=5)
+    assert header(tmp_path / "same").items() >= told.items()
+    compress(source, tmp_path / "less", rank=1)
+    assert header(tmp_path / "less").keys() == {"format", "minilora", "ss_network_args"}
+
+
+@pytest.mark.parametrize("name", ["torchtune/lora", "loralib/net"])
+def test_a_scale_that_a_file_does_not_have_is_given(name, tmp_path):
+    """The result is that of the same file with its scale, converted to PEFT's form."""
+    about, folder = told_of(name), FILES / name
+    told = {key: value for key, value in about.items() if key != "heads"}
+    if name.startswith("torchtune"):
+        (tmp_path / "base").mkdir()
+        heads = dict(zip(("num_attention_heads", "num_key_value_heads"), about["heads"], strict=True))
+        (tmp_path / "base/config.json").write_text(json.dumps(heads))
+        told["base"] = tmp_path / "base"
+    else:  # without its convolution, which is not in the order of a weight
+        (file,) = folder.glob("*.safetensors")
+        tensors = open_tensors(file)
+        folder = tmp_path / "net.safetensors"
+        save_file({n: tensors[n] for n in tensors if not n.startswith("conv")}, folder)
+    found = compress(folder, tmp_path / "direct", rank=2, **told)
+    convert(folder, tmp_path / "peft", "peft", **told)
+    again = compress(tmp_path / "peft", tmp_path / "out", rank=2)
+    assert {row.module: row for row in found.rows} == {row.module: row for row in again.rows}
+    one, other = changes(tmp_path / "direct"), changes(tmp_path / "out")
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[m], other[m]) for m in one)
+    with pytest.raises(ConfigError, match="does not have the scale; give alpha"):
+        compress(folder, tmp_path / "more", rank=2)
 
 
 def test_compressing_twice_changes_nothing(tmp_path):

@@ -1,7 +1,8 @@
 """A batch in micro-batches, on however many threads, has its gradient; the threads change no bit."""
 
+import contextlib
 import ctypes
-from threading import get_ident
+from threading import Event, get_ident
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from threadpoolctl import ThreadpoolController
 
 from minilora import backend
-from minilora.backend import cores, one_blas_thread
+from minilora.backend import cores, on_cores, one_blas_thread
 from minilora.errors import InputError
 from minilora.fast import parallel
 from minilora.fast.folded import places
@@ -182,6 +183,49 @@ def test_blas_is_limited_to_one_thread_and_released(openblas):
     with pytest.raises(KeyError), one_blas_thread():
         raise KeyError
     assert count() == min(2, cores())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_map_on_cores_keeps_the_order_and_holds_blas(threads, openblas, monkeypatch):
+    count, hold = openblas
+    hold(2)
+    monkeypatch.setattr(backend, "cores", lambda: threads)
+    held, seen = [], set()
+
+    def doubled(i):
+        held.append(count())
+        seen.add(get_ident())
+        return 2 * i
+
+    assert list(on_cores(doubled, range(50))) == [2 * i for i in range(50)]
+    assert {*held} == {1}
+    assert (get_ident() in seen) == (threads == 1)
+    assert count() == min(2, cores())
+
+
+@pytest.mark.parametrize("why", ["a GPU", "a BLAS that cannot be held"])
+def test_a_map_on_cores_is_a_plain_one_where_threads_do_not_help(why, monkeypatch):
+    monkeypatch.setattr(backend, "cores", lambda: 3)
+    if why == "a GPU":
+        monkeypatch.setattr(backend, "on_host", lambda: False)
+    else:
+        monkeypatch.setattr(backend, "one_blas_thread", lambda: contextlib.nullcontext(False))
+    assert {*on_cores(lambda i: get_ident(), range(9))} == {get_ident()}
+
+
+def test_an_error_in_a_map_on_cores_ends_it(monkeypatch):
+    monkeypatch.setattr(backend, "cores", lambda: 2)
+    begun, gate = [], Event()
+
+    def one(i):
+        begun.append(i)
+        if i == 0:
+            raise KeyError(i)
+        gate.wait(0.01)
+
+    with pytest.raises(KeyError):
+        list(on_cores(one, range(1000)))
+    assert len(begun) < 500
 
 
 class Blas:

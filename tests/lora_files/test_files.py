@@ -8,6 +8,7 @@ from lora_cases import READ, ROOT, UNIT, change, expected, how
 from safetensors.numpy import save_file
 
 import minilora as ml
+from minilora.analysis.inspect import survey
 from minilora.errors import MismatchError, UnsupportedError
 from minilora.formats.safetensors import open_tensors
 from minilora.lora_files.grammar import parsed, sort_out
@@ -202,6 +203,19 @@ def test_a_gguf_has_lost_the_scale_of_rslora_and_its_own_reading_is_taken():
         assert pair.scale == pytest.approx(source.pairs[module].scale / pair.r**0.5, rel=4 * 2.0**-53)
         for ours, theirs in zip(adapter.factors(module), source.factors(module), strict=True):
             assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["torchtune/lora", "loralib/net"])
+def test_looking_takes_the_scale_that_a_file_does_not_have(name):
+    about = {key: value for key, value in how(name).items() if key != "heads"}
+    opened = ml.open_adapter(ROOT / name, **about)
+    seen = ml.inspect(ROOT / name, against=ROOT / name, **about)
+    for m in seen.modules:
+        assert (m.r, m.scale) == (opened.pairs[m.module].r, opened.pairs[m.module].scale)
+        assert m.norm == m.other.norm > 0
+    (line,) = survey([ROOT / name], **about).lines
+    assert line.numbers.norm == pytest.approx(seen.norm, rel=1e-14)
+    assert "give alpha" in survey([ROOT / name]).lines[0].error
 
 
 def test_loralibs_merged_maps_convolutions_and_tables():

@@ -9,6 +9,7 @@ import pytest
 from by_hand import write_peft
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import minilora as ml
@@ -141,8 +142,10 @@ def test_strings_of_the_header_stay_and_sizes_are_told_anew(tmp_path):
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
     (path,) = (ROOT / "kohya_sdscripts/sd15_conv").glob("*.safetensors")
     old, new = open_tensors(path).metadata, open_tensors(tmp_path / "b.safetensors").metadata
-    about = {"ss_network_module", "ss_network_dim", "ss_network_alpha"}
+    about = {"ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
     about |= {"sshs_model_hash", "sshs_legacy_hash"}  # of the file's own bytes
+    assert json.loads(old["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "1.0"}
+    assert json.loads(new["ss_network_args"]) == {"conv_dim": "4"}  # diffusers has no alpha; r stayed
     assert not new.keys() & {"sshs_model_hash", "sshs_legacy_hash"}
     assert {k: v for k, v in old.items() if k not in about} == {
         k: v for k, v in new.items() if k not in about
@@ -150,6 +153,44 @@ def test_strings_of_the_header_stay_and_sizes_are_told_anew(tmp_path):
     assert (
         new["ss_network_dim"] == new["ss_network_alpha"] == "Dynamic"
     )  # linear maps and convolutions differ
+
+
+SIZES = {"ss_network_dim": "4", "ss_network_alpha": "2", "lora_rank": "4", "network_alpha": "2"}
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya", "diffusers", "mlx"])
+@pytest.mark.parametrize("alpha", [2.0, 4.0])
+def test_what_a_header_says_of_sizes_is_true_of_what_is_written(form, alpha, tmp_path):
+    """So network_alpha, which is the alpha of a file without alphas, scales nothing twice."""
+    rng, header = np.random.default_rng(0), SIZES | {name: f"{alpha:g}" for name in SIZES if "alpha" in name}
+    tensors = {f"model.layers.{i}.x.lora_{half}.weight": rng.standard_normal(shape).astype(np.float32)
+               for i in range(2) for half, shape in (("A", (4, 6)), ("B", (5, 4)))}  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors", header | {"ss_comment": "mine"})
+    out = tmp_path / f"b{FILE.get(form, '')}"
+    told = convert(tmp_path / "a.safetensors", out, form)
+    assert told.difference == 0
+    file = out if out.is_file() else next(out.glob("*.safetensors"))
+    new = open_tensors(file).metadata
+    assert new["ss_comment"] == "mine"
+    sizes = {(p.r, p.scale * p.r) for p in ml.open_adapter(out).pairs.values()}
+    assert sizes == {(4, 4.0 if form == "diffusers" else alpha)}
+    for name in new.keys() & SIZES.keys():
+        assert float(new[name]) == (alpha if "alpha" in name else 4)
+    stay = alpha == 4 or form != "diffusers"
+    assert new.keys() & SIZES.keys() == {name for name in SIZES if stay or "alpha" not in name}
+
+
+def test_a_string_that_no_file_can_hold_is_replaced(tmp_path):
+    """A lone surrogate, as an escape in the header's JSON."""
+    down, up = np.ones((1, 3), np.float32), np.ones((2, 1), np.float32)
+    tensors = {"x.lora_down.weight": down, "x.lora_up.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_x": "a@@@@@@b"})
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(raw.replace(b"@@@@@@", rb"\ud800"))
+    for out in (tmp_path / "b.safetensors", tmp_path / "c"):
+        convert(tmp_path / "a.safetensors", out, "kohya" if out.suffix else "peft")
+    assert open_tensors(tmp_path / "b.safetensors").metadata["ss_x"] == "a?b"
+    assert safe_open(tmp_path / "b.safetensors", "np").metadata()["ss_x"] == "a?b"
 
 
 def test_flux_is_split_and_fused_again(tmp_path):
@@ -214,10 +255,18 @@ def test_halves_are_not_scaled_in_their_own_dtype(tmp_path):
     assert told.difference == 0
 
 
-def test_the_difference_is_that_of_what_was_written(tmp_path):
-    source = ROOT / "peft/rslora_patterns"
-    told = convert(source, tmp_path / "b.safetensors", "diffusers")
-    old, new = ml.open_adapter(source), ml.open_adapter(tmp_path / "b.safetensors")
+@pytest.mark.parametrize(
+    ("name", "form"),  # B is rounded; A and B have more columns; A is rounded
+    [
+        ("peft/rslora_patterns", "diffusers"),
+        ("peft/rslora_patterns", "mlx"),
+        ("kohya_lycoris/locon_tucker_mid", "peft"),
+    ],
+)
+def test_the_difference_is_that_of_what_was_written(name, form, tmp_path):
+    source, out = ROOT / name, tmp_path / f"b{FILE.get(form, '')}"
+    told = convert(source, out, form)
+    old, new = ml.open_adapter(source), ml.open_adapter(out)
     changes = [[B @ A for A, B in (factors(x, m) for m in old.pairs)] for x in (old, new)]
     size = np.linalg.norm([np.linalg.norm(dW) for dW in changes[0]])
     off = np.linalg.norm([np.linalg.norm(dW - other) for dW, other in zip(*changes, strict=True)])

@@ -2,8 +2,10 @@
 
 import functools
 import io
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,28 @@ def commands(page):
 def test_every_command_is_understood(page):
     for command in commands(page):
         cli.parser().parse_args(shlex.split(command, comments=True))  # else SystemExit
+
+
+def test_the_first_commands_for_an_adapter_work_in_each_of_three_worlds(tmp_path, monkeypatch, capsys):
+    """On files that the tools wrote, under the names in the document."""
+    files, block = ROOT / "tests/fixtures/lora_files", (ROOT / "docs/adapters.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True)[1:] for line in block.split("```")[1].strip().splitlines()]
+    (image,) = (files / "kohya_sdscripts/sd15_conv").glob("*.safetensors")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(files / "peft/plain", "my-peft-folder")
+    shutil.copy(image, "my-style.safetensors")
+    shutil.copytree(files / "mlx/lora_default", "my-mlx-folder")
+    Path("BASE").mkdir()
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    Path("BASE/config.json").write_text(json.dumps({"model_type": "llama"} | heads))
+    assert [cli.main(command) for command in commands] == [0, 0, 0]
+    assert [command[1].partition(".")[0] for command in commands] == [
+        "my-peft-folder",
+        "my-style",
+        "my-mlx-folder",
+    ]
+    assert ml.open_adapter("my-lora.gguf", heads=(4, 2)).pairs
+    assert "suggested rank" in capsys.readouterr().out
 
 
 def test_commands_are_found():

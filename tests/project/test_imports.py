@@ -26,7 +26,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "merging.places", "merging.plan", "merging.changes", "merging.by_name", "merging.llama", "merging.merge",
     "compose.arithmetic", "compose.sparsify", "compose.ranks", "compose.truncate", "compose.extract",
     "compose.combine", "compose.quantize", "console",
-    "analysis.count", "analysis.plotting", "analysis.report", "analysis.figures", "analysis.names",
+    "analysis.count", "analysis.plotting", "analysis.report", "analysis.names", "analysis.figures",
     "analysis.measures", "analysis.tables", "analysis.inspect",
     "finetune", "experiments.cluster", "experiments.harness", "experiments.recipe", "experiments.rows",
     "experiments.rank_figures", "experiments.reading", "experiments.merge_equivalence",
