@@ -134,27 +134,32 @@ class Canvas:
         self.snowflake(x - 0.42, y)
         self.words(x + 0.12, y, "frozen", SMALL)
 
-    def stripes(self, x: float, y: float, width: float, height: float, r: int) -> None:
-        """A trained matrix of r columns, or rows if it is wider than high, around (x, y) and to scale."""
-        a, b, along = width / 2, height / 2, height >= width
-        apart = (width if along else height) / r
-        seen = apart > 0.05
-        self.axes.fill(
-            [x - a, x + a, x + a, x - a], [y - b, y - b, y + b, y + b], color=ORANGE if seen else EMBER,
-            linewidth=0, zorder=2, snap=False,
-        )  # fmt: skip
-        for at in (k * apart for k in range(1, r) if seen):
-            p, q = (x - a + at * along, y - b + at * (not along)), (x + a, y + b)
-            self.stroke([p, (p[0], q[1]) if along else (q[0], p[1])], 1, "white")
+    def stripes(
+        self, x: float, y: float, width: float, height: float, columns: int = 1, rows: int = 1
+    ) -> None:
+        """A trained matrix around (x, y), to scale, its columns or rows apart where they can be seen."""
+        left, right, low, high = x - width / 2, x + width / 2, y - height / 2, y + height / 2
+        colour = ORANGE if min(width, height) > 0.02 else EMBER  # a hair must be dark
+        self.axes.fill([left, right, right, left], [low, low, high, high], color=colour, linewidth=0,
+                       zorder=2, snap=False)  # fmt: skip
+        apart = min(width / columns, height / rows)
+        if apart > 0.03:
+            gap = min(1, 18 * apart)
+            for at in (left + k * apart for k in range(1, columns)):
+                self.stroke([(at, low), (at, high)], gap, "white")
+            for at in (low + k * apart for k in range(1, rows)):
+                self.stroke([(left, at), (right, at)], gap, "white")
 
-    def lens(self, x: float, y: float, r: int, radius: float = 0.42) -> None:
-        """What is too thin to be seen, magnified: r columns, or sixteen if they are more."""
+    def lens(self, x: float, y: float, columns: int = 1, rows: int = 1, radius: float = 0.42) -> None:
+        """What is too thin to be seen, magnified: its columns or rows, or sixteen if they are more."""
         self.dot(x, y, radius, STEP)
-        apart = 1.1 * radius / min(r, 16)
-        for k in range(min(r, 16)):
-            away = (k - (min(r, 16) - 1) / 2) * apart
-            high = math.sqrt(radius**2 - (abs(away) + apart / 2) ** 2) - 0.02
-            self.stroke([(x + away, y - high), (x + away, y + high)], 54 * apart, ORANGE)
+        number = min(max(columns, rows), 16)
+        apart = 1.1 * radius / number
+        for k in range(number):
+            away = (k - (number - 1) / 2) * apart
+            long = math.sqrt(radius**2 - (abs(away) + apart / 2) ** 2) - 0.02
+            ends = [(away, -long), (away, long)] if columns >= rows else [(-long, away), (long, away)]
+            self.stroke([(x + right, y + up) for right, up in ends], 54 * apart, ORANGE)
 
     def codes(self, x: float, y: float, side: float, rows: int, columns: int) -> None:
         """A patch of 4-bit codes around (x, y): squares in sixteen greys."""

@@ -68,13 +68,18 @@ def draw_product(c: Canvas, x: float, y: float, O: int, I: int, r: int) -> None:
     c.box(change, up, wide, high, PASSING)
     c.words(x + 2.58, up, "=", LETTER)
     c.words(x + 2.9, up, "s", LETTER, slanted=True)
-    c.stripes(b, up, thin, high, r)
-    c.stripes(a, top - thin / 2, wide, thin, r)
-    for at, letter, colour in ((change, "ΔW", INK), (b, "B", EMBER), (a, "A", EMBER)):
-        c.words(at, top + 0.25, letter, LETTER, colour, slanted=True)
+    c.stripes(b, up, thin, high, columns=r)
+    c.stripes(a, top - thin / 2, wide, thin, rows=r)
+    of_a = a
     if thin < 0.1 and min(wide, high) > 1.2:
-        c.lens(b, up - high / 2 + 0.5, r)
-        c.words(b + 0.6, up - high / 2 + 0.5, f"r = {r:,} columns", SMALL, SOFT, at="left")
+        more = "s" * (r > 1)
+        c.lens(b, up - high / 2 + 0.5, columns=r)
+        c.words(b + 0.6, up - high / 2 + 0.5, f"{r:,} column{more}", SMALL, SOFT, at="left")
+        c.lens(a + wide / 2 - 0.5, top, rows=r)
+        c.words(a + wide / 2 - 0.5, top - 0.65, f"{r:,} row{more}", SMALL, SOFT)
+        of_a -= 0.46  # the middle of what is left of it
+    for at, letter, colour in ((change, "ΔW", INK), (b, "B", EMBER), (of_a, "A", EMBER)):
+        c.words(at, top + 0.25, letter, LETTER, colour, slanted=True)
     c.words(change, y + 0.85, f"{O:,} × {I:,}", SMALL, SOFT)
     c.words(change, y + 0.45, f"{O * I:,}", bold=True)
     c.words(pair, y + 0.85, f"{O:,} × {r:,}  +  {r:,} × {I:,}", SMALL, SOFT)

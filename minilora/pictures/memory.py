@@ -35,6 +35,7 @@ def four_bits(
     c = Canvas(13.6, 5.8)
     O, I = counts.rows[0].shape  # noqa: E741
     draw_flow(c, 0.2, 0.2, O, I, r, PASSING)
+    c.words(3.15, 0.43, "in 16 bits", SMALL, EMBER)
     c.frozen(1.75, 5.1)
     c.codes(3.15, 5.1, 0.2, 4, 8)
     c.words(4.15, 5.1, "stored in 4 bits", SMALL, at="left")

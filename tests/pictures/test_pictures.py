@@ -216,6 +216,21 @@ def test_any_map_is_drawn_to_scale_with_its_counts(data, O, I):
     assert f"{r * (O + I):,}" in said(picture)
 
 
+@settings(max_examples=6)
+@given(st.integers(1, 40), st.integers(1, 40), st.data())
+def test_a_small_rank_can_be_counted(O, I, data):
+    """B has r columns, A r rows: the white lines between them are equally far apart."""
+    r = data.draw(st.integers(1, min(O, I)))
+    picture = pictures.product(O, I, r)
+    inch = boxed(shapes(picture)[0][0])[0] / I
+    lines = [line.get_xydata() for line in picture.figure.axes[0].lines if line.get_color() == "white"]
+    upright = [line[0, 0] for line in lines if line[0, 0] == line[1, 0]]
+    flat = [line[0, 1] for line in lines if line[0, 1] == line[1, 1]]
+    assert len(upright) == len(flat) == (r - 1 if inch > 0.03 else 0)
+    assert np.allclose(np.diff(upright), inch)
+    assert np.allclose(np.diff(flat), inch)
+
+
 @pytest.mark.parametrize(("D", "r"), [(4096, 8), (64, 4), (768, 64), (2, 1)])
 def test_a_maps_counts_are_those_of_count(D, r):
     (row,) = count.count(f"d={D},layers=1", r, "q_proj").rows
@@ -378,6 +393,16 @@ def test_matrices_stand_where_their_product_is_formed():
     assert A.y0 > change.y1
 
 
+def test_parts_share_the_range_of_their_sum_and_factors_have_their_own():
+    def ranges(picture):
+        return [ax.get_images()[0].get_clim() for ax in picture.figure.axes[1:]]
+
+    for picture, of in ((pictures.factors(ADAPTER), None), (pictures.rank_one(ADAPTER), 0)):
+        every = matrices(picture)
+        most = [np.abs(M if of is None else every[of]).max() for M in every]
+        assert np.allclose(ranges(picture), [(-m, m) for m in most])
+
+
 @pytest.mark.parametrize(
     ("draw", "error", "words"),
     [
@@ -484,10 +509,3 @@ def test_pages_show_pictures_near_their_head_with_their_sentences(committed):
             shown[page.relative_to(ROOT).as_posix()] = found
             assert text[: program.SHOWN.search(text).start()].count("\n## ") == 0
     assert shown == PAGES
-
-
-def test_the_head_of_the_first_lesson_is_a_picture(committed):
-    _, drawn = committed
-    source = (ROOT / "notebooks/src/1_lora_from_one_equation.py").read_text(encoding="utf-8")
-    head = source.split("# %%")[1].replace("\n# ", " ")
-    assert f"![{drawn['lora'].says}](attachment:lora.png)" in " ".join(head.split())
