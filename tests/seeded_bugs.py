@@ -2318,6 +2318,6 @@ MUTANTS = (
     Mutant("each-part-in-its-own-range", "pictures/trained.py", 'largest(panels["ΔW"]))', "largest(M))", "pictures"),
     Mutant("parts-without-their-values", "pictures/trained.py", "(U[:, at] * S[at]) @ Vt[at]", "U[:, at] @ Vt[at]", "pictures"),
     Mutant("words-too-small-for-a-slide", "pictures/canvas.py", "SMALL, BODY, LETTER = 14,", "SMALL, BODY, LETTER = 10,", "pictures"),
-    Mutant("numbers-where-there-is-no-room", "analysis/figures.py", "M if size and M.size", "M if M.size", "pictures"),
+    Mutant("numbers-where-there-is-no-room", "pictures/trained.py", "SMALL * fits", "SMALL", "pictures"),
 )
 # fmt: on

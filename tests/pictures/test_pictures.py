@@ -51,6 +51,7 @@ def faults(picture):
     figure = picture.figure
     figure.draw_without_rendering()
     boxes = [(t.get_text(), t.get_window_extent()) for t in words(picture)]
+    beside = [(t.get_text(), t.get_window_extent()) for t in figure.axes[0].texts]
     paths = [
         artist.get_path().transformed(artist.get_transform())
         for ax in figure.axes
@@ -64,7 +65,8 @@ def faults(picture):
             yield text, "is cut above or below"
         if any(path.intersects_bbox(box, filled=False) for path in paths):
             yield text, "is crossed"
-        if sum(Bbox.intersection(box, m) is not None for m in matrices) > (text[-1:].isdigit()):
+    for (text, box), matrix in itertools.product(beside, matrices):
+        if Bbox.intersection(box, matrix) is not None:
             yield text, "lies on a matrix"
     for (a, one), (b, two) in itertools.combinations(boxes, 2):
         if Bbox.intersection(one, two) is not None:
