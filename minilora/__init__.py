@@ -27,7 +27,7 @@ except KeyboardInterrupt:  # Ctrl-C while the command line starts: no traceback
     raise
 
 if TYPE_CHECKING:
-    from . import finetune
+    from . import finetune, pictures
     from .analysis import plotting as plots
     from .analysis.count import count, modules
     from .analysis.inspect import inspect
@@ -92,7 +92,7 @@ LATER = {  # imported on first use
     "spectra": ("effective_rank", "participation_ratio", "spectrum", "spectrum_between", "stable_rank"),
     "training": ("evaluate", "train"),
 }
-MODULES = {"finetune": "finetune", "plots": "analysis.plotting"}
+MODULES = {"finetune": "finetune", "pictures": "pictures", "plots": "analysis.plotting"}
 HOMES = {name: module for module, names in LATER.items() for name in names}
 
 __all__ = [
@@ -102,8 +102,8 @@ __all__ = [
     "corpus", "count", "decode", "digest", "disabled", "effective_rank", "encode", "eval_batches", "evaluate",
     "extract", "finetune", "freeze", "fuse", "generate", "inject", "inspect", "llama", "load", "load_adapter",
     "lora_ga", "lora_plus", "merge", "merge_checkpoint", "mixed", "modules", "named_params", "olora",
-    "open_adapter", "participation_ratio", "pissa", "plots", "quantize", "quantize_checkpoint", "remove",
-    "save_adapter", "save_model", "scales", "serve_bench", "set_adapter", "set_scale", "spectrum",
+    "open_adapter", "participation_ratio", "pictures", "pissa", "plots", "quantize", "quantize_checkpoint",
+    "remove", "save_adapter", "save_model", "scales", "serve_bench", "set_adapter", "set_scale", "spectrum",
     "spectrum_between", "stable_rank", "subspace", "sweep", "train", "train_packed", "trained", "unfreeze",
     "unmerge", "use", "weight_gradients",
 ]  # fmt: skip

@@ -38,6 +38,7 @@ import numpy as np
 from nbformat import v4
 
 HERE = Path(__file__).resolve().parent
+PICTURES = HERE.parent / "figures/pictures"  # which a text shows by (attachment:NAME.png)
 LESSONS = (
     "1_lora_from_one_equation", "2_merging_costs_nothing", "3_which_rank", "4_under_the_microscope",
     "5_four_bits", "6_adding_adapters", "7_a_thousand_adapters", "8_low_rank_low_dimension",
@@ -115,6 +116,11 @@ def notebook(name, claims=False):
             source += "\n\n" + first.strip()
         shown += 1
         cell = (v4.new_markdown_cell if markdown else v4.new_code_cell)(source, id=f"cell-{shown:02}")
+        if pictures := re.findall(r"\(attachment:([\w.]+)\)", source) if markdown else ():
+            files = {picture: (PICTURES / picture).read_bytes() for picture in pictures}
+            cell.attachments = {
+                name: {"image/png": base64.b64encode(a).decode()} for name, a in files.items()
+            }
         if tags:
             cell.metadata["tags"] = tags
         nb.cells.append(cell)

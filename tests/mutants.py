@@ -45,6 +45,7 @@ READ = (
     "figures/**/*.json*",
     "README.md",
     "figures/**/*.png",
+    "figures/**/*.safetensors",
     "figures/**/*.svg",
     "docs/*.md",
     "docs/*.py",

@@ -710,7 +710,7 @@ MUTANTS = (
            "    for module in each(one, given.pairs):", "inspect"),
     Mutant("matrices-that-forget-the-negative", "analysis/figures.py", "np.nanmax(np.abs(M))", "np.nanmax(M)",
            "plotting"),
-    Mutant("matrices-full-of-numbers", "analysis/figures.py", "if M.size <= 64", "if M.size <= 65", "plotting"),
+    Mutant("matrices-full-of-numbers", "analysis/figures.py", "and M.size <= 64", "and M.size <= 65", "plotting"),
     Mutant("matrices-numbered-across", "analysis/figures.py", "ax.text(j, i, words", "ax.text(i, j, words",
            "plotting"),
     Mutant("curves-without-a-scale", "analysis/figures.py", "ax.set(xlabel=x, ylabel=y, xscale=scale)",
@@ -2339,5 +2339,19 @@ MUTANTS = (
     Mutant("scale-of-a-file-ignored-by-compress", "compose/truncate.py", "alpha=alpha, r=r, heads=heads)", "heads=heads)", "truncate"),
     Mutant("u-nets-have-layers", "analysis/names.py", 'return "block" if any(map(is_denoiser, names)) else "layer"', 'return "layer"', "tables"),
     Mutant("lone-surrogates-crash-the-writer", "formats/safetensors.py", '.encode(errors="replace")', ".encode()", "convert"),
+    # ---- pictures
+    Mutant("a-picture-counts-one-factor", "pictures/maps.py", 'c.words(pair, y + 0.45, f"{r * (O + I):,}"', 'c.words(pair, y + 0.45, f"{r * O:,}"', "pictures"),
+    Mutant("a-high-rank-leaves-the-field", "pictures/maps.py", "3.15 / (I + r)", "3.15 / I", "pictures"),
+    Mutant("the-columns-of-a-are-counted", "pictures/maps.py", "wide, thin, rows=r)", "wide, thin, columns=r)", "pictures"),
+    Mutant("a-lens-over-what-is-small", "pictures/maps.py", "if thin < 0.1 and min(wide, high) > 1.2:", "if thin < 0.1:", "pictures"),
+    Mutant("more-is-times-fewer", "pictures/maps.py", "if few < all_ else", "if few else", "pictures"),
+    Mutant("adapters-of-all-blocks-at-one", "pictures/blocks.py", "row.parameters // row.number", "row.parameters", "pictures"),
+    Mutant("the-stream-runs-behind-the-norm", "pictures/blocks.py", "(12.1, STREAM), width=3)", "(12.75, STREAM), width=3)", "pictures"),
+    Mutant("moments-are-left-out", "pictures/memory.py", 'sum(counts.memory["full"]) * counts.parameters // counts.total', "4 * counts.parameters", "pictures"),
+    Mutant("a-base-for-each-adapter", "pictures/batch.py", "human(base + number * each)", "human(number * (base + each))", "pictures"),
+    Mutant("each-part-in-its-own-range", "pictures/trained.py", 'largest(panels["ΔW"]))', "largest(M))", "pictures"),
+    Mutant("parts-without-their-values", "pictures/trained.py", "(U[:, at] * S[at]) @ Vt[at]", "U[:, at] @ Vt[at]", "pictures"),
+    Mutant("words-too-small-for-a-slide", "pictures/canvas.py", "SMALL, BODY, LETTER = 14,", "SMALL, BODY, LETTER = 10,", "pictures"),
+    Mutant("numbers-where-there-is-no-room", "pictures/trained.py", "SMALL * fits", "SMALL", "pictures"),
 )
 # fmt: on

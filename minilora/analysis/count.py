@@ -180,7 +180,7 @@ def count(
     """
     LoraConfig(r=rank, targets=targets, dora=dora)  # refuses invalid values
     name = "Config" if isinstance(model, Config) else str(model)
-    maps, total, blocks = llama_shape(Outline(model)) if isinstance(model, Config) else find_shape(name)
+    maps, total, blocks = shape_of(model)
     if sum(map(math.prod, maps.values())) > MOST:
         raise ConfigError(f"{short(name)} has more than {MOST:.0e} parameters; expected fewer")
     entries = names("targets", targets)
@@ -356,6 +356,11 @@ def square_shape(D: int, L: int, positions: int | None = None) -> Shape:
         return Shape(maps, None)
     blocks = 12 * D * D * L
     return Shape(maps, (50257 + positions) * D + blocks + 13 * D * L + 2 * D, blocks)
+
+
+def shape_of(model: str | Path | Config) -> Shape:
+    """The shape of a model as `count` takes it."""
+    return llama_shape(Outline(model)) if isinstance(model, Config) else find_shape(str(model))
 
 
 def find_shape(model: str) -> Shape:

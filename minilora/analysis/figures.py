@@ -176,6 +176,21 @@ def curves(lines: Mapping[str, tuple[Any, Any]], x: str, y: str, says: str, scal
     return Picture(figure, says)
 
 
+def tile(ax: Any, M: np.ndarray, most: float, size: float = 9) -> Any:
+    """The entries of a matrix, orange below 0 and purple above, up to `most`; few of them as numbers, too.
+
+    `size` is that of the numbers in points, 0 for none.
+    """
+    image = ax.imshow(M, cmap="PuOr", vmin=-most, vmax=most, interpolation="nearest")
+    ax.grid(False)
+    ax.set(xticks=[], yticks=[])
+    for (i, j), value in np.ndenumerate(M if size and M.size <= 64 else M[:0]):
+        colour = "white" if abs(value) > 0.6 * most else "black"
+        words = "" if math.isnan(value) else f"{value:.2g}"
+        ax.text(j, i, words, ha="center", va="center", fontsize=size, color=colour)
+    return image
+
+
 @styled
 def matrices(panels: Mapping[str, Any], says: str) -> Picture:
     """Matrices beside each other, orange below 0 and purple above in one range; few entries as numbers.
@@ -186,12 +201,7 @@ def matrices(panels: Mapping[str, Any], says: str) -> Picture:
     most = max(float(np.nanmax(np.abs(M))) for M in shown.values()) or 1.0
     figure, (line,) = axes(len(shown), size=(max(2.6 * len(shown), 5.2), 3.0))
     for ax, (name, M) in zip(line, shown.items(), strict=True):
-        image = ax.imshow(M, cmap="PuOr", vmin=-most, vmax=most, interpolation="nearest")
-        ax.grid(False)
-        ax.set(title=name, ylabel=f"{len(M)} rows", xlabel=f"{M.shape[1]} columns", xticks=[], yticks=[])
-        for (i, j), value in np.ndenumerate(M if M.size <= 64 else M[:0]):
-            colour = "white" if abs(value) > 0.6 * most else "black"
-            words = "" if math.isnan(value) else f"{value:.2g}"
-            ax.text(j, i, words, ha="center", va="center", fontsize=9, color=colour)
+        image = tile(ax, M, most)
+        ax.set(title=name, ylabel=f"{len(M)} rows", xlabel=f"{M.shape[1]} columns")
     figure.colorbar(image, ax=list(line), shrink=0.7, label="entry")
     return Picture(figure, says)

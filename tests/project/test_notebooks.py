@@ -1,6 +1,7 @@
 """The lessons are what their sources make of them, their exercises check something, and their prose is so."""
 
 import ast
+import base64
 import importlib.util
 import itertools
 import json
@@ -9,9 +10,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+
+import minilora
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; the extra `test` has it")
 for library in ("nbclient", "ipykernel"):
@@ -57,7 +61,7 @@ def test_a_lesson_matches_its_source(name):
     nb, fresh = stored(name), build.notebook(name)
 
     def cells(nb):
-        return [(c.cell_type, c.id, c.source, c.metadata) for c in nb.cells]
+        return [(c.cell_type, c.id, c.source, c.metadata, hash(str(c.get("attachments")))) for c in nb.cells]
 
     assert cells(nb) == cells(fresh), f"build it again: python notebooks/build.py {name}"
     assert nb.metadata.keys() == {"kernelspec", "minilora"}
@@ -80,6 +84,13 @@ def test_a_lesson_is_accessible(name):
             if "<img" in output.get("data", {}).get("text/html", ""):
                 assert len(build.FIGURE.search(output.data["text/html"])["says"]) > 40, cell.id
                 assert "\n" in after.outputs[0].text, f"{cell.id} is not followed by its numbers"
+
+
+def test_the_first_lesson_opens_with_a_picture_and_what_it_says():
+    head = build.notebook(build.LESSONS[0]).cells[0]
+    assert f"![{minilora.pictures.lora().says}](attachment:lora.png)" in " ".join(head.source.split())
+    stored = base64.b64decode(head.attachments["lora.png"]["image/png"])
+    assert sha256(stored).digest() == sha256((ROOT / "figures/pictures/lora.png").read_bytes()).digest()
 
 
 @pytest.mark.parametrize(("name", "after"), list(itertools.pairwise(build.LESSONS)))
@@ -573,8 +584,11 @@ def test_a_students_copy_includes_every_linked_file(copies):
     assert files == lessons.union(*build.READ.values())
     for name in build.LESSONS:
         text = (copies / f"{name}.ipynb").read_text()
+        within = {
+            f"attachment:{file}" for cell in json.loads(text)["cells"] for file in cell.get("attachments", ())
+        }
         for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", text):
-            assert (copies / target).exists(), target
+            assert target in within or (copies / target).exists(), target
         assert not tagged(nbformat.reads(text, 4), "claims")
         assert "holds(" not in text
 

@@ -1,0 +1,64 @@
+"""Draw the pictures of LoRA into figures/pictures/, and write what each says where a page shows it.
+
+    python docs/pictures.py
+
+The adapter whose numbers are shown was trained by
+
+    minilora train --data folio --targets layers.0.self_attn.q_proj --lr 0.01 --out figures/pictures/adapter
+"""
+
+import json
+import re
+from pathlib import Path
+
+import minilora as ml
+from minilora import pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "figures/pictures"
+MANIFEST = FOLDER / "MANIFEST.json"
+SHOWN = re.compile(r"!\[[^\]]*\](\((?:\.\./)?figures/pictures/(\w+)\.png\))")
+
+
+def drawn() -> dict[str, ml.plots.Picture]:
+    """Every committed picture, by the name of its files."""
+    adapter = ml.open_adapter(FOLDER / "adapter")
+    return {
+        "lora": pictures.lora(),
+        "flow": pictures.flow(),
+        "product": pictures.product(),
+        "product_small": pictures.product(64, 64, 4),
+        "block": pictures.block(),
+        "block_all_linear": pictures.block(targets="all-linear"),
+        "merging": pictures.merging(),
+        "four_bits": pictures.four_bits(),
+        "many_adapters": pictures.many_adapters(),
+        "factors": pictures.factors(adapter),
+        "rank_one": pictures.rank_one(adapter),
+    }
+
+
+def filled(page: str, says: dict[str, str]) -> str:
+    """A page on which every picture has its sentence as alternative text."""
+    return SHOWN.sub(lambda m: f"![{says[m[2]]}]{m[1]}", page)
+
+
+def pages() -> list[Path]:
+    """The pages that may show a picture."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    """Write the files, how they were made, and the alternative texts."""
+    found = drawn()
+    for name, picture in found.items():
+        picture.save(FOLDER, name)
+    made = ml.plots.made_with() | {"command": "python docs/pictures.py"}
+    MANIFEST.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    says = {name: picture.says for name, picture in found.items()}
+    for page in pages():
+        page.write_text(filled(page.read_text(encoding="utf-8"), says), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
