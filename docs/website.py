@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def lessons(pages: dict[str, str]) -> str:
 # ---- the gallery
 
 
+@cache
 def commands() -> dict[str, str]:
     """Every committed figure -> the command that draws it; ValueError for one that nothing draws."""
     programs, drawn = {Path(path).stem: path for path in found("benchmarks/*.py")}, {}
@@ -159,16 +161,17 @@ def gallery(pages: dict[str, str], says: dict[str, str]) -> str:
     links = (link for path, page in pages.items() for link in LINK.finditer(page) if path.endswith(".md"))
     alt = {Path(link[3]).stem: link[2] for link in links if link[1]}  # as other pages say it
     parts = ["---", "hide-toc: true", "---", "# Gallery", "", "Every figure, and the command that draws it."]
+    grid = ["", "::::{grid} 1 1 2 2", ":class-container: gallery", ":gutter: 4"]
     for folder, heading in chapters().items():
-        parts += ["", f"## {heading}", "", "::::{grid} 1 1 2 2", ":class-container: gallery", ":gutter: 4"]
-        for figure, command in commands().items():
-            if os.path.dirname(figure) == folder:
-                brief = alt.get(Path(figure).stem, Path(figure).stem.replace("_", " "))
-                caption = re.sub(r"([*<>$\[\]`\\])", r"\\\1", says.get(figure, brief))
-                options = [f":name: {anchor(figure)}", f":alt: {brief}", ":width: 100%"]
-                parts += [":::{grid-item}", f"```{{figure}} {figure}", *options, "", caption, "```"]
-                parts += ["", f"`{command}`", ":::"]
-        parts += ["::::"]
+        figures = [figure for figure in commands() if os.path.dirname(figure) == folder]
+        parts += ["", f"## {heading}", *grid] if figures else []
+        for figure in figures:
+            brief = alt.get(Path(figure).stem, Path(figure).stem.replace("_", " "))
+            caption = re.sub(r"([*<>$\[\]`\\])", r"\\\1", says.get(figure, brief))
+            options = [f":name: {anchor(figure)}", f":alt: {brief}", ":width: 100%"]
+            parts += [":::{grid-item}", f"```{{figure}} {figure}", *options, "", caption, "```"]
+            parts += ["", f"`{commands()[figure]}`", ":::"]
+        parts += ["::::"] if figures else []
     return "\n".join(parts) + "\n"
 
 
