@@ -12,6 +12,8 @@ extensions = [
     "myst_nb", "sphinx_design", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx-mathjax-offline",
 ]  # fmt: skip
 nb_execution_mode = "off"  # the outputs are those that notebooks/build.py stored
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 mathjax3_config = {"chtml": {"scale": 0.92}}
@@ -21,6 +23,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 84
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_theme_options = {
     f"{mode}_css_variables": {
@@ -32,7 +35,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_favicon = "static/icon.svg"
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 
 
 def show_examples(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:

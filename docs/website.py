@@ -33,7 +33,11 @@ MENU = {  # where the pages of docs/ stand in the navigation; one that is not na
     "Project": ("decisions", "trust"),
 }  # fmt: skip
 FORMATS = "benchmarks/results/lora_formats.md"
-LISTS = {"figures": "gallery.md", "notebooks": "lessons.md", "benchmarks/results": "results.md"}  # of a folder
+LISTS = {
+    "figures": "gallery.md",
+    "notebooks": "lessons.md",
+    "benchmarks/results": "results.md",
+}  # of a folder
 LANGUAGES = {".py": "python", ".sh": "bash", "": "bash", ".yml": "yaml", ".txt": "text", ".md": "markdown"}
 LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -93,7 +97,11 @@ def start(pages: dict[str, str]) -> str:
     for section, paths in menu().items():
         shown = paths if section != "Course" else found("notebooks/*.ipynb")
         said = " · ".join(title(pages[path]) for path in shown)
-        card = [f":::{{grid-item-card}} {section}", f":link: {paths[0].removesuffix('.md')}", ":link-type: doc"]
+        card = [
+            f":::{{grid-item-card}} {section}",
+            f":link: {paths[0].removesuffix('.md')}",
+            ":link-type: doc",
+        ]
         parts += [*card, "", said, ":::"]
     trees = [toctree(paths, ":hidden:", f":caption: {section}") for section, paths in menu().items()]
     return "\n".join([*parts, "::::", "", rest, *trees])
@@ -186,7 +194,11 @@ def reference() -> dict[str, str]:
         folders.setdefault(part if (ROOT / "minilora" / part).is_dir() else "", []).append(name)
     listed, pages = ["# Reference", "", "All public names of `import minilora as ml`."], {}
     for folder, names in sorted(folders.items()):
-        said = first(sys.modules[f"minilora.{folder}"]) if folder else "The files that stand in no folder."
+        said = (
+            first(sys.modules[f"minilora.{folder}"])
+            if folder
+            else "What the files directly in `minilora/` hold."
+        )
         path, heading = f"api/{folder or 'minilora'}.md", f"minilora.{folder}".strip(".")
         page = [f"# {heading}", "", said, ""]
         listed += ["", f"## [{heading}]({path})", "", said, "", "| name | what it does |", "| --- | --- |"]
@@ -209,7 +221,10 @@ def pages(says: dict[str, str]) -> dict[str, str]:
     measured = [path for path in found("benchmarks/*.md", "benchmarks/results/*.md") if path != FORMATS]
     own = [*found("notebooks/*.ipynb", "notebooks/*.md", "docs/*.md"), *measured, FORMATS]
     every = {path: read(path) for path in [*own, "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]}
-    every |= reference() | {"results.md": f"# Results\n\n{toctree(measured)}", "lessons.md": lessons(every)}
+    every |= reference() | {
+        "results.md": f"# Results\n\n{toctree(measured, ':titlesonly:')}",
+        "lessons.md": lessons(every),
+    }
     every["gallery.md"] = gallery(every | {"README.md": read("README.md")}, says)
     return every | {"index.md": start(every)}
 

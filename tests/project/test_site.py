@@ -25,9 +25,10 @@ import minilora as ml
 from minilora import cli
 
 ROOT = Path(__file__).parents[2]
-AXE = "axe-core@4.14.1", "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="
-READ = ("index.html", sorted((ROOT / "notebooks").glob("1_*.ipynb"))[0].relative_to(ROOT).with_suffix(".html").as_posix(),
-        "gallery.html", "api/minilora.html", "docs/claims.html")  # fmt: skip
+AXE = "axe-core@4.14.1"
+DIGEST = "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="  # sha512
+LESSON = website.found("notebooks/*.ipynb")[0].replace(".ipynb", ".html")
+READ = ("index.html", LESSON, "gallery.html", "api/minilora.html", "docs/claims.html")
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +41,14 @@ def test_every_page_is_in_the_navigation_once(pages):
     trees = [re.findall(r"^```{toctree}\n(.*?)```", page, re.M | re.S) for page in pages.values()]
     listed = re.findall(r"^(\S+\.(?:md|ipynb))$", "\n".join(chain(*trees)), re.M)
     assert sorted([*listed, "index.md"]) == sorted(pages)
-    written = {file.relative_to(ROOT).as_posix() for folder in ("", "docs", "benchmarks", "benchmarks/results")
-               for file in (ROOT / folder).glob("*.md")}  # fmt: skip
-    lessons = {file.relative_to(ROOT).as_posix() for file in (ROOT / "notebooks").glob("*.ipynb")}
-    assert (written | lessons) - {"README.md"} <= pages.keys()
+    own = website.found("*.md", "docs/*.md", "benchmarks/*.md", "benchmarks/*/*.md", "notebooks/*.ipynb")
+    assert {*own} - {"README.md"} <= pages.keys()
 
 
 def test_every_figure_is_in_the_gallery_with_the_command_that_draws_it(pages):
     shown = re.findall(r"^```{figure} (\S+)$.*?^`([^`]+)`$", pages["gallery.md"], re.M | re.S)
-    folders = ("figures", "benchmarks/results")
-    files = {path.relative_to(ROOT).as_posix() for name in folders for path in (ROOT / name).rglob("*.png")}
-    assert len(shown) == len(files)
-    assert {figure for figure, _ in shown} == files
+    files = website.found("figures/**/*.png", "benchmarks/results/*.png")
+    assert sorted(figure for figure, _ in shown) == sorted(files)
     for figure, command in shown:
         program, *arguments = shlex.split(command)
         if program == "minilora":
@@ -155,14 +152,16 @@ def address(site):
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory):
     """The source of axe, which finds what keeps people from reading a page."""
-    name, digest = AXE
     folder = tmp_path_factory.mktemp("axe")
-    if not shutil.which("npm") or subprocess.run(
-        ["npm", "pack", "--silent", name], cwd=folder, check=False, capture_output=True
-    ).returncode:
-        pytest.skip(f"npm cannot fetch {name}")
+    if (
+        not shutil.which("npm")
+        or subprocess.run(
+            ["npm", "pack", "--silent", AXE], cwd=folder, check=False, capture_output=True
+        ).returncode
+    ):
+        pytest.skip(f"npm cannot fetch {AXE}")
     (file,) = folder.iterdir()
-    assert base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode() == digest
+    assert base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode() == DIGEST
     with tarfile.open(file) as archive:
         return archive.extractfile("package/axe.min.js").read().decode()
 
@@ -197,7 +196,7 @@ def test_a_page_opens_asks_nobody_and_has_nothing_that_axe_finds(address, chromi
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         formulas, wrong = page.locator(".math"), page.locator("mjx-merror, [data-mjx-error]")
         assert formulas.count() == page.locator("mjx-container").count()
-        assert (wrong.count(), formulas.count() > 50) == (0, path.startswith("notebooks/"))
+        assert (wrong.count(), formulas.count() > 50) == (0, path == LESSON)
         page.evaluate(axe)
         found = page.evaluate("axe.run()")["violations"]
         assert not [(rule["id"], rule["nodes"][0]["html"], len(rule["nodes"])) for rule in found]
