@@ -170,9 +170,9 @@ def gallery(pages: dict[str, str], says: dict[str, str]) -> str:
     alt = {Path(link[3]).stem: link[2] for link in links if link[1]}  # as other pages say it
     parts = ["---", "hide-toc: true", "---", "# Gallery", "", "Every figure, and the command that draws it."]
     grid = ["", "::::{grid} 1 1 2 2", ":class-container: gallery", ":gutter: 4"]
-    for folder, heading in chapters().items():
+    for folder in dict.fromkeys([*(heads := chapters()), *map(os.path.dirname, commands())]):
         figures = [figure for figure in commands() if os.path.dirname(figure) == folder]
-        parts += ["", f"## {heading}", *grid] if figures else []
+        parts += ["", f"## {heads.get(folder, Path(folder).name)}", *grid] if figures else []
         for figure in figures:
             brief = alt.get(Path(figure).stem, Path(figure).stem.replace("_", " "))
             caption = re.sub(r"([*<>$\[\]`\\])", r"\\\1", says.get(figure, brief))

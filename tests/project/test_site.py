@@ -45,6 +45,12 @@ def test_every_page_is_in_the_navigation_once(pages):
     assert {*own} - {"README.md"} <= pages.keys()
 
 
+def test_a_page_that_no_section_names_comes_last(monkeypatch):
+    found = website.found
+    monkeypatch.setattr(website, "found", lambda *some: [*found(*some), "docs/new.md"])
+    assert website.menu()["More"][-1] == "docs/new.md"
+
+
 def test_every_figure_is_in_the_gallery_with_the_command_that_draws_it(pages):
     shown = re.findall(r"^```{figure} (\S+)$.*?^`([^`]+)`$", pages["gallery.md"], re.M | re.S)
     files = website.found("figures/**/*.png", "benchmarks/results/*.png")
