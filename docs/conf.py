@@ -39,8 +39,9 @@ html_show_sphinx = html_show_copyright = False
 
 
 def show_examples(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Indented lines of a docstring are code."""
-    lines[:] = re.sub(r"\n\n(?=    )", "\n\n.. code-block:: python\n\n", "\n".join(lines)).split("\n")
+    """Indented lines of a docstring are code; a bar in its text is a norm's."""
+    text = re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or r"\|", "\n".join(lines))
+    lines[:] = re.sub(r"\n\n(?=    )", "\n\n.. code-block:: python\n\n", text).split("\n")
 
 
 def show_defaults(app: Any, what: str, name: str, thing: Any, options: Any, signature: Any, to: Any) -> Any:

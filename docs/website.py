@@ -39,7 +39,7 @@ LISTS = {
     "benchmarks/results": "results.md",
 }  # of a folder
 LANGUAGES = {".py": "python", ".sh": "bash", "": "bash", ".yml": "yaml", ".txt": "text", ".md": "markdown"}
-LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def found(*patterns: str) -> list[str]:
@@ -49,13 +49,18 @@ def found(*patterns: str) -> list[str]:
 
 
 def read(path: str) -> str:
-    """A file of the repository; a lesson's first lines of code, and its solutions, are folded."""
+    """A file of the repository; a lesson has its pictures in place, and its first lines of code folded."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if not path.endswith(".ipynb"):
         return text
     lesson = json.loads(text)
-    for tags in (cell["metadata"].get("tags", []) for cell in lesson["cells"]):
-        tags += ["hide-input"] if {"first", "solution"} & {*tags} else []
+    for cell in lesson["cells"]:
+        if {"first", "solution"} & {*cell["metadata"].get("tags", [])}:
+            cell["metadata"]["tags"].append("hide-input")
+        for name, forms in cell.pop("attachments", {}).items():
+            for kind, data in forms.items():
+                source = "".join(cell["source"])
+                cell["source"] = source.replace(f"(attachment:{name})", f"(data:{kind};base64,{data})")
     return json.dumps(lesson)
 
 
