@@ -197,7 +197,7 @@ def reference() -> dict[str, str]:
     for name, thing in ((name, getattr(ml, name)) for name in ml.__all__):
         part = (thing.__name__ if inspect.ismodule(thing) else thing.__module__).split(".")[1]
         folders.setdefault(part if (ROOT / "minilora" / part).is_dir() else "", []).append(name)
-    listed, pages = ["# Reference", "", "All public names of `import minilora as ml`."], {}
+    listed, pages = ["# Python API", "", "All public names of `import minilora as ml`."], {}
     for folder, names in sorted(folders.items()):
         said = (
             first(sys.modules[f"minilora.{folder}"])
