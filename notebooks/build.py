@@ -67,6 +67,11 @@ def notebook(name, claims=False):
     return nb
 
 
+def title(name):
+    """The title of a lesson."""
+    return notebook(name).cells[0].source.splitlines()[0].removeprefix("# ")
+
+
 def tags_of(cell):
     """The tags of a cell."""
     return cell.metadata.get("tags", [])

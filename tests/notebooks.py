@@ -34,8 +34,7 @@ def run(*arguments, cwd=None, text=None):
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=cwd, input=text)
 
 
-def title(name):
-    return build.notebook(name).cells[0].source.splitlines()[0].removeprefix("# ")
+title = build.title
 
 
 def tagged(nb, *tags):

@@ -2339,5 +2339,15 @@ MUTANTS = (
     Mutant("scale-of-a-file-ignored-by-compress", "compose/truncate.py", "alpha=alpha, r=r, heads=heads)", "heads=heads)", "truncate"),
     Mutant("u-nets-have-layers", "analysis/names.py", 'return "block" if any(map(is_denoiser, names)) else "layer"', 'return "layer"', "tables"),
     Mutant("lone-surrogates-crash-the-writer", "formats/safetensors.py", '.encode(errors="replace")', ".encode()", "convert"),
+    # ---- the course
+    Mutant("a-pair-with-one-answer-is-given", "course/exercises.py", "missing = any(part is None", "missing = all(part is None", "exercises"),
+    Mutant("any-letter-explains", "course/exercises.py", "assert letter == right, hints[str(letter)]", "assert letter in letters, hints[str(letter)]", "exercises"),
+    Mutant("a-prediction-has-no-margin", "course/exercises.py", "value) <= within, otherwise", "value) <= 0, otherwise", "exercises"),
+    Mutant("a-first-thought-gets-no-hint", "course/exercises.py", "- wrong) > within, hint", "- wrong) >= 0, hint", "exercises"),
+    Mutant("claims-are-shown-to-students", "course/lessons.py", 'if "claims" not in cell.tags', 'if "claim" not in cell.tags', "course"),
+    Mutant("lessons-by-name", "course/lessons.py", 'key=lambda name: int(name.partition("_")[0])', "key=str", "course"),
+    Mutant("a-kernel-of-no-version", "course/lessons.py", '"version": platform.python_version()', '"version": "3"', "course"),
+    Mutant("any-folder-is-one-of-lessons", "formats/atomic.py", "strange = [name for name in inside if not kind.files.fullmatch(name)]", "strange: list[str] = []", "course atomic"),
+    Mutant("the-ledger-on-long-lines", "claims/ledger.py", "text, WIDTH, initial_indent", "text, 3 * WIDTH, initial_indent", "claims"),
 )
 # fmt: on

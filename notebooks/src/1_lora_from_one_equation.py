@@ -396,7 +396,8 @@ def check():
         )
         assert not np.allclose(mine, only_W), "this is the backward through W only: the adapter reads X, too"
         assert not np.allclose(mine, only_W + dY @ B @ A), "almost: the scale s is missing"
-        assert not np.allclose(mine, s * dX), "the scale belongs to the adapter's part, and not to that of W"
+        scaled = s * (only_W + dY @ B @ A)
+        assert not np.allclose(mine, scaled), "the scale belongs to the adapter's part, and not to that of W"
         times = np.median(mine / dX)
         assert not np.allclose(mine, times * dX) or np.isclose(times, 1), f"this is {times:.3g} times dX"
         assert np.allclose(mine, dX), "this is not dX: move the factors across the bracket once more"

@@ -23,6 +23,7 @@ import numpy as np
 import minilora as ml
 from minilora import spectra
 from minilora.analysis import plotting
+from minilora.claims.ledger import claims
 from minilora.data import corpora
 from minilora.experiments import rank_figures, rank_report, rank_sweep
 
@@ -151,6 +152,12 @@ holds(
 # says whether full fine-tuning had come to rest; if it had not, its line is no floor, and the picture is one
 # of *this many steps*.
 #
+# Does a larger base need less rank? The ledger of the package says what its experiment found.
+
+# %%
+print(claims().of("size/gap", "size/needed"))
+
+# %% [markdown]
 # ## The spectra
 #
 # $\Delta W = s\,B A$ has at most $r$ singular values. They are computed from the thin factors, without

@@ -340,7 +340,6 @@ def check():
     exact, made = cat(updates), ties(updates, density=1.0)
     left = made.factors.B @ made.factors.A
     assert exact.norm < 1e-12 * np.linalg.norm(one), "the sum is not 0: let one lower what the other raises"
-    assert np.linalg.norm(left) > 0, "TIES gives 0, too"
     hints = {
         "a": "density 1 keeps all of them, as was asked",
         "c": f"of an entry {one[0, 0]:g} and {two[0, 0]:g} TIES made {left[0, 0]:.3g}: a size of one of them",

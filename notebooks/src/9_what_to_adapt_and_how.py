@@ -8,7 +8,8 @@
 # **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Which
 # rank?](3_which_rank.ipynb).
 #
-# **Contents.** Which matrices? · Which scale? · Which start? · What it costs · Exercises · To take along
+# **Contents.** Which matrices? · Which scale? · Which start? · What it costs · Its rivals · Exercises · To
+# take along
 #
 # What trains here takes seconds. The large experiments are read from the rows that are kept with the package,
 # and what follows from them is read from its ledger, where each sentence has a rule that decides it.
@@ -222,6 +223,7 @@ def number(start):
 
 says("A map of 4096 inputs and outputs has {} fewer parameters at $r = 8$", number("At r = 8 a map of 4096"))
 says("of a 7B model at $r = 16$ on all attention maps trains {}", number("Rank 16 on all attention"))
+says("one in {} of the model's", number("Such an adapter has 500 to 1,000 times").removesuffix(" times"))
 says("takes {} in 16 bits", number("Such an adapter takes"))
 says("A step takes {} as full fine-tuning's", number("LoRA trains in a fraction").partition(",")[0])
 says("Merged, {}", number("Once merged").partition(", ")[2].replace("token", "token takes"))
@@ -233,11 +235,23 @@ says("Merged, {}", number("Once merged").partition(", ")[2].replace("token", "to
 # ## What it costs
 #
 # The trained numbers are few. A map of 4096 inputs and outputs has 256 times fewer parameters at $r = 8$; an
-# adapter of a 7B model at $r = 16$ on all attention maps trains 16.8 million numbers, and takes 33.6 MB in 16
-# bits. The gradients and moments of Adam shrink with them; the base's weights and the activations do not. Nor
-# does time shrink as much: the forward pass and the way back through the frozen weights remain. A step takes
-# 0.71 to 0.96 times as long as full fine-tuning's, the less the larger the model. Merged, a token takes 1.01
-# times the base's time.
+# adapter of a 7B model at $r = 16$ on all attention maps trains 16.8 million numbers, one in 402 of the
+# model's, and takes 33.6 MB in 16 bits. The gradients and moments of Adam shrink with them; the base's
+# weights and the activations do not. Nor does time shrink as much: the forward pass and the way back through
+# the frozen weights remain. A step takes 0.71 to 0.96 times as long as full fine-tuning's, the less the
+# larger the model. Merged, a token takes 1.01 times the base's time.
+
+# %%
+print(claims().of("cost/parameters", "cost/training", "cost/disk"))
+
+# %% [markdown]
+# ## Its rivals
+#
+# LoRA is not the only way to train few parameters. Bottleneck adapters stand behind a map, as small maps of
+# their own; prefixes and prompts are trained rows before the text. Each was given as many parameters as LoRA.
+
+# %%
+print(claims().of("rivals/rivals"))
 
 # %% [markdown]
 # ## Exercises
