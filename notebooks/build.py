@@ -5,7 +5,7 @@
 
 `minilora lessons DIR` writes copies to work in; minilora/course/lessons.py says what a source is. Its tags:
 exercise is a stub to be filled in, and check the cell after it, which sees the student's answer and no other
-(the answers that it accepts and refuses are in solutions/NAME.md); first (src/first.py is put below it);
+(the answers that it accepts and refuses are in solutions/NAME.md); first (src/first.py is put above it);
 claims (see below); corpus (the outputs need the fetched texts); smollm2 (they need its weights); unkept (the
 outputs are not kept: they hold random names, or depend on what is installed); rounding (rounding errors are
 shown); trained (what is printed was computed from trained weights).

@@ -1,13 +1,28 @@
-"""What the checks of the exercises share. A check sees the student's answer and no other one.
+"""What the lessons share: which packages are missing, and what checks of exercises are made of.
 
 A check is a function that asserts, each assertion with a hint, and returns what the right answer shows.
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from numbers import Real
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
+
+
+PACKAGES = {"sklearn": "scikit-learn"}  # module -> package, where they have different names
+
+
+def absent(*modules: str) -> list[str]:
+    """Those of the modules that are not installed, which it prints."""
+    missing = [name for name in modules if find_spec(name) is None]
+    for name in missing:
+        package = PACKAGES.get(name, name)
+        print(
+            f"not installed: {package}; install it and restart the kernel; what needs it below does not run"
+        )
+    return missing
 
 
 def verdict(check: Callable[[], str]) -> None:

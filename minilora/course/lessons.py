@@ -2,7 +2,7 @@
 
 A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments, and tags
 may follow: tags=["exercise"] is a stub to be filled in, the cell after it its check; first (first.py is put
-below it); claims (left out here: with them notebooks/build.py compares the numbers in the text). Lessons are
+above it); claims (left out here: with them notebooks/build.py compares the numbers in the text). Lessons are
 in the order of the numbers in their names. The sources are in a checkout, or in this folder once installed.
 """
 
@@ -70,7 +70,7 @@ def cells(text: str) -> Iterator[Cell]:
         if markdown := "[markdown]" in head:
             body = re.sub(r"^# ?", "", body, flags=re.M)
         if "first" in tags:
-            body = f"{body.strip()}\n\n{source('first')}"
+            body = f"{source('first')}\n{body.strip()}"
         yield Cell(markdown, tags, body.strip())
 
 

@@ -14,7 +14,7 @@
 # and what follows from it is read from its ledger, where each sentence has a rule that decides it.
 
 # %% tags=["first", "unkept"]
-NEEDS, USES = ["minilora", "sklearn"], []  # which has the images
+missing = absent("sklearn")
 
 # %% tags=["imports"]
 import copy

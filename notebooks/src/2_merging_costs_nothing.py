@@ -11,7 +11,6 @@
 # · Adding and subtracting · Counting the work · Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS, USES = ["minilora"], []
 
 # %% tags=["imports"]
 import time

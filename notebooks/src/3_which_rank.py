@@ -12,7 +12,7 @@
 # task whose rank is known · What not to claim · Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS, USES = ["minilora"], ["ipywidgets"]
+missing = absent("ipywidgets")
 
 # %% tags=["imports"]
 import math

@@ -14,7 +14,7 @@
 # pretrained model of 135 million parameters · Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS, USES = ["minilora"], ["gguf", "tokenizers"]
+missing = absent("gguf", "tokenizers")
 
 # %% tags=["imports"]
 import json

@@ -13,7 +13,6 @@
 # · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS, USES = ["minilora"], []
 
 # %% tags=["imports"]
 import copy

@@ -12,7 +12,7 @@
 # disagree · Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS, USES = ["minilora"], ["ipywidgets"]
+missing = absent("ipywidgets")
 
 # %% tags=["imports"]
 import numpy as np

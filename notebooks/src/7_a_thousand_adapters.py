@@ -12,7 +12,6 @@
 # Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS, USES = ["minilora"], []
 
 # %% tags=["imports"]
 import json

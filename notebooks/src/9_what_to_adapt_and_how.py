@@ -15,7 +15,6 @@
 # and what follows from them is read from its ledger, where each sentence has a rule that decides it.
 
 # %% tags=["first", "unkept"]
-NEEDS, USES = ["minilora"], []
 
 # %% tags=["imports"]
 from dataclasses import replace
