@@ -57,7 +57,7 @@ QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SU
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf", "peft.convert"},
          "tokenizers": {"formats.tokenizer"},
-         "jinja2": {"data.chat"}, "sklearn": {"data.digits"}}  # fmt: skip
+         "jinja2": {"data.chat"}, "sklearn": {"data.digits", "course.exercises"}}  # fmt: skip
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra", "vision.vit"]
 TYPES = {"ndarray", "float32", "float64", "int64", "dtype", "errstate", "random.Generator"}
 DRAWS = {"random.default_rng"}  # random numbers are drawn on the host
