@@ -413,6 +413,11 @@ def parser() -> argparse.ArgumentParser:
     add("--root", "decide anew by the rows in this checkout of the repository", type=Path, metavar="DIR")
     add("--json", table, **switch)
 
+    of = Of("course.lessons", "write")
+    add = command("lessons", lessons, of.usual, "write the lessons, with exercises, to open in JupyterLab")
+    add("out", "the new folder", nargs="?", default=SUPPRESS, metavar="DIR")
+    add("--overwrite", "replace the lessons that are there, with the answers in them", **switch)
+
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
     add("--rows", "the rows of the sweep", type=Path, default=Path("runs/sweep/rows.jsonl"), metavar="FILE")
     add("--out", "where the figures go", type=Path, default=Path("figures"), metavar="DIR")
@@ -570,6 +575,14 @@ def generate(options: Options) -> int:
     for piece in pieces:
         print(plain(piece, keep="\n"), end="", flush=True)
     print()
+    return 0
+
+
+def lessons(options: Options) -> int:
+    """Write the lessons and say how to open them."""
+    from .course import lessons as course
+
+    print(plain(str(course.write(**typed(options, course.write))), keep="\n"))
     return 0
 
 

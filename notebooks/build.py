@@ -2,18 +2,17 @@
 
     python notebooks/build.py                build all of them
     python notebooks/build.py --check        execute again, compare with what is stored; exit 1 if it differs
-    python notebooks/build.py --student DIR  write copies without solutions and outputs, to run from anywhere
 
-A source is Python in cells: "# %%" begins one of code, "# %% [markdown]" one of text in comments, and tags
-may follow: tags=["exercise"] is a stub to be filled in; check (sees the student's answer and no other);
-solution (text that is folded at first, left out for students); first (src/first.py is put below it); claims
-(see below); corpus (the outputs need the fetched texts); smollm2 (they need its weights); unkept (the outputs
-are not kept: they hold random names, or depend on what is installed); rounding (rounding errors are shown);
-trained (what is printed was computed from trained weights).
+`minilora lessons DIR` writes copies to work in; minilora/course/lessons.py says what a source is. Its tags:
+exercise is a stub to be filled in, and check the cell after it, which sees the student's answer and no other
+(the answers that it accepts and refuses are in solutions/NAME.md); first (src/first.py is put above it);
+claims (see below); corpus (the outputs need the fetched texts); smollm2 (they need its weights); unkept (the
+outputs are not kept: they hold random names, or depend on what is installed); rounding (rounding errors are
+shown); trained (what is printed was computed from trained weights).
 
 Claims are code that is executed with the lesson and not shown in it: `says("a residual of {:.3f}", x)` and
 `holds("most of them", 2 * x > y)`. The words, with the numbers that came out, must stand in the lesson's
-text; tests/project/test_notebooks.py lets no number stand there that no claim has said.
+text or in its solutions; tests/project/test_notebooks.py lets no number stand there that no claim has said.
 
 What is compared: text must be equal, but each number that was trained may be off by one in its last digit,
 since processors add in different orders. A figure is compared if the same matplotlib drew it, but for a few
@@ -26,7 +25,6 @@ import html
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from hashlib import sha256
@@ -35,39 +33,11 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import numpy as np
-from nbformat import v4
+
+from minilora.course import lessons as course
 
 HERE = Path(__file__).resolve().parent
-PICTURES = HERE.parent / "figures/pictures"  # which a text shows by (attachment:NAME.png)
-LESSONS = (
-    "1_lora_from_one_equation", "2_merging_costs_nothing", "3_which_rank", "4_under_the_microscope",
-    "5_four_bits", "6_adding_adapters", "7_a_thousand_adapters", "8_low_rank_low_dimension",
-    "9_what_to_adapt_and_how", "10_beyond_language",
-)  # fmt: skip
-
-
-def experiments(*names):
-    """Where a copy of a lesson finds the rows of experiments -> the rows, and what makes them."""
-    folders = {name: f"figures/{name}" for name in names}
-    return {
-        f"{name}/rows.jsonl": (
-            HERE.parent / folder / "rows.jsonl",
-            f"minilora experiment {name} --out {folder}",
-        )
-        for name, folder in folders.items()
-    }
-
-
-READ = {  # lesson -> where a copy of it finds each file that it reads -> the file, and what makes it
-    LESSONS[2]: {"rows.jsonl": (HERE.parent / "figures/rows.jsonl", "minilora sweep --out figures")},
-    LESSONS[6]: {
-        "serving.json": (HERE.parent / "benchmarks/results/serving.json", "python benchmarks/serving.py")
-    },
-    LESSONS[7]: experiments("known-rank", "subspaces", "intrinsic-dimension"),
-    LESSONS[8]: experiments("which-matrices", "scale", "initialisation"),
-    LESSONS[9]: experiments("beyond-language"),
-}
-KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+LESSONS = course.lessons()
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.(?P<decimals>\d+))?(?:e(?P<power>[-+]\d+))?")
 FIGURE = re.compile(r'<img alt="(?P<says>[^"]*)" [^>]*src="data:image/png;base64,(?P<png>[^"]*)"')
 PIXELS = 0.02  # the share of pixels that may differ
@@ -87,55 +57,19 @@ def holds(words, condition):
 """
 
 
-def cells(text):
-    """(is markdown, tags, source) of every cell of a source."""
-    for part in re.split(r"^# %%", text, flags=re.M)[1:]:
-        head, _, body = part.partition("\n")
-        tags = json.loads(found[1]) if (found := re.search(r"tags=(\[.*\])", head)) else []
-        markdown = "[markdown]" in head
-        if markdown:
-            body = re.sub(r"^# ?", "", body, flags=re.M)
-        yield markdown, tags, body.strip()
-
-
 def notebook(name, claims=False):
     """The lesson without outputs; with its claims, if they are to be executed."""
-    text, first = ((HERE / "src" / f"{file}.py").read_text(encoding="utf-8") for file in (name, "first"))
+    text, first = course.source(name), course.source("first")
+    cells = [cell for cell in course.cells(text) if claims or "claims" not in cell.tags]
+    nb = nbformat.from_dict(course.document([course.Cell(False, ["claims"], CLAIMS)] * claims + cells))
     about = {"matplotlib": matplotlib.__version__, "source": sha256((text + first).encode()).hexdigest()}
-    nb = v4.new_notebook(metadata={"kernelspec": KERNEL, "minilora": about})
-    if claims:
-        nb.cells.append(v4.new_code_cell(CLAIMS, id="claims-00", metadata={"tags": ["claims"]}))
-    shown = 0
-    for markdown, tags, source in cells(text):
-        if "claims" in tags:
-            if claims:
-                hidden = v4.new_code_cell(source, id=f"claims-{len(nb.cells):02}", metadata={"tags": tags})
-                nb.cells.append(hidden)
-            continue
-        if "first" in tags:
-            source += "\n\n" + first.strip()
-        shown += 1
-        cell = (v4.new_markdown_cell if markdown else v4.new_code_cell)(source, id=f"cell-{shown:02}")
-        if pictures := re.findall(r"\(attachment:([\w.]+)\)", source) if markdown else ():
-            files = {picture: (PICTURES / picture).read_bytes() for picture in pictures}
-            cell.attachments = {
-                name: {"image/png": base64.b64encode(a).decode()} for name, a in files.items()
-            }
-        if tags:
-            cell.metadata["tags"] = tags
-        nb.cells.append(cell)
+    nb.metadata = nbformat.from_dict({"kernelspec": course.KERNEL, "minilora": about})
     return nb
 
 
-def student(nb):
-    """A copy without solutions and outputs."""
-    nb = nbformat.from_dict(json.loads(json.dumps(nb)))
-    nb.cells = [cell for cell in nb.cells if "solution" not in tags_of(cell)]
-    del nb.metadata["minilora"]  # how it was built
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return nb
+def title(name):
+    """The title of a lesson."""
+    return notebook(name).cells[0].source.splitlines()[0].removeprefix("# ")
 
 
 def tags_of(cell):
@@ -170,6 +104,8 @@ def execute(nb, folder=HERE):
             cell.execution_count = count = count + 1
             cell.outputs = [] if "unkept" in tags_of(cell) else tidy(cell.outputs)
     nb.cells = [cell for cell in nb.cells if "claims" not in tags_of(cell)]
+    for number, cell in enumerate(nb.cells, 1):
+        cell.id = f"cell-{number:02}"
     nb.metadata["minilora"]["claims"] = claimed
     return nb
 
@@ -191,9 +127,13 @@ def tidy(outputs):
 def prose(nb):
     """The text of a lesson and the sentences of its figures, in one line."""
     text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
-    text = re.sub(r"```.*?```", " ", text, flags=re.S)  # a solution
-    text = re.sub(r"(?m)^#+ |</?\w+>|\]\([^)]*\)", " ", text)  # headings, tags, where links lead
-    return " ".join(" ".join([text, *pictured(nb)]).split())
+    return plain(" ".join([text, *pictured(nb)]))
+
+
+def plain(text):
+    """Markdown in one line, without blocks of code, headings' signs and tags, and where links lead."""
+    text = re.sub(r"```.*?```", " ", text, flags=re.S)
+    return " ".join(re.sub(r"(?m)^#+ |</?\w+>|\]\([^)]*\)", " ", text).split())
 
 
 def pictured(nb):
@@ -204,9 +144,15 @@ def pictured(nb):
                 yield output["data"]["text/plain"]
 
 
-def unsaid(nb):
+def solutions(name):
+    """The text of a lesson's solutions, in one line."""
+    text = (HERE / "solutions" / f"{name}.md").read_text(encoding="utf-8")
+    return plain(re.sub(r"(?m)^(#|- `).*$", " ", text))  # headings, wrong answers
+
+
+def unsaid(nb, name):
     """The claims that do not hold, or whose words with the numbers that came out are not in the text."""
-    text = prose(nb)
+    text = f"{prose(nb)} {solutions(name)}"
     for words, said, holds in (row["claim"] for row in nb.metadata["minilora"]["claims"]):
         if not holds:
             yield f"it does not hold: {words}"
@@ -323,24 +269,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"which lessons (default all: {', '.join(LESSONS)})")
     parser.add_argument("--check", action="store_true", help="compare with what is stored, change nothing")
-    parser.add_argument("--student", type=Path, metavar="DIR", help="write copies without solutions into DIR")
     args = parser.parse_args(argv)
     names = [Path(name).stem for name in args.names] or list(LESSONS)
     if unknown := set(names) - set(LESSONS):
         parser.error(f"there is no lesson {min(unknown)!r}; there are {', '.join(LESSONS)}")
-    read = {place: file for name in names for place, file in READ.get(name, {}).items()}
-    for path, command in read.values():
-        if not path.exists():
-            print(f"{path.relative_to(HERE.parent)} is missing; `{command}` makes it", file=sys.stderr)
+    for file, command in course.DATA.values():
+        if not (HERE.parent / file).exists():
+            print(f"{file} is missing; `{command}` makes it", file=sys.stderr)
             return 1
-    if args.student:
-        args.student.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            (args.student / f"{name}.ipynb").write_text(written(student(notebook(name))), encoding="utf-8")
-        for place, (path, _) in read.items():
-            (args.student / place).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, args.student / place)
-        return 0
     nbs = {name: notebook(name, claims=True) for name in names}
     missing = set(lacking(nbs.values()))
     if missing and not args.check:
@@ -351,7 +287,7 @@ def main(argv=None):
         found = [] if missing else list(faults(nb))
         if args.check:
             found += differences(nbformat.read(path, 4), nb, missing)
-        elif not (found := found + list(unsaid(nb))):
+        elif not (found := found + list(unsaid(nb, name))):
             path.write_text(written(nb), encoding="utf-8")
         for what in found:
             print(f"{name}: {what}", file=sys.stderr)

@@ -39,8 +39,9 @@ FORKS = multiprocessing.get_context("forkserver")  # a run is a fork of a proces
 FORKS.set_forkserver_preload(
     ["numpy", "pytest", "hypothesis", "matplotlib.pyplot", "safetensors.numpy", "tqdm"]
 )
-# Tests that kill processes take long, and what they kill may turn them red without any mutant: no witnesses.
-UNFIT = "interrupted or second_sweep or worker"
+# No witnesses: tests that kill processes take long, and what they kill may turn them red without any mutant;
+# and a copy is no checkout from which a wheel can be built.
+UNFIT = "interrupted or second_sweep or worker or installed_package"
 READ = (
     "figures/**/*.json*",
     "README.md",
@@ -50,6 +51,9 @@ READ = (
     "docs/*.md",
     "docs/*.py",
     "benchmarks/results/*",
+    "notebooks/*.*",
+    "notebooks/src/*.py",
+    "notebooks/solutions/*.md",
 )  # by tests
 NO_SHRINKING = """
 from hypothesis import Phase

@@ -2353,5 +2353,15 @@ MUTANTS = (
     Mutant("parts-without-their-values", "pictures/trained.py", "(U[:, at] * S[at]) @ Vt[at]", "U[:, at] @ Vt[at]", "pictures"),
     Mutant("words-too-small-for-a-slide", "pictures/canvas.py", "SMALL, BODY, LETTER = 14,", "SMALL, BODY, LETTER = 10,", "pictures"),
     Mutant("numbers-where-there-is-no-room", "pictures/trained.py", "SMALL * fits", "SMALL", "pictures"),
+    # ---- the course
+    Mutant("a-pair-with-one-answer-is-given", "course/exercises.py", "missing = any(part is None", "missing = all(part is None", "exercises"),
+    Mutant("any-letter-explains", "course/exercises.py", "assert letter == right, hints[str(letter)]", "assert letter in letters, hints[str(letter)]", "exercises"),
+    Mutant("a-prediction-has-no-margin", "course/exercises.py", "value) <= within, otherwise", "value) <= 0, otherwise", "exercises"),
+    Mutant("a-first-thought-gets-no-hint", "course/exercises.py", "- wrong) > within, hint", "- wrong) >= 0, hint", "exercises"),
+    Mutant("claims-are-shown-to-students", "course/lessons.py", 'if "claims" not in cell.tags', 'if "claim" not in cell.tags', "course"),
+    Mutant("lessons-by-name", "course/lessons.py", 'key=lambda name: int(name.partition("_")[0])', "key=str", "course"),
+    Mutant("a-kernel-of-no-version", "course/lessons.py", '"version": platform.python_version()', '"version": "3"', "course"),
+    Mutant("any-folder-is-one-of-lessons", "formats/atomic.py", "strange = [name for name in inside if not kind.files.fullmatch(name)]", "strange: list[str] = []", "course atomic"),
+    Mutant("the-ledger-on-long-lines", "claims/ledger.py", "text, WIDTH, initial_indent", "text, 3 * WIDTH, initial_indent", "claims"),
 )
 # fmt: on

@@ -29,6 +29,7 @@ from minilora.analysis.tables import SORTS
 from minilora.claims import ledger
 from minilora.compose import combine, extract, truncate
 from minilora.compose import quantize as compose_quantize
+from minilora.course import lessons
 from minilora.data import corpora
 from minilora.experiments import (
     adding_adapters,
@@ -142,6 +143,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "modules": [(count, "modules", Found())],
     "serve-bench": [(bench, "serve_bench", Found())],
     "claims": [(ledger, "claims", Found())],
+    "lessons": [(lessons, "write", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
                 (rank_figures, "merge_equivalence", Found())],
 }  # fmt: skip
@@ -344,6 +346,10 @@ OPTIONS = {
         "rounds": (["--rounds", "11"], {"serve_bench.rounds": 11}),
         "seed": (["--seed", "7"], {"serve_bench.seed": 7}),
         "json": (["--json"], {"printed": JSON}),
+    }),
+    "lessons": ({}, {
+        "out": (["o"], {"write.out": "o"}),
+        "overwrite": (["--overwrite"], {"write.overwrite": True}),
     }),
     "figures": ({}, {
         "rows": (["--rows", "r"], {"read_rows.path": Path("r")}),

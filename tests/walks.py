@@ -277,6 +277,7 @@ PLACES = (
     Place("pretrain", ["pretrain", "--steps", "2", "--out", "work/out"], env=CACHE),
     Place("data", ["data"], whole=False,
           env=(("MINILORA_CACHE", "work/out"), ("MINILORA_TEXTS", "in/texts"))),
+    Place("lessons", ["lessons", "work/out"]),
     Place("inspect --out", ["inspect", "in/adapter", "--out", "work/out"], whole=False, inputs=ADAPTER),
     Place("figures", ["figures", "--rows", "in/rows.jsonl", "--out", "work/out"], whole=False),
     Place("sweep", ["sweep", "--data", "in/own.txt", "--base", "in/base", "--ranks", "1", "--seeds", "1",

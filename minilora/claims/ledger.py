@@ -9,6 +9,7 @@ others, and "does not hold here".
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,13 +17,21 @@ from ..formats.atomic import read
 from ..table import Table, report
 from .claim import FAILS, HOLDS, Entry
 
+WIDTH = 80  # characters of a line in a terminal
 LEDGER = Path(__file__).with_name("ledger.json")
+
+
+def folded(text: str, indent: str) -> list[str]:
+    """A text as lines of at most 80 characters, all but the first indented a little more."""
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False
+    )  # fmt: skip
 
 
 @report
 @dataclass(frozen=True)
 class Ledger:
-    """All claims; prints two lines for each, by subject."""
+    """All claims; prints each and below it the verdict, by subject."""
 
     entries: tuple[Entry, ...]
 
@@ -37,7 +46,8 @@ class Ledger:
         for subject, some in self.subjects().items():
             lines += ["", subject]
             for entry in some:
-                lines += [f"  {entry.statement} ({entry.source})", f"    {entry.verdict}: {entry.number}"]
+                lines += folded(f"{entry.statement} ({entry.source})", "  ")
+                lines += folded(f"{entry.verdict}: {entry.number}", "    ")
         return lines
 
     def of(self, *figures: str) -> Ledger:

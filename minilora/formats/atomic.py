@@ -29,8 +29,6 @@ from typing import NamedTuple
 
 from ..errors import InputError, LockedError, MiniloraError, StorageError
 
-MARKS = ("config.json", "adapter_config.json")  # one of them is in a folder that may be overwritten
-BESIDE = re.compile(r".*\.(json|safetensors|md|model|jinja)|merges\.txt")  # and only such files are in it
 OURS = re.compile(r"\.(?P<name>.+)\.\d+\.[0-9a-f]{8}\.(?P<kind>tmp|old)")  # the names that `temporary` makes
 BLOB = re.compile(r"(?P<up>(?:\.\./){2,9})blobs/(?P<hash>[0-9A-Za-z_-]{1,255})")
 EXCHANGE, AT_FDCWD = 2, -100  # Linux's renameat2
@@ -50,6 +48,23 @@ class Stamp(NamedTuple):
         """The stamp of an open file."""
         state = os.fstat(fd)
         return cls(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+class Kind(NamedTuple):
+    """Folders that may be overwritten: one of the marks is in them, and nothing but such files.
+
+    Paths are relative to the folder; those of folders in it end with a slash.
+    """
+
+    what: str
+    marks: re.Pattern[str]
+    files: re.Pattern[str]
+
+
+MODEL = Kind(
+    "a model or adapter", marks=re.compile(r"(adapter_)?config\.json"),
+    files=re.compile(r"[^/]*\.(json|safetensors|md|model|jinja)|merges\.txt"),
+)  # fmt: skip
 
 
 def flags(*names: str) -> int:
@@ -257,14 +272,16 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_folder(path: Path | str, fill: Callable[[Path], None], overwrite: bool = False) -> None:
+def write_folder(
+    path: Path | str, fill: Callable[[Path], None], overwrite: bool = False, kind: Kind = MODEL
+) -> None:
     """Make the folder `path`: fill a temporary one beside it, then move that into place.
 
-    StorageError if anything is at `path`. With `overwrite`, a model or adapter there is removed once the new
-    one is complete and on disk. If anything fails before that, `path` is unchanged.
+    StorageError if anything is at `path`. With `overwrite`, a folder of that kind there is removed once the
+    new one is complete and on disk. If anything fails before that, `path` is unchanged.
     """
     path = Path(path)
-    check_free(path, overwrite)
+    check_free(path, overwrite, kind)
     with named_errors(path, "not written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path, folder=True) as (temp, fd):
@@ -365,8 +382,8 @@ def make_folder(path: Path | str) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
-def check_free(path: Path | str, overwrite: bool = False) -> None:
-    """StorageError if anything is at `path` or, with `overwrite`, anything but a model or adapter.
+def check_free(path: Path | str, overwrite: bool = False, kind: Kind = MODEL) -> None:
+    """StorageError if anything is at `path` or, with `overwrite`, anything but a folder of that kind.
 
     First clears what dead processes left beside it.
     """
@@ -378,11 +395,12 @@ def check_free(path: Path | str, overwrite: bool = False) -> None:
         raise StorageError(f"{path}: is there already; expected a new name")
     folder = path.is_dir() and not path.is_symlink() and path.name != ""
     with named_errors(path):
-        inside = sorted(path.iterdir()) if folder else []
-    strange = [child.name for child in inside if not BESIDE.fullmatch(child.name) or child.is_dir()]
-    if not folder or strange or (inside and not any(child.name in MARKS for child in inside)):
+        below = sorted(path.rglob("*")) if folder else []
+        inside = [child.relative_to(path).as_posix() + "/" * child.is_dir() for child in below]
+    strange = [name for name in inside if not kind.files.fullmatch(name)]
+    if not folder or strange or (inside and not any(map(kind.marks.fullmatch, inside))):
         what = f"holds {strange[0]!a}" if strange else "is not one"
-        raise StorageError(f"{path}: only the folder of a model or adapter is overwritten; this {what}")
+        raise StorageError(f"{path}: only the folder of {kind.what} is overwritten; this {what}")
 
 
 def refuse_same(out: Path | str, *sources: Path) -> None:

@@ -14,7 +14,7 @@
 # and what follows from it is read from its ledger, where each sentence has a rule that decides it.
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora", "sklearn"]  # which has the images
+missing = absent("sklearn")
 
 # %% tags=["imports"]
 import copy
@@ -291,18 +291,19 @@ holds("To inverted or rotated images it goes nearly all the way at rank 16", min
 #
 # Nothing was written for images but the two models, and attention without an order. `ml.inject` finds their
 # linear maps, `ml.merge` puts the change into them, and `ml.spectrum` reads it.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# Write your lines in place of `return None` and run the cell below it. First **write the line** that puts
-# pixels back; then **predict** before you run; last **change** what is done to the pixels, and explain which
-# matrix can undo it.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/10_beyond_language.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def put_back_exactly(W, order):
     """ΔW (D, P) with (W + ΔW) x[order] = W x for every patch x (P,); W (D, P), order a permutation."""
-    return None  # your line in place of this one
+    return None  # your line in place of None
 
 
 # %% tags=["check"]
@@ -311,8 +312,7 @@ def check():
     rng = np.random.default_rng(5)
     for D, order in ((3, [1, 2, 0, 3]), (5, [2, 0, 3, 1, 4]), (2, [1, 2, 3, 0])):
         W, x = rng.integers(-9, 10, (D, len(order))), rng.integers(-9, 10, len(order))
-        delta = put_back_exactly(W.copy(), np.array(order))
-        assert delta is not None, "put_back_exactly returns None: write the line, and return ΔW"
+        delta = given(put_back_exactly(W.copy(), np.array(order)))
         assert np.shape(delta) == W.shape, f"the shape is {np.shape(delta)}; expected that of W, {W.shape}"
         other = W[:, np.argsort(order)] - W
         assert not np.array_equal(delta, other), "almost: this is for the way back; a ring has a direction"
@@ -325,21 +325,9 @@ def check():
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Pixel `order[j]` now stands at place $j$, so its column must, too:
-#
-# ```python
-# def put_back_exactly(W, order):
-#     return W[:, order] - W
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Predict, then run.
 def rank_of_a_mirror():
     """Each patch of 2 by 2 pixels is mirrored, left and right change places. Which rank has the ΔW?"""
     return None  # your guess, a number, in place of None
@@ -348,35 +336,28 @@ def rank_of_a_mirror():
 # %% tags=["check"]
 def check():
     """Your guess beside what comes out."""
-    W, guess = np.random.default_rng(6).standard_normal((9, 4)), rank_of_a_mirror()
+    W = np.random.default_rng(6).standard_normal((9, 4))
     mirrored = np.arange(4).reshape(2, 2)[:, ::-1].reshape(-1)
     rank = np.linalg.matrix_rank(W[:, mirrored] - W)
-    assert guess is not None, "rank_of_a_mirror returns None: write the line, with your guess"
-    assert guess != 4, "all pixels move, yes; but what two of them have in common stays"
-    assert guess == rank, "no: how many cycles has this permutation?"
+    hints = {4: "all pixels move, yes; but what two of them have in common stays"}
+    predicted(rank_of_a_mirror(), rank, hints, "no: how many cycles has this permutation?")
     return f"{rank}: the pixels less the cycles, and each pair is a cycle"
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Each pair changes places, and needs one direction, the difference of its two columns:
-#
-# ```python
-# def rank_of_a_mirror():
-#     return 2
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Change, and explain.
 def undo_brightness(W, E, c):
-    """Every pixel has c added. ΔE such that W (p + c) + E[t] + ΔE[t] = W p + E[t]; W (D, P), E, ΔE (T, D)."""
-    return None  # your line in place of this one
+    """Every pixel has c added. ΔE such that W (p + c) + E[t] + ΔE[t] = W p + E[t]; W (D, P), E, ΔE (T, D).
+    And why a change of the table of places can undo it.
+
+    a: brightness moves each token by a vector of its own, and the table has a row for each place.
+    b: brightness moves every token by one and the same vector.
+    c: it undoes it only for the patches that it was computed from.
+    """
+    return None, None  # your ΔE, and the letter that the numbers support
 
 
 # %% tags=["check"]
@@ -384,32 +365,23 @@ def check():
     """The tokens of brighter patches with your ΔE, on integers, and its rank."""
     rng = np.random.default_rng(7)
     for T, D, P, c in ((6, 5, 4, 3), (4, 7, 2, -2)):
-        W, E, p = (rng.integers(-9, 10, shape) for shape in ((D, P), (T, D), (T, P)))
-        delta = undo_brightness(W.copy(), E.copy(), c)
-        assert delta is not None, "undo_brightness returns None: write the line, and return ΔE"
+        W, E, p, q = (rng.integers(-9, 10, shape) for shape in ((D, P), (T, D), (T, P), (T, P)))
+        delta, letter = given(undo_brightness(W.copy(), E.copy(), c))
         assert np.shape(delta) == E.shape, f"the shape is {np.shape(delta)}; expected that of E, {E.shape}"
-        off = (p + c) @ W.T + E + delta - (p @ W.T + E)
+        off, again = ((x + c) @ W.T + E + delta - (x @ W.T + E) for x in (p, q))
         assert np.any(delta), "nothing is undone: what does W make of a patch in which every pixel is c?"
         assert not np.array_equal(off, 2 * c * np.ones((T, 1)) * W.sum(1)), "twice as far: mind the sign"
         assert not off.any(), "the tokens are others: what does W make of a patch in which every pixel is c?"
-    return f"rank {np.linalg.matrix_rank(delta)}, in a table: LoRA does not ask what a matrix is for"
+        rank = np.linalg.matrix_rank(delta)
+        hints = {
+            "a": f"then ΔE could have any rank; it has rank {rank}: all its rows are the same",
+            "c": f"on other patches it is off by {np.abs(again).max():g}, too: p does not stand in ΔE",
+        }
+        chosen(letter, "b", hints)
+    return f"rank {rank}, in a table: LoRA does not ask what a matrix is for"
 
 
 verdict(check)
-
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# No $\Delta W$ undoes it for every patch. But each token is moved by the same vector, $c$ times the sum of
-# $W$'s columns. So the table of places can take it back, with rank one:
-#
-# ```python
-# def undo_brightness(W, E, c):
-#     return np.outer(np.ones(len(E)), -c * W.sum(1))
-# ```
-#
-# </details>
 
 # %% [markdown]
 # ## To take along

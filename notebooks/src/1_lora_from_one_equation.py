@@ -13,11 +13,10 @@
 # **What you need.** Matrix products and the chain rule. NumPy, and this package.
 #
 # **Contents.** The equation · The gradients on paper · Seven lines of NumPy · Are they right? · The package
-# does the same · The first steps · Counting parameters · What a layer keeps · A whole model · Exercise · To
+# does the same · The first steps · Counting parameters · What a layer keeps · A whole model · Exercises · To
 # take along
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora"]
 
 # %% tags=["imports"]
 import numpy as np
@@ -107,7 +106,7 @@ def lora(X, W, A, B, s):
 import inspect
 
 lines = [line for line in inspect.getsource(lora).splitlines() if line.strip()]
-for words in ("written in seven lines of NumPy", "Seven lines of NumPy", "from our seven lines"):
+for words in ("written in seven lines of NumPy", "Seven lines of NumPy"):
     holds(words, len(lines) == 7)
 way_back = " ".join(line.partition("#")[0] for line in lines[3:5])
 holds("one product of matrices for $dB$ and two for $dA$", way_back.count("@") == 3)
@@ -315,11 +314,16 @@ bytes_kept = {
 }
 few, many = bytes_kept["trained"], bytes_kept["adapted, r = 8"]
 holds("A frozen map needs none", bytes_kept["frozen"] == 0)
-holds("an adapted map keeps a little more than a trained one", few < many < 1.1 * few)
+for words in (
+    "activations take as much memory with LoRA as without",
+    "an adapted map keeps a little more than a trained one",
+    "Activations take what they took before",
+):
+    holds(words, few < many < 1.1 * few)
 
 # %% [markdown]
-# So LoRA does **not** save activations: an adapted map keeps a little more than a trained one. What it saves
-# is what belongs to each trained number: a gradient and the two moments of Adam.
+# So activations take as much memory with LoRA as without: an adapted map keeps a little more than a trained
+# one. What becomes small is what belongs to each trained number: a gradient and the two moments of Adam.
 
 # %% [markdown]
 # ## A whole model
@@ -372,17 +376,20 @@ says("Now {} steps on the First Folio", len(history.loss))
 holds("in the spelling of 1623", text.source.endswith("plays in the spelling of 1623, 5 held out"))
 
 # %% [markdown]
-# ## Exercise
+# ## Exercises
 #
-# One gradient is missing from our seven lines: that of the input, which the layer below needs. Starting from
-# $Y = X W^\top + s\,X A^\top B^\top$, change $X$ only, and write $dX$ in NumPy. It can be done without
-# forming the matrix $W + s\,B A$, which is as large as $W$.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/1_lora_from_one_equation.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def input_gradient(dY, W, A, B, s):
-    """dX (M, I), from dY (M, O)."""
-    return None  # your line in place of this one
+    """dX (M, I) from dY (M, O), the gradient that the layer below needs; without forming W + s B A.
+
+    Start from Y = X Wᵀ + s X Aᵀ Bᵀ and change X only.
+    """
+    return None  # your line in place of None
 
 
 # %% tags=["check"]
@@ -393,31 +400,95 @@ def check():
         dY, X, W, A, B = (rng.standard_normal(shape) for shape in ((M, O), (M, I), (O, I), (r, I), (O, r)))
         _, back = LowRank(Param(A), Param(B), s)(Linear(Param(W, trainable=False)), X)
         dX, only_W = back(dY), dY @ W
-        mine = input_gradient(dY, W, A, B, s)
-        assert mine is not None, "input_gradient returns None: write the line that computes dX"
+        mine = given(input_gradient(dY, W, A, B, s))
         assert np.shape(mine) == X.shape, (
             f"dX has shape {np.shape(mine)}, X has {X.shape}: check the order of the factors"
         )
         assert not np.allclose(mine, only_W), "this is the backward through W only: the adapter reads X, too"
         assert not np.allclose(mine, only_W + dY @ B @ A), "almost: the scale s is missing"
+        scaled = s * (only_W + dY @ B @ A)
+        assert not np.allclose(mine, scaled), "the scale belongs to the adapter's part, and not to that of W"
+        times = np.median(mine / dX)
+        assert not np.allclose(mine, times * dX) or np.isclose(times, 1), f"this is {times:.3g} times dX"
         assert np.allclose(mine, dX), "this is not dX: move the factors across the bracket once more"
     return "equal to the dX of minilora.lora.LowRank"
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# From $\delta Y = \delta X\,W^\top + s\,\delta X A^\top B^\top$ follows $dX = dY\,W + (s\,dY\,B)\,A$:
-#
-# ```python
-# def input_gradient(dY, W, A, B, s):
-#     return dY @ W + (s * (dY @ B)) @ A
-# ```
-#
-# </details>
+
+# %% tags=["exercise"]
+# Predict, then run.
+def twice_the_scale():
+    """B = 0 at first. One step of plain gradient descent on A and B, once with scale s, once with 2 s.
+
+    How many times as large is ΔW = s B A the second time?
+    """
+    return None  # your guess, a number, in place of None
+
+
+# %% tags=["check"]
+def check():
+    """Your guess beside two steps, one with each scale."""
+    sizes = []
+    for s in (1.5, 3.0):
+        rng = np.random.default_rng(11)
+        X, A, dY = (rng.standard_normal(shape) for shape in ((7, 6), (3, 6), (7, 4)))
+        pair = LowRank(Param(A), Param(np.zeros((4, 3))), s)
+        _, back = pair(Linear(Param(np.zeros((4, 6)), trainable=False)), X)
+        back(dY)
+        sizes.append(np.linalg.norm(s * (-0.1 * pair.B.grad) @ A))  # dA is zero, so A has not moved
+    hints = {
+        2: "that is the s in s B A; look at dB = dYᵀ H with H = s X Aᵀ: which B comes out?",
+        1: "the gradient of B contains s, and so does ΔW",
+        8: "A does not move in this step, for dA contains B, and B is still 0",
+    }
+    predicted(twice_the_scale(), sizes[1] / sizes[0], hints, "no: count how often s stands in ΔW", 1e-9)
+    return f"{sizes[1] / sizes[0]:.0f} times: s stands in dB, and once more in s B A"
+
+
+verdict(check)
+
+
+# %% tags=["exercise"]
+# Change, and explain.
+def both_move(I, O, r, rng):  # noqa: E741
+    """A (r, I) and B (O, r) of which both have a gradient in the very first step; and what it costs.
+
+    a: W has to be trained, too, since A and B both move.
+    b: the adapted model does not begin as the base.
+    c: B has no gradient then.
+    """
+    return None, None  # your pair (A, B), and the letter that the numbers support
+
+
+# %% tags=["check"]
+def check():
+    """What your start makes of a frozen map, and which gradients there are."""
+    for I, O, r in ((7, 5, 2), (4, 8, 3)):  # noqa: E741
+        (A, B), letter = given(both_move(I, O, r, np.random.default_rng(12)))
+        assert (np.shape(A), np.shape(B)) == ((r, I), (O, r)), (
+            f"the shapes are {np.shape(A)} and {np.shape(B)}; expected (r, I) and (O, r)"
+        )
+        rng = np.random.default_rng(13)
+        X, W, dY = (rng.standard_normal(shape) for shape in ((6, I), (O, I), (6, O)))
+        pair, frozen = LowRank(Param(np.array(A, float)), Param(np.array(B, float)), 2.0), Param(W, False)
+        Y, back = pair(Linear(frozen), X)
+        back(dY)
+        still = [name for name, p in (("A", pair.A), ("B", pair.B)) if not p.grad.any()]
+        assert not still, f"{' and '.join(still)} has no gradient: the other factor is 0"
+        off = np.abs(Y - X @ W.T).max()
+        assert off > 1e-9, "clever: here B A = 0, and nothing is lost. Try the plain way first, and see"
+        hints = {
+            "a": f"W is frozen, and got a gradient: {frozen.grad is not None}; nothing here needs it",
+            "c": f"the largest entry of dB is {np.abs(pair.B.grad).max():.2f}, and that of dA is "
+            f"{np.abs(pair.A.grad).max():.2f}: both move",
+        }
+        chosen(letter, "b", hints)
+    return f"the output begins {off:.1f} off the base's, before anything is learned; hence one zero"
+
+
+verdict(check)
 
 # %% [markdown]
 # ## To take along
@@ -425,6 +496,6 @@ verdict(check)
 # - $dB = dY^\top H$ and $dA = (s\,dY\,B)^\top X$: one product of matrices for $dB$ and two for $dA$, and none
 #   of them gives a matrix of the size of $W$.
 # - With $B = 0$ the model starts as the base, and the first step moves only $B$.
-# - The cost is $r (I + O)$ numbers, with their gradients and moments. Activations are not saved.
+# - The cost is $r (I + O)$ numbers, with their gradients and moments. Activations take what they took before.
 #
 # Next: [Merging costs nothing](2_merging_costs_nothing.ipynb).

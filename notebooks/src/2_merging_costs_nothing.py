@@ -8,10 +8,9 @@
 # **What you need.** The first lesson, [LoRA from one equation](1_lora_from_one_equation.ipynb).
 #
 # **Contents.** The same function twice · How far apart can they be? · Where nothing rounds · Merging a model
-# · Adding and subtracting · Counting the work · Exercise · To take along
+# · Adding and subtracting · Counting the work · Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora"]
 
 # %% tags=["imports"]
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import minilora as ml
 from minilora.analysis import plotting
 from minilora.experiments import merge_equivalence, rank_figures
+from minilora.formats.safetensors import stored
 from minilora.layers import Linear, Need, Param
 from minilora.lora import Adapted, LowRank, adapted
 from minilora.tree import named_params
@@ -375,51 +375,110 @@ print("merged takes less than 1.5 times as long as the base:", best["merged"] < 
 # %% [markdown]
 # What merging cannot do: a merged weight holds one adapter. A batch whose rows need different adapters has to
 # run unmerged, and a merged model cannot be trained.
+
+# %% [markdown]
+# ## Exercises
 #
-# ## Exercise
-#
-# Two adapters of ranks $r_1$ and $r_2$ with scales $s_1$ and $s_2$ are to act together: $\Delta W = s_1 B_1
-# A_1 + s_2 B_2 A_2$. Write them as one adapter of rank $r_1 + r_2$ with scale 1, exactly, without multiplying
-# any $B$ with any $A$.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/2_merging_costs_nothing.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def together_as_one(A1, B1, s1, A2, B2, s2):
-    """A (r1 + r2, I) and B (O, r1 + r2) with B A = s1 B1 A1 + s2 B2 A2."""
-    return None  # your lines in place of this one
+    """A (r1 + r2, I) and B (O, r1 + r2) with B A = s1 B1 A1 + s2 B2 A2: two adapters as one of scale 1.
+
+    Without multiplying any B with any A.
+    """
+    return None  # your pair A, B in place of None
 
 
 # %% tags=["check"]
 def check():
     """Your answer on integers, where nothing is rounded, for two pairs of scales."""
     rng = np.random.default_rng(4)
-    for s1, s2 in ((2.0, 0.5), (3.0, -4.0)):
+    for s1, s2 in ((3.0, -4.0), (2.0, 0.5)):
         A1, B1, A2, B2 = (rng.integers(-4, 5, n).astype(float) for n in ((3, 12), (10, 3), (5, 12), (10, 5)))
         unscaled, wanted = B1 @ A1 + B2 @ A2, s1 * B1 @ A1 + s2 * B2 @ A2
-        answer = together_as_one(A1, B1, s1, A2, B2, s2)
-        assert answer is not None, "together_as_one returns None: write the lines, and return the pair A, B"
-        A, B = answer
+        A, B = given(together_as_one(A1, B1, s1, A2, B2, s2))
         assert np.shape(A) == (8, 12), f"A has shape {np.shape(A)}; expected (r1 + r2, I) = (8, 12): rows"
         assert np.shape(B) == (10, 8), f"B has shape {np.shape(B)}; expected (O, r1 + r2) = (10, 8): columns"
         assert not np.array_equal(B @ A, unscaled), "almost: the scales are missing, and the new one is 1"
-        assert np.array_equal(B @ A, wanted), "B A is another matrix: put each scale on one factor, not both"
+        squared = s1**2 * B1 @ A1 + s2**2 * B2 @ A2
+        assert not np.array_equal(B @ A, squared), (
+            "each scale counts twice: put it on one factor, not on both"
+        )
+        assert np.array_equal(B @ A, wanted), (
+            "B A is another matrix: which B meets which A, with which scale?"
+        )
     return "with integers, equal by =="
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# A product of blocks is the sum of the products of the blocks:
-#
-# ```python
-# def together_as_one(A1, B1, s1, A2, B2, s2):
-#     return np.concatenate([A1, A2]), np.concatenate([s1 * B1, s2 * B2], axis=1)
-# ```
-#
-# </details>
+
+# %% tags=["exercise"]
+# Predict, then run.
+def merged_in_bfloat16():
+    """A weight is 1, its ΔW is 0.003, and the merged model is stored in bfloat16, with 8 significant bits.
+
+    Which number is stored?
+    """
+    return None  # your guess, a number, in place of None
+
+
+# %% tags=["check"]
+def check():
+    """Your guess beside the number that a file in bfloat16 holds."""
+    value, after = (float(stored(np.float32([w]), "bfloat16").astype(float)[0]) for w in (1.003, 1.006))
+    hints = {
+        1.003: "float32 would hold it, nearly; how far is the next number after 1, with 8 significant bits?",
+        after: f"{after} is the next number after 1; 1.003 is nearer to another one",
+    }
+    predicted(merged_in_bfloat16(), value, hints, "no: between 1 and 2 the numbers are 1/128 apart", 1e-6)
+    return f"{value:g}: neighbours are {after - 1:g} apart, so this ΔW is gone. Look at |ΔW| before you round"
+
+
+verdict(check)
+
+
+# %% tags=["exercise"]
+# Change, and explain.
+def gives_back(W):
+    """Q (O, I), no entry smaller than that of W, such that (W + Q) - Q is W in every entry; and why.
+
+    W is float32, drawn at random, and most Q do not do that.
+
+    a: subtracting takes back whatever adding did.
+    b: every W + Q is itself a float32 number, so nothing was rounded.
+    c: Q is so large that what W loses does not matter.
+    """
+    return None, None  # your Q, and the letter that the numbers support
+
+
+# %% tags=["check"]
+def check():
+    """What your Q leaves of a W that you have not seen, beside a random and a very large Q."""
+    rng = np.random.default_rng(5)
+    W, other = rng.standard_normal((2, 24, 32)).astype(np.float32)
+
+    def changed(Q):
+        return int(((W + Q) - Q != W).sum())
+
+    Q, letter = given(gives_back(W.copy()))
+    Q = np.asarray(Q, np.float32)
+    assert Q.shape == W.shape, f"Q has shape {Q.shape}; expected that of W, {W.shape}"
+    assert (np.abs(Q) >= np.abs(W)).all(), "an entry of Q is smaller than that of W; choose larger ones"
+    assert not changed(Q), f"{changed(Q)} of {W.size} entries changed: which sums need no rounding at all?"
+    hints = {
+        "a": f"then it would work for any Q; a random one of that size changes {changed(2 * other)} entries",
+        "c": f"with a Q of a billion {changed(np.full_like(W, 1e9))} of {W.size} entries change",
+    }
+    chosen(letter, "b", hints)
+    return "each sum is exact, so the subtraction is, too; keep W instead, and you need no such luck"
+
+
+verdict(check)
 
 # %% [markdown]
 # ## To take along

@@ -9,10 +9,10 @@
 # of singular values: every matrix is a sum of rank-one matrices, and they are the sizes of those.
 #
 # **Contents.** The sweep · Loss against rank · The spectra · How many directions? · One rank at a time · A
-# task whose rank is known · What not to claim · Exercise · To take along
+# task whose rank is known · What not to claim · Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora", "ipywidgets"]
+missing = absent("ipywidgets")
 
 # %% tags=["imports"]
 import math
@@ -23,6 +23,8 @@ import numpy as np
 import minilora as ml
 from minilora import spectra
 from minilora.analysis import plotting
+from minilora.claims.ledger import claims
+from minilora.data import corpora
 from minilora.experiments import rank_figures, rank_report, rank_sweep
 
 # %% [markdown]
@@ -135,7 +137,8 @@ for r, (mean, low, high) in zip(ranks, losses, strict=True):
     print(f"{f'LoRA r = {r}':16} {mean:.3f}   {low:.3f}   {high:.3f}")
 print(f"{'full fine-tuning':16} {level[0, 0]:.3f}   {level[0, 1]:.3f}   {level[0, 2]:.3f}")
 print()
-print("validation loss of full fine-tuning:", rank_figures.flattening(full))
+print("validation loss of full fine-tuning:")
+print(*rank_figures.flattening(full).split("; "), sep="\n")
 
 # %% tags=["claims"]
 holds(
@@ -149,6 +152,12 @@ holds(
 # says whether full fine-tuning had come to rest; if it had not, its line is no floor, and the picture is one
 # of *this many steps*.
 #
+# Does a larger base need less rank? The ledger of the package says what its experiment found.
+
+# %%
+print(claims().of("size/gap", "size/needed"))
+
+# %% [markdown]
 # ## The spectra
 #
 # $\Delta W = s\,B A$ has at most $r$ singular values. They are computed from the thin factors, without
@@ -179,11 +188,62 @@ for kind in rank_figures.kinds(lora):
     share = mean([spectra.energy(s)[7] for s in curves(full, kind)])
     print(f"{kind:12} {cells[0]}       {cells[1]}   {share:14.0%}")
 
+# %% tags=["claims"]
+longer = [
+    mean([(s * s).sum() for s in curves(largest, kind)]) / mean([(s * s).sum() for s in curves(full, kind)])
+    for kind in rank_figures.kinds(lora)
+]
+says("*norm²*, is {:.0f} to {:.0f} times", min(longer), max(longer))
+ten = {some[0]["config"]["lr"] for some in (largest, full)}
+holds("a rate ten times as high", max(ten) == 10 * min(ten) == largest[0]["config"]["lr"])
+
 # %% [markdown]
 # The dashed line is full fine-tuning, the dotted one is Gaussian noise of the same norm. A spectrum says
 # something only against that line: noise, too, has a largest singular value. A curve that lies above the
-# noise at small index and below it later has directions that matter more than others. (*norm²* is the sum of
-# the squares: the energy.)
+# noise at small index and below it later has directions that matter more than others.
+#
+# At the largest rank LoRA's $|\Delta W|^2$, the column *norm²*, is 3 to 9 times that of full fine-tuning, and
+# its loss is no lower. Does it change more than it must? A length comes from the learning rate before it says
+# anything of the task: Adam moves every number by about the rate in each step, and LoRA's search chose a rate
+# ten times as high. Here each method trains for a few steps at two rates.
+
+
+# %% tags=["corpus", "trained"]
+def length(rate, r=None, steps=30):
+    """|ΔW|² of all linear maps and the test loss, after a few steps of LoRA, or without r in full."""
+    model = ml.load()
+    if r:
+        ml.inject(model, ml.LoraConfig(r=r, alpha=16), rng=np.random.default_rng(0))
+    else:
+        ml.unfreeze(model)
+    batches = ml.batches(folio.train, np.random.default_rng(1), batch_size=8, length=128)
+    ml.train(model, batches, ml.AdamW(lr=rate), steps=steps)
+    loss = ml.evaluate(model, test)
+    if r:
+        ml.fuse(model)
+    changed = spectra.spectrum_between(ml.load(), model)
+    return sum((s * s).sum() for path, s in changed.items() if "_proj" in path), loss
+
+
+folio = corpora.corpus_or_fallback("folio")
+test = ml.eval_batches(folio.test, batch_size=16, length=128, limit=32 * 128)
+lengths = {(r, rate): length(rate, r) for r, rate in ((64, 1e-2), (64, 3e-3), (None, 1e-3), (None, 3e-3))}
+print("                     rate   |ΔW|²   test loss")
+for (r, rate), (norm, loss) in lengths.items():
+    print(f"{f'LoRA, r = {r}' if r else 'full fine-tuning':16} {rate:8.3f} {norm:7.1f} {loss:11.3f}")
+
+# %% tags=["claims", "corpus", "trained"]
+lora_high, lora_low, full_low, full_high = lengths.values()
+longest = max(norm for norm, _ in lengths.values())
+holds("At a third of its rate LoRA's change is the shortest of all", lora_low == min(lengths.values()))
+holds("with nearly the same loss", abs(lora_low[1] - lora_high[1]) < 0.02)
+holds("at three times its own rate full fine-tuning makes the longest", full_high[0] == longest)
+holds("makes the longest, and learns less", full_high[1] > full_low[1] + 0.02)
+
+# %% [markdown]
+# At a third of its rate LoRA's change is the shortest of all, with nearly the same loss; at three times its
+# own rate full fine-tuning makes the longest, and learns less. So compare the shapes of spectra, and lengths
+# only at one rate.
 #
 # ## How many directions?
 #
@@ -224,6 +284,8 @@ holds(
     "it is $k$ if $k$ singular values are equal",
     all(abs(ml.effective_rank(np.array([2.0] * k + [0.0] * 3)) - k) < 1e-9 for k in (1, 4, 7)),
 )
+noise_96 = np.linalg.svd(np.random.default_rng(1).standard_normal((96, 96)), compute_uv=False)
+holds("about half of the directions are enough", 0.45 < spectra.rank_at(noise_96, 0.9) / 96 < 0.55)
 product = [mean(effective[r]) < 0.9 * by_chance(r) for r in ranks]
 holds("the further it lies below the product of two noise factors", product[-1])
 
@@ -373,13 +435,16 @@ holds("The base knows this text", base_k["floor"] < 0.5 * base_k["test"])
 # - *"The effective rank is small."* Smaller than that of noise of the same rank? That is the question.
 # - *"10,000 times less memory."* Fewer trained numbers, with their gradients and moments; the weights and the
 #   activations stay, as the first lesson counted.
+
+# %% [markdown]
+# ## Exercises
 #
-# ## Exercise
-#
-# How many singular values hold 90 % of the energy? Write the function for any share.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/3_which_rank.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def directions(s, share):
     """The least k such that the first k of the falling values s hold that share of the sum of squares."""
     return None  # your lines in place of this one
@@ -389,8 +454,7 @@ def directions(s, share):
 def check():
     """Your answer on four values that can be done by hand, and beside the package's on random ones."""
     easy = np.array([3.0, 2.0, 1.0, 1.0])  # squares 9, 4, 1, 1 of 15
-    mine = directions(easy, 0.5)
-    assert mine is not None, "directions returns None: write the lines that count"
+    mine = given(directions(easy, 0.5))
     assert mine != 0, "the first singular value already counts as one: begin at 1"
     assert mine == 1, "9 of 15 is more than half, so one direction is enough"
     assert directions(easy, 0.7) == 2, "9 of 15 is 60 %: two are needed for 70 %; did you square?"
@@ -407,20 +471,69 @@ def check():
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# The share grows from one direction to the next; those that do not hold enough are counted, and one more is
-# needed. A hair's breadth is left for rounding.
-#
-# ```python
-# def directions(s, share):
-#     energy = np.cumsum(s**2) / (s**2).sum()
-#     return int((energy < share * (1 - 1e-12)).sum()) + 1
-# ```
-#
-# </details>
+
+# %% tags=["exercise"]
+# Predict, then run.
+def directions_of_noise():
+    """A 96 x 96 matrix of Gaussian noise, in which nothing was learned. How many of its 96 directions hold
+    90 % of its energy?
+
+    A guess at most 5 off is right.
+    """
+    return None  # your guess, a number, in place of None
+
+
+# %% tags=["check"]
+def check():
+    """Your guess beside the count, the mean of eight draws."""
+    draws = np.random.default_rng(9).standard_normal((8, 96, 96))
+    counts = [spectra.rank_at(np.linalg.svd(noise, compute_uv=False), 0.9) for noise in draws]
+    hints = {
+        0.9 * 96: "so it would be if all singular values were equal; those of noise are not",
+        96: "the last of them are nearly 0; what do they add?",
+    }
+    otherwise = "no: noise prefers no direction, but its singular values fall in a line from the first to 0"
+    predicted(directions_of_noise(), np.mean(counts), hints, otherwise, 5)
+    return f"{np.mean(counts):.0f}. So a count below the rank is no sign of learning; below noise's it is"
+
+
+verdict(check)
+
+
+# %% tags=["exercise"]
+# Change, and explain.
+def two_counts():
+    """Eight falling singular values of which the first alone holds 90 % of the energy, while the effective
+    rank is above 3; and why the two counts part.
+
+    a: the effective rank weighs the values, the energy their squares, in which small values vanish.
+    b: the effective rank counts every value that is not 0 as one.
+    c: the scale: with the same values times ten the two would agree.
+    """
+    return None, None  # your eight values, and the letter that the numbers support
+
+
+# %% tags=["check"]
+def check():
+    """The two counts of your values."""
+    values, letter = given(two_counts())
+    s = np.asarray(values, float)
+    assert s.shape == (8,), f"the shape is {s.shape}; expected eight values"
+    assert (s > 0).all(), "a value is not above 0"
+    assert (np.diff(s) <= 0).all(), "the values do not fall: the largest comes first"
+    share, rank = spectra.energy(s)[0], ml.effective_rank(s)
+    assert share >= 0.9, f"the first holds {share:.0%} of the energy: make it larger beside the others"
+    assert rank > 3, f"the effective rank is {rank:.2f}: let the others be larger, or more nearly equal"
+    again = spectra.energy(10 * s)[0], ml.effective_rank(10 * s)
+    hints = {
+        "b": f"then it would be 8 for any such values; here it is {rank:.2f}",
+        "c": f"times ten they are {again[0]:.0%} and {again[1]:.2f}, as before: both are shares",
+    }
+    chosen(letter, "a", hints)
+    return f"{share:.0%} in the first, and an effective rank of {rank:.2f}: say which count you mean"
+
+
+verdict(check)
 
 # %% [markdown]
 # ## To take along

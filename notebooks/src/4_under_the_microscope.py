@@ -14,7 +14,7 @@
 # pretrained model of 135 million parameters · Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora", "gguf", "tokenizers"]
+missing = absent("gguf", "tokenizers")
 
 # %% tags=["imports"]
 import json
@@ -26,6 +26,7 @@ import numpy as np
 import minilora as ml
 from minilora import finetune, spectra
 from minilora.analysis import figures, inspect, plotting
+from minilora.analysis.tables import wrapped
 from minilora.data import corpora
 from minilora.errors import MiniloraError
 from minilora.experiments import rank_figures
@@ -72,7 +73,9 @@ print(f"with the adapter:    {done.after:.3f}")
 print(*sorted(os.listdir("r8")))
 with open("r8/adapter_config.json", encoding="utf-8") as f:
     config = json.load(f)
-print({key: config[key] for key in ("peft_type", "r", "lora_alpha", "target_modules")})
+for key in ("peft_type", "r", "lora_alpha"):
+    print(f"{key:16}{config[key]}")
+print(f"{'target_modules':16}{' '.join(sorted(config['target_modules']))}")
 r8 = ml.open_adapter("r8")
 print(len(r8.tensors), "tensors, the first two:")
 for tensor in sorted(r8.tensors)[:2]:
@@ -87,17 +90,19 @@ for tensor in sorted(r8.tensors)[:2]:
 
 
 # %% tags=["corpus", "trained"]
-def show(seen, which, block="model.layers.2."):
-    """One table of an inspection, the modules of one block."""
+def show(seen, which, columns=slice(1, None), block="model.layers.2."):
+    """Columns of one table of an inspection, for the modules of one block."""
     table = list(inspect.tables(seen))[which]
-    rows = [(row[0].removeprefix(block), *row[1:]) for row in table.rows if block in row[0]]
-    print(Table(table.head, rows))
+    rows = [(row[0].removeprefix(block), *row[columns]) for row in table.rows if block in row[0]]
+    print(Table((table.head[0], *table.head[columns]), rows))
 
 
 seen = ml.inspect("r8", base="base")
-show(seen, 0)
+show(seen, 0, slice(1, 7))
 print()
-print(seen.summary())
+show(seen, 0, slice(7, None))
+print()
+print(*wrapped(seen.summary()), sep="\n")
 
 # %% tags=["claims", "corpus", "trained"]
 holds("We look at the last of the three blocks", len(ml.load().model.layers) == 3)
@@ -167,9 +172,7 @@ for path, layer in adapted(model).items():
 ml.save_adapter(model, "twin", base="base")
 
 twin = ml.inspect("twin", base="base")
-print(seen.summary())
-print()
-print(twin.summary())
+print(*wrapped(seen.summary()), "", *wrapped(twin.summary()), sep="\n")
 print()
 print(f"loss: base {done.before:.3f}, adapter {done.after:.3f}, twin {ml.evaluate(model, held_out):.3f}")
 
@@ -783,7 +786,7 @@ if large:
     print(f"loss per character:     {ten.before / ten.characters:.2f} before, "
           f"{ten.after / ten.characters:.2f} after 10 steps")  # fmt: skip
     print()
-    print(deep.summary())
+    print(*wrapped(deep.summary()), sep="\n")
 
 # %% tags=["corpus", "smollm2"]
 figures.heat_map(deep.modules) if large else None
@@ -826,16 +829,18 @@ if large:
 # What is different from our tiny base: this one is wider, 576 and not 96, and the rank is smaller, so chance
 # alone gives an overlap of one hundredth and not of seven; the same number would mean more here. After ten
 # steps $\Delta W$ is less than a hundredth of $W$, and the loss has fallen all the same.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# **One.** How much is lost when $\Delta W = s\,B A$ is cut to rank $k$? Compute it by hand: the Frobenius
-# norm of $\Delta W - \Delta W_k$.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/4_under_the_microscope.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def lost(A, B, s, k):
-    """|ΔW - ΔW_k| for ΔW = s B A, with A (r, I) and B (O, r)."""
+    """|ΔW - ΔW_k|, the norm of what is lost when ΔW = s B A is cut to rank k; A (r, I), B (O, r)."""
     return None  # your lines in place of this one
 
 
@@ -845,11 +850,11 @@ def check():
     rng = np.random.default_rng(5)
     U, V = (np.linalg.qr(rng.standard_normal((n, 3)))[0] for n in (9, 12))
     B, A = U * [4.0, 3.0, 2.0], V.T  # singular values 4, 3, 2
-    mine = lost(A, B, 1.0, 1)
-    assert mine is not None, "lost returns None: write the lines that compute it"
+    mine = given(lost(A, B, 1.0, 1))
     assert not np.isclose(mine, 13), "almost: this is the square; the norm is its root"
     assert not np.isclose(mine, 5.0), "3 + 2 is the sum of what is left out; the norm adds squares"
     assert not np.isclose(mine, 3.0), "3 is the largest that is left out: the optimum in the spectral norm"
+    assert not np.isclose(mine, 2.0), "one value more is left out: the first k are kept, the next is not"
     assert not np.isclose(mine, 4.0), "this is what is kept, not what is lost"
     assert np.isclose(mine, np.sqrt(13)), "values 4, 3, 2 cut to rank 1: the root of 9 + 4 is lost"
     assert np.isclose(lost(A, B, 2.0, 1), 2 * np.sqrt(13)), "with scale 2 twice as much is lost"
@@ -866,40 +871,56 @@ def check():
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# What is left out are the singular values after the first $k$, and the Frobenius norm adds their squares:
-#
-# ```python
-# def lost(A, B, s, k):
-#     S = np.linalg.svd(s * B @ A, compute_uv=False)
-#     return np.sqrt((S[k:] ** 2).sum())
-# ```
-#
-# </details>
-
-# %% [markdown]
-# **Two.** For any invertible $R$ of size $r$, the factors $R^{-1} A$ and $B R$ make the same $\Delta W$.
-# Write that change of factors. Then the check puts it into every module of an adapter, writes that, and
-# inspects it: do norms and entries of $A$ and $B$ say anything?
-
 
 # %% tags=["exercise"]
-def other_factors(A, B, R):
-    """The pair of R⁻¹ A (r, I) and B R (O, r)."""
-    return None  # your line in place of this one
+# Predict, then run.
+def overlap_by_chance():
+    """A random ΔW of rank 16, beside a W of 64 outputs. Which share of what ΔW writes lies, on the mean,
+    among the first 16 left singular vectors of W?
+
+    A guess at most 0.05 off is right.
+    """
+    return None  # your guess, a number from 0 to 1, in place of None
 
 
 # %% tags=["check"]
 def check():
-    """Your answer on one pair of factors, then on a whole adapter."""
+    """Your guess beside the mean over pairs of random subspaces."""
+    rng = np.random.default_rng(6)
+    pairs = [[np.linalg.qr(rng.standard_normal((64, 16)))[0] for _ in range(2)] for _ in range(200)]
+    found = np.mean([spectra.similarity(U, V)[-1, -1] for U, V in pairs])
+    hints = {
+        0: "random directions are not orthogonal: in a small space they must share something",
+        1: "that would be the same directions",
+        1 / 16: "this is its square: 16 of 64 counted for ΔW and once more for W",
+    }
+    otherwise = "no: a unit vector has a share of each of 64 directions"
+    predicted(overlap_by_chance(), found, hints, otherwise, 0.05)
+    return f"{found:.3f}, which is r / O = 16 / 64. An overlap says something only beside it"
+
+
+verdict(check)
+
+
+# %% tags=["exercise"]
+# Change, and explain.
+def other_factors(A, B, R):
+    """R⁻¹ A (r, I) and B R (O, r), for an invertible R (r, r); and what one can read from A and B alone.
+
+    a: |A| and |B| say how far training has moved the adapter.
+    b: nothing of the kind: only B A is the change, and its factors can have any size.
+    c: their rank: another R changes the singular values of ΔW.
+    """
+    return None, None  # your pair, and the letter that the numbers support
+
+
+# %% tags=["check"]
+def check():
+    """Your answer on one pair of factors, then put into every module of an adapter that is inspected."""
     rng = np.random.default_rng(6)
     R = rng.standard_normal((8, 8)) + 4 * np.eye(8)
     A, B = rng.standard_normal((8, 12)), rng.standard_normal((9, 8))
-    answer = other_factors(A, B, R)
-    assert answer is not None, "other_factors returns None: write the line, and return the pair"
+    answer, letter = given(other_factors(A, B, R))
     shapes = [np.shape(x) for x in answer]
     assert shapes == [A.shape, B.shape], f"shapes {shapes}; expected those of A and B, in this order"
     assert not np.allclose(answer[0], A), "A is still the same"
@@ -913,33 +934,22 @@ def check():
         ratios = []
         for layer in adapted(model).values():
             pair = layer.adapters[layer.active]
-            A, B = other_factors(pair.A.data.astype(float), pair.B.data.astype(float), R)
+            (A, B), _ = other_factors(pair.A.data.astype(float), pair.B.data.astype(float), R)
             ratios.append(np.linalg.norm(A) / np.linalg.norm(pair.A.data))
             pair.A.data, pair.B.data = A.astype(np.float32), B.astype(np.float32)
         ml.save_adapter(model, f"{folder}/after")
         seen, again = (ml.inspect(f"{folder}/{name}") for name in ("before", "after"))
     for m, n in zip(seen.modules, again.modules, strict=True):
         assert np.allclose(m.singular_values, n.singular_values, rtol=1e-3), f"another spectrum in {m.module}"
-    return (
-        f"|A| is {min(ratios):.2f} to {max(ratios):.2f} times what it was,\n"
-        f"and all {sum(m.r for m in seen.modules)} singular values are the same"
-    )
+    hints = {
+        "a": f"|A| is now {min(ratios):.2f} to {max(ratios):.2f} times what it was, and ΔW is the same",
+        "c": f"all {sum(m.r for m in seen.modules)} singular values are the same as before",
+    }
+    chosen(letter, "b", hints)
+    return f"|A| became {min(ratios):.2f} to {max(ratios):.2f} of what it was, and no singular value moved"
 
 
 verdict(check)
-
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# ```python
-# def other_factors(A, B, R):
-#     return np.linalg.solve(R, A), B @ R
-# ```
-#
-# Norms and entries of the factors say nothing: they are another pair of the same $\Delta W$.
-#
-# </details>
 
 # %% [markdown]
 # ## To take along

@@ -13,7 +13,6 @@
 # · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora"]
 
 # %% tags=["imports"]
 import copy
@@ -192,7 +191,7 @@ holds(
     all(n < min(f, i) and n < b / 3 for n, f, i, b in zip(*errors.values(), bounds, strict=True)),
 )
 holds("The largest gap $G$ of NF4 is the one next to -1", gaps.argmax() == 0)
-says("The largest gap is the first, from -1 to {:.3f}. Its middle is {:.3f}:", values[1], (values[1] - 1) / 2)
+says("The largest gap is the first, from -1 to {:.3f}. Its middle is {:.3f}.", values[1], (values[1] - 1) / 2)
 middle = values[8] / 2
 words = (
     "Divided by {}, normal numbers are below {:.2f}, the middle between 0 and the next value, up to {:.2f}"
@@ -256,7 +255,8 @@ for seed in (0, 1, 2):
     kept.append(moved @ change / (change @ change))
     beside.append(np.linalg.norm(moved - change) / np.linalg.norm(change))
     rows.append(losses)
-print("test loss in nats per character;", text.source)
+print(text.source)
+print("test loss in nats per character")
 print(f"before training:  float32 base {before['LoRA']:.3f}, 4-bit base {before['QLoRA']:.3f}")
 print("seed    LoRA   QLoRA   merged in float32   merged in 4 bits   kept of ΔW   beside it")
 for seed, (losses, k, n) in enumerate(zip(rows, kept, beside, strict=True)):
@@ -300,15 +300,16 @@ says("{:.3f} of the memory", stored[1] / stored[0])
 # gives back 0.022 of what was learned. On average little is lost: 98 % of $\Delta W$ is still there. But
 # most single changes are smaller than a gap, so a weight either keeps its old code or jumps a whole gap.
 # This noise beside $\Delta W$ has 0.47 of its size. Keep the adapter beside the 4-bit base, if you can.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# Write your lines in place of `return None` and run the cell below it. First: **write the line** that
-# decodes. Then **predict** before you run. Last, **change** a block until the bound is reached, and explain
-# where the block's error comes from.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/5_four_bits.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def unpacked(packed, c, values):
     """The 2 n weights of n bytes of codes: the first code of a byte is in its upper half (a byte // 16)."""
     return None  # your lines in place of this one
@@ -319,10 +320,9 @@ def check():
     """Your answer beside the decoder of the package, on blocks that you have not seen."""
     rng = np.random.default_rng(5)
     for n, kind in ((64, "nf4"), (128, "int4")):
-        given = four_bit.encoded(rng.standard_normal(n).astype(np.float32), kind, block=n, double=False)
-        wanted, c = four_bit.decoded(given), float(given.absmax[0])
-        mine = unpacked(given.codes.copy(), c, np.array(four_bit.book(kind)))
-        assert mine is not None, "unpacked returns None: write the line, and return the weights"
+        block = four_bit.encoded(rng.standard_normal(n).astype(np.float32), kind, block=n, double=False)
+        wanted, c = four_bit.decoded(block), float(block.absmax[0])
+        mine = given(unpacked(block.codes.copy(), c, np.array(four_bit.book(kind))))
         assert np.shape(mine) == (n,), (
             f"the shape is {np.shape(mine)}; expected {(n,)}: two weights for each byte"
         )
@@ -337,22 +337,9 @@ def check():
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Each byte is 16 times the first code plus the second:
-#
-# ```python
-# def unpacked(packed, c, values):
-#     codes = np.stack([packed // 16, packed % 16], axis=1).reshape(-1)
-#     return values[codes] * c
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Predict, then run.
 def zeros_beside_an_outlier():
     """A block of 64 normal numbers; one of them is replaced by 100. How many of the other 63 decode to 0?"""
     return None  # your guess, a number, in place of None
@@ -364,69 +351,54 @@ def check():
     w = np.random.default_rng(6).standard_normal(64).astype(np.float32)
     w[10] = 100.0
     zeros = int((four_bit.decoded(four_bit.encoded(w)) == 0).sum())
-    guess = zeros_beside_an_outlier()
-    assert guess is not None, "zeros_beside_an_outlier returns None: write the line, with your guess"
-    assert 0 <= guess <= 63, f"{guess} is no count of the 63 others"
-    assert guess == zeros, (
-        "no: compare the size of the others, divided by 100, with the smallest value above 0"
-    )
+    hints = {
+        0: "so it may be without an outlier; but all are divided by the largest before they are rounded",
+        64: "the outlier itself is kept: it is the scale",
+    }
+    otherwise = "no: compare the size of the others, divided by 100, with the smallest value above 0"
+    predicted(zeros_beside_an_outlier(), zeros, hints, otherwise)
     return f"{zeros}. The outlier is the scale, and all others are nearer to 0 than to the next value"
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Divided by 100, normal numbers are below 0.04, the middle between 0 and the next value, up to 3.98 standard
-# deviations. So the block keeps one weight and forgets all the others:
-#
-# ```python
-# def zeros_beside_an_outlier():
-#     return 63
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Change, and explain.
 def worst_block():
-    """64 weights: the largest is 1 in absolute value, and one has (nearly) the largest possible error."""
-    return None  # your lines in place of this one
+    """64 weights, the largest 1 in absolute value, one with (nearly) the largest possible error; and why.
+
+    a: the largest weight of a block is rounded the most.
+    b: the values of NF4 are farthest apart beside -1, and the weight lies in the middle of that gap.
+    c: small weights become 0, and lose all they have.
+    """
+    return None, None  # your 64 weights, and the letter that the numbers support
 
 
 # %% tags=["check"]
 def check():
     """The largest error of your block beside c G / 2."""
-    answer = worst_block()
-    assert answer is not None, "worst_block returns None: write the line, and return 64 weights"
+    answer, letter = given(worst_block())
     w = np.asarray(answer, np.float32)
     assert w.shape == (64,), f"the shape is {w.shape}; expected (64,)"
     assert np.abs(w).max() == 1, (
         f"the largest is {np.abs(w).max():.3g} in absolute value; expected 1: it is the scale"
     )
-    worst = np.abs(four_bit.decoded(four_bit.encoded(w, double=False)) - w).max() / (four_bit.gap("nf4") / 2)
+    errors = np.abs(four_bit.decoded(four_bit.encoded(w, double=False)) - w)
+    worst = errors.max() / (four_bit.gap("nf4") / 2)
     assert worst > 0.99, (
         f"{worst:.0%} of the bound: which two neighbours are farthest apart, and where is their middle?"
     )
+    middle = np.abs(four_bit.book("nf4")[[6, 8]]).max() / 2
+    hints = {
+        "a": f"the error of the largest is {errors[np.abs(w).argmax()]:.3f}: it is the scale, and has a code",
+        "c": f"weights that become 0 are at most {middle:.3f} off; yours is {errors.max():.3f} off",
+    }
+    chosen(letter, "b", hints)
     return f"{worst:.1%} of the bound"
 
 
 verdict(check)
-
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# The largest gap is the first, from -1 to -0.696. Its middle is -0.848:
-#
-# ```python
-# def worst_block():
-#     return np.array([1.0, -0.848] + 62 * [0.0])
-# ```
-#
-# </details>
 
 # %% [markdown]
 # ## To take along

@@ -12,7 +12,7 @@
 # disagree · Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora", "ipywidgets"]
+missing = absent("ipywidgets")
 
 # %% tags=["imports"]
 import numpy as np
@@ -246,7 +246,7 @@ print("the package says the same:", np.allclose(made.factors.B @ made.factors.A,
 holds("here half of them", all((update != 0).sum() == 8 for update in trimmed))
 holds("the second row, where 8 meets -9", (one[1, 1], two[1, 1]) == (8, -9))
 twice = peft_linear([(0.5, Factors(np.eye(4), one * 1.0, 1.0))] * 2).factors
-holds("Four equal terms, each half of $\\Delta W$, where two belong", np.allclose(twice.B @ twice.A, 2 * one))
+holds("Four equal terms, each half of ΔW, where two belong", np.allclose(twice.B @ twice.A, 2 * one))
 says("The sum would be {}; TIES says {:.0f}", one[1, 1] + two[1, 1], merged[1, 1])
 
 # %% [markdown]
@@ -254,17 +254,19 @@ says("The sum would be {}; TIES says {:.0f}", one[1, 1] + two[1, 1], merged[1, 1
 # What TIES makes is not the sum of the updates and has no low rank; `ml.combine` cuts it to the rank you ask
 # for, and says how much that loses. None of these methods knows the data. Whether one helps is a matter of
 # trying, on text that was not used to choose.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# Write your lines in place of `return None` and run the cell below it. First **write the line**; then
-# **predict** before you run; last **change** matrices until the two methods part, and explain why they do.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/6_adding_adapters.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def cross_terms(A1, B1, A2, B2):
     """What (B1 + B2) (A1 + A2) has and B1 A1 + B2 A2 has not, (O, I)."""
-    return None  # your line in place of this one
+    return None  # your line in place of None
 
 
 # %% tags=["check"]
@@ -273,33 +275,21 @@ def check():
     rng = np.random.default_rng(3)
     for r in (2, 3):
         A1, B1, A2, B2 = (rng.integers(-4, 5, shape) for shape in ((r, 7), (5, r), (r, 7), (5, r)))
-        mine = cross_terms(A1, B1, A2, B2)
+        mine = given(cross_terms(A1, B1, A2, B2))
         wanted = (B1 + B2) @ (A1 + A2) - B1 @ A1 - B2 @ A2
-        assert mine is not None, "cross_terms returns None: write the line, and return the matrix"
         assert np.shape(mine) == (5, 7), f"the shape is {np.shape(mine)}; expected (O, I) = (5, 7)"
         assert not np.array_equal(mine, B1 @ A1 + B2 @ A2), "these are the terms that should be there"
         assert not any(np.array_equal(mine, half) for half in (B1 @ A2, B2 @ A1)), "almost: there is one more"
+        assert not np.array_equal(mine, -wanted), "almost: the sign; what the product has more is meant"
         assert np.array_equal(mine, wanted), "another matrix: multiply the brackets out, strike what belongs"
     return "with integers, equal by =="
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Each $B$ with the other's $A$:
-#
-# ```python
-# def cross_terms(A1, B1, A2, B2):
-#     return B1 @ A2 + B2 @ A1
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Predict, then run.
 def averaged_with_itself():
     """An adapter averaged with itself by `peft_linear`, weights 0.5 and 0.5: how many times its ΔW is it?"""
     return None  # your guess, a number, in place of None
@@ -312,68 +302,53 @@ def check():
     change = Factors(rng.standard_normal((6, 2)), rng.standard_normal((2, 5)), 1.5)
     made = peft_linear([(0.5, change), (0.5, change)]).factors
     times = np.linalg.norm(made.B @ made.A) / np.linalg.norm(1.5 * change.B @ change.A)
-    guess = averaged_with_itself()
-    assert guess is not None, "averaged_with_itself returns None: write the line, with your guess"
-    assert abs(guess - 1) > 1e-9, (
-        "so it should be, and so `cat` does it; but count the terms of a product of two sums"
-    )
-    assert abs(guess - times) < 1e-9, "no: each factor is a sum of two, times √0.5; multiply"
+    hints = {
+        1: "so it should be, and so `cat` does it; but count the terms of a product of two sums",
+        4: "four terms, yes; but each has a weight",
+        0.5: "more terms come out, not fewer: multiply the two sums out",
+    }
+    otherwise = "no: each factor is a sum of two, times √0.5; multiply"
+    predicted(averaged_with_itself(), times, hints, otherwise, 1e-9)
     return f"{times:.0f} times: two terms that belong, and two that cross, each half of ΔW"
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Four equal terms, each half of $\Delta W$, where two belong:
-#
-# ```python
-# def averaged_with_itself():
-#     return 2
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Change, and explain.
 def parted():
-    """Two 2 x 2 updates without zeros whose sum is 0, while TIES of density 1 makes something of them."""
-    return None  # your lines in place of this one: the pair
+    """Two 2 x 2 updates without zeros whose sum is 0, while TIES of density 1 makes something of them; and
+    why it does.
+
+    a: TIES leaves out the smaller half of each update first.
+    b: where the two disagree, TIES lets one of them win, and the other has no say.
+    c: TIES adds what the signs say, and not the sizes.
+    """
+    return None, None  # your pair of matrices, and the letter that the numbers support
 
 
 # %% tags=["check"]
 def check():
     """The sum of your two updates, and what TIES makes of them."""
-    answer = parted()
-    assert answer is not None, "parted returns None: write the line, and return the two matrices"
+    answer, letter = given(parted())
     assert len(answer) == 2, f"{len(answer)} things came back; expected two matrices"
     one, two = (np.asarray(update, float) for update in answer)
     assert one.shape == two.shape == (2, 2), f"the shapes are {one.shape} and {two.shape}; expected (2, 2)"
     assert np.all([one, two]), "an entry is 0; expected none"
     updates = [(1.0, Factors(np.eye(2), update, 1.0)) for update in (one, two)]
     exact, made = cat(updates), ties(updates, density=1.0)
+    left = made.factors.B @ made.factors.A
     assert exact.norm < 1e-12 * np.linalg.norm(one), "the sum is not 0: let one lower what the other raises"
-    assert np.linalg.norm(made.factors.B @ made.factors.A) > 0, "TIES gives 0, too"
+    hints = {
+        "a": "density 1 keeps all of them, as was asked",
+        "c": f"of an entry {one[0, 0]:g} and {two[0, 0]:g} TIES made {left[0, 0]:.3g}: a size of one of them",
+    }
+    chosen(letter, "b", hints)
     return "the sum is nothing, and TIES keeps whatever is above zero: an even vote goes to plus"
 
 
 verdict(check)
-
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Any matrix and its negative. In the sum they cancel; in the vote one of them wins:
-#
-# ```python
-# def parted():
-#     one = np.array([[1.0, -2.0], [3.0, -4.0]])
-#     return one, -one
-# ```
-#
-# </details>
 
 # %% [markdown]
 # ## To take along

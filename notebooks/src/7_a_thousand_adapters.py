@@ -12,7 +12,6 @@
 # Exercises · To take along
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora"]
 
 # %% tags=["imports"]
 import json
@@ -330,8 +329,8 @@ figures.curves(
 # %%
 print(f"tokens per second; the base alone has {base:,.0f}")
 for name in list(lines)[1:]:
-    rates = zip(*lines[name], strict=True)
-    print(f"  {name:28}", ", ".join(f"{rate:,.0f} with {n:,}" for n, rate in rates))
+    print(f"  {name}:")
+    print("   ", ", ".join(f"{rate:,.0f} with {n:,}" for n, rate in zip(*lines[name], strict=True)))
 
 # %% tags=["claims"]
 adapters, rates = throughput("engine")
@@ -345,18 +344,19 @@ holds(
 # This is what makes a thousand adapters on one base affordable. On a GPU, S-LoRA ([Sheng et al.
 # 2023](https://arxiv.org/abs/2311.03285)) keeps them in the host's memory and fetches those in use, as the
 # bank does here from disk.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# Write your lines in place of `return None` and run the cell below it. First **write the line** that
-# gathers; then **predict** before you run; last **change** the order of requests, and explain why the bank
-# has less to read.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/7_a_thousand_adapters.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def gathered_product(x, A, B, ids):
     """Row n is B[k] @ A[k] @ x[n] with k = ids[n]. x (N, I), A (K, r, I), B (K, O, r); no loop over rows."""
-    return None  # your line in place of this one
+    return None  # your line in place of None
 
 
 # %% tags=["check"]
@@ -366,9 +366,8 @@ def check():
     for N, K, r in ((5, 3, 2), (4, 6, 3)):
         x, A, B = (rng.integers(-3, 4, shape) for shape in ((N, 7), (K, r, 7), (K, 6, r)))
         ids = rng.integers(0, K, N)
-        mine = gathered_product(x, A, B, ids)
+        mine = given(gathered_product(x, A, B, ids))
         wanted = np.stack([B[k] @ A[k] @ row for row, k in zip(x, ids, strict=True)])
-        assert mine is not None, "gathered_product returns None: write the line, and return the rows"
         assert np.shape(mine) == (N, 6), f"the shape is {np.shape(mine)}; expected (N, O) = {(N, 6)}"
         assert np.array_equal(mine, wanted), "other rows: does each one have its own A[ids] and B[ids]?"
     return "with integers, equal by =="
@@ -376,21 +375,9 @@ def check():
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# `A[ids]` is the stack of the factors, one for each row, which batched products go through:
-#
-# ```python
-# def gathered_product(x, A, B, ids):
-#     return (x[:, None] @ A[ids].swapaxes(1, 2) @ B[ids].swapaxes(1, 2))[:, 0]
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Predict, then run.
 def steps_needed():
     """An engine of 2 slots; requests for 6, 2, 2 and 2 tokens wait in this order. How many steps is that?"""
     return None  # your guess, a number, in place of None
@@ -403,71 +390,61 @@ def check():
     for length in (6, 2, 2, 2):
         engine.submit(Request(ml.encode("O "), length))
     engine.run()
-    steps, guess = engine.counters.steps, steps_needed()
-    assert guess is not None, "steps_needed returns None: write the line, with your guess"
-    assert guess != 8, "so it would be if a batch waited for its longest text; a slot is free at once"
-    assert guess != 12, "so it would be with one slot; a step gives every running text a token"
-    assert guess == steps, "no: draw the two slots as lines, and put the texts on them"
+    steps = engine.counters.steps
+    hints = {
+        8: "so it would be if a batch waited for its longest text; a slot is free at once",
+        12: "so it would be with one slot; a step gives every running text a token",
+    }
+    predicted(steps_needed(), steps, hints, "no: draw the two slots as lines, and put the texts on them")
     return f"{steps}: one slot writes the long text, the other all the short ones"
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# The long text keeps one slot busy. In the same steps the other slot writes the short ones, one by one:
-#
-# ```python
-# def steps_needed():
-#     return 6
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Change, and explain.
 def better_order():
-    """Asked for a, b, a, b, a, b, a bank with room for one adapter reads 6 times. Which order reads least?"""
-    return None  # your text of six letters in place of None
+    """Asked for a, b, a, b, a, b, a bank with room for one adapter reads 6 times. Which order reads least,
+    and why?
+
+    a: fewer requests have to be answered.
+    b: an adapter is read once for all its requests, if they come one after the other.
+    c: the more popular adapter comes first.
+    """
+    return None, None  # your text of six letters, and the letter of the explanation
 
 
 # %% tags=["check"]
 def check():
-    """What a bank with room for one adapter reads when it is asked in your order."""
-    order = better_order()
-    assert order is not None, "better_order returns None: write the line, and return six letters"
+    """What a bank with room for one adapter reads when it is asked in your order, and in its reverse."""
+    order, letter = given(better_order())
     assert sorted(order) == list("aaabbb"), f"{order!r} are not the same requests: three of a, three of b"
     model = ml.load()
     ml.inject(model, ml.LoraConfig(r=1), rng=np.random.default_rng(8))
-    with tempfile.TemporaryDirectory() as place:
-        for name in "ab":
-            ml.save_adapter(model, Path(place) / name)
-        one = Bank(model, place).take("a").bytes
+
+    def reads(order):
         bank = Bank(model, place, budget=one)
         for name in order:
             bank.take(name)
             bank.give(name)
-    loads = bank.counters.loads
+        return bank.counters.loads
+
+    with tempfile.TemporaryDirectory() as place:
+        for name in "ab":
+            ml.save_adapter(model, Path(place) / name)
+        one = Bank(model, place).take("a").bytes
+        loads, reverse = reads(order), reads(order[::-1])
     assert loads == 2, f"{loads} reads; each change from one letter to the other is one"
+    hints = {
+        "a": f"all {len(order)} are answered, as before",
+        "c": f"both are asked for as often, and with the other one first there are {reverse} reads, too",
+    }
+    chosen(letter, "b", hints)
     return "2 reads. So rows of one adapter should come together: that is also what makes long segments"
 
 
 verdict(check)
-
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Every adapter has to be read once, and no more than once if its requests come together:
-#
-# ```python
-# def better_order():
-#     return "aaabbb"
-# ```
-#
-# </details>
 
 # %% [markdown]
 # ## To take along

@@ -14,7 +14,6 @@
 # and what follows from them is read from its ledger, where each sentence has a rule that decides it.
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora"]
 
 # %% tags=["imports"]
 import math
@@ -274,17 +273,19 @@ holds("Say what the 90 % are of", np.median(base.d90("accuracy")) < d90)
 # And is the dimension low? Say what the 90 % are of. Of full training's accuracy this base has 90 % before
 # any training, so that its dimension is 0. Of the loss gap, on the First Folio it takes 5.5 % of all numbers;
 # from random weights it takes fewer, but there full training itself does not get far.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# Write your lines in place of `return None` and run the cell below it. First **write the line** that takes a
-# gradient to $z$; then **predict** before you run; last **change** $P$, and explain what became of it.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/8_low_rank_low_dimension.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def gradient_of_z(dY, X, P):
     """dz (d,) for Y = X Wᵀ, W = W0 + (P z).reshape(O, I). dY (M, O), X (M, I), P (O I, d)."""
-    return None  # your line in place of this one
+    return None  # your line in place of None
 
 
 # %% tags=["check"]
@@ -293,9 +294,8 @@ def check():
     rng = np.random.default_rng(1)
     for M, O, I, d in ((5, 3, 4, 6), (2, 7, 3, 4)):  # noqa: E741
         dY, X, P = (rng.integers(-4, 5, shape) for shape in ((M, O), (M, I), (O * I, d)))
-        mine = gradient_of_z(dY, X, P)
+        mine = given(gradient_of_z(dY, X, P))
         wanted = [(dY * (X @ P[:, j].reshape(O, I).T)).sum() for j in range(d)]
-        assert mine is not None, "gradient_of_z returns None: write the line, and return the gradient"
         assert np.shape(mine) == (d,), f"the shape is {np.shape(mine)}; expected (d,) = ({d},)"
         turned = P.T @ (X.T @ dY).reshape(-1)
         assert not np.array_equal(mine, turned), "almost: dW has the shape of W, (O, I), before it is one row"
@@ -305,21 +305,9 @@ def check():
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# First $dW = dY^\top X$, as for every linear map; then to $z$ by the transpose of $P$:
-#
-# ```python
-# def gradient_of_z(dY, X, P):
-#     return P.T @ (dY.T @ X).reshape(-1)
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Predict, then run.
 def rank_from_one_number():
     """A map has 20 outputs and 30 inputs; ΔW = (P z).reshape(20, 30), P is random, z one number. Its rank?"""
     return None  # your guess, a number, in place of None
@@ -329,65 +317,58 @@ def rank_from_one_number():
 def check():
     """Your guess beside what comes out."""
     P = np.random.default_rng(2).standard_normal((20 * 30, 1))
-    rank, guess = np.linalg.matrix_rank((P @ [0.7]).reshape(20, 30)), rank_from_one_number()
-    assert guess is not None, "rank_from_one_number returns None: write the line, with your guess"
-    assert guess != 1, "that is its dimension; the one number multiplies a whole matrix"
-    assert guess == rank, "no: which rank has a random matrix of this shape?"
+    rank = np.linalg.matrix_rank((P @ [0.7]).reshape(20, 30))
+    hints = {
+        1: "that is its dimension; the one number multiplies a whole matrix",
+        30: "no rank is above the smaller side",
+    }
+    predicted(rank_from_one_number(), rank, hints, "no: which rank has a random matrix of this shape?")
     return f"{rank}, as a random matrix of that shape has: dimension 1, and every direction"
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# A multiple of a random matrix, and that has the largest rank there is:
-#
-# ```python
-# def rank_from_one_number():
-#     return 20
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Change, and explain.
 def thin_directions(O, I, d, rng):  # noqa: E741
-    """P (O I, d), its columns independent, such that (P z).reshape(O, I) has rank 1 for every z but 0."""
-    return None  # your lines in place of this one
+    """P (O I, d), its columns independent, such that (P z).reshape(O, I) has rank 1 for every z but 0; and
+    why it has.
+
+    a: each column alone is a matrix of rank 1.
+    b: the columns share one factor, so that their sums are again a product of one column and one row.
+    c: there are fewer columns than the matrix has rows.
+    """
+    return None, None  # your P, and the letter that the numbers support
 
 
 # %% tags=["check"]
 def check():
-    """The rank of your P, and of what it makes of random z."""
+    """The rank of your P, and of what it makes of random z; and of two others."""
     rng = np.random.default_rng(3)
+
+    def rank_of(P, O, I):  # noqa: E741
+        return int(np.linalg.matrix_rank((P @ rng.standard_normal(P.shape[1])).reshape(O, I)))
+
     for O, I, d in ((6, 8, 4), (5, 5, 3)):  # noqa: E741
-        P = thin_directions(O, I, d, np.random.default_rng(4))
-        assert P is not None, "thin_directions returns None: write the line, and return P"
+        P, letter = given(thin_directions(O, I, d, np.random.default_rng(4)))
         assert np.shape(P) == (O * I, d), f"the shape is {np.shape(P)}; expected (O I, d) = {(O * I, d)}"
         found = np.linalg.matrix_rank(P)
         assert found == d, f"only {found} of its {d} columns are independent: that is its dimension"
-        ranks = {int(np.linalg.matrix_rank((P @ rng.standard_normal(d)).reshape(O, I))) for _ in range(5)}
+        ranks = {rank_of(P, O, I) for _ in range(5)}
         assert ranks == {1}, f"a random z gives rank {max(ranks)}; what must all columns have in common?"
+        apart = np.stack([np.outer(*(rng.standard_normal(n) for n in (O, I))).ravel() for _ in range(d)], 1)
+        noise = rng.standard_normal((O * I, d))
+        hints = {
+            "a": f"so it is with {d} products drawn apart from each other, and their sums have rank "
+            f"{rank_of(apart, O, I)}",
+            "c": f"so it is with {d} random columns, and their sums have rank {rank_of(noise, O, I)}",
+        }
+        chosen(letter, "b", hints)
     return "d dimensions, rank 1: all columns share one factor, as in LoRA of r = 1 with that factor frozen"
 
 
 verdict(check)
-
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# Products of one column $b$ with $d$ rows $a_j$. Their sums are $b\,(\sum_j z_j a_j)$, of rank 1 again:
-#
-# ```python
-# def thin_directions(O, I, d, rng):
-#     b, rows = rng.standard_normal(O), rng.standard_normal((d, I))
-#     return np.stack([np.outer(b, a).reshape(-1) for a in rows], axis=1)
-# ```
-#
-# </details>
 
 # %% [markdown]
 # ## To take along

@@ -8,13 +8,13 @@
 # **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Which
 # rank?](3_which_rank.ipynb).
 #
-# **Contents.** Which matrices? · Which scale? · Which start? · What it costs · Exercises · To take along
+# **Contents.** Which matrices? · Which scale? · Which start? · What it costs · Its rivals · Exercises · To
+# take along
 #
 # What trains here takes seconds. The large experiments are read from the rows that are kept with the package,
 # and what follows from them is read from its ledger, where each sentence has a rule that decides it.
 
 # %% tags=["first", "unkept"]
-NEEDS = ["minilora"]
 
 # %% tags=["imports"]
 from dataclasses import replace
@@ -222,6 +222,7 @@ def number(start):
 
 says("A map of 4096 inputs and outputs has {} fewer parameters at $r = 8$", number("At r = 8 a map of 4096"))
 says("of a 7B model at $r = 16$ on all attention maps trains {}", number("Rank 16 on all attention"))
+says("one in {} of the model's", number("Such an adapter has 500 to 1,000 times").removesuffix(" times"))
 says("takes {} in 16 bits", number("Such an adapter takes"))
 says("A step takes {} as full fine-tuning's", number("LoRA trains in a fraction").partition(",")[0])
 says("Merged, {}", number("Once merged").partition(", ")[2].replace("token", "token takes"))
@@ -233,22 +234,36 @@ says("Merged, {}", number("Once merged").partition(", ")[2].replace("token", "to
 # ## What it costs
 #
 # The trained numbers are few. A map of 4096 inputs and outputs has 256 times fewer parameters at $r = 8$; an
-# adapter of a 7B model at $r = 16$ on all attention maps trains 16.8 million numbers, and takes 33.6 MB in 16
-# bits. The gradients and moments of Adam shrink with them; the base's weights and the activations do not. Nor
-# does time shrink as much: the forward pass and the way back through the frozen weights remain. A step takes
-# 0.71 to 0.96 times as long as full fine-tuning's, the less the larger the model. Merged, a token takes 1.01
-# times the base's time.
+# adapter of a 7B model at $r = 16$ on all attention maps trains 16.8 million numbers, one in 402 of the
+# model's, and takes 33.6 MB in 16 bits. The gradients and moments of Adam shrink with them; the base's
+# weights and the activations do not. Nor does time shrink as much: the forward pass and the way back through
+# the frozen weights remain. A step takes 0.71 to 0.96 times as long as full fine-tuning's, the less the
+# larger the model. Merged, a token takes 1.01 times the base's time.
+
+# %%
+print(claims().of("cost/parameters", "cost/training", "cost/disk"))
+
+# %% [markdown]
+# ## Its rivals
 #
+# LoRA is not the only way to train few parameters. Bottleneck adapters stand behind a map, as small maps of
+# their own; prefixes and prompts are trained rows before the text. Each was given as many parameters as LoRA.
+
+# %%
+print(claims().of("rivals/rivals"))
+
+# %% [markdown]
 # ## Exercises
 #
-# Write your lines in place of `return None` and run the cell below it. First **write the line** that spends a
-# budget; then **predict** before you run; last **change** the start, and explain why nothing is stuck.
+# Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
+# [The solutions, and what is often answered instead](solutions/9_what_to_adapt_and_how.md).
 
 
 # %% tags=["exercise"]
+# Write the line.
 def rank_for(budget, shapes):
     """The rank at which LoRA on maps of shapes [(O, I), ...] comes nearest to a budget of parameters."""
-    return None  # your line in place of this one
+    return None  # your line in place of None
 
 
 # %% tags=["check"]
@@ -262,32 +277,20 @@ def check():
     )
     for budget, shapes in cases:
         counts = {r: sum(r * n + m * r for m, n in shapes) for r in range(1, 200)}
-        wanted, mine = min(counts, key=lambda r: abs(counts[r] - budget)), rank_for(budget, shapes)
-        assert mine is not None, "rank_for returns None: write the line, and return the rank"
+        wanted, mine = min(counts, key=lambda r: abs(counts[r] - budget)), given(rank_for(budget, shapes))
         assert mine == int(mine), f"{mine} is no rank; expected a whole number"
         assert mine == wanted, (
-            f"r = {mine} has {sum(mine * (m + n) for m, n in shapes)} parameters of {budget}"
+            f"r = {mine} has {sum(mine * (m + n) for m, n in shapes)} parameters of {budget}; "
+            "A and B of a map have r (O + I)"
         )
     return "and so the sets of the picture have their ranks"
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# The budget over the parameters of rank one, to the nearest whole number:
-#
-# ```python
-# def rank_for(budget, shapes):
-#     return round(budget / sum(O + I for O, I in shapes))
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Predict, then run.
 def times_as_far():
     """s is made 4 times as large, all else stays. How many times as large is ΔW after one step of Adam?"""
     return None  # your guess, a number, in place of None
@@ -305,42 +308,36 @@ def check():
         back(dY)
         ml.AdamW(lr=0.01, clip=None).step({"A": pair.A, "B": pair.B})
         sizes.append(np.linalg.norm(pair.delta()))
-    times, guess = sizes[1] / sizes[0], times_as_far()
-    assert guess is not None, "times_as_far returns None: write the line, with your guess"
-    assert guess != 16, "so it would be with plain gradient descent, whose step has the gradient's size"
-    assert guess != 1, "B's step is the same, yes; but ΔW is s B A"
-    assert abs(guess - times) < 1e-4, "no: by how much does the step of B change, and by how much s?"
+    times = sizes[1] / sizes[0]
+    hints = {
+        16: "so it would be with plain gradient descent, whose step has the gradient's size",
+        1: "B's step is the same, yes; but ΔW is s B A",
+    }
+    otherwise = "no: by how much does the step of B change, and by how much s?"
+    predicted(times_as_far(), times, hints, otherwise, 1e-4)
     return f"{times:.0f} times: B takes the same step, and s multiplies it"
 
 
 verdict(check)
 
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# The gradient of $B$ grows, but Adam's step does not; only the $s$ in $s\,B A$ counts:
-#
-# ```python
-# def times_as_far():
-#     return 4
-# ```
-#
-# </details>
-
 
 # %% tags=["exercise"]
+# Change, and explain.
 def both_learn(O, I, rng):  # noqa: E741
-    """A (2, I) and B (O, 2) with B A = 0, of which both have a gradient in the very first step."""
-    return None  # your lines in place of this one: the pair A, B
+    """A (2, I) and B (O, 2) with B A = 0, of which both have a gradient in the very first step; and why.
+
+    a: a gradient does not care whether the other factor is 0.
+    b: each direction needs only one zero, and the two directions have theirs in different factors.
+    c: B A = 0 makes both gradients 0 at first, and the second step moves them.
+    """
+    return None, None  # your pair (A, B), and the letter that the numbers support
 
 
 # %% tags=["check"]
 def check():
     """What your start makes of a map before the first step, and which of its factors have a gradient."""
     for O, I in ((5, 7), (8, 4)):  # noqa: E741
-        answer = both_learn(O, I, np.random.default_rng(3))
-        assert answer is not None, "both_learn returns None: write the line, and return A and B"
+        answer, letter = given(both_learn(O, I, np.random.default_rng(3)))
         A, B = (np.array(factor, float) for factor in answer)
         assert (A.shape, B.shape) == ((2, I), (O, 2)), f"the shapes are {A.shape} and {B.shape}"
         assert np.abs(B @ A).max() < 1e-12, "B A is not 0: the model would not begin at the base"
@@ -350,25 +347,16 @@ def check():
         back(rng.standard_normal((6, O)))
         still = [name for name, p in (("A", pair.A), ("B", pair.B)) if not p.grad.any()]
         assert not still, f"no gradient in {' and '.join(still)}: the other factor is 0"
+        rows = np.abs(pair.A.grad).max(1)
+        hints = {
+            "a": f"the rows of dA are at most {rows[0]:.2f} and {rows[1]:.2f}: 0 where B has its zero column",
+            "c": f"already now dA is up to {rows.max():.2f}, and dB up to {np.abs(pair.B.grad).max():.2f}",
+        }
+        chosen(letter, "b", hints)
     return "each direction needs only one zero, so one may have it in B and the other in A"
 
 
 verdict(check)
-
-# %% [markdown] tags=["solution"]
-# <details>
-# <summary>A solution</summary>
-#
-# The usual start in one direction, and its mirror image in the other:
-#
-# ```python
-# def both_learn(O, I, rng):
-#     A, B = rng.standard_normal((2, I)), rng.standard_normal((O, 2))
-#     A[1], B[:, 0] = 0, 0
-#     return A, B
-# ```
-#
-# </details>
 
 # %% [markdown]
 # ## To take along

@@ -90,7 +90,7 @@ def test_the_first_commands_for_an_adapter_work_in_each_of_three_worlds(tmp_path
 
 
 def test_commands_are_found():
-    assert [command.split()[0] for command in commands(ROOT / "README.md")] == ["sweep"]
+    assert [command.split()[0] for command in commands(ROOT / "README.md")] == ["sweep", "lessons"]
     found = {command.split()[0] for page in DOCUMENTS for command in commands(page)}
     assert {"sweep", "train", "inspect", "compress", "extract", "merge", "params", "modules"} <= found
 

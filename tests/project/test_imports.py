@@ -48,7 +48,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.questions", "claims.claim", "claims.ranks", "claims.size", "claims.dimension",
     "claims.choices", "claims.starts", "claims.full", "claims.rivals", "claims.beyond",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
-    "flags", "cli", "__main__",
+    "course.exercises", "course.lessons", "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (
@@ -59,7 +59,7 @@ QUESTIONS = ("methods.", "claims.", *(f"experiments.{subject}" for subject in SU
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 DOORS = {"cupy": {"backend", "cli"}, "gguf": {"formats.gguf", "peft.convert"},
          "tokenizers": {"formats.tokenizer"},
-         "jinja2": {"data.chat"}, "sklearn": {"data.digits"}}  # fmt: skip
+         "jinja2": {"data.chat"}, "sklearn": {"data.digits", "course.exercises"}}  # fmt: skip
 NUMERIC = ["ops", "layers", "model", "lora", "optim", "spectra", "vision.vit"]
 TYPES = {"ndarray", "float32", "float64", "int64", "dtype", "errstate", "random.Generator"}
 DRAWS = {"random.default_rng"}  # random numbers are drawn on the host
