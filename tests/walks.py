@@ -245,6 +245,7 @@ class Place:
     env: tuple = ()
     inputs: tuple = ()  # folders that the user names, of which it reads every file
     exchange: bool = True
+    every: int = 1  # injured at each so-many-th call, as its many files are written alike
 
 
 CACHE = (("MINILORA_CACHE", "in/cache"),)
@@ -277,7 +278,7 @@ PLACES = (
     Place("pretrain", ["pretrain", "--steps", "2", "--out", "work/out"], env=CACHE),
     Place("data", ["data"], whole=False,
           env=(("MINILORA_CACHE", "work/out"), ("MINILORA_TEXTS", "in/texts"))),
-    Place("lessons", ["lessons", "work/out"]),
+    Place("lessons", ["lessons", "work/out"], every=10),
     Place("inspect --out", ["inspect", "in/adapter", "--out", "work/out"], whole=False, inputs=ADAPTER),
     Place("figures", ["figures", "--rows", "in/rows.jsonl", "--out", "work/out"], whole=False),
     Place("sweep", ["sweep", "--data", "in/own.txt", "--base", "in/base", "--ranks", "1", "--seeds", "1",
@@ -484,7 +485,8 @@ class Walk:
 
     def points(self, injury):
         """At which calls this injury is possible."""
-        return range(1, self.calls["write" if injury in ("torn", "full", "memory") else "all"] + 1)
+        last = self.calls["write" if injury in ("torn", "full", "memory") else "all"]
+        return range(last, 0, -self.place.every)[::-1]
 
 
 INJURIES = ("kill", "torn", "term", "full", "memory")
@@ -610,6 +612,9 @@ def main():
         "memory: the N-th write is a MemoryError. Streams: stdout, stderr or both closed, full, without a "
         "reader, or ASCII. Links: each file that is read or written, in turn, is a symbolic link or has a "
         "second name.\n\n"
+        + "".join(
+            f"`{place.name}`: at every {place.every}th call.\n\n" for place in PLACES if place.every > 1
+        )
     )
     table = Table(
         ("command", "kill -9", "torn", "SIGTERM", "full disk", "no memory", "streams", "links"), lines
