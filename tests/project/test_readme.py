@@ -84,7 +84,7 @@ def test_the_tables_of_four_bits_match_their_benchmarks(monkeypatch):
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 96
+    assert len(README.splitlines()) <= 102
 
 
 def test_ci_runs_the_commands_of_the_readme():
