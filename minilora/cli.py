@@ -397,6 +397,15 @@ def parser() -> argparse.ArgumentParser:
     add("--root", "decide anew by the rows in this checkout of the repository", type=Path, metavar="DIR")
     add("--json", table, **switch)
 
+    of = Of("lab.site", "write")
+    add = command(
+        "lab", of.report, of.usual, "a web page on which LoRA trains in the browser, in this package"
+    )
+    add("--out", "the page's folder, to be served by any web server", required=True, metavar="DIR")
+    add("--pyodide", "where Pyodide is: an address that ends with a slash, or a folder, which is copied",
+        metavar="URL")  # fmt: skip
+    add("--json", table, **switch)
+
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
     add("--rows", "the rows of the sweep", type=Path, default=Path("runs/sweep/rows.jsonl"), metavar="FILE")
     add("--out", "where the figures go", type=Path, default=Path("figures"), metavar="DIR")

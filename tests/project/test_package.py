@@ -100,7 +100,19 @@ def test_the_main_paths_need_no_locks_threads_and_processes(cores, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "jobs is 2; this platform has no processes; expected 1\n"
-    assert sorted(os.listdir(tmp_path)) == "a b c.safetensors e f long.txt m n own.txt s t".split()
+    assert sorted(os.listdir(tmp_path)) == [
+        "a",
+        "b",
+        "c.safetensors",
+        "e",
+        "f",
+        "long.txt",
+        "m",
+        "n",
+        "own.txt",
+        "s",
+        "t",
+    ]
 
 
 def test_every_public_name_exists_and_is_documented():
