@@ -121,8 +121,6 @@ class Learning:
                 if not math.isfinite(loss):
                     raise NonFiniteError(f"step {step + 1}: the loss is {loss}; try a smaller alpha")
                 optimizer.step(params, optimizer.lr * schedule(step))
-                for p in params.values():
-                    p.grad = None
                 self.seconds.append(time.perf_counter() - start)
                 for path, values in spectra.spectrum(self.model).items():
                     self.history[path].append(values)

@@ -72,8 +72,6 @@ def search(base: Llama, text: np.ndarray, k: int) -> Iterator[Event]:
         loss, gradient = divergence(base(ids)[0][..., P], logits)
         back(gradient)
         optimizer.step(params, optimizer.lr * schedule(step))
-        for p in params.values():
-            p.grad = None
         values = spectra.spectrum(model)["model.embed_tokens"]
         found = spectra.rank_shown(values)
         yield {

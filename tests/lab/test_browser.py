@@ -1,6 +1,6 @@
-"""The lab in Chromium, with Pyodide from a folder: `pytest -m browser`, after `python tests/lab/fetch.py build/lab`.
+"""The lab in Chromium, with Pyodide from the folder that `python tests/lab/fetch.py build/lab` makes.
 
-Skipped where there is no Chromium, no Playwright or no such folder; with MINILORA_LAB=FOLDER that is an error.
+Skipped where there is no Chromium, no Playwright or no such folder; with MINILORA_LAB=FOLDER an error.
 """
 
 import os
@@ -16,8 +16,8 @@ from minilora.lab import planted, site
 ROOT = Path(__file__).parents[2]
 ASSETS = Path(os.environ.get("MINILORA_LAB", ROOT / "build/lab"))
 FILES = ROOT / "tests/fixtures/lora_files"
-LACKS = [name for name, there in (("Chromium", driven.CHROMIUM), (str(ASSETS), (ASSETS / "axe.min.js").exists()))
-         if not there]  # fmt: skip
+THERE = {"Chromium": bool(driven.CHROMIUM), str(ASSETS): (ASSETS / "axe.min.js").exists()}
+LACKS = [name for name, there in THERE.items() if not there]
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(bool(LACKS) and "MINILORA_LAB" not in os.environ, reason=f"{LACKS} is not here"),

@@ -121,8 +121,9 @@ def test_the_page_runs_no_code_but_its_own(written, page):
     rules = {rule.split()[0]: rule.split()[1:] for rule in policy.split("; ")}
     cdn = "https://cdn.jsdelivr.net"
     assert rules == {
-        "default-src": ["'none'"], "script-src": ["'self'", "'wasm-unsafe-eval'", cdn], "worker-src": ["blob:"],
-        "connect-src": ["'self'", cdn], "style-src": ["'self'"], "img-src": ["'self'", "data:"],
+        "default-src": ["'none'"], "script-src": ["'self'", "'wasm-unsafe-eval'", cdn],
+        "worker-src": ["blob:"], "connect-src": ["'self'", cdn], "style-src": ["'self'"],
+        "img-src": ["'self'", "data:"],
         "base-uri": ["'none'"], "form-action": ["'none'"],
     }  # fmt: skip
     for tag, attributes, _ in page.elements:
