@@ -91,7 +91,7 @@ exec(open(sys.argv[1]).read())
 
 
 @pytest.mark.parametrize("cores", [1, 2])
-def test_the_main_paths_need_no_locks_threads_and_processes(cores, tmp_path):
+def test_everything_works_without_locks_threads_and_processes(cores, tmp_path):
     """As in a browser, where tests/lab/test_browser.py runs the same program."""
     command = [sys.executable, "-W", "error", "-c", POOR, str(ROOT / "tests/main_paths.py"), str(cores)]
     done = subprocess.run(
