@@ -171,9 +171,14 @@ def blas_libraries() -> Any:
 def one_blas_thread() -> Iterator[bool]:
     """Hold BLAS to one thread within the context; yields whether that worked.
 
-    For a BLAS that cannot be asked (Apple's Accelerate) the environment variables decide.
+    For a BLAS that cannot be asked (Apple's Accelerate) the environment variables decide. Without
+    threadpoolctl, as in a browser, whose NumPy has no BLAS, it does not work.
     """
-    libraries = blas_libraries()
+    try:
+        libraries = blas_libraries()
+    except ImportError:
+        yield False
+        return
     with libraries.limit(limits=1):
         if libraries.lib_controllers:
             yield all(library.num_threads == 1 for library in libraries.lib_controllers)

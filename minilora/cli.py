@@ -417,6 +417,14 @@ def parser() -> argparse.ArgumentParser:
     add = command("lessons", lessons, of.usual, "write the lessons, with exercises, to open in JupyterLab")
     add("out", "the new folder", nargs="?", default=SUPPRESS, metavar="DIR")
     add("--overwrite", "replace the lessons that are there, with the answers in them", **switch)
+    of = Of("lab.site", "write")
+    add = command(
+        "lab", of.report, of.usual, "a web page on which LoRA trains in the browser, in this package"
+    )
+    add("--out", "the page's folder, to be served by any web server", required=True, metavar="DIR")
+    add("--pyodide", "where Pyodide is: an address that ends with a slash, or a folder, which is copied",
+        metavar="URL")  # fmt: skip
+    add("--json", table, **switch)
 
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
     add("--rows", "the rows of the sweep", type=Path, default=Path("runs/sweep/rows.jsonl"), metavar="FILE")

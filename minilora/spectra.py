@@ -117,6 +117,15 @@ def rank_at(s: np.ndarray, share: float) -> int:
     return int((energy(s) < share * (1 - 1e-12)).sum()) + 1 if s.any() else 0
 
 
+def rank_shown(s: np.ndarray, floor: float = 1e-2) -> int:
+    """The rank after which a spectrum of at least two falls by the largest factor; 0 for the zero matrix.
+
+    Values below `floor` times the largest count as that.
+    """
+    s = np.maximum(relative(s), floor)
+    return 1 + int(np.argmax(s[:-1] / s[1:])) if s.max() == 1 else 0
+
+
 def noise_spectrum(
     shape: tuple[int, int], rng: np.random.Generator, rank: int | None = None, draws: int = 8
 ) -> np.ndarray:

@@ -42,6 +42,7 @@ from minilora.experiments import (
 )
 from minilora.formats import huggingface, tokenizer
 from minilora.formats.huggingface import save_model
+from minilora.lab import site
 from minilora.merging import merge as merging
 from minilora.methods import bitsandbytes
 from minilora.model import Config, llama
@@ -144,6 +145,7 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "serve-bench": [(bench, "serve_bench", Found())],
     "claims": [(ledger, "claims", Found())],
     "lessons": [(lessons, "write", Found())],
+    "lab": [(site, "write", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
                 (rank_figures, "merge_equivalence", Found())],
 }  # fmt: skip
@@ -351,6 +353,11 @@ OPTIONS = {
         "out": (["o"], {"write.out": "o"}),
         "overwrite": (["--overwrite"], {"write.overwrite": True}),
     }),
+    "lab": ({"out": ["--out", "o"]}, {
+        "out": (["--out", "p"], {"write.out": "p"}),
+        "pyodide": (["--pyodide", "d"], {"write.pyodide": "d"}),
+        "json": (["--json"], {"printed": JSON}),
+    }),
     "figures": ({}, {
         "rows": (["--rows", "r"], {"read_rows.path": Path("r")}),
         "out": (["--out", "o"], {
@@ -435,7 +442,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,
                         "combine": 2, "extract": 2, "experiment": 1, "inspect": 3,
-                        "quantize": 2,
+                        "quantize": 2, "lab": 1,
                         "serve": 7,
                         "serve-bench": 11}.get(command, 0)  # fmt: skip
 

@@ -28,6 +28,7 @@ from minilora.spectra import (
     participation_ratio,
     random_similarity,
     rank_at,
+    rank_shown,
     similarity,
     singular_values,
     spectrum,
@@ -615,3 +616,15 @@ def test_top_vectors_need_a_gap_only_after_the_oversampled_ones():
     again = top_vectors(W, k)
     assert np.array_equal(left, again[0])
     assert np.array_equal(right, again[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "rank"),
+    [
+        ([3, 2.9, 2.8, 0.1, 0.09], 3), ([3, 0.5, 0.4], 1), ([0, 0, 0], 0),
+        ([1, 1, 1e-5, 1e-12], 2),  # below a hundredth of the largest no fall counts
+    ],
+)  # fmt: skip
+def test_the_rank_shown_is_where_the_spectrum_falls_most(values, rank):
+    for size in (1e-200, 1, 1e200):
+        assert rank_shown(size * numpy.array(values, float)) == rank

@@ -73,6 +73,7 @@ def prepare():
         rank_report,
         rank_sweep,
     )
+    from minilora.lab import site
     from minilora.model import Config
 
     drawn = merge_equivalence.run(draws=1)
@@ -93,6 +94,7 @@ def prepare():
     adding_adapters.METHODS, adding_adapters.SCALES = {"linear": {"method": "linear"}}, (1.0,)
     adding_figures.METHODS = adding_adapters.METHODS
     adding_figures.pictures = lambda rows: pictures
+    site.archive = lambda: b"PK"
     pretrain.Config = lambda: Config(**TINY)
     pretrain.LENGTH = 32
     np.random.default_rng(0)
@@ -279,6 +281,7 @@ PLACES = (
     Place("data", ["data"], whole=False,
           env=(("MINILORA_CACHE", "work/out"), ("MINILORA_TEXTS", "in/texts"))),
     Place("lessons", ["lessons", "work/out"], every=10),
+    Place("lab", ["lab", "--out", "work/out", "--pyodide", "in/pyodide"], inputs=("in/pyodide",)),
     Place("inspect --out", ["inspect", "in/adapter", "--out", "work/out"], whole=False, inputs=ADAPTER),
     Place("figures", ["figures", "--rows", "in/rows.jsonl", "--out", "work/out"], whole=False),
     Place("sweep", ["sweep", "--data", "in/own.txt", "--base", "in/base", "--ranks", "1", "--seeds", "1",
@@ -351,8 +354,10 @@ def make_world(root):
     for p in trained(model).values():
         p.data = -p.data[::-1]
     save_adapter(model, root / "in" / "other", base="in/base")
+    from pages import stand_in
     from test_plotting import make_rows
 
+    stand_in(root / "in" / "pyodide")
     rows = b"".join(map(sealed, make_rows(ranks=(), seeds=1)))
     (root / "in" / "rows.jsonl").write_bytes(rows)
     cache = corpora.texts_folder(root / "in" / "cache")

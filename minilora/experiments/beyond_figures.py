@@ -11,12 +11,12 @@ import numpy as np
 
 from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
 from ..data.digits import GREYS, SIDE
-from ..spectra import effective_rank, noise_spectrum, relative
+from ..spectra import effective_rank, noise_spectrum, rank_shown, relative
 from ..table import Table, counted
 from .beyond_language import SHOWN, Plan
 from .beyond_tasks import CLASSIFIED, DRAWN, SHAPE, planted
 from .harness import Row
-from .known_figures import NOTHING, rank_shown
+from .known_figures import NOTHING
 from .reading import finals, said, spread
 
 LOOKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))
@@ -63,7 +63,8 @@ class Found:
 
     def shown(self, task: str) -> list[int]:
         """The rank that the spectrum shows, where ΔW may have the largest, for each seed."""
-        return [rank_shown(row["spectrum"]) for row in self.arms[task, "lora", max(self.ranks(task))]]
+        rows = self.arms[task, "lora", max(self.ranks(task))]
+        return [rank_shown(np.array(row["spectrum"])) for row in rows]
 
     def spectrum(self, task: str, method: str, rank: int = 0) -> np.ndarray:
         """Singular values of ΔW over the largest, median of all seeds."""

@@ -170,7 +170,7 @@ def versions() -> dict[str, str]:
         "minilora": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "blas": f"{blas['name']} {blas['version']}",
+        "blas": f"{blas['name']} {blas.get('version', '')}".strip(),  # NumPy in a browser has none
         "machine": platform.machine(),
     } | ({} if backend.name == "numpy" else {"backend": backend.name})
 

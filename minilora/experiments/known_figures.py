@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .. import spectra
 from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, styled
 from ..table import Table, counted
 from .harness import Row
@@ -17,7 +18,6 @@ TITLES = {
 }
 LOOKS = tuple(zip((BLUE, ORANGE, GREEN, PINK, GREY), "os^Dv", strict=True))
 NOTHING = 0.02  # of the base's excess: no more counts as solved
-FLOOR = 1e-2  # of the largest singular value: smaller ones count as this
 
 
 def select(rows: Sequence[Row], task: str, k: int) -> dict[int, list[Row]]:
@@ -41,15 +41,9 @@ def tasks(rows: Sequence[Row]) -> list[str]:
     return [task for task in TASKS if task in there]
 
 
-def rank_shown(spectrum: Sequence[float]) -> int:
-    """The rank after which a spectrum falls by the largest factor."""
-    S = np.maximum(np.array(spectrum), FLOOR * spectrum[0])
-    return 1 + int(np.argmax(S[:-1] / S[1:]))
-
-
 def shown(rows: Sequence[Row], task: str, k: int) -> list[int]:
     """The rank that each seed's spectrum at LARGE shows."""
-    return [rank_shown(row["spectrum"]) for row in select(rows, task, k).get(LARGE, [])]
+    return [spectra.rank_shown(np.array(row["spectrum"])) for row in select(rows, task, k).get(LARGE, [])]
 
 
 def elbow(rows: Sequence[Row], task: str, k: int) -> int | None:

@@ -22,7 +22,6 @@ from minilora.experiments.known_figures import (
     left,
     levels,
     pictures,
-    rank_shown,
     sentences,
     shown,
     spread,
@@ -407,13 +406,6 @@ CRAFTED = [
 ]  # fmt: skip
 
 
-def test_the_rank_shown_is_where_the_spectrum_falls_most():
-    assert rank_shown([3, 2.9, 2.8, 0.1, 0.09]) == 3
-    assert rank_shown([3, 0.5, 0.4]) == 1
-    assert rank_shown([1, 1, 1e-5, 1e-12]) == 2  # below a hundredth of the largest no fall counts
-    assert shown(CRAFTED, "map", 2) == [2, 1]
-
-
 def test_tables_and_sentences_by_hand():
     assert elbow(CRAFTED, "map", 2) == 2
     assert elbow(CRAFTED, "map", 4) == 2
@@ -556,3 +548,7 @@ def test_the_committed_students_have_found_a_teacher_of_this_strength():
 
 def test_the_teacher_differs_in_the_middle_of_the_base_that_ships():
     assert f"model.layers.{Config().num_hidden_layers // 2}.self_attn.o_proj" == SITE
+
+
+def test_the_rank_shown_is_that_of_each_seeds_spectrum():
+    assert shown(CRAFTED, "map", 2) == [2, 1]

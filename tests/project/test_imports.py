@@ -48,7 +48,9 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.questions", "claims.claim", "claims.ranks", "claims.size", "claims.dimension",
     "claims.choices", "claims.starts", "claims.full", "claims.rivals", "claims.beyond",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
-    "course.exercises", "course.lessons", "flags", "cli", "__main__",
+    "course.exercises", "course.lessons",
+    "lab.events", "lab.learning", "lab.planted", "lab.reading", "lab.lab", "lab.site",
+    "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
 SUBJECTS = (

@@ -28,7 +28,8 @@ def test_every_mutant_still_fits():
     for mutant in MUTANTS:
         try:
             path, text, mutated = apply(mutant, ROOT)
-            compile(mutated, path, "exec")
+            if mutant.file.endswith(".py"):  # and not a page of the lab
+                compile(mutated, path, "exec")
         except (ValueError, SyntaxError) as e:
             wrong[mutant.name] = str(e)
         else:

@@ -1,0 +1,125 @@
+"""The package and its page -> a folder of static files: `minilora lab`.
+
+Pyodide comes from its public CDN, or from a folder, whose files are copied into the page's own. The page's
+policy lets it load from itself and from there, and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .. import __version__
+from ..digests import of_bytes
+from ..errors import ConfigError, FormatError, StorageError
+from ..formats.atomic import check_free, exists, read, write_atomic, write_folder
+from ..formats.huggingface import load, read_json
+from ..table import counted, report
+from ..tree import size
+
+PYODIDE = "https://cdn.jsdelivr.net/pyodide/v0.27.7/full/"  # the version that the tests run
+CORE = ("pyodide.mjs", "pyodide.asm.js", "pyodide.asm.wasm", "python_stdlib.zip", "pyodide-lock.json")
+LOCK = 1 << 24  # bytes of the lock file, at most
+PAGE = Path(__file__).with_name("page")
+PACKAGE = Path(__file__).parents[1]
+KINDS = {".py", ".json", ".safetensors", ".txt", ".md"}  # files of the package that it needs to run
+ARCHIVE, COPIED = "minilora.zip", "pyodide/"
+
+
+@report
+@dataclass(frozen=True)
+class Site:
+    """What `write` wrote; prints how to open it."""
+
+    out: str
+    files: int
+    bytes: int
+    pyodide: str
+
+    def data(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def parts(self) -> list[str]:
+        where = "with Pyodide" if self.pyodide == COPIED else f"Pyodide comes from {self.pyodide}"
+        return [
+            f"{self.out}: {counted(self.files, 'file', 'files')}, {self.bytes / 1e6:.1f} MB, {where}",
+            f"to open it: python3 -m http.server --bind 127.0.0.1 -d {self.out} 8000",
+            "and then http://127.0.0.1:8000/",
+        ]
+
+
+def write(out: Path | str, pyodide: str = PYODIDE) -> Site:
+    """Write the lab as the new folder `out`, whole or not at all.
+
+    `pyodide` is an address, which ends with a slash, or a folder with the files of CORE and NumPy's wheel.
+    ConfigError for another address, StorageError if `out` exists or a file is missing, FormatError for a
+    wheel whose digest is not the lock file's.
+    """
+    check_free(out)
+    copied = {} if address(pyodide) else {COPIED + path.name: read(path) for path in distribution(pyodide)}
+    where = COPIED if copied else pyodide
+    files = {path.name: read(path) for path in sorted(PAGE.iterdir())}
+    files |= {"index.html": index(where), ARCHIVE: archive(), **copied}
+
+    def fill(folder: Path) -> None:
+        for name, data in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_atomic(folder / name, data)
+
+    write_folder(out, fill)
+    return Site(str(out), len(files), sum(map(len, files.values())), where)
+
+
+def address(pyodide: str) -> bool:
+    """Whether it is an address and not a folder; ConfigError for one that a page cannot load from."""
+    if not re.match(r"[a-z]+://", pyodide):
+        return False
+    parts = urlsplit(pyodide)
+    if parts.scheme != "https" or not re.fullmatch(r"[\w.-]+(:\d+)?", parts.netloc):
+        raise ConfigError(f"pyodide is {pyodide!r}; expected a folder, or an address such as {PYODIDE}")
+    if not re.fullmatch(r"/([\w.~-]+/)*", parts.path) or parts.query or parts.fragment:
+        raise ConfigError(f"pyodide is {pyodide!r}; expected the address of a folder, such as {PYODIDE}")
+    return True
+
+
+def distribution(pyodide: str) -> list[Path]:
+    """The files of Pyodide in a folder that the lab needs."""
+    folder = Path(pyodide)
+    if missing := [name for name in CORE if not exists(folder / name)]:
+        raise StorageError(
+            f"{folder / missing[0]}: is missing; expected a folder with Pyodide, or an address"
+        )
+    packages = read_json(folder / "pyodide-lock.json", LOCK).get("packages")
+    numpy = packages.get("numpy") if isinstance(packages, dict) else None
+    if not isinstance(numpy, dict) or not {"file_name", "sha256"} <= numpy.keys():
+        raise FormatError(f"{folder / 'pyodide-lock.json'}: does not say which file NumPy is")
+    wheel = folder / Path(str(numpy["file_name"])).name
+    if not exists(wheel):
+        raise StorageError(f"{wheel}: is missing; expected the wheel of NumPy that pyodide-lock.json names")
+    if of_bytes(read(wheel)) != numpy["sha256"]:
+        raise FormatError(f"{wheel}: its sha256 is not the one in pyodide-lock.json")
+    return [*(folder / name for name in CORE), wheel]
+
+
+def index(pyodide: str) -> bytes:
+    """The page, which knows where Pyodide is."""
+    parts = urlsplit(pyodide)
+    origin = f" {parts.scheme}://{parts.netloc}" if parts.netloc else ""
+    known = {"pyodide": pyodide, "origin": origin, "version": __version__, "parameters": f"{size(load()):,}"}
+    return re.sub(r"\{(\w+)\}", lambda match: known[match[1]], read(PAGE / "index.html").decode()).encode()
+
+
+def archive() -> bytes:
+    """The package as a zip archive; the same files give the same bytes."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(PACKAGE.rglob("*")):
+            if path.suffix in KINDS and path.parent != PAGE:
+                name = path.relative_to(PACKAGE.parent).as_posix()
+                archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return made.getvalue()
