@@ -34,6 +34,12 @@ function paper(svg, {x, y}) {  // an empty chart; x and y: {from, to, name, unit
   return {across, up};
 }
 
+export function waiting(svg, text) {  // an empty chart that says what fills it
+  const {up} = paper(svg, {x: {to: 1, at: [], name: ""}, y: {to: 1}});
+  svg.querySelectorAll("text").forEach(node => node.remove());
+  svg.append(make("text", {x: (LEFT + WIDE - RIGHT) / 2, y: up(0.22), "text-anchor": "middle"}, text));
+}
+
 export function lines(svg, {series, x, y}) {  // series: {points: [[x, y], ...], kind, opacity, name}
   const highest = Math.max(0, ...series.flatMap(s => s.points.map(([, value]) => value)));
   const {across, up} = paper(svg, {x, y: {...y, to: y.to ?? highest * 1.05}});

@@ -1,5 +1,5 @@
 // The page's side: it asks the worker, and shows the events that come back.
-import {bars, lines, picture, scale} from "./draw.js";
+import {bars, lines, picture, scale, waiting} from "./draw.js";
 
 const $ = id => document.getElementById(id);
 const say = (id, text) => { $(id).textContent = text; };
@@ -247,5 +247,7 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
   });
 }
 
+for (const id of ["loss", "values", "energy"]) waiting($(id), "press Train");
+for (const id of ["bars", "distance"]) waiting($(id), "press Swap and train");
 chosen();
 start().catch(error => show.failed({says: error.message}));
