@@ -1,7 +1,5 @@
-"""Every committed figure can be read from the back row, and is what its rows draw; the laws can be broken."""
+"""What makes a figure readable from the back row can be broken; names of curves; the microscope's figures."""
 
-import importlib
-import json
 from pathlib import Path
 
 import matplotlib
@@ -17,68 +15,14 @@ from minilora.analysis.plotting import (
     GREY,
     ORANGE,
     STYLE,
-    Picture,
     axes,
     few,
     name_lines,
     radius,
     styled,
 )
-from minilora.experiments import rank_figures, rank_report, rank_sweep
-from minilora.experiments.questions import MODULES, measured
 
-ROOT = Path(__file__).parents[2]
-FIGURES, RESULTS = ROOT / "figures", ROOT / "benchmarks/results"
-BENCHMARKS = ("serving", "step", "four_bits", "merge_four_bits", "methods", "inference", "smollm2_ranks")
-
-
-def sweeps():
-    rows = rank_sweep.read_rows(FIGURES / "rows.jsonl")
-    merged = json.loads((FIGURES / "merge_equivalence.json").read_text())
-    return {"merge_equivalence": rank_figures.merge_equivalence(merged), **rank_report.pictures(rows)}
-
-
-def asked(name):
-    rows, reads = measured(name, FIGURES)
-    return {f"{name}/{figure}": picture for figure, picture in reads.pictures(rows).items()}
-
-
-def measured_in_benchmarks(name, monkeypatch):
-    """What a benchmark draws from its rows."""
-    drawn = {}
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setattr(Picture, "save", lambda picture, folder, name: drawn.update({name: picture}))
-    module = importlib.import_module(name)
-    monkeypatch.setattr(module, "RESULTS", Path("/nowhere"))
-    monkeypatch.setattr(Path, "write_text", lambda *args, **how: None)
-    found = json.loads((RESULTS / f"{name}.json").read_text())
-    made = module.draw(found if name == "four_bits" else found["rows"])
-    return drawn or {name: made}
-
-
-def same(name, picture, folder):
-    """Whether a committed figure is this one, if the same matplotlib drew it."""
-    made = json.loads((FIGURES / "MANIFEST.json").read_text())["matplotlib"]
-    return made != matplotlib.__version__ or (folder / f"{name}.png").read_bytes() == picture.encoded("png")
-
-
-@pytest.mark.parametrize("name", ["the sweep", *MODULES])
-def test_a_committed_figure_can_be_read_and_is_what_its_rows_draw(name):
-    pictures = sweeps() if name == "the sweep" else asked(name)
-    assert pictures
-    for figure, picture in pictures.items():
-        assert same(figure, picture, FIGURES), f"{figure}: drawn anew it is another one"
-        assert not faults(picture.figure), figure
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_benchmarks_figure_can_be_read_and_is_what_its_rows_draw(name, monkeypatch):
-    for figure, picture in measured_in_benchmarks(name, monkeypatch).items():
-        assert same(figure, picture, RESULTS), f"{figure}: drawn anew it is another one"
-        assert not faults(picture.figure), figure
-
-
-ADAPTERS = ROOT / "tests/fixtures"
+ADAPTERS = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.mark.parametrize(
@@ -202,6 +146,17 @@ def test_without_room_for_names_there_is_a_legend():
     _, ax = crossing(3, label="a name {} " + "that is much too long for any place " * 3)
     assert not ax.texts
     assert len(ax.get_legend().get_texts()) == 3
+
+
+@styled
+def test_where_curves_are_everywhere_there_is_a_legend():
+    _, ((ax,),) = axes()
+    for y in np.linspace(0, 1, 40):  # some eight pixels apart
+        ax.axhline(y, color=GREY)
+    ax.plot([0, 1], [0.5, 0.51], color=BLUE, label="one of many")
+    name_lines(ax)
+    assert not ax.texts
+    assert ax.get_legend()
 
 
 def test_few_are_the_first_the_middle_and_the_last():
