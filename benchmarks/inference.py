@@ -176,7 +176,7 @@ def measure(chosen: list[int], cores: list[int]) -> list[dict[str, Any]]:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """results/inference.png and .svg."""
-    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
+    from minilora.analysis.plotting import BLUE, GREEN, ORANGE, WINE, Picture, axes, styled
 
     @styled
     def picture() -> Picture:
@@ -184,7 +184,6 @@ def draw(rows: list[dict[str, Any]]) -> None:
         some = [row for row in rows if row["part"] == "latency"]
         D = sorted({row["size"]["D"] for row in some})
         places = np.arange(len(D))
-        left.axhline(1, color=GREY, linewidth=1)
         for job, shift, filled in (("forward", -0.12, True), ("token", 0.12, False)):
             of_job = {row["size"]["D"]: row["to_base"] for row in some if row["job"] == job}
             what = "N x T tokens" if filled else "one decoded token"
@@ -193,8 +192,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 left.plot(places + shift, y, marker, color=colour, markersize=9,
                           markerfacecolor=colour if filled else "white", markeredgewidth=1.8,
                           label=f"{kind}, {what}")  # fmt: skip
-                below = filled and kind == "merged"  # else it would lie on that of the unmerged
-                for x, value in zip(places + shift, y, strict=True):
+                other = [of_job[d]["merged" if kind == "unmerged" else "unmerged"] for d in D]
+                for x, value, beside in zip(places + shift, y, other, strict=True):
+                    below = filled and value < beside  # else it would lie on the other
                     left.annotate(f"{value:.2f}", (x, value), (0, -18 if below else 8),
                                   textcoords="offset points", ha="center", fontsize=10,
                                   color=colour)  # fmt: skip
@@ -209,14 +209,14 @@ def draw(rows: list[dict[str, Any]]) -> None:
         for batch, dashes in ((32, "-"), (1, "--")):
             of_batch = {row["size"]["D"]: row for row in some if row["batch"] == batch}
             at = [i for i, d in enumerate(D) if d in of_batch]
-            for name, colour, marker in (("minilora", BLUE, "o"), ("transformers", GREEN, "s")):
+            for name, colour, marker in (("minilora", WINE, "o"), ("transformers", GREEN, "s")):
                 y = [of_batch[D[i]]["tokens_per_second"][name] for i in at]
                 right.plot(at, y, marker=marker, linestyle=dashes, color=colour, markersize=8,
                            label=f"{name}, batch {batch}")  # fmt: skip
             for i in at:
                 row = of_batch[D[i]]
                 right.annotate(f"{row['times_faster']:.1f} x", (i, row["tokens_per_second"]["minilora"]),
-                               (0, 9), textcoords="offset points", ha="center", fontsize=11)  # fmt: skip
+                               (5, 6), textcoords="offset points", fontsize=11)  # fmt: skip
         right.set_yscale("log")
         right.set_xticks(places, [str(d) for d in D])
         right.margins(x=0.08, y=0.15)

@@ -180,7 +180,7 @@ def said(rows: list[dict[str, Any]]) -> list[str]:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """results/merge_four_bits.png and .svg."""
-    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
+    from minilora.analysis.plotting import BLUE, GOLD, GREEN, GREY, ORANGE, WINE, Picture, axes, styled
 
     @styled
     def picture() -> Picture:
@@ -204,7 +204,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         left.set_xticks(range(len(routes)), routes, va="baseline")
         left.tick_params(axis="x", pad=14)  # from the axis to the baseline, the same with and without a hat
         left.set_xlabel("route of merging (Q: quantized to NF4)")
-        for route, colour, marker in ((ROUTES[2], BLUE, "o"), (ROUTES[3], ORANGE, "s")):
+        for route, colour, marker in ((ROUTES[2], WINE, "D"), (ROUTES[3], GOLD, "v")):
             sizes, kept, _ = zip(*(shares(rows, route, t) for t in SHRUNK), strict=True)
             right.plot(sizes, kept, color=colour, marker=marker, label=route)
         right.axhline(1, color=GREY, linewidth=1)
@@ -213,7 +213,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         right.set_xlabel("|ΔW| / |W|, QLoRA's ΔW made smaller")
         right.set_ylabel("share of ΔW that survives")
         right.set_title("The merged change along ΔW, over |ΔW|; all maps together", fontsize=11)
-        right.legend()
+        right.legend(loc="center left")
         last = {route: shares(rows, route, SHRUNK[-1])[1] for route in ROUTES[2:]}
         says = ", ".join(f"of {route} {share:.2f}" for route, share in last.items())
         return Picture(

@@ -163,7 +163,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
             for row, fill in zip(some, (True, False), strict=True):
                 D = row["size"]["D"]
                 ax.plot([], [], "s", color=ORANGE, markerfacecolor=ORANGE if fill else "white",
-                        label=f"D = {D}" if job == "step" else f"as it is, D = {D}")  # fmt: skip
+                        label=f"as it is, D = {D}")  # fmt: skip
                 if job == "token":
                     ax.plot([], [], "o", color=BLUE, markerfacecolor=BLUE if fill else "white",
                             label=f"merged, D = {D}")  # fmt: skip

@@ -362,7 +362,7 @@ def said(rows: list[dict[str, Any]]) -> list[str]:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """results/serving.png and .svg."""
-    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, styled
+    from minilora.analysis.plotting import BLUE, GOLD, GREEN, GREY, ORANGE, PINK, WINE, Picture, axes, styled
 
     @styled
     def picture() -> Picture:
@@ -394,8 +394,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
         waits = [row for row in rows if row["part"] == "waiting"]
         places = np.arange(len(waits))
         for shift, name, colour, marker, label in (
-            (-0.1, "first_token_ms", BLUE, "o", "first token"),
-            (0.1, "latency_ms", ORANGE, "^", "last token"),
+            (-0.1, "first_token_ms", WINE, "o", "first token"),
+            (0.1, "latency_ms", GOLD, "^", "last token"),
         ):
             low, high = zip(*(row[name] for row in waits), strict=True)
             right.vlines(places + shift, low, high, color=colour, linewidth=2)

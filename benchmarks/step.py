@@ -226,7 +226,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """results/step.png and .svg."""
-    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
+    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, WINE, Picture, axes, styled
 
     @styled
     def picture() -> Picture:
@@ -251,12 +251,12 @@ def draw(rows: list[dict[str, Any]]) -> None:
             for row in rows
             if row["threads"] == max(r["threads"] for r in rows)
         }
-        bars = (("peft", BLUE, "transformers + PEFT"), ("lora", ORANGE, "minilora"),
-                ("recomputed", GREEN, "minilora, blocks recomputed"))  # fmt: skip
-        for j, (name, colour, label) in enumerate(bars):
+        peaks = (("peft", BLUE, "o-", "transformers + PEFT"), ("lora", WINE, "D-", "minilora"),
+                 ("recomputed", WINE, "d:", "minilora, blocks recomputed"))  # fmt: skip
+        for name, colour, look, label in peaks:
             at = [i for i, d in enumerate(D) if name in some.get(d, {})]
-            right.bar([i + 0.27 * (j - 1) for i in at], [some[D[i]][name] / 2**20 for i in at], 0.25,
-                      color=colour, label=label)  # fmt: skip
+            right.plot(at, [some[D[i]][name] / 2**20 for i in at], look, markersize=8, color=colour,
+                       label=label)  # fmt: skip
         right.set_yscale("log")
         right.set_ylabel("peak above the weights (MiB)")
         right.set_title("What a LoRA step holds, on two threads")

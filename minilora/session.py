@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from .optim import AdamW, Schedule
 from .training import train
 
 CHECKPOINT = "checkpoint.safetensors"  # its name in a work folder
+DELAY = 0.01  # seconds; a bar that is done before is not shown
 
 
 class Recipe(Protocol):
@@ -104,16 +106,54 @@ def fit(
 
 @contextlib.contextmanager
 def bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, if that is a terminal; call it with the count done and the total."""
+    """A progress bar on stderr, if that is a terminal; call it with the count done and the total.
+
+    It appears with the first call. What is printed meanwhile stands above it.
+    """
     from tqdm import tqdm
 
-    with tqdm(unit=f" {unit}", disable=None, dynamic_ncols=True) as line:
+    with tqdm(unit=f" {unit}", disable=None, dynamic_ncols=True, delay=DELAY) as line:
 
         def show(done: int, known: int) -> None:
             line.total = known
             line.update(done - line.n)
 
-        yield show
+        if line.disable:
+            yield show
+            return
+        out, err = (Above(stream, line) for stream in (sys.stdout, sys.stderr))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                yield show
+            finally:
+                out.end()
+                err.end()
+
+
+class Above:
+    """A stream on the terminal of a progress bar: its lines are written whole, above the bar."""
+
+    def __init__(self, stream: Any, bar: Any) -> None:
+        self.stream, self.bar, self.begun = stream, bar, ""
+
+    def write(self, text: str) -> int:
+        """Write the lines that are complete, and keep the last one until it is."""
+        whole, end, self.begun = (self.begun + text).rpartition("\n")
+        if end:
+            self.bar.clear()
+            self.stream.write(whole + end)
+            self.stream.flush()
+            if self.bar.n:
+                self.bar.refresh()
+        return len(text)
+
+    def end(self) -> None:
+        """Write what is left, as a line."""
+        if self.begun:
+            self.write("\n")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 @contextlib.contextmanager

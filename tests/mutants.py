@@ -50,6 +50,7 @@ READ = (
     "figures/**/*.svg",
     "docs/*.md",
     "docs/*.py",
+    "benchmarks/*.py",
     "benchmarks/results/*",
     "notebooks/*.*",
     "notebooks/src/*.py",

@@ -8,9 +8,23 @@ from typing import Any
 import numpy as np
 
 from ..spectra import noise_spectrum
-from ..table import drawn
+from ..table import drawn, shortened
 from .names import block_or_layer
-from .plotting import BLUE, GREEN, GREY, KINDS, ORANGE, PINK, Figure, Picture, axes, shades, styled
+from .plotting import (
+    BLUE,
+    GREEN,
+    GREY,
+    KINDS,
+    ORANGE,
+    PINK,
+    Figure,
+    Picture,
+    axes,
+    few,
+    name_lines,
+    shades,
+    styled,
+)
 
 MOST = 32  # kinds in a picture
 
@@ -67,11 +81,18 @@ def heat_map(modules: Sequence[Any]) -> Picture:
     related = all(m.base for m in modules)
     size = "|ΔW| / |W|" if related else "|ΔW|"
     look = {"cmap": "viridis", "vmin": 0}  # a share has a fixed range, so noise looks like noise
+    values = (
+        lambda m: 100 * m.ranks.effective / max(m.noise.effective, 1e-9),
+        lambda m: m.base.relative if related else m.norm,
+    )
     figure, says = grids(modules, [
-        (lambda m: 100 * m.ranks.effective / max(m.noise.effective, 1e-9), "effective rank\n(% of noise's)",
-         "effective rank in % of noise's", look | {"vmax": 100}),
-        (lambda m: m.base.relative if related else m.norm, size, size, look),
+        (values[0], "effective rank\n(% of noise's)", "effective rank in % of noise's", look | {"vmax": 100}),
+        (values[1], size, size, look),
     ])  # fmt: skip
+    names = [drawn(shortened(name, 20)) for name in grid_of(modules, values[0])[1]]
+    shares, sizes = (np.nanmean(grid_of(modules, value)[0], 1) for value in values)
+    answer = f"the fewest: {names[shares.argmin()]}; the largest: {names[sizes.argmax()]}"
+    figure.suptitle(f"How many directions does ΔW use, and how large is it?\n{answer}", fontsize=12)
     return Picture(figure, f"Modules by {block_or_layer(m.module for m in modules)}; {'; '.join(says)}.")
 
 
@@ -88,28 +109,36 @@ def difference(modules: Sequence[Any]) -> Picture:
     ])  # fmt: skip
     for ax in figure.axes:
         ax.set_facecolor("#DDDDDD")  # where there is no module; 0 is white
+    cosine = np.mean([m.other.cosine for m in compared])
+    figure.suptitle(f"How alike are two adapters?\nthe mean cosine of their ΔW is {cosine:.2f}", fontsize=12)
     return Picture(figure, f"Two adapters by {block_or_layer(m.module for m in modules)}; {'; '.join(says)}.")
 
 
 @styled
 def adapter_spectra(modules: Sequence[Any]) -> Picture:
-    """The singular values s_i / s_1 of every ΔW: a panel per kind of module, layers from dark to light."""
+    """The singular values s_i / s_1 of ΔW: a panel per kind of module, a few layers, the range of all."""
     _, names, blocks = grid_of(modules, lambda m: 0.0)
     names = [*names, *sorted({m.kind for m in modules} - {*names})][:MOST]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure, grid = axes(columns, lines, (max(3.0 * columns, 6.4), 2.6 * lines))
-    colours = shades(blocks)
+    figure, grid = axes(columns, lines, (max(3.1 * columns, 6.4), 3.0 * lines + 0.4))
+    colours = shades(few(blocks))
     least = min(m.singular_values[-1] / max(m.singular_values[0], 1e-300) for m in modules)
     says = []
     for ax, name in zip(grid.flat, names, strict=False):
         some = [m for m in modules if m.kind == name]
-        for m in some:
-            S, colour = np.array(m.singular_values), colours.get(m.block, BLUE)
-            at, heights = np.arange(1, len(S) + 1), S / max(S[0], 1e-300)
-            ax.plot(at, heights, color=colour, linewidth=1, marker=".", markersize=3)
+        heights = [np.array(m.singular_values) / max(m.singular_values[0], 1e-300) for m in some]
+        least_r = min(map(len, heights))
+        low, high = (f([s[:least_r] for s in heights], 0) for f in (np.min, np.max))
+        ax.fill_between(range(1, least_r + 1), low, high, color=GREY, alpha=0.2, linewidth=0)
+        for m, s in zip(some, heights, strict=True):
+            if m.block in colours or not m.block:
+                label = drawn(shortened(f"layer {m.block}", 20)) if m.block else ""
+                ax.plot(range(1, len(s) + 1), s, color=colours.get(m.block, BLUE), linewidth=2, marker="o",
+                        markersize=4, label=label or "_")  # fmt: skip
         noise = noise_spectrum(some[0].shape, np.random.default_rng(0), some[0].r, draws=4)
-        ax.plot(np.arange(1, len(noise) + 1), noise / noise[0], color=ORANGE, linestyle="--", linewidth=2)
+        at = range(1, len(noise) + 1)
+        ax.plot(at, noise / noise[0], color=ORANGE, linestyle="--", linewidth=2, label="noise")
         ax.set_yscale("log")
         ax.set_ylim(max(1e-3, min(0.1, 0.7 * least)), 1.5)
         ax.minorticks_off()
@@ -121,8 +150,11 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
         ax.set_ylabel("$s_i / s_1$")
     for ax in grid[-1]:
         ax.set_xlabel("index i")
-    first = block_or_layer(m.module for m in modules)
-    figure.suptitle(f"Singular values of ΔW, first {first} dark, last light; dashed: noise", fontsize=12)
+    own, noise = (np.median([getattr(m, of).effective for m in modules]) for of in ("ranks", "noise"))
+    kind = block_or_layer(m.module for m in modules)
+    answer = f"effective rank {own:.1f} in the median module, noise {noise:.1f}"
+    figure.suptitle(f"How fast do the singular values of ΔW fall?\n{answer}; grey: all {kind}s", fontsize=12)
+    name_lines(*grid.flat[: len(names)], fontsize=10)
     return Picture(figure, f"Singular values of ΔW over the largest; mean effective rank: {', '.join(says)}.")
 
 

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 WHOLE = 2048  # all singular vectors of W are computed if its smaller side is at most this
 LIMIT = 40  # modules that a terminal shows
+ASKED = (  # what a page answers
+    "What was asked: which rank does this adapter really use, module by module, and which would be enough?"
+)
+FIRST = ("ΔW and rank r", "effective rank", "noise", "energy", "singular values")
+TABLED = ("stable rank", "at 90 %, at 99 %")
+BESIDE_BASE = ("amplifies", "overlap", "intruders")
 
 
 @report
@@ -255,14 +261,26 @@ def report_page(seen: Inspection, drawn: Mapping[str, Picture]) -> str:
     """The whole inspection as one HTML page."""
     from . import report as pages
 
-    parts = [pages.paragraph(text) for text in (seen.summary(), seen.suggestion())]
-    parts += [pages.drawing(name, p) for name, p in drawn.items()]
-    parts += [table.html() for table in tables(seen)]
-    parts += [pages.paragraph(f"Note: {note}.") for note in seen.notes]
+    whole = group(seen.modules)
+    answer = (
+        f"In the median module ΔW uses {whole.effective:.1f} of {tabled.span(whole)} directions in effect; "
+        f"noise of the same rank would use {whole.noise:.1f}."
+    )
+    told = (ASKED, answer, f"The {seen.suggestion()}.", f"{seen.summary()}.")
+    sections = {"The answer": [*map(pages.paragraph, told), pages.terms(*FIRST)]}
+    if drawn:
+        compared = [pages.terms("φ(i), phi", "cosine")] if seen.against else []
+        sections["Figures"] = [*compared, *(pages.drawing(name, p) for name, p in drawn.items())]
+    for table, terms in zip(tables(seen), (TABLED, *[BESIDE_BASE] * bool(seen.base), ()), strict=False):
+        sections[table.caption] = [*([pages.terms(*terms)] if terms else []), pages.boxed(table)]
+    if seen.notes:
+        sections["Notes"] = [pages.points([f"{note}." for note in seen.notes])]
     if entries := sorted(item for item in seen.metadata.items() if item[0] not in tabled.OURS):
-        parts.append(Table(("entry", "value"), entries, "Metadata of the file").html())
-    parts.append(pages.facts({"adapter": seen.adapter, "base": seen.base, "against": seen.against}))
-    return pages.page("An adapter under the microscope", parts)
+        table = Table(("entry", "value"), entries, "Metadata of the file")
+        sections[table.caption] = [pages.boxed(table)]
+    made = {"adapter": seen.adapter, "base": seen.base, "against": seen.against}
+    sections["How this was made"] = [pages.facts({name: path for name, path in made.items() if path})]
+    return pages.page("An adapter under the microscope", sections)
 
 
 # ---- several adapters

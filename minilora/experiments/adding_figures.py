@@ -12,7 +12,7 @@ from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
 from ..table import Table, counted
 from .adding_adapters import JOINT, METHODS, OWN, TIMES, mixtures
 from .harness import Row
-from .reading import finals, spread, title
+from .reading import finals, median_of, spread, title
 
 COLOURS = (BLUE, ORANGE, GREEN)
 MARKS = ("o", "s", "^")
@@ -40,7 +40,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     changes = {name: [spread(g, "+.3f") for g in gains(done, name, texts).T] for name in (*names, *METHODS)}
     means = {name: spread(gains(done, name, targets).mean(1), "+.3f") for name in changes}
     lines = [(name, *changes[name]) for name in names]
-    map_ = Table(("adapter", *texts), lines, f"test loss less the base's, median and range of {seeds}")
+    map_ = Table(("adapter", *texts), lines, f"test loss less the base's, {median_of(seeds)}")
     lines = []
     for name in METHODS:
         made = [row["methods"][name] for row in done]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
+from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, shades, styled
 from ..data.digits import GREYS, SIDE
 from ..spectra import effective_rank, noise_spectrum, rank_shown, relative
 from ..table import Table, counted
@@ -17,7 +17,7 @@ from .beyond_language import SHOWN, Plan
 from .beyond_tasks import CLASSIFIED, DRAWN, SHAPE, planted
 from .harness import Row
 from .known_figures import NOTHING
-from .reading import finals, said, spread
+from .reading import finals, median_of, said, spread
 
 LOOKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))
 NAMES = {"full": "all weights", "head": "the head alone", "": "the base"}
@@ -108,7 +108,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
                      spread(f.of(task, method, r, "test")))
                 )  # fmt: skip
     head = ("task", "trained", "parameters", "best rate", "share that is right", "test loss")
-    caption = f"median and range of {seeds}; the loss of drawings is the mean square of the noise's error"
+    caption = f"{median_of(seeds)}; the loss of drawings is the mean square of the noise's error"
     left = [
         (task, str(r), spread(f.excess(task, r), ".2g"), spread(f.of(task, "lora", r)),
          str(f.shown(task).count(planted(task))) if r == max(f.ranks(task)) else "")
@@ -116,7 +116,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for r in f.ranks(task)
     ]  # fmt: skip
     head_left = ("task", "rank", "loss over the base's", "as the base on plain pixels", "spectra that show k")
-    return [Table(head, lines, caption), Table(head_left, left, f"median and range of {seeds}")]
+    return [Table(head, lines, caption), Table(head_left, left, f"{median_of(seeds)}")]
 
 
 def ways(f: Found, task: str) -> str:
@@ -235,14 +235,16 @@ def spectra(rows: Sequence[Row]) -> Picture:
     """The excess of each rank on permuted pixels; singular values of ΔW in both models."""
     f = found(rows)
     figure, (line,) = axes(columns=3, size=(12.6, 5.0))
-    for task, (colour, mark) in zip(permutations(f), LOOKS, strict=False):
+    tasks = permutations(f)
+    for (task, colour), (_, mark) in zip(shades(tasks).items(), LOOKS, strict=False):
         y = np.array([f.excess(task, r) for r in f.ranks(task)])
         line[0].fill_between(f.ranks(task), y.min(1), y.max(1), color=colour, alpha=0.2, linewidth=0)
         line[0].plot(f.ranks(task), np.median(y, 1), color=colour, marker=mark, markersize=7,
                      label=f"k = {planted(task)}")  # fmt: skip
     line[0].set(xlabel="rank r of LoRA", ylabel="loss over the base's", yscale="log", title="permuted pixels")
     line[0].set_xticks(f.ranks(permutations(f)[0]))
-    line[0].legend(title="planted", loc="upper right")
+    line[0].set_ylim(top=1e3 * line[0].get_ylim()[1])  # room for the legend
+    line[0].legend(title="planted", loc="upper right", ncols=len(tasks))
     width = SHAPE.hidden_size
     noise = relative(noise_spectrum((width, width), np.random.default_rng(0)))
     for ax, task in zip(line[1:], (CLASSIFIED[0], DRAWN), strict=True):

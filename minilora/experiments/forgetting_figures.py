@@ -19,7 +19,7 @@ from ..spectra import effective_rank, energy, noise_spectrum
 from ..table import Table, counted
 from .forgetting import FIRST, Plan
 from .harness import Row
-from .reading import spread, title
+from .reading import median_of, spread, title
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 Losses = tuple[float, float]  # on the target, and on the text of pretraining
@@ -189,7 +189,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             maps.append((*who, *shares, spread(rank, ".1f"), over, spread(much, ".2f")))
     seeds = counted(f.plan.seeds, "seed", "seeds")
     bases = "; ".join("{} {:.3f} and {:.3f}".format(title(t), *f.base[t]["test"]) for t in f.plan.targets)
-    says = f"the base's losses on target and pretraining text: {bases}; median and range of {seeds}"
+    says = f"the base's losses on target and pretraining text: {bases}; {median_of(seeds)}"
     head = ("text", "method", "best rate", "test loss", "forgotten", "at equal loss", "all weights then")
     head2 = ("text", "method", "intruders", "of a random ΔW", "effective rank", "over noise's", "|ΔW|/|W|")
     says2 = f"share of the first {FIRST} singular vectors of W + ΔW, all else in the median map; {seeds}"

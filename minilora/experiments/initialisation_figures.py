@@ -10,19 +10,33 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, styled
+from ..analysis.plotting import (
+    BLUE,
+    GOLD,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    WINE,
+    Picture,
+    axes,
+    styled,
+)
 from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
 from .initialisation import FULL, PLAIN, STARTS, STUCK, TAKEN_OFF, USUAL, Plan
-from .reading import spread
+from .reading import median_of, spread
 from .scale_figures import TEST, Arm
 
 RIVALS = ("PiSSA", "OLoRA", "LoRA-GA")  # of the usual start
-LOOKS = (  # of a start in its panel
+LOOKS = dict(zip(STARTS, (
     (BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", "-"), (GREY, "v", ":"),
-)  # fmt: skip
+    (SKY, "P", "--"), (GOLD, "X", "-."), (WINE, "d", "-"), ("black", ">", ":"),
+), strict=True))  # fmt: skip
 PANELS = (("ΔW = s B A", PLAIN), ("B₀ A₀ taken off", (USUAL, *TAKEN_OFF)))
+WINDOW = 5  # steps whose losses are one point
 
 
 @dataclass
@@ -111,9 +125,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     head = ("start", "off the base", "|dA|", "|dB|", "best rate", "test loss", f"less that of {USUAL}",
             f"all at {f.usual.rate:g}")  # fmt: skip
     caption = (
-        f"r = {f.plan.rank}, {f.plan.steps} steps; the base has {f.base:.3f}; median and range of "
-        f"{counted(f.plan.seeds, 'seed', 'seeds')}; the first three numbers are the largest of all seeds, "
-        "before the first step"
+        f"r = {f.plan.rank}, {f.plan.steps} steps; the base has {f.base:.3f}; "
+        f"{median_of(counted(f.plan.seeds, 'seed', 'seeds'))}; the first three numbers are the largest of "
+        "all seeds, before the first step"
     )
     return [Table(head, lines, caption)]
 
@@ -181,30 +195,32 @@ def starts(rows: Sequence[Row]) -> Picture:
 
 @styled
 def first_steps(rows: Sequence[Row]) -> Picture:
-    """The loss of each batch less the base's over the first half of the steps."""
+    """The loss of the first batch less the base's, then of every few, over the first half of the steps."""
     f = found(rows)
-    figure, (line,) = axes(columns=2, size=(11.0, 5.2))
+    figure, (line,) = axes(columns=2, size=(11.0, 6.0))
     count = math.ceil(f.plan.steps / 2)
-    lowest = min(np.median(f.path(start)[:, :count], 0).min() for start in STARTS)
-    top = -0.6 * lowest
+    groups = [[0], *(list(range(i, min(i + WINDOW, count))) for i in range(1, count, WINDOW))]
+    x = [1 + float(np.mean(steps)) for steps in groups]
+    paths = {start: [np.median(f.path(start)[:, steps].mean(1)) for steps in groups] for start in STARTS}
+    lowest = min(map(min, paths.values()))
     for ax, (title, names) in zip(line, PANELS, strict=True):
-        for start, (colour, mark, style) in zip(names, LOOKS, strict=True):
-            y = f.path(start)[:, :count]
-            x = range(1, count + 1)
-            ax.plot(x, np.median(y, 0), color=colour, linestyle=style, marker=mark, label=start,
-                    markevery=max(count // 12, 1), markersize=6)  # fmt: skip
-            ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
-        ax.set(xlabel="step", ylim=(1.2 * lowest - 0.01, top), title=title)
-        ax.legend(loc="upper right")
+        for start in names:
+            colour, mark, style = LOOKS[start]
+            ax.plot(x, paths[start], color=colour, linestyle=style, marker=mark, markersize=7, label=start)
+        ax.set(xlabel="step", ylim=(1.2 * lowest - 0.01, -0.6 * lowest), title=title)
     jump = f"{np.median(f.path('both random')[:, 0]):+.2f}"
     line[0].set_ylabel("loss less the base's on the same batch\n(nats per character)")
-    line[0].text(1, top, f" ↑ both random: {jump}", color=LOOKS[3][0], ha="left", va="top",
-                 bbox={"color": "white"})  # fmt: skip
+    line[0].annotate(f"↑ both random begins at {jump}", (0.98, 0.98), xycoords="axes fraction",
+                     ha="right", va="top", color=LOOKS["both random"][0])  # fmt: skip
+    handles = {
+        name: handle for ax in line for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=5)
     answer = f"the mean of the first quarter of the steps against {USUAL}: {each(f, f.early)} nats"
     figure.suptitle(f"How does the loss go over the first steps?\n{answer}")
     says = (
-        f"Training loss less the base's, each start at its own best rate; median and range of "
-        f"{counted(f.plan.seeds, 'seed', 'seeds')}. Both random begins "
+        f"Training loss less the base's, each start at its own best rate: the first batch, then means of "
+        f"{WINDOW}; median of {counted(f.plan.seeds, 'seed', 'seeds')}. Both random begins "
         f"{jump} off the base; {answer}."
     )
     return Picture(figure, says)

@@ -212,7 +212,7 @@ def panel(ax: Axes, curves: dict[str, dict[int, np.ndarray]], x: str, y: str, le
         ax.fill_between(at, shares.min(1), shares.max(1), color=colour, alpha=0.2, linewidth=0)
     if level:
         ax.axhline(LEVEL, color=GREY, linewidth=1.5)
-        ax.text(0.02, LEVEL + 0.01, "90%", color=GREY, transform=ax.get_yaxis_transform())
+        ax.text(1.01, LEVEL, "90%", color=GREY, va="center", transform=ax.get_yaxis_transform())
     ax.set(xlabel=x, ylabel=y, xscale="log")
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]), top=max(1.05, ax.get_ylim()[1]))
 
@@ -225,10 +225,11 @@ def starts(rows: Sequence[Row]) -> Picture:
     arms = f.trained()
     for ax, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         panel(ax, {name: arm.curve("subspace", measure) for name, arm in arms.items()}, SPACE, title)
-    for arm, (colour, _, style) in zip(arms.values(), LOOKS, strict=False):
+    for (name, arm), (colour, _, style) in zip(arms.items(), LOOKS, strict=False):
         at = arm.start["accuracy"] / np.median(arm.full.accuracy)
-        panels[1].axhline(at, color=colour, linestyle=style, linewidth=1, label="its start")
-    panels[0].legend(loc="best")
+        panels[1].axhline(at, color=colour, linestyle=style, linewidth=1, label=f"{name}, before training")
+    panels[0].legend(loc="lower right")
+    panels[1].legend(handles=panels[1].get_lines()[-len(arms) :], loc="center right")
     answer = "; ".join(
         f"of the {measure}: {dimension(f.base(), measure)}, from random weights "
         f"{dimension(f.random(), measure)}"

@@ -9,7 +9,7 @@ from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, 
 from ..table import Table, counted
 from .harness import Row
 from .known_rank import LARGE, REVERSED, TASKS
-from .reading import finals, said, spread
+from .reading import finals, median_of, said, spread
 
 TITLES = {
     "map": "one linear map",
@@ -90,7 +90,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
                 ))  # fmt: skip
     seeds = counted(len({row["config"]["seed"] for row in finals(rows)}), "seed", "seeds")
     head = ("task", "planted", "rank", "excess", "answer cut to it", "shows the planted rank")
-    made = [Table(head, lines, f"excess loss over the base's, median and range of {seeds}")]
+    made = [Table(head, lines, f"excess loss over the base's, {median_of(seeds)}")]
     if reverse(rows):
         start, floor = levels(rows)
         learned = [
@@ -102,7 +102,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         ]  # fmt: skip
         of_text = ("reversed text", "learning rate", "test loss", "excess", "effective rank of ΔW")
         caption = f"the base has {start:.3f}, and {floor:.3f} forwards; the rank is that of the median map"
-        made.append(Table(of_text, learned, f"{caption}; median and range of {seeds}"))
+        made.append(Table(of_text, learned, f"{caption}; {median_of(seeds)}"))
     return made
 
 

@@ -8,7 +8,7 @@ from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
 from ..table import Table, counted
 from .harness import Row
 from .merging import CYCLES, DTYPES, TIMES
-from .reading import finals, spread
+from .reading import finals, median_of, spread
 
 LOOKS = dict(zip(DTYPES, ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^")), strict=True))
 WAYS = {"one": "the same ΔW", "others": "another ΔW each time"}
@@ -49,7 +49,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for i, t in enumerate(TIMES)
     ]  # fmt: skip
     head = ("dtype", "t", "of W's norm", "kept", "lost", "merged less apart, nats")
-    one = Table(head, lines, f"R(W + t ΔW) against W + t ΔW, median and range of {seeds}")
+    one = Table(head, lines, f"R(W + t ΔW) against W + t ΔW, {median_of(seeds)}")
     away: list[tuple[str, ...]] = [
         (f"{dtype}, {said}", *(spread(x, ".2g") for x in drift(rows, way, dtype).T))
         for dtype in DTYPES

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..analysis import plotting, report
 from ..data import corpora
 from ..table import Table, printed
-from . import rank_figures
+from . import rank_figures, rank_reading
 from .harness import Row
 from .rank_sweep import TABLE
 from .recipe import LENGTH
@@ -20,6 +20,14 @@ FIGURES = {  # of one target: what the file's name begins with, and who draws it
     "curves": rank_figures.learning_curves,
 }
 HEAD = ("method", "parameters", "learning rate", "test loss", "range over seeds", "gap closed")
+RANGE = HEAD.index("range over seeds")
+ASKED = (
+    "What was asked: a base model is frozen, and LoRA adapts it to another text. Which rank r is enough for "
+    "that text, beside training all weights? And of the directions that it allows, how many does ΔW use?"
+)
+FIRST = ("ΔW and rank r", "gain", "full fine-tuning", "gap closed", "effective rank", "noise")
+TABLED = ("nats", "range over seeds")
+DRAWN = ("singular values", "energy")
 CAVEAT = (
     "The learning rate falls to zero over a run, so part of this is due to the schedule; "
     "a sweep with twice the --steps shows how much."
@@ -40,10 +48,10 @@ def figure_names(rows: list[Row]) -> dict[str, str]:
 def pictures(rows: list[Row]) -> dict[str, plotting.Picture]:
     """All figures whose runs are in the rows, by file name."""
     drawn = {}
-    complete = rank_figures.targets(rows)
+    complete = rank_reading.targets(rows)
     names = figure_names(rows)
     for target in complete:
-        adapted = rank_figures.kinds(rank_figures.final(rows, target))
+        adapted = rank_reading.kinds(rank_reading.final(rows, target))
         known = corpora.swaps_of(target) and TABLE.modules[0] in adapted
         for kind, draw in FIGURES.items():
             if kind != "known_rank" or known:
@@ -72,11 +80,17 @@ def lines(rows: list[Row], target: str) -> list[tuple[str, ...]]:
             continue
         tests = [row["test"] for row in done]
         gaps = [row["gap_closed"] for row in done if row.get("gap_closed") is not None]
-        rate, spread = (f"{lr:.2g}", f"{min(tests):.4f} to {max(tests):.4f}") if lr else ("", "")
+        rate = f"{lr:.2g}" if lr else ""
+        spread = f"{min(tests):.4f} to {max(tests):.4f}" if lr and len(tests) > 1 else ""
         gap = f"{math.fsum(gaps) / len(gaps):.0%}" if gaps else ""
         loss = f"{math.fsum(tests) / len(tests):.4f}"
         cells.append((name, f"{done[0]['parameters']:,}", rate, loss, spread, gap))
     return cells
+
+
+def finals(rows: list[Row]) -> list[Row]:
+    """The measured runs with a seed."""
+    return [row for row in rows if row["config"]["kind"] == "final"]
 
 
 def table(rows: list[Row]) -> str:
@@ -87,27 +101,48 @@ def table(rows: list[Row]) -> str:
         fallback = any(r["config"]["fallback"] for r in rows if r["config"]["target"] == target)
         note = "; a fallback text, since the named one could not be fetched" if fallback else ""
         head = f"{target}  (test loss in nats per character{note})"
-        out += [head, Table(HEAD, lines(rows, target)), ""]
+        out += [head, results(rows, target), ""]
     return printed(*out)
 
 
+def results(rows: list[Row], target: str, caption: str = "") -> Table:
+    """One target's table; without ranges where every method has a single seed."""
+    found = Table(HEAD, lines(rows, target), caption)
+    if any(line[RANGE] for line in found.rows):
+        return found
+    head, *cut = ((*line[:RANGE], *line[RANGE + 1 :]) for line in (found.head, *found.rows))
+    return Table(head, cut, caption)
+
+
 def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
-    """The whole sweep as one HTML page."""
-    parts = []
-    names = figure_names(rows)
+    """The whole sweep as one HTML page: what was asked, the answer, and what it rests on."""
+    names, complete = figure_names(rows), rank_reading.targets(rows)
+    told = [f"{rank_reading.title(target)}. {found(rows, target)}" for target in complete]
+    missing = [
+        f"{rank_reading.title(target)}. No answer, since not all kinds of its runs are finished."
+        for target in names
+        if target not in complete
+    ]
+    sections = {
+        "The answer": [report.paragraph(ASKED), report.points([*told, *missing]), report.terms(*FIRST)]
+    }
+    first, later = [report.terms(*TABLED)], [report.terms(*DRAWN)]
     for target in names:
         some = [row for row in rows if row["config"]["target"] == target]
-        parts.append(report.heading(rank_figures.title(target)))
-        parts.append(report.paragraph(f"Text: {some[0]['source']}."))
-        parts.append(Table(HEAD, lines(rows, target), "Test loss in nats per character").html())
-        if full := rank_figures.select(some, kind="final", method="full"):
-            flat = f"Has full fine-tuning flattened? {rank_figures.flattening(full)}. {CAVEAT}"
-            parts.append(report.paragraph(flat))
-        drawn = [f"{kind}_{names[target]}" for kind in FIGURES]
-        parts += [report.drawing(name, pictures[name]) for name in drawn if name in pictures]
+        heading = rank_reading.title(target)
+        caption = f"{heading}: test loss in nats per character, {rank_reading.over_seeds(finals(some))}"
+        parts = [report.paragraph(f"Text: {some[0]['source']}."), *first]
+        parts.append(report.boxed(results(rows, target, caption)))
+        if target in complete:
+            parts += [report.paragraph(text) for text in notes(some, target)]
+        drawn = [f"{kind}_{names[target]}" for kind in FIGURES if f"{kind}_{names[target]}" in pictures]
+        if drawn:
+            parts += later
+            first, later = [], []
+        parts += [report.drawing(name, pictures[name]) for name in drawn]
+        sections[heading if heading not in sections else f"{heading} ({target})"] = parts
     if "gap_against_parameters" in pictures:
-        parts.append(report.heading("What the parameters buy"))
-        parts.append(report.drawing("gap", pictures["gap_against_parameters"]))
+        sections["What the parameters buy"] = [report.drawing("gap", pictures["gap_against_parameters"])]
     made: Row = {}
     for target in names:
         last = next(row["config"] for row in reversed(rows) if row["config"]["target"] == target)
@@ -117,5 +152,42 @@ def report_page(rows: list[Row], pictures: dict[str, plotting.Picture]) -> str:
             f"tested on at most {last['test_windows']} windows, evenly over the held-out text"
         )
     made["learning rate"] = "chosen on the validation split, by short runs with a separate seed"
-    parts.append(report.facts(made | rows[0]["versions"]))
-    return report.page("Which rank does a task need?", parts)
+    sections["How this was made"] = [report.facts(made | rows[0]["versions"])]
+    return report.page("Which rank does a task need?", sections)
+
+
+def found(rows: list[Row], target: str) -> str:
+    """The answer for a target, in a few sentences."""
+    said = (rank_reading.answer(rows, target), reached(rows, target), rank_reading.used(rows, target))
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in said)
+
+
+def reached(rows: list[Row], target: str) -> str:
+    """How much of the gap to full fine-tuning LoRA closes."""
+    lora = [row for row in rank_reading.final(rows, target) if row.get("gap_closed") is not None]
+    if not lora:
+        return "full fine-tuning is no better than the base, so there is no gap to close"
+    ranks, y = rank_reading.by_rank(lora, "gap_closed")
+    best = int(y[:, 0].argmax())
+    return (
+        f"LoRA closes {y[0, 0]:.0%} of the gap to full fine-tuning at r = {ranks[0]}, and at most "
+        f"{y[best, 0]:.0%}, at r = {ranks[best]}"
+    )
+
+
+def notes(rows: list[Row], target: str) -> list[str]:
+    """What must be known to read the numbers of a target."""
+    lora, full = (rank_reading.final(rows, target, method) for method in ("lora", "full"))
+    steps, weights = full[0]["config"]["steps"], full[0]["parameters"]
+    told = [
+        f"LoRA adapts {rank_reading.adapted(lora)}; full fine-tuning trains all {weights:,} weights. Both "
+        f"take {steps} steps."
+    ]
+    if max(row.get("gap_closed") or 0 for row in lora) > 1:
+        told.append(
+            "Where LoRA closes more than 100 % of the gap, its test loss is below full fine-tuning's: 100 % "
+            "is what training all weights reached in as many steps, not the best that is possible."
+        )
+    if len({row["config"]["seed"] for row in lora + full}) == 1:
+        told.append("There is a single seed, so nothing here says how much the losses vary between seeds.")
+    return [*told, f"Has full fine-tuning flattened? {rank_reading.flattening(full)}. {CAVEAT}"]

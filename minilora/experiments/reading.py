@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..table import drawn
-from . import rank_figures
+from . import rank_reading
 from .harness import Row
 
 LEVEL = 0.9  # the share of a gap, or of a score, that is called enough
@@ -28,14 +28,19 @@ def said(x: float, how: str) -> str:
 
 
 def spread(values: Sequence[float] | np.ndarray, how: str = ".3f") -> str:
-    """The median and the range."""
+    """The median, and the range of several values."""
     middle, low, high = (said(float(x), how) for x in (np.median(values), min(values), max(values)))
-    return f"{middle} ({low} to {high})"
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+
+
+def median_of(seeds: str) -> str:
+    """What `spread` shows of so many seeds, "5 seeds"."""
+    return "a single seed" if seeds == "1 seed" else f"median and range of {seeds}"
 
 
 def title(text: str) -> str:
     """A text as a heading."""
-    return drawn(rank_figures.title(text))
+    return drawn(rank_reading.title(text))
 
 
 def crossing(sizes: Sequence[int], shares: np.ndarray) -> float:

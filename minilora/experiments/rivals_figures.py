@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Picture, axes, styled
+from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, SKY, WINE, Picture, axes, styled
 from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
-from .reading import said, spread
+from .reading import median_of, said, spread
 from .rivals import FULL, LARGEST, LORA, PROMPT, RANKED, SIZED, Plan
 from .scale_figures import TEST, Arm
 
 Key = tuple[str, int]  # method, and the rank of the LoRA that it is sized for, or 0
 UNMERGED = ("bottleneck, Houlsby", "bottleneck, Pfeiffer", "prefix", PROMPT)  # what no weight can hold
 LOOKS = dict(zip(LARGEST, (
-    (BLUE, "o", "-"), (GREEN, "s", "--"), (PINK, "D", ":"), (ORANGE, "^", "-"), (GREY, "v", "--"),
-    ("black", "X", ":"),
+    (BLUE, "o", "-"), (GREEN, "s", "--"), (PINK, "D", ":"), (ORANGE, "^", "-"), (SKY, "v", "--"),
+    (WINE, "X", ":"),
 ), strict=True))  # fmt: skip
 ALIKE = 0.1  # as many parameters: that far from LoRA's, at most
 
@@ -139,7 +139,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     head = ("method", "n", "parameters", "best rate", "test loss")
     against, alike = f"less {LORA}'s, r = {f.plan.rank}", f"less {LORA}'s with as many"
     seeds, few = (counted(n, "seed", "seeds") for n in (f.plan.seeds, f.plan.few_seeds))
-    caption = f"the base has {f.base:.3f}; median and range of {seeds}"
+    caption = f"the base has {f.base:.3f}; {median_of(seeds)}"
     return [
         Table((*head, against, alike, "of the gap to full"), lines, caption),
         Table((*head, alike), more, f"{caption}, or of {few} beside r = {f.plan.rank}"),
@@ -243,7 +243,7 @@ def parameters(rows: Sequence[Row]) -> Picture:
     sized = [key for method in RANKED | SIZED if method not in LARGEST for key in f.curve(method)]
     single = [f.key(method) for method in f.plan.methods if f.key(method)[1] == 0 and method != FULL]
     for ax, named, offset, side in zip(
-        line, (single, sized), ((8, 5), (-8, -15)), ("left", "right"), strict=True
+        line, (single, sized), ((8, 5), (-16, -22)), ("left", "right"), strict=True
     ):
         first = ax is line[0]  # whose labels are the legend's
         for method in (method for method in LARGEST if f.curve(method)):

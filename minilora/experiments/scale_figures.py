@@ -15,7 +15,7 @@ from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, PINK, Axes, Picture, 
 from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
-from .reading import spread
+from .reading import median_of, spread
 from .scale import SCALE, SCALINGS, Plan, scale_of
 
 COLOURS, MARKS = (BLUE, ORANGE, GREEN, PINK), ("o", "s", "^", "D", "v", "P", "X")
@@ -146,7 +146,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for ratio, arm in f.plus.items()
     ]  # fmt: skip
     head_plus = ("B's rate over A's", "best rate of A", "of B", "test loss", "less that of one rate")
-    caption = f"the base has {f.base:.3f}; × full's is of the parabolas' minima; median and range of {seeds}"
+    caption = f"the base has {f.base:.3f}; × full's is of the parabolas' minima; {median_of(seeds)}"
     return [
         Table(head, lines, caption),
         Table(head_plus, lines_plus, f"LoRA+ at r = {f.plan.middle}; {seeds}"),

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..table import Table, counted
 from .harness import Row
 from .rank_figures import NATS, POWERS, log_axis
-from .reading import LEVEL, crossing, spread, title
+from .reading import LEVEL, crossing, median_of, spread, title
 
 LOOKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PINK, "D", ":"))
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
@@ -145,9 +145,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     ]  # fmt: skip
     lines = [(str(width), *line) for width, arm in arms.items() for line in arm.lines()]
     return [
-        Table(head, short, f"{NATS}, median and range of {seeds}; ranks lie between two that were tried; "
+        Table(head, short, f"{NATS}, {median_of(seeds)}; ranks lie between two that were tried; "
               "its parameters are those of LoRA over the base's"),
-        Table(("width", *HEAD), lines, f"{text}, {NATS}; median and range of {seeds}"),
+        Table(("width", *HEAD), lines, f"{text}, {NATS}; {median_of(seeds)}"),
     ]  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def needed(rows: Sequence[Row]) -> Picture:
     figure.suptitle(f"Does a larger base need a lower rank for 90% of the gap?\n{answer}", fontsize=13)
     says = (
         f"Share of the gap to full fine-tuning that LoRA closes on {text} against rank, by width of the "
-        f"base; median and range of {seeds}. Rank for 90%: {answer}."
+        f"base; {median_of(seeds)}. Rank for 90%: {answer}."
     )
     return Picture(figure, says)
 
@@ -219,7 +219,7 @@ def gap(rows: Sequence[Row]) -> Picture:
     figure.suptitle(f"Does the gap to full fine-tuning narrow as the base grows?\n{answer}", fontsize=13)
     says = (
         f"Test loss of LoRA less that of full fine-tuning on {text} against the width of the base, by rank; "
-        f"median and range of {seeds}; {answer}."
+        f"{median_of(seeds)}; {answer}."
     )
     return Picture(figure, says)
 

@@ -14,7 +14,7 @@ from ..analysis.plotting import BLUE, GREEN, GREY, KINDS, ORANGE, Picture, axes,
 from ..spectra import random_similarity, similarity
 from ..table import Table, counted
 from .harness import Row
-from .reading import finals, said, spread
+from .reading import finals, median_of, said, spread
 from .subspaces import KEYS, PAIRS, SIDES, counts
 
 PAPER = 21.5  # the amplification at r = 4 in table 7 of Hu et al. 2021
@@ -134,7 +134,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     lines = [
         (short(path), *(spread(x[:, m], ".2f") for _, x in columns)) for m, path in enumerate(maps(done))
     ]
-    says = f"amplification |ΔW| / |Uᵀ W V|, median and range of {seeds}"
+    says = f"amplification |ΔW| / |Uᵀ W V|, {median_of(seeds)}"
     return [one, Table(("map", *(name for name, _ in columns)), lines, says)]
 
 
@@ -228,7 +228,8 @@ def amplified(rows: Sequence[Row], answer: str) -> Picture:
         factor, random = (weights(done, r, key) for key in KEYS[:2])
         ax.vlines(x, factor.min(0), factor.max(0), color=colour)
         ax.plot(x, np.median(factor, 0), mark, color=colour, label=f"r = {r}")
-        ax.plot(x, np.median(random, 0), mark, color=colour, fillstyle="none", label="random directions")
+        ax.plot(x, np.median(random, 0), mark, color=colour, fillstyle="none",
+                label=f"r = {r}, random directions")  # fmt: skip
     ax.axhline(PAPER, color=GREY, linestyle="--", label=f"the paper's {PAPER} at r = 4")
     ax.set_yscale("log")
     ax.set_xticks(x, [short(path) for path in maps(done)], rotation=60, ha="right")

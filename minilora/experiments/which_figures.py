@@ -11,8 +11,9 @@ from ..analysis.plotting import BLUE, GREEN, GREY, ORANGE, Picture, axes, styled
 from ..errors import InputError
 from ..table import Table
 from .harness import Row
-from .rank_figures import NATS, final, seeds, select, targets
-from .reading import spread, title
+from .rank_figures import NATS
+from .rank_reading import final, seeds, select, targets
+from .reading import median_of, spread, title
 from .which_matrices import SETS
 
 Found = dict[str, list[Row]]  # set of matrices -> its finished rows, one for each seed
@@ -92,7 +93,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for found in budgets(rows, text):
             lines += [line(name, done) for name, done in found.items()]
         lines.append(line("full fine-tuning", final(rows, text, "full")))
-        caption = f"{title(text)}: {NATS}, median and range of {seeds(final(rows, text))}"
+        caption = f"{title(text)}: {NATS}, {median_of(seeds(final(rows, text)))}"
         head = ("matrices", "r", "parameters", "learning rate", "test loss", "gap closed")
         made.append(Table(head, lines, caption))
     return made

@@ -17,8 +17,9 @@ from peft_cases import FIXED, FIXTURES, slug
 from safetensors.numpy import save_file
 
 from minilora import backend
-from minilora.analysis.inspect import inspect, pictures, report_page, tables
-from minilora.analysis.measures import Ranks, noise
+from minilora.analysis import tables as tabled
+from minilora.analysis.inspect import BESIDE_BASE, FIRST, TABLED, inspect, pictures, report_page, tables
+from minilora.analysis.measures import Ranks, group, noise
 from minilora.backend import cores
 from minilora.compose.truncate import compress
 from minilora.errors import MismatchError, NonFiniteError
@@ -484,7 +485,16 @@ def test_the_page_has_every_module_figure_and_note(seen, drawn):
     assert html.count("<svg") == html.count("<figcaption>") == 4
     assert html.count("<table>") == html.count("<caption>") == 3
     for note in seen.notes:
-        assert f"Note: {note}." in html
+        assert f"<li>{note}.</li>" in html
+    assert "What was asked: which rank does this adapter really use" in html
+    whole = group(seen.modules)
+    assert f"In the median module ΔW uses {whole.effective:.1f} of {tabled.span(whole)} directions" in html
+    assert f"The {seen.suggestion()}." in html
+    terms = [*FIRST, "φ(i), phi", "cosine", *TABLED, *BESIDE_BASE]
+    assert sorted(re.findall("<dfn>(.*?)</dfn>", html)) == sorted(terms)
+    headings = re.findall(r'<h2 id="(.*?)">', html)
+    assert re.findall(r'<li><a href="#(.*?)">', html) == headings
+    assert html.count('<div class="wide"') == html.count("<table>")
     for text in (seen.summary(), seen.suggestion(), seen.adapter, seen.base, seen.against):
         assert escape(text) in html
     assert not re.search(r"<script|<link|src=\"http|@import", html)
