@@ -2391,5 +2391,6 @@ MUTANTS = (
     Mutant("a-table-no-key-scrolls", "analysis/report.py", ' tabindex="0">', ">", "plotting"),
     Mutant("the-bar-stays-below-a-message", "session.py", "            self.bar.clear()\n", "", "terminal"),
     Mutant("half-a-message-is-lost", "session.py", '            self.write("\\n")\n', "            pass\n", "terminal"),
+    Mutant("a-name-is-tried-from-each-letter", "analysis/names.py", r'r"(?<![^.])[^.]+(?:', r'r"[^.]+(?:', "module_names"),
 )
 # fmt: on

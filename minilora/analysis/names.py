@@ -27,7 +27,7 @@ LISTS = re.compile(  # of blocks, with the number in each
     r"(?<![^.])(?:mid_block\.|(?:(?:[a-z]+_)*(?:blocks?|refiner)|layers|attentions)\.(?:[0-9]+\.)+)"
 )
 MEMBER = re.compile(r"(resnets|downsamplers|upsamplers|motion_modules)\.[0-9]+\.")
-LAST = re.compile(r"[^.]+(?:\.[0-9]+)*$")
+LAST = re.compile(r"(?<![^.])[^.]+(?:\.[0-9]+)*$")
 LABELS = {
     "down_blocks": "down", "input_blocks": "in", "mid_block": "mid", "middle_block": "mid",
     "up_blocks": "up", "output_blocks": "out", "single_blocks": "single",

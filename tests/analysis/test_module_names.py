@@ -1,6 +1,7 @@
 """Every name has a place; those of image models are grouped by what they do, block by block."""
 
 import pytest
+from helpers import within
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,11 @@ def test_any_name_has_a_place_and_an_order(parts):
     assert bool(at.kind) is bool(name)
     assert brief(name) or not name
     sorted([at, place("model.layers.3.x"), place("lm_head"), place(name + ".1.x")], key=order)
+
+
+def test_a_long_name_is_placed_at_once():
+    with within(2):  # tried from each of its letters, it would take five times as long
+        assert place(f"{'9' * 30_000}.x").kind == "x"
 
 
 @given(name=st.sampled_from(["self_attn.q_proj", "mlp.down_proj"]), layer=st.integers(0, 999))
