@@ -122,7 +122,7 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure, grid = axes(columns, lines, (max(3.1 * columns, 6.4), 3.0 * lines + 0.4))
-    colours = shades(few(blocks))
+    colours, kind = shades(blocks), block_or_layer(m.module for m in modules)
     least = min(m.singular_values[-1] / max(m.singular_values[0], 1e-300) for m in modules)
     says = []
     for ax, name in zip(grid.flat, names, strict=False):
@@ -131,17 +131,20 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
         least_r = min(map(len, heights))
         low, high = (f([s[:least_r] for s in heights], 0) for f in (np.min, np.max))
         ax.fill_between(range(1, least_r + 1), low, high, color=GREY, alpha=0.2, linewidth=0)
+        shown = few(list(dict.fromkeys(m.block for m in some)))
         for m, s in zip(some, heights, strict=True):
-            if m.block in colours or not m.block:
-                label = drawn(shortened(f"layer {m.block}", 20)) if m.block else ""
+            if m.block in shown:
+                shown.remove(m.block)  # of several in one place, such as experts, the first
+                label = drawn(shortened(f"{kind} {m.block}", 20)) if m.block else "_"
                 ax.plot(range(1, len(s) + 1), s, color=colours.get(m.block, BLUE), linewidth=2, marker="o",
-                        markersize=4, label=label or "_")  # fmt: skip
+                        markersize=4, label=label)  # fmt: skip
         noise = noise_spectrum(some[0].shape, np.random.default_rng(0), some[0].r, draws=4)
         at = range(1, len(noise) + 1)
         ax.plot(at, noise / noise[0], color=ORANGE, linestyle="--", linewidth=2, label="noise")
         ax.set_yscale("log")
         ax.set_ylim(max(1e-3, min(0.1, 0.7 * least)), 1.5)
         ax.minorticks_off()
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(drawn(name), fontsize=11)
         says.append(f"{name} {np.mean([m.ranks.effective for m in some]):.1f}")
     for ax in list(grid.flat)[len(names) :]:
@@ -151,7 +154,6 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
     for ax in grid[-1]:
         ax.set_xlabel("index i")
     own, noise = (np.median([getattr(m, of).effective for m in modules]) for of in ("ranks", "noise"))
-    kind = block_or_layer(m.module for m in modules)
     answer = f"effective rank {own:.1f} in the median module, noise {noise:.1f}"
     figure.suptitle(f"How fast do the singular values of ΔW fall?\n{answer}; grey: all {kind}s", fontsize=12)
     name_lines(*grid.flat[: len(names)], fontsize=10)

@@ -246,7 +246,7 @@ def test_text_encoders_have_pictures_of_their_own(folder):
         for name in ("heat_map", "difference"):
             assert drawn[name + end].figure.axes[1].get_xlabel() == word
             assert f" by {word}; " in drawn[name + end].says
-        assert f"first {word} dark" in drawn[f"spectra{end}"].figure.get_suptitle()
+        assert f"all {word}s" in drawn[f"spectra{end}"].figure.get_suptitle()
     own, encoder = (drawn[name].figure.axes[1] for name in ("heat_map", "heat_map_text_encoder_2"))
     columns = [
         "down 0.0",
