@@ -21,6 +21,7 @@ from minilora.analysis.plotting import (
     radius,
     styled,
 )
+from minilora.lora_files.recognise import adapters_at
 
 ADAPTERS = Path(__file__).parents[1] / "fixtures"
 
@@ -29,7 +30,7 @@ ADAPTERS = Path(__file__).parents[1] / "fixtures"
     "adapter", ["adapters/untied--q-and-v", "lora_files/synthetic_names", "lora_files/mlx"]
 )
 def test_the_microscopes_figures_can_be_read(adapter):
-    (path, *_) = inspect.adapters_at(ADAPTERS / adapter)
+    (path, *_) = adapters_at(ADAPTERS / adapter)
     for figure, picture in inspect.pictures(inspect.inspect(path)).items():
         assert not faults(picture.figure), figure
 
