@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "minilora"
 APART = 2.3  # inches from one box of a row to the next
-SLOTS = range(-6, 7)  # of a row, half as far apart
+SLOTS = range(-7, 8)  # of a row, half as far apart
 STARTS = 8  # random ones, of which the best is drawn
 
 
