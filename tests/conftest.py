@@ -22,6 +22,7 @@ settings.register_profile("nightly", max_examples=2000, deadline=None, print_blo
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 TESTS = Path(__file__).parent
+collect_ignore = ["main_paths.py"]  # a program, which would run
 CORE = ("test_ops.py", "test_layers.py", "test_model.py", "test_lora.py", "test_optim.py")  # files or folders
 CORE_FILES = {file for name in CORE for file in (TESTS / name, *(TESTS / name).glob("test_*.py"))}
 

@@ -203,10 +203,10 @@ def seen(name):
 def check_figures(name):
     rows = make_rows((f"./{name}",), ranks=(1, 2), seeds=1)
     picture = rank_figures.loss_against_rank(rows, f"./{name}")
-    assert seen(f"./{name}").strip() in [text.strip() for text in shown(picture.encoded("svg"))]
+    assert any(seen(f"./{name}").strip() in text for text in shown(picture.encoded("svg")))
     assert picture.encoded("png").startswith(b"\x89PNG")
     legend = shown(rank_figures.gap_against_parameters(rows).encoded("svg"))
-    assert seen(f"./{name}").strip() in [text.strip() for text in legend]
+    assert any(seen(f"./{name}").strip() in text for text in legend)
 
 
 @pytest.mark.parametrize("name", NASTY)
@@ -284,13 +284,13 @@ class Texts(HTMLParser):
 
 @given(a=names, b=names, c=names, d=names)
 def test_a_page_shows_its_text_escaped(a, b, c, d):
-    parts = [report.heading(a), report.paragraph(b), Table([d, a], [[b, c]], c).html(), report.facts({a: b})]
-    page = report.page(d, parts)
+    pieces = [report.paragraph(b), Table([d, a], [[b, c]], c).html(), report.facts({a: b})]
+    page = report.page(d, {a: pieces})
     assert calm(page)
     page.encode()
     read = Texts(page)
     assert read.of("title") == read.of("h1") == [plain(d)]
-    assert read.of("h2") == [plain(a), "How this was made"]
+    assert read.of("h2") == [plain(a)]
     assert read.of("p") == [plain(b)]
     assert read.of("caption") == [plain(c)]
     assert read.of("th") == [plain(d), plain(a), plain(b)]

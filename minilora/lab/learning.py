@@ -25,6 +25,7 @@ from ..data.user_files import check_lost
 from ..errors import InputError, MismatchError, NonFiniteError, nearest, short
 from ..fast.parallel import on_threads
 from ..formats import tokenizer
+from ..formats.atomic import read
 from ..lora import active, inject, merge, unmerge
 from ..merging.llama import largest, logits
 from ..methods.lora_config import LoraConfig
@@ -47,11 +48,11 @@ HERE = Path(__file__).parent
 
 def code() -> str:
     """The code of LoRA in this package."""
-    return "".join((HERE.parent / name).read_text("utf-8") for name in ("lora.py", "layers.py", "ops.py"))
+    return "".join(read(HERE.parent / name).decode() for name in ("lora.py", "layers.py", "ops.py"))
 
 
 TEXTS: dict[str, Callable[[], str]] = {
-    "recipes": lambda: (HERE / "recipes.txt").read_text("utf-8"),
+    "recipes": lambda: read(HERE / "recipes.txt").decode(),
     "code": code,
 }
 
@@ -173,7 +174,7 @@ class Learning:
 
     def pace(self) -> str:
         """How long a step took here, and on the machine of the benchmark."""
-        known = json.loads((HERE / "speed.json").read_text("utf-8"))
+        known = json.loads(read(HERE / "speed.json"))
         here = f"{1000 * median(self.seconds):.0f} ms" if self.seconds else "no time"
         return (
             f"A step took {here} here; in the project's benchmark it took "

@@ -121,5 +121,5 @@ def archive() -> bytes:
         for path in sorted(PACKAGE.rglob("*")):
             if path.suffix in KINDS and path.parent != PAGE:
                 name = path.relative_to(PACKAGE.parent).as_posix()
-                archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
+                archive.writestr(zipfile.ZipInfo(name), read(path), zipfile.ZIP_DEFLATED)
     return made.getvalue()
