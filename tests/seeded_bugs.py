@@ -2392,5 +2392,15 @@ MUTANTS = (
     Mutant("the-bar-stays-below-a-message", "session.py", "            self.bar.clear()\n", "", "terminal"),
     Mutant("half-a-message-is-lost", "session.py", '            self.write("\\n")\n', "            pass\n", "terminal"),
     Mutant("a-name-is-tried-from-each-letter", "analysis/names.py", r'r"(?<![^.])[^.]+(?:', r'r"[^.]+(?:', "module_names"),
+    Mutant("a-saved-head-becomes-the-table", "merging/plan.py", "asked = {*given.pairs, *(name.rpartition", "asked = {*given.pairs} or {*(name.rpartition", "by_name"),
+    Mutant("two-saved-tensors-at-one-place", "merging/plan.py", "if at in replaced or at in changes:", "if at in changes:", "by_name"),
+    Mutant("codes-under-a-saved-tensor", "merging/plan.py", "for key in (*changes, *replaced):", "for key in changes:", "by_name"),
+    Mutant("heads-of-a-fused-map-are-not-asked", "merging/plan.py", "if some != share and not (", "if False and not (", "places"),
+    Mutant("q-alone-fills-a-fused-map", "merging/plan.py", "if some != share and not (len(some) == 3 and", "if some != share and not (", "places"),
+    Mutant("a-swapped-map-takes-a-bias", "merging/places.py", "if slot == Slot(slot.keys[:1]) else", "if slot.keys else", "places"),
+    Mutant("models-beside-the-base-are-left-out", "merging/by_name.py", "if path.parent in merged else path.suffix in EXPORTS", "if path.parent in merged else path.suffix in WEIGHTS", "by_name"),
+    Mutant("missing-factors-are-not-told", "merging/plan.py", 'if f"{name}.weight" not in there]', "if False]", "by_name"),
+    Mutant("a-link-for-a-component-is-read", "formats/huggingface.py", "if links := [p for p in inside if p.is_symlink()]:", "if links := []:", "by_name"),
+    Mutant("an-alpha-that-did-not-count-stays", "lora_files/contents.py", "return name not in NUMBERS or not new or", "return True or not new or", "convert"),
 )
 # fmt: on

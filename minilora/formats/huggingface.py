@@ -52,7 +52,7 @@ from ..methods.four_bit import Blocks, FourBit, decoded
 from ..model import Config, Llama, RopeScaling, blank
 from ..tree import dtype_of, freeze, named_params, replace, walk
 from . import archives, gguf
-from .atomic import exists, read, write_atomic, write_folder
+from .atomic import exists, named, named_errors, read, write_atomic, write_folder
 from .safetensors import (
     CALLED,
     Tensors,
@@ -168,7 +168,8 @@ def weights(spec: Path | str) -> Tensors:
     where = located(spec)
     if where.suffix == ".gguf":
         return gguf.open_gguf(where)[1]
-    tensors = unpacked(open_tensors(where)) if where.suffix == ".safetensors" else open_folder(where)
+    single = where.suffix == ".safetensors"
+    tensors = unpacked(open_tensors(named(where))) if single else open_folder(where)
     config = read_json(where / "config.json") if exists(where / "config.json") else {}
     root = root_of(config, tensors)
     names = {root + name: name for name in tensors if not is_buffer(name, tensors.shapes[name])}
@@ -449,7 +450,11 @@ def components(where: Path) -> dict[str, Path]:
     """The models of a diffusers pipeline, by the names of their folders; {} for anything else."""
     if not exists(where / "model_index.json"):
         return {}
-    return {p.name: p for p in sorted(where.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}
+    with named_errors(where):
+        inside = sorted(p for p in where.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
+    if links := [p for p in inside if p.is_symlink()]:
+        raise StorageError(f"{links[0]}: is a link; expected a folder")
+    return {p.name: p for p in inside}
 
 
 def unpacked(tensors: Tensors) -> Tensors:

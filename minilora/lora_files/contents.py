@@ -32,6 +32,7 @@ OWN = (  # what a header says of its own file alone
     "modelspec.hash_sha256",
 )  # fmt: skip
 ARGS = "ss_network_args"  # in kohya's headers: an object with conv_dim, conv_alpha, ...
+NUMBERS = ("lora_alpha", "network_alpha", "alpha")  # in a header: one for all modules without
 SIZE = re.compile(r"(?:.*_)?(?:(?P<rank>dims?|rank)|alphas?)")  # the name of a rank or an alpha in a header
 
 
@@ -131,7 +132,10 @@ def inherited(
     def true(name: str) -> bool:
         match = SIZE.fullmatch(name)
         old, new = ranks if match and match["rank"] else alphas
-        return match is None or old == new
+        if match is None or old != new:
+            return match is None
+        one = {form for size in new if len(new) == 1 for form in (size, str(float(size)))}
+        return name not in NUMBERS or not new or header.get(name) in {"None", *one}  # read as the alpha
 
     kept = {name: text for name, text in header.items() if name not in OWN and true(name)}
     try:

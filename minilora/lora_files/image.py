@@ -21,6 +21,7 @@ from ..table import counted
 from .contents import (
     INPUTS,
     MAGNITUDE,
+    NUMBERS,
     PREFIX,
     TABLE_A,
     TABLE_B,
@@ -38,7 +39,6 @@ from .grammar import Keys
 from .recognise import CONFIG, WEIGHTS
 
 CONFIGS = "lora_adapter_metadata"  # in diffusers' headers: PEFT's config of each component
-NUMBERS = ("lora_alpha", "network_alpha", "alpha")  # in other headers: one for all modules
 SPLIT = "processor.qkv_lora."  # XLabs adapts q, k and v of a single block's linear1, which also has the MLP's
 
 

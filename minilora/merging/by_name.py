@@ -33,11 +33,12 @@ from ..spectra import quotient
 from ..table import Table, counted, report
 from .changes import Change, table_of
 from .places import Part
-from .plan import Base, Plan, opened, planned
+from .plan import Base, Plan, opened, planned, without_factors
 
 LIMIT = 40  # modules that a terminal shows
 BLOCK = 1 << 15  # numbers that are added at a time
-WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")  # of any form
+EXPORTS = (".h5", ".msgpack", ".onnx", ".gguf")  # a model in another form, in a folder of its own or not
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", *EXPORTS)
 Progress = Callable[[int, int], None]
 
 
@@ -86,7 +87,7 @@ def merge_by_name(
     ...) is another than its own. `why` says in a note why no logits were compared. Memory: a tensor in
     float64, and the factors of a module. InputError for an unknown dtype or a name that is no such form's,
     NonFiniteError for a value too large for its dtype; others as in `planned` and `open_adapter`. Nothing is
-    written then.
+    written then, but folders above a file may be new.
     """
     if dtype is not None and dtype not in CALLED:
         raise InputError(f"dtype is {dtype!r}; {nearest(dtype, CALLED)}")
@@ -100,8 +101,11 @@ def merge_by_name(
     check_free(out)
     work = Work(given, source, planned(given, source), dtype, progress)
     if not force:
-        check_base(given, lambda: fingerprint(weights(source.where)))
+        check_base(given, lambda: fingerprint(weights(base)))
     notes = ["no logits were compared" + (f": {why}" if why else ""), *given.notes]
+    if lacking := without_factors(given, source, work.plan):
+        what = f"{counted(len(lacking), 'module', 'modules')} of its config, such as {lacking[0]}"
+        notes.append(f"the adapter has no factors for {what}")
     if single:
         make_folder(out.parent)
         write_atomic(out, work.file(source.where))
@@ -109,7 +113,8 @@ def merge_by_name(
         others, left = beside(source)
         if left:
             more = f" and {len(left) - 1} more" if left[1:] else ""
-            notes.append(f"left out, since it holds weights in another form: {left[0].name}{more}")
+            first = left[0].relative_to(source.where)
+            notes.append(f"left out, since it holds the weights in another form: {first}{more}")
 
         def fill(temp: Path) -> None:
             for path in (*source.files, *others):
@@ -259,17 +264,19 @@ def blocks(total: int, size: int) -> Iterator[slice]:
 
 
 def beside(source: Base) -> tuple[list[Path], list[Path]]:
-    """The other files in a base's folder: those to copy, and those with weights in another form.
+    """The other files in a base's folder: those to copy, and those with its weights in another form.
 
-    Hidden files are neither.
+    A model in a folder of its own, which is not merged, is copied. Hidden files are neither.
     """
     copied: list[Path] = []
     left: list[Path] = []
+    merged = {source.where, *(path.parent for path in source.files)}
     for folder, inside, files in os.walk(source.where):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         links = [name for name in inside if os.path.islink(os.path.join(folder, name))]  # refused when read
         for path in (Path(folder, name) for name in sorted((*files, *links)) if not name.startswith(".")):
             index = ".index." in path.name and path not in source.indices
+            again = index or path.suffix in WEIGHTS if path.parent in merged else path.suffix in EXPORTS
             if path not in source.files:
-                (left if path.suffix in WEIGHTS or index else copied).append(path)
+                (left if again else copied).append(path)
     return copied, left

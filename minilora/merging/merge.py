@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import InputError, UnsupportedError
 from ..formats.atomic import exists
 from ..formats.huggingface import NAMES, components, located, read_json, read_outline
+from ..peft.folder import open_adapter
 from .by_name import MergeByName, merge_by_name
 from .llama import Merge, merge_llama
 
@@ -29,11 +30,16 @@ def merge_checkpoint(
     pipeline's, is merged by the names of its tensors (merging/by_name.py). Errors as there, and InputError
     for a `probe` that nothing can run on.
     """
-    if reason := beyond(base):
+    if reason := beyond(base) or of_inputs(adapter):
         if probe is not None:
             raise InputError(f"{base}: {reason}; expected no probe, since no logits are compared")
         return merge_by_name(base, adapter, out, dtype=dtype, force=force, why=reason, progress=progress)
     return merge_llama(base, adapter, out, dtype=dtype, probe=probe, force=force)
+
+
+def of_inputs(adapter: Path | str) -> str | None:
+    """Why an adapter cannot be loaded for a forward pass, if that is because of magnitudes of inputs."""
+    return "no model here has magnitudes of inputs" if open_adapter(adapter).by_inputs else None
 
 
 def beyond(base: Path | str) -> str | None:

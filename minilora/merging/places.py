@@ -34,7 +34,7 @@ PREFIXES = {  # of names in a pipeline or in a checkpoint of all -> the componen
     "text_encoders.clip_g.transformer.": "text_encoder_2",
 }  # fmt: skip
 ROOTS = ("text_model.", "model.")  # files of other versions begin with it or leave it out
-HEAD, TABLES = "lm_head", ("embed_tokens", "wte")  # a tied head's weight is the table of the embedding
+HEAD, TABLES = "lm_head", ("embed_tokens", "wte", "word_embeddings", "shared")  # its table, if it is tied
 QKV = ("q_proj", "k_proj", "v_proj")
 MAPS = {  # the last name of a fused map -> those of its parts, in the order of the rows
     "qkv": (("to_q", "to_k", "to_v"), QKV, ("q", "k", "v")), "to_qkv": (("to_q", "to_k", "to_v"),),
@@ -129,7 +129,8 @@ class Names:
         """The tensor of a parameter, such as a bias or a whole weight; None if there is none."""
         module, _, kind = name.rpartition(".")
         slots = self.find(module)
-        key = next(iter(slots)).keys[0] if len(slots) == 1 else ""
+        (slot,) = slots if len(slots) == 1 else (Slot(("",)),)
+        key = slot.keys[0] if slot == Slot(slot.keys[:1]) else ""  # whole, its rows as they are
         stem = match[1] if (match := WEIGHT.fullmatch(key)) else module
         return next((key for key in (name, f"{stem}.{kind}") if key in self.base), None)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from bases import KINDS, listed, random_weights, read, write_file, write_pipeline, write_shards
 from by_hand import write_peft
+from helpers import tiny
 from lora_cases import READ, ROOT, UNIT, change, expected, how
 from peft_cases import FIXTURES
 from safetensors.numpy import save_file
@@ -282,6 +283,7 @@ def test_other_files_are_copied_and_other_forms_of_the_weights_are_not(tmp_path)
         "tokenizer/merges.txt": b"a b",
         "README.md": b"card \xff",
         "unet/x/y.py": b"1",
+        "safety_checker/pytorch_model.bin": b"of another model",
     }
     left = ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "all.ckpt",
             "text_encoder/pytorch_model.bin.index.json", "unet/model.onnx")  # fmt: skip
@@ -525,3 +527,117 @@ def test_values_that_do_not_fit_the_dtype_are_refused(large, tmp_path, adapter):
         refused(NonFiniteError, says, base, adapter, tmp_path / "out.safetensors", dtype="float16")
     else:
         merge_by_name(base, adapter, tmp_path / "out.safetensors", dtype="float16")
+
+
+# ---- what a second look found
+
+
+def saved(folder, names, shape, W):
+    """An adapter of q_proj that brings these weights whole."""
+    whole = {
+        name: np.arange(math.prod(shape), dtype=np.float32).reshape(shape) + i for i, name in enumerate(names)
+    }
+    more = {f"base_model.model.{name}": a for name, a in whole.items()}
+    modules = [name.rpartition(".")[0] for name in names]
+    return write_peft(folder, factors({"model.q_proj.weight": W}), more, modules_to_save=modules)
+
+
+def test_a_saved_head_never_takes_the_place_of_a_table(tmp_path):
+    W = random_weights({"model.embed_tokens.weight": (6, 4), "model.q_proj.weight": (4, 4)})
+    base, out = write_file(tmp_path / "base.safetensors", W), tmp_path / "out.safetensors"
+    head = saved(tmp_path / "head", ["lm_head.weight"], (6, 4), (4, 4))
+    refused(UnsupportedError, "which is both embedding and head", base, head, out)
+    both = saved(tmp_path / "both", ["model.embed_tokens.weight", "lm_head.weight"], (6, 4), (4, 4))
+    refused(MismatchError, r"both change model\.embed_tokens\.weight", base, both, out)
+
+
+@pytest.mark.parametrize(
+    ("config", "table"),
+    [
+        ({"architectures": ["BloomForCausalLM"]}, "transformer.word_embeddings"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "shared"),
+        ({"text_config": {"tie_word_embeddings": True}}, "language_model.model.embed_tokens"),
+    ],
+)
+def test_a_tied_table_is_known_by_its_models_names(config, table, tmp_path):
+    base = write_shards(tmp_path / "base", random_weights({f"{table}.weight": (6, 4)}))
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = write_peft(tmp_path / "a", factors({f"{table}.weight": (6, 4)}))
+    refused(UnsupportedError, "which is both embedding and head", base, adapter, tmp_path / "out")
+
+
+def test_the_file_of_a_folder_is_tied_as_the_folder_is(tmp_path):
+    write_file(tmp_path / "m/model.safetensors", random_weights({"wte.weight": (6, 4)}))
+    (tmp_path / "m/config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    adapter = write_peft(tmp_path / "a", factors({"wte.weight": (6, 4)}))
+    for base, out in ((tmp_path / "m", "out"), (tmp_path / "m/model.safetensors", "out.safetensors")):
+        refused(UnsupportedError, "which is both embedding and head", base, adapter, tmp_path / out)
+
+
+def test_a_saved_tensor_over_codes_is_refused_by_its_dtype(tmp_path):
+    W = {"model.q_proj.weight": np.ones((4, 4), np.float32), "lm_head.weight": np.ones((6, 4), np.int8)}
+    save_file(W, tmp_path / "base.safetensors")
+    head = saved(tmp_path / "head", ["lm_head.weight"], (6, 4), (4, 4))
+    says = r"lm_head\.weight: dtype is I8; expected one of F64"
+    refused(UnsupportedError, says, tmp_path / "base.safetensors", head, tmp_path / "out.safetensors")
+
+
+def test_a_model_in_a_folder_of_its_own_is_copied_whole(tmp_path):
+    base = write_shards(tmp_path / "base", random_weights(SHAPES))
+    dense = write_file(base / "2_Dense/model.safetensors", random_weights({"linear.weight": (2, 3)}))
+    (base / "onnx").mkdir()
+    (base / "onnx/model.onnx").write_bytes(b"the same weights, unmerged")
+    found = merge_by_name(base, write_peft(tmp_path / "a", factors(SHAPES)), tmp_path / "out")
+    assert (tmp_path / "out/2_Dense/model.safetensors").read_bytes() == dense.read_bytes()
+    assert not (tmp_path / "out/onnx/model.onnx").exists()
+    assert any("another form: onnx/model.onnx" in note for note in found.notes)
+
+
+def test_a_base_behind_a_link_without_a_suffix_is_recognised_as_its_own(tmp_path):
+    rng = np.random.default_rng(0)
+    W = {"a.weight": rng.normal(size=(5, 4))}
+    base = write_file(tmp_path / "base.safetensors", W)
+    dW = rng.normal(size=(5, 1)) @ rng.normal(size=(1, 4))
+    tuned = write_file(tmp_path / "tuned.safetensors", {"a.weight": W["a.weight"] + dW})
+    ml.extract(base, tuned, tmp_path / "lora", rank=1)
+    base.rename(tmp_path / "blob")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "blob")
+    merge_by_name(tmp_path / "link.safetensors", tmp_path / "lora", tmp_path / "out.safetensors")
+    assert abs(read(tmp_path / "out.safetensors")["a.weight"] - read(tuned)["a.weight"]).max() <= 1e-5
+
+
+def test_a_component_that_is_a_link_is_refused_by_its_own_name(tmp_path):
+    base = write_pipeline(tmp_path / "base", random_weights({"unet.a.weight": (5, 4)}))
+    adapter = write_peft(tmp_path / "a", factors({"unet.a.weight": (5, 4)}))
+    (base / "unet").rename(tmp_path / "elsewhere")
+    (base / "unet").symlink_to(tmp_path / "elsewhere")
+    refused(StorageError, "base/unet: is a link", base, adapter, tmp_path / "out")
+
+
+def test_modules_of_the_config_without_factors_are_told(tmp_path):
+    shapes = {f"model.layers.{i}.{name}.weight": (4, 4) for i in (0, 1) for name in ("q_proj", "v_proj")}
+    base = write_file(tmp_path / "base.safetensors", random_weights(shapes))
+    some = dict(list(shapes.items())[:3])
+    lacking = write_peft(tmp_path / "lacking", factors(some), target_modules=["q_proj", "v_proj"])
+    found = merge_by_name(base, lacking, tmp_path / "out.safetensors")
+    says = "the adapter has no factors for 1 module of its config, such as model.layers.1.v_proj"
+    assert says in found.notes
+    full = write_peft(tmp_path / "full", factors(shapes), target_modules=["q_proj", "v_proj"])
+    notes = merge_by_name(base, full, tmp_path / "other.safetensors").notes
+    assert not any("no factors" in note for note in notes)
+
+
+def test_magnitudes_of_inputs_are_merged_by_names_into_a_llama_too(tmp_path):
+    model, _ = tiny(dtype=np.float32)
+    ml.save_model(model, tmp_path / "base", "")
+    module, (O, I) = "model_layers_0_self_attn_q_proj", model.model.layers[0].self_attn.q_proj.weight.shape  # noqa: E741
+    tensors = {
+        f"lora_unet_{module}.lora_down.weight": np.ones((1, I), np.float32),
+        f"lora_unet_{module}.lora_up.weight": np.ones((O, 1), np.float32),
+        f"lora_unet_{module}.dora_scale": np.ones((1, I), np.float32),
+    }
+    save_file(tensors, tmp_path / "in.safetensors")
+    found = ml.merge_checkpoint(tmp_path / "base", tmp_path / "in.safetensors", tmp_path / "out")
+    assert any("no model here has magnitudes of inputs" in note for note in found.notes)
+    written = read(tmp_path / "out")["model.layers.0.self_attn.q_proj.weight"]
+    assert np.allclose(np.linalg.norm(written, axis=0), 1, rtol=0, atol=8 * UNIT)

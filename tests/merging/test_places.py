@@ -1,10 +1,11 @@
 """A module is found in a base under any name that a tool has for it, its rows where they are in the map."""
 
+import json
 import math
 
 import numpy as np
 import pytest
-from bases import random_weights, read, write_file, write_pipeline
+from bases import random_weights, read, write_file, write_pipeline, write_shards
 from by_hand import write_peft
 from hypothesis import given
 from hypothesis import strategies as st
@@ -372,3 +373,44 @@ def test_the_weight_of_a_place_is_that_which_is_changed(tmp_path):
     assert np.array_equal(weight_of(base, found["b.k_proj"]), W["b.in_proj_weight"][4:8])
     assert np.array_equal(weight_of(base, found["h.0.c_attn"]), W["h.0.c_attn.weight"].T)
     assert weight_of(base, found["b.k_proj"]).dtype == np.float64
+
+
+def heads(folder, q, k):
+    """A folder with a fused map of 12 rows and a config with these heads."""
+    write_shards(folder, random_weights({"b.qkv_proj.weight": (12, 3)}))
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": q, "num_key_value_heads": k}))
+    return folder
+
+
+def test_unequal_parts_of_a_map_are_those_of_the_bases_heads_or_fill_it(tmp_path):
+    alone = write_file(tmp_path / "base.safetensors", random_weights({"b.qkv_proj.weight": (12, 3)}))
+    grouped, equal = heads(tmp_path / "grouped", 4, 1), heads(tmp_path / "equal", 4, 4)
+    all_three = adapter(tmp_path / "all", {"b.q_proj": (8, 3), "b.k_proj": (2, 3), "b.v_proj": (2, 3)})
+    one = adapter(tmp_path / "one", {"b.k_proj": (2, 3)})
+    torn = adapter(tmp_path / "torn", {"b.q_proj": (4, 3), "b.k_proj": (2, 3), "b.v_proj": (2, 3)})
+    two = adapter(tmp_path / "two", {"b.q_proj": (10, 3), "b.k_proj": (2, 3)})  # which leaves v no rows
+    right = {all_three: (alone, grouped, equal), one: (grouped,), torn: (), two: ()}
+    for lora in right:
+        for base in (alone, grouped, equal):
+            out = tmp_path / f"{lora.name}-{base.name}"
+            if base in right[lora]:
+                merge_by_name(base, lora, out)
+            else:
+                with pytest.raises(MismatchError, match=r"b\.qkv_proj\.weight have .* of its 12 rows"):
+                    merge_by_name(base, lora, out)
+                assert not out.exists()
+
+
+def test_a_bias_is_never_put_among_rows_in_another_order(tmp_path):
+    ends = {"weight": (8, 3), "bias": (8,)}
+    shapes = {f"{SWAPPED}.{end}": shape for end, shape in ends.items()}
+    shapes["single_blocks.0.linear2.weight"] = (3, 3)
+    base = write_file(tmp_path / "base.safetensors", random_weights(shapes))
+    more = {f"base_model.model.norm_out.linear.{e}": np.ones(n, np.float32) for e, n in ends.items()}
+    column = np.ones((3, 1), np.float32)
+    lora = write_peft(
+        tmp_path / "a", {"single_transformer_blocks.0.proj_out": (column.T, column)}, more,
+        modules_to_save=["norm_out.linear"],
+    )  # fmt: skip
+    with pytest.raises(MismatchError, match=r"the base has no parameter norm_out\.linear\.(weight|bias)"):
+        merge_by_name(base, lora, tmp_path / "out.safetensors")

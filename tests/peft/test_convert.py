@@ -180,6 +180,20 @@ def test_what_a_header_says_of_sizes_is_true_of_what_is_written(form, alpha, tmp
     assert new.keys() & SIZES.keys() == {name for name in SIZES if stay or "alpha" not in name}
 
 
+@pytest.mark.parametrize(("own", "given"), [(8.0, None), (None, 8.0)])
+@pytest.mark.parametrize("name", ["alpha", "lora_alpha", "network_alpha"])
+def test_an_alpha_of_the_header_that_did_not_count_goes(own, given, name, tmp_path):
+    """The modules' own alpha counts before it, and so does one that is given."""
+    down, up = np.ones((8, 3), np.float32), np.ones((2, 8), np.float32)
+    alpha = {"x.alpha": np.array(own, np.float32)} if own else {}
+    tensors = {"x.lora_down.weight": down, "x.lora_up.weight": up} | alpha
+    save_file(tensors, tmp_path / "a.safetensors", {name: "4"})
+    for form in ("diffusers", "kohya"):
+        out = tmp_path / f"{form}{FILE.get(form, '')}"
+        assert convert(tmp_path / "a.safetensors", out, form, alpha=given).difference == 0
+        assert name not in open_tensors(out if out.is_file() else next(out.glob("*.safetensors"))).metadata
+
+
 def test_a_string_that_no_file_can_hold_is_replaced(tmp_path):
     """A lone surrogate, as an escape in the header's JSON."""
     down, up = np.ones((1, 3), np.float32), np.ones((2, 1), np.float32)
