@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import minilora as ml
+from minilora.errors import StorageError
 from minilora.experiments import questions, rank_figures, rank_report, rank_sweep
+from minilora.formats.atomic import Kind, write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 MENU = {  # where the pages of docs/ stand in the navigation; one that is not named here comes last
@@ -38,6 +40,10 @@ LISTS = {
     "notebooks": "lessons.md",
     "benchmarks/results": "results.md",
 }  # of a folder
+SITE = Kind(
+    "a site", marks=re.compile(r"objects\.inv"),
+    files=re.compile(r"(.*/)?(_\w+/.*|[^/]+\.html|)|objects\.inv|searchindex\.js|\.buildinfo"),
+)  # fmt: skip
 LANGUAGES = {".py": "python", ".sh": "bash", "": "bash", ".yml": "yaml", ".txt": "text", ".md": "markdown"}
 LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -282,18 +288,28 @@ def lay_out(folder: Path, every: dict[str, str]) -> None:
         write(page, text)
 
 
-def main() -> int:
-    """Build into a folder; Sphinx's exit status."""
+def build(site: Path) -> None:
+    """Build into an empty folder; SystemExit with Sphinx's status if it fails."""
     from sphinx.cmd.build import build_main
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the site goes")
-    out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         lay_out(Path(folder, "pages"), pages(sentences()))
         options = ["-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", f"{folder}/doctrees"]
-        return build_main([*options, f"{folder}/pages", str(out)])
+        if status := build_main([*options, f"{folder}/pages", f"{folder}/site"]):  # MyST-NB writes beside it
+            sys.exit(status)
+        shutil.copytree(f"{folder}/site", site, dirs_exist_ok=True)
+
+
+def main() -> None:
+    """Make the folder of the site, whole or not at all; a site that is there is replaced."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the site goes")
+    out = parser.parse_args().out
+    try:
+        write_folder(out, build, overwrite=True, kind=SITE)
+    except StorageError as e:
+        parser.error(str(e))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

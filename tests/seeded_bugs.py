@@ -2359,6 +2359,9 @@ MUTANTS = (
     Mutant("claims-are-shown-to-students", "course/lessons.py", 'if "claims" not in cell.tags', 'if "claim" not in cell.tags', "course"),
     Mutant("lessons-by-name", "course/lessons.py", 'key=lambda name: int(name.partition("_")[0])', "key=str", "course"),
     Mutant("a-kernel-of-no-version", "course/lessons.py", '"version": platform.python_version()', '"version": "3"', "course"),
+    Mutant("lessons-open-with-any-python", "course/lessons.py", "python = quote(sys.executable)", 'python = "python"', "course"),
+    Mutant("lessons-open-with-no-package", "course/lessons.py", "ipywidgets gguf tokenizers", "gguf tokenizers", "notebooks"),
+    Mutant("a-word-is-told-the-answer", "course/exercises.py", "such as 12.5", "such as {1.5 * value:.3g}", "exercises"),
     Mutant("any-folder-is-one-of-lessons", "formats/atomic.py", "strange = [name for name in inside if not kind.files.fullmatch(name)]", "strange: list[str] = []", "course atomic"),
     Mutant("the-ledger-on-long-lines", "claims/ledger.py", "text, WIDTH, initial_indent", "text, 3 * WIDTH, initial_indent", "claims"),
     # ---- the lab, and where threads and BLAS are missing

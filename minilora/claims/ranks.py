@@ -30,7 +30,7 @@ def values(rows: Rows, target: str, method: str, key: str) -> dict[int, np.ndarr
 def little_is_enough(rows: Rows) -> Verdict:
     """Holds if r = 4 closes more than half of the gap from base to full fine-tuning, with every seed."""
     closed = values(rows, TEXT, "lora", "gap_closed")
-    low = f"r = 4 closes {np.median(closed[4]):.0%} of the gap, r = 8 {np.median(closed[8]):.0%}"
+    low = f"medians: r = 4 closes {np.median(closed[4]):.0%} of the gap, r = 8 {np.median(closed[8]):.0%}"
     return HOLDS if closed[4].min() > 0.5 else FAILS, low
 
 

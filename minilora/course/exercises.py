@@ -51,7 +51,7 @@ def predicted(
     `hints` has those for the numbers that one thinks of first, `otherwise` the one for all others.
     """
     number = given(guess)
-    assert isinstance(number, Real), f"{number!r} is not a number; expected one, such as {1.5 * value:.3g}"
+    assert isinstance(number, Real), f"{number!r} is not a number; expected one, such as 12.5"
     for wrong, hint in hints.items():
         assert abs(float(number) - wrong) > within, hint
     assert abs(float(number) - value) <= within, otherwise

@@ -9,6 +9,7 @@ in the order of the numbers in their names. The sources are in a checkout, or in
 import json
 import platform
 import re
+import sys
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ DATA = {  # where a lesson finds a file beside it -> the file in the repository,
     f"{name}/rows.jsonl": (f"figures/{name}/rows.jsonl", f"minilora experiment {name} --out figures/{name}")
     for name in EXPERIMENTS
 }
+NEEDS = "jupyterlab ipywidgets gguf tokenizers scikit-learn"  # packages of the extra `notebooks`
 PICTURES = "figures/pictures"  # which a text shows by (attachment:NAME.png)
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -120,9 +122,11 @@ class Written:
     lessons: int
 
     def __str__(self) -> str:
+        python = quote(sys.executable)
         return (
             f"{self.lessons} lessons without outputs, their data and solutions: {self.folder}\n"
-            f"to open them: python -m pip install jupyterlab, then jupyter lab {quote(str(self.folder))}"
+            f"to open them: {python} -m pip install {NEEDS}\n"
+            f"then: {python} -m jupyterlab {quote(str(self.folder))}"
         )
 
 

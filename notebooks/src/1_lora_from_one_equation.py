@@ -385,7 +385,7 @@ holds("in the spelling of 1623", text.source.endswith("plays in the spelling of 
 # %% tags=["exercise"]
 # Write the line.
 def input_gradient(dY, W, A, B, s):
-    """dX (M, I) from dY (M, O), the gradient that the layer below needs; without forming W + s B A.
+    """dX (M, I) from dY (M, O), the gradient that the layer below needs.
 
     Start from Y = X Wᵀ + s X Aᵀ Bᵀ and change X only.
     """
@@ -480,7 +480,7 @@ def check():
         off = np.abs(Y - X @ W.T).max()
         assert off > 1e-9, "clever: here B A = 0, and nothing is lost. Try the plain way first, and see"
         hints = {
-            "a": f"W is frozen, and got a gradient: {frozen.grad is not None}; nothing here needs it",
+            "a": "W is frozen and got no gradient; nothing here needs one",
             "c": f"the largest entry of dB is {np.abs(pair.B.grad).max():.2f}, and that of dA is "
             f"{np.abs(pair.A.grad).max():.2f}: both move",
         }

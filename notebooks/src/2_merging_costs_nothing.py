@@ -445,9 +445,10 @@ verdict(check)
 # %% tags=["exercise"]
 # Change, and explain.
 def gives_back(W):
-    """Q (O, I), no entry smaller than that of W, such that (W + Q) - Q is W in every entry; and why.
+    """Q (O, I) such that (W + Q) - Q is W in every entry; and why.
 
-    W is float32, drawn at random, and most Q do not do that.
+    No entry of Q is smaller in absolute value than that of W. W is float32, drawn at random, and most Q do
+    not do that.
 
     a: subtracting takes back whatever adding did.
     b: every W + Q is itself a float32 number, so nothing was rounded.
@@ -468,7 +469,7 @@ def check():
     Q, letter = given(gives_back(W.copy()))
     Q = np.asarray(Q, np.float32)
     assert Q.shape == W.shape, f"Q has shape {Q.shape}; expected that of W, {W.shape}"
-    assert (np.abs(Q) >= np.abs(W)).all(), "an entry of Q is smaller than that of W; choose larger ones"
+    assert (np.abs(Q) >= np.abs(W)).all(), "an entry of Q is smaller in absolute value than that of W"
     assert not changed(Q), f"{changed(Q)} of {W.size} entries changed: which sums need no rounding at all?"
     hints = {
         "a": f"then it would work for any Q; a random one of that size changes {changed(2 * other)} entries",

@@ -854,7 +854,7 @@ def check():
     assert not np.isclose(mine, 13), "almost: this is the square; the norm is its root"
     assert not np.isclose(mine, 5.0), "3 + 2 is the sum of what is left out; the norm adds squares"
     assert not np.isclose(mine, 3.0), "3 is the largest that is left out: the optimum in the spectral norm"
-    assert not np.isclose(mine, 2.0), "one value more is left out: the first k are kept, the next is not"
+    assert not np.isclose(mine, 2.0), "one value too few is counted as lost: only the first k are kept"
     assert not np.isclose(mine, 4.0), "this is what is kept, not what is lost"
     assert np.isclose(mine, np.sqrt(13)), "values 4, 3, 2 cut to rank 1: the root of 9 + 4 is lost"
     assert np.isclose(lost(A, B, 2.0, 1), 2 * np.sqrt(13)), "with scale 2 twice as much is lost"

@@ -355,7 +355,7 @@ holds(
 # %% tags=["exercise"]
 # Write the line.
 def gathered_product(x, A, B, ids):
-    """Row n is B[k] @ A[k] @ x[n] with k = ids[n]. x (N, I), A (K, r, I), B (K, O, r); no loop over rows."""
+    """Row n is B[k] @ A[k] @ x[n] with k = ids[n]. x (N, I), A (K, r, I), B (K, O, r)."""
     return None  # your line in place of None
 
 

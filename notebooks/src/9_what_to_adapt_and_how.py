@@ -347,6 +347,8 @@ def check():
         back(rng.standard_normal((6, O)))
         still = [name for name, p in (("A", pair.A), ("B", pair.B)) if not p.grad.any()]
         assert not still, f"no gradient in {' and '.join(still)}: the other factor is 0"
+        zeros = (~A.any(1) | ~B.any(0)).all()
+        assert zeros, "clever: two directions cancel, and neither has a zero. Try it with zeros, and see"
         rows = np.abs(pair.A.grad).max(1)
         hints = {
             "a": f"the rows of dA are at most {rows[0]:.2f} and {rows[1]:.2f}: 0 where B has its zero column",

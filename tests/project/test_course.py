@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -62,10 +63,15 @@ def test_the_command_says_how_to_open_what_it_wrote(tmp_path, monkeypatch, capsy
     assert cli.main(["lessons"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{len(course.lessons())} lessons without outputs")
-    assert said.endswith("to open them: python -m pip install jupyterlab, then jupyter lab lessons\n")
+    install, start = said.splitlines()[-2:]
+    assert install.startswith(f"to open them: {sys.executable} -m pip install jupyterlab ")
+    assert start == f"then: {sys.executable} -m jupyterlab lessons"
     assert below(tmp_path / "lessons") == FILES
+    monkeypatch.setattr(sys, "executable", "/a venv/python")
     assert cli.main(["lessons", "a b"]) == 0
-    assert capsys.readouterr().out.endswith("jupyter lab 'a b'\n")
+    install, start = capsys.readouterr().out.splitlines()[-2:]
+    assert shlex.split(install)[3:] == ["/a venv/python", "-m", "pip", "install", *course.NEEDS.split()]
+    assert shlex.split(start)[1:] == ["/a venv/python", "-m", "jupyterlab", "a b"]
 
 
 def test_a_folder_is_replaced_only_on_request_and_only_if_it_holds_lessons(tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_a_quote_with_another_number_or_place_is_missed(row):
 
 def test_most_statements_are_shown_by_a_number_and_each_is_said_once():
     assert len({row.statement for row in ROWS}) == len(ROWS) > 50
-    assert len(SHOWN) >= len(ROWS) - 4
+    assert len(SHOWN) >= len(ROWS) - 5
     assert sum(bool(re.search(r"\d", row.quote)) for row in SHOWN) > 0.9 * len(SHOWN)
     for row in ROWS:
         assert bool(row.lesson) == bool(row.section) == bool(row.quote), row.statement

@@ -144,7 +144,8 @@ def test_an_answer_is_returned_as_it_is(answer):
 @pytest.mark.parametrize(
     ("guess", "said"),
     [(4, None), (4.4, None), (3.6, None), (2, "half"), (1.6, "half"), (5, "other"), (-4, "other"),
-     ("4", "is not a number"), (None, "in place of None"), (float("nan"), "half")],
+     ("4", "is not a number; expected one, such as 12.5$"), (None, "in place of None"),
+     (float("nan"), "half")],
 )  # fmt: skip
 def test_a_prediction_is_right_within_its_margin(guess, said):
     if said is None:

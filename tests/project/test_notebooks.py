@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 import minilora
+from minilora.course import lessons as course
 from minilora.course.exercises import PACKAGES
 from notebooks import BUILD, ROOT, build, run, stored, tagged, title
 
@@ -306,10 +307,15 @@ def test_a_lesson_runs_to_its_end_without_optional_packages(name):
     assert not list(build.faults(build.execute(nb)))  # which raises if a cell does
 
 
+def test_what_the_command_says_to_install_is_what_the_lessons_look_for():
+    assert {*course.NEEDS.split()} == {"jupyterlab", *(PACKAGES.get(module, module) for _, module in NEEDS)}
+
+
 def test_the_notebooks_extra_has_every_package_of_the_lessons():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = {re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"]["notebooks"]}
     core = {"minilora", "IPython", *(re.match(r"[\w-]+", line)[0] for line in project["dependencies"])}
+    assert {*course.NEEDS.split()} <= extra
     for name in build.LESSONS:
         code = [ast.parse(c.source) for c in build.notebook(name).cells if c.cell_type == "code"]
         assert {PACKAGES.get(module, module) for module in needs(name)} <= extra, name

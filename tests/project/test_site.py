@@ -96,6 +96,35 @@ def test_the_experiment_on_its_page_runs_and_is_not_run_twice(tmp_path):
     assert (tmp_path / "runs/alpha/rows.jsonl").read_bytes() == rows
 
 
+def test_a_site_is_replaced_as_a_whole_and_no_other_folder_is(tmp_path, monkeypatch, capsys):
+    def build(files, site):
+        for name in files.split():
+            (site / name).parent.mkdir(exist_ok=True)
+            (site / name).write_text(files)
+        assert "bad" not in files, "a page is wrong"
+
+    def made(files, folder="site"):
+        monkeypatch.setattr(website, "build", functools.partial(build, files))
+        monkeypatch.setattr(sys, "argv", ["website.py", "--out", str(tmp_path / folder)])
+        website.main()
+
+    def there():
+        return sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+
+    made("objects.inv old.html _static/of.css")
+    made("objects.inv docs/new.html")
+    assert there() == ["site/docs/new.html", "site/objects.inv"]
+    with pytest.raises(AssertionError, match="a page is wrong"):
+        made("objects.inv bad.html")
+    assert there() == ["site/docs/new.html", "site/objects.inv"]
+    build("mine.html", tmp_path / "other")
+    build("mine.txt", tmp_path / "site")
+    for folder, said in (("other", "this is not one"), ("site", "this holds 'mine.txt'")):
+        with pytest.raises(SystemExit):
+            made("objects.inv", folder)
+        assert f"{folder}: only the folder of a site is overwritten; {said}" in capsys.readouterr().err
+
+
 # ---- the built site: pytest -m site
 
 
@@ -107,6 +136,7 @@ def site(tmp_path_factory):
     command = [sys.executable, "docs/website.py", "--out", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert not folder.with_name("jupyter_execute").exists()
     return folder
 
 
