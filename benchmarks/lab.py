@@ -9,6 +9,7 @@ this machine. Writes results/lab.json, results/lab.md, and minilora/lab/speed.js
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def browser(folder: Path) -> list:
 
 def main() -> None:
     """Run the rounds in turn and write what they took."""
+    busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temp:
         site.write(Path(temp) / "lab", str(ROOT / "build/lab/pyodide"))
         found = {"browser": [], "native": []}
@@ -93,7 +95,8 @@ def main() -> None:
     head = (
         f"# The lab in the browser\n\n`python benchmarks/lab.py`: medians of {ROUNDS} rounds, each a fresh "
         "Chromium and a fresh Python with one thread on the same machine. Rank 8 on all 21 matrices, 40 "
-        "steps of 4 x 64 letters; the first spectrum is that after the first step.\n\n"
+        "steps of 4 x 64 letters; the first spectrum is that after the first step. When it began, "
+        f"the load average of its {os.cpu_count()} cores was {busy:.1f}.\n\n"
     )
     tail = f"In the browser a step takes {ratio:.0f} times as long: NumPy in Pyodide has no BLAS.\n"
     table = Table(("", "in Chromium", "without a browser"), cells).markdown()

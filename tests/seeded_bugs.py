@@ -2376,6 +2376,8 @@ MUTANTS = (
     Mutant("errors-name-the-pages-own-path", "lab/lab.py", "str(e).replace(path, name)", "str(e)", "panels"),
     Mutant("any-numpy-will-do", "lab/site.py", 'if of_bytes(read(wheel)) != numpy["sha256"]:', "if False:", "lab_page"),
     Mutant("any-address-will-do", "lab/site.py", 'if parts.scheme != "https" or ', "if False and ", "lab_page"),
+    Mutant("a-command-that-spaces-break", "lab/site.py", "{quote(self.out)}", "{self.out}", "lab_page"),
+    Mutant("a-page-that-a-file-leaves-silent", "lab/page/index.html", "python3 -m http.server", "a server", "lab_page"),
     Mutant("the-page-may-send-anywhere", "lab/page/index.html", "connect-src 'self'{origin}", "connect-src *", "lab_page"),
     Mutant("the-page-asks-for-too-little", "lab/page/lab.js", 'own: $("own").value, ', "", "lab_page"),
     Mutant("an-event-that-nobody-shows", "lab/page/lab.js", "  answered({says}) {", "  answer({says}) {", "lab_page"),

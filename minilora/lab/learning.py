@@ -156,8 +156,8 @@ class Learning:
         return {
             "event": "compared", "after": after, "merged": text, "difference": numbers(difference),
             "logits": numbers(largest(apart)), "milliseconds": self.timed(), "pace": self.pace(),
-            "says": "Done. On the last fifth of the text, from which it did not learn, the loss went from "
-            f"{self.start:.2f} to {end:.2f}.",
+            "says": "Done. On a sample of the last fifth of the text, from which it did not learn, the loss "
+            f"went from {self.start:.2f} to {end:.2f}.",
         }  # fmt: skip
 
     def timed(self) -> list[float]:

@@ -11,6 +11,7 @@ import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,7 +49,7 @@ class Site:
         where = "with Pyodide" if self.pyodide == COPIED else f"Pyodide comes from {self.pyodide}"
         return [
             f"{self.out}: {counted(self.files, 'file', 'files')}, {self.bytes / 1e6:.1f} MB, {where}",
-            f"to open it: python3 -m http.server --bind 127.0.0.1 -d {self.out} 8000",
+            f"to open it: python3 -m http.server --bind 127.0.0.1 -d {quote(self.out)} 8000",
             "and then http://127.0.0.1:8000/",
         ]
 

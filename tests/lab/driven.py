@@ -74,6 +74,18 @@ def opened(browser, folder, **context):
             window.close()
 
 
+def drop(page, path, place):
+    """Drop a file or a folder onto the middle of an element."""
+    page.locator(place).scroll_into_view_if_needed()
+    box = page.locator(place).bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": x, "y": y, "data": data})
+    session.detach()
+
+
 def ready(page):
     """Wait until Python runs; seconds from the start, as the page tells them."""
     page.locator("#status", has_text="Ready").wait_for(timeout=120_000)

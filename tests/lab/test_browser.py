@@ -16,6 +16,7 @@ from minilora.lab import planted, site
 ROOT = Path(__file__).parents[2]
 ASSETS = Path(os.environ.get("MINILORA_LAB", ROOT / "build/lab"))
 FILES = ROOT / "tests/fixtures/lora_files"
+ONE = FILES / "kohya_sdscripts/sd15_linear/sd15_linear.safetensors"
 THERE = {"Chromium": bool(driven.CHROMIUM), str(ASSETS): (ASSETS / "axe.min.js").exists()}
 LACKS = [name for name, there in THERE.items() if not there]
 pytestmark = [
@@ -25,6 +26,11 @@ pytestmark = [
 SOON = 30  # seconds: three times what benchmarks/lab.py finds, since other programs may share the cores
 AXE = "() => axe.run().then(found => found.violations.map(v => `${v.id}: ${v.nodes.map(n => n.html)}`))"
 ASK = "url => fetch(url).then(() => 'sent', () => 'refused')"
+MISS = """([kind, file]) => {
+  const dataTransfer = new DataTransfer();
+  file ? dataTransfer.items.add(new File(["x"], "x")) : dataTransfer.setData("text/plain", "x");
+  return !document.body.dispatchEvent(new DragEvent(kind, {dataTransfer, bubbles: true, cancelable: true}));
+}"""  # whether the page keeps the browser from what it would do
 RUN = """code => {
   python.globals.set("code", code);
   return python.runPython(`
@@ -121,11 +127,54 @@ def test_what_is_no_adapter_is_said_beside_the_file(page, tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"\xff\xd8\xff")
     page.set_input_files("#files", tmp_path / "holiday.jpg")
     page.locator("#read-error", has_text="holiday.jpg: cannot be read as an adapter").wait_for()
+    assert not page.is_visible("#read-results")  # of the adapter before it
 
 
 def test_the_adapter_that_was_trained_is_opened(page):
+    assert page.inner_text("#read-error")
     page.click("#reuse")
     page.locator("#read-says", has_text="the adapter trained above: LoRA of rank 8 beside 21").wait_for()
+    assert page.inner_text("#read-error") == ""
+    assert page.is_visible("#read-results")
+
+
+def test_the_same_file_can_be_chosen_again(page):
+    for said in ("trained above", "LoRA of rank"):
+        page.locator("#read-says", has_text=said).wait_for()
+        page.evaluate("() => { document.getElementById('read-says').textContent = '' }")
+        page.set_input_files("#files", ONE)
+    page.locator("#read-says", has_text="LoRA of rank").wait_for()
+
+
+def test_a_file_is_dropped_and_a_folder_is_refused(page):
+    driven.drop(page, ONE.parent, "#drop")
+    said = f"{ONE.parent.name}: cannot be read; drop the files in the folder, not the folder"
+    page.locator("#read-error", has_text=said).wait_for()
+    driven.drop(page, ONE, "#drop")
+    page.locator("#read-says", has_text="LoRA of rank").wait_for()
+
+
+def test_files_that_miss_the_box_do_not_replace_the_page(page):
+    for kind in ("dragover", "drop"):
+        assert [page.evaluate(MISS, [kind, file]) for file in (True, False)] == [True, False]
+
+
+def test_files_dropped_before_python_runs_are_not_forgotten_in_silence(browser, folder):
+    with driven.opened(browser, folder) as page:
+        assert "Loading Python" in page.inner_text("#status")
+        for place in ("#drop", "#files"):
+            driven.drop(page, ONE, place)
+            page.locator("#read-says", has_text="still loading").wait_for()
+        driven.ready(page)
+        assert page.url == page.home
+        assert page.inner_text("#read-says") == ""
+
+
+def test_a_page_opened_as_a_file_says_what_to_do(browser, folder):
+    alone = browser.new_page()
+    alone.goto((folder / "index.html").as_uri())
+    assert "python3 -m http.server" in alone.inner_text("#status")
+    alone.close()
 
 
 def test_a_training_can_be_stopped_and_another_begun_by_keyboard(page):
@@ -146,6 +195,37 @@ def test_a_text_that_is_too_short_is_said(page):
     page.click("#train")
     page.locator("#learn-error", has_text="your text has 9 characters").wait_for()
     assert page.is_visible("#train")
+
+
+def test_a_double_click_begins_a_training_and_stops_it(page):
+    page.select_option("#text", "recipes")
+    page.dblclick("#train")
+    page.locator("#learn-says", has_text="Stopped before the first step.").wait_for(timeout=60_000)
+    assert page.is_enabled("#train")
+
+
+def test_enter_begins_no_second_training_and_no_second_search(page):
+    panels = (("train", "stop", "learn", "prompt"), ("search", "halt", "find", "pairs"))
+    for begin, end, says, field in panels:
+        page.click(f"#{begin}")
+        page.locator(f"#{says}-says", has_text=re.compile("Step 1|Training with")).wait_for(timeout=60_000)
+        page.press(f"#{field}", "Enter")
+        assert "writes" not in page.inner_text(f"#{says}-says")
+        page.click(f"#{end}")
+        page.locator(f"#{says}-says", has_text=re.compile("Done|Stopped")).wait_for(timeout=60_000)
+
+
+def test_an_error_that_nobody_expected_is_said_in_its_panel(page):
+    page.workers[0].evaluate("() => { self.kept = lab; lab = {answer() { throw Error('it broke') }} }")
+    try:
+        for begin, panel in (("train", "learn"), ("search", "find"), ("reuse", "read")):
+            page.click(f"#{begin}")
+            page.locator(f"#{panel}-error", has_text="does not work here: it broke").wait_for()
+            assert page.inner_text(f"#{panel}-says") == ""
+            assert page.is_enabled(f"#{begin}")
+        assert "Ready" in page.inner_text("#status")
+    finally:
+        page.workers[0].evaluate("() => { lab = self.kept }")
 
 
 def test_axe_finds_nothing_when_all_is_shown(page):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,7 @@ from pages import WHEEL, Page, stand_in
 from minilora.errors import ConfigError, FormatError, StorageError
 from minilora.lab import lab, learning, planted, reading, site
 
+ROOT = Path(__file__).parents[2]
 JS = {path.name: path.read_text() for path in site.PAGE.glob("*.js")}
 PYTHON = "".join(inspect.getsource(module) for module in (lab, learning, planted, reading))
 CONTROLS = ("input", "select", "textarea")
@@ -41,6 +43,13 @@ def test_a_page_is_written_that_loads_pyodide_from_its_cdn(written):
     assert (told.files, told.pyodide) == (6, site.PYODIDE)
     assert told.bytes == sum(path.stat().st_size for path in out.iterdir()) < 3_000_000
     assert "python3 -m http.server" in str(told)
+    assert f"six static files, about {told.bytes / 1e6:.0f} MB" in (ROOT / "docs/lab.md").read_text()
+
+
+def test_the_command_that_opens_it_can_be_pasted(tmp_path):
+    out = tmp_path / "my lab's"
+    command = shlex.split(str(site.write(out)).splitlines()[1].partition(": ")[2])
+    assert command[command.index("-d") + 1] == str(out)
 
 
 def test_pyodide_is_copied_from_a_folder_and_nothing_else_is(tmp_path):
@@ -155,9 +164,9 @@ def test_every_id_is_unique_and_every_one_that_is_named_exists(page):
     text = "".join(JS.values())
     used = set(re.findall(r'\$\("([\w-]+)"\)|\b(?:say|written|spelled)\("([\w-]+)"', text))
     named = {"".join(pair) for pair in used}
-    lists = re.findall(r"for \(const id of \[(.*?)\]", text) + re.findall(r"running\((\".*?), ", text)
+    lists = re.findall(r"for \(const id of \[(.*?)\]", text) + re.findall(r"const BUTTONS = \{(.*?)\}", text)
     named |= {name for found in lists for name in re.findall(r'"([\w-]+)"', found)}
-    named |= set(re.findall(r'"((?:find|read|learn)-(?:says|error))"', text))
+    named |= {f"{panel}-{part}" for panel in ("learn", "find", "read") for part in ("says", "error")}
     assert named <= set(page.ids), named - set(page.ids)
     assert len(named) > 40
 
@@ -194,7 +203,27 @@ def test_the_page_says_what_the_package_has(page, written):
     assert options == [*learning.TEXTS, "own"]
 
 
+def test_the_page_says_how_long_it_takes_as_the_benchmark_found(written):
+    assert learning.STEPS == 40
+    whole = measured()["browser"]["whole"]
+    assert 5 * round(whole / 5) == 15
+    assert "It takes forty steps, some fifteen seconds" in (written[0] / "index.html").read_text()
+
+
+def test_until_its_script_runs_the_page_says_what_to_do(written):
+    status = re.search(r'<p id="status".*?</p>', (written[0] / "index.html").read_text())[0]
+    assert "python3 -m http.server" in status
+    start = JS["lab.js"].split("async function start() {")[1].lstrip()
+    assert start.startswith('say("status", ')  # a browser runs no module from a file
+
+
 # ---- the protocol
+
+
+def measured():
+    """Where -> what the benchmark found there."""
+    rows = json.loads((ROOT / "benchmarks/results/lab.json").read_text())["rows"]
+    return {row["where"]: row for row in rows}
 
 
 def handlers():
@@ -242,5 +271,4 @@ def test_every_request_of_the_page_is_one_that_python_takes():
 
 def test_the_speed_that_the_page_tells_is_that_of_the_benchmark():
     told = json.loads((Path(learning.__file__).parent / "speed.json").read_text())
-    results = json.loads((Path(__file__).parents[2] / "benchmarks/results/lab.json").read_text())["rows"]
-    assert told == {row["where"]: row["step"] for row in results}
+    assert told == {where: row["step"] for where, row in measured().items()}

@@ -56,6 +56,7 @@ def test_shakespeare_learns_to_cook(run):
     assert len(losses) == learning.STEPS
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) / 2
     before, after = map(float, re.findall(r"from (\S+) to (\d+\.\d+)", compared["says"])[0])
+    assert compared["says"].startswith("Done. On a sample of the last fifth of the text")
     assert after < 0.6 * before  # on recipes that it has not seen
     cooking = re.compile(r"\b(Add|Serve|Stir|Cook|cups?|minutes)\b")
     assert not cooking.search(events[0]["before"])

@@ -4,6 +4,8 @@ import {bars, lines, picture, scale, waiting} from "./draw.js";
 const $ = id => document.getElementById(id);
 const say = (id, text) => { $(id).textContent = text; };
 const place = relative => new URL(relative, document.baseURI).href;
+const PANELS = {find: "find", read: "read", reuse: "read"};  // of a request; the others belong to "learn"
+const BUTTONS = {train: ["train", "stop"], find: ["search", "halt"]};  // one begins it, the other stops it
 let worker, session = {}, opened = [], truth = [];
 
 // ---- asking
@@ -13,7 +15,7 @@ function ask(request) {
 }
 
 async function start() {
-  if (location.protocol === "file:") throw new Error("A browser starts no worker from a file. Serve the folder: python3 -m http.server");
+  say("status", "Loading Python, about 17 MB the first time …");
   const code = await (await fetch("worker.js")).blob();  // as a blob it stands under this page's policy
   worker = new Worker(URL.createObjectURL(new Blob([code], {type: "text/javascript"})));
   worker.onmessage = ({data}) => show[data.event](data);
@@ -38,11 +40,12 @@ function chosen() {  // what stands beside the sliders
   if (session.ready) targets.length ? ask({do: "count", rank, alpha, targets}) : say("counted", "Choose at least one matrix.");
 }
 
-function running(button, other, yes) {  // while it runs, its button is the one that stops it
-  const focused = document.activeElement === (yes ? $(button) : $(other));
-  $(button).hidden = yes;
-  $(other).hidden = !yes;
-  if (focused) $(yes ? other : button).focus();
+function running(what, yes) {  // while it runs, its button is the one that stops it, and Enter begins no other
+  const [begin, end] = BUTTONS[what].map($);
+  const focused = document.activeElement === (yes ? begin : end);
+  begin.hidden = begin.disabled = yes;
+  end.hidden = !yes;
+  if (focused) (yes ? end : begin).focus();
 }
 
 // ---- showing
@@ -51,6 +54,7 @@ const show = {
   ready({says}) {
     session.ready = true;
     say("status", `${says} It took ${(performance.now() / 1000).toFixed(1)} s.`);
+    say("read-says", "");
     for (const id of ["train", "search", "files"]) $(id).disabled = false;
     chosen();
   },
@@ -145,28 +149,35 @@ const show = {
   },
 
   refused({do: what, says}) {
-    say({find: "find-error", read: "read-error", reuse: "read-error"}[what] ?? "learn-error", says);
-    say({find: "find-says", read: "read-says", reuse: "read-says"}[what] ?? "learn-says", "");
+    const panel = PANELS[what] ?? "learn";
+    say(`${panel}-error`, says);
+    say(`${panel}-says`, "");
+    if (panel === "read") $("read-results").hidden = true;
   },
 
-  failed({says}) {
+  failed({do: what, says}) {
     const lines = says.trim().split("\n");  // of a traceback the line that names the error
-    say("status", `This does not work here: ${lines.findLast(line => /Error/.test(line)) ?? lines[0]}`);
-    $("status").className = "error";
+    const told = `This does not work here: ${lines.findLast(line => /Error/.test(line)) ?? lines[0]}`;
+    if (session.ready && what) {
+      show.refused({do: what, says: told});
+      if (what in BUTTONS) running(what, false);
+    } else {
+      say("status", told);
+      $("status").className = "error";
+    }
   },
 
   over({do: what, stopped}) {
+    if (what in BUTTONS) running(what, false);
     if (what === "train") {
-      running("train", "stop", false);
       if (session.losses?.length) {
         say("learn-says", stopped ? "Stopped. Comparing …" : "Comparing before and after …");
         ask({do: "compare"});
+      } else if (stopped) {
+        say("learn-says", "Stopped before the first step.");
       }
     }
-    if (what === "find") {
-      running("search", "halt", false);
-      if (stopped) say("find-says", "Stopped.");
-    }
+    if (what === "find" && stopped) say("find-says", "Stopped.");
   },
 };
 
@@ -214,7 +225,7 @@ $("learn-form").addEventListener("submit", event => {
   event.preventDefault();
   say("learn-error", "");
   say("learn-says", "The frozen model writes …");
-  running("train", "stop", true);
+  running("train", true);
   session.losses = [];
   ask({do: "train", ...config(), text: $("text").value, own: $("own").value, prompt: $("prompt").value});
 });
@@ -224,27 +235,41 @@ $("find-form").addEventListener("submit", event => {
   event.preventDefault();
   say("find-error", "");
   say("find-says", "The model writes a text …");
-  running("search", "halt", true);
+  running("find", true);
   ask({do: "find", pairs: Number($("pairs").value)});
 });
 for (const id of ["stop", "halt"]) $(id).addEventListener("click", () => ask({do: "stop"}));
 
-function read(files) {
-  if (!files.length || !session.ready) return;
+function reading() {
   say("read-error", "");
   say("read-says", "Reading …");
+}
+
+function read(files) {
+  if (!files.length) return;
+  if (!session.ready) return say("read-says", "Python is still loading. Drop the files again when it is ready.");
+  reading();
   ask({do: "read", files, name: files.map(file => file.name).join(" and ")});
 }
 
-$("files").addEventListener("change", () => read([...$("files").files]));
-$("reuse").addEventListener("click", () => ask({do: "reuse"}));
+$("files").addEventListener("change", () => {
+  read([...$("files").files]);
+  $("files").value = "";  // so that the same file can be chosen again
+});
+$("reuse").addEventListener("click", () => {
+  reading();
+  ask({do: "reuse"});
+});
 $("opened-module").addEventListener("change", look);
 for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
   $("drop").addEventListener(name, event => {
-    event.preventDefault();
     $("drop").classList.toggle("over", over);
     if (name === "drop") read([...event.dataTransfer.files]);
   });
+}
+
+for (const name of ["dragover", "drop"]) {  // of files, wherever: the browser would show them in the page's place
+  window.addEventListener(name, event => { if (event.dataTransfer.types.includes("Files")) event.preventDefault(); });
 }
 
 for (const id of ["loss", "values", "energy"]) waiting($(id), "press Train");

@@ -25,6 +25,11 @@ async function start({pyodide, archive}) {
 
 async function answer({files, ...request}) {
   const long = LONG.includes(request.do), mine = long ? ++turn : turn;
+  const folder = files && await unreadable(files);
+  if (folder) {
+    self.postMessage({event: "refused", do: request.do, says: `${folder}: cannot be read; drop the files in the folder, not the folder`});
+    return;
+  }
   if (files) request.path = mount(files);
   const events = lab.answer(JSON.stringify(request));
   for (const event of events) {
@@ -36,6 +41,16 @@ async function answer({files, ...request}) {
   }
   events.destroy();
   self.postMessage({event: "over", do: request.do, stopped: turn !== mine});
+}
+
+async function unreadable(files) {  // the name of the first that is none, such as a folder; Python would end with it
+  for (const file of files) {
+    try {
+      await file.slice(0, 1).arrayBuffer();
+    } catch {
+      return file.name;
+    }
+  }
 }
 
 function mount(files) {  // they are read where they lie, and not copied
