@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..formats.atomic import read
-from ..table import Table, report
+from ..table import Table, plain, report
 from .claim import FAILS, HOLDS, Entry
 
 WIDTH = 80  # characters of a line in a terminal
@@ -24,7 +24,7 @@ LEDGER = Path(__file__).with_name("ledger.json")
 def folded(text: str, indent: str) -> list[str]:
     """A text as lines of at most 80 characters, all but the first indented a little more."""
     return textwrap.wrap(
-        text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False
+        plain(text), WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False
     )  # fmt: skip
 
 
