@@ -117,9 +117,10 @@ def test_a_finished_sweep_and_a_damaged_row(folder):
     assert [line for line in first if not BAR.fullmatch(line)] == second
     rows.write_text("{broken\n" + "".join(rows.read_text().splitlines(keepends=True)[1:]))
     third, _ = on_terminal(*argv, cwd=folder)
-    note, bar, *rest = third
+    bars = [i for i, line in enumerate(third) if BAR.fullmatch(line)]
+    assert bars in ([1], [])  # one run may be over before a bar is shown
+    note, *rest = (line for i, line in enumerate(third) if i not in bars)
     assert note.startswith("minilora: again/rows.jsonl: line 1 is skipped")
-    assert BAR.fullmatch(bar)
     assert rest == second
 
 

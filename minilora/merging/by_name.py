@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import one_blas_thread
-from ..errors import InputError, NonFiniteError, nearest
+from ..errors import InputError, NonFiniteError
 from ..formats.atomic import check_free, make_folder, read_pieces, refuse_same, write_atomic, write_folder
 from ..formats.huggingface import fingerprint, heads_in, read_json, weights
 from ..formats.safetensors import CALLED, FLOATS, encoded, header_of, rewritten, values
@@ -31,7 +31,7 @@ from ..peft.folder import Adapter, open_adapter
 from ..peft.loading import check_base
 from ..spectra import quotient
 from ..table import Table, counted, report
-from .changes import Change, table_of
+from .changes import Change, check_dtype, table_of
 from .places import Part
 from .plan import Base, Plan, opened, planned, without_factors
 
@@ -89,8 +89,7 @@ def merge_by_name(
     NonFiniteError for a value too large for its dtype; others as in `planned` and `open_adapter`. Nothing is
     written then, but folders above a file may be new.
     """
-    if dtype is not None and dtype not in CALLED:
-        raise InputError(f"dtype is {dtype!r}; {nearest(dtype, CALLED)}")
+    check_dtype(dtype)
     source, out = opened(base), Path(out)
     single = source.where.is_file()
     if (out.suffix == ".safetensors") != single:

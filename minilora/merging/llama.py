@@ -18,17 +18,16 @@ import numpy as np
 from .. import lora
 from ..backend import quiet_overflow, to_device, to_host
 from ..decoding import past_of
-from ..errors import InputError, nearest
 from ..formats.atomic import check_free, refuse_same
 from ..formats.huggingface import Checkpoint, assemble, beside, checkpoint, save_model, token_ids
-from ..formats.safetensors import CALLED, stored
+from ..formats.safetensors import stored
 from ..lora_files.recognise import recognised
 from ..model import Llama
 from ..peft.loading import load_adapter
 from ..spectra import quotient
 from ..table import Table, plain, report
 from ..tree import named_params, unpack
-from .changes import Change, table_of
+from .changes import Change, check_dtype, table_of
 
 
 @report
@@ -77,8 +76,7 @@ def merge_llama(
     """
     source = checkpoint(base)
     kind = dtype or source.dtype
-    if kind not in CALLED:
-        raise InputError(f"dtype is {kind!r}; {nearest(kind, CALLED)}")
+    check_dtype(kind)
     _, adapter = recognised(adapter)
     refuse_same(out, source.where, adapter)
     check_free(out)

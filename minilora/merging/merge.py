@@ -10,6 +10,7 @@ from ..formats.atomic import exists
 from ..formats.huggingface import NAMES, components, located, read_json, read_outline
 from ..peft.folder import open_adapter
 from .by_name import MergeByName, merge_by_name
+from .changes import check_dtype
 from .llama import Merge, merge_llama
 
 
@@ -30,6 +31,7 @@ def merge_checkpoint(
     pipeline's, is merged by the names of its tensors (merging/by_name.py). Errors as there, and InputError
     for a `probe` that nothing can run on.
     """
+    check_dtype(dtype)
     if reason := beyond(base) or of_inputs(adapter):
         if probe is not None:
             raise InputError(f"{base}: {reason}; expected no probe, since no logits are compared")
