@@ -2363,7 +2363,7 @@ MUTANTS = (
     Mutant("lessons-open-with-no-package", "course/lessons.py", "ipywidgets gguf tokenizers", "gguf tokenizers", "notebooks"),
     Mutant("a-word-is-told-the-answer", "course/exercises.py", "such as 12.5", "such as {1.5 * value:.3g}", "exercises"),
     Mutant("any-folder-is-one-of-lessons", "formats/atomic.py", "strange = [name for name in inside if not kind.files.fullmatch(name)]", "strange: list[str] = []", "course atomic"),
-    Mutant("the-ledger-on-long-lines", "claims/ledger.py", "text, WIDTH, initial_indent", "text, 3 * WIDTH, initial_indent", "claims"),
+    Mutant("the-ledger-on-long-lines", "claims/ledger.py", "plain(text), WIDTH, initial_indent", "text, 3 * WIDTH, initial_indent", "claims"),
     # ---- the lab, and where threads and BLAS are missing
     Mutant("threadpoolctl-is-everywhere", "backend.py", "    except ImportError:\n        yield False\n        return\n", "    except ZeroDivisionError:\n        yield False\n        return\n", "package"),
     Mutant("blas-has-a-version", "experiments/harness.py", "blas.get('version', '')", "blas['version']", "package"),
