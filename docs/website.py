@@ -44,7 +44,10 @@ SITE = Kind(
     "a site", marks=re.compile(r"objects\.inv"),
     files=re.compile(r"(.*/)?(_\w+/.*|[^/]+\.html|)|objects\.inv|searchindex\.js|\.buildinfo"),
 )  # fmt: skip
-LANGUAGES = {".py": "python", ".sh": "bash", "": "bash", ".yml": "yaml", ".txt": "text", ".md": "markdown"}
+LANGUAGES = {  # of a file that has a page of its own
+    ".py": "python", ".sh": "bash", "": "bash", ".yml": "yaml", ".txt": "text", ".md": "markdown",
+    ".html": "text", ".css": "text", ".js": "text",  # whose lexers do not know all of today's syntax
+}  # fmt: skip
 LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
