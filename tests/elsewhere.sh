@@ -37,7 +37,7 @@ check() { # PYTHON [PYTEST ARGUMENT ...]
         return
     fi
     "$1" -m pytest -q -p no:cacheprovider "${@:2}" -m quick
-    "$1" -m pytest -q -p no:cacheprovider "${@:2}" tests/compose/test_export.py
+    "$1" -m pytest -q -p no:cacheprovider "${@:2}" tests/merging/test_merging_llama.py
 }
 
 # shellcheck disable=SC2046

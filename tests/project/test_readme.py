@@ -95,6 +95,13 @@ def test_ci_runs_the_commands_of_the_readme():
     assert {job, proof} <= {*said}
 
 
+def test_every_file_of_a_stage_is_there():
+    for script in (".ci/run", "tests/elsewhere.sh"):
+        named = re.findall(r"\b(?:tests|docs|benchmarks)/[\w/.]+\w", (ROOT / script).read_text())
+        assert named
+        assert [file for file in named if not (ROOT / file).exists()] == [], script
+
+
 def test_the_reading_order_follows_the_imports():
     lesson = re.findall(r"\]\(minilora/(\w+)\.py\)", "\n".join(re.findall(r"^\d+\. .*$", README, re.M)))
     assert len(lesson) == len({*lesson}) >= 9
