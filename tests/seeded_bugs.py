@@ -2407,5 +2407,6 @@ MUTANTS = (
     Mutant("missing-factors-are-not-told", "merging/plan.py", 'if f"{name}.weight" not in there]', "if False]", "by_name"),
     Mutant("a-link-for-a-component-is-read", "formats/huggingface.py", "if links := [p for p in inside if p.is_symlink()]:", "if links := []:", "by_name"),
     Mutant("an-alpha-that-did-not-count-stays", "lora_files/contents.py", "return name not in NUMBERS or not new or", "return True or not new or", "convert"),
+    Mutant("a-glyph-that-the-font-lacks-is-a-warning", "analysis/plotting.py", 'warnings.filterwarnings("ignore", "Glyph ")', "pass", "table"),
 )
 # fmt: on

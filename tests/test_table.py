@@ -36,7 +36,7 @@ PIECES = (
     "\n", "\r", "\t", "\x7f", "\x85", "\x9b", "\u2028", "\u202e", "\u2066", "\u200b", "\ufeff", "\ud800",
 )  # fmt: skip
 names = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
-NASTY = ["a$x^$b", "_\x1b[2J\n\u202e\\$5 \udcff", '<i>&\'" id="y url(#z']  # each in another way
+NASTY = ["a$x^$b", "_\x1b[2J\n\u202e\\$5 \udcff", '<i>&\'" id="y url(#z', "語"]  # each in another way
 
 
 def calm(text):

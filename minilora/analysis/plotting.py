@@ -9,7 +9,8 @@ same bytes.
 import base64
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,17 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "minilora",
     "svg.fonttype": "none",
 }
-styled = matplotlib.rc_context(STYLE)  # a decorator: sets the style while a function draws
+
+
+@contextmanager
+def house() -> Iterator[None]:
+    """The style while something is drawn. A glyph that the font lacks is a box in PNG and text in SVG."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")
+        yield
+
+
+styled = house()  # a decorator
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,7 @@ class Picture:
         if kind not in self.made:
             stream = io.BytesIO()
             metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-            with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph ")  # missing glyph: a box in PNG, text in SVG
+            with house():
                 self.figure.savefig(stream, format=kind, metadata=metadata)
             self.made[kind] = stream.getvalue()
         return self.made[kind]
