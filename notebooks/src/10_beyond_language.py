@@ -5,8 +5,8 @@
 # diffusion model draws before and after LoRA. Then you adapt a model that classifies images, find the rank of
 # a change of pixels, and teach new digits to a model that draws, with the same calls as for text.
 #
-# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb), and for the ranks [Low
-# rank, low dimension](8_low_rank_low_dimension.ipynb).
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), and for the ranks [Low
+# rank, low dimension](6_low_rank_low_dimension.ipynb).
 #
 # **Contents.** A known rank · Drawing · The same three calls · Exercises · To take along
 #

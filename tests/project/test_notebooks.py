@@ -81,11 +81,11 @@ NUMBER = re.compile(
 )
 FORMULA = re.compile(r"\$\$.*?\$\$|[_^]\{[^}]*\}|[_^]\d")  # displayed; or an index or exponent
 HARMLESS = {
-    "1_lora_from_one_equation": [
+    "2_lora_from_one_equation": [
         "([Hu et al. 2021 , section 4.1)",
         "(L(a + h) - L(a - h)\\big) / 2h",
     ],
-    "2_merging_costs_nothing": [
+    "3_merging_costs_nothing": [
         "The same function twice",  # the title of a section, and in the contents
         "$\\gamma_k = k u / (1 - k u)$",
         "section 3.1)",
@@ -94,7 +94,7 @@ HARMLESS = {
         "(Reiser and Knuth 1975)",
         "agree within $2(\\gamma",
     ],
-    "3_which_rank": [
+    "4_which_rank": [
         "Three rules make the comparison fair. 1. ",
         " 2. The choice",
         "0 % is the frozen base, 100 % is full fine-tuning. A value above 100 % is possible.",  # a definition
@@ -102,7 +102,7 @@ HARMLESS = {
         '*"10,000 times less memory."*',  # what not to claim
         "`minilora sweep --data FILE --data permuted:4 --out mine`",
     ],
-    "4_under_the_microscope": [
+    "11_under_the_microscope": [
         "SmolLM2-135M",
         "in the spelling of 1623",
         "| at 90 %, at 99 % |",  # names of columns
@@ -116,7 +116,7 @@ HARMLESS = {
         "before you merge into 16 bits",
         "It is fetched once, 93 MB.",  # the size of the package
     ],
-    "5_four_bits": [
+    "7_four_bits": [
         "Four bits **What you will see.",  # the title
         "([Dettmers et al. 2023 )",
         "Which 16 values? ·",  # the title of a section, in the contents
@@ -124,23 +124,23 @@ HARMLESS = {
         "Keep the adapter beside the 4-bit base",
         "Merging into four bits adds noise",
     ],
-    "6_adding_adapters": [
+    "8_adding_adapters": [
         "Weights $1 - t$ and $t$ lead from one adapter to the other",
         "([Yadav et al. 2023 )",
     ],
-    "7_a_thousand_adapters": [
+    "9_a_thousand_adapters": [
         "A thousand adapters **What you will see.",  # the title
         "[Punica, Chen et al. 2023 .)",
         "what makes a thousand adapters on one base affordable",
         "([Sheng et al. 2023 )",
     ],
-    "8_low_rank_low_dimension": [
+    "6_low_rank_low_dimension": [
         "(Eckart and Young 1936)",
         "0 is what random directions share, 1 means the same ones",  # a definition
         "([Li et al. 2018 )",
         "(SAID, of [Aghajanyan et al. 2020 ,",
     ],
-    "9_what_to_adapt_and_how": [
+    "5_what_to_adapt_and_how": [
         "LoRA leaves three choices: which matrices, which scale, which start.",
         "([rsLoRA, Kalajdzievski 2023 )",
         "or $\\alpha = 2 r$. Look",  # a definition
@@ -193,18 +193,18 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
 @pytest.mark.parametrize(
     ("name", "was", "now"),
     [
-        ("2_merging_costs_nothing", "The base makes 28 products", "The base makes 25 products"),
-        ("2_merging_costs_nothing", "70 in all", "61 in all"),
-        ("2_merging_costs_nothing", "from about 100 rows on", "from about 200 rows on"),
-        ("1_lora_from_one_equation", "seven lines of NumPy;", "eight lines of NumPy;"),
-        ("3_which_rank", "is 3 to 9 times", "is 3 to 8 times"),
-        ("4_under_the_microscope", "the residual is 0.735", "the residual is 0.736"),
-        ("4_under_the_microscope", "it is four fifths", "it is three fifths"),
-        ("5_four_bits", "QLoRA ends 0.008 nats", "QLoRA ends 0.018 nats"),
-        ("6_adding_adapters", "`peft_linear` is off by 95 %", "`peft_linear` is off by 85 %"),
-        ("7_a_thousand_adapters", "are copies of our three", "are copies of our four"),
-        ("8_low_rank_low_dimension", "it takes 5.5 % of all numbers", "it takes 6.5 % of all numbers"),
-        ("9_what_to_adapt_and_how", "at most 0.006 nats apart", "at most 0.016 nats apart"),
+        ("3_merging_costs_nothing", "The base makes 28 products", "The base makes 25 products"),
+        ("3_merging_costs_nothing", "70 in all", "61 in all"),
+        ("3_merging_costs_nothing", "from about 100 rows on", "from about 200 rows on"),
+        ("2_lora_from_one_equation", "seven lines of NumPy;", "eight lines of NumPy;"),
+        ("4_which_rank", "is 3 to 9 times", "is 3 to 8 times"),
+        ("11_under_the_microscope", "the residual is 0.735", "the residual is 0.736"),
+        ("11_under_the_microscope", "it is four fifths", "it is three fifths"),
+        ("7_four_bits", "QLoRA ends 0.008 nats", "QLoRA ends 0.018 nats"),
+        ("8_adding_adapters", "`peft_linear` is off by 95 %", "`peft_linear` is off by 85 %"),
+        ("9_a_thousand_adapters", "are copies of our three", "are copies of our four"),
+        ("6_low_rank_low_dimension", "it takes 5.5 % of all numbers", "it takes 6.5 % of all numbers"),
+        ("5_what_to_adapt_and_how", "at most 0.006 nats apart", "at most 0.016 nats apart"),
         ("10_beyond_language", "79 % of the way", "89 % of the way"),
     ],
 )

@@ -379,7 +379,7 @@ holds("in the spelling of 1623", text.source.endswith("plays in the spelling of 
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/1_lora_from_one_equation.md).
+# [The solutions, and what is often answered instead](solutions/2_lora_from_one_equation.md).
 
 
 # %% tags=["exercise"]
@@ -498,4 +498,4 @@ verdict(check)
 # - With $B = 0$ the model starts as the base, and the first step moves only $B$.
 # - The cost is $r (I + O)$ numbers, with their gradients and moments. Activations take what they took before.
 #
-# Next: [Merging costs nothing](2_merging_costs_nothing.ipynb).
+# Next: [Merging costs nothing](3_merging_costs_nothing.ipynb).

@@ -5,7 +5,7 @@
 # unmerging gives the base back to the bit, and how a common way of doing it does not; and what merging saves,
 # counted in products of matrices.
 #
-# **What you need.** The first lesson, [LoRA from one equation](1_lora_from_one_equation.ipynb).
+# **What you need.** The first lesson, [LoRA from one equation](2_lora_from_one_equation.ipynb).
 #
 # **Contents.** The same function twice · How far apart can they be? · Where nothing rounds · Merging a model
 # · Adding and subtracting · Counting the work · Exercises · To take along
@@ -380,7 +380,7 @@ print("merged takes less than 1.5 times as long as the base:", best["merged"] < 
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/2_merging_costs_nothing.md).
+# [The solutions, and what is often answered instead](solutions/3_merging_costs_nothing.md).
 
 
 # %% tags=["exercise"]
@@ -489,4 +489,4 @@ verdict(check)
 # - Keep the base and drop the merged copy, and unmerging is exact. Adding and subtracting is not.
 # - Merged, the adapted model does the products of the base and no other.
 #
-# Next: [Which rank?](3_which_rank.ipynb)
+# Next: [Which rank?](4_which_rank.ipynb)

@@ -5,8 +5,8 @@
 # You train three small adapters, add them in the right way and in a common wrong one, walk from one to
 # another, and go through TIES, a method for updates that disagree, step by step.
 #
-# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Merging costs
-# nothing](2_merging_costs_nothing.ipynb).
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Merging costs
+# nothing](3_merging_costs_nothing.ipynb).
 #
 # **Contents.** Three adapters · Add the updates, not the factors · From one to another · Where signs
 # disagree · Exercises · To take along
@@ -259,7 +259,7 @@ says("The sum would be {}; TIES says {:.0f}", one[1, 1] + two[1, 1], merged[1, 1
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/6_adding_adapters.md).
+# [The solutions, and what is often answered instead](solutions/8_adding_adapters.md).
 
 
 # %% tags=["exercise"]
@@ -358,4 +358,4 @@ verdict(check)
 # - A sum of adapters that were trained apart may be worse than each. Measure it on every text you care for.
 # - TIES decides conflicts by a vote; it is another update than the sum.
 #
-# Next: [A thousand adapters](7_a_thousand_adapters.ipynb).
+# Next: [A thousand adapters](9_a_thousand_adapters.ipynb).

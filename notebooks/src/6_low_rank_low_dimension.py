@@ -5,8 +5,8 @@
 # and a low rank are two things, and the first picture has both. Then you plant a $\Delta W$ of known rank and
 # watch LoRA find it, ask whether two runs find the same directions, and train a model along random ones.
 #
-# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Which
-# rank?](3_which_rank.ipynb).
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Which
+# rank?](4_which_rank.ipynb).
 #
 # **Contents.** A low rank · Which directions? · A low dimension · Not the same · Exercises · To take along
 #
@@ -278,7 +278,7 @@ holds("Say what the 90 % are of", np.median(base.d90("accuracy")) < d90)
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/8_low_rank_low_dimension.md).
+# [The solutions, and what is often answered instead](solutions/6_low_rank_low_dimension.md).
 
 
 # %% tags=["exercise"]
@@ -379,4 +379,4 @@ verdict(check)
 # - Two runs find different directions that do about as well. Compare directions with random ones first.
 # - Whether fine-tuning has a "low intrinsic dimension" depends on what the 90 % are of.
 #
-# Next: [What to adapt and how](9_what_to_adapt_and_how.ipynb).
+# Next: [What to adapt and how](5_what_to_adapt_and_how.ipynb).

@@ -5,8 +5,8 @@
 # picture spends one budget of parameters in eight places, and the place matters. Then a scale turns out to be
 # a learning rate, to the bit; starts are compared; and you see what all of it costs.
 #
-# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Which
-# rank?](3_which_rank.ipynb).
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Which
+# rank?](4_which_rank.ipynb).
 #
 # **Contents.** Which matrices? · Which scale? · Which start? · What it costs · Its rivals · Exercises · To
 # take along
@@ -256,7 +256,7 @@ print(claims().of("rivals/rivals"))
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/9_what_to_adapt_and_how.md).
+# [The solutions, and what is often answered instead](solutions/5_what_to_adapt_and_how.md).
 
 
 # %% tags=["exercise"]

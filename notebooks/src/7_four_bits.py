@@ -6,8 +6,8 @@
 # are trained beside such a base, which is QLoRA ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)),
 # and beside the base as it was.
 #
-# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Merging costs
-# nothing](2_merging_costs_nothing.ipynb).
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Merging costs
+# nothing](3_merging_costs_nothing.ipynb).
 #
 # **Contents.** Which 16 values? · A block by hand · How large is the error? · QLoRA beside LoRA · Exercises
 # · To take along
@@ -305,7 +305,7 @@ says("{:.3f} of the memory", stored[1] / stored[0])
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/5_four_bits.md).
+# [The solutions, and what is often answered instead](solutions/7_four_bits.md).
 
 
 # %% tags=["exercise"]
@@ -408,4 +408,4 @@ verdict(check)
 # - QLoRA is LoRA beside such a base. No layer changes, no code is trained.
 # - Merging into four bits adds noise. Merge into float, or do not merge.
 #
-# Next: [Adding adapters](6_adding_adapters.ipynb).
+# Next: [Adding adapters](8_adding_adapters.ipynb).

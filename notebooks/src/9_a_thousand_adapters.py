@@ -5,8 +5,8 @@
 # theirs. You compute such a batch in three ways that agree, keep a few of a thousand adapters in memory,
 # and watch an engine write several texts at once, each with an adapter of its own.
 #
-# **What you need.** [LoRA from one equation](1_lora_from_one_equation.ipynb) and [Merging costs
-# nothing](2_merging_costs_nothing.ipynb).
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Merging costs
+# nothing](3_merging_costs_nothing.ipynb).
 #
 # **Contents.** One batch, many adapters · A whole model · A bank · An engine · What is saved · How fast ·
 # Exercises · To take along
@@ -349,7 +349,7 @@ holds(
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/7_a_thousand_adapters.md).
+# [The solutions, and what is often answered instead](solutions/9_a_thousand_adapters.md).
 
 
 # %% tags=["exercise"]
@@ -454,4 +454,4 @@ verdict(check)
 # - Few adapters in memory serve many on disk, because few are popular.
 # - Texts join and leave between tokens, whatever their adapters.
 #
-# Next: [Low rank, low dimension](8_low_rank_low_dimension.ipynb).
+# Next: [Low rank, low dimension](6_low_rank_low_dimension.ipynb).

@@ -6,8 +6,8 @@
 # taken out of a full fine-tuning; and what rounding costs when it is merged. Beside every measure stands what
 # noise would show in its place.
 #
-# **What you need.** The first lesson, [LoRA from one equation](1_lora_from_one_equation.ipynb), and the
-# singular values of the third, [Which rank?](3_which_rank.ipynb)
+# **What you need.** The first lesson, [LoRA from one equation](2_lora_from_one_equation.ipynb), and the
+# singular values of the third, [Which rank?](4_which_rank.ipynb)
 #
 # **Contents.** An adapter in a folder · What the columns mean · A flat spectrum · Beside the base · Intruders
 # · Two seeds · Smaller · One budget, many ranks · From two checkpoints · Merged and rounded · The same on a
@@ -691,7 +691,7 @@ holds(
 # %% [markdown]
 # ## Merged and rounded
 #
-# Back to our own adapter. [Merging costs nothing](2_merging_costs_nothing.ipynb) but rounding, and the report
+# Back to our own adapter. [Merging costs nothing](3_merging_costs_nothing.ipynb) but rounding, and the report
 # of `merge_checkpoint` says how much: the logits of the merged model against those of base and adapter, once
 # in float32 and once in float64. Beside it stands what rounding does *without* merging: one and the same
 # model in float32 and in float64.
@@ -834,7 +834,7 @@ if large:
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/4_under_the_microscope.md).
+# [The solutions, and what is often answered instead](solutions/11_under_the_microscope.md).
 
 
 # %% tags=["exercise"]
@@ -963,4 +963,4 @@ verdict(check)
 #   make the change by full fine-tuning one of low rank.
 # - Merging costs rounding. In bfloat16 that is little for a large $\Delta W$ and most of a small one.
 #
-# Next: [Four bits](5_four_bits.ipynb).
+# Next: [Four bits](7_four_bits.ipynb).

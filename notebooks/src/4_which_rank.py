@@ -5,7 +5,7 @@
 # the test loss against the rank; the singular values of what was learned, with those of full fine-tuning and
 # of noise beside them; and a task whose rank is known, on which the method can be tested itself.
 #
-# **What you need.** The first lesson, [LoRA from one equation](1_lora_from_one_equation.ipynb), and the idea
+# **What you need.** The first lesson, [LoRA from one equation](2_lora_from_one_equation.ipynb), and the idea
 # of singular values: every matrix is a sum of rank-one matrices, and they are the sizes of those.
 #
 # **Contents.** The sweep · Loss against rank · The spectra · How many directions? · One rank at a time · A
@@ -440,7 +440,7 @@ holds("The base knows this text", base_k["floor"] < 0.5 * base_k["test"])
 # ## Exercises
 #
 # Write your answer in place of `None`, and run that cell and the one below it. A wrong answer gets a hint.
-# [The solutions, and what is often answered instead](solutions/3_which_rank.md).
+# [The solutions, and what is often answered instead](solutions/4_which_rank.md).
 
 
 # %% tags=["exercise"]
@@ -546,4 +546,4 @@ verdict(check)
 # To make your own sweep: `minilora sweep --data FILE --data permuted:4 --out mine`, then copy
 # `mine/rows.jsonl` beside this notebook and run it again.
 #
-# Next: [An adapter under the microscope](4_under_the_microscope.ipynb)
+# Next: [An adapter under the microscope](11_under_the_microscope.ipynb)
