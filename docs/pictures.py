@@ -53,9 +53,9 @@ def main() -> None:
     found = drawn()
     for name, picture in found.items():
         picture.save(FOLDER, name)
-    made = ml.plots.made_with() | {"command": "python docs/pictures.py"}
-    MANIFEST.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     says = {name: picture.says for name, picture in found.items()}
+    made = ml.plots.made_with() | {"command": "python docs/pictures.py", "says": says}
+    MANIFEST.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for page in pages():
         page.write_text(filled(page.read_text(encoding="utf-8"), says), encoding="utf-8")
 

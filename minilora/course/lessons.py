@@ -32,7 +32,7 @@ DATA = {  # where a lesson finds a file beside it -> the file in the repository,
     for name in EXPERIMENTS
 }
 NEEDS = "jupyterlab ipywidgets gguf tokenizers scikit-learn"  # packages of the extra `notebooks`
-PICTURES = "figures/pictures"  # which a text shows by (attachment:NAME.png)
+PICTURES = "figures/pictures"  # which a text shows by ![](attachment:NAME.png)
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -109,9 +109,12 @@ def as_json(cell: Cell, number: int) -> dict[str, Any]:
     }  # fmt: skip
     if not cell.markdown:
         return made | {"execution_count": None, "outputs": []}
-    files = re.findall(r"\(attachment:([\w.]+)\)", cell.source)
-    shown = {file: {"image/png": b64encode(read(root() / PICTURES / file)).decode()} for file in files}
-    return made | ({"attachments": shown} if shown else {})
+    folder, attached = root() / PICTURES, {}
+    for name in re.findall(r"!\[\]\(attachment:(\w+)\.png\)", cell.source):
+        says = json.loads(read(folder / "MANIFEST.json"))["says"][name]
+        made["source"] = made["source"].replace(f"![](attachment:{name}", f"![{says}](attachment:{name}")
+        attached[f"{name}.png"] = {"image/png": b64encode(read(folder / f"{name}.png")).decode()}
+    return made | ({"attachments": attached} if attached else {})
 
 
 @dataclass(frozen=True)

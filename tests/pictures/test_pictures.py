@@ -491,6 +491,7 @@ def test_the_files_are_what_the_program_draws(committed):
     assert files == {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")} | {"MANIFEST.json"}
     made = json.loads(program.MANIFEST.read_text())
     same = made["matplotlib"] == ml.plots.made_with()["matplotlib"]
+    assert made["says"] == {name: picture.says for name, picture in drawn.items()}
     for name, picture in drawn.items():
         for kind in ("png", "svg") if same else ():
             stored = (program.FOLDER / f"{name}.{kind}").read_bytes() == picture.encoded(kind)

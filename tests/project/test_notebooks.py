@@ -3,6 +3,7 @@
 import ast
 import base64
 import itertools
+import json
 import re
 import sys
 import tomllib
@@ -11,10 +12,11 @@ from hashlib import sha256
 import nbformat
 import pytest
 
-import minilora
 from minilora.course import lessons as course
 from minilora.course.exercises import PACKAGES
 from notebooks import BUILD, ROOT, build, run, stored, tagged, title
+
+PICTURES = ROOT / "figures/pictures"
 
 
 @pytest.mark.parametrize("name", build.LESSONS)
@@ -47,11 +49,41 @@ def test_a_lesson_is_accessible(name):
                 assert "\n" in after.outputs[0].text, f"{cell.id} is not followed by its numbers"
 
 
-def test_the_first_lesson_opens_with_a_picture_and_what_it_says():
-    head = build.notebook(build.LESSONS[0]).cells[0]
-    assert f"![{minilora.pictures.lora().says}](attachment:lora.png)" in " ".join(head.source.split())
-    stored = base64.b64decode(head.attachments["lora.png"]["image/png"])
-    assert sha256(stored).digest() == sha256((ROOT / "figures/pictures/lora.png").read_bytes()).digest()
+@pytest.mark.parametrize("name", build.LESSONS)
+def test_a_lesson_opens_with_a_picture_and_what_it_says(name):
+    head = build.notebook(name).cells[0]
+    title, picture, see, need, *_ = head.source.split("\n\n")
+    assert title.startswith("# ")
+    assert see.startswith("**What you will see.** ")
+    assert need.startswith("**What you need.** ")
+    (file,) = head.attachments
+    says = json.loads((PICTURES / "MANIFEST.json").read_text(encoding="utf-8"))["says"]
+    assert picture == f"![{says[file.removesuffix('.png')]}](attachment:{file})"
+    stored = base64.b64decode(head.attachments[file]["image/png"])
+    assert sha256(stored).digest() == sha256((PICTURES / file).read_bytes()).digest()
+
+
+def test_no_two_lessons_open_with_one_picture():
+    files = [file for name in build.LESSONS for file in build.notebook(name).cells[0].attachments]
+    assert len({*files}) == len(files) == len(build.LESSONS)
+
+
+@pytest.mark.parametrize("name", build.LESSONS)
+def test_a_lesson_is_short_and_closes_with_what_to_take_along(name):
+    nb = stored(name)
+    assert len(nb.cells) <= 25
+    text = " ".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    assert len(build.plain(re.sub(r"!\[[^]]*\]", "", text)).split()) <= 950
+    assert nb.cells[-1].source.startswith("## To take along\n")
+
+
+@pytest.mark.parametrize("name", build.LESSONS)
+def test_a_lesson_needs_only_earlier_ones(name):
+    need = build.notebook(name).cells[0].source.split("\n\n")[3]
+    earlier = build.LESSONS[: build.LESSONS.index(name)]
+    found = re.findall(r"\[([^]]+)\]\((\w+)\.ipynb\)", need)
+    assert {lesson for _, lesson in found} <= {*earlier}
+    assert all(" ".join(words.split()) == title(lesson) for words, lesson in found)
 
 
 COLUMNS = 98  # of printed text, 6.6 pixels each, in JupyterLab 1,100 pixels wide, its list of files open
@@ -157,7 +189,8 @@ def alone(nb, name):
     """The numbers in a lesson and its solutions that no claim has said, with what stands around them."""
     text, harmless = f"{build.prose(nb)} {build.solutions(name)}", HARMLESS[name]
     links = [f"Next: [{title(name)}" for name in build.LESSONS]
-    quotes = [*harmless, *links, *(row["claim"][1] for row in nb.metadata["minilora"]["claims"])]
+    pictures = [says for cell in nb.cells for says in re.findall(r"!\[([^]]*)\]", cell.source)]
+    quotes = [*harmless, *links, *pictures, *(row["claim"][1] for row in nb.metadata["minilora"]["claims"])]
     spans = [m.span() for quote in quotes for m in re.finditer(re.escape(" ".join(quote.split())), text)]
     spans += [m.span() for m in FORMULA.finditer(text)]
     spans += [m.span() for picture in computed(nb) for m in re.finditer(re.escape(picture), text)]
