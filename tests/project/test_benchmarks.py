@@ -5,10 +5,12 @@ LoRA's rivals are timed as the experiment trains them.
 """
 
 import copy
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +226,49 @@ def test_a_quick_race_of_the_methods_tells_every_time_and_writes_nothing():
         "token, D = 16", "base", "base again", "LoRA", "prefix", "LoRA, merged",
     ]  # fmt: skip
     assert {file: file.read_bytes() for file in results.iterdir()} == before
+
+
+def test_the_parts_of_a_step_add_up_to_it_and_change_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step
+    import step_parts
+
+    size = (16, 2, 4, 24, 8, 11, 4)
+    plain, timed = step.step("lora", *size), step.step("lora", *size)
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)  # a second passes at each look
+    start = time.perf_counter()
+    losses = []
+    ms = step_parts.parts(lambda: losses.append(timed()))
+    assert sum(ms.values()) == 1000 * (
+        time.perf_counter() - start - 2
+    )  # all looks but the first and last two
+    assert all(ms[kind] > 0 for kind in step_parts.KINDS)
+    plain_losses = [plain() for _ in range(2)]
+    assert [*losses, timed()] == plain_losses
+    assert ms["products"] > ms["optimizer"]  # a look at each end of every call: 2 blocks of 7 maps, both ways
+
+
+def test_a_step_that_only_calls_has_the_micro_batches_of_the_whole(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step_parts
+
+    from minilora.fast import parallel
+
+    size = (64, 1, 4, 24, 512, 11, 9)
+    cut = parallel.micro_batches
+
+    def counted(run):
+        seen = []
+        monkeypatch.setattr(parallel, "micro_batches", lambda *a: seen.append(len(list(cut(*a)))) or cut(*a))
+        run()
+        return seen
+
+    assert counted(step_parts.calls(*size)) == counted(step_parts.steps.step("lora", *size)) == [3]
+
+
+def test_the_page_on_speed_has_the_parts_of_a_step(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step_parts
+
+    rows = json.loads((ROOT / "benchmarks/results/step_parts.json").read_text())["rows"]
+    assert step_parts.table(rows) in (ROOT / "docs/speed.md").read_text(encoding="utf-8")
