@@ -4,10 +4,10 @@
 
 The step is that of step.py (r = 8, all linear maps, AdamW), on one thread. Functions and layers are wrapped
 in clocks while it runs; a clock stands still while another one runs inside it, so the kinds add up to the
-step. What no clock sees is the rest: residuals, the layout of heads, the loop. "calls" is the same step of
-a model so narrow that its arrays do not matter: what Python and NumPy take to be called at all. The floor is the
-bare products of step.py. All take turns, and each number is a median. Writes results/step_parts.json; --draw
-only draws results/step_parts.png and .svg from it.
+step. What no clock sees is the rest: residuals, the layout of heads, the loop. "calls" is the same step of a
+model so narrow that its arrays do not matter: what Python and NumPy take to be called at all. The floor is
+the bare products of step.py. Step, parts and floor take turns, and each number is a median. Writes
+results/step_parts.json; --draw only draws results/step_parts.png and .svg from it.
 """
 
 import argparse
