@@ -24,6 +24,7 @@ def drawn() -> dict[str, ml.plots.Picture]:
     """Every committed picture, by the name of its files."""
     adapter = ml.open_adapter(FOLDER / "adapter")
     return {
+        "overlays": pictures.overlays(ml.load()),
         "lora": pictures.lora(),
         "flow": pictures.flow(),
         "product": pictures.product(),

@@ -2351,6 +2351,12 @@ MUTANTS = (
     Mutant("parts-without-their-values", "pictures/trained.py", "(U[:, at] * S[at]) @ Vt[at]", "U[:, at] @ Vt[at]", "pictures"),
     Mutant("words-too-small-for-a-slide", "pictures/canvas.py", "SMALL, BODY, LETTER = 14,", "SMALL, BODY, LETTER = 10,", "pictures"),
     Mutant("numbers-where-there-is-no-room", "pictures/trained.py", "SMALL * fits", "SMALL", "pictures"),
+    Mutant("bars-beyond-their-rank", "pictures/sheets.py", "across=(0, r / I)", "across=(0, 2 * r / I)", "pictures"),
+    Mutant("a-row-of-bars-in-front", "pictures/sheets.py", "deep=(1 - r / O, 1)", "deep=(0, r / O)", "pictures"),
+    Mutant("a-sheet-that-hides-the-wall", "pictures/sheets.py", 'Look(f"{colour}26", colour', "Look(colour, colour", "pictures"),
+    Mutant("a-sheet-as-large-as-its-base", "pictures/sheets.py", 'f"{name}: {counts.parameters:,}', 'f"{name}: {counts.total:,}', "pictures"),
+    Mutant("another-wall-is-painted", "pictures/sheets.py", "np.round(SHADES * W / most)", "np.round(SHADES * abs(W) / most)", "pictures"),
+    Mutant("a-sheet-with-none-to-swap", "pictures/sheets.py", "if not 2 <= len(names)", "if not 1 <= len(names)", "pictures"),
     # ---- the course
     Mutant("a-pair-with-one-answer-is-given", "course/exercises.py", "missing = any(part is None", "missing = all(part is None", "exercises"),
     Mutant("any-letter-explains", "course/exercises.py", "assert letter == right, hints[str(letter)]", "assert letter in letters, hints[str(letter)]", "exercises"),

@@ -19,8 +19,8 @@ import minilora as ml
 from minilora import pictures
 from minilora.analysis import count
 from minilora.errors import ConfigError, MismatchError, StateError, UnsupportedError
-from minilora.lora import active
-from minilora.pictures import batch, blocks, canvas, maps, memory, trained
+from minilora.lora import active, bases
+from minilora.pictures import batch, blocks, canvas, maps, memory, sheets, trained
 
 ROOT = Path(__file__).parents[2]
 WIDE = 128256  # the largest side that is drawn here
@@ -104,6 +104,8 @@ DRAWN = {
     "merging": pictures.merging,
     "four_bits": pictures.four_bits,
     "many_adapters": pictures.many_adapters,
+    "overlays": lambda: pictures.overlays(ml.load()),
+    "overlays of two": lambda: pictures.overlays(MODEL, 3, ("one", "two")),
     "factors": lambda: pictures.factors(ADAPTER),
     "factors of few": lambda: pictures.factors(MODEL, "layers.1.mlp.up_proj"),
     "rank_one": lambda: pictures.rank_one(ADAPTER),
@@ -333,6 +335,36 @@ def test_many_adapters_have_the_bytes_of_count(model, r, number):
     assert rows[1:] == [f"{n} row{'s' * (n > 1)}" for n in map(batch.BATCH.count, (1, 2, 3))]
 
 
+@settings(max_examples=6)
+@given(st.integers(0, 10), st.integers(1, 8), st.integers(2, 3))
+def test_sheets_have_their_numbers_to_scale_on_a_base_that_adapters_do_not_change(seed, r, number):
+    rng = np.random.default_rng(seed)
+    model = ml.llama(ml.Config(**SIZES), rng)
+    report = ml.inject(model, ml.LoraConfig(r=r, init="both"), rng=rng)
+    names = ["one", "two", "three"][:number]
+    picture = pictures.overlays(model, r, names)
+    assert not list(faults(picture))
+    W = bases(model)[sheets.SHOWN].weight.data
+    (painting,) = picture.figure.axes[0].images
+    shown = painting.get_array().astype(float)
+    assert len(np.unique(shown)) <= 2 * sheets.SHADES + 1
+    kept = np.abs(W) < 2.9 * W.std()
+    assert np.abs(shown * 3 * W.std() / sheets.SHADES - W)[kept].max() <= 0.51 * 3 * W.std() / sheets.SHADES
+    counts = [f"{name}: {report.parameters:,} numbers" for name in names]
+    assert {*counts, f"the frozen base: {report.base_parameters:,} numbers"} < {*said(picture)}
+    planes = [(points, p) for points, p in shapes(picture) if len(points) == 4][2:]  # after the slab's sides
+    for (sheet, _), (B, _), (A, _) in zip(*[iter(planes)] * 3, strict=True):
+        (x, y), (right, _), _, back = sheet
+        assert np.allclose(B[1] - B[0], ((right - x) * r / W.shape[1], 0))  # r of its columns
+        assert np.allclose(B[[0, 3]], [(x, y), back])
+        assert np.allclose(back - A[0], (back - sheet[0]) * r / W.shape[0])  # r of its rows
+        assert np.allclose(A[2:], sheet[2:])
+    assert len(planes) == 3 * number
+    looks = {p.get_facecolor() for points, p in planes[::3]}
+    assert len(looks) == number
+    assert all(0 < alpha < 0.5 for *_, alpha in looks)  # one sees through
+
+
 # ---- a trained adapter
 
 
@@ -420,6 +452,8 @@ def test_parts_share_the_range_of_their_sum_and_factors_have_their_own():
             "roberta-base are not known",
         ),
         (lambda: pictures.many_adapters("roberta-base"), MismatchError, "roberta-base are not known"),
+        (lambda: pictures.overlays(MODEL, names=["one"]), ConfigError, "names has 1; expected 2 or 3"),
+        (lambda: pictures.overlays(MODEL, 99), ConfigError, "r is 99 for"),
         (lambda: pictures.many_adapters(number=0), ConfigError, "number is 0"),
         (
             lambda: pictures.factors(ml.llama(ml.Config(**SIZES), np.random.default_rng(0))),
@@ -457,7 +491,7 @@ def test_an_adapter_without_two_factors_is_refused(tmp_path):
 def test_every_picture_is_in_the_api():
     defined = {
         name
-        for module in (maps, blocks, memory, batch, trained)
+        for module in (maps, blocks, memory, batch, sheets, trained)
         for name, f in vars(module).items()
         if getattr(f, "__module__", "") == module.__name__
         and f.__annotations__.get("return") is ml.plots.Picture

@@ -113,6 +113,16 @@ NUMBER = re.compile(
 )
 FORMULA = re.compile(r"\$\$.*?\$\$|[_^]\{[^}]*\}|[_^]\d")  # displayed; or an index or exponent
 HARMLESS = {
+    "1_overlays": [
+        "([Hu et al. 2021 )",
+        "those of the first four",  # of the tools just named
+        "([Gunter et al. 2024 ) describes one base of about 3 billion numbers",
+        "Rank 16 is a usual first choice",
+        "PEFT takes 8 unless you say otherwise",
+        "their version 1.5 with LoRA",
+        "rank 256 closed most of it ([Biderman et al. 2024 )",
+        "([Schulman et al. 2025 )",
+    ],
     "2_lora_from_one_equation": [
         "([Hu et al. 2021 , section 4.1)",
         "(L(a + h) - L(a - h)\\big) / 2h",
@@ -226,6 +236,7 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
 @pytest.mark.parametrize(
     ("name", "was", "now"),
     [
+        ("1_overlays", "from 2.03 to 1.70", "from 2.03 to 1.60"),
         ("3_merging_costs_nothing", "The base makes 28 products", "The base makes 25 products"),
         ("3_merging_costs_nothing", "70 in all", "61 in all"),
         ("3_merging_costs_nothing", "from about 100 rows on", "from about 200 rows on"),
