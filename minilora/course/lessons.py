@@ -103,7 +103,7 @@ def document(kept: Sequence[Cell]) -> dict[str, Any]:
 
 def as_json(cell: Cell, number: int) -> dict[str, Any]:
     """A cell of a notebook."""
-    made = {
+    made: dict[str, Any] = {
         "cell_type": "markdown" if cell.markdown else "code", "id": f"cell-{number:02}",
         "metadata": {"tags": cell.tags} if cell.tags else {}, "source": cell.source,
     }  # fmt: skip

@@ -117,7 +117,8 @@ def test_without_lessons_the_error_says_what_is_missing(monkeypatch, tmp_path, c
 
 def test_the_wheel_has_all_that_the_lessons_are_made_of():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    shipped = {"notebooks/src", "notebooks/solutions", *(file for file, _ in course.DATA.values())}
+    shipped = {"notebooks/src", "notebooks/solutions", f"{course.PICTURES}/MANIFEST.json"}
+    shipped |= {file for file, _ in course.DATA.values()}
     for name in course.lessons():
         pictures = re.findall(r"\(attachment:([\w.]+)\)", course.source(name))
         shipped |= {f"{course.PICTURES}/{file}" for file in pictures}
