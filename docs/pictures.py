@@ -36,6 +36,7 @@ def drawn() -> dict[str, ml.plots.Picture]:
         "many_adapters": pictures.many_adapters(),
         "factors": pictures.factors(adapter),
         "rank_one": pictures.rank_one(adapter),
+        "rounding": pictures.rounding(),
     }
 
 

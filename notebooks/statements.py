@@ -57,7 +57,7 @@ SUBJECTS = {
         Row("The update is a product of two thin matrices, A (r, d) and B (d, r).",
             ONE, "The equation", "Y has shape (7, 4) and equals X (W + s B A)ᵀ: True"),
         Row("An adapted layer adds the output of A and then B to that of W.",
-            ONE, "The package does the same", "output equal: True"),
+            ONE, "Are they right?", "LowRank, output equal: True"),
         Row("A starts at random, B at zero, so training begins at the base's exact behaviour.",
             WHAT, "Which start?", "holds: 0 nats off the base; both random 2.91",
             "the package draws A as PEFT does, from a uniform distribution, not a Gaussian one; the uniform "
@@ -89,7 +89,7 @@ SUBJECTS = {
             ONE, "A whole model", "43,776 of 344,736 parameters are trained (12.70%)"),
         Row("Merging adds B A to W; the merged model has the architecture of the base.",
             MERGING, "Merging a model", "base, while merged: f7c85a49aa4ac662",
-            "not to the bit: the sum is rounded, within a bound that the lesson derives"),
+            "not to the bit: the sum is rounded, within a bound that is derived in *How do we know?*"),
         Row("Merged, it costs no time at inference.",
             MERGING, "Counting the work", "merged 28 11,612,160 100.0%"),
         Row("Unmerged, it does: an adapter beside the map is more work.",

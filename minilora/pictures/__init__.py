@@ -1,13 +1,13 @@
-"""Pictures of LoRA, one call each: sheets, a map and its adapter, a block, the merge, four bits, a batch."""
+"""Pictures of LoRA, one call each: sheets, a map, its adapter, a block, merge, rounding, four bits, a batch."""
 
 from .batch import many_adapters
 from .blocks import block
 from .maps import flow, lora, merging, product
-from .memory import four_bits
+from .memory import four_bits, rounding
 from .sheets import overlays
 from .trained import factors, rank_one
 
 __all__ = [
     "block", "factors", "flow", "four_bits", "lora", "many_adapters", "merging", "overlays", "product",
-    "rank_one",
+    "rank_one", "rounding",
 ]  # fmt: skip

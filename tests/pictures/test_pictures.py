@@ -19,6 +19,7 @@ import minilora as ml
 from minilora import pictures
 from minilora.analysis import count
 from minilora.errors import ConfigError, MismatchError, StateError, UnsupportedError
+from minilora.formats.safetensors import stored
 from minilora.lora import active, bases
 from minilora.pictures import batch, blocks, canvas, maps, memory, sheets, trained
 
@@ -102,6 +103,8 @@ DRAWN = {
     "block": pictures.block,
     "block, all": lambda: pictures.block("smollm2-135m", 16, KINDS),
     "merging": pictures.merging,
+    "rounding": pictures.rounding,
+    "rounding of float32": lambda: pictures.rounding(-0.1, 3e-8, 24),
     "four_bits": pictures.four_bits,
     "many_adapters": pictures.many_adapters,
     "overlays": lambda: pictures.overlays(ml.load()),
@@ -270,6 +273,52 @@ def test_merged_and_unmerged_say_what_each_needs():
     all_, few = "16,777,216", "+ 65,536"
     shown = said(pictures.merging())
     assert (shown.count(all_), shown.count(few)) == (4, 2)
+
+
+# ---- rounding
+
+magnitudes, signs, formats = st.floats(1e-3, 1e4), st.sampled_from([-1, 1]), st.sampled_from([24, 11, 8])
+
+
+def in_format(x, bits):
+    """x as NumPy rounds it, or as a file in bfloat16 holds it."""
+    dtype = {24: "float32", 11: "float16", 8: "bfloat16"}[bits]
+    return float(stored(np.float64([x]), dtype)[0])
+
+
+@settings(max_examples=30)
+@given(magnitudes, signs, st.integers(-384, 384).filter(bool), formats)
+@example(1.0, 1, 147, 8)
+@example(1.0, -1, 26, 24)  # where numbers are denser
+@example(2.0, 1, -26, 11)
+@example(1.0, 1, 32, 11)  # a tie, to even
+@example(1.0, 1, 96, 8)
+def test_a_sum_is_rounded_to_scale_as_numpy_rounds_it_and_within_the_bound(size, sign, steps, bits):
+    """The change is a multiple of 1/64 of the distance between numbers, so that the sum itself is exact."""
+    weight = in_format(sign * size, bits)
+    change = steps / 64 * memory.gap(weight, bits)
+    total = weight + change
+    picture = pictures.rounding(weight, change, bits)
+    assert not list(faults(picture))
+    step, right = memory.gap(total, bits), in_format(total, bits)
+
+    def at(x):
+        return pytest.approx(memory.MIDDLE + memory.GAP * (x - total) / step, abs=1e-6)
+
+    *_, kept, exact = [p for p, _ in shapes(picture) if len(p) > 30]
+    assert (kept[:, 0].min() + kept[:, 0].max()) / 2 == at(right)
+    assert (exact[:, 0].min() + exact[:, 0].max()) / 2 == at(total)
+    (box,) = [p for p, patch in shapes(picture) if patch.get_linestyle() == "--"]
+    bound = abs(total) * 2.0**-bits
+    assert (box[:, 0].min(), box[:, 0].max()) == (at(total - bound), at(total + bound))
+    assert abs(right - total) <= bound
+    near = {in_format(total + k / 4 * step, bits) for k in range(-12, 13)}
+    lines = [line.get_xydata() for line in picture.figure.axes[0].lines]
+    ticks = sorted(line[0, 0] for line in lines if 0 < np.ptp(line[:, 1]) < 0.5)
+    assert ticks == [at(x) for x in sorted(near) if abs(x - total) < memory.SEEN * step]
+    bold = [t.get_text() for t in words(picture) if t.get_fontweight() == "bold"]
+    assert bold[0] == f"{right:.9g}"
+    assert f"W + ΔW = {total:.9g} is stored as {right:.9g}: off by {abs(right - total):.3g}" in bold
 
 
 # ---- models
@@ -443,6 +492,13 @@ def test_parts_share_the_range_of_their_sum_and_factors_have_their_own():
         (lambda: pictures.flow(4, 6, 5), ConfigError, r"r is 5 for shape \(4, 6\); expected at most 4"),
         (lambda: pictures.product(0, 6, 1), ConfigError, "O is 0; expected an int, at least 1"),
         (lambda: pictures.merging(4, 6, 2.0), ConfigError, "r is 2.0"),
+        (lambda: pictures.rounding(1.0, 0.0), ConfigError, "change is 0.0 for weight 1.0; expected a sum"),
+        (lambda: pictures.rounding(1.0, -1.0), ConfigError, "neither W nor 0"),
+        (lambda: pictures.rounding(1.0, 1e-20), ConfigError, "neither W nor 0"),
+        (lambda: pictures.rounding(np.nan, 1.0), ConfigError, "weight is nan"),
+        (lambda: pictures.rounding(1.0, 1e31), ConfigError, "change is 1e.31"),
+        (lambda: pictures.rounding(bits=3), ConfigError, "bits is 3; expected an int, at least 4"),
+        (lambda: pictures.rounding(bits=53), ConfigError, "bits is 53; expected at most 24"),
         (lambda: pictures.block("llama-3-8b", 8, "q_prj"), MismatchError, "nearest: 'q_proj'"),
         (lambda: pictures.block("llama-3-8c"), ConfigError, "nearest: 'llama-3-8b'"),
         (lambda: pictures.block("gpt-3"), MismatchError, "gpt-3 has only q_proj.*; expected a Llama"),

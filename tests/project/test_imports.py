@@ -49,7 +49,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.questions", "claims.claim", "claims.ranks", "claims.size", "claims.dimension",
     "claims.choices", "claims.starts", "claims.full", "claims.rivals", "claims.beyond",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
-    "course.exercises", "course.lessons",
+    "course.exercises", "course.lessons", "course.work",
     "lab.events", "lab.learning", "lab.planted", "lab.reading", "lab.lab", "lab.site",
     "flags", "cli", "__main__",
 ]  # fmt: skip

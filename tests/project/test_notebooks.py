@@ -123,19 +123,8 @@ HARMLESS = {
         "rank 256 closed most of it ([Biderman et al. 2024 )",
         "([Schulman et al. 2025 )",
     ],
-    "2_lora_from_one_equation": [
-        "([Hu et al. 2021 , section 4.1)",
-        "(L(a + h) - L(a - h)\\big) / 2h",
-    ],
-    "3_merging_costs_nothing": [
-        "The same function twice",  # the title of a section, and in the contents
-        "$\\gamma_k = k u / (1 - k u)$",
-        "section 3.1)",
-        "the two are within twice that of each other",  # by the triangle
-        "`atol=1e-5`",
-        "(Reiser and Knuth 1975)",
-        "agree within $2(\\gamma",
-    ],
+    "2_lora_from_one_equation": ["([Hu et al. 2021 , section 4.1)"],
+    "3_merging_costs_nothing": ["(Reiser and Knuth 1975)"],
     "4_which_rank": [
         "Three rules make the comparison fair. 1. ",
         " 2. The choice",
@@ -192,6 +181,13 @@ HARMLESS = {
         "([Dosovitskiy et al. 2021 )",
         "([Ho et al. 2020 )",
     ],
+    "13_how_do_we_know": [
+        "(L(a + h) - L(a - h)\\big) / 2h",
+        "$\\gamma_k = k u / (1 - k u)$",
+        "section 3.1)",
+        "the two are within twice that of each other",  # by the triangle
+        "`atol=1e-5`",
+    ],
 }
 
 
@@ -240,6 +236,8 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
         ("3_merging_costs_nothing", "The base makes 28 products", "The base makes 25 products"),
         ("3_merging_costs_nothing", "70 in all", "61 in all"),
         ("3_merging_costs_nothing", "from about 100 rows on", "from about 200 rows on"),
+        ("13_how_do_we_know", "With losses 0.1 nats lower", "With losses 0.2 nats lower"),
+        ("13_how_do_we_know", "right to about nine digits", "right to about ten digits"),
         ("2_lora_from_one_equation", "seven lines of NumPy;", "eight lines of NumPy;"),
         ("4_which_rank", "is 3 to 9 times", "is 3 to 8 times"),
         ("11_under_the_microscope", "the residual is 0.735", "the residual is 0.736"),
