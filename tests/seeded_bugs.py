@@ -2414,5 +2414,14 @@ MUTANTS = (
     Mutant("a-link-for-a-component-is-read", "formats/huggingface.py", "if links := [p for p in inside if p.is_symlink()]:", "if links := []:", "by_name"),
     Mutant("an-alpha-that-did-not-count-stays", "lora_files/contents.py", "return name not in NUMBERS or not new or", "return True or not new or", "convert"),
     Mutant("a-glyph-that-the-font-lacks-is-a-warning", "analysis/plotting.py", 'warnings.filterwarnings("ignore", "Glyph ")', "pass", "table"),
+    # ---- the appendix: rounding to scale, and the work of a forward pass
+    Mutant("halves-go-up", "pictures/memory.py", "return round(x / gap(x, bits)) * gap(x, bits)", "return math.floor(x / gap(x, bits) + 0.5) * gap(x, bits)", "pictures"),
+    Mutant("numbers-as-dense-above-a-power-of-two", "pictures/memory.py", "if nearest(number, bits) == number and abs(", "if abs(", "pictures"),
+    Mutant("half-of-a-bound", "pictures/memory.py", "2 * GAP * most / step", "GAP * most / step", "pictures"),
+    Mutant("off-by-the-change", "pictures/memory.py", "{abs(stored - total):.3g}", "{abs(stored - weight):.3g}", "pictures"),
+    Mutant("work-without-its-width", "course/work.py", "result.size * inputs[0].shape[-1]", "result.size", "work"),
+    Mutant("only-weights-count", "course/work.py", "return result.view(Counted) if isinstance(result, np.ndarray) else result", "return result", "work"),
+    Mutant("a-failed-pass-leaves-its-counters", "course/work.py", "    finally:\n        for p", "    except ZeroDivisionError:\n        pass\n    else:\n        for p", "work"),
+    Mutant("sums-are-products", "course/work.py", "if ufunc is np.matmul:", "if ufunc in (np.matmul, np.add):", "work"),
 )
 # fmt: on

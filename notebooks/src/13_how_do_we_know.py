@@ -61,7 +61,8 @@ def digits(derivative):
         for at in np.ndindex(gradient.shape):
             unit = np.zeros(gradient.shape)
             unit[at] = 1
-            worst = max(worst, abs(derivative(f, unit) - gradient[at]) / np.abs(gradient).max())
+            error = abs(derivative(f, unit) - gradient[at])
+            worst = max(worst, error / np.abs(gradient).max())
     return -np.log10(worst)
 
 
@@ -79,7 +80,8 @@ right = {
     "complex step": [digits(complex_step(10.0**-k)) for k in powers],
 }
 figures.curves(
-    {name: (powers, found) for name, found in right.items()}, "k, where the step h is 10⁻ᵏ", "right digits",
+    {name: (powers, found) for name, found in right.items()},
+    "k, where the step h is 10⁻ᵏ", "right digits",
     "Right digits of two numerical derivatives against the step h. Central differences have most near "
     "h = 1e-6 and lose them again below; the complex step reaches all digits and keeps them.",
 )  # fmt: skip
@@ -87,10 +89,8 @@ figures.curves(
 # %% tags=["rounding"]
 print("right digits, about:")
 print("     h   central   complex")
-for k in (1, 3, 5, 7, 9, 11):
-    print(
-        f"{10.0**-k:6.0e}   {right['central differences'][k - 1]:7.0f}   {right['complex step'][k - 1]:7.0f}"
-    )
+for k, *found in list(zip(powers, *right.values(), strict=True))[:11:2]:
+    print(f"{10.0**-k:6.0e}   {found[0]:7.0f}   {found[1]:7.0f}")
 
 # %% tags=["claims", "rounding"]
 few, all_ = right["central differences"], right["complex step"]
@@ -107,10 +107,12 @@ holds("right to about nine digits at the best step", 8.5 < max(few) < 9.5)
 # ## What rounding does
 #
 # A format holds finitely many numbers. The result of each operation goes to the nearest one, which moves it
-# by at most $u$ of itself: $u = 2^{-24}$ for float32, $2^{-53}$ for float64, and $2^{-8}$ for bfloat16, the
-# format in the picture. A sum of $k$ products, added in any order, is then off by at most $\gamma_k = k u /
-# (1 - k u)$ times the sum of the absolute values (Higham, *Accuracy and Stability of Numerical Algorithms*,
-# section 3.1).
+# by at most $u$ of itself: $u = 2^{-24}$ for float32, $2^{-53}$ for float64, $2^{-8}$ for bfloat16. In the
+# picture above, $\Delta W$ leads from $W$ to the small circle, the exact sum. The large circle is what
+# bfloat16 stores; it lies within the dashed bound.
+#
+# A sum of $k$ products, added in any order, is then off by at most $\gamma_k = k u / (1 - k u)$ times the sum
+# of the absolute values (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1).
 #
 # ## From roundings to a tolerance
 #

@@ -174,11 +174,10 @@ holds(
 holds("The changes are small", max(d for _, d in found.values()) < 1e-4 * np.abs(W0).max())
 
 # %% [markdown]
-# With one adapter the damage is done in the first cycle and never grows: $(((x \oplus y) \ominus y) \oplus y)
-# \ominus y$ equals $(x \oplus y) \ominus y$ when rounding goes to the nearest even number (Reiser and Knuth
-# 1975). With two it grows on and on, in whatever order they come and go. The changes are small, but the
-# weight is no longer the one that was loaded, and its digest says so. A reference to the old array is cheaper
-# than the worry.
+# With one adapter the damage is done in the first cycle and never grows: a second cycle gives back what the
+# first one left (Reiser and Knuth 1975). With two it grows on and on, in whatever order they come and go. The
+# changes are small, but the weight is no longer the one that was loaded, and its digest says so. A reference
+# to the old array is cheaper than the worry.
 #
 # ## Counting the work
 #
