@@ -1,4 +1,4 @@
-"""Pictures of LoRA, one call each: sheets, a map, its adapter, a block, merge, rounding, four bits, a batch."""
+"""Pictures of LoRA, one call each: sheets, a map, its adapter, blocks, merge, rounding, 4 bits, batches."""
 
 from .batch import many_adapters
 from .blocks import block

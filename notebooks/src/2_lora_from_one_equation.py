@@ -220,7 +220,8 @@ frozen, full = Linear(weight(96, 96, False)), Linear(weight(96, 96, True))
 small = LowRank(weight(8, 96, True), weight(96, 8, True), 2.0)
 backs = {"frozen": frozen(x)[1], "trained": full(x)[1], "adapted, r = 8": small(frozen, x)[1]}
 for name, back in backs.items():
-    print(f"{name:15} keeps", {v.shape: f"{v.nbytes:,} bytes" for v in ops.saved(back).values()} or "nothing")
+    kept = [f"{v.shape}, {v.nbytes:,} bytes" for v in ops.saved(back).values()]
+    print(f"{name:15} keeps", " and ".join(kept) or "nothing")
 
 # %% tags=["claims"]
 bytes_kept = {
