@@ -23,6 +23,8 @@ SHOWN = re.compile(r"!\[[^\]]*\](\((?:\.\./)?figures/pictures/(\w+)\.png\))")
 def drawn() -> dict[str, ml.plots.Picture]:
     """Every committed picture, by the name of its files."""
     adapter = ml.open_adapter(FOLDER / "adapter")
+    model = ml.load()
+    ml.load_adapter(model, FOLDER / "adapter")
     return {
         "overlays": pictures.overlays(ml.load()),
         "lora": pictures.lora(),
@@ -37,6 +39,8 @@ def drawn() -> dict[str, ml.plots.Picture]:
         "factors": pictures.factors(adapter),
         "rank_one": pictures.rank_one(adapter),
         "rounding": pictures.rounding(),
+        "ranks": pictures.ranks(),
+        "beside_base": pictures.beside_base(model),
     }
 
 

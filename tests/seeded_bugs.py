@@ -2423,5 +2423,14 @@ MUTANTS = (
     Mutant("only-weights-count", "course/work.py", "return result.view(Counted) if isinstance(result, np.ndarray) else result", "return result", "work"),
     Mutant("a-failed-pass-leaves-its-counters", "course/work.py", "    finally:\n        for p", "    except ZeroDivisionError:\n        pass\n    else:\n        for p", "work"),
     Mutant("sums-are-products", "course/work.py", "if ufunc is np.matmul:", "if ufunc in (np.matmul, np.add):", "work"),
+    Mutant("a-rank-not-to-scale", "pictures/maps.py", "c.stripes(b, top - high / 2, inch * r, high, columns=r)", "c.stripes(b, top - high / 2, room, high, columns=r)", "pictures"),
+    Mutant("ranks-with-the-numbers-of-one-factor", "pictures/maps.py", 'said.append(f"{r * (O + I):,} at', 'said.append(f"{r * O:,} at', "pictures"),
+    Mutant("directions-in-which-the-base-reads", "pictures/trained.py", "left, S, _ = np.linalg.svd(W, full_matrices=False)", "left, S, _ = np.linalg.svd(W.T, full_matrices=False)", "pictures"),
+    Mutant("shares-of-directions-without-the-square", "pictures/trained.py", "((U.T @ left) ** 2).sum(0)", "abs(U.T @ left).sum(0)", "pictures"),
+    Mutant("chance-by-the-inputs", "pictures/trained.py", "chance = down - high * r / O / most", "chance = down - high * r / n / most", "pictures"),
+    Mutant("shares-beyond-the-first-are-their-mean", "pictures/trained.py", '{shares[r:].mean():.1%} of the others" if n > r', '{shares.mean():.1%} of the others" if n > r', "pictures"),
+    Mutant("bars-up-where-they-hang", "pictures/trained.py", "(down, -high * shares / most,", "(down, high * shares / most,", "pictures"),
+    Mutant("a-dense-change-beside-noise-of-two-factors", "analysis/figures.py", "noise_spectrum(some[0].shape, np.random.default_rng(0))", "noise_spectrum(some[0].shape, np.random.default_rng(0), min(some[0].shape))", "plotting"),
+    Mutant("noise-of-norm-one-beside-a-change", "analysis/figures.py", "noise = np.linalg.norm(S) * noise", "noise = noise", "plotting"),
 )
 # fmt: on

@@ -2,12 +2,12 @@
 
 from .batch import many_adapters
 from .blocks import block
-from .maps import flow, lora, merging, product
+from .maps import flow, lora, merging, product, ranks
 from .memory import four_bits, rounding
 from .sheets import overlays
-from .trained import factors, rank_one
+from .trained import beside_base, factors, rank_one
 
 __all__ = [
-    "block", "factors", "flow", "four_bits", "lora", "many_adapters", "merging", "overlays", "product",
-    "rank_one", "rounding",
+    "beside_base", "block", "factors", "flow", "four_bits", "lora", "many_adapters", "merging", "overlays",
+    "product", "rank_one", "ranks", "rounding",
 ]  # fmt: skip

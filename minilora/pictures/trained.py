@@ -1,4 +1,4 @@
-"""A trained adapter as matrices of numbers: A, B and ΔW = s B A, and ΔW as the sum of rank-one parts.
+"""A trained adapter as matrices of numbers: A, B and ΔW, the rank-one parts of ΔW, and ΔW beside W.
 
 The parts are s_i u_i v_iᵀ of the singular value decomposition; the share of part i in |ΔW|² is s_i² / sum s².
 """
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..analysis.figures import tile
-from ..analysis.plotting import Picture, styled
+from ..analysis.measures import directions
+from ..analysis.plotting import ORANGE, Picture, styled
 from ..backend import to_host
 from ..errors import ConfigError, MismatchError, UnsupportedError, check_int
 from ..layers import Factors
@@ -17,7 +18,7 @@ from ..peft.folder import Adapter
 from ..spectra import energy, thin_svd
 from ..table import drawn
 from ..targets import resolve
-from .canvas import EMBER, LETTER, SMALL, SOFT, Canvas
+from .canvas import EMBER, FROZEN, ICE, LETTER, SMALL, SOFT, TRAINED, Canvas, Look
 
 LEAST = 0.2  # inches of a side, however short
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -124,3 +125,50 @@ def rank_one(source: Any, module: str | None = None, first: int = 3) -> Picture:
     c.words(apart / 2 - wide / 2, 0.3, f"{drawn(path)}, shares of |ΔW|²", SMALL, SOFT, at="left")
     said = ", ".join(shares)
     return c.picture(f"ΔW of {path} is a sum of matrices of rank one; their shares of |ΔW|²: {said}.")
+
+
+def bars(heights: np.ndarray, x: float, y: float, wide: float) -> list[tuple[float, float]]:
+    """The outline of bars beside each other, each so wide, from (x, y) to the right; negative ones hang."""
+    edges = x + wide * np.arange(len(heights) + 1)
+    tops = [(at, y + h) for i, h in enumerate(heights.tolist()) for at in edges[i : i + 2].tolist()]
+    return [(x, y), *tops, (float(edges[-1]), y)]
+
+
+@styled
+def beside_base(model: Any, module: str | None = None) -> Picture:
+    """The directions in which W writes, strong to weak, and how much of each is one in which ΔW writes.
+
+    That share of a left singular vector u of W is |Uᵀ u|², with those of ΔW as U (O, r); its mean over the
+    first r is the overlap of `inspect`. `model` has its base; errors are those of `factors`.
+    """
+    path, change = factors_of(model, module)
+    W = to_host(adapted(model)[path].base.weight.dense()).astype(np.float64)
+    left, S, _ = np.linalg.svd(W, full_matrices=False)
+    U = to_host(directions(*thin_svd(*change))[0])
+    (O, r), n, shares = U.shape, len(S), ((U.T @ left) ** 2).sum(0)  # noqa: E741
+    x, long, up, down, high = 2.5, 9.2, 2.85, 2.25, 1.45
+    wide, most = long / n, max(largest(shares), r / O)
+    c = Canvas(13.6, 4.75)
+    for y, heights, first, others in ((up, high * S / largest(S), ICE, FROZEN.fill),
+                                      (down, -high * shares / most, ORANGE, TRAINED.fill)):  # fmt: skip
+        for at, some, colour in ((0, heights[:r], first), (r, heights[r:], others)):
+            c.shape(bars(some, x + at * wide, y, wide), Look(colour, first, 0.6))
+    c.words(2.2, up + 0.75, "W", LETTER, slanted=True, at="right")
+    c.words(2.2, up + 0.3, "singular value", SMALL, SOFT, at="right")
+    c.words(2.2, down - 0.45, "ΔW", LETTER, EMBER, slanted=True, at="right")
+    c.words(2.2, down - 0.9, "shared with it", SMALL, SOFT, at="right")
+    c.words(x, (up + down) / 2, "1", SMALL, at="left")
+    c.words(x + long / 2, (up + down) / 2, "directions in which W writes, strong to weak", SMALL)
+    c.words(x + long, (up + down) / 2, f"{n:,}", SMALL, at="right")
+    chance = down - high * r / O / most
+    c.stroke([(x, chance), (x + long + 0.12, chance)], 1.6)
+    c.words(x + long + 0.2, chance, f"chance {r / O:.1%}", SMALL, at="left")
+    shared = f"{shares[:r].mean():.1%} of the first {r:,}"
+    shared += f", {shares[r:].mean():.1%} of the others" if n > r else ""
+    c.words(x, 0.6, shared, colour=EMBER, bold=True, at="left")
+    c.words(x, 0.2, f"{drawn(path)}, {O:,} × {W.shape[1]:,}, r = {r:,}", SMALL, SOFT, at="left")
+    return c.picture(
+        f"The {n:,} directions in which W of {path} ({O:,} × {W.shape[1]:,}) writes, strong to weak, and how "
+        f"much of each lies among the r = {r:,} in which ΔW writes: {shared}; random directions would share "
+        f"{r / O:.1%}."
+    )

@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.transforms import Bbox
 
 import minilora as ml
-from minilora import pictures
+from minilora import pictures, spectra
 from minilora.analysis import count
 from minilora.errors import ConfigError, MismatchError, StateError, UnsupportedError
 from minilora.formats.safetensors import stored
@@ -113,6 +113,10 @@ DRAWN = {
     "factors of few": lambda: pictures.factors(MODEL, "layers.1.mlp.up_proj"),
     "rank_one": lambda: pictures.rank_one(ADAPTER),
     "rank_one of few": lambda: pictures.rank_one(MODEL, first=1),
+    "ranks": pictures.ranks,
+    "ranks of few": lambda: pictures.ranks(5, 3, (1, 2, 3)),
+    "beside_base": lambda: pictures.beside_base(MODEL, "layers.1.mlp.up_proj"),
+    "beside_base, whole": lambda: pictures.beside_base(adapted(8, "q_proj")),
 }
 
 
@@ -236,6 +240,22 @@ def test_a_small_rank_can_be_counted(O, I, data):
     assert len(upright) == len(flat) == (r - 1 if inch > 0.03 else 0)
     assert np.allclose(np.diff(upright), inch)
     assert np.allclose(np.diff(flat), inch)
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 200), st.integers(1, 200), st.data())
+@example(4096, 4096, None)
+def test_all_ranks_are_drawn_to_the_scale_of_the_change(O, I, data):
+    some = data.draw(st.lists(st.integers(1, min(O, I)), min_size=1, max_size=4)) if data else (8, 64, 512)
+    picture = pictures.ranks(O, I, some)
+    assert not list(faults(picture))
+    change, *pairs = (boxed(points) for points, _ in shapes(picture))
+    assert change[0] / I == pytest.approx(change[1] / O)
+    inch = change[0] / I
+    assert np.allclose(pairs, [size for r in some for size in ((r * inch, O * inch), (I * inch, r * inch))])
+    for r in some:
+        assert {f"r = {r:,}", f"{r * (O + I):,}"} <= {*said(picture)}
+        assert f"{r * (O + I):,} at r = {r:,}, {maps.compared(O, I, r)}" in picture.says
 
 
 @pytest.mark.parametrize(("D", "r"), [(4096, 8), (64, 4), (768, 64), (2, 1)])
@@ -449,6 +469,47 @@ def test_the_numbers_are_those_of_the_adapter_and_its_parts_are_a_sum(seed, r, f
     assert len(parts) == min(first, r) + (first < r)
 
 
+@settings(max_examples=6)
+@given(st.integers(0, 10), st.integers(1, 8), st.sampled_from(["q_proj", "k_proj", "up_proj", "down_proj"]))
+def test_the_bars_are_the_singular_values_of_the_base_and_the_shares_of_its_directions(seed, r, kind):
+    model = adapted(r, [kind], seed)
+    (path, pair), *_ = active(model).items()
+    layer = ml.lora.adapted(model)[path]
+    picture = pictures.beside_base(model)
+    assert not list(faults(picture))
+    left, S, _ = np.linalg.svd(layer.base.weight.data.astype(float), full_matrices=False)
+    U, *_ = spectra.thin_svd(*pair.change(layer.base))
+    n, O = len(S), len(U)
+    own, rest, ours, others = (
+        [points for points, p in shapes(picture) if to_rgb(p.get_facecolor()) == to_rgb(colour)]
+        for colour in (canvas.ICE, canvas.FROZEN.fill, canvas.ORANGE, canvas.TRAINED.fill)
+    )
+    assert sum(map(len, (own, rest, ours, others))) == 4
+
+    def heights(*outlines):
+        return np.concatenate([points[0, 1] - points[1:-1:2, 1] for (points,) in outlines])
+
+    assert np.allclose(heights(own, rest) / heights(own)[0], S / S[0])
+    assert len(heights(own)) == len(heights(ours)) == min(r, n)
+    shares = ((U.T @ left) ** 2).sum(0)
+    chance = picture.figure.axes[0].lines[-1].get_ydata()[0]
+    scale = (ours[0][0, 1] - chance) / (r / O)
+    assert np.allclose(heights(ours, others), scale * shares, atol=1e-9)
+    shared = f"{spectra.similarity(U, left)[r - 1, r - 1]:.1%} of the first {r}"
+    shared += f", {shares[r:].mean():.1%} of the others" if n > r else ""
+    assert shared in said(picture)
+    assert shared in picture.says
+    assert f"chance {r / O:.1%}" in said(picture)
+
+
+def test_the_shares_of_the_first_directions_are_the_overlap_of_inspect(tmp_path):
+    model = ml.load()
+    ml.load_adapter(model, ROOT / "figures/pictures/adapter")
+    (m,) = ml.inspect(ROOT / "figures/pictures/adapter", base="base").modules
+    assert f"{m.base.overlap:.1%} of the first 8" in pictures.beside_base(model).says
+    assert f"random directions would share {m.base.random_overlap:.1%}" in pictures.beside_base(model).says
+
+
 def test_a_model_and_its_saved_adapter_give_one_picture(tmp_path):
     ml.save_adapter(MODEL, tmp_path / "a", base="tiny")
     opened = ml.open_adapter(tmp_path / "a")
@@ -520,6 +581,9 @@ def test_parts_share_the_range_of_their_sum_and_factors_have_their_own():
         (lambda: pictures.rank_one(ADAPTER, "v_proj"), MismatchError, "matches no module"),
         (lambda: pictures.rank_one(ADAPTER, first=7), ConfigError, "first is 7; expected at most 6"),
         (lambda: pictures.rank_one(ADAPTER, first=0), ConfigError, "first is 0"),
+        (lambda: pictures.ranks(4, 6, (1, 5)), ConfigError, r"r is 5 for shape \(4, 6\); expected at most 4"),
+        (lambda: pictures.beside_base(MODEL, "q_prj"), MismatchError, "nearest: 'q_proj'"),
+        (lambda: pictures.beside_base(ADAPTER), StateError, "no adapter"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_that_names_it(draw, error, words):

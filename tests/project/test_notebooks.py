@@ -128,22 +128,22 @@ HARMLESS = {
     "4_which_rank": [
         "Three rules make the comparison fair. 1. ",
         " 2. The choice",
-        "0 % is the frozen base, 100 % is full fine-tuning. A value above 100 % is possible.",  # a definition
+        "0 % is the frozen base, 100 % is full fine-tuning.",  # a definition
         "(Roy and Vetterli 2007)",
-        '*"10,000 times less memory."*',  # what not to claim
         "`minilora sweep --data FILE --data permuted:4 --out mine`",
     ],
     "11_under_the_microscope": [
-        "SmolLM2-135M",
         "in the spelling of 1623",
-        "| at 90 %, at 99 % |",  # names of columns
-        "there are three more questions",
+        "| 90 %, 99 % |",  # names of columns
+        "section 7.2 of the paper",
+        "(Eckart and Young 1936)",
+    ],
+    "12_against_its_base": [
+        "SmolLM2-135M",
+        "Three questions, and what chance would answer",
         "(Hu et al. 2021, section 7.3)",
         "The factor 21.5 in the paper's section 7.3",
         "(Shuttleworth et al. 2024)",
-        "that of section 7.2 of the paper",
-        "(Eckart and Young 1936)",
-        "Three things to see.",
         "before you merge into 16 bits",
         "It is fetched once, 93 MB.",  # the size of the package
     ],
@@ -239,9 +239,12 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
         ("13_how_do_we_know", "With losses 0.1 nats lower", "With losses 0.2 nats lower"),
         ("13_how_do_we_know", "right to about nine digits", "right to about ten digits"),
         ("2_lora_from_one_equation", "seven lines of NumPy;", "eight lines of NumPy;"),
-        ("4_which_rank", "is 3 to 9 times", "is 3 to 8 times"),
-        ("11_under_the_microscope", "the residual is 0.735", "the residual is 0.736"),
-        ("11_under_the_microscope", "it is four fifths", "it is three fifths"),
+        ("4_which_rank", "rank 8 95 %", "rank 8 85 %"),
+        ("4_which_rank", "uses 67.5 of 96", "uses 68.5 of 96"),
+        ("11_under_the_microscope", "this recipe and 80 steps", "this recipe and 90 steps"),
+        ("11_under_the_microscope", "are above 7 of 8", "are above 6 of 8"),
+        ("12_against_its_base", "the residual is 0.735", "the residual is 0.736"),
+        ("12_against_its_base", "it is four fifths", "it is three fifths"),
         ("7_four_bits", "QLoRA ends 0.008 nats", "QLoRA ends 0.018 nats"),
         ("8_adding_adapters", "`peft_linear` is off by 95 %", "`peft_linear` is off by 85 %"),
         ("9_a_thousand_adapters", "are copies of our three", "are copies of our four"),
