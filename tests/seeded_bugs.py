@@ -2432,5 +2432,15 @@ MUTANTS = (
     Mutant("bars-up-where-they-hang", "pictures/trained.py", "(down, -high * shares / most,", "(down, high * shares / most,", "pictures"),
     Mutant("a-dense-change-beside-noise-of-two-factors", "analysis/figures.py", "noise_spectrum(some[0].shape, np.random.default_rng(0))", "noise_spectrum(some[0].shape, np.random.default_rng(0), min(some[0].shape))", "plotting"),
     Mutant("noise-of-norm-one-beside-a-change", "analysis/figures.py", "noise = np.linalg.norm(S) * noise", "noise = noise", "plotting"),
+    # ---- lessons 5 to 10: two adapters added, models of images, the list of lessons
+    Mutant("a-sum-without-its-weights", "pictures/trained.py", "[w * s * (B @ A) for w, (B, A, s) in", "[s * (B @ A) for w, (B, A, s) in", "pictures"),
+    Mutant("each-summand-in-its-own-range", "pictures/trained.py", "place(c, left, top, wide, high, M, most)", "place(c, left, top, wide, high, M, largest(M))", "pictures"),
+    Mutant("factors-of-a-sum-lie-on-each-other", "pictures/trained.py", "x, y = x + thick + NEAR, y - tall - NEAR", "x, y = x + thick + NEAR, y", "pictures"),
+    Mutant("a-new-classifier-has-an-adapter", "pictures/images.py", 'LoraConfig(r=r, modules_to_save=["classifier"])', "LoraConfig(r=r)", "pictures"),
+    Mutant("time-is-one-map", "pictures/images.py", "sum(m.trained for m in times)", "times[0].trained", "pictures"),
+    Mutant("a-lesson-says-more-than-a-sentence", "course/lessons.py", 'r".*?(?:[.?!](?= |$)|$)"', 'r".*"', "course"),
+    Mutant("a-sentence-ends-in-a-number", "course/lessons.py", '[.?!](?= |$)|$)"', '[.?!]|$)"', "course"),
+    Mutant("a-lesson-needs-what-it-leads-to", "course/lessons.py", 'r"\\]\\((\\w+)\\.ipynb\\)", part("What you need")', 'r"\\]\\((\\w+)\\.ipynb\\)", head', "course"),
+    Mutant("drawings-darker-than-they-are", "experiments/beyond_figures.py", "(some[:SHOWN] + 1) * (GREYS / 2)", "some[:SHOWN] * (GREYS / 2)", "beyond_language"),
 )
 # fmt: on

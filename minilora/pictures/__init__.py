@@ -2,12 +2,13 @@
 
 from .batch import many_adapters
 from .blocks import block
+from .images import beyond_language
 from .maps import flow, lora, merging, product, ranks
 from .memory import four_bits, rounding
 from .sheets import overlays
-from .trained import beside_base, factors, rank_one
+from .trained import adding, beside_base, factors, rank_one
 
 __all__ = [
-    "beside_base", "block", "factors", "flow", "four_bits", "lora", "many_adapters", "merging", "overlays",
-    "product", "rank_one", "ranks", "rounding",
+    "adding", "beside_base", "beyond_language", "block", "factors", "flow", "four_bits", "lora",
+    "many_adapters", "merging", "overlays", "product", "rank_one", "ranks", "rounding",
 ]  # fmt: skip

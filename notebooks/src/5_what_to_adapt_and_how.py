@@ -1,9 +1,12 @@
 # %% [markdown]
 # # What to adapt and how
 #
-# **What you will see.** LoRA leaves three choices: which matrices, which scale, which start. The first
-# picture spends one budget of parameters in eight places, and the place matters. Then a scale turns out to be
-# a learning rate, to the bit; starts are compared; and you see what all of it costs.
+# ![](attachment:block_all_linear.png)
+#
+# **What you will see.** LoRA leaves three choices: which matrices, which scale, which start. The picture
+# adapts every linear map of a block. An experiment spends one budget of parameters in eight places, and the
+# place matters. Then a scale turns out to be a learning rate, to the bit; starts are compared; and you see
+# what all of it costs.
 #
 # **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Which
 # rank?](4_which_rank.ipynb).
@@ -29,13 +32,8 @@ from minilora.experiments.questions import picture
 from minilora.layers import Linear, Need, Param
 from minilora.lora import LowRank
 
-# %%
 # the rows are beside this notebook, or in the repository
 FIGURES = Path() if Path("scale").exists() else Path("../figures")
-picture("which-matrices/which_set", FIGURES)
-
-# %%
-print(claims().of("which-matrices/which_set", "which-matrices/all_against_qv"))
 
 # %% tags=["claims"]
 from minilora.experiments.questions import measured
@@ -63,13 +61,16 @@ holds(
 # ## Which matrices?
 #
 # LoRA on a map of shape $(O, I)$ has $r\,(O + I)$ parameters. So one kind of map at a high rank costs as much
-# as all maps at a low one, and the question is where they do most. In the picture one text is near to what
-# the base knows, the other far from it. It has five seeds, and for each set a learning rate of its own,
-# chosen on text that is not tested.
+# as all maps at a low one, and the question is where they do most. The figure below has two texts: one is
+# near to what the base knows, the other far from it. It has five seeds, and for each set a learning rate of
+# its own, chosen on text that is not tested.
 #
 # Q and K are the worst places everywhere. (They only change *where* a head looks; V, O and the MLP change
 # what is written.) Hu et al. compared attention maps alone; here the MLP is better than all of attention.
-# Below you spend the larger budget yourself, in a shorter training.
+# Below the figure you spend the larger budget yourself, in a shorter training.
+
+# %%
+picture("which-matrices/which_set", FIGURES)
 
 # %% tags=["corpus", "trained"]
 text = corpora.corpus_or_fallback("folio")
@@ -90,20 +91,20 @@ for name, (targets, r) in sets.items():
     ml.train(model, batches, ml.AdamW(lr=8e-3), steps=40)
     spent[name] = ml.evaluate(model, test)
     print(f"{name:9} {r:3} {report.parameters:12,} {spent[name]:11.2f}")
+print()
+print(claims().of("which-matrices/which_set", "which-matrices/all_against_qv"))
 
 # %% tags=["claims", "corpus", "trained"]
-holds(
-    "The order is that of the picture", spent["Q"] > spent["Q and V"] > max(spent["MLP"], spent["all maps"])
-)
+holds("The order is that of the figure", spent["Q"] > spent["Q and V"] > max(spent["MLP"], spent["all maps"]))
 
 # %% tags=["claims"]
 order = which.medians(found["folio", 1])
-holds("The order is that of the picture", order["Q"] > order["QV"] > max(order["MLP"], order["all"]))
+holds("The order is that of the figure", order["Q"] > order["QV"] > max(order["MLP"], order["all"]))
 
 # %% [markdown]
 # ## Which scale?
 #
-# The order is that of the picture. Now the scale: $s = \alpha / r$, or $\alpha / \sqrt r$ ([rsLoRA,
+# The order is that of the figure. Now the scale: $s = \alpha / r$, or $\alpha / \sqrt r$ ([rsLoRA,
 # Kalajdzievski 2023](https://arxiv.org/abs/2312.03732)), or $\alpha = 2 r$. Look at what Adam makes of it.
 #
 # $$dB = s\,dY^\top X A^\top \qquad dA = s\,B^\top dY^\top X$$
@@ -283,7 +284,7 @@ def check():
             f"r = {mine} has {sum(mine * (m + n) for m, n in shapes)} parameters of {budget}; "
             "A and B of a map have r (O + I)"
         )
-    return "and so the sets of the picture have their ranks"
+    return "and so the sets of the figure have their ranks"
 
 
 verdict(check)
@@ -369,4 +370,4 @@ verdict(check)
 # - Begin at the base: one factor zero, the other drawn.
 # - Few numbers are trained. That saves memory more than time.
 #
-# Next: [Beyond language](10_beyond_language.ipynb).
+# Next: [Low rank, low dimension](6_low_rank_low_dimension.ipynb).

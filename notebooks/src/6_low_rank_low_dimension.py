@@ -1,9 +1,12 @@
 # %% [markdown]
 # # Low rank, low dimension
 #
-# **What you will see.** LoRA is said to work because fine-tuning takes few dimensions. But a low dimension
-# and a low rank are two things, and the first picture has both. Then you plant a $\Delta W$ of known rank and
-# watch LoRA find it, ask whether two runs find the same directions, and train a model along random ones.
+# ![](attachment:rank_one.png)
+#
+# **What you will see.** LoRA is said to work because fine-tuning takes few dimensions; but a low dimension
+# and a low rank are two things. The picture has the rank: a trained $\Delta W$ is a sum of matrices of rank
+# one, and the first are most of it. You plant a $\Delta W$ of known rank and watch LoRA find it, ask whether
+# two runs find the same directions, and train a model along random ones.
 #
 # **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Which
 # rank?](4_which_rank.ipynb).
@@ -28,13 +31,8 @@ from minilora.experiments.questions import picture
 from minilora.layers import Linear, Need, Param
 from minilora.lora import Adapted, LowRank
 
-# %%
 # the rows are beside this notebook, or in the repository
 FIGURES = Path() if Path("known-rank").exists() else Path("../figures")
-picture("intrinsic-dimension/rank", FIGURES)
-
-# %%
-print(claims().of("intrinsic-dimension/rank"))
 
 # %% tags=["claims"]
 from minilora.experiments.questions import measured, question
@@ -60,9 +58,7 @@ holds(
 # %% [markdown]
 # ## A low rank
 #
-# Left: training along random directions closes nearly as much of the gap as LoRA does with as many numbers.
-# Right: its $\Delta W$ has nearly the effective rank of pure noise, and LoRA's has a small part of it. So two
-# words must be kept apart.
+# Two words must be kept apart.
 #
 # - **Rank** belongs to one matrix. It is the number of directions that $\Delta W$ reads and writes; $s\,B A$
 #   has at most $r$.
@@ -71,7 +67,7 @@ holds(
 # First the rank. Of all matrices of rank $r$, the nearest to a matrix $\Delta$ is its singular value
 # decomposition, cut after $r$ values. The square of what is missing is the sum of the squares of the others
 # (Eckart and Young 1936). Does training find it? Below, a $\Delta$ of rank 3 is what one linear map has to
-# learn, and LoRA learns it from the outputs, at ranks 1 to 5. The picture after it asks the same of three
+# learn, and LoRA learns it from the outputs, at ranks 1 to 5. The figure after it asks the same of three
 # tasks, two of them in a whole model: the outputs of a teacher that differs from the base in one map, and a
 # text in which pairs of letters have changed places.
 
@@ -155,7 +151,7 @@ holds("Two seeds share a little more than chance, two texts nothing", abs(first[
 # loss. So a task can *have* a rank. A task that needs 13 is not solved with 12.
 #
 # For a text nobody knows the answer. If it asked for *one* change of low rank, two runs should find the same
-# directions. The next picture compares the singular vectors of two adapters, the strongest first; 0 is what
+# directions. The next figure compares the singular vectors of two adapters, the strongest first; 0 is what
 # random directions share, 1 means the same ones.
 
 # %%
@@ -265,8 +261,17 @@ holds("Say what the 90 % are of", np.median(base.d90("accuracy")) < d90)
 #
 # LoRA and the first subspace train as many numbers, and nearly the same loss comes out. LoRA's $\Delta W$ has
 # rank 1, while the subspace's has three quarters of the largest rank. With 342 numbers the rank is the same:
-# $P$ is noise, and so is $P z$, however short $z$ is.
-#
+# $P$ is noise, and so is $P z$, however short $z$ is. The next figure has the large experiment. Left:
+# training along random directions closes nearly as much of the gap as LoRA does with as many numbers. Right:
+# its $\Delta W$ has nearly the effective rank of pure noise, and LoRA's has a small part of it.
+
+# %%
+picture("intrinsic-dimension/rank", FIGURES)
+
+# %%
+print(claims().of("intrinsic-dimension/rank"))
+
+# %% [markdown]
 # So LoRA is not good because only low ranks would do. A low rank makes it *cheap*: two thin products beside
 # each map, where $P z$ touches every weight of the model in every step.
 #
@@ -379,4 +384,4 @@ verdict(check)
 # - Two runs find different directions that do about as well. Compare directions with random ones first.
 # - Whether fine-tuning has a "low intrinsic dimension" depends on what the 90 % are of.
 #
-# Next: [What to adapt and how](5_what_to_adapt_and_how.ipynb).
+# Next: [Four bits](7_four_bits.ipynb).

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Four bits
 #
+# ![](attachment:four_bits.png)
+#
 # **What you will see.** A frozen weight can be stored in four bits: one of 16 values and a scale for its
 # block. You derive the 16 values, encode and decode a block by hand, and measure the error. Then adapters
 # are trained beside such a base, which is QLoRA ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)),
@@ -209,9 +211,10 @@ holds("the scales themselves in eight bits, in blocks of 256", four_bit.SCALES =
 # %% [markdown]
 # ## QLoRA beside LoRA
 #
-# `ml.quantize` swaps the weights of the linear maps, not the layers. A product decodes its weight and drops
-# it again. The gradient passes *through* the decoded weight to the layer below, and never into it: a code
-# has no small step that could be taken. So the base stays frozen, and LoRA beside it is QLoRA:
+# `ml.quantize` swaps the weights of the linear maps, not the layers. As in the picture at the top, a product
+# decodes its weight and drops it again. The gradient passes *through* the decoded weight to the layer below,
+# and never into it: a code has no small step that could be taken. So the base stays frozen, and LoRA beside
+# it is QLoRA:
 #
 # $$Y = X \hat W^\top + s\,(X A^\top)\,B^\top$$
 #

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Adding adapters
 #
+# ![](attachment:adding.png)
+#
 # **What you will see.** An update of a weight is a matrix, and matrices can be added, weighted and negated.
 # You train three small adapters, add them in the right way and in a common wrong one, walk from one to
 # another, and go through TIES, a method for updates that disagree, step by step.
@@ -75,9 +77,10 @@ for words in (
 # ## Add the updates, not the factors
 #
 # To use two adapters at once, add what they do to the weight: $\Delta W = w_1 s_1 B_1 A_1 + w_2 s_2 B_2
-# A_2$. The result is again a product of two factors, the $B$ side by side and the $A$ on top of each other.
-# PEFT calls this `cat`. It is exact, and its rank is the sum of the ranks; `svd` then finds the nearest
-# update of a smaller rank.
+# A_2$. The result is again a product of two factors, the $B$ side by side and the $A$ on top of each other:
+# the picture above has it for the Folio's spelling and the King James Bible's, in one map of the base. PEFT
+# calls this `cat`. It is exact, and its rank is the sum of the ranks; `svd` then finds the nearest update of
+# a smaller rank.
 #
 # It is tempting to add the *factors* instead, for that keeps the rank. But a product of sums is not a sum
 # of products:

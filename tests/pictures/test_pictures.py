@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -18,10 +19,15 @@ from matplotlib.transforms import Bbox
 import minilora as ml
 from minilora import pictures, spectra
 from minilora.analysis import count
-from minilora.errors import ConfigError, MismatchError, StateError, UnsupportedError
+from minilora.compose.arithmetic import cat
+from minilora.errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError
 from minilora.formats.safetensors import stored
+from minilora.layers import Factors
 from minilora.lora import active, bases
-from minilora.pictures import batch, blocks, canvas, maps, memory, sheets, trained
+from minilora.pictures import batch, blocks, canvas, images, maps, memory, sheets, trained
+from minilora.tree import size as parameters
+from minilora.vision.diffusion import denoiser
+from minilora.vision.vit import vit
 
 ROOT = Path(__file__).parents[2]
 WIDE = 128256  # the largest side that is drawn here
@@ -95,6 +101,8 @@ def adapted(r=3, targets="all-linear", seed=0, **sizes):
 
 MODEL = adapted()
 ADAPTER = ml.open_adapter(ROOT / "figures/pictures/adapter")
+OTHER = ml.open_adapter(ROOT / "figures/pictures/adapter_kjv")
+SHAPE = ml.Config(hidden_size=48, intermediate_size=96, num_hidden_layers=2)
 DRAWN = {
     "flow": pictures.flow,
     "product": pictures.product,
@@ -111,6 +119,9 @@ DRAWN = {
     "overlays of two": lambda: pictures.overlays(MODEL, 3, ("one", "two")),
     "factors": lambda: pictures.factors(ADAPTER),
     "factors of few": lambda: pictures.factors(MODEL, "layers.1.mlp.up_proj"),
+    "adding": lambda: pictures.adding(ADAPTER, OTHER),
+    "adding with weights": lambda: pictures.adding(MODEL, adapted(seed=1), "up_proj", (0.25, -1)),
+    "images": lambda: pictures.beyond_language(SHAPE),
     "rank_one": lambda: pictures.rank_one(ADAPTER),
     "rank_one of few": lambda: pictures.rank_one(MODEL, first=1),
     "ranks": pictures.ranks,
@@ -161,7 +172,7 @@ def test_words_can_be_read_from_the_last_row(drawing):
 def test_the_same_bytes_again_and_a_valid_and_small_svg(drawing, request):
     svg = drawing.encoded("svg")
     assert DRAWN[request.node.callspec.params["drawing"]]().encoded("svg") == svg
-    assert len(svg) < (130_000 if drawing.figure.axes[1:] else 25_000)
+    assert len(svg) < (150_000 if drawing.figure.axes[1:] else 25_000)
     assert not re.search(rb"dc:date|Matplotlib v", svg)
     links = [v for node in ET.fromstring(svg).iter() for k, v in node.attrib.items() if k.endswith("href")]
     assert all(link.startswith(("#", "data:")) for link in links)
@@ -174,7 +185,7 @@ def test_every_number_is_in_the_sentence_that_says_the_picture(drawing, request)
     assert not re.search(r"[\[\]\n]", drawing.says)  # it stands in Markdown
     numbers = re.compile(r"\d[\d,.]*\d|\d")
     told = numbers.findall(drawing.says)
-    if "block" not in request.node.callspec.params["drawing"]:  # where shapes would be a list of nine
+    if request.node.callspec.params["drawing"] not in ("block", "block, all", "images"):  # which list shapes
         left = {
             n
             for t in words(drawing)
@@ -510,6 +521,73 @@ def test_the_shares_of_the_first_directions_are_the_overlap_of_inspect(tmp_path)
     assert f"random directions would share {m.base.random_overlap:.1%}" in pictures.beside_base(model).says
 
 
+weights = st.floats(-4, 4).map(lambda w: round(w, 2))
+
+
+@settings(max_examples=6)
+@given(
+    st.integers(0, 10), st.integers(1, 5), st.integers(1, 5), weights, weights,
+    st.sampled_from(["q_proj", "k_proj", "up_proj"]),
+)  # fmt: skip
+@example(0, 1, 5, 0.25, -0.75, "q_proj")
+def test_the_sum_of_two_adapters_is_cat_s_and_so_are_its_factors(seed, r1, r2, w1, w2, kind):
+    models = adapted(r1, [kind], seed), adapted(r2, [kind], seed + 1)
+    path = f"model.layers.0.{'mlp' if kind == 'up_proj' else 'self_attn'}.{kind}"
+    pairs = [active(model)[path] for model in models]
+    updates = [(w, Factors(p.B.data, p.A.data, p.scale)) for w, p in zip((w1, w2), pairs, strict=True)]
+    picture = pictures.adding(*models, kind, (w1, w2))
+    assert not list(faults(picture))
+    one, B1, A1, two, B2, A2, both, *factors = matrices(picture)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    made = cat(updates).factors if w1 or w2 else None
+    for shown, (w, (B, A, s)) in zip((one, two), updates, strict=True):
+        assert np.allclose(shown, w * s * B @ A, **close)
+    assert np.allclose(both, made.B @ made.A if made else 0, **close)
+    for shown, M in zip((B1, A1, B2, A2), (M for p in pairs for M in (p.B.data, p.A.data)), strict=True):
+        assert np.allclose(shown, M, rtol=1e-6)
+    assert all((a == b).all() for a, b in zip(factors, (B1, A1, B2, A2), strict=True))
+    ranks = [t for t in said(picture) if t.startswith("rank ")]
+    assert ranks == [f"rank {r1}", f"rank {r2}", f"rank {r1} + {r2}"]
+    assert f"at most {r1 + r2}" in picture.says
+    ranges = {ax.get_images()[0].get_clim() for ax in picture.figure.axes[1::3][:3]}
+    assert len(ranges) == 1
+
+
+def test_the_factors_of_a_sum_lie_beside_it_in_one_order():
+    """Side by side, and one above the other, with the edges of their adapters."""
+    first, second = (ax.get_position() for ax in pictures.adding(ADAPTER, OTHER).figure.axes[-4::2])
+    assert (first.y0, first.y1) == pytest.approx((second.y0, second.y1))
+    assert first.x1 < second.x0
+    first, second = (ax.get_position() for ax in pictures.adding(ADAPTER, OTHER).figure.axes[-3::2])
+    assert (first.x0, first.x1) == pytest.approx((second.x0, second.x1))
+    assert first.y0 > second.y1
+    edges = [to_rgb(p.get_edgecolor()) for _, p in shapes(pictures.adding(ADAPTER, OTHER))]
+    assert edges == [to_rgb(batch.ADAPTERS[k].edge) for k in (0, 0, 1, 1, 0, 0, 1, 1)]
+
+
+# ---- models of images
+
+
+@settings(max_examples=6)
+@given(st.integers(1, 4), st.sampled_from([16, 48, 64]), st.integers(1, 3))
+def test_models_of_images_have_the_numbers_that_inject_trains(r, width, blocks):
+    config = ml.Config(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=blocks)
+    picture = pictures.beyond_language(config, r)
+    assert not list(faults(picture))
+    shown = said(picture)
+    few, more = r * 2 * width, r * 3 * width
+    places = [f"+ {few:,}"] * 4 + [f"+ {more:,}"] * 3
+    ends = [f"+ {r * (width + 4):,}"] * 3  # two patch embeddings, and the output
+    assert sorted(t for t in shown if t.startswith("+ ")) == sorted([*2 * places, *ends, f"+ {3 * more:,}"])
+    assert f"10 × {width}" in shown  # the classifier, in full
+    trained = blocks * (4 * few + 3 * more) + r * (width + 4)
+    images = (vit(config, np.random.default_rng(0)), trained + 10 * width)
+    draws = (denoiser(config, 9, np.random.default_rng(0)), trained + r * (width + 4) + 3 * more)
+    for model, numbers in (images, draws):
+        assert any(f"r = {r}: {numbers:,} of {parameters(model):,} numbers" in t for t in shown)
+    assert shown.count(f"one of {blocks} blocks") == 2
+
+
 def test_a_model_and_its_saved_adapter_give_one_picture(tmp_path):
     ml.save_adapter(MODEL, tmp_path / "a", base="tiny")
     opened = ml.open_adapter(tmp_path / "a")
@@ -584,6 +662,11 @@ def test_parts_share_the_range_of_their_sum_and_factors_have_their_own():
         (lambda: pictures.ranks(4, 6, (1, 5)), ConfigError, r"r is 5 for shape \(4, 6\); expected at most 4"),
         (lambda: pictures.beside_base(MODEL, "q_prj"), MismatchError, "nearest: 'q_proj'"),
         (lambda: pictures.beside_base(ADAPTER), StateError, "no adapter"),
+        (lambda: pictures.adding(ADAPTER, MODEL), MismatchError, r"\(96, 96\) and .*; expected the same"),
+        (lambda: pictures.adding(ADAPTER, OTHER, "v_proj"), MismatchError, "matches no module"),
+        (lambda: pictures.adding(ADAPTER, OTHER, None, (1,)), InputError, "expected two numbers"),
+        (lambda: pictures.adding(ADAPTER, OTHER, weights=(1, math.nan)), InputError, "expected two numbers"),
+        (lambda: pictures.beyond_language(SHAPE, 5), ConfigError, "r"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_that_names_it(draw, error, words):
@@ -611,7 +694,7 @@ def test_an_adapter_without_two_factors_is_refused(tmp_path):
 def test_every_picture_is_in_the_api():
     defined = {
         name
-        for module in (maps, blocks, memory, batch, sheets, trained)
+        for module in (maps, blocks, memory, batch, sheets, trained, images)
         for name, f in vars(module).items()
         if getattr(f, "__module__", "") == module.__name__
         and f.__annotations__.get("return") is ml.plots.Picture
@@ -634,7 +717,8 @@ def committed():
 PAGES = {
     "README.md": ["lora"], "docs/merging.md": ["merging"], "docs/four_bits.md": ["four_bits"],
     "docs/serving.md": ["many_adapters"], "docs/low_rank.md": ["factors", "rank_one"],
-    "docs/what_to_adapt.md": ["block"],
+    "docs/what_to_adapt.md": ["block"], "docs/adding_adapters.md": ["adding"],
+    "docs/beyond_language.md": ["beyond_language"],
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.names", "analysis.figures",
     "analysis.measures", "analysis.tables", "analysis.inspect",
     "pictures.canvas", "pictures.maps", "pictures.blocks", "pictures.memory", "pictures.batch",
-    "pictures.sheets", "pictures.trained",
+    "pictures.sheets", "pictures.trained", "pictures.images",
     "finetune", "experiments.cluster", "experiments.harness", "experiments.recipe", "experiments.rows",
     "experiments.rank_reading", "experiments.rank_figures", "experiments.reading",
     "experiments.merge_equivalence",

@@ -148,7 +148,6 @@ HARMLESS = {
         "It is fetched once, 93 MB.",  # the size of the package
     ],
     "7_four_bits": [
-        "Four bits **What you will see.",  # the title
         "([Dettmers et al. 2023 )",
         "Which 16 values? ·",  # the title of a section, in the contents
         "Which 16 values? An adapter",
@@ -160,7 +159,6 @@ HARMLESS = {
         "([Yadav et al. 2023 )",
     ],
     "9_a_thousand_adapters": [
-        "A thousand adapters **What you will see.",  # the title
         "[Punica, Chen et al. 2023 .)",
         "what makes a thousand adapters on one base affordable",
         "([Sheng et al. 2023 )",
@@ -196,7 +194,8 @@ def alone(nb, name):
     text, harmless = f"{build.prose(nb)} {build.solutions(name)}", HARMLESS[name]
     links = [f"Next: [{title(name)}" for name in build.LESSONS]
     pictures = [says for cell in nb.cells for says in re.findall(r"!\[([^]]*)\]", cell.source)]
-    quotes = [*harmless, *links, *pictures, *(row["claim"][1] for row in nb.metadata["minilora"]["claims"])]
+    claimed = [row["claim"][1] for row in nb.metadata["minilora"]["claims"]]
+    quotes = [f"{title(name)} ![", *harmless, *links, *pictures, *claimed]
     spans = [m.span() for quote in quotes for m in re.finditer(re.escape(" ".join(quote.split())), text)]
     spans += [m.span() for m in FORMULA.finditer(text)]
     spans += [m.span() for picture in computed(nb) for m in re.finditer(re.escape(picture), text)]
