@@ -3,9 +3,9 @@
 #
 # ![](attachment:factors.png)
 #
-# **What you will see.** The picture has all numbers of a trained adapter, and nobody can read them. So we
-# train one, open its folder and measure: what the singular values of $\Delta W$ say; what two seeds have in
-# common; what is left of an adapter that is made smaller. Beside every measure stands what noise would show.
+# **What you will see.** A trained adapter, opened and measured: what the singular values of $\Delta W$ say;
+# what two seeds have in common; what is left of an adapter that is made smaller. The picture has all its
+# numbers, and nobody can read them. Beside every measure stands what noise would show.
 #
 # **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), and the singular values of
 # [Which rank?](4_which_rank.ipynb)

@@ -3,9 +3,9 @@
 #
 # ![](attachment:overlays.png)
 #
-# **What you will see.** A small language model that writes like Shakespeare in modern spelling. You lay one
-# adapter on it, and it writes as in 1623; another, and it writes like the Bible; you take both off, and it is
-# the model that it was, to the last bit.
+# **What you will see.** What LoRA is, in a picture and in a small language model that writes like Shakespeare
+# in modern spelling. You lay one adapter on it, and it writes as in 1623; another, and it writes like the
+# Bible; you take both off, and it is the model that it was, to the last bit.
 #
 # **What you need.** Nothing: no formula, no earlier lesson. The cells have their outputs already, and each
 # takes seconds if you run it.

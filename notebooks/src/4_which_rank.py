@@ -3,9 +3,9 @@
 #
 # ![](attachment:ranks.png)
 #
-# **What you will see.** A larger rank costs more numbers, until $A$ and $B$ have more of them than $\Delta W$
-# itself. What does it bring? Here are the rows of a sweep over ranks: the loss at each of them, the number of
-# directions that $\Delta W$ really uses, and a task whose rank is known, on which the method is tested.
+# **What you will see.** What a larger rank brings: the loss at every rank of a sweep, the number of directions
+# that $\Delta W$ really uses, and a task whose rank is known, on which the method is tested. It also costs
+# more numbers, until $A$ and $B$ have more of them than $\Delta W$ itself.
 #
 # **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), and the idea of singular
 # values: every matrix is a sum of rank-one matrices, and they are the sizes of those.
