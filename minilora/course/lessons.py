@@ -155,6 +155,11 @@ def as_json(cell: Cell, number: int) -> dict[str, Any]:
     return made | ({"attachments": attached} if attached else {})
 
 
+def solutions() -> dict[str, str]:
+    """Where the solutions lie beside the lessons -> the files in the repository."""
+    return {f"solutions/{name}.md": f"notebooks/solutions/{name}.md" for name in lessons()}
+
+
 @dataclass(frozen=True)
 class Written:
     """A folder of lessons; prints how to open it."""
@@ -179,8 +184,7 @@ def write(out: Path | str = "lessons", overwrite: bool = False) -> Written:
     where, names = root(), lessons()
     files = {f"{name}.ipynb": json.dumps(notebook(name), indent=1, ensure_ascii=False) for name in names}
     files["README.md"] = readme().rstrip()
-    copies = {f"solutions/{name}.md": f"notebooks/solutions/{name}.md" for name in names}
-    copies |= {place: file for place, (file, _) in DATA.items()}
+    copies = solutions() | {place: file for place, (file, _) in DATA.items()}
 
     def fill(temp: Path) -> None:
         for place, text in files.items():
