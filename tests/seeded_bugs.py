@@ -2380,7 +2380,7 @@ MUTANTS = (
     Mutant("change-without-its-scale", "lab/events.py", "to_host(pair.scale * (pair.B.data @ pair.A.data))", "to_host(pair.B.data @ pair.A.data)", "panels"),
     Mutant("letters-keep-their-probabilities", "lab/planted.py", "base(ids)[0][..., P]", "base(ids)[0]", "panels"),
     Mutant("errors-name-the-pages-own-path", "lab/lab.py", "str(e).replace(path, name)", "str(e)", "panels"),
-    Mutant("any-numpy-will-do", "lab/site.py", 'if of_bytes(read(wheel)) != numpy["sha256"]:', "if False:", "lab_page"),
+    Mutant("any-numpy-will-do", "lab/site.py", 'if of_bytes(read(folder / name)) != digest:', "if False:", "lab_page"),
     Mutant("any-address-will-do", "lab/site.py", 'if parts.scheme != "https" or ', "if False and ", "lab_page"),
     Mutant("a-command-that-spaces-break", "lab/site.py", "{quote(self.out)}", "{self.out}", "lab_page"),
     Mutant("a-page-that-a-file-leaves-silent", "lab/page/index.html", "python3 -m http.server", "a server", "lab_page"),
