@@ -14,6 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ASSETS = Path(os.environ.get("MINILORA_LAB", ROOT / "build/lab"))
 CHROMIUM = shutil.which("chromium")
+THERE = {"Chromium": bool(CHROMIUM), str(ASSETS): (ASSETS / "axe.min.js").exists()}
+LACKS = [name for name, there in THERE.items() if not there]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
