@@ -4,11 +4,11 @@
 # ![](attachment:factors.png)
 #
 # **What you will see.** A trained adapter, opened and measured: what the singular values of $\Delta W$ say;
-# what two seeds have in common; what is left of an adapter that is made smaller. The picture has all its
-# numbers, and nobody can read them. Beside every measure stands what noise would show.
+# what two seeds have in common; what is left of an adapter that is made smaller. The picture has all numbers
+# of one module, and nobody can read them. Beside every measure stands what noise would show.
 #
-# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), and the singular values of
-# [Which rank?](4_which_rank.ipynb)
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), [Merging costs
+# nothing](3_merging_costs_nothing.ipynb), and the singular values of [Which rank?](4_which_rank.ipynb)
 
 # %% tags=["first", "unkept"]
 
@@ -167,10 +167,11 @@ holds(
 # ## Two seeds
 #
 # Is there *one* low-rank change that this text asks for? Then another seed should find it again. It draws
-# another $A$ to start from, and other batches. The measure is that of section 7.2 of the paper: $\phi(i, i)$
-# is the share that the first $i$ directions of one have in common with the first $i$ of the other. Two random
-# subspaces of $D$ dimensions have $i / D$ in common on the mean: the dotted lines, of which the lower one is
-# for 256 dimensions and the upper for 96.
+# another $A$ to start from, and other batches. The measure is that of [Hu et al.
+# 2021](https://arxiv.org/abs/2106.09685), section 7.2: $\phi(i, i)$ is the share that the first $i$
+# directions of one have in common with the first $i$ of the other. Two random subspaces of $i$ directions in
+# a space of $D$ dimensions share $i / D$ on average: the dotted lines, of which the lower one is for 256
+# dimensions and the upper for 96.
 
 # %% tags=["corpus"]
 other = train("other", r=8, seed=1)
@@ -181,7 +182,9 @@ figures.subspaces(two.modules)
 mean = {key: np.mean([getattr(m.other, key) for m in two.modules], axis=0)
         for key in ("cosine", "inputs", "random_inputs", "outputs", "random_outputs")}  # fmt: skip
 print(f"loss: {done.after:.3f} and {other.after:.3f}")
+closest = max(two.modules, key=lambda m: m.other.cosine)
 print(f"cosine of the two ΔW, mean over {len(two.modules)} modules: {mean['cosine']:.2f}")
+print(f"the largest: {closest.other.cosine:.2f}, {closest.module}")
 for i in (1, 8):
     print(f"phi({i}, {i}) of inputs, outputs:    {mean['inputs'][i - 1]:.2f}, {mean['outputs'][i - 1]:.2f}"
           f"   (chance {mean['random_inputs'][i - 1]:.2f}, {mean['random_outputs'][i - 1]:.2f})")  # fmt: skip
@@ -208,7 +211,7 @@ holds(
 )
 holds("about half of what $A$ reads is still what it read before training", 0.4 < np.mean(kept) < 0.65)
 holds(
-    "is also where the two runs have most in common",
+    "is also where the cosine of the two $\\Delta W$ is largest",
     max(two.modules, key=lambda m: m.other.cosine).module == module,
 )
 
@@ -217,7 +220,7 @@ holds(
 # orthogonal. So this text does not ask for one subspace that every run would find: quite different changes of
 # rank 8 do as well. The outputs agree more than the inputs do. The last line fits that: about half of what
 # $A$ reads is still what it read before training, and that was drawn at random. `down_proj` of the last
-# block, which stood out above, is also where the two runs have most in common.
+# block, which stood out above, is also where the cosine of the two $\Delta W$ is largest.
 #
 # ## Smaller
 #

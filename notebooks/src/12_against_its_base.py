@@ -3,12 +3,12 @@
 #
 # ![](attachment:beside_base.png)
 #
-# **What you will see.** The picture shows the directions in which a base writes, and how much of each an
-# adapter shares: it prefers the strong ones, more than chance would. With the base at hand we ask how large
-# $\Delta W$ is, whether it adds new directions, how much of a full fine-tuning it can hold, and what rounding
-# leaves of it.
+# **What you will see.** How much an adapter shares of the directions in which its base writes: of the strong
+# ones more than chance would. With the base at hand we ask how large $\Delta W$ is, whether it adds new
+# directions, how much of a full fine-tuning it can hold, and what rounding leaves of it.
 #
-# **What you need.** [An adapter under the microscope](11_under_the_microscope.ipynb).
+# **What you need.** [Merging costs nothing](3_merging_costs_nothing.ipynb) and [An adapter under the
+# microscope](11_under_the_microscope.ipynb).
 
 # %% tags=["first", "unkept"]
 missing = absent("gguf", "tokenizers")
@@ -105,7 +105,7 @@ holds(
     last.overlap / last.random_overlap == max(m.base.overlap / m.base.random_overlap for m in seen.modules),
 )
 drawn = ml.inspect(LESSONS.parent / "figures/pictures/adapter", base="base").modules[0].base
-holds("it prefers the strong ones, more than chance would", drawn.overlap > 1.5 * drawn.random_overlap)
+holds("of the strong ones more than chance would", drawn.overlap > 1.5 * drawn.random_overlap)
 holds("an overlap of 0.1 are what noise shows, too", max(m.base.overlap for m in twin.modules) > 0.1)
 holds("An amplification of 4 and", max(m.base.amplification for m in twin.modules) > 4)
 
@@ -433,7 +433,7 @@ verdict(check)
 # %% tags=["exercise"]
 # Change, and explain.
 def rounded_away():
-    """A change of the weight 1.0 that is not 0 and that bfloat16 loses: rounded, 1.0 + change is 1.0 again.
+    """A change above 0 of the weight 1.0 that bfloat16 loses: rounded, 1.0 + change is 1.0 again.
     It must be as large as you can make it: twice the change is not lost. And why is it gone?
 
     a: bfloat16 has no number as small as the change.

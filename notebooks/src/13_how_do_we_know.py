@@ -7,8 +7,8 @@
 # bound on what rounding does, derived and not guessed; and mistakes, planted on purpose, which a check must
 # refuse.
 #
-# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Merging costs
-# nothing](3_merging_costs_nothing.ipynb).
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), [Merging costs
+# nothing](3_merging_costs_nothing.ipynb) and, for its last section, [Which rank?](4_which_rank.ipynb).
 #
 # **Contents.** A gradient without its formula · What rounding does · From roundings to a tolerance · A check
 # must be able to fail · So must a claim · Exercises · To take along
@@ -164,7 +164,7 @@ holds("At 2**24 the next number is 2 away", np.nextafter(np.float32(2**24), np.f
 #
 # A bound that is derived never fails by bad luck. A tolerance that is guessed does, or it hides a mistake. We
 # plant mistakes into a merged weight and ask what sees them: `atol=1e-5`, the bound, or `==` with small whole
-# numbers in the place of random ones, where nothing rounds. Inputs are small, but in the second line.
+# numbers in the place of random ones, where nothing rounds. Inputs are small, except in the second line.
 
 # %%
 mistakes = {
@@ -217,7 +217,8 @@ holds("but not those of rounding", whole == [False] * 2 + [True] * 3 + [False])
 # What the lessons say of LoRA rests on measured runs. Each sentence has a rule that decides it by their rows,
 # and `minilora claims` prints them all. Take the sentence that LoRA always matches full fine-tuning. It
 # *holds when, from a rank on, the range of test losses over seeds reaches that of full fine-tuning*. We plant
-# rows in which LoRA's test losses are a little lower or higher than they were.
+# rows in which LoRA's test losses are a little lower or higher than they were. (The numbers below are medians
+# over seeds; *Which rank?* has means.)
 
 # %%
 places = [Path("rows.jsonl"), Path("../figures/rows.jsonl")]

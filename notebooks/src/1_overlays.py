@@ -205,7 +205,7 @@ holds("We trained twice, and not one bit of the base has changed",
 # [report](https://github.com/haotian-liu/LLaVA) that their version 1.5 with LoRA does about as well as with
 # full fine-tuning. *Following instructions*: on code and mathematics usual ranks left a gap to full
 # fine-tuning, and rank 256 closed most of it ([Biderman et al. 2024](https://arxiv.org/abs/2405.09673)); with
-# adapters on all layers and texts of moderate size there was none ([Schulman et al.
+# adapters on all layers and datasets of small to medium size there was none ([Schulman et al.
 # 2025](https://thinkingmachines.ai/blog/lora/)). Our base follows no instructions. Images alone are in
 # [Beyond language](10_beyond_language.ipynb).
 

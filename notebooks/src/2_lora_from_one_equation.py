@@ -231,14 +231,14 @@ bytes_kept = {
 few, many = bytes_kept["trained"], bytes_kept["adapted, r = 8"]
 holds("A frozen map needs nothing", bytes_kept["frozen"] == 0)
 for words in (
-    "activations take as much memory with LoRA as without",
-    "Activations take what they took before",
+    "activations take as much memory with LoRA as in full fine-tuning, and a little more for $H$",
+    "Activations take as much memory as before, and a little more",
 ):
     holds(words, few < many < 1.1 * few)
 
 # %% [markdown]
-# So activations take as much memory with LoRA as without. What becomes small is what belongs to each trained
-# number: a gradient and the two moments of Adam.
+# So activations take as much memory with LoRA as in full fine-tuning, and a little more for $H$. What becomes
+# small is what belongs to each trained number: a gradient and the two moments of Adam.
 #
 # ## A whole model
 #
@@ -398,6 +398,7 @@ verdict(check)
 # - $dB = dY^\top H$ and $dA = (s\,dY\,B)^\top X$: one product of matrices for $dB$ and two for $dA$, and none
 #   of them gives a matrix of the size of $W$.
 # - With $B = 0$ the model starts as the base, and the first step moves only $B$.
-# - The cost is $r (I + O)$ numbers, with their gradients and moments. Activations take what they took before.
+# - The cost is $r (I + O)$ numbers, with their gradients and moments. Activations take as much memory as
+#   before, and a little more.
 #
 # Next: [Merging costs nothing](3_merging_costs_nothing.ipynb).

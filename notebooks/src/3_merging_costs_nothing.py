@@ -111,6 +111,7 @@ from minilora.fast import folded
 sizes = {layer.base.weight.data.shape: layer.adapters[layer.active] for layer in adapted(model).values()}
 least = {shape: next(M for M in range(1, 1000) if folded.pays(pair, M)) for shape, pair in sizes.items()}
 holds("from about 100 rows on, or 140, by the shape of the map", {*least.values()} == {97, 140})
+holds("The package counts forming twice", all(n == 2 * O * I // (O + I) + 1 for (O, I), n in least.items()))
 many = [(np.tile(ids, (16, 1)),) * 2]
 unmerged_loss = ml.evaluate(model, many)
 ml.merge(model)
@@ -120,8 +121,9 @@ ml.unmerge(model)
 # %% [markdown]
 # Merged and unmerged differ by rounding, as the bound allows. In `ml.train` and `ml.evaluate` they do not
 # differ at all: where rows are many (here from about 100 rows on, or 140, by the shape of the map) two thin
-# products beside $W$ cost more than forming $W + \Delta W$, so these form it for each batch. There merged and
-# unmerged are one computation, equal to the bit.
+# products beside $W$ cost more than forming $W + \Delta W$, so these form it for each batch. (The package
+# counts forming twice, for the time to read and write the array; the last exercise counts multiplications
+# alone.) There merged and unmerged are one computation, equal to the bit.
 #
 # The second array takes memory, one more copy of each adapted weight. `ml.fuse` is for those who will not go
 # back: it makes the model a plain one and drops base and adapter.

@@ -3,12 +3,12 @@
 #
 # ![](attachment:ranks.png)
 #
-# **What you will see.** What a larger rank brings: the loss at every rank of a sweep, the number of directions
+# **What you will see.** What a larger rank brings: the loss at each rank of a sweep, the number of directions
 # that $\Delta W$ really uses, and a task whose rank is known, on which the method is tested. It also costs
 # more numbers, until $A$ and $B$ have more of them than $\Delta W$ itself.
 #
 # **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), and the idea of singular
-# values: every matrix is a sum of rank-one matrices, and they are the sizes of those.
+# values: every matrix is a sum of rank-one matrices, and its singular values are their sizes.
 
 # %% tags=["first", "unkept"]
 
@@ -145,7 +145,8 @@ holds(
 # There LoRA adapts the embedding table only, where the answer lies, while full fine-tuning moves everything:
 # LoRA was told where to look.
 #
-# Does a larger base need less rank? The ledger of the package says what its experiment found.
+# Does a larger base need less rank? The package keeps a *ledger* of what is said of LoRA: each sentence, what
+# an experiment found, and the rule that decides.
 
 # %%
 print(claims().of("size/gap", "size/needed"))

@@ -44,11 +44,11 @@ from minilora.tree import freeze
 # $$y_n = W x_n + s\,B_{k_n} A_{k_n} x_n$$
 #
 # The figure shows the first of the small products, $A x$. On the left, every row meets the $A$ of every
-# adapter, and most of that is waste. There are two ways not to compute it. **Gather** (BGMV): fetch for
-# each row the factors that it names, and do all rows in one batched product. **Segments** (SGMV): sort the
-# rows by adapter, and do one ordinary product for each adapter. (Both names are from [Punica, Chen et al.
-# 2023](https://arxiv.org/abs/2310.18547).) Gathering takes fewer calls and copies factors; segments copy
-# nothing, and pay when many rows share an adapter.
+# adapter, and most of that is waste. There are two ways not to compute it. **Gather** (BGMV): fetch for each
+# row the factors that it names, and do all rows in one batched product. **Segments** (SGMV): sort the rows by
+# adapter, and do one ordinary product for each adapter. (Both names are from [Punica, Chen et al.
+# 2023](https://arxiv.org/abs/2310.18547).) Gathering takes fewer calls and copies factors; segments copy no
+# factors, and pay when many rows share an adapter.
 
 # %%
 rng = np.random.default_rng(1)
@@ -290,10 +290,11 @@ holds("The steps fall nearly in proportion", 1.5 * continuous[0] > continuous[-1
 # %% [markdown]
 # ## How fast
 #
-# Times differ from machine to machine, so these were measured once, all in one run on one model: a file of
-# the repository, made by `python benchmarks/serving.py`, which lies beside this notebook if you have a copy.
-# PEFT serves mixed batches, too (`adapter_names`), with a loop over the adapters of the batch in every layer.
-# The other alternative is to merge one adapter after the other, and to serve its requests before the next.
+# Times differ from machine to machine, so these were measured once, all in one run, on one small model: a
+# file of the repository, made by `python benchmarks/serving.py`, which lies beside this notebook if you have
+# a copy. PEFT serves mixed batches, too (`adapter_names`), with a loop over the adapters of the batch in
+# every layer. The other alternative is to merge one adapter after the other, and to serve its requests before
+# the next.
 #
 # The more adapters share the requests, the fewer tokens come out; but from 64 adapters on the engine's rate
 # hardly falls any more, since a step has no more adapters than slots. PEFT and merging are slower than the

@@ -135,7 +135,7 @@ HARMLESS = {
     "11_under_the_microscope": [
         "in the spelling of 1623",
         "| 90 %, 99 % |",  # names of columns
-        "section 7.2 of the paper",
+        "[Hu et al. 2021 , section 7.2:",
         "(Eckart and Young 1936)",
     ],
     "12_against_its_base": [
@@ -172,9 +172,10 @@ HARMLESS = {
     "5_what_to_adapt_and_how": [
         "LoRA leaves three choices: which matrices, which scale, which start.",
         "([rsLoRA, Kalajdzievski 2023 )",
-        "or $\\alpha = 2 r$. Look",  # a definition
+        "as with $\\alpha = 2 r$. Look",  # a definition
     ],
     "10_beyond_language": [
+        "more than 100 % means",  # a definition
         "The same three calls",  # the title of a section
         "([Dosovitskiy et al. 2021 )",
         "([Ho et al. 2020 )",
