@@ -111,7 +111,7 @@ from minilora.fast import folded
 sizes = {layer.base.weight.data.shape: layer.adapters[layer.active] for layer in adapted(model).values()}
 least = {shape: next(M for M in range(1, 1000) if folded.pays(pair, M)) for shape, pair in sizes.items()}
 holds("from about 100 rows on, or 140, by the shape of the map", {*least.values()} == {97, 140})
-holds("The package counts forming twice", all(n == 2 * O * I // (O + I) + 1 for (O, I), n in least.items()))
+holds("The package counts forming twice", all(n == 2 * a * b // (a + b) + 1 for (a, b), n in least.items()))
 many = [(np.tile(ids, (16, 1)),) * 2]
 unmerged_loss = ml.evaluate(model, many)
 ml.merge(model)
