@@ -2,9 +2,10 @@
 
     python docs/pictures.py
 
-The adapter whose numbers are shown was trained by
+The adapter whose numbers are shown, and the one that is added to it, were trained by
 
     minilora train --data folio --targets layers.0.self_attn.q_proj --lr 0.01 --out figures/pictures/adapter
+    minilora train --data kjv --targets layers.0.self_attn.q_proj --lr 0.01 --out figures/pictures/adapter_kjv
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import minilora as ml
 from minilora import pictures
+from minilora.experiments.beyond_tasks import SHAPE
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "figures/pictures"
@@ -23,7 +25,10 @@ SHOWN = re.compile(r"!\[[^\]]*\](\((?:\.\./)?figures/pictures/(\w+)\.png\))")
 def drawn() -> dict[str, ml.plots.Picture]:
     """Every committed picture, by the name of its files."""
     adapter = ml.open_adapter(FOLDER / "adapter")
+    model = ml.load()
+    ml.load_adapter(model, FOLDER / "adapter")
     return {
+        "overlays": pictures.overlays(ml.load()),
         "lora": pictures.lora(),
         "flow": pictures.flow(),
         "product": pictures.product(),
@@ -33,8 +38,13 @@ def drawn() -> dict[str, ml.plots.Picture]:
         "merging": pictures.merging(),
         "four_bits": pictures.four_bits(),
         "many_adapters": pictures.many_adapters(),
+        "adding": pictures.adding(adapter, ml.open_adapter(FOLDER / "adapter_kjv")),
+        "beyond_language": pictures.beyond_language(SHAPE),
         "factors": pictures.factors(adapter),
         "rank_one": pictures.rank_one(adapter),
+        "rounding": pictures.rounding(),
+        "ranks": pictures.ranks(),
+        "beside_base": pictures.beside_base(model),
     }
 
 

@@ -1,8 +1,8 @@
 """Build the site: `python docs/website.py --out DIR`. Nothing is fetched, and every warning is an error.
 
 Most pages are the repository's own. The others are made here from what is there: the start page (the README),
-the list of lessons, the gallery, the reference of `minilora`, and a page for every source file that another
-page links. Sphinx renders them, as conf.py says.
+the gallery, the reference of `minilora`, and a page for every source file that another page links. Sphinx
+renders them, as conf.py says.
 """
 
 import argparse
@@ -34,10 +34,11 @@ MENU = {  # where the pages of docs/ stand in the navigation; one that is not na
     "Reference": ("modules",),
     "Project": ("decisions", "trust"),
 }  # fmt: skip
+LESSONS = "notebooks/README.md"
 FORMATS = "benchmarks/results/lora_formats.md"
 LISTS = {
     "figures": "gallery.md",
-    "notebooks": "lessons.md",
+    "notebooks": LESSONS,
     "benchmarks/results": "results.md",
 }  # of a folder
 SITE = Kind(
@@ -89,7 +90,7 @@ def first(thing: Any) -> str:
 def menu() -> dict[str, list[str]]:
     """The title of a section -> its pages."""
     docs = found("docs/*.md")
-    sections = {"Course": ["lessons.md"]}
+    sections = {"Course": [LESSONS]}
     for section, names in MENU.items():
         sections[section] = [path for name in names if (path := f"docs/{name}.md") in docs]
     sections["What was found"] += ["gallery.md", "results.md"]
@@ -119,16 +120,6 @@ def start(pages: dict[str, str]) -> str:
         parts += [*card, "", said, ":::"]
     trees = [toctree(paths, ":hidden:", f":caption: {section}") for section, paths in menu().items()]
     return "\n".join([*parts, "::::", "", rest, *trees])
-
-
-def lessons(pages: dict[str, str]) -> str:
-    """The list of lessons: what one will see in each."""
-    parts = ["# Lessons", ""]
-    for number, path in enumerate(paths := found("notebooks/*.ipynb"), 1):
-        opening = "".join(json.loads(pages[path])["cells"][0]["source"])
-        said = re.search(r"\*\*What you will see\.\*\* (.*?)(?:\n\n|$)", opening, re.S)
-        parts += [f"## {number}. [{title(pages[path])}]({path})", "", said[1] if said else "", ""]
-    return "\n".join([*parts, toctree([*paths, *found("notebooks/*.md")], ":hidden:")])
 
 
 # ---- the gallery
@@ -237,8 +228,9 @@ def pages(says: dict[str, str]) -> dict[str, str]:
     every = {path: read(path) for path in [*own, "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]}
     every |= reference() | {
         "results.md": f"# Results\n\n{toctree(measured, ':titlesonly:')}",
-        "lessons.md": lessons(every),
     }
+    below = [f"/{path}" for path in [*found("notebooks/*.ipynb"), "notebooks/COVERAGE.md"]]
+    every[LESSONS] += "\n" + toctree(below, ":hidden:")
     every["gallery.md"] = gallery(every | {"README.md": read("README.md")}, says)
     return every | {"index.md": start(every)}
 

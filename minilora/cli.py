@@ -193,6 +193,7 @@ def parser() -> argparse.ArgumentParser:
     bases = "base (ships), smollm2 (fetched), a Hugging Face folder or a .gguf file"
     table = "print JSON instead of the table"
     again = "replace what is there"
+    pyodide = "where Pyodide is: an address that ends with a slash, or a folder, which is copied"
 
     add = command(
         "sweep", sweep, usual_sweep, "the main job: LoRA at every rank against full fine-tuning, with figures"
@@ -413,17 +414,18 @@ def parser() -> argparse.ArgumentParser:
     add("--root", "decide anew by the rows in this checkout of the repository", type=Path, metavar="DIR")
     add("--json", table, **switch)
 
-    of = Of("course.lessons", "write")
+    of = Of("course.lite", "write_site")
     add = command("lessons", lessons, of.usual, "write the lessons, with exercises, to open in JupyterLab")
     add("out", "the new folder", nargs="?", default=SUPPRESS, metavar="DIR")
     add("--overwrite", "replace the lessons that are there, with the answers in them", **switch)
+    add("--lite", "a JupyterLite site instead, with which they run in a browser", **switch)
+    add("--pyodide", pyodide, metavar="URL")
     of = Of("lab.site", "write")
     add = command(
         "lab", of.report, of.usual, "a web page on which LoRA trains in the browser, in this package"
     )
     add("--out", "the page's folder, to be served by any web server", required=True, metavar="DIR")
-    add("--pyodide", "where Pyodide is: an address that ends with a slash, or a folder, which is copied",
-        metavar="URL")  # fmt: skip
+    add("--pyodide", pyodide, metavar="URL")
     add("--json", table, **switch)
 
     add = command("figures", figures, dict, "draw the figures again from the rows of a sweep")
@@ -587,10 +589,16 @@ def generate(options: Options) -> int:
 
 
 def lessons(options: Options) -> int:
-    """Write the lessons and say how to open them."""
+    """Write the lessons, as notebooks or as a site, and say how to open them."""
     from .course import lessons as course
+    from .course import lite
 
-    print(plain(str(course.write(**typed(options, course.write))), keep="\n"))
+    if options.lite and options.overwrite:
+        raise ConfigError("--overwrite is for a folder of lessons; a site of --lite needs a new name")
+    if not options.lite and "pyodide" in options:
+        raise ConfigError("--pyodide is for a site; expected --lite too")
+    write: Callable[..., object] = lite.write_site if options.lite else course.write
+    print(plain(str(write(**typed(options, write))), keep="\n"))
     return 0
 
 

@@ -173,10 +173,10 @@ def run(
 def peak() -> int:
     """The most bytes of memory that this process has held; 0 where the system does not say."""
     try:
-        import resource
+        from resource import RUSAGE_SELF, getrusage
     except ImportError:  # a browser
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- text and examples

@@ -1,6 +1,6 @@
 """Make the lessons: notebooks/src/NAME.py -> notebooks/NAME.ipynb, executed, the same bytes every time.
 
-    python notebooks/build.py                build all of them
+    python notebooks/build.py                build all of them, and their list, README.md
     python notebooks/build.py --check        execute again, compare with what is stored; exit 1 if it differs
 
 `minilora lessons DIR` writes copies to work in; minilora/course/lessons.py says what a source is. Its tags:
@@ -69,7 +69,7 @@ def notebook(name, claims=False):
 
 def title(name):
     """The title of a lesson."""
-    return notebook(name).cells[0].source.splitlines()[0].removeprefix("# ")
+    return course.opening(name).title
 
 
 def tags_of(cell):
@@ -293,6 +293,8 @@ def main(argv=None):
             print(f"{name}: {what}", file=sys.stderr)
         wrong += bool(found)
         print(f"{name}: {'wrong' if found else 'as stored' if args.check else 'built'}")
+    if not args.check:
+        (HERE / "README.md").write_text(course.readme(), encoding="utf-8")
     return 1 if wrong else 0
 
 

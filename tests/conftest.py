@@ -47,3 +47,16 @@ def device():
     use("standin")
     yield
     use(LIBRARY)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, or a reason to go without; with MINILORA_LAB=FOLDER that is an error."""
+    import driven
+
+    if driven.LACKS and "MINILORA_LAB" not in os.environ:
+        pytest.skip(f"{driven.LACKS} is not here")
+    pytest.importorskip("playwright")
+    assert not driven.LACKS
+    with driven.chromium() as browser:
+        yield browser

@@ -29,7 +29,7 @@ from minilora.analysis.tables import SORTS
 from minilora.claims import ledger
 from minilora.compose import combine, extract, truncate
 from minilora.compose import quantize as compose_quantize
-from minilora.course import lessons
+from minilora.course import lessons, lite
 from minilora.data import corpora
 from minilora.experiments import (
     adding_adapters,
@@ -144,12 +144,14 @@ CALLED = {  # by command: the functions that it calls, and what they return here
     "modules": [(count, "modules", Found())],
     "serve-bench": [(bench, "serve_bench", Found())],
     "claims": [(ledger, "claims", Found())],
-    "lessons": [(lessons, "write", Found())],
+    "lessons": [(lessons, "write", Found()), (lite, "write_site", Found())],
     "lab": [(site, "write", Found())],
     "figures": [(rank_sweep, "read_rows", [{}]), (cli, "draw"), (merge_equivalence, "run", []),
                 (rank_figures, "merge_equivalence", Found())],
 }  # fmt: skip
 JSON = '{\n "found": null\n}\n'  # which has no infinity
+SITE = {"write": None, "write.out": None, "write.overwrite": None,
+        "write_site": True, "write_site.out": "lessons", "write_site.pyodide": site.PYODIDE}  # fmt: skip
 FIGURES = ("MANIFEST.json", "merge_equivalence", "merge_equivalence.json", "rows.jsonl")
 
 
@@ -352,6 +354,8 @@ OPTIONS = {
     "lessons": ({}, {
         "out": (["o"], {"write.out": "o"}),
         "overwrite": (["--overwrite"], {"write.overwrite": True}),
+        "lite": (["--lite"], SITE),
+        "pyodide": (["--lite", "--pyodide", "d"], SITE | {"write_site.pyodide": "d"}),
     }),
     "lab": ({"out": ["--out", "o"]}, {
         "out": (["--out", "p"], {"write.out": "p"}),
@@ -437,7 +441,7 @@ def test_an_omitted_option_has_the_functions_default_and_help_shows_it(command):
         assert bool(said) is (action.nargs != 0 and not action.required), action.dest
         for name in [n for n in options[action.dest][1] if n in defaults and action.dest not in needed]:
             assert given[name] == OWN.get(name, defaults[name]), name
-            if said and given[name] is not None and not name.endswith(".out"):
+            if said and given[name] is not None and given[name] is not False and not name.endswith(".out"):
                 assert said[1] == flags.as_typed(given[name]), name
                 compared += 1
     assert compared == {"sweep": 3, "train": 10, "generate": 2, "pretrain": 2, "params": 2, "modules": 2,

@@ -94,7 +94,7 @@ def prepare():
     adding_adapters.METHODS, adding_adapters.SCALES = {"linear": {"method": "linear"}}, (1.0,)
     adding_figures.METHODS = adding_adapters.METHODS
     adding_figures.pictures = lambda rows: pictures
-    site.archive = lambda: b"PK"
+    site.package = dict
     pretrain.Config = lambda: Config(**TINY)
     pretrain.LENGTH = 32
     np.random.default_rng(0)

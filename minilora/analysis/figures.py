@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..spectra import noise_spectrum
+from ..spectra import effective_rank, energy, noise_spectrum
 from ..table import drawn, shortened
 from .names import block_or_layer
 from .plotting import (
@@ -158,6 +158,32 @@ def adapter_spectra(modules: Sequence[Any]) -> Picture:
     figure.suptitle(f"How fast do the singular values of ΔW fall?\n{answer}; grey: all {kind}s", fontsize=12)
     name_lines(*grid.flat[: len(names)], fontsize=10)
     return Picture(figure, f"Singular values of ΔW over the largest; mean effective rank: {', '.join(says)}.")
+
+
+@styled
+def dense_spectra(modules: Sequence[Any], names: Sequence[str] = ("q_proj", "down_proj")) -> Picture:
+    """The singular values of changes of full rank, mean over the layers of each kind of module named.
+
+    Beside them stand those of a Gaussian matrix of the same norm: of a full matrix, not of two factors.
+    """
+    figure, ((ax,),) = axes()
+    ranks, says = [], []
+    for name, colour, dashes in zip(names, (BLUE, ORANGE, GREEN, PINK), ("-", "--", "-.", "-"), strict=False):
+        some = [m for m in modules if m.kind == name]
+        S = np.array([m.singular_values for m in some]).mean(0)
+        noise = np.linalg.norm(S) * noise_spectrum(some[0].shape, np.random.default_rng(0))
+        for values, line, label in ((S, dashes, drawn(name)), (noise, ":", drawn(f"{name}, noise"))):
+            at = range(1, len(values) + 1)
+            ax.plot(at, values, color=colour, linestyle=line, linewidth=2, label=label)
+        own = np.mean([m.ranks.effective for m in some])
+        ranks.append(f"{drawn(name)} {own:.0f}, noise {effective_rank(noise):.0f}")
+        shares = [f"{energy(values)[:8][-1]:.0%}" for values in (S, noise)]
+        says.append(f"{name} begins at {S[0]:.2f} (noise {noise[0]:.2f}), its first 8 hold {shares[0]} of "
+                    f"|ΔW|² (noise {shares[1]})")  # fmt: skip
+    ax.set(xlabel="index i", ylabel="singular value of ΔW", ylim=(0, None))
+    figure.suptitle(f"Is the change of low rank?\neffective rank: {'; '.join(ranks)}", fontsize=12)
+    name_lines(ax)
+    return Picture(figure, f"Singular values of ΔW beside those of a Gaussian matrix: {'; '.join(says)}.")
 
 
 @styled

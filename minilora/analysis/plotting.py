@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes as Axes
 from matplotlib.figure import Figure as Figure
+from matplotlib.transforms import Affine2D as Affine2D
 
 from ..formats.atomic import write_atomic
 from ..table import markup

@@ -85,7 +85,7 @@ def only_the_count_matters(rows: Rows) -> Verdict:
 
 
 def scales_lower_it(rows: Rows) -> Verdict:
-    """Holds if a scale for each weight, counted in d, gives a lower d90 in the median seed."""
+    """Holds if a scale for each weight matrix, counted in d, gives a lower d90 in the median seed."""
     base = found(rows).base()
     lower = np.median(base.d90("loss", "said")) < np.median(base.d90())
     return HOLDS if lower else FAILS, f"{dimension(base, method='said')} against {dimension(base)}"
@@ -114,6 +114,6 @@ CLAIMS = (
           INTRINSIC, "figures/intrinsic-dimension/rank.png", low_dimension_is_low_rank),
     Claim("A random subspace of as many dimensions does as well as LoRA.", "asked here",
           INTRINSIC, "figures/intrinsic-dimension/rank.png", only_the_count_matters),
-    Claim("A scale for each weight lowers the intrinsic dimension.", AGHAJANYAN,
+    Claim("A scale for each weight matrix lowers the intrinsic dimension.", AGHAJANYAN,
           INTRINSIC, "figures/intrinsic-dimension/rank.png", scales_lower_it),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ..errors import StorageError
 from ..formats.atomic import Kind, read, write_atomic, write_folder
+from ..table import Table
 
 EXPERIMENTS = (  # whose rows the lessons read
     "known-rank", "subspaces", "intrinsic-dimension", "which-matrices", "scale", "initialisation",
@@ -32,6 +33,10 @@ DATA = {  # where a lesson finds a file beside it -> the file in the repository,
     for name in EXPERIMENTS
 }
 NEEDS = "jupyterlab ipywidgets gguf tokenizers scikit-learn"  # packages of the extra `notebooks`
+ABOUT = (
+    "Run each lesson from the top, in JupyterLab. At its end are exercises, which check your answers; the "
+    "[solutions](solutions) are for later."
+)
 PICTURES = "figures/pictures"  # which a text shows by ![](attachment:NAME.png)
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -78,6 +83,39 @@ def cells(text: str) -> Iterator[Cell]:
         yield Cell(markdown, tags, body.strip())
 
 
+class Opening(NamedTuple):
+    """What a lesson says of itself first."""
+
+    title: str
+    see: str  # what one will see, in a sentence of Markdown
+    needs: list[str]  # names of lessons
+
+
+def opening(name: str) -> Opening:
+    """The title of a lesson, the first sentence of what one will see, and the lessons that it needs."""
+    head = next(cells(source(name))).source
+
+    def part(label: str) -> str:
+        found = re.search(rf"^\*\*{label}\.\*\* (.*?)(?:\n\n|\Z)", head, re.M | re.S)
+        return " ".join(found[1].split()) if found else ""
+
+    see = re.match(r".*?(?:[.?!](?= |$)|$)", part("What you will see"))
+    needs = re.findall(r"\]\((\w+)\.ipynb\)", part("What you need"))
+    return Opening(head.splitlines()[0].removeprefix("# "), see[0] if see else "", needs)
+
+
+def readme() -> str:
+    """The list of all lessons in Markdown, with what one will see in each and which ones it needs."""
+    numbers = {name: name.partition("_")[0] for name in lessons()}
+    rows = []
+    for name, number in numbers.items():
+        title, see, needs = opening(name)
+        links = ", ".join(f"[{numbers[other]}]({other}.ipynb)" for other in needs)
+        rows.append((f"{number}. [{title}]({name}.ipynb)", see, links or "–"))
+    table = Table(("lesson", "what you will see", "needs"), rows).markdown("lll")
+    return f"# Lessons\n\n{ABOUT}\n\n{table}\n"
+
+
 def notebook(name: str) -> dict[str, Any]:
     """A lesson as a notebook to work in, without claims."""
     return document([cell for cell in cells(source(name)) if "claims" not in cell.tags])
@@ -103,7 +141,7 @@ def document(kept: Sequence[Cell]) -> dict[str, Any]:
 
 def as_json(cell: Cell, number: int) -> dict[str, Any]:
     """A cell of a notebook."""
-    made = {
+    made: dict[str, Any] = {
         "cell_type": "markdown" if cell.markdown else "code", "id": f"cell-{number:02}",
         "metadata": {"tags": cell.tags} if cell.tags else {}, "source": cell.source,
     }  # fmt: skip
@@ -115,6 +153,11 @@ def as_json(cell: Cell, number: int) -> dict[str, Any]:
         made["source"] = made["source"].replace(f"![](attachment:{name}", f"![{says}](attachment:{name}")
         attached[f"{name}.png"] = {"image/png": b64encode(read(folder / f"{name}.png")).decode()}
     return made | ({"attachments": attached} if attached else {})
+
+
+def solutions() -> dict[str, str]:
+    """Where the solutions lie beside the lessons -> the files in the repository."""
+    return {f"solutions/{name}.md": f"notebooks/solutions/{name}.md" for name in lessons()}
 
 
 @dataclass(frozen=True)
@@ -134,14 +177,14 @@ class Written:
 
 
 def write(out: Path | str = "lessons", overwrite: bool = False) -> Written:
-    """Write all lessons to a new folder, with the files they read and the solutions in solutions/.
+    """Write all lessons to a new folder, with their list, the files they read and solutions/.
 
     StorageError if anything is there; with `overwrite` a folder of lessons is replaced, answers and all.
     """
     where, names = root(), lessons()
     files = {f"{name}.ipynb": json.dumps(notebook(name), indent=1, ensure_ascii=False) for name in names}
-    copies = {f"solutions/{name}.md": f"notebooks/solutions/{name}.md" for name in names}
-    copies |= {place: file for place, (file, _) in DATA.items()}
+    files["README.md"] = readme().rstrip()
+    copies = solutions() | {place: file for place, (file, _) in DATA.items()}
 
     def fill(temp: Path) -> None:
         for place, text in files.items():

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,12 +198,24 @@ def stdlib_text() -> str:
         from pydoc_data.topics import topics
 
         texts += topics.values()
-    for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        for node in ast.walk(ast.parse(read(named(path)))):
+    for source in stdlib_modules():
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 doc = ast.get_docstring(node) or ""
                 texts += [doc] if len(doc) > 80 else []
     return fold(joined(texts))
+
+
+def stdlib_modules() -> Iterator[bytes]:
+    """The source of each of this Python's own modules, by name; a browser has them in an archive."""
+    place = Path(contextlib.__file__).parent
+    if place.is_dir():
+        yield from (read(named(path)) for path in sorted(place.glob("*.py")))
+        return
+    import zipfile
+
+    with zipfile.ZipFile(place) as archive:
+        yield from map(archive.read, sorted(filter(re.compile(r"[^/]+\.py").fullmatch, archive.namelist())))
 
 
 # Fetching -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ..data.digits import GREYS, SIDE
 from ..spectra import effective_rank, noise_spectrum, rank_shown, relative
 from ..table import Table, counted
 from .beyond_language import SHOWN, Plan
-from .beyond_tasks import CLASSIFIED, DRAWN, SHAPE, planted
+from .beyond_tasks import CLASSIFIED, DRAWN, SHAPE, new, planted
 from .harness import Row
 from .known_figures import NOTHING
 from .reading import finals, median_of, said, spread
@@ -209,6 +209,14 @@ def sheets(images: Mapping[str, Any], question: str, says: str) -> Picture:
         ax.set_title(title)
     figure.suptitle(question)
     return Picture(figure, says)
+
+
+def compared(drawn: Mapping[str, np.ndarray]) -> Picture:
+    """Drawings (N, 64) by title, at least SHOWN of each, with the share of them that shows a new digit."""
+    shares = {title: f"{new(some):.0%}" for title, some in drawn.items()}
+    greys = {f"{title}: {shares[title]}": (some[:SHOWN] + 1) * (GREYS / 2) for title, some in drawn.items()}
+    told = ", ".join(f"{title} {share}" for title, share in shares.items())
+    return sheets(greys, "Which drawings show 5 to 9?", f"Drawings that show a digit from 5 to 9: {told}.")
 
 
 def drawings(rows: Sequence[Row]) -> Picture:

@@ -5,10 +5,10 @@
 Li et al. 2018; Aghajanyan et al. 2020, who take 90% of full training's accuracy instead: that is measured,
 too, for the next character. Starts are the base, random weights of the same shape, and bases pretrained here,
 shortly: for fewer and more steps, and in several widths. LoRA stands beside them on the base, since its
-parameters are some of the d; so does SAID, with a scale for each weight. For every start, text, method and
-size short runs choose the learning rate on a validation split; all else is measured on the test split. The
-seeds vary P and the batches; every start is one model. Each ΔW is measured by its effective rank. Beside the
-texts are digits, learned from scratch as Li et al. have it (intrinsic_tasks.py).
+parameters are some of the d; so does SAID, with a scale for each weight matrix. For every start, text, method
+and size short runs choose the learning rate on a validation split; all else is measured on the test split.
+The seeds vary P and the batches; every start is one model. Each ΔW is measured by its effective rank. Beside
+the texts are digits, learned from scratch as Li et al. have it (intrinsic_tasks.py).
 """
 
 import copy

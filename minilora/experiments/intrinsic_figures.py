@@ -189,7 +189,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         f"At d = {low} ΔW has {np.median(base.results['subspace', low].rank):.2f} of the largest effective "
         f"rank; noise has {base.start['rank']:.2f}, full training {np.median(base.full.rank):.2f}.",
         f"LoRA against the random subspace with as many numbers: {against(f)}.",
-        f"With a scale for each weight (SAID) it takes {dimension(base, method='said')}.",
+        f"With a scale for each weight matrix (SAID) it takes {dimension(base, method='said')}.",
         "By width: " + "; ".join(f"{w}, {dimension(arm)}" for w, arm in f.wide().items()) + ".",
         f"Digits from scratch take {dimension(f.digits(), 'accuracy')} for 90% of full training's accuracy, "
         f"{np.median(f.digits().full.accuracy):.1%}, and {dimension(f.digits())} for 90% of the loss gap. "

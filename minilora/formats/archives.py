@@ -77,16 +77,20 @@ def download(requirements: Path, what: str, tree: Path) -> Path:
     command += ["--retries=2", "-r", str(requirements), "--dest", str(place)]
     paths = os.pathsep.join(filter(None, [str(standin), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(temp)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as e:  # such as in a browser, which has no processes
+        why = [f"pip cannot be started: {e.strerror or e}"]
+    else:
+        if not done.returncode:
+            return place
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
         why = [line for line in lines if line.startswith("ERROR")] or lines
-        names = ", ".join(f"{name}-{version}" for name, (version, _) in pins(requirements).items())
-        raise StorageError(
-            f"{what} not fetched: {why[-1].strip()}; by hand: put the archives that {requirements} pins "
-            f"({names}) into a folder DIR, then set MINILORA_{what.upper()}=DIR"
-        )
-    return place
+    names = ", ".join(f"{name}-{version}" for name, (version, _) in pins(requirements).items())
+    raise StorageError(
+        f"{what} not fetched: {why[-1].strip()}; by hand: put the archives that {requirements} pins "
+        f"({names}) into a folder DIR, then set MINILORA_{what.upper()}=DIR"
+    )
 
 
 def members(

@@ -478,10 +478,10 @@ def lock(fd: int) -> bool:
     BlockingIOError if another process holds it, OSError if its file system has no locks.
     """
     try:
-        import fcntl
-    except ImportError:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:  # JupyterLite's is empty
         return False
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    flock(fd, LOCK_EX | LOCK_NB)
     return True
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 from .. import __version__
 from ..digests import of_bytes
 from ..errors import ConfigError, FormatError, StorageError
+from ..formats.archives import canonical
 from ..formats.atomic import check_free, exists, read, write_atomic, write_folder
 from ..formats.huggingface import load, read_json
 from ..table import counted, report
@@ -65,7 +67,7 @@ def write(out: Path | str, pyodide: str = PYODIDE) -> Site:
     copied = {} if address(pyodide) else {COPIED + path.name: read(path) for path in distribution(pyodide)}
     where = COPIED if copied else pyodide
     files = {path.name: read(path) for path in sorted(PAGE.iterdir())}
-    files |= {"index.html": index(where), ARCHIVE: archive(), **copied}
+    files |= {"index.html": index(where), ARCHIVE: packed(package()), **copied}
 
     def fill(folder: Path) -> None:
         for name, data in files.items():
@@ -88,23 +90,37 @@ def address(pyodide: str) -> bool:
     return True
 
 
-def distribution(pyodide: str) -> list[Path]:
-    """The files of Pyodide in a folder that the lab needs."""
+def distribution(
+    pyodide: str, core: Sequence[str] = CORE, packages: Sequence[str] = ("numpy",)
+) -> list[Path]:
+    """The files of Pyodide in a folder that are needed: its core, and packages with all that they need."""
     folder = Path(pyodide)
-    if missing := [name for name in CORE if not exists(folder / name)]:
+    if missing := [name for name in core if not exists(folder / name)]:
         raise StorageError(
             f"{folder / missing[0]}: is missing; expected a folder with Pyodide, or an address"
         )
-    packages = read_json(folder / "pyodide-lock.json", LOCK).get("packages")
-    numpy = packages.get("numpy") if isinstance(packages, dict) else None
-    if not isinstance(numpy, dict) or not {"file_name", "sha256"} <= numpy.keys():
-        raise FormatError(f"{folder / 'pyodide-lock.json'}: does not say which file NumPy is")
-    wheel = folder / Path(str(numpy["file_name"])).name
-    if not exists(wheel):
-        raise StorageError(f"{wheel}: is missing; expected the wheel of NumPy that pyodide-lock.json names")
-    if of_bytes(read(wheel)) != numpy["sha256"]:
-        raise FormatError(f"{wheel}: its sha256 is not the one in pyodide-lock.json")
-    return [*(folder / name for name in CORE), wheel]
+    wheels = locked(folder / "pyodide-lock.json", packages)
+    for name, digest in wheels.items():
+        if not exists(folder / name):
+            raise StorageError(f"{folder / name}: is missing; expected the file that pyodide-lock.json names")
+        if of_bytes(read(folder / name)) != digest:
+            raise FormatError(f"{folder / name}: its sha256 is not the one in pyodide-lock.json")
+    return [folder / name for name in (*core, *wheels)]
+
+
+def locked(lock: Path, packages: Sequence[str]) -> dict[str, str]:
+    """File name -> sha256 of these packages and of all that they need, by Pyodide's lock file."""
+    listed = read_json(lock, LOCK).get("packages")
+    known = {canonical(name): about for name, about in listed.items()} if isinstance(listed, dict) else {}
+    found, wanted = dict[str, dict[str, Any]](), [*packages]
+    while wanted:
+        if (name := canonical(wanted.pop())) not in found:
+            about = known.get(name)
+            if not isinstance(about, dict) or not {"file_name", "sha256", "depends"} <= about.keys():
+                raise FormatError(f"{lock}: does not say which file {name} is and what it needs")
+            found[name] = about
+            wanted += map(str, about["depends"])
+    return {Path(str(about["file_name"])).name: str(about["sha256"]) for about in found.values()}
 
 
 def index(pyodide: str) -> bytes:
@@ -115,12 +131,16 @@ def index(pyodide: str) -> bytes:
     return re.sub(r"\{(\w+)\}", lambda match: known[match[1]], read(PAGE / "index.html").decode()).encode()
 
 
-def archive() -> bytes:
-    """The package as a zip archive; the same files give the same bytes."""
+def package() -> dict[str, bytes]:
+    """The files of the package that it needs to run in a browser."""
+    paths = [path for path in sorted(PACKAGE.rglob("*")) if path.suffix in KINDS and path.parent != PAGE]
+    return {path.relative_to(PACKAGE.parent).as_posix(): read(path) for path in paths}
+
+
+def packed(files: Mapping[str, bytes]) -> bytes:
+    """Files as a zip archive; the same files give the same bytes."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(PACKAGE.rglob("*")):
-            if path.suffix in KINDS and path.parent != PAGE:
-                name = path.relative_to(PACKAGE.parent).as_posix()
-                archive.writestr(zipfile.ZipInfo(name), read(path), zipfile.ZIP_DEFLATED)
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
     return made.getvalue()

@@ -1,11 +1,14 @@
-"""Pictures of LoRA, one call each: a map and its adapter, a block, the merge, four bits, a batch, ΔW."""
+"""Pictures of LoRA, one call each: sheets, a map, its adapter, blocks, merge, rounding, 4 bits, batches."""
 
 from .batch import many_adapters
 from .blocks import block
-from .maps import flow, lora, merging, product
-from .memory import four_bits
-from .trained import factors, rank_one
+from .images import beyond_language
+from .maps import flow, lora, merging, product, ranks
+from .memory import four_bits, rounding
+from .sheets import overlays
+from .trained import adding, beside_base, factors, rank_one
 
 __all__ = [
-    "block", "factors", "flow", "four_bits", "lora", "many_adapters", "merging", "product", "rank_one",
+    "adding", "beside_base", "beyond_language", "block", "factors", "flow", "four_bits", "lora",
+    "many_adapters", "merging", "overlays", "product", "rank_one", "ranks", "rounding",
 ]  # fmt: skip

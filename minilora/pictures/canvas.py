@@ -167,6 +167,19 @@ class Canvas:
             grey = Look(f"{0.4 + code / 27:.2f}", "white", 0.8)
             self.box(x + (j - (columns - 1) / 2) * side, y + (i - (rows - 1) / 2) * side, side, side, grey)
 
+    def field(self, x: float, y: float, wide: float, high: float) -> Any:
+        """Axes for the entries of a matrix, whose upper left corner is (x, y)."""
+        width, height = self.figure.get_size_inches()
+        return self.figure.add_axes((x / width, (y - high) / height, wide / width, high / height))
+
+    def image(self, x: float, y: float, side: float, pixels: np.ndarray) -> None:
+        """A square image around (x, y): paper at -1, ink at 1, and what is beyond as these."""
+        ax = self.field(x - side / 2, y + side / 2, side, side)
+        ax.imshow(pixels, cmap="Greys", vmin=-1, vmax=1, interpolation="none")
+        ax.grid(False)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=True, color=ICE)
+
 
 def between(a: Point, b: Point, share: float) -> Point:
     """The point at this share of the way from a to b."""

@@ -3,6 +3,8 @@
 W (O, I), A (r, I), B (O, r): r (O + I) numbers are trained instead of O I (Hu et al. 2021, section 4.1).
 """
 
+from collections.abc import Sequence
+
 from ..analysis.plotting import Picture, styled
 from ..errors import ConfigError, check_int
 from .canvas import EMBER, FROZEN, INK, LETTER, MERGED, PASSING, SMALL, SOFT, TRAINED, Canvas, Look
@@ -104,6 +106,35 @@ def product(O: int = 4096, I: int = 4096, r: int = 8) -> Picture:
     c = Canvas(6.8, 4.4)
     draw_product(c, 0.2, 0.15, O, I, r)
     return c.picture(product_says(O, I, r))
+
+
+@styled
+def ranks(O: int = 96, I: int = 96, some: Sequence[int] = (1, 8, 64)) -> Picture:
+    """ΔW, and beside it B and A at each of some ranks, all to scale, with the counts."""
+    for r in some:
+        sides(O, I, r)
+    inch = SIDE / max(O, I)
+    wide, high, words, gap = inch * I, inch * O, 2.4, 0.6
+    rooms = [max(inch * r, 0.5) for r in some]  # of B, and of its letter
+    fields = [max(wide, words), *(max(room + 0.15 + wide, words) for room in rooms)]
+    c = Canvas(sum(fields) + gap * len(fields), 1.9 + high)
+    top, x, said = 1.35 + high, (gap + fields[0]) / 2, []
+    c.box(x, top - high / 2, wide, high, PASSING)
+    c.words(x, top + 0.25, "ΔW", LETTER, slanted=True)
+    c.words(x, 0.95, f"{O:,} × {I:,}", SMALL, SOFT)
+    c.words(x, 0.6, f"{O * I:,}", bold=True)
+    for r, room, before, field in zip(some, rooms, fields, fields[1:], strict=False):
+        x += before / 2 + gap + field / 2
+        b, a = x - (0.15 + wide) / 2, x + (room + 0.15) / 2
+        c.stripes(b, top - high / 2, inch * r, high, columns=r)
+        c.stripes(a, top - inch * r / 2, wide, inch * r, rows=r)
+        for at, letter in ((b, "B"), (a, "A")):
+            c.words(at, top + 0.25, letter, LETTER, EMBER, slanted=True)
+        c.words(x, 0.95, f"r = {r:,}", SMALL, SOFT)
+        c.words(x, 0.6, f"{r * (O + I):,}", colour=EMBER, bold=True)
+        c.words(x, 0.25, compared(O, I, r), SMALL, EMBER)
+        said.append(f"{r * (O + I):,} at r = {r:,}, {compared(O, I, r)}")
+    return c.picture(f"To scale: ΔW has {O:,} × {I:,} = {O * I:,} numbers; B and A have {'; '.join(said)}.")
 
 
 @styled

@@ -4,14 +4,13 @@
 # ![](attachment:lora.png)
 #
 # **What you will see.** One equation, its two gradients derived on paper and written in seven lines of NumPy;
-# two independent checks of them; why the first step moves only one of the two matrices; what an adapter costs
-# in parameters and in memory; and 30 steps of training on a real, if tiny, Llama.
+# why the first step moves only one of the two matrices; what an adapter costs in parameters and in memory;
+# and 30 steps of training on a real, if tiny, Llama.
 #
-# **What you need.** Matrix products and the chain rule. NumPy, and this package.
+# **What you need.** Matrix products and the chain rule.
 #
-# **Contents.** The equation · The gradients on paper · Seven lines of NumPy · Are they right? · The package
-# does the same · The first steps · Counting parameters · What a layer keeps · A whole model · Exercises · To
-# take along
+# **Contents.** The equation · The gradients on paper · Are they right? · The first steps · Counting
+# parameters · What a layer keeps · A whole model · Exercises · To take along
 
 # %% tags=["first", "unkept"]
 
@@ -20,7 +19,6 @@ import numpy as np
 
 import minilora as ml
 from minilora import ops
-from minilora.analysis import plotting
 from minilora.data import corpora
 from minilora.layers import Linear, Param
 from minilora.lora import LowRank, adapted
@@ -65,25 +63,21 @@ holds("every axis has another size", len({M, I, O, r}) == 4)
 # Let $L$ be a loss, and write $dY$ for the matrix of its derivatives $\partial L / \partial Y_{mo}$; likewise
 # for the other letters. A small change of $Y$ changes the loss by $\langle dY, \delta Y \rangle$, the sum of
 # the products of entries. All we need is that a factor can be moved to the other side of that bracket:
-# $\langle P, Q R \rangle = \langle P R^\top, Q \rangle = \langle Q^\top P, R \rangle$.
+# $\langle P, Q R \rangle = \langle P R^\top, Q \rangle = \langle Q^\top P, R \rangle$. With $H = s\,X A^\top$
+# the equation reads $Y = X W^\top + H B^\top$.
 #
-# With $H = s\,X A^\top$ the equation reads $Y = X W^\top + H B^\top$.
-#
-# **Change $B$ only.** $\;\delta Y = H\,\delta B^\top$, so $\delta L = \langle dY, H\,\delta B^\top \rangle =
-# \langle H^\top dY, \delta B^\top \rangle = \langle dY^\top H, \delta B \rangle$, and therefore
+# **Change $B$ only.** $\;\delta L = \langle dY, H\,\delta B^\top \rangle = \langle dY^\top H, \delta B
+# \rangle$, and therefore
 #
 # $$dB = dY^\top H$$
 #
-# **Change $A$ only.** $\;\delta Y = s\,X\,\delta A^\top B^\top$, so $\delta L = \langle dY, s\,X\,\delta
-# A^\top B^\top \rangle = \langle X^\top (s\,dY\,B), \delta A^\top \rangle$, and
+# **Change $A$ only.** $\;\delta L = \langle dY, s\,X\,\delta A^\top B^\top \rangle = \langle X^\top
+# (s\,dY\,B), \delta A^\top \rangle$, and
 #
 # $$dA = (s\,dY\,B)^\top X$$
 #
-# Each has the shape of its matrix. $W$ needs no gradient. Look at what multiplies what: $dA$ contains $B$,
-# and $dB$ contains $A$ (inside $H$). That decides how training starts, as we shall see.
-
-# %% [markdown]
-# ## Seven lines of NumPy
+# Each has the shape of its matrix, and $W$ needs no gradient. In seven lines of NumPy, of which the last
+# returns the output, and a function that turns $dY$ into $dA$ and $dB$:
 
 
 # %%
@@ -102,127 +96,55 @@ def lora(X, W, A, B, s):
 import inspect
 
 lines = [line for line in inspect.getsource(lora).splitlines() if line.strip()]
-for words in ("written in seven lines of NumPy", "Seven lines of NumPy"):
+for words in ("written in seven lines of NumPy", "In seven lines of NumPy"):
     holds(words, len(lines) == 7)
 way_back = " ".join(line.partition("#")[0] for line in lines[3:5])
 holds("one product of matrices for $dB$ and two for $dA$", way_back.count("@") == 3)
 
 # %% [markdown]
-# The function returns the output and a second function that takes the gradient home. All of the package is
-# written in this way; there is no automatic differentiation in it.
+# ## Are they right?
 #
-# For the loss we take $L = \sum \log\cosh(Y - \text{target})$, a smooth relative of the absolute error,
-# because its derivative is short: $dY = \tanh(Y - \text{target})$.
-
+# Take $L = \sum \log\cosh(Y - \text{target})$, whose derivative is short: $dY = \tanh(Y - \text{target})$.
+# Move $A$ and $B$ a little in a random direction. The loss must change by what the gradients say; this check
+# knows nothing of our derivation. [How do we know?](13_how_do_we_know.ipynb) says how exact it can be.
+#
+# `LowRank`, the adapter of the package, does the same operations in the same order. So its gradients agree in
+# every bit.
 
 # %%
+Y, back = lora(X, W, A, B, s)
+dY = np.tanh(Y - target)
+dA, dB = back(dY)
+
+
 def loss(A, B):
     return np.log(np.cosh(lora(X, W, A, B, s)[0] - target)).sum()
 
 
-Y, back = lora(X, W, A, B, s)
-dY = np.tanh(Y - target)
-dA, dB = back(dY)
-print("dA", dA.shape, "like A", A.shape)
-print("dB", dB.shape, "like B", B.shape)
+h, VA, VB = 1e-6, rng.standard_normal(A.shape), rng.standard_normal(B.shape)
+change = (loss(A + h * VA, B + h * VB) - loss(A - h * VA, B - h * VB)) / (2 * h)
+said = (dA * VA).sum() + (dB * VB).sum()
+print(f"the loss changes by    {change:.5f}")
+print(f"the gradients say      {said:.5f}")
 
-# %% [markdown]
-# ## Are they right?
-#
-# Two checks that know nothing of our derivation, entry by entry.
-#
-# - **Central differences**: $\big(L(a + h) - L(a - h)\big) / 2h$. The formula itself is wrong by a multiple
-#   of $h^2$, and the subtraction loses digits as $h$ shrinks. There is a best $h$, and it gives some nine
-#   digits.
-# - **Complex step**: $\operatorname{Im} L(a + ih) / h$. Nothing is subtracted, so $h$ may be as small as
-#   $10^{-20}$, and all digits are right. It needs a loss made of smooth functions that accept complex
-#   numbers.
-
-
-# %% tags=["rounding"]
-def central(h):
-    return lambda f, v: (f(v * h) - f(-v * h)) / (2 * h)
-
-
-def complex_step(h):
-    return lambda f, v: f(1j * h * v).imag / h
-
-
-def error(slope):
-    """The largest error over all entries of dA and dB, relative to the largest entry."""
-    worst = 0.0
-    for f, gradient in ((lambda v: loss(A + v, B), dA), (lambda v: loss(A, B + v), dB)):
-        for at in np.ndindex(gradient.shape):
-            unit = np.zeros(gradient.shape)
-            unit[at] = 1
-            worst = max(worst, abs(slope(f, unit) - gradient[at]) / np.abs(gradient).max())
-    return max(worst, 2e-15)  # a few roundings are no error
-
-
-steps = [10.0**-k for k in range(1, 15)]
-errors = {name: [error(how(h)) for h in steps] for name, how in (("c", central), ("i", complex_step))}
-
-
-@plotting.styled
-def draw():
-    figure, ((ax,),) = plotting.axes()
-    ax.loglog(steps, errors["c"], color=plotting.ORANGE, marker="o", label="central differences")
-    ax.loglog(steps, errors["i"], color=plotting.BLUE, marker="s", linestyle="--", label="complex step")
-    ax.invert_xaxis()
-    ax.set(xlabel="step h", ylabel="largest relative error of an entry")
-    ax.legend()
-    return plotting.Picture(
-        figure,
-        "Error of two numerical derivatives against the step h. Central differences are best near h = 1e-6 "
-        "and get worse again below; the complex step reaches the last digit and stays there.",
-    )
-
-
-draw()
-
-
-# %%
-def about(x):
-    """The power of ten nearest to x."""
-    return f"{10.0 ** np.round(np.log10(x)):.0e}"
-
-
-print("the largest relative error is about:")
-print("     h   central   complex")
-for k in (1, 3, 5, 7, 9, 11):
-    print(f"{steps[k - 1]:6.0e}   {about(errors['c'][k - 1]):>7}   {about(errors['i'][k - 1]):>7}")
-
-# %% tags=["claims", "rounding"]
-best = min(steps, key=lambda h: errors["c"][steps.index(h)])
-holds("it gives some nine digits", 1e-10 < min(errors["c"]) < 3e-9)
-holds("Central differences are best near h = 1e-6 and get worse again below", 0.9e-7 < best < 1.1e-5)
-holds("and get worse again below", errors["c"][-1] > 1e4 * min(errors["c"]))
-holds("the complex step reaches the last digit and stays there", max(errors["i"][8:]) < 1e-14)
-holds("as small as $10^{-20}$, and all digits are right", error(complex_step(1e-20)) < 1e-14)
-
-# %% [markdown]
-# ## The package does the same
-#
-# `minilora.lora.LowRank` is the adapter, put beside any `Linear`. It does the same operations in the same
-# order as our lines, so its gradients must agree in every bit. Its `back` also returns $dX$, which the layer
-# below needs. (In training, where rows are many, `fast/folded.py` goes through $W + \Delta W$ instead, formed
-# for the purpose: the same function, and the same thin $dA$ and $dB$, with less work.)
-
-# %%
 adapter = LowRank(Param(A.copy()), Param(B.copy()), s)
 y, back = adapter(Linear(Param(W, trainable=False)), X)
-dX = back(dY)
-print("output equal: ", np.array_equal(y, Y))
-print("dA equal:     ", np.array_equal(adapter.A.grad, dA))
-print("dB equal:     ", np.array_equal(adapter.B.grad, dB))
+back(dY)
+print("LowRank, output equal: ", np.array_equal(y, Y))
+print("dA equal:              ", np.array_equal(adapter.A.grad, dA))
+print("dB equal:              ", np.array_equal(adapter.B.grad, dB))
+
+# %% tags=["claims"]
+holds("The loss must change by what the gradients say", abs(change - said) < 1e-6)
 
 # %% [markdown]
 # ## The first steps
 #
-# $B$ starts at zero, so $\Delta W = 0$ and the adapted model begins as the base, exactly. Then $dA =
-# (s\,dY\,B)^\top X$ is zero as well: **the first step moves only $B$.** From the second step on both move. If
-# both matrices started at zero, both gradients would be zero for ever. If $A$ started at zero and $B$ at
-# random, the first step would move only $A$; that would do as well.
+# Look at what multiplies what: $dA$ contains $B$, and $dB$ contains $A$ (inside $H$). $B$ starts at zero, so
+# $\Delta W = 0$ and the adapted model begins as the base, exactly. Then $dA$ is zero as well: **the first
+# step moves only $B$.** From the second step on both move. If both matrices started at zero, both gradients
+# would be zero for ever. If $A$ started at zero and $B$ at random, the first step would move only $A$; that
+# would do as well.
 
 
 # %%
@@ -282,12 +204,12 @@ holds("a square weight that is half its width", all(n * n / (n + n) == n / 2 for
 # %% [markdown]
 # ## What a layer keeps
 #
-# A layer that is to be trained must remember something from the forward pass. `ops.saved(back)` lists the
-# arrays that a `back` keeps alive. A frozen map needs none: its backward is $dX = dY\,W$. A trained one keeps
-# its input for $dW = dY^\top X$. An adapted one keeps its input too, for $dA$, and the small $H$ besides.
+# For its backward a layer must remember something. A frozen map needs nothing: $dX = dY\,W$. A trained one
+# keeps its input for $dW = dY^\top X$. An adapted one keeps its input too, for $dA$, and the small $H$
+# besides. `ops.saved` lists what is kept.
 
 # %%
-x = rng.standard_normal((8, 128, 96)).astype(np.float32)
+x = rng.standard_normal((1024, 96)).astype(np.float32)  # 1,024 tokens
 
 
 def weight(rows, columns, trainable):
@@ -298,10 +220,8 @@ frozen, full = Linear(weight(96, 96, False)), Linear(weight(96, 96, True))
 small = LowRank(weight(8, 96, True), weight(96, 8, True), 2.0)
 backs = {"frozen": frozen(x)[1], "trained": full(x)[1], "adapted, r = 8": small(frozen, x)[1]}
 for name, back in backs.items():
-    kept = ops.saved(back)
-    memory = {v.__array_interface__["data"][0]: (k, v) for k, v in kept.items()}  # two views count once
-    shapes = ", ".join(f"{k.rpartition('.')[2]} {v.shape}" for k, v in memory.values()) or "nothing"
-    print(f"{name:15} keeps {sum(v.nbytes for _, v in memory.values()):7,} bytes: {shapes}")
+    kept = [f"{v.shape}, {v.nbytes:,} bytes" for v in ops.saved(back).values()]
+    print(f"{name:15} keeps", " and ".join(kept) or "nothing")
 
 # %% tags=["claims"]
 bytes_kept = {
@@ -309,66 +229,52 @@ bytes_kept = {
     for name, back in backs.items()
 }
 few, many = bytes_kept["trained"], bytes_kept["adapted, r = 8"]
-holds("A frozen map needs none", bytes_kept["frozen"] == 0)
+holds("A frozen map needs nothing", bytes_kept["frozen"] == 0)
 for words in (
-    "activations take as much memory with LoRA as without",
-    "an adapted map keeps a little more than a trained one",
-    "Activations take what they took before",
+    "activations take as much memory with LoRA as in full fine-tuning, and a little more for $H$",
+    "Activations take as much memory as before, and a little more",
 ):
     holds(words, few < many < 1.1 * few)
 
 # %% [markdown]
-# So activations take as much memory with LoRA as without: an adapted map keeps a little more than a trained
-# one. What becomes small is what belongs to each trained number: a gradient and the two moments of Adam.
-
-# %% [markdown]
+# So activations take as much memory with LoRA as in full fine-tuning, and a little more for $H$. What becomes
+# small is what belongs to each trained number: a gradient and the two moments of Adam.
+#
 # ## A whole model
 #
 # `ml.load()` is the base that ships with the package: a character-level Llama, trained on Shakespeare in
-# modern spelling. `ml.inject` freezes it and puts an adapter beside every linear map of the blocks. Its
-# report is the formula $r (I + O)$, line by line.
-
-# %%
-model = ml.load()
-report = ml.inject(model, ml.LoraConfig(r=8, alpha=16), rng=np.random.default_rng(1))
-print(report)
-
-# %%
-closed_form = sum(8 * sum(row.shape) for row in report.rows)
-print("r (I + O), summed by hand:     ", f"{closed_form:,}", "equal:", closed_form == report.parameters)
-for name, count in (("LoRA", report.parameters), ("full fine-tuning", report.base_parameters)):
-    print(f"gradient and moments, {name + ':':18} {3 * 4 * count / 2**20:5.2f} MiB")
-
-# %% [markdown]
-# Now 30 steps on the First Folio, the same author in the spelling of 1623. The loss is in nats per character,
-# on plays that neither the base nor the adapter was trained on. (Where the texts cannot be fetched, the
-# package says so and takes the documentation of Python's standard library instead; then the numbers are
-# others.)
+# modern spelling. `ml.inject` freezes it and puts an adapter beside every linear map of the blocks. Then come
+# 30 steps on the First Folio, the same author in the spelling of 1623. The loss is in nats per character, on
+# plays that neither the base nor the adapter was trained on. (Where the texts cannot be fetched, the package
+# says so and takes the documentation of Python's standard library; then the numbers are others.)
 
 # %% tags=["corpus"]
-text = corpora.corpus_or_fallback("folio")
-test = ml.eval_batches(text.test, batch_size=16, length=128, limit=64 * 128)
+model = ml.load()
+report = ml.inject(model, ml.LoraConfig(r=8, alpha=16), rng=np.random.default_rng(1))
+print(str(report).splitlines()[-1])
+print("r (I + O), summed by hand:", f"{sum(8 * sum(row.shape) for row in report.rows):,}")
+for name, count in (("LoRA", report.parameters), ("full fine-tuning", report.base_parameters)):
+    print(f"gradient and moments, {name + ':':18} {3 * 4 * count / 2**20:5.2f} MiB")
 
 
 def base_digest():
     return ml.digest({path: layer.base for path, layer in adapted(model).items()})
 
 
-base = base_digest()
-
-before = ml.evaluate(model, test)
+text = corpora.corpus_or_fallback("folio")
+test = ml.eval_batches(text.test, batch_size=16, length=128, limit=64 * 128)
+base, before = base_digest(), ml.evaluate(model, test)
 batches = ml.batches(text.train, np.random.default_rng(2), batch_size=8, length=128)
 history = ml.train(model, batches, ml.AdamW(lr=1e-2), steps=30)
-after = ml.evaluate(model, test)
 
 print("text:", text.source)
 print(f"test loss before:   {before:.2f}")
-print(f"test loss after {len(history.loss)}: {after:.2f}")
+print(f"test loss after {len(history.loss)}: {ml.evaluate(model, test):.2f}")
 print("the base is what it was, to the bit:", base_digest() == base)
 
 # %% tags=["claims", "corpus", "trained"]
 says("and {} steps of training on a real, if tiny, Llama", len(history.loss))
-says("Now {} steps on the First Folio", len(history.loss))
+says("Then come {} steps on the First Folio", len(history.loss))
 holds("in the spelling of 1623", text.source.endswith("plays in the spelling of 1623, 5 held out"))
 
 # %% [markdown]
@@ -492,6 +398,7 @@ verdict(check)
 # - $dB = dY^\top H$ and $dA = (s\,dY\,B)^\top X$: one product of matrices for $dB$ and two for $dA$, and none
 #   of them gives a matrix of the size of $W$.
 # - With $B = 0$ the model starts as the base, and the first step moves only $B$.
-# - The cost is $r (I + O)$ numbers, with their gradients and moments. Activations take what they took before.
+# - The cost is $r (I + O)$ numbers, with their gradients and moments. Activations take as much memory as
+#   before, and a little more.
 #
 # Next: [Merging costs nothing](3_merging_costs_nothing.ipynb).

@@ -1,91 +1,37 @@
 # %% [markdown]
 # # Merging costs nothing
 #
-# **What you will see.** That a merged adapter gives the same outputs within a bound that can be derived; that
-# unmerging gives the base back to the bit, and how a common way of doing it does not; and what merging saves,
-# counted in products of matrices.
+# ![](attachment:merging.png)
 #
-# **What you need.** The first lesson, [LoRA from one equation](2_lora_from_one_equation.ipynb).
+# **What you will see.** That a merged adapter is the same function; that unmerging gives the base back to the
+# bit, and how a common way of doing it does not; and what merging saves, counted in products of matrices.
 #
-# **Contents.** The same function twice · How far apart can they be? · Where nothing rounds · Merging a model
-# · Adding and subtracting · Counting the work · Exercises · To take along
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb).
+#
+# **Contents.** The same function · Merging a model · Adding and subtracting · Counting the work · Exercises ·
+# To take along
 
 # %% tags=["first", "unkept"]
 
 # %% tags=["imports"]
-import time
-
 import numpy as np
 
 import minilora as ml
-from minilora.analysis import plotting
-from minilora.experiments import merge_equivalence, rank_figures
+from minilora.course.work import work
 from minilora.formats.safetensors import stored
 from minilora.layers import Linear, Need, Param
 from minilora.lora import Adapted, LowRank, adapted
-from minilora.tree import named_params
 
 # %% [markdown]
-# ## The same function twice
+# ## The same function
 #
 # $$X W^\top + s\,(X A^\top) B^\top = X\,(W + s\,B A)^\top$$
 #
 # On the left the adapter is a detour beside $W$. On the right it has become part of the weight, and the map
-# is a plain one again. As real numbers the two sides are equal. As floating-point numbers they round at
-# different places.
+# is a plain one again. As real numbers the two sides are equal.
 #
-# ## How far apart can they be?
-#
-# Let $u$ be the unit roundoff ($2^{-24}$ for float32, $2^{-53}$ for float64) and $\gamma_k = k u / (1 - k
-# u)$. A sum of $k$ products, added in any order, is off by at most $\gamma_k$ times the sum of the absolute
-# values (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1). Follow the roundings of
-# either side, with $n$ inputs and rank $r$:
-#
-# | step | factor |
-# |---|---|
-# | product with $A$, then with $B$ | $\gamma_{n+r}$ |
-# | times $s$, and added to $W x$ | two more roundings |
-# | product $W x$, and the addition | $\gamma_{n+1}$ |
-#
-# For the merged side the same counts appear in another order. Each side is therefore within one and the same
-# distance of the exact value, and the two are within twice that of each other:
-#
-# $$|y_\text{unmerged} - y_\text{merged}| \le
-# 2\,\big(\gamma_{n+1}\,|W||x| + \gamma_{n+r+2}\,|s|\,|B||A||x|\big)$$
-#
-# (and a term for underflow, too small to matter here). Such a bound can be asserted: it never fails by bad
-# luck. A tolerance like `atol=1e-5` can, or it hides a mistake.
-
-# %% tags=["rounding"]
-rows = merge_equivalence.run()
-rank_figures.merge_equivalence(rows)
-
-# %%
-print("   dtype  inputs    bound   the difference is")
-for row in rows:
-    where = "below a tenth of it" if row["ratio"] < 0.1 else "within it" if row["ratio"] <= 1 else "ABOVE IT"
-    print(f"{row['dtype']:>8}  {row['inputs']:6}  {row['bound']:.1e}   {where}")
-
-# %% tags=["claims", "rounding"]
-by_dtype = [[row["ratio"] for row in rows if row["dtype"] == dtype] for dtype in ("float32", "float64")]
-holds("The differences lie far below the bound", max(map(max, by_dtype)) < 0.1)
-falls = [wide < narrow for r in by_dtype for narrow, wide in zip(r, r[2:], strict=False)]  # 4 times as wide
-holds("and the more so the wider the map", all(falls))
-for words, dtype, power in (
-    ("$2^{-24}$ for float32", "float32", -24),
-    ("$2^{-53}$ for float64", "float64", -53),
-):
-    holds(words, np.finfo(dtype).eps / 2 == 2.0**power)
-
-# %% [markdown]
-# The differences lie far below the bound, and the more so the wider the map: the bound adds up as if all
-# roundings pointed the same way, while real ones partly cancel.
-#
-# ## Where nothing rounds
-#
-# If all numbers are small integers, $s$ too, every intermediate result is an integer below $2^{24}$, and
-# float32 holds it exactly. Then the two sides must agree with `==`. A wrong formula has nowhere
-# to hide.
+# A computer rounds, and at different places. So we begin with small integers, $s$ too: every intermediate
+# result is an integer below $2^{24}$, and float32 holds it exactly. Then the two sides must agree with `==`.
 
 # %%
 rng = np.random.default_rng(0)
@@ -110,20 +56,18 @@ holds("float32 holds it exactly", int(np.float32(2**24 - 1)) == 2**24 - 1)
 holds("Then the two sides must agree with `==`", (apart == together).all())
 
 # %% [markdown]
+# With other numbers they differ by rounding, and by no more than a bound that can be derived: [How do we
+# know?](13_how_do_we_know.ipynb) derives it.
+#
 # ## Merging a model
 #
 # Here both factors are drawn at random, so that $\Delta W$ is not zero. `merge` computes $W + \Delta W$ for
 # every adapted layer and puts it **beside** the base, as a second array. `unmerge` drops that array. The base
-# is never written, so it cannot change. The digest is taken over every byte of the weights that have an
-# adapter beside them.
-#
-# We ask for the logits of two inputs: one short text of 32 characters, and four texts of 128 at once.
+# is never written, so it cannot change: its digest is taken over every byte.
 
 # %%
 model = ml.load()
-ids = np.random.default_rng(1).integers(32, 127, (4, 128))
-few = ids[:1, :32]
-
+ids = np.random.default_rng(1).integers(32, 127, (1, 32))  # a text of 32 characters
 ml.inject(model, ml.LoraConfig(r=8, alpha=16, init="both"), rng=np.random.default_rng(2))
 
 
@@ -132,7 +76,7 @@ def base_digest():
 
 
 def logits():
-    return [model(inputs)[0] for inputs in (few, ids)]
+    return model(ids)[0]
 
 
 def apart_by(a, b):
@@ -142,65 +86,53 @@ def apart_by(a, b):
     return "below 1e-4" if d < 1e-4 else "above 1e-1" if d > 0.1 else "between the two"
 
 
-def compare(what, one, other):
-    print(f"  {what:28}" + "".join(f"{apart_by(a, b):>18}" for a, b in zip(one, other, strict=True)))
-
-
-print("base, at first:       ", base_digest())
+print("base, at first:        ", base_digest())
 unmerged = logits()
 with ml.disabled(model):
     plain = logits()
 ml.merge(model)
 merged = logits()
-print("base, while merged:   ", base_digest())
+print("base, while merged:    ", base_digest())
 ml.unmerge(model)
-print("base, after unmerging:", base_digest())
-cycled = logits()
+print("base, after unmerging: ", base_digest())
 print()
-print("largest relative difference of the logits, for 32 rows and for 512")
-compare("base and adapted", plain, unmerged)
-compare("unmerged and merged", unmerged, merged)
-compare("before and after the cycle", unmerged, cycled)
-compare("base, adapter disabled", [ml.load()(inputs)[0] for inputs in (few, ids)], plain)
+print("largest relative difference of the logits")
+print("  base and adapted:          ", apart_by(plain, unmerged))
+print("  unmerged and merged:       ", apart_by(unmerged, merged))
+print("  before and after the cycle:", apart_by(unmerged, logits()))
+print("  base, adapter disabled:    ", apart_by(ml.load()(ids)[0], plain))
 
 # %% tags=["claims"]
-pairs = [apart_by(a, b) for a, b in zip(unmerged, merged, strict=True)]
-holds("Merged and unmerged differ by rounding", pairs == ["below 1e-4"] * 2)
-holds(
-    "so that $\\Delta W$ is not zero",
-    all(apart_by(a, b) == "above 1e-1" for a, b in zip(plain, unmerged, strict=True)),
-)
-holds(
-    "one short text of 32 characters, and four texts of 128 at once", few.size == 32 and ids.shape == (4, 128)
-)
+holds("With other numbers they differ by rounding", apart_by(unmerged, merged) == "below 1e-4")
+holds("Merged and unmerged differ by rounding", apart_by(unmerged, merged) == "below 1e-4")
+holds("so that $\\Delta W$ is not zero", apart_by(plain, unmerged) == "above 1e-1")
 from minilora.fast import folded
 
 sizes = {layer.base.weight.data.shape: layer.adapters[layer.active] for layer in adapted(model).values()}
 least = {shape: next(M for M in range(1, 1000) if folded.pays(pair, M)) for shape, pair in sizes.items()}
 holds("from about 100 rows on, or 140, by the shape of the map", {*least.values()} == {97, 140})
-many = [(ids, ids)]
+holds("The package counts forming twice", all(n == 2 * a * b // (a + b) + 1 for (a, b), n in least.items()))
+many = [(np.tile(ids, (16, 1)),) * 2]
 unmerged_loss = ml.evaluate(model, many)
 ml.merge(model)
-holds(
-    "there merged and unmerged are one computation, equal to the bit",
-    ml.evaluate(model, many) == unmerged_loss,
-)
+holds("merged and unmerged are one computation, equal to the bit", ml.evaluate(model, many) == unmerged_loss)
 ml.unmerge(model)
 
 # %% [markdown]
-# Merged and unmerged differ by rounding, as the bound allows. `ml.train` and `ml.evaluate` save work: where
-# rows are many (here from about 100 rows on, or 140, by the shape of the map) two thin products beside $W$
-# cost more than forming $W + \Delta W$, so they form it for the batch; there merged and unmerged are one
-# computation, equal to the bit.
+# Merged and unmerged differ by rounding, as the bound allows. In `ml.train` and `ml.evaluate` they do not
+# differ at all: where rows are many (here from about 100 rows on, or 140, by the shape of the map) two thin
+# products beside $W$ cost more than forming $W + \Delta W$, so these form it for each batch. (The package
+# counts forming twice, for the time to read and write the array; the last exercise counts multiplications
+# alone.) There merged and unmerged are one computation, equal to the bit.
 #
-# Keeping both arrays takes memory, one more copy of each adapted weight while merged. `ml.fuse` is for those
-# who will not go back: it makes the model a plain one and drops base and adapter.
+# The second array takes memory, one more copy of each adapted weight. `ml.fuse` is for those who will not go
+# back: it makes the model a plain one and drops base and adapter.
 #
 # ## Adding and subtracting
 #
 # The other way is to write into the weight: `W += Q` to merge and `W -= Q` to unmerge, with $Q = \Delta W$.
 # It needs no second array, and it does not give $W$ back: $W + Q$ is rounded, and the subtraction cannot know
-# what was lost.
+# what was lost. We do it again and again, with one adapter and with two.
 
 # %%
 rng = np.random.default_rng(3)
@@ -215,45 +147,19 @@ def delta():
 
 P, Q = delta(), delta()
 orders = {
-    "one adapter": [(P, 1), (P, -1)],
-    "two, in turn": [(P, 1), (P, -1), (Q, 1), (Q, -1)],
-    "two, last in first out": [(P, 1), (Q, 1), (Q, -1), (P, -1)],
-    "two, first in first out": [(P, 1), (Q, 1), (P, -1), (Q, -1)],
+    "one adapter": (P, -P),
+    "two, in turn": (P, -P, Q, -Q),
+    "two, last in first out": (P, Q, -Q, -P),
+    "two, first in first out": (P, Q, -P, -Q),
 }
-cycles = (1, 2, 10, 100)
-found = {}
-for name, moves in orders.items():
+cycles, found = (1, 10, 100), {}
+for name, changes in orders.items():
     W = W0.copy()
     for cycle in range(1, 101):
-        for change, sign in moves:
-            if sign > 0:
-                W += change
-            else:
-                W -= change
+        for change in changes:
+            W += change
         found[name, cycle] = int((W != W0).sum()), float(np.abs(W - W0).max())
 
-
-@plotting.styled
-def draw():
-    figure, ((ax,),) = plotting.axes()
-    looks = zip(
-        (plotting.GREY, plotting.BLUE, plotting.GREEN, plotting.ORANGE), ("-", "--", "-.", ":"), strict=True
-    )
-    for name, (colour, line) in zip(orders, looks, strict=True):
-        drift = [found[name, cycle][1] for cycle in range(1, 101)]
-        ax.loglog(range(1, 101), drift, color=colour, linestyle=line, linewidth=2, label=name)
-    ax.set(xlabel="cycles of merging and unmerging in place", ylabel="largest change of an entry of W")
-    ax.legend(fontsize=9)
-    return plotting.Picture(
-        figure,
-        "Largest change of a weight after cycles of adding and subtracting. With one adapter it stays where "
-        "the first cycle put it; with two it grows on and on, in whatever order they come and go.",
-    )
-
-
-draw()
-
-# %%
 print(f"entries of W that changed, of {W0.size:,}, and the largest change")
 print(f"{'cycles':24}" + "".join(f"{c:>18}" for c in cycles))
 for name in orders:
@@ -262,65 +168,34 @@ for name in orders:
 # %% tags=["claims"]
 names = list(orders)
 drift = {name: [found[name, cycle] for cycle in range(1, 101)] for name in names}
-holds("With one adapter it stays where the first cycle put it", len(set(drift[names[0]])) == 1)
 holds("the damage is done in the first cycle and never grows", len(set(drift[names[0]])) == 1)
 holds(
-    "with two it grows on and on, in whatever order they come and go",
+    "With two it grows on and on, in whatever order they come and go",
     all(drift[name][0][1] < drift[name][9][1] / 4 < drift[name][99][1] / 16 for name in names[1:]),
 )
 holds("The changes are small", max(d for _, d in found.values()) < 1e-4 * np.abs(W0).max())
 
 # %% [markdown]
-# With one adapter the damage is done in the first cycle and never grows: $(((x \oplus y) \ominus y) \oplus y)
-# \ominus y$ equals $(x \oplus y) \ominus y$ when rounding goes to the nearest even number (Reiser and Knuth
-# 1975). With two adapters there is no such theorem. The changes are small, but the weight is no longer the
-# one that was loaded, and its digest says so. A reference to the old array is cheaper than the worry.
+# With one adapter the damage is done in the first cycle and never grows: a second cycle gives back what the
+# first one left (Reiser and Knuth 1975). With two it grows on and on, in whatever order they come and go. The
+# changes are small, but the weight is no longer the one that was loaded, and its digest says so. A reference
+# to the old array is cheaper than the worry.
 #
 # ## Counting the work
 #
-# Time depends on the machine; the number of products does not. This array counts the products of matrices
-# that it takes part in, and passes the property on to its results. We put it in the place of every parameter,
-# so that no product with a weight is missed, and check the count with what the model is made of.
-
+# Time depends on the machine; the number of products of matrices does not. `work` counts them in one forward
+# pass. We check the count with what the model is made of.
 
 # %%
-class Counting(np.ndarray):
-    products = multiplications = 0
-
-    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
-        def plain(values):
-            return tuple(v.view(np.ndarray) if isinstance(v, Counting) else v for v in values)
-
-        if out is not None:
-            options["out"] = plain(out)
-        result = getattr(ufunc, method)(*plain(inputs), **options)
-        if ufunc is np.matmul:
-            Counting.products += 1
-            Counting.multiplications += result.size * inputs[0].shape[-1]
-        return result.view(Counting) if isinstance(result, np.ndarray) else result
-
-
-def count(ids=few):
-    """(products, multiplications) of one forward pass."""
-    params = list(named_params(model).values())
-    before, Counting.products, Counting.multiplications = [p.data for p in params], 0, 0
-    for p in params:
-        p.data = p.data.view(Counting)
-    model(ids)
-    for p, data in zip(params, before, strict=True):
-        p.data = data
-    return Counting.products, Counting.multiplications
-
-
 with ml.disabled(model):
-    work = {"base": count()}
-work["unmerged"] = count()
+    found = {"base": work(model, ids)}
+found["unmerged"] = work(model, ids)
 ml.merge(model)
-work["merged"] = count()
+found["merged"] = work(model, ids)
 ml.unmerge(model)
 print("32 characters    products   multiplications")
-for name, (products, multiplications) in work.items():
-    print(f"{name:13}  {products:10}  {multiplications:16,}  {multiplications / work['base'][1]:6.1%}")
+for name, (products, multiplications) in found.items():
+    print(f"{name:13}  {products:10}  {multiplications:16,}  {multiplications / found['base'][1]:6.1%}")
 
 blocks, maps = len(model.model.layers), len(adapted(model))
 print()
@@ -329,50 +204,22 @@ print(maps + 2 * blocks + 1)
 print(f"two more for each of {maps} adapters:", maps + 2 * blocks + 1 + 2 * maps)
 
 # %% tags=["claims"]
-products = {name: n for name, (n, _) in work.items()}
+products = {name: n for name, (n, _) in found.items()}
 says("The base makes {} products", products["base"])
 says("The model has {} adapted maps.", maps)
 says("but {} more calls, {} in all", products["unmerged"] - products["base"], products["unmerged"])
 holds("each takes two more products", products["unmerged"] - products["base"] == 2 * maps)
-holds("thin ones: few multiplications", work["unmerged"][1] < 1.2 * work["base"][1])
-holds("Merged, the work is that of the base, call for call.", work["merged"] == work["base"])
-holds("Merged, the adapted model does the products of the base and no other.", work["merged"] == work["base"])
-holds("check the count with what the model is made of", products["base"] == maps + 2 * blocks + 1)
+holds("half the width of a square map", all(n * n / (n + n) == n / 2 for n in (96, 4096)))
+holds("thin ones: few multiplications", found["unmerged"][1] < 1.2 * found["base"][1])
+for words in ("the work is that of the base, call for call", "does the products of the base and no other"):
+    holds(words, found["merged"] == found["base"])
+holds("We check the count with what the model is made of", products["base"] == maps + 2 * blocks + 1)
 
 # %% [markdown]
 # The base makes 28 products. The model has 21 adapted maps. Unmerged, each takes two more products, thin
 # ones: few multiplications, but 42 more calls, 70 in all, and on a small batch calls are what one waits for.
 # Merged, the work is that of the base, call for call.
 #
-# The function below measures on your machine. It takes the best of several interleaved tries, because
-# anything else that runs there can only make a try slower. Call `seconds()` for the numbers; here we ask for
-# the verdict only.
-
-
-# %%
-def seconds(ids=few, tries=40):
-    """The best time of a forward pass for base, unmerged and merged."""
-
-    def one():
-        start = time.perf_counter()
-        model(ids)
-        return time.perf_counter() - start
-
-    best = dict.fromkeys(("base", "unmerged", "merged"), np.inf)
-    for _ in range(tries):
-        with ml.disabled(model):
-            best["base"] = min(best["base"], one())
-        best["unmerged"] = min(best["unmerged"], one())
-        ml.merge(model)
-        best["merged"] = min(best["merged"], one())
-        ml.unmerge(model)
-    return best
-
-
-best = seconds()
-print("merged takes less than 1.5 times as long as the base:", best["merged"] < 1.5 * best["base"])
-
-# %% [markdown]
 # What merging cannot do: a merged weight holds one adapter. A batch whose rows need different adapters has to
 # run unmerged, and a merged model cannot be trained.
 
@@ -444,39 +291,36 @@ verdict(check)
 
 # %% tags=["exercise"]
 # Change, and explain.
-def gives_back(W):
-    """Q (O, I) such that (W + Q) - Q is W in every entry; and why.
+def pays_off(I, O):  # noqa: E741
+    """Change the number of tokens until merging pays for itself; and say why you are not told the rank.
 
-    No entry of Q is smaller in absolute value than that of W. W is float32, drawn at random, and most Q do
-    not do that.
+    To merge, ΔW = B A takes multiplications once. Unmerged, A and B take some for every token. Return the
+    least whole number of tokens whose multiplications are more than those of ΔW; leave the scale out.
 
-    a: subtracting takes back whatever adding did.
-    b: every W + Q is itself a float32 number, so nothing was rounded.
-    c: Q is so large that what W loses does not matter.
+    a: r is small beside I and O, and hardly counts.
+    b: both sides are r times something.
+    c: ΔW has O I entries, whatever r is.
     """
-    return None, None  # your Q, and the letter that the numbers support
+    return None, None  # your number of tokens, and the letter that the numbers support
 
 
 # %% tags=["check"]
 def check():
-    """What your Q leaves of a W that you have not seen, beside a random and a very large Q."""
-    rng = np.random.default_rng(5)
-    W, other = rng.standard_normal((2, 24, 32)).astype(np.float32)
-
-    def changed(Q):
-        return int(((W + Q) - Q != W).sum())
-
-    Q, letter = given(gives_back(W.copy()))
-    Q = np.asarray(Q, np.float32)
-    assert Q.shape == W.shape, f"Q has shape {Q.shape}; expected that of W, {W.shape}"
-    assert (np.abs(Q) >= np.abs(W)).all(), "an entry of Q is smaller in absolute value than that of W"
-    assert not changed(Q), f"{changed(Q)} of {W.size} entries changed: which sums need no rounding at all?"
-    hints = {
-        "a": f"then it would work for any Q; a random one of that size changes {changed(2 * other)} entries",
-        "c": f"with a Q of a billion {changed(np.full_like(W, 1e9))} of {W.size} entries change",
-    }
-    chosen(letter, "b", hints)
-    return "each sum is exact, so the subtraction is, too; keep W instead, and you need no such luck"
+    """Your number of tokens beside the multiplications of three maps."""
+    for O, I, r in ((5, 7, 2), (96, 256, 8), (4096, 4096, 8)):  # noqa: E741
+        tokens, letter = given(pays_off(I, O))
+        assert isinstance(tokens, int), f"{tokens!r} is not a whole number"
+        once, each = O * r * I, r * I + O * r
+        where = f"{O:,} x {I:,} with r = {r}"
+        said = f"{where}: {tokens:,} tokens take {tokens * each:,} multiplications, ΔW takes {once:,}"
+        assert tokens * each > once, f"too early; {said}"
+        assert (tokens - 1) * each <= once, f"it pays earlier; {said}"
+        hints = {
+            "a": f"let r be {2 * r}: ΔW takes {2 * once:,}, and the number of tokens stays what it is",
+            "c": f"each is a sum of r products: {once:,} for r = {r}, {2 * once:,} for r = {2 * r}",
+        }
+        chosen(letter, "b", hints)
+    return f"from {tokens:,} tokens on for a map of {O:,} x {I:,}, whatever the rank"
 
 
 verdict(check)
@@ -484,8 +328,7 @@ verdict(check)
 # %% [markdown]
 # ## To take along
 #
-# - Merged and unmerged agree within $2(\gamma_{n+1}|W||x| + \gamma_{n+r+2}|s||B||A||x|)$: assert that, not a
-#   guess.
+# - Merged and unmerged are one function, but for rounding.
 # - Keep the base and drop the merged copy, and unmerging is exact. Adding and subtracting is not.
 # - Merged, the adapted model does the products of the base and no other.
 #

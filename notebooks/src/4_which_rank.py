@@ -1,42 +1,26 @@
 # %% [markdown]
 # # Which rank?
 #
-# **What you will see.** The rows of a sweep over ranks, read back from the file that `minilora sweep` wrote:
-# the test loss against the rank; the singular values of what was learned, with those of full fine-tuning and
-# of noise beside them; and a task whose rank is known, on which the method can be tested itself.
+# ![](attachment:ranks.png)
 #
-# **What you need.** The first lesson, [LoRA from one equation](2_lora_from_one_equation.ipynb), and the idea
-# of singular values: every matrix is a sum of rank-one matrices, and they are the sizes of those.
+# **What you will see.** What a larger rank brings: the loss at each rank of a sweep, the number of directions
+# that $\Delta W$ really uses, and a task whose rank is known, on which the method is tested. It also costs
+# more numbers, until $A$ and $B$ have more of them than $\Delta W$ itself.
 #
-# **Contents.** The sweep · Loss against rank · The spectra · How many directions? · One rank at a time · A
-# task whose rank is known · What not to claim · Exercises · To take along
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), and the idea of singular
+# values: every matrix is a sum of rank-one matrices, and its singular values are their sizes.
 
 # %% tags=["first", "unkept"]
-missing = absent("ipywidgets")
 
 # %% tags=["imports"]
-import math
 from pathlib import Path
 
 import numpy as np
 
 import minilora as ml
 from minilora import spectra
-from minilora.analysis import plotting
 from minilora.claims.ledger import claims
-from minilora.data import corpora
-from minilora.experiments import rank_figures, rank_report, rank_sweep
-
-# %% [markdown]
-# The rows lie beside this notebook, or in the folder `figures` of the repository that it belongs to.
-
-# %%
-places = [Path("rows.jsonl"), Path("../figures/rows.jsonl")]
-rows = rank_sweep.read_rows(next((place for place in places if place.exists()), places[0]))
-targets = rank_figures.targets(rows)
-text = next(t for t in targets if not t.startswith("permuted"))
-known = next(t for t in targets if t.startswith("permuted"))
-print(len(rows), "runs; targets:", ", ".join(targets))
+from minilora.experiments import rank_figures, rank_reading, rank_report, rank_sweep
 
 # %% [markdown]
 # ## The sweep
@@ -46,18 +30,20 @@ print(len(rows), "runs; targets:", ", ".join(targets))
 #
 # 1. **Each method and each rank has a learning rate of its own**, chosen by short runs. At one shared rate
 #    the winner would be the method that the rate happens to suit.
-# 2. The choice looks at the validation split only; the table shows the test split, texts that no run has
-#    seen.
+# 2. The choice looks at the validation split only; the losses below are of the test split, texts that no run
+#    has seen.
 # 3. Several seeds, and their whole range is shown, not an error bar.
 #
-# *Gap closed* is $(L_\text{base} - L) / (L_\text{base} - L_\text{full})$, with $L$ the test loss: 0 % is the
-# frozen base, 100 % is full fine-tuning. A value above 100 % is possible.
-#
-# On the permutation LoRA adapts the embedding table only, where the answer lies, while full fine-tuning moves
-# everything. A gap closed by more than 100 % there is no merit of low rank: LoRA was told where to look.
+# `minilora sweep` wrote the rows. They lie beside this notebook, or in the folder `figures` of the
+# repository.
 
 # %%
-print(rank_report.table(rows))
+places = [Path("rows.jsonl"), Path("../figures/rows.jsonl")]
+rows = rank_sweep.read_rows(next((place for place in places if place.exists()), places[0]))
+targets = rank_reading.targets(rows)
+text = next(t for t in targets if not t.startswith("permuted"))
+known = next(t for t in targets if t.startswith("permuted"))
+print(len(rows), "runs; targets:", ", ".join(targets))
 
 # %% tags=["claims"]
 configs = [row["config"] for row in rows]
@@ -103,23 +89,13 @@ for row in rows:
     c = row["config"]
     if c["kind"] == "search":
         cell = c["target"], c["method"], c["rank"]
-        best[cell] = min(best.get(cell, (math.inf, 0)), (row["valid"], c["lr"]))
+        best[cell] = min(best.get(cell, (np.inf, 0)), (row["valid"], c["lr"]))
 holds(
     "The choice looks at the validation split only",
     all(best[cell][1] == final[cell][0]["lr"] for cell in cells)
     and not any("test" in row for row in rows if row["config"]["kind"] == "search"),
 )
 holds("3. Several seeds", all(len({c["seed"] for c in some}) > 1 for some in final.values()))
-gaps = [
-    row["gap_closed"]
-    for row in rank_sweep.with_gaps(rows)
-    if row["config"]["target"] == known and row["config"]["method"] == "lora" and "gap_closed" in row
-]
-holds("A gap closed by more than 100 % there", max(gaps) > 1)
-holds(
-    "On the permutation LoRA adapts the embedding table only",
-    all(c["modules"] == ["embed_tokens"] for c in trained if c["target"] == known and c["method"] == "lora"),
-)
 
 # %% [markdown]
 # ## Loss against rank
@@ -128,154 +104,88 @@ holds(
 rank_figures.loss_against_rank(rows, text)
 
 # %%
-lora, full, base = (rank_figures.final(rows, text, method) for method in ("lora", "full", "none"))
-ranks, losses = rank_figures.by_rank(lora, "test")
-_, level = rank_figures.by_rank(full, "test")
-print(f"{'':16}  mean   least  greatest")
-print(f"{'frozen base':16} {base[0]['test']:.3f}")
-for r, (mean, low, high) in zip(ranks, losses, strict=True):
-    print(f"{f'LoRA r = {r}':16} {mean:.3f}   {low:.3f}   {high:.3f}")
-print(f"{'full fine-tuning':16} {level[0, 0]:.3f}   {level[0, 1]:.3f}   {level[0, 2]:.3f}")
-print()
-print("validation loss of full fine-tuning:")
-print(*rank_figures.flattening(full).split("; "), sep="\n")
+lora, full = (rank_reading.final(rows, text, method) for method in ("lora", "full"))
+print(rank_report.table(rows))
+print("folio, validation loss of full fine-tuning:", *rank_reading.flattening(full).split("; "), sep="\n")
 
 # %% tags=["claims"]
+gaps = [
+    row["gap_closed"]
+    for row in rank_sweep.with_gaps(rows)
+    if row["config"]["target"] == known and row["config"]["method"] == "lora" and "gap_closed" in row
+]
+holds("LoRA closes more than 100 %", max(gaps) > 1)
 holds(
-    "The last line says whether full fine-tuning had come to rest",
-    "the last quarter" in rank_figures.flattening(full),
+    "There LoRA adapts the embedding table only",
+    all(c["modules"] == ["embed_tokens"] for c in trained if c["target"] == known and c["method"] == "lora"),
+)
+of_text = rank_reading.by_rank([row for row in rank_sweep.with_gaps(lora + full + rank_reading.final(
+    rows, text, "none")) if row["config"]["method"] == "lora"], "gap_closed")  # fmt: skip
+closed = {r: share for r, (share, *_) in zip(of_text[0], of_text[1].tolist(), strict=True)}
+says("rank 1 already closes {:.0f} % of the gap", 100 * closed[1])
+says("rank 8 {:.0f} %", 100 * closed[8])
+says("and rank 64 {:.0f} %", 100 * closed[64])
+steps = -np.diff(rank_reading.by_rank(lora, "test")[1][:, 0])
+holds("each doubling brings less", steps[0] > steps[1] > steps[2] > steps[3] > steps[4])
+holds(
+    "The last lines say whether full fine-tuning had come to rest",
+    "the last quarter" in rank_reading.flattening(full),
 )
 
 # %% [markdown]
-# How to read it. Where the curve falls, rank is what was missing. Where it is flat, it was not: compare the
-# steps between neighbouring ranks with the range over the seeds before you call one better. The last line
-# says whether full fine-tuning had come to rest; if it had not, its line is no floor, and the picture is one
-# of *this many steps*.
+# *Gap closed* is $(L_\text{base} - L) / (L_\text{base} - L_\text{full})$, with $L$ the test loss: 0 % is the
+# frozen base, 100 % is full fine-tuning.
 #
-# Does a larger base need less rank? The ledger of the package says what its experiment found.
+# On the Folio rank 1 already closes 80 % of the gap, rank 8 95 % and rank 64 99 %: each doubling brings less,
+# and no rank stands out. Where the curve falls, rank is what was missing; compare its steps with the range
+# over the seeds before you call one rank better. The last lines say whether full fine-tuning had come to
+# rest; if it had not, its line is no floor, and the picture is one of *this many steps*.
+#
+# On the permutation, the task of the last section, LoRA closes more than 100 %. That is no merit of low rank.
+# There LoRA adapts the embedding table only, where the answer lies, while full fine-tuning moves everything:
+# LoRA was told where to look.
+#
+# Does a larger base need less rank? The package keeps a *ledger* of what is said of LoRA: each sentence, what
+# an experiment found, and the rule that decides.
 
 # %%
 print(claims().of("size/gap", "size/needed"))
 
 # %% [markdown]
-# ## The spectra
-#
-# $\Delta W = s\,B A$ has at most $r$ singular values. They are computed from the thin factors, without
-# forming $\Delta W$: with $B = Q R$ and $A^\top = P T$ they are those of the small matrix $s\,R\,T^\top$.
-
-# %%
-rank_figures.spectra(rows, text)
-
-
-# %%
-def curves(some, kind=""):
-    """The spectra of all layers of a kind in some rows."""
-    return [np.array(s) for row in some for path, s in row["spectra"].items() if path.endswith(kind)]
-
-
-def mean(values):
-    return math.fsum(values) / len(values)
-
-
-top = ranks[-1]
-largest = rank_figures.select(lora, rank=top)
-print(f"                 r = {top:<3}                full fine-tuning")
-print("module         largest   norm²          largest   norm²   its first 8 hold")
-for kind in rank_figures.kinds(lora):
-    cells = []
-    for some in (curves(largest, kind), curves(full, kind)):
-        cells.append(f"{mean([s[0] for s in some]):8.2f} {mean([(s * s).sum() for s in some]):7.1f}")
-    share = mean([spectra.energy(s)[7] for s in curves(full, kind)])
-    print(f"{kind:12} {cells[0]}       {cells[1]}   {share:14.0%}")
-
-# %% tags=["claims"]
-longer = [
-    mean([(s * s).sum() for s in curves(largest, kind)]) / mean([(s * s).sum() for s in curves(full, kind)])
-    for kind in rank_figures.kinds(lora)
-]
-says("*norm²*, is {:.0f} to {:.0f} times", min(longer), max(longer))
-ten = {some[0]["config"]["lr"] for some in (largest, full)}
-holds("a rate ten times as high", max(ten) == 10 * min(ten) == largest[0]["config"]["lr"])
-
-# %% [markdown]
-# The dashed line is full fine-tuning, the dotted one is Gaussian noise of the same norm. A spectrum says
-# something only against that line: noise, too, has a largest singular value. A curve that lies above the
-# noise at small index and below it later has directions that matter more than others.
-#
-# At the largest rank LoRA's $|\Delta W|^2$, the column *norm²*, is 3 to 9 times that of full fine-tuning, and
-# its loss is no lower. Does it change more than it must? A length comes from the learning rate before it says
-# anything of the task: Adam moves every number by about the rate in each step, and LoRA's search chose a rate
-# ten times as high. Here each method trains for a few steps at two rates.
-
-
-# %% tags=["corpus", "trained"]
-def length(rate, r=None, steps=30):
-    """|ΔW|² of all linear maps and the test loss, after a few steps of LoRA, or without r in full."""
-    model = ml.load()
-    if r:
-        ml.inject(model, ml.LoraConfig(r=r, alpha=16), rng=np.random.default_rng(0))
-    else:
-        ml.unfreeze(model)
-    batches = ml.batches(folio.train, np.random.default_rng(1), batch_size=8, length=128)
-    ml.train(model, batches, ml.AdamW(lr=rate), steps=steps)
-    loss = ml.evaluate(model, test)
-    if r:
-        ml.fuse(model)
-    changed = spectra.spectrum_between(ml.load(), model)
-    return sum((s * s).sum() for path, s in changed.items() if "_proj" in path), loss
-
-
-folio = corpora.corpus_or_fallback("folio")
-test = ml.eval_batches(folio.test, batch_size=16, length=128, limit=32 * 128)
-lengths = {(r, rate): length(rate, r) for r, rate in ((64, 1e-2), (64, 3e-3), (None, 1e-3), (None, 3e-3))}
-print("                     rate   |ΔW|²   test loss")
-for (r, rate), (norm, loss) in lengths.items():
-    print(f"{f'LoRA, r = {r}' if r else 'full fine-tuning':16} {rate:8.3f} {norm:7.1f} {loss:11.3f}")
-
-# %% tags=["claims", "corpus", "trained"]
-lora_high, lora_low, full_low, full_high = lengths.values()
-longest = max(norm for norm, _ in lengths.values())
-holds("At a third of its rate LoRA's change is the shortest of all", lora_low == min(lengths.values()))
-holds("with nearly the same loss", abs(lora_low[1] - lora_high[1]) < 0.02)
-holds("at three times its own rate full fine-tuning makes the longest", full_high[0] == longest)
-holds("makes the longest, and learns less", full_high[1] > full_low[1] + 0.02)
-
-# %% [markdown]
-# At a third of its rate LoRA's change is the shortest of all, with nearly the same loss; at three times its
-# own rate full fine-tuning makes the longest, and learns less. So compare the shapes of spectra, and lengths
-# only at one rate.
-#
 # ## How many directions?
 #
-# Two ways to count. The **effective rank** (Roy and Vetterli 2007) is $\exp(-\sum p_i \ln p_i)$ with $p_i =
+# A rank is an upper limit. How much of it does training use? The singular values of $\Delta W$ say it, in
+# one of two counts. The **effective rank** (Roy and Vetterli 2007) is $\exp(-\sum p_i \ln p_i)$ with $p_i =
 # \sigma_i / \sum \sigma_j$: it is $k$ if $k$ singular values are equal and the others zero. The **energy** in
-# the first $k$ is $\sum_{i \le k} \sigma_i^2 / \sum \sigma_i^2$.
+# the first $k$ is $\sum_{i \le k} \sigma_i^2 / \sum \sigma_i^2$. Either means something only beside that of
+# noise: the product of two Gaussian factors, in which nothing was learned.
 
 # %%
 rank_figures.energy_and_effective_rank(rows, text)
 
 # %%
-rng = np.random.default_rng(0)
-shapes = [rank_figures.shape_of(kind, lora) for kind in rank_figures.kinds(lora)]
+kinds, rng = rank_reading.kinds(lora), np.random.default_rng(0)
+noise = dict(zip(rank_reading.ranks_of(lora), rank_reading.noise_ranks(lora), strict=True))
+shapes = [rank_reading.shape_of(kind, lora) for kind in kinds]
+dense = np.mean([ml.effective_rank(spectra.noise_spectrum(shape, rng)) for shape in shapes])
 
 
-def by_chance(rank=None):
-    """The effective rank of noise, mean over the shapes of the adapted matrices."""
-    return mean([ml.effective_rank(spectra.noise_spectrum(shape, rng, rank, draws=4)) for shape in shapes])
+def used(name, some, by_chance):
+    """A line: how many directions the runs use, mean over seeds and adapted matrices."""
+    at90 = np.mean([spectra.rank_at(s, 0.9) for s in rank_reading.spectra_of(some, kinds)])
+    print(f"{name:>4}  {rank_reading.mean_rank(some, kinds):14.1f}  {by_chance:8.1f}  {at90:28.1f}")
 
 
-print("effective rank, mean over all adapted matrices")
-print("   r    LoRA   product of two noise factors   directions for 90 % of the energy")
-for r in ranks:
-    some = curves(rank_figures.select(lora, rank=r))
-    at90 = mean([spectra.rank_at(s, 0.9) for s in some])
-    print(f"{r:4}  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance(r):27.1f}   {at90:33.1f}")
-some = [s for kind in rank_figures.kinds(lora) for s in curves(full, kind)]
-at90 = mean([spectra.rank_at(s, 0.9) for s in some])
-print(f"full  {mean([ml.effective_rank(s) for s in some]):6.1f}   {by_chance():20.1f} (noise)   {at90:33.1f}")
+print("   r  effective rank  of noise  directions for 90 % of |ΔW|²")
+for r in noise:
+    used(r, rank_reading.select(lora, rank=r), noise[r])
+used("full", full, dense)
 
 # %% tags=["claims"]
-effective = {r: [ml.effective_rank(s) for s in curves(rank_figures.select(lora, rank=r))] for r in ranks}
+effective = {
+    r: [ml.effective_rank(s) for s in rank_reading.spectra_of(rank_reading.select(lora, rank=r), kinds)]
+    for r in noise
+}
 holds(
     "The effective rank of LoRA can never exceed $r$",
     all(max(some) <= r + 1e-9 for r, some in effective.items()),
@@ -286,87 +196,18 @@ holds(
 )
 noise_96 = np.linalg.svd(np.random.default_rng(1).standard_normal((96, 96)), compute_uv=False)
 holds("about half of the directions are enough", 0.45 < spectra.rank_at(noise_96, 0.9) / 96 < 0.55)
-product = [mean(effective[r]) < 0.9 * by_chance(r) for r in ranks]
-holds("the further it lies below the product of two noise factors", product[-1])
+of_noise = [np.mean(effective[r]) / noise[r] for r in noise]
+holds("At small ranks it is that of noise", min(of_noise[:4]) > 0.95)
+says("at r = 64 it is {:.0f}, where noise has {:.0f}", np.mean(effective[64]), noise[64])
+whole = [len(s) for s in rank_reading.spectra_of(full, kinds)]
+says("Full fine-tuning uses {:.1f} of {}", rank_reading.mean_rank(full, kinds), *{*whole})
 
 # %% [markdown]
-# The effective rank of LoRA can never exceed $r$, so a small one proves nothing by itself. Compare it with
-# noise: the further it lies below the product of two noise factors, the more the training has concentrated.
+# The effective rank of LoRA can never exceed $r$, so a small one proves nothing by itself. At small ranks it
+# is that of noise: every direction is used. The more there are, the further it lies below noise; at r = 64 it
+# is 28, where noise has 53. Full fine-tuning uses 67.5 of 96: its change is *not* of low rank. A low rank is
+# enough all the same.
 #
-# ## One rank at a time
-#
-# The value projections, rank by rank: the spectrum that LoRA learned, that of full fine-tuning, and that of a
-# random product of the same rank and norm. With a kernel running, the slider below shows one rank; without
-# one, the figure after it shows all of them.
-
-
-# %%
-def noise_like(s, n):
-    """The spectrum of a random n x n product of the rank and the norm of the spectrum s."""
-    noise = spectra.noise_spectrum((n, n), np.random.default_rng(0), rank=len(s))[: len(s)]
-    return noise * math.sqrt((s**2).sum())
-
-
-learned = {r: rank_figures.mean_spectrum(rank_figures.select(lora, rank=r), "v_proj") for r in ranks}
-whole = rank_figures.mean_spectrum(full, "v_proj")
-noise = {r: noise_like(s, len(whole)) for r, s in learned.items()}
-low = min(s[-1] for s in (*learned.values(), *noise.values()))
-high = max(s[0] for s in (*learned.values(), *noise.values(), whole))
-
-
-@plotting.styled
-def picture(shown, columns):
-    lines = -(-len(shown) // columns)
-    figure, grid = plotting.axes(columns, lines, (3.2 * columns + 1, 2.9 * lines))
-    for ax in grid.flat:
-        ax.set_axis_off()
-    for ax, r in zip(grid.flat, shown, strict=False):
-        ax.set_axis_on()
-        ax.plot(
-            range(1, len(whole) + 1), whole, color=plotting.ORANGE, linestyle="--", label="full fine-tuning"
-        )
-        ax.plot(
-            range(1, r + 1), noise[r], color=plotting.GREY, linestyle=":", marker="x", label="noise, rank r"
-        )
-        ax.plot(range(1, r + 1), learned[r], color=plotting.BLUE, marker="o", markersize=4, label="LoRA")
-        ax.set(xscale="log", yscale="log", xlim=(0.9, 1.1 * len(whole)), ylim=(0.7 * low, 1.4 * high))
-        ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-        ax.minorticks_off()
-        ax.set(title=f"r = {r}", xlabel="index")
-    for ax in grid[:, 0]:
-        ax.set_ylabel("singular value of ΔW")
-    grid[0, 0].legend(fontsize=8, loc="lower left")
-    words = [f"at r = {r} from {learned[r][0]:.2f} down to {learned[r][-1]:.2f}" for r in shown]
-    return plotting.Picture(figure, f"Singular values of ΔW of the value projections: {'; '.join(words)}.")
-
-
-# %% tags=["unkept"]
-try:
-    import ipywidgets
-except ImportError:
-    print("ipywidgets is not installed; the figure below shows all ranks")
-else:
-    from IPython.display import display
-
-    slider = ipywidgets.IntSlider(0, 0, len(ranks) - 1, description="which rank", continuous_update=False)
-    slider.readout = False  # it would show the place in the list, not the rank
-    view = ipywidgets.HTML(picture(ranks[:1], 1)._repr_html_())
-
-    def turn(change):
-        view.value = picture([ranks[change["new"]]], 1)._repr_html_()
-
-    slider.observe(turn, "value")
-    display(ipywidgets.VBox([slider, view]))
-
-# %%
-picture(ranks, 4)
-
-# %%
-print("   r   first and last singular value     of noise")
-for r in ranks:
-    print(f"{r:4}   {learned[r][0]:12.2f} {learned[r][-1]:12.2f}   {noise[r][0]:10.2f} {noise[r][-1]:8.2f}")
-
-# %% [markdown]
 # ## A task whose rank is known
 #
 # For a text we do not know the answer. So here is a task for which we do: pairs of letters have changed
@@ -374,67 +215,52 @@ for r in ranks:
 # names. The model uses one table $E$ for input and output, so the change $\Delta E = (P - I) E$, with $P$ the
 # permutation, undoes the swaps exactly, and its rank is the number of swaps: each swapped pair is one
 # direction, the difference of two rows.
-#
-# Two things can be tested. Does the loss need as many ranks as there are swaps? And does LoRA, given more,
-# use just these?
 
 # %%
 rank_figures.known_rank(rows, known)
 
 # %%
-lora_k, base_k = rank_figures.final(rows, known), rank_figures.final(rows, known, "none")[0]
+lora_k, base_k = rank_reading.final(rows, known), rank_reading.final(rows, known, "none")[0]
 oracle = {
-    row["config"]["rank"]: row["test"] for row in rank_figures.select(rows, kind="oracle", target=known)
+    row["config"]["rank"]: row["test"] for row in rank_reading.select(rows, kind="oracle", target=known)
 }
 truth = np.array(base_k["spectra"]["model.embed_tokens"])
 swaps = int((truth > 1e-6 * truth[0]).sum())
 print(f"{swaps} swaps; the base on the plain text: {base_k['floor']:.3f}, on this one: {base_k['test']:.3f}")
 print("   r   excess loss of LoRA   of the true ΔE cut to rank r")
-ranks_k, losses_k = rank_figures.by_rank(lora_k, "test")
+ranks_k, losses_k = rank_reading.by_rank(lora_k, "test")
 for r, (value, *_) in zip(ranks_k, losses_k, strict=True):
     excess, cut = (round(v - base_k["floor"], 3) + 0.0 for v in (value, oracle[r]))  # no minus zero
     print(f"{r:4}   {excess:19.3f}   {cut:28.3f}")
-
-shown = min((r for r in ranks_k if r >= 2 * swaps), default=ranks_k[-1])
-found = np.mean(
-    [row["spectra"]["model.embed_tokens"] for row in rank_figures.select(lora_k, rank=shown)], axis=0
-)
+found = rank_reading.mean_spectrum(rank_reading.select(lora_k, rank=2 * swaps), "embed_tokens")
 print()
 print(f"singular values of the true ΔE:     {' '.join(f'{x:5.2f}' for x in truth[:swaps])}")
-print(f"learned at r = {shown}, the first {swaps}:      {' '.join(f'{x:5.2f}' for x in found[:swaps])}")
-print(f"and the next:                       {' '.join(f'{x:5.2f}' for x in found[swaps : 2 * swaps])}")
+print(f"learned at r = {2 * swaps}, the first {swaps}:      {' '.join(f'{x:5.2f}' for x in found[:swaps])}")
+print(f"and the next:                       {' '.join(f'{x:5.2f}' for x in found[swaps:])}")
 
 # %% tags=["claims"]
 holds("its rank is the number of swaps", f"; {swaps} letter swaps:" in base_k["source"])
 zero = {r: round(oracle[r] - base_k["floor"], 3) == 0 for r in oracle}
 holds("at the number of swaps they reach zero", all(zero[r] == (r >= swaps) for r in oracle))
 drops = found[:-1] / found[1:]
-holds(
-    "if the learned singular values drop after that number", drops.argmax() == swaps - 1 and drops.max() > 1.5
-)
+holds("the learned singular values drop after that number", drops.argmax() == swaps - 1 and drops.max() > 1.5)
 holds("so LoRA may lie below them", any(v[0] < oracle[r] for r, v in zip(ranks_k, losses_k, strict=True)))
 holds("They need not equal the true ones", (np.abs(found[:swaps] / truth[:swaps] - 1) > 0.01).all())
 holds("The base knows this text", base_k["floor"] < 0.5 * base_k["test"])
 
 # %% [markdown]
-# How to read it. Left: the squares show what the true answer still gives away when it is cut to rank $r$.
-# That is the best cut of the matrix and not of the loss, so LoRA may lie below them; at the number of swaps
-# they reach zero. A circle below zero would mean that training has done more than undo the swaps. Right: if
-# the learned singular values drop after that number, the method has found the rank that we put in. They need
-# not equal the true ones: other changes of the table have the same effect on the loss, or nearly so, and
-# AdamW makes some of them on the way.
+# Left: the squares show what the true answer still gives away when it is cut to rank $r$. That is the best
+# cut of the matrix and not of the loss, so LoRA may lie below them; at the number of swaps they reach zero.
+# Right: the learned singular values drop after that number. The method has found the rank that we put in.
+# They need not equal the true ones: other changes of the table have nearly the same effect on the loss.
 #
 # ## What not to claim
 #
-# - *"Fine-tuning updates are low-rank, therefore LoRA works."* Look at the row *full* of the table of
-#   directions. What is shown here is only that a change of low rank is *enough* for a task like this one.
-# - *"Rank $r$ is enough."* For this base, this text and this many steps. More data and harder tasks need
-#   more.
-# - *"LoRA beats full fine-tuning"*, where a point lies below the line. The range over few seeds is not a
-#   test, and both learning rates come from a coarse grid.
-# - *"The effective rank is small."* Smaller than that of noise of the same rank? That is the question.
-# - *"10,000 times less memory."* Fewer trained numbers, with their gradients and moments; the weights and the
-#   activations stay, as the first lesson counted.
+# - *"Fine-tuning updates are low-rank, therefore LoRA works."* Look at the line *full* of the table of
+#   directions. Shown is only that a change of low rank is *enough* for a task like this one.
+# - *"Rank $r$ is enough."* For this base, this text and this many steps.
+# - *"LoRA beats full fine-tuning"*, where a point lies below the line. The range over few seeds is no test,
+#   and both learning rates come from a coarse grid.
 
 # %% [markdown]
 # ## Exercises
@@ -546,4 +372,4 @@ verdict(check)
 # To make your own sweep: `minilora sweep --data FILE --data permuted:4 --out mine`, then copy
 # `mine/rows.jsonl` beside this notebook and run it again.
 #
-# Next: [An adapter under the microscope](11_under_the_microscope.ipynb)
+# Next: [What to adapt and how](5_what_to_adapt_and_how.ipynb).

@@ -1,12 +1,15 @@
 # %% [markdown]
 # # What to adapt and how
 #
-# **What you will see.** LoRA leaves three choices: which matrices, which scale, which start. The first
-# picture spends one budget of parameters in eight places, and the place matters. Then a scale turns out to be
-# a learning rate, to the bit; starts are compared; and you see what all of it costs.
+# ![](attachment:block_all_linear.png)
 #
-# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb) and [Which
-# rank?](4_which_rank.ipynb).
+# **What you will see.** LoRA leaves three choices: which matrices, which scale, which start. The picture
+# adapts every linear map of a block. An experiment spends the same number of parameters in eight places, and
+# the place matters. Then a scale turns out to be a learning rate, to the bit; starts are compared; and you
+# see what all of it costs.
+#
+# **What you need.** [LoRA from one equation](2_lora_from_one_equation.ipynb), [Merging costs
+# nothing](3_merging_costs_nothing.ipynb) and [Which rank?](4_which_rank.ipynb).
 #
 # **Contents.** Which matrices? · Which scale? · Which start? · What it costs · Its rivals · Exercises · To
 # take along
@@ -29,13 +32,8 @@ from minilora.experiments.questions import picture
 from minilora.layers import Linear, Need, Param
 from minilora.lora import LowRank
 
-# %%
 # the rows are beside this notebook, or in the repository
 FIGURES = Path() if Path("scale").exists() else Path("../figures")
-picture("which-matrices/which_set", FIGURES)
-
-# %%
-print(claims().of("which-matrices/which_set", "which-matrices/all_against_qv"))
 
 # %% tags=["claims"]
 from minilora.experiments.questions import measured
@@ -43,7 +41,7 @@ from minilora.experiments.questions import measured
 rows, which = measured("which-matrices", FIGURES)
 found = {(text, i): one for text in which.texts(rows) for i, one in enumerate(which.budgets(rows, text))}
 orders = [list(which.medians(one)) for one in found.values()]
-holds("spends one budget of parameters in eight places", {len(order) for order in orders} == {8})
+holds("spends the same number of parameters in eight places", {len(order) for order in orders} == {8})
 holds("Q and K are the worst places everywhere", all({*order[-2:]} == {"Q", "K"} for order in orders))
 holds("the MLP is better than all of attention", all("MLP" in order[:2] for order in orders))
 holds("the MLP is better than all of attention", all({*order[:2]} == {"MLP", "all"} for order in orders))
@@ -63,13 +61,16 @@ holds(
 # ## Which matrices?
 #
 # LoRA on a map of shape $(O, I)$ has $r\,(O + I)$ parameters. So one kind of map at a high rank costs as much
-# as all maps at a low one, and the question is where they do most. In the picture one text is near to what
-# the base knows, the other far from it. It has five seeds, and for each set a learning rate of its own,
-# chosen on text that is not tested.
+# as all maps at a low one, and the question is where they do most. The figure below has two texts: one is
+# near to what the base knows, the other far from it; and two budgets of parameters. It has five seeds, and
+# for each set a learning rate of its own, chosen on text that is not tested.
 #
 # Q and K are the worst places everywhere. (They only change *where* a head looks; V, O and the MLP change
 # what is written.) Hu et al. compared attention maps alone; here the MLP is better than all of attention.
-# Below you spend the larger budget yourself, in a shorter training.
+# Below the figure you spend the larger budget yourself, in a shorter training.
+
+# %%
+picture("which-matrices/which_set", FIGURES)
 
 # %% tags=["corpus", "trained"]
 text = corpora.corpus_or_fallback("folio")
@@ -90,21 +91,24 @@ for name, (targets, r) in sets.items():
     ml.train(model, batches, ml.AdamW(lr=8e-3), steps=40)
     spent[name] = ml.evaluate(model, test)
     print(f"{name:9} {r:3} {report.parameters:12,} {spent[name]:11.2f}")
+print()
+print(claims().of("which-matrices/which_set", "which-matrices/all_against_qv"))
 
 # %% tags=["claims", "corpus", "trained"]
-holds(
-    "The order is that of the picture", spent["Q"] > spent["Q and V"] > max(spent["MLP"], spent["all maps"])
-)
+holds("The order is that of the figure", spent["Q"] > spent["Q and V"] > max(spent["MLP"], spent["all maps"]))
 
 # %% tags=["claims"]
 order = which.medians(found["folio", 1])
-holds("The order is that of the picture", order["Q"] > order["QV"] > max(order["MLP"], order["all"]))
+holds("The order is that of the figure", order["Q"] > order["QV"] > max(order["MLP"], order["all"]))
 
 # %% [markdown]
+# The order is that of the figure.
+#
 # ## Which scale?
 #
-# The order is that of the picture. Now the scale: $s = \alpha / r$, or $\alpha / \sqrt r$ ([rsLoRA,
-# Kalajdzievski 2023](https://arxiv.org/abs/2312.03732)), or $\alpha = 2 r$. Look at what Adam makes of it.
+# The scale is $s = \alpha / r$, or $\alpha / \sqrt r$ ([rsLoRA, Kalajdzievski
+# 2023](https://arxiv.org/abs/2312.03732)), or the same at every rank, as with $\alpha = 2 r$. Look at what
+# Adam makes of it.
 #
 # $$dB = s\,dY^\top X A^\top \qquad dA = s\,B^\top dY^\top X$$
 #
@@ -168,12 +172,12 @@ holds("and not at their own", abs(best[2, -1] - best[0, -1]) < 0.05 * gap)
 says("from $r = {}$ on the best rates are within a factor of {:.1f}", f.plan.ranks[1], f.apart("alpha / r"))
 
 # %% [markdown]
-# ## Which start?
-#
-# The last three are one training, to the bit. So at their own best rates (dotted) the three scales are at
+# The last three are one training, to the bit. At their own best rates (dotted), too, the three scales are at
 # most 0.006 nats apart. With $\alpha = 2 r$ high ranks collapse at one rate, and not at their own: the fault
 # is the rate's. With $\alpha / r$, from $r = 4$ on the best rates are within a factor of 1.2. Choose $\alpha$
 # once, and tune the learning rate.
+#
+# ## Which start?
 #
 # Last, the start. Training should begin at the base, with $\Delta W = 0$. The usual $B = 0$ does it: at first
 # $A$ has no gradient, but $B$ has one. With $A = 0$ it is the other way around; with both at zero nothing
@@ -205,7 +209,7 @@ changes = {start: np.median(f.change(start)) for start in good}
 says("within {:.3f} nats of the usual one", max(changes.values()))
 holds("none is better", min(changes.values()) > 0)
 holds(
-    "Where the parameters go matters more than the scale, or a start at the base",
+    "Where the parameters go matters more than the scale, and more than which start at the base",
     min(which.medians(one)["QV"] - min(which.medians(one).values()) for one in found.values())
     > max(*changes.values(), np.ptp(best, 0).max()),
 )
@@ -225,7 +229,7 @@ says("of a 7B model at $r = 16$ on all attention maps trains {}", number("Rank 1
 says("one in {} of the model's", number("Such an adapter has 500 to 1,000 times").removesuffix(" times"))
 says("takes {} in 16 bits", number("Such an adapter takes"))
 says("A step takes {} as full fine-tuning's", number("LoRA trains in a fraction").partition(",")[0])
-says("Merged, {}", number("Once merged").partition(", ")[2].replace("token", "token takes"))
+says("merged, {}", number("Once merged").partition(", ")[2].replace("token", "token takes"))
 
 # %% [markdown]
 # In the median, six other starts end within 0.024 nats of the usual one, and none is better. To begin off the
@@ -238,7 +242,7 @@ says("Merged, {}", number("Once merged").partition(", ")[2].replace("token", "to
 # model's, and takes 33.6 MB in 16 bits. The gradients and moments of Adam shrink with them; the base's
 # weights and the activations do not. Nor does time shrink as much: the forward pass and the way back through
 # the frozen weights remain. A step takes 0.71 to 0.96 times as long as full fine-tuning's, the less the
-# larger the model. Merged, a token takes 1.01 times the base's time.
+# larger the model; merged, a token takes 1.01 times the base's time. The ledger's benchmarks measured both.
 
 # %%
 print(claims().of("cost/parameters", "cost/training", "cost/disk"))
@@ -246,8 +250,9 @@ print(claims().of("cost/parameters", "cost/training", "cost/disk"))
 # %% [markdown]
 # ## Its rivals
 #
-# LoRA is not the only way to train few parameters. Bottleneck adapters stand behind a map, as small maps of
-# their own; prefixes and prompts are trained rows before the text. Each was given as many parameters as LoRA.
+# LoRA is not the only way to train few parameters. Bottleneck adapters stand behind attention or the MLP: two
+# thin maps with a nonlinearity between them. Prefixes and prompts are trained rows before the text. Each was
+# given as many parameters as LoRA.
 
 # %%
 print(claims().of("rivals/rivals"))
@@ -283,7 +288,7 @@ def check():
             f"r = {mine} has {sum(mine * (m + n) for m, n in shapes)} parameters of {budget}; "
             "A and B of a map have r (O + I)"
         )
-    return "and so the sets of the picture have their ranks"
+    return "and so the sets of the figure have their ranks"
 
 
 verdict(check)
@@ -363,10 +368,10 @@ verdict(check)
 # %% [markdown]
 # ## To take along
 #
-# - Adapt all linear maps, or the MLP. Where the parameters go matters more than the scale, or a start at the
-#   base, if each has its own learning rate.
+# - Adapt all linear maps, or the MLP. Where the parameters go matters more than the scale, and more than
+#   which start at the base, if each has its own learning rate.
 # - A scale is a learning rate. Keep $\alpha$, and search the rate, for every method anew.
 # - Begin at the base: one factor zero, the other drawn.
 # - Few numbers are trained. That saves memory more than time.
 #
-# Next: [Beyond language](10_beyond_language.ipynb).
+# Next: [Low rank, low dimension](6_low_rank_low_dimension.ipynb).

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Four bits
 #
+# ![](attachment:four_bits.png)
+#
 # **What you will see.** A frozen weight can be stored in four bits: one of 16 values and a scale for its
 # block. You derive the 16 values, encode and decode a block by hand, and measure the error. Then adapters
 # are trained beside such a base, which is QLoRA ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)),
@@ -209,9 +211,10 @@ holds("the scales themselves in eight bits, in blocks of 256", four_bit.SCALES =
 # %% [markdown]
 # ## QLoRA beside LoRA
 #
-# `ml.quantize` swaps the weights of the linear maps, not the layers. A product decodes its weight and drops
-# it again. The gradient passes *through* the decoded weight to the layer below, and never into it: a code
-# has no small step that could be taken. So the base stays frozen, and LoRA beside it is QLoRA:
+# `ml.quantize` swaps the weights of the linear maps, not the layers. As in the picture at the top, a product
+# decodes its weight and drops it again. The gradient passes *through* the decoded weight to the layer below,
+# and never into it: a code has no small step that could be taken. So the base stays frozen, and LoRA beside
+# it is QLoRA:
 #
 # $$Y = X \hat W^\top + s\,(X A^\top)\,B^\top$$
 #
@@ -263,6 +266,7 @@ for seed, (losses, k, n) in enumerate(zip(rows, kept, beside, strict=True)):
     print(
         f"{seed:4} {losses[0]:7.3f} {losses[1]:7.3f} {losses[2]:19.3f} {losses[3]:18.3f} {k:12.2f} {n:11.2f}"
     )
+print(f"mean {np.mean(rows, 0)[0]:7.4f} {np.mean(rows, 0)[1]:7.4f}")
 
 # %%
 stored = (
@@ -284,7 +288,8 @@ holds("above it with every seed", (qlora > lora).all())
 learned = (before["LoRA"] - lora).mean(), (before["QLoRA"] - qlora).mean()
 says("LoRA has learned {:.2f}, QLoRA {:.2f}", *learned)
 holds("Merged in float32 the model is the trained one", np.abs(merged - qlora).max() < 1e-4)
-says("gives back {:.3f} of what was learned", (again - qlora).mean())
+back = (again - qlora).mean()
+says("gives back {:.3f} of the {:.2f} nats that were learned", back, learned[1])
 says("{:.0f} % of $\\Delta W$ is still there", 100 * np.mean(kept))
 says("{:.2f} of its size", np.mean(beside))
 
@@ -296,9 +301,9 @@ says("{:.3f} of the memory", stored[1] / stored[0])
 # with every seed; LoRA has learned 0.27, QLoRA 0.28. The linear maps take 0.129 of the memory. Twenty steps
 # of a tiny model prove little about others, but you have seen how to compare: one recipe, several seeds.
 #
-# Merged in float32 the model is the trained one, and is as large as before quantizing. Quantizing again
-# gives back 0.022 of what was learned. On average little is lost: 98 % of $\Delta W$ is still there. But
-# most single changes are smaller than a gap, so a weight either keeps its old code or jumps a whole gap.
+# Merged in float32 the model is the trained one, and is as large as before quantizing. Quantizing again gives
+# back 0.022 of the 0.28 nats that were learned. On average little is lost: 98 % of $\Delta W$ is still there.
+# But most single changes are smaller than a gap, so a weight either keeps its old code or jumps a whole gap.
 # This noise beside $\Delta W$ has 0.47 of its size. Keep the adapter beside the 4-bit base, if you can.
 
 # %% [markdown]

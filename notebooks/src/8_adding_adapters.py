@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Adding adapters
 #
+# ![](attachment:adding.png)
+#
 # **What you will see.** An update of a weight is a matrix, and matrices can be added, weighted and negated.
 # You train three small adapters, add them in the right way and in a common wrong one, walk from one to
 # another, and go through TIES, a method for updates that disagree, step by step.
@@ -74,10 +76,11 @@ for words in (
 #
 # ## Add the updates, not the factors
 #
-# To use two adapters at once, add what they do to the weight: $\Delta W = w_1 s_1 B_1 A_1 + w_2 s_2 B_2
-# A_2$. The result is again a product of two factors, the $B$ side by side and the $A$ on top of each other.
-# PEFT calls this `cat`. It is exact, and its rank is the sum of the ranks; `svd` then finds the nearest
-# update of a smaller rank.
+# To use two adapters at once, add what they do to the weight: $\Delta W = w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2$.
+# The result is again a product of two factors, the $B$ side by side and the $A$ on top of each other: the
+# picture above has it for the Folio's spelling and the King James Bible's, in one map of the base. PEFT calls
+# this `cat`. It is exact, and its rank is at most the sum of the ranks; `svd` then finds the nearest update
+# of a smaller rank.
 #
 # It is tempting to add the *factors* instead, for that keeps the rank. But a product of sums is not a sum
 # of products:
@@ -85,7 +88,8 @@ for words in (
 # $$(B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_\text{cross terms}$$
 #
 # The cross terms let one adapter write what the other has read. Nobody trained them. PEFT calls this
-# `linear`; here its name is `peft_linear`, and `linear` is the sum.
+# `linear`; here its name is `peft_linear`, and `linear` is the sum. With weights, `peft_linear` multiplies
+# $A$ and $B$ each by the root of $w s$, so that one adapter alone counts $w$ times.
 
 # %%
 rng = np.random.default_rng(0)
@@ -140,8 +144,8 @@ holds(
 # The cross terms are no detail: on the trained adapters `peft_linear` is off by 95 % of the sum's own size,
 # and worse on both texts than the exact sum. That one, too, is worse on either text than that text's own
 # adapter: the two updates were trained apart, and together they go too far. At half the rank `svd` loses 48
-# %, which here even helps, for the update gets smaller. Times -1, the Folio's adapter makes the base worse
-# on all texts: it forgets, but not only what it was meant to.
+# %, which here even helps, perhaps because the update gets smaller. Times -1, the Folio's adapter makes the
+# base worse on all texts: it forgets, but not only what it was meant to.
 #
 # ## From one to another
 #
@@ -303,7 +307,7 @@ def check():
     made = peft_linear([(0.5, change), (0.5, change)]).factors
     times = np.linalg.norm(made.B @ made.A) / np.linalg.norm(1.5 * change.B @ change.A)
     hints = {
-        1: "so it should be, and so `cat` does it; but count the terms of a product of two sums",
+        1: "so it should be, and so `cat` does it; but each factor has the weight √0.5 before they are added",
         4: "four terms, yes; but each has a weight",
         0.5: "more terms come out, not fewer: multiply the two sums out",
     }

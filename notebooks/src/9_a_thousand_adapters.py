@@ -1,6 +1,8 @@
 # %% [markdown]
 # # A thousand adapters
 #
+# ![](attachment:many_adapters.png)
+#
 # **What you will see.** One base can serve many adapters at the same time: the rows of one batch name
 # theirs. You compute such a batch in three ways that agree, keep a few of a thousand adapters in memory,
 # and watch an engine write several texts at once, each with an adapter of its own.
@@ -36,17 +38,17 @@ from minilora.tree import freeze
 # ## One batch, many adapters
 #
 # A merged weight holds one adapter. Whoever serves many cannot merge, and should not run one model for
-# each. But all rows of a batch share the large product with $W$; only the small terms differ. Row $n$ of
-# the batch has adapter $k_n$:
+# each. But all rows of a batch share the large product with $W$, as in the picture; only the small terms
+# differ. Row $n$ of the batch has adapter $k_n$:
 #
 # $$y_n = W x_n + s\,B_{k_n} A_{k_n} x_n$$
 #
-# The picture shows the first of the small products, $A x$. On the left, every row meets the $A$ of every
-# adapter, and most of that is waste. There are two ways not to compute it. **Gather** (BGMV): fetch for
-# each row the factors that it names, and do all rows in one batched product. **Segments** (SGMV): sort the
-# rows by adapter, and do one ordinary product for each adapter. (Both names are from [Punica, Chen et al.
-# 2023](https://arxiv.org/abs/2310.18547).) Gathering takes fewer calls and copies factors; segments copy
-# nothing, and pay when many rows share an adapter.
+# The figure shows the first of the small products, $A x$. On the left, every row meets the $A$ of every
+# adapter, and most of that is waste. There are two ways not to compute it. **Gather** (BGMV): fetch for each
+# row the factors that it names, and do all rows in one batched product. **Segments** (SGMV): sort the rows by
+# adapter, and do one ordinary product for each adapter. (Both names are from [Punica, Chen et al.
+# 2023](https://arxiv.org/abs/2310.18547).) Gathering takes fewer calls and copies factors; segments copy no
+# factors, and pay when many rows share an adapter.
 
 # %%
 rng = np.random.default_rng(1)
@@ -174,9 +176,10 @@ holds("Three adapters for the shipped base", len(names[:3]) == 3 and (company[0]
 # copies of our three, which the bank does not know.
 
 # %% tags=["corpus"]
+link = getattr(os, "link", shutil.copy)  # a browser has no links
 for k in range(3, 1000):
     copy = folder / f"{names[k % 3]}-{k:03}"
-    shutil.copytree(folder / names[k % 3], copy, copy_function=os.link)  # the same bytes, stored once
+    shutil.copytree(folder / names[k % 3], copy, copy_function=link)  # the same bytes, stored once
 one = sum(path.stat().st_size for path in (folder / "kjv").glob("*.safetensors"))
 bank = Bank(model, folder, budget=20 * one)
 everything = bank.names()
@@ -287,10 +290,17 @@ holds("The steps fall nearly in proportion", 1.5 * continuous[0] > continuous[-1
 # %% [markdown]
 # ## How fast
 #
-# Times differ from machine to machine, so these were measured once, all in one run on one model: a file of
-# the repository, made by `python benchmarks/serving.py`, which lies beside this notebook if you have a copy.
-# PEFT serves mixed batches, too (`adapter_names`), with a loop over the adapters of the batch in every layer.
-# The other alternative is to merge one adapter after the other, and to serve its requests before the next.
+# Times differ from machine to machine, so these were measured once, all in one run, on one small model: a
+# file of the repository, made by `python benchmarks/serving.py`, which lies beside this notebook if you have
+# a copy. PEFT serves mixed batches, too (`adapter_names`), with a loop over the adapters of the batch in
+# every layer. The other alternative is to merge one adapter after the other, and to serve its requests before
+# the next.
+#
+# The more adapters share the requests, the fewer tokens come out; but from 64 adapters on the engine's rate
+# hardly falls any more, since a step has no more adapters than slots. PEFT and merging are slower than the
+# engine with as many adapters on the same maps. This is what makes a thousand adapters on one base
+# affordable. On a GPU, S-LoRA ([Sheng et al. 2023](https://arxiv.org/abs/2311.03285)) keeps them in the
+# host's memory and fetches those in use, as the bank does here from disk.
 
 # %%
 places = [Path("serving.json"), Path("../benchmarks/results/serving.json")]
@@ -298,52 +308,35 @@ measured = json.loads(next((place for place in places if place.exists()), places
 
 
 def throughput(kind, targets="all-linear"):
-    """Numbers of adapters, and tokens per second of processor time."""
-    found = [
-        (row["adapters"], row["tokens_per_second"])
-        for row in measured
-        if (row["part"], row.get("kind"), row.get("popularity"), row.get("targets"))
-        == ("throughput", kind, "zipf", targets)
-    ]
-    return [n for n, _ in found], [rate for _, rate in found]
+    """Number of adapters -> tokens per second of processor time."""
+    run = ("throughput", kind, "zipf", targets)
+    some = (row for row in measured if run == tuple(map(row.get, ("part", "kind", "popularity", "targets"))))
+    return {row["adapters"]: row["tokens_per_second"] for row in some}
 
 
-(base,) = throughput("base")[1]
-lines = {
-    "the base alone": ([1, 2000], [base, base]),
+rates = {
     "adapters on q and v": throughput("engine", "q,v"),
     "adapters on all linear maps": throughput("engine"),
     "merging one after the other": throughput("merge"),
     "PEFT": throughput("peft"),
 }
-figures.curves(
-    lines,
-    "adapters that share the requests",
-    "tokens per second",
-    "Throughput against the number of adapters, measured on one core. From 64 adapters on it hardly falls "
-    "any more: a step has no more adapters than slots. PEFT and merging are slower than the engine with as "
-    "many adapters on the same maps.",
-    "log",
-)
-
-# %%
-print(f"tokens per second; the base alone has {base:,.0f}")
-for name in list(lines)[1:]:
-    print(f"  {name}:")
-    print("   ", ", ".join(f"{rate:,.0f} with {n:,}" for n, rate in zip(*lines[name], strict=True)))
+(base,) = throughput("base").values()
+numbers = sorted({n for some in rates.values() for n in some})
+print(f"tokens per second on one core; the base alone has {base:,.0f}")
+print(f"{'with so many adapters':28}" + "".join(f"{n:8,}" for n in numbers))
+for name, some in rates.items():
+    print(f"{name:28}" + "".join(f"{some[n]:8,.0f}" if n in some else 8 * " " for n in numbers))
 
 # %% tags=["claims"]
-adapters, rates = throughput("engine")
-holds("From 64 adapters on it hardly falls any more", min(rates[2:]) > 0.9 * rates[2] and adapters[2] == 64)
+engine_rates = rates["adapters on all linear maps"]
+holds(
+    "from 64 adapters on the engine's rate hardly falls any more",
+    min(engine_rates.values()) > 0.9 * engine_rates[64],
+)
 holds(
     "PEFT and merging are slower than the engine",
-    all(lines[name][1][0] < rates[2] for name in ("PEFT", "merging one after the other")),
+    all(rates[name][64] < engine_rates[64] for name in ("PEFT", "merging one after the other")),
 )
-
-# %% [markdown]
-# This is what makes a thousand adapters on one base affordable. On a GPU, S-LoRA ([Sheng et al.
-# 2023](https://arxiv.org/abs/2311.03285)) keeps them in the host's memory and fetches those in use, as the
-# bank does here from disk.
 
 # %% [markdown]
 # ## Exercises
@@ -454,4 +447,4 @@ verdict(check)
 # - Few adapters in memory serve many on disk, because few are popular.
 # - Texts join and leave between tokens, whatever their adapters.
 #
-# Next: [Low rank, low dimension](6_low_rank_low_dimension.ipynb).
+# Next: [Beyond language](10_beyond_language.ipynb).

@@ -17,6 +17,7 @@ from minilora.experiments import merge_equivalence, rank_figures, rank_report, r
 from minilora.experiments.rank_reading import answer
 from minilora.experiments.rank_report import pictures, report_page, table
 from minilora.experiments.rank_sweep import Run, with_gaps
+from minilora.spectra import effective_rank, noise_spectrum
 from minilora.table import Table
 
 SHAPES = {
@@ -362,6 +363,7 @@ VIEWS = {
     "heat_map": lambda: figures.heat_map(some_modules()),
     "heat_map beside a base": lambda: figures.heat_map(some_modules(base=0.25)),
     "adapter_spectra": lambda: figures.adapter_spectra(some_modules()),
+    "dense_spectra": lambda: figures.dense_spectra(some_modules(), ("q_proj", "up_proj")),
     "subspaces": lambda: figures.subspaces(some_modules(other=0.9)),
     "difference": lambda: figures.difference(some_modules(other=0.9)),
     "curves": lambda: figures.curves(LINES, "block size", "error", "3 lines.", "log"),
@@ -452,6 +454,26 @@ def test_adapter_spectra_are_normalised_and_shown_with_noise():
     colours = [drawn.get_color() for drawn in shown["q_proj"].get_lines()[:-1]]
     assert len(set(colours)) == 3
     assert "q_proj 1.2, k_proj 2.4, up_proj 2.4, adapter_in 2.4, lm_head 1.8" in picture.says
+
+
+def test_dense_spectra_stand_beside_a_gaussian_matrix_of_their_norm():
+    """Not beside a product of two factors, whose spectrum falls faster."""
+    rng, shape = np.random.default_rng(5), (40, 60)
+    S = [np.linalg.svd(rng.standard_normal(shape), compute_uv=False) for _ in range(6)]
+    modules = [looked(f"model.layers.{i}.x.q_proj", 1.0, s.tolist(), shape=shape) for i, s in enumerate(S)]
+    picture = figures.dense_spectra([*modules, looked("lm_head", 1.0, [9.0] * 40, shape=shape)], ["q_proj"])
+    own, noise = picture.figure.axes[0].get_lines()
+    assert [own.get_label(), noise.get_label()] == ["q_proj", "q_proj, noise"]
+    assert [own.get_linestyle(), noise.get_linestyle()] == ["-", ":"]
+    own, noise = own.get_ydata(), noise.get_ydata()
+    assert np.allclose(own, np.mean(S, 0))
+    unit = noise_spectrum(shape, np.random.default_rng(0))
+    assert np.allclose(noise, np.linalg.norm(own) * unit)
+    shares = [f"{(values[:8] ** 2).sum() / (values**2).sum():.0%}" for values in (own, noise)]
+    assert f"begins at {own[0]:.2f} (noise {noise[0]:.2f}), its first 8 hold {shares[0]} of" in picture.says
+    assert picture.says.endswith(f"(noise {shares[1]}).")
+    ranks = 40 * 0.6, effective_rank(noise)
+    assert "effective rank: q_proj {:.0f}, noise {:.0f}".format(*ranks) in picture.figure.get_suptitle()
 
 
 def test_subspace_similarities_are_means_over_layers_with_chance_dotted():

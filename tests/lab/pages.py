@@ -6,15 +6,25 @@ from html.parser import HTMLParser
 
 from minilora.lab.site import CORE
 
-WHEEL = "numpy-0-stand_in.whl"
 VOID = {"meta", "link", "input", "br", "img"}
 
 
-def stand_in(folder):
+def wheel(package):
+    """The file of a package in the stand-in."""
+    return f"{package}-0-stand_in.whl"
+
+
+WHEEL = wheel("numpy")
+
+
+def stand_in(folder, core=CORE, packages=("numpy",), depends=()):
     """A folder that looks like Pyodide's, with a few bytes in each file; name -> bytes."""
-    files = {name: f"the bytes of {name}".encode() for name in CORE} | {WHEEL: b"a wheel"}
-    numpy = {"file_name": WHEEL, "sha256": sha256(files[WHEEL]).hexdigest()}
-    files["pyodide-lock.json"] = json.dumps({"packages": {"numpy": numpy}}).encode()
+    files = {name: f"the bytes of {name}".encode() for name in (*core, *map(wheel, packages))}
+    about = {
+        name: {"file_name": wheel(name), "sha256": sha256(files[wheel(name)]).hexdigest(), "depends": depends}
+        for name in packages
+    }
+    files["pyodide-lock.json"] = json.dumps({"packages": about}).encode()
     folder.mkdir(parents=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)

@@ -1,28 +1,17 @@
-"""The lab in Chromium, with Pyodide from the folder that `python tests/lab/fetch.py build/lab` makes.
+"""The lab in Chromium."""
 
-Skipped where there is no Chromium, no Playwright or no such folder; with MINILORA_LAB=FOLDER an error.
-"""
-
-import os
 import re
 import time
-from pathlib import Path
 
 import driven
 import pytest
+from driven import ASSETS, ROOT
 
 from minilora.lab import planted, site
 
-ROOT = Path(__file__).parents[2]
-ASSETS = Path(os.environ.get("MINILORA_LAB", ROOT / "build/lab"))
 FILES = ROOT / "tests/fixtures/lora_files"
 ONE = FILES / "kohya_sdscripts/sd15_linear/sd15_linear.safetensors"
-THERE = {"Chromium": bool(driven.CHROMIUM), str(ASSETS): (ASSETS / "axe.min.js").exists()}
-LACKS = [name for name, there in THERE.items() if not there]
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(bool(LACKS) and "MINILORA_LAB" not in os.environ, reason=f"{LACKS} is not here"),
-]
+pytestmark = pytest.mark.browser
 SOON = 30  # seconds: three times what benchmarks/lab.py finds, since other programs may share the cores
 AXE = "() => axe.run().then(found => found.violations.map(v => `${v.id}: ${v.nodes.map(n => n.html)}`))"
 ASK = "url => fetch(url).then(() => 'sent', () => 'refused')"
@@ -41,14 +30,6 @@ with contextlib.redirect_stdout(said):
     exec(code, {"__name__": "paths"})
 said.getvalue()`);
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("playwright")
-    assert not LACKS
-    with driven.chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

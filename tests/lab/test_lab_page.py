@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from pages import WHEEL, Page, stand_in
+from pages import WHEEL, Page, stand_in, wheel
 
 from minilora.errors import ConfigError, FormatError, StorageError
 from minilora.lab import lab, learning, planted, reading, site
@@ -19,6 +19,7 @@ from minilora.lab import lab, learning, planted, reading, site
 ROOT = Path(__file__).parents[2]
 JS = {path.name: path.read_text() for path in site.PAGE.glob("*.js")}
 PYTHON = "".join(inspect.getsource(module) for module in (lab, learning, planted, reading))
+ABOUT = {"file_name": WHEEL, "sha256": "0", "depends": []}
 CONTROLS = ("input", "select", "textarea")
 
 
@@ -63,6 +64,12 @@ def test_pyodide_is_copied_from_a_folder_and_nothing_else_is(tmp_path):
     assert "https:" not in text
 
 
+def test_a_package_comes_with_all_that_it_needs_whatever_way_its_name_is_written(tmp_path):
+    files = stand_in(tmp_path / "there", packages=("a", "b-c", "d.e", "f"), depends=["B_c"])
+    found = site.distribution(str(tmp_path / "there"), ("pyodide.mjs",), ("A", "d-e"))
+    assert {path.name for path in found} == {"pyodide.mjs", *map(wheel, ("a", "b-c", "d.e"))} < {*files}
+
+
 @pytest.mark.parametrize("name", [*site.CORE, WHEEL])
 def test_a_missing_file_of_pyodide_is_named(name, tmp_path):
     stand_in(tmp_path / "there")
@@ -75,10 +82,11 @@ def test_a_missing_file_of_pyodide_is_named(name, tmp_path):
 @pytest.mark.parametrize(
     ("lock", "said"),
     [
-        ({"packages": {}}, "does not say which file NumPy is"), ({"packages": []}, "does not say"),
+        ({"packages": {}}, "does not say which file numpy is"), ({"packages": []}, "does not say"),
         ({"packages": {"numpy": {"file_name": WHEEL}}}, "does not say"), ({}, "does not say"),
-        ({"packages": {"numpy": {"file_name": WHEEL, "sha256": "0"}}}, "its sha256 is not the one"),
-        ({"packages": {"numpy": {"file_name": f"../{WHEEL}", "sha256": "0"}}}, "its sha256 is not the one"),
+        ({"packages": {"numpy": ABOUT}}, "its sha256 is not the one"),
+        ({"packages": {"numpy": ABOUT | {"file_name": f"../{WHEEL}"}}}, "its sha256 is not the one"),
+        ({"packages": {"numpy": ABOUT | {"depends": ["blas"]}}}, "does not say which file blas is"),
     ],
 )  # fmt: skip
 def test_another_numpy_is_refused(lock, said, tmp_path):
@@ -108,7 +116,7 @@ def test_what_is_there_is_kept(tmp_path):
 
 
 def test_the_archive_is_the_package_and_the_same_each_time(written, tmp_path):
-    assert (written[0] / "minilora.zip").read_bytes() == site.archive()
+    assert (written[0] / "minilora.zip").read_bytes() == site.packed(site.package())
     with zipfile.ZipFile(written[0] / "minilora.zip") as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path)

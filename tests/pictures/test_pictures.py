@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -16,11 +17,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.transforms import Bbox
 
 import minilora as ml
-from minilora import pictures
+from minilora import pictures, spectra
 from minilora.analysis import count
-from minilora.errors import ConfigError, MismatchError, StateError, UnsupportedError
-from minilora.lora import active
-from minilora.pictures import batch, blocks, canvas, maps, memory, trained
+from minilora.compose.arithmetic import cat
+from minilora.errors import ConfigError, InputError, MismatchError, StateError, UnsupportedError
+from minilora.formats.safetensors import stored
+from minilora.layers import Factors
+from minilora.lora import active, bases
+from minilora.pictures import batch, blocks, canvas, images, maps, memory, sheets, trained
+from minilora.tree import size as parameters
+from minilora.vision.diffusion import denoiser
+from minilora.vision.vit import vit
 
 ROOT = Path(__file__).parents[2]
 WIDE = 128256  # the largest side that is drawn here
@@ -94,6 +101,8 @@ def adapted(r=3, targets="all-linear", seed=0, **sizes):
 
 MODEL = adapted()
 ADAPTER = ml.open_adapter(ROOT / "figures/pictures/adapter")
+OTHER = ml.open_adapter(ROOT / "figures/pictures/adapter_kjv")
+SHAPE = ml.Config(hidden_size=48, intermediate_size=96, num_hidden_layers=2)
 DRAWN = {
     "flow": pictures.flow,
     "product": pictures.product,
@@ -102,12 +111,23 @@ DRAWN = {
     "block": pictures.block,
     "block, all": lambda: pictures.block("smollm2-135m", 16, KINDS),
     "merging": pictures.merging,
+    "rounding": pictures.rounding,
+    "rounding of float32": lambda: pictures.rounding(-0.1, 3e-8, 24),
     "four_bits": pictures.four_bits,
     "many_adapters": pictures.many_adapters,
+    "overlays": lambda: pictures.overlays(ml.load()),
+    "overlays of two": lambda: pictures.overlays(MODEL, 3, ("one", "two")),
     "factors": lambda: pictures.factors(ADAPTER),
     "factors of few": lambda: pictures.factors(MODEL, "layers.1.mlp.up_proj"),
+    "adding": lambda: pictures.adding(ADAPTER, OTHER),
+    "adding with weights": lambda: pictures.adding(MODEL, adapted(seed=1), "up_proj", (0.25, -1)),
+    "images": lambda: pictures.beyond_language(SHAPE),
     "rank_one": lambda: pictures.rank_one(ADAPTER),
     "rank_one of few": lambda: pictures.rank_one(MODEL, first=1),
+    "ranks": pictures.ranks,
+    "ranks of few": lambda: pictures.ranks(5, 3, (1, 2, 3)),
+    "beside_base": lambda: pictures.beside_base(MODEL, "layers.1.mlp.up_proj"),
+    "beside_base, whole": lambda: pictures.beside_base(adapted(8, "q_proj")),
 }
 
 
@@ -152,7 +172,7 @@ def test_words_can_be_read_from_the_last_row(drawing):
 def test_the_same_bytes_again_and_a_valid_and_small_svg(drawing, request):
     svg = drawing.encoded("svg")
     assert DRAWN[request.node.callspec.params["drawing"]]().encoded("svg") == svg
-    assert len(svg) < (130_000 if drawing.figure.axes[1:] else 25_000)
+    assert len(svg) < (150_000 if drawing.figure.axes[1:] else 25_000)
     assert not re.search(rb"dc:date|Matplotlib v", svg)
     links = [v for node in ET.fromstring(svg).iter() for k, v in node.attrib.items() if k.endswith("href")]
     assert all(link.startswith(("#", "data:")) for link in links)
@@ -165,7 +185,7 @@ def test_every_number_is_in_the_sentence_that_says_the_picture(drawing, request)
     assert not re.search(r"[\[\]\n]", drawing.says)  # it stands in Markdown
     numbers = re.compile(r"\d[\d,.]*\d|\d")
     told = numbers.findall(drawing.says)
-    if "block" not in request.node.callspec.params["drawing"]:  # where shapes would be a list of nine
+    if request.node.callspec.params["drawing"] not in ("block", "block, all", "images"):  # which list shapes
         left = {
             n
             for t in words(drawing)
@@ -233,6 +253,22 @@ def test_a_small_rank_can_be_counted(O, I, data):
     assert np.allclose(np.diff(flat), inch)
 
 
+@settings(max_examples=12)
+@given(st.integers(1, 200), st.integers(1, 200), st.data())
+@example(4096, 4096, None)
+def test_all_ranks_are_drawn_to_the_scale_of_the_change(O, I, data):
+    some = data.draw(st.lists(st.integers(1, min(O, I)), min_size=1, max_size=4)) if data else (8, 64, 512)
+    picture = pictures.ranks(O, I, some)
+    assert not list(faults(picture))
+    change, *pairs = (boxed(points) for points, _ in shapes(picture))
+    assert change[0] / I == pytest.approx(change[1] / O)
+    inch = change[0] / I
+    assert np.allclose(pairs, [size for r in some for size in ((r * inch, O * inch), (I * inch, r * inch))])
+    for r in some:
+        assert {f"r = {r:,}", f"{r * (O + I):,}"} <= {*said(picture)}
+        assert f"{r * (O + I):,} at r = {r:,}, {maps.compared(O, I, r)}" in picture.says
+
+
 @pytest.mark.parametrize(("D", "r"), [(4096, 8), (64, 4), (768, 64), (2, 1)])
 def test_a_maps_counts_are_those_of_count(D, r):
     (row,) = count.count(f"d={D},layers=1", r, "q_proj").rows
@@ -268,6 +304,52 @@ def test_merged_and_unmerged_say_what_each_needs():
     all_, few = "16,777,216", "+ 65,536"
     shown = said(pictures.merging())
     assert (shown.count(all_), shown.count(few)) == (4, 2)
+
+
+# ---- rounding
+
+magnitudes, signs, formats = st.floats(1e-3, 1e4), st.sampled_from([-1, 1]), st.sampled_from([24, 11, 8])
+
+
+def in_format(x, bits):
+    """x as NumPy rounds it, or as a file in bfloat16 holds it."""
+    dtype = {24: "float32", 11: "float16", 8: "bfloat16"}[bits]
+    return float(stored(np.float64([x]), dtype)[0])
+
+
+@settings(max_examples=30)
+@given(magnitudes, signs, st.integers(-384, 384).filter(bool), formats)
+@example(1.0, 1, 147, 8)
+@example(1.0, -1, 26, 24)  # where numbers are denser
+@example(2.0, 1, -26, 11)
+@example(1.0, 1, 32, 11)  # a tie, to even
+@example(1.0, 1, 96, 8)
+def test_a_sum_is_rounded_to_scale_as_numpy_rounds_it_and_within_the_bound(size, sign, steps, bits):
+    """The change is a multiple of 1/64 of the distance between numbers, so that the sum itself is exact."""
+    weight = in_format(sign * size, bits)
+    change = steps / 64 * memory.gap(weight, bits)
+    total = weight + change
+    picture = pictures.rounding(weight, change, bits)
+    assert not list(faults(picture))
+    step, right = memory.gap(total, bits), in_format(total, bits)
+
+    def at(x):
+        return pytest.approx(memory.MIDDLE + memory.GAP * (x - total) / step, abs=1e-6)
+
+    *_, kept, exact = [p for p, _ in shapes(picture) if len(p) > 30]
+    assert (kept[:, 0].min() + kept[:, 0].max()) / 2 == at(right)
+    assert (exact[:, 0].min() + exact[:, 0].max()) / 2 == at(total)
+    (box,) = [p for p, patch in shapes(picture) if patch.get_linestyle() == "--"]
+    bound = abs(total) * 2.0**-bits
+    assert (box[:, 0].min(), box[:, 0].max()) == (at(total - bound), at(total + bound))
+    assert abs(right - total) <= bound
+    near = {in_format(total + k / 4 * step, bits) for k in range(-12, 13)}
+    lines = [line.get_xydata() for line in picture.figure.axes[0].lines]
+    ticks = sorted(line[0, 0] for line in lines if 0 < np.ptp(line[:, 1]) < 0.5)
+    assert ticks == [at(x) for x in sorted(near) if abs(x - total) < memory.SEEN * step]
+    bold = [t.get_text() for t in words(picture) if t.get_fontweight() == "bold"]
+    assert bold[0] == f"{right:.9g}"
+    assert f"W + ΔW = {total:.9g} is stored as {right:.9g}: off by {abs(right - total):.3g}" in bold
 
 
 # ---- models
@@ -333,6 +415,36 @@ def test_many_adapters_have_the_bytes_of_count(model, r, number):
     assert rows[1:] == [f"{n} row{'s' * (n > 1)}" for n in map(batch.BATCH.count, (1, 2, 3))]
 
 
+@settings(max_examples=6)
+@given(st.integers(0, 10), st.integers(1, 8), st.integers(2, 3))
+def test_sheets_have_their_numbers_to_scale_on_a_base_that_adapters_do_not_change(seed, r, number):
+    rng = np.random.default_rng(seed)
+    model = ml.llama(ml.Config(**SIZES), rng)
+    report = ml.inject(model, ml.LoraConfig(r=r, init="both"), rng=rng)
+    names = ["one", "two", "three"][:number]
+    picture = pictures.overlays(model, r, names)
+    assert not list(faults(picture))
+    W = bases(model)[sheets.SHOWN].weight.data
+    (painting,) = picture.figure.axes[0].images
+    shown = painting.get_array().astype(float)
+    assert len(np.unique(shown)) <= 2 * sheets.SHADES + 1
+    kept = np.abs(W) < 2.9 * W.std()
+    assert np.abs(shown * 3 * W.std() / sheets.SHADES - W)[kept].max() <= 0.51 * 3 * W.std() / sheets.SHADES
+    counts = [f"{name}: {report.parameters:,} numbers" for name in names]
+    assert {*counts, f"the frozen base: {report.base_parameters:,} numbers"} < {*said(picture)}
+    planes = [(points, p) for points, p in shapes(picture) if len(points) == 4][2:]  # after the slab's sides
+    for (sheet, _), (B, _), (A, _) in zip(*[iter(planes)] * 3, strict=True):
+        (x, y), (right, _), _, back = sheet
+        assert np.allclose(B[1] - B[0], ((right - x) * r / W.shape[1], 0))  # r of its columns
+        assert np.allclose(B[[0, 3]], [(x, y), back])
+        assert np.allclose(back - A[0], (back - sheet[0]) * r / W.shape[0])  # r of its rows
+        assert np.allclose(A[2:], sheet[2:])
+    assert len(planes) == 3 * number
+    looks = {p.get_facecolor() for points, p in planes[::3]}
+    assert len(looks) == number
+    assert all(0 < alpha < 0.5 for *_, alpha in looks)  # one sees through
+
+
 # ---- a trained adapter
 
 
@@ -366,6 +478,114 @@ def test_the_numbers_are_those_of_the_adapter_and_its_parts_are_a_sum(seed, r, f
     energies = [*(S[: min(first, r)] ** 2), (S[first:] ** 2).sum()][: len(parts)]
     assert np.allclose(shares, 100 * np.array(energies) / (S**2).sum(), atol=0.0501)
     assert len(parts) == min(first, r) + (first < r)
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 10), st.integers(1, 8), st.sampled_from(["q_proj", "k_proj", "up_proj", "down_proj"]))
+def test_the_bars_are_the_singular_values_of_the_base_and_the_shares_of_its_directions(seed, r, kind):
+    model = adapted(r, [kind], seed)
+    (path, pair), *_ = active(model).items()
+    layer = ml.lora.adapted(model)[path]
+    picture = pictures.beside_base(model)
+    assert not list(faults(picture))
+    left, S, _ = np.linalg.svd(layer.base.weight.data.astype(float), full_matrices=False)
+    U, *_ = spectra.thin_svd(*pair.change(layer.base))
+    n, O = len(S), len(U)
+    own, rest, ours, others = (
+        [points for points, p in shapes(picture) if to_rgb(p.get_facecolor()) == to_rgb(colour)]
+        for colour in (canvas.ICE, canvas.FROZEN.fill, canvas.ORANGE, canvas.TRAINED.fill)
+    )
+    assert sum(map(len, (own, rest, ours, others))) == 4
+
+    def heights(*outlines):
+        return np.concatenate([points[0, 1] - points[1:-1:2, 1] for (points,) in outlines])
+
+    assert np.allclose(heights(own, rest) / heights(own)[0], S / S[0])
+    assert len(heights(own)) == len(heights(ours)) == min(r, n)
+    shares = ((U.T @ left) ** 2).sum(0)
+    chance = picture.figure.axes[0].lines[-1].get_ydata()[0]
+    scale = (ours[0][0, 1] - chance) / (r / O)
+    assert np.allclose(heights(ours, others), scale * shares, atol=1e-9)
+    shared = f"{spectra.similarity(U, left)[r - 1, r - 1]:.1%} of the first {r}"
+    shared += f", {shares[r:].mean():.1%} of the others" if n > r else ""
+    assert shared in said(picture)
+    assert shared in picture.says
+    assert f"chance {r / O:.1%}" in said(picture)
+
+
+def test_the_shares_of_the_first_directions_are_the_overlap_of_inspect(tmp_path):
+    model = ml.load()
+    ml.load_adapter(model, ROOT / "figures/pictures/adapter")
+    (m,) = ml.inspect(ROOT / "figures/pictures/adapter", base="base").modules
+    assert f"{m.base.overlap:.1%} of the first 8" in pictures.beside_base(model).says
+    assert f"random directions would share {m.base.random_overlap:.1%}" in pictures.beside_base(model).says
+
+
+weights = st.floats(-4, 4).map(lambda w: round(w, 2))
+
+
+@settings(max_examples=6)
+@given(
+    st.integers(0, 10), st.integers(1, 5), st.integers(1, 5), weights, weights,
+    st.sampled_from(["q_proj", "k_proj", "up_proj"]),
+)  # fmt: skip
+@example(0, 1, 5, 0.25, -0.75, "q_proj")
+def test_the_sum_of_two_adapters_is_cat_s_and_so_are_its_factors(seed, r1, r2, w1, w2, kind):
+    models = adapted(r1, [kind], seed), adapted(r2, [kind], seed + 1)
+    path = f"model.layers.0.{'mlp' if kind == 'up_proj' else 'self_attn'}.{kind}"
+    pairs = [active(model)[path] for model in models]
+    updates = [(w, Factors(p.B.data, p.A.data, p.scale)) for w, p in zip((w1, w2), pairs, strict=True)]
+    picture = pictures.adding(*models, kind, (w1, w2))
+    assert not list(faults(picture))
+    one, B1, A1, two, B2, A2, both, *factors = matrices(picture)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    made = cat(updates).factors if w1 or w2 else None
+    for shown, (w, (B, A, s)) in zip((one, two), updates, strict=True):
+        assert np.allclose(shown, w * s * B @ A, **close)
+    assert np.allclose(both, made.B @ made.A if made else 0, **close)
+    for shown, M in zip((B1, A1, B2, A2), (M for p in pairs for M in (p.B.data, p.A.data)), strict=True):
+        assert np.allclose(shown, M, rtol=1e-6)
+    assert all((a == b).all() for a, b in zip(factors, (B1, A1, B2, A2), strict=True))
+    ranks = [t for t in said(picture) if t.startswith("rank ")]
+    assert ranks == [f"rank {r1}", f"rank {r2}", f"rank {r1} + {r2}"]
+    assert f"at most {r1 + r2}" in picture.says
+    ranges = {ax.get_images()[0].get_clim() for ax in picture.figure.axes[1::3][:3]}
+    assert len(ranges) == 1
+
+
+def test_the_factors_of_a_sum_lie_beside_it_in_one_order():
+    """Side by side, and one above the other, with the edges of their adapters."""
+    first, second = (ax.get_position() for ax in pictures.adding(ADAPTER, OTHER).figure.axes[-4::2])
+    assert (first.y0, first.y1) == pytest.approx((second.y0, second.y1))
+    assert first.x1 < second.x0
+    first, second = (ax.get_position() for ax in pictures.adding(ADAPTER, OTHER).figure.axes[-3::2])
+    assert (first.x0, first.x1) == pytest.approx((second.x0, second.x1))
+    assert first.y0 > second.y1
+    edges = [to_rgb(p.get_edgecolor()) for _, p in shapes(pictures.adding(ADAPTER, OTHER))]
+    assert edges == [to_rgb(batch.ADAPTERS[k].edge) for k in (0, 0, 1, 1, 0, 0, 1, 1)]
+
+
+# ---- models of images
+
+
+@settings(max_examples=6)
+@given(st.integers(1, 4), st.sampled_from([16, 48, 64]), st.integers(1, 3))
+def test_models_of_images_have_the_numbers_that_inject_trains(r, width, blocks):
+    config = ml.Config(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=blocks)
+    picture = pictures.beyond_language(config, r)
+    assert not list(faults(picture))
+    shown = said(picture)
+    few, more = r * 2 * width, r * 3 * width
+    places = [f"+ {few:,}"] * 4 + [f"+ {more:,}"] * 3
+    ends = [f"+ {r * (width + 4):,}"] * 3  # two patch embeddings, and the output
+    assert sorted(t for t in shown if t.startswith("+ ")) == sorted([*2 * places, *ends, f"+ {3 * more:,}"])
+    assert f"10 × {width}" in shown  # the classifier, in full
+    trained = blocks * (4 * few + 3 * more) + r * (width + 4)
+    images = (vit(config, np.random.default_rng(0)), trained + 10 * width)
+    draws = (denoiser(config, 9, np.random.default_rng(0)), trained + r * (width + 4) + 3 * more)
+    for model, numbers in (images, draws):
+        assert any(f"r = {r}: {numbers:,} of {parameters(model):,} numbers" in t for t in shown)
+    assert shown.count(f"one of {blocks} blocks") == 2
 
 
 def test_a_model_and_its_saved_adapter_give_one_picture(tmp_path):
@@ -411,6 +631,13 @@ def test_parts_share_the_range_of_their_sum_and_factors_have_their_own():
         (lambda: pictures.flow(4, 6, 5), ConfigError, r"r is 5 for shape \(4, 6\); expected at most 4"),
         (lambda: pictures.product(0, 6, 1), ConfigError, "O is 0; expected an int, at least 1"),
         (lambda: pictures.merging(4, 6, 2.0), ConfigError, "r is 2.0"),
+        (lambda: pictures.rounding(1.0, 0.0), ConfigError, "change is 0.0 for weight 1.0; expected a sum"),
+        (lambda: pictures.rounding(1.0, -1.0), ConfigError, "neither W nor 0"),
+        (lambda: pictures.rounding(1.0, 1e-20), ConfigError, "neither W nor 0"),
+        (lambda: pictures.rounding(np.nan, 1.0), ConfigError, "weight is nan"),
+        (lambda: pictures.rounding(1.0, 1e31), ConfigError, "change is 1e.31"),
+        (lambda: pictures.rounding(bits=3), ConfigError, "bits is 3; expected an int, at least 4"),
+        (lambda: pictures.rounding(bits=53), ConfigError, "bits is 53; expected at most 24"),
         (lambda: pictures.block("llama-3-8b", 8, "q_prj"), MismatchError, "nearest: 'q_proj'"),
         (lambda: pictures.block("llama-3-8c"), ConfigError, "nearest: 'llama-3-8b'"),
         (lambda: pictures.block("gpt-3"), MismatchError, "gpt-3 has only q_proj.*; expected a Llama"),
@@ -420,6 +647,8 @@ def test_parts_share_the_range_of_their_sum_and_factors_have_their_own():
             "roberta-base are not known",
         ),
         (lambda: pictures.many_adapters("roberta-base"), MismatchError, "roberta-base are not known"),
+        (lambda: pictures.overlays(MODEL, names=["one"]), ConfigError, "names has 1; expected 2 or 3"),
+        (lambda: pictures.overlays(MODEL, 99), ConfigError, "r is 99 for"),
         (lambda: pictures.many_adapters(number=0), ConfigError, "number is 0"),
         (
             lambda: pictures.factors(ml.llama(ml.Config(**SIZES), np.random.default_rng(0))),
@@ -430,6 +659,14 @@ def test_parts_share_the_range_of_their_sum_and_factors_have_their_own():
         (lambda: pictures.rank_one(ADAPTER, "v_proj"), MismatchError, "matches no module"),
         (lambda: pictures.rank_one(ADAPTER, first=7), ConfigError, "first is 7; expected at most 6"),
         (lambda: pictures.rank_one(ADAPTER, first=0), ConfigError, "first is 0"),
+        (lambda: pictures.ranks(4, 6, (1, 5)), ConfigError, r"r is 5 for shape \(4, 6\); expected at most 4"),
+        (lambda: pictures.beside_base(MODEL, "q_prj"), MismatchError, "nearest: 'q_proj'"),
+        (lambda: pictures.beside_base(ADAPTER), StateError, "no adapter"),
+        (lambda: pictures.adding(ADAPTER, MODEL), MismatchError, r"\(96, 96\) and .*; expected the same"),
+        (lambda: pictures.adding(ADAPTER, OTHER, "v_proj"), MismatchError, "matches no module"),
+        (lambda: pictures.adding(ADAPTER, OTHER, None, (1,)), InputError, "expected two numbers"),
+        (lambda: pictures.adding(ADAPTER, OTHER, weights=(1, math.nan)), InputError, "expected two numbers"),
+        (lambda: pictures.beyond_language(SHAPE, 5), ConfigError, "r"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_that_names_it(draw, error, words):
@@ -457,7 +694,7 @@ def test_an_adapter_without_two_factors_is_refused(tmp_path):
 def test_every_picture_is_in_the_api():
     defined = {
         name
-        for module in (maps, blocks, memory, batch, trained)
+        for module in (maps, blocks, memory, batch, sheets, trained, images)
         for name, f in vars(module).items()
         if getattr(f, "__module__", "") == module.__name__
         and f.__annotations__.get("return") is ml.plots.Picture
@@ -480,7 +717,8 @@ def committed():
 PAGES = {
     "README.md": ["lora"], "docs/merging.md": ["merging"], "docs/four_bits.md": ["four_bits"],
     "docs/serving.md": ["many_adapters"], "docs/low_rank.md": ["factors", "rank_one"],
-    "docs/what_to_adapt.md": ["block"],
+    "docs/what_to_adapt.md": ["block"], "docs/adding_adapters.md": ["adding"],
+    "docs/beyond_language.md": ["beyond_language"],
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from minilora.errors import StorageError
 from notebooks import BUILD, ROOT, build, numbered, run, tagged, title
 
 FILES = {
+    "README.md",
     *(f"{name}.ipynb" for name in course.lessons()),
     *(f"solutions/{name}.md" for name in course.lessons()),
     *course.DATA,
@@ -48,6 +49,40 @@ def test_the_folder_has_every_lesson_its_solutions_and_its_data(copies):
         for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", "\n".join(c.source for c in nb.cells)):
             shown = {f"attachment:{file}" for cell in nb.cells for file in cell.get("attachments", ())}
             assert target in shown or (copies / target).exists(), target
+
+
+def test_the_list_of_lessons_is_current_and_every_link_leads_to_a_file(copies):
+    text = (BUILD.parent / "README.md").read_text(encoding="utf-8")
+    assert text == course.readme(), "python notebooks/build.py NAME"
+    assert (copies / "README.md").read_text(encoding="utf-8") == text
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (copies / target).exists(), target
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    for name, (lesson, see, needs) in zip(course.lessons(), rows, strict=True):
+        number = name.partition("_")[0]
+        assert lesson == f"{number}. [{title(name)}]({name}.ipynb)"
+        assert see.endswith((".", "?"))
+        assert f"**What you will see.** {see}" in " ".join(build.notebook(name).cells[0].source.split())
+        earlier = re.findall(r"\[(\d+)\]\(\1_\w+\.ipynb\)", needs)
+        assert needs == "–" if not earlier else all(int(other) < int(number) for other in earlier)
+        assert len(earlier) == needs.count("(")
+
+
+@pytest.mark.parametrize(
+    ("see", "first"),
+    [
+        ("A rank of 1.5 %\n# is few. And more.", "A rank of 1.5 % is few."),
+        ("Which rank? A low one.", "Which rank?"),
+        ("One only.", "One only."),
+        ("Without an end", "Without an end"),
+    ],
+)
+@pytest.mark.parametrize("more", ["", "\n#\n# **Contents.** [A](5_a.ipynb)."])
+def test_what_a_lesson_says_first_is_read_from_its_source(see, first, more, monkeypatch):
+    need = "**What you need.** [B](2_b.ipynb), and [C\n# d](3_c.ipynb)"
+    text = f"# %% [markdown]\n# # Of ranks\n#\n# **What you will see.** {see}\n#\n# {need}{more}\n"
+    monkeypatch.setattr(course, "source", lambda name: text)
+    assert course.opening("any") == ("Of ranks", first, ["2_b", "3_c"])
 
 
 def test_a_written_lesson_names_its_kernel_as_the_kernel_does():
@@ -117,7 +152,8 @@ def test_without_lessons_the_error_says_what_is_missing(monkeypatch, tmp_path, c
 
 def test_the_wheel_has_all_that_the_lessons_are_made_of():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    shipped = {"notebooks/src", "notebooks/solutions", *(file for file, _ in course.DATA.values())}
+    shipped = {"notebooks/src", "notebooks/solutions", f"{course.PICTURES}/MANIFEST.json"}
+    shipped |= {file for file, _ in course.DATA.values()}
     for name in course.lessons():
         pictures = re.findall(r"\(attachment:([\w.]+)\)", course.source(name))
         shipped |= {f"{course.PICTURES}/{file}" for file in pictures}

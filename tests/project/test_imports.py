@@ -29,7 +29,7 @@ ORDER = [  # a wing or a file stands above all that it imports
     "analysis.count", "analysis.plotting", "analysis.report", "analysis.names", "analysis.figures",
     "analysis.measures", "analysis.tables", "analysis.inspect",
     "pictures.canvas", "pictures.maps", "pictures.blocks", "pictures.memory", "pictures.batch",
-    "pictures.trained",
+    "pictures.sheets", "pictures.trained", "pictures.images",
     "finetune", "experiments.cluster", "experiments.harness", "experiments.recipe", "experiments.rows",
     "experiments.rank_reading", "experiments.rank_figures", "experiments.reading",
     "experiments.merge_equivalence",
@@ -49,8 +49,8 @@ ORDER = [  # a wing or a file stands above all that it imports
     "experiments.questions", "claims.claim", "claims.ranks", "claims.size", "claims.dimension",
     "claims.choices", "claims.starts", "claims.full", "claims.rivals", "claims.beyond",
     "claims.use", "claims.cost", "claims.decided", "claims.ledger",
-    "course.exercises", "course.lessons",
-    "lab.events", "lab.learning", "lab.planted", "lab.reading", "lab.lab", "lab.site",
+    "course.exercises", "course.lessons", "course.work",
+    "lab.events", "lab.learning", "lab.planted", "lab.reading", "lab.lab", "lab.site", "course.lite",
     "flags", "cli", "__main__",
 ]  # fmt: skip
 MOST = 8  # files of a wing, besides those with one method, one subject of claims, or one question
@@ -139,7 +139,10 @@ def test_arrays_are_computed_through_xp_only(name):
 def test_importing_only_defines_names():
     for file in FILES:
         for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.Import):  # what Windows and a browser lack is imported where it is used
-                assert not {alias.name for alias in node.names} & {"fcntl", "resource"}, file.name
+            if isinstance(
+                node, ast.Import | ast.ImportFrom
+            ):  # what a browser lacks is imported where it is used
+                names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
+                assert not names & {"fcntl", "resource"}, file.name
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 assert module(file) == "backend", f"{file.name}:{node.lineno}"

@@ -113,43 +113,41 @@ NUMBER = re.compile(
 )
 FORMULA = re.compile(r"\$\$.*?\$\$|[_^]\{[^}]*\}|[_^]\d")  # displayed; or an index or exponent
 HARMLESS = {
-    "2_lora_from_one_equation": [
-        "([Hu et al. 2021 , section 4.1)",
-        "(L(a + h) - L(a - h)\\big) / 2h",
+    "1_overlays": [
+        "([Hu et al. 2021 )",
+        "those of the first four",  # of the tools just named
+        "([Gunter et al. 2024 ) describes one base of about 3 billion numbers",
+        "Rank 16 is a usual first choice",
+        "PEFT takes 8 unless you say otherwise",
+        "their version 1.5 with LoRA",
+        "rank 256 closed most of it ([Biderman et al. 2024 )",
+        "([Schulman et al. 2025 )",
     ],
-    "3_merging_costs_nothing": [
-        "The same function twice",  # the title of a section, and in the contents
-        "$\\gamma_k = k u / (1 - k u)$",
-        "section 3.1)",
-        "the two are within twice that of each other",  # by the triangle
-        "`atol=1e-5`",
-        "(Reiser and Knuth 1975)",
-        "agree within $2(\\gamma",
-    ],
+    "2_lora_from_one_equation": ["([Hu et al. 2021 , section 4.1)"],
+    "3_merging_costs_nothing": ["(Reiser and Knuth 1975)"],
     "4_which_rank": [
         "Three rules make the comparison fair. 1. ",
         " 2. The choice",
-        "0 % is the frozen base, 100 % is full fine-tuning. A value above 100 % is possible.",  # a definition
+        "0 % is the frozen base, 100 % is full fine-tuning.",  # a definition
         "(Roy and Vetterli 2007)",
-        '*"10,000 times less memory."*',  # what not to claim
         "`minilora sweep --data FILE --data permuted:4 --out mine`",
     ],
     "11_under_the_microscope": [
-        "SmolLM2-135M",
         "in the spelling of 1623",
-        "| at 90 %, at 99 % |",  # names of columns
-        "there are three more questions",
+        "| 90 %, 99 % |",  # names of columns
+        "[Hu et al. 2021 , section 7.2:",
+        "(Eckart and Young 1936)",
+    ],
+    "12_against_its_base": [
+        "SmolLM2-135M",
+        "Three questions, and what chance would answer",
         "(Hu et al. 2021, section 7.3)",
         "The factor 21.5 in the paper's section 7.3",
         "(Shuttleworth et al. 2024)",
-        "that of section 7.2 of the paper",
-        "(Eckart and Young 1936)",
-        "Three things to see.",
         "before you merge into 16 bits",
         "It is fetched once, 93 MB.",  # the size of the package
     ],
     "7_four_bits": [
-        "Four bits **What you will see.",  # the title
         "([Dettmers et al. 2023 )",
         "Which 16 values? ·",  # the title of a section, in the contents
         "Which 16 values? An adapter",
@@ -161,7 +159,6 @@ HARMLESS = {
         "([Yadav et al. 2023 )",
     ],
     "9_a_thousand_adapters": [
-        "A thousand adapters **What you will see.",  # the title
         "[Punica, Chen et al. 2023 .)",
         "what makes a thousand adapters on one base affordable",
         "([Sheng et al. 2023 )",
@@ -175,12 +172,20 @@ HARMLESS = {
     "5_what_to_adapt_and_how": [
         "LoRA leaves three choices: which matrices, which scale, which start.",
         "([rsLoRA, Kalajdzievski 2023 )",
-        "or $\\alpha = 2 r$. Look",  # a definition
+        "as with $\\alpha = 2 r$. Look",  # a definition
     ],
     "10_beyond_language": [
+        "more than 100 % means",  # a definition
         "The same three calls",  # the title of a section
         "([Dosovitskiy et al. 2021 )",
         "([Ho et al. 2020 )",
+    ],
+    "13_how_do_we_know": [
+        "(L(a + h) - L(a - h)\\big) / 2h",
+        "$\\gamma_k = k u / (1 - k u)$",
+        "section 3.1)",
+        "the two are within twice that of each other",  # by the triangle
+        "`atol=1e-5`",
     ],
 }
 
@@ -190,7 +195,8 @@ def alone(nb, name):
     text, harmless = f"{build.prose(nb)} {build.solutions(name)}", HARMLESS[name]
     links = [f"Next: [{title(name)}" for name in build.LESSONS]
     pictures = [says for cell in nb.cells for says in re.findall(r"!\[([^]]*)\]", cell.source)]
-    quotes = [*harmless, *links, *pictures, *(row["claim"][1] for row in nb.metadata["minilora"]["claims"])]
+    claimed = [row["claim"][1] for row in nb.metadata["minilora"]["claims"]]
+    quotes = [f"{title(name)} ![", *harmless, *links, *pictures, *claimed]
     spans = [m.span() for quote in quotes for m in re.finditer(re.escape(" ".join(quote.split())), text)]
     spans += [m.span() for m in FORMULA.finditer(text)]
     spans += [m.span() for picture in computed(nb) for m in re.finditer(re.escape(picture), text)]
@@ -226,13 +232,19 @@ def test_the_list_of_exempt_numbers_is_short_and_current(name):
 @pytest.mark.parametrize(
     ("name", "was", "now"),
     [
+        ("1_overlays", "from 2.03 to 1.70", "from 2.03 to 1.60"),
         ("3_merging_costs_nothing", "The base makes 28 products", "The base makes 25 products"),
         ("3_merging_costs_nothing", "70 in all", "61 in all"),
         ("3_merging_costs_nothing", "from about 100 rows on", "from about 200 rows on"),
+        ("13_how_do_we_know", "With losses 0.1 nats lower", "With losses 0.2 nats lower"),
+        ("13_how_do_we_know", "right to about nine digits", "right to about ten digits"),
         ("2_lora_from_one_equation", "seven lines of NumPy;", "eight lines of NumPy;"),
-        ("4_which_rank", "is 3 to 9 times", "is 3 to 8 times"),
-        ("11_under_the_microscope", "the residual is 0.735", "the residual is 0.736"),
-        ("11_under_the_microscope", "it is four fifths", "it is three fifths"),
+        ("4_which_rank", "rank 8 95 %", "rank 8 85 %"),
+        ("4_which_rank", "uses 67.5 of 96", "uses 68.5 of 96"),
+        ("11_under_the_microscope", "this recipe and 80 steps", "this recipe and 90 steps"),
+        ("11_under_the_microscope", "are above 7 of 8", "are above 6 of 8"),
+        ("12_against_its_base", "the residual is 0.735", "the residual is 0.736"),
+        ("12_against_its_base", "it is four fifths", "it is three fifths"),
         ("7_four_bits", "QLoRA ends 0.008 nats", "QLoRA ends 0.018 nats"),
         ("8_adding_adapters", "`peft_linear` is off by 95 %", "`peft_linear` is off by 85 %"),
         ("9_a_thousand_adapters", "are copies of our three", "are copies of our four"),

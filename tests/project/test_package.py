@@ -71,10 +71,12 @@ def test_importing_prints_nothing_and_draws_no_random_numbers():
 
 
 POOR = """
-import os, sys, _thread
-for name in ("fcntl", "resource", "subprocess", "multiprocessing", "_multiprocessing", "_posixsubprocess",
-             "threadpoolctl", "tqdm", "matplotlib"):
+import os, sys, types, _thread
+for name in ("subprocess", "multiprocessing", "_multiprocessing", "_posixsubprocess", "threadpoolctl", "tqdm",
+             "matplotlib"):
     sys.modules[name] = None
+for name in ("fcntl", "resource"):  # which JupyterLite has, but nothing is in them
+    sys.modules[name] = types.ModuleType(name)
 
 def refused(*given, **how):
     raise RuntimeError("there are no threads and no processes here")

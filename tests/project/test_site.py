@@ -39,7 +39,7 @@ def pages():
 
 def test_every_page_is_in_the_navigation_once(pages):
     trees = [re.findall(r"^```{toctree}\n(.*?)```", page, re.M | re.S) for page in pages.values()]
-    listed = re.findall(r"^(\S+\.(?:md|ipynb))$", "\n".join(chain(*trees)), re.M)
+    listed = re.findall(r"^/?(\S+\.(?:md|ipynb))$", "\n".join(chain(*trees)), re.M)
     assert sorted([*listed, "index.md"]) == sorted(pages)
     own = website.found("*.md", "docs/*.md", "benchmarks/*.md", "benchmarks/*/*.md", "notebooks/*.ipynb")
     assert {*own} - {"README.md"} <= pages.keys()
