@@ -27,7 +27,7 @@ from minilora import cli
 ROOT = Path(__file__).parents[2]
 AXE = "axe-core@4.14.1"
 DIGEST = "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="  # sha512
-LESSON = website.found("notebooks/*.ipynb")[0].replace(".ipynb", ".html")
+(LESSON,) = (f"{path[:-6]}.html" for path in website.found("notebooks/*_one_equation.ipynb"))
 READ = ("index.html", LESSON, "gallery.html", "api/minilora.html", "docs/claims.html")
 
 
