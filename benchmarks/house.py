@@ -19,8 +19,8 @@ import ast
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from io import BytesIO
 from itertools import pairwise
@@ -160,8 +160,8 @@ def main() -> None:
     columns = {}
     if revision:
         with tempfile.TemporaryDirectory() as folder:
-            with tarfile.open(fileobj=BytesIO(git("archive", revision, "minilora"))) as tar:
-                tar.extractall(folder, filter="data")
+            with zipfile.ZipFile(BytesIO(git("archive", "--format=zip", revision, "minilora"))) as archive:
+                archive.extractall(folder)
             columns[revision] = measures(Path(folder), lesson_of(revision))
     columns["now"] = measures(ROOT, lesson((ROOT / "README.md").read_text(encoding="utf-8")))
     print("| what | " + " | ".join(columns) + " |")
