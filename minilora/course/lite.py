@@ -64,10 +64,9 @@ def write_site(out: Path | str = "lessons", pyodide: str = site.PYODIDE) -> site
                 (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(Path(place) / name, data)
             build(Path(place), folder.resolve())
-        sizes.extend(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-    sizes: list[int] = []
     write_folder(out, fill)
+    sizes = [path.stat().st_size for path in Path(out).rglob("*") if path.is_file()]
     return site.Site(str(out), len(sizes), sum(sizes), where)
 
 

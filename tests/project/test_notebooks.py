@@ -5,6 +5,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 import sys
 import tomllib
 from hashlib import sha256
@@ -399,6 +400,25 @@ def test_numbers_are_compared_as_their_tags_allow(now, tags, same):
         for text in ("r8: loss 1.674, 43,776 of 8e-06\n", now)
     )
     assert build.near(stored, now, tags) is same
+
+
+def test_a_check_writes_nothing_and_a_build_the_list_of_lessons_too(tmp_path, monkeypatch):
+    name = build.LESSONS[0]
+    shutil.copytree(build.HERE / "solutions", tmp_path / "solutions")
+    (tmp_path / f"{name}.ipynb").write_text(build.written(stored(name)), encoding="utf-8")
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "execute", lambda nb: stored(name))
+    monkeypatch.setattr(build, "lacking", lambda nbs: [])
+    monkeypatch.setattr(course, "DATA", {})
+
+    def files():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    before = files()
+    assert build.main(["--check", name]) == 0
+    assert files() == before
+    assert build.main([name]) == 0
+    assert files() == before | {"README.md": course.readme().encode()}
 
 
 @pytest.mark.slow
