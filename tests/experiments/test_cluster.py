@@ -286,12 +286,18 @@ def test_a_cluster_whose_workers_are_killed_gives_the_same_rows(serial, machines
 
 
 DEADLY = """
-import os
-from minilora.experiments import harness, rank_sweep
+import os, time
+from pathlib import Path
+from minilora.experiments import rank_sweep
+ROWS = Path("ROWS")
 real = rank_sweep.real = getattr(rank_sweep, "real", rank_sweep.trained_run)  # a preload may run twice
 
 def trained_run(run, inputs):
     if run.rank == 2:
+        for _ in range(1200):  # a result on its way dies with its worker: let the earlier ones arrive
+            if ROWS.exists() and ROWS.read_bytes().count(b"\\n") >= 7:
+                break
+            time.sleep(0.05)
         os._exit(1)
     return real(run, inputs)
 
@@ -302,7 +308,7 @@ rank_sweep.trained_run = trained_run
 @pytest.mark.slow
 def test_a_run_that_always_kills_its_worker_keeps_the_other_rows(serial, machines, tmp_path):
     machines.scheduler(DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
-    machines.workers(1, DEADLY)
+    machines.workers(1, DEADLY.replace('"ROWS"', repr(str(tmp_path / "out" / "rows.jsonl"))))
     machines.joined(1)
     with pytest.raises(StateError, match="keep dying"):
         sweep(plan(), tmp_path / "out", dask=machines.address)
