@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 from ..errors import ConfigError, MismatchError, StateError, check_same
@@ -78,10 +78,13 @@ async def greet(address: str) -> None:
 
 
 class Cluster(Executor):
-    """dask's own executor, with worker deaths reported as in the standard library, and a limit on waiting."""
+    """dask's calls, with worker deaths reported as in the standard library, and a limit on waiting.
+
+    Not dask's own executor: it reports a result as an error if the result's worker dies as it arrives.
+    """
 
     def __init__(self, client: Any, shared: Any) -> None:
-        self.client, self.inner, self.closed = client, client.get_executor(pure=False), threading.Event()
+        self.client, self.closed = client, threading.Event()
         self.waiting: dict[Future[Any], bool] = {}  # whoever pops one settles it
         self.value, self.shared = shared, None
         threading.Thread(target=self.watch, daemon=True).start()
@@ -92,8 +95,8 @@ class Cluster(Executor):
         outcome.set_running_or_notify_cancel()
         self.waiting[outcome] = True
         self.share()
-        inner = self.inner.submit(call, *args, self.shared, **kwargs)
-        inner.add_done_callback(lambda done: self.settle(outcome, done))
+        inner = self.client.submit(call, *args, self.shared, pure=False, **kwargs)
+        asyncio.run_coroutine_threadsafe(self.settle(outcome, inner), self.client.loop.asyncio_loop)
         return outcome
 
     def share(self) -> None:
@@ -104,21 +107,24 @@ class Cluster(Executor):
             with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
                 self.shared = self.client.submit(itself, self.value, pure=False)
 
-    def settle(self, outcome: Future[Any], done: Future[Any]) -> None:
-        """Pass on the result or the error of a call."""
+    async def settle(self, outcome: Future[Any], inner: Any) -> None:
+        """Pass on the result or the error of a call, when it has one."""
         from distributed import KilledWorker
+        from distributed.client import FutureCancelledError
+        from distributed.comm import CommClosedError
 
-        if not self.waiting.pop(outcome, False):
-            return
+        result, error = None, None  # type: Any, Exception | None
         try:
-            outcome.set_result(done.result())
-        except KilledWorker as e:
-            self.shared = None  # it may have died there too, and dask would wait for it forever
-            outcome.set_exception(BrokenExecutor(str(e)))
-        except CancelledError:
-            outcome.set_exception(StateError("the scheduler is gone; finished runs are kept"))
+            result = await inner
         except Exception as e:
-            outcome.set_exception(e)
+            error = e
+            if isinstance(e, CommClosedError) or getattr(e, "reason", "") == "scheduler-connection-lost":
+                error = StateError("the scheduler is gone; finished runs are kept")
+            elif isinstance(e, KilledWorker | FutureCancelledError):
+                self.shared = None  # it may have died there too, and dask would wait for it forever
+                error = BrokenExecutor(str(e))
+        if self.waiting.pop(outcome, False):
+            outcome.set_result(result) if error is None else outcome.set_exception(error)
 
     def watch(self) -> None:
         """Fail the waiting calls once no worker works on any of them: none is left, or dask lost the calls.
