@@ -109,22 +109,27 @@ class Cluster(Executor):
 
     async def settle(self, outcome: Future[Any], inner: Any) -> None:
         """Pass on the result or the error of a call, when it has one."""
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = await inner
+        except Exception as e:
+            error = self.told(e)
+        if self.waiting.pop(outcome, False):
+            outcome.set_result(result) if error is None else outcome.set_exception(error)
+
+    def told(self, error: Exception) -> Exception:
+        """dask's error as the standard library would report it, or StateError if the scheduler is gone."""
         from distributed import KilledWorker
         from distributed.client import FutureCancelledError
         from distributed.comm import CommClosedError
 
-        result, error = None, None  # type: Any, Exception | None
-        try:
-            result = await inner
-        except Exception as e:
-            error = e
-            if isinstance(e, CommClosedError) or getattr(e, "reason", "") == "scheduler-connection-lost":
-                error = StateError("the scheduler is gone; finished runs are kept")
-            elif isinstance(e, KilledWorker | FutureCancelledError):
-                self.shared = None  # it may have died there too, and dask would wait for it forever
-                error = BrokenExecutor(str(e))
-        if self.waiting.pop(outcome, False):
-            outcome.set_result(result) if error is None else outcome.set_exception(error)
+        if isinstance(error, CommClosedError) or getattr(error, "reason", "") == "scheduler-connection-lost":
+            return StateError("the scheduler is gone; finished runs are kept")
+        if isinstance(error, KilledWorker | FutureCancelledError):
+            self.shared = None  # it may have died there too, and dask would wait for it forever
+            return BrokenExecutor(str(error))
+        return error
 
     def watch(self) -> None:
         """Fail the waiting calls once no worker works on any of them: none is left, or dask lost the calls.

@@ -1,5 +1,7 @@
 """Runs on other machines give the rows of this one even if workers die; another environment is refused."""
 
+import asyncio
+import concurrent.futures
 import contextlib
 import os
 import pickle
@@ -7,10 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -329,6 +334,76 @@ def test_a_run_that_always_kills_its_worker_keeps_the_other_rows(serial, machine
     with ThreadPoolExecutor(1) as executor:
         sweep(plan(), tmp_path / "out", executor=executor)
     assert held(tmp_path / "out") == serial
+
+
+class Ended(NamedTuple):
+    """A future of dask's that has ended: what awaits it has the result or the error at once."""
+
+    future: concurrent.futures.Future
+
+    def __await__(self):
+        yield from ()
+        return self.future.result()
+
+
+class Local:
+    """A client whose event loop runs, and whose calls end as they are told to."""
+
+    def __init__(self):
+        self.loop, self.asyncio_loop, self.sent = self, asyncio.new_event_loop(), 0
+        self.thread = threading.Thread(target=self.asyncio_loop.run_forever)
+        self.thread.start()
+
+    def submit(self, call, *arguments, pure):
+        assert pure is False  # two equal calls are two runs
+        self.sent += call is cluster.itself
+
+        future = concurrent.futures.Future()
+        if isinstance(call, Exception):
+            future.set_exception(call)
+        else:
+            future.set_result(call)
+        return Ended(future)
+
+    def close(self):
+        self.asyncio_loop.call_soon_threadsafe(self.asyncio_loop.stop)
+        self.thread.join()
+        self.asyncio_loop.close()
+
+
+def ends():
+    """name -> how a call ends in dask, the error that is reported, and whether the inputs are sent again."""
+    client = pytest.importorskip("distributed.client")
+    distributed = pytest.importorskip("distributed")
+    comm = pytest.importorskip("distributed.comm")
+    gone, worker = "scheduler-connection-lost", SimpleNamespace(address="tcp://127.0.0.1:1")
+    return {
+        "a result": (("row", {}), None, False),
+        "its own error": (OSError("disk full"), OSError, False),
+        "a killed worker": (distributed.KilledWorker("do", worker, 0), BrokenExecutor, True),
+        "a result that is lost": (client.FutureCancelledError("do", None), BrokenExecutor, True),
+        "no scheduler": (client.FutureCancelledError("do", gone), StateError, False),
+        "a broken line to it": (comm.CommClosedError("reset"), StateError, False),
+    }
+
+
+@pytest.mark.parametrize("name", ["a result", "its own error", "a killed worker", "a result that is lost",
+                                  "no scheduler", "a broken line to it"])  # fmt: skip
+def test_every_end_of_a_call_is_reported_as_what_it_is(name):
+    end, expected, again = ends()[name]
+    client = Local()
+    executor = cluster.Cluster(client, "the inputs")
+    try:
+        outcome = executor.submit(end)
+        found = outcome.exception(10)
+        assert type(found) is (expected or type(None))
+        assert expected is not None or outcome.result() == end
+        assert not executor.waiting
+        executor.submit(("row", {})).result(10)
+        assert client.sent == 1 + again
+    finally:
+        executor.closed.set()
+        client.close()
 
 
 MIXES = {
