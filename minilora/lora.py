@@ -62,6 +62,12 @@ class LowRank:
         A.add_grad(dh.T @ z)  # dA = (s dY B)ᵀ X
         return dh
 
+    def learn_from(self, G: Array) -> None:
+        """Add the same dB and dA from G = dYᵀ X (O, I), the gradient of W: dB = s G Aᵀ, dA = s Bᵀ G."""
+        A, B, s = self.A, self.B, self.scale
+        B.add_grad(G @ (s * A.data).T)
+        A.add_grad((s * B.data).T @ G)
+
     @property
     def low_rank(self) -> LowRank:
         """Itself: it has the factors."""

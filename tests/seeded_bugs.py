@@ -2451,5 +2451,10 @@ MUTANTS = (
     Mutant("a-name-with-another-dash-is-not-found", "lab/site.py", "{canonical(name): about for", "{name: about for", "lab_page"),
     Mutant("no-text-in-a-browser", "formats/archives.py", "    except OSError as e:  # such as in a browser", "    except KeyError as e:  # such as in a browser", "fetch"),
     Mutant("jupyterlites-empty-fcntl-is-an-error", "formats/atomic.py", "        from fcntl import LOCK_EX, LOCK_NB, flock\n    except", "        import fcntl\n        LOCK_EX, LOCK_NB, flock = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.flock\n    except", "package"),
+    Mutant("gradient-of-B-from-G-without-the-scale", "lora.py", "B.add_grad(G @ (s * A.data).T)", "B.add_grad(G @ A.data.T)", "folded"),
+    Mutant("gradient-of-A-from-G-without-the-scale", "lora.py", "A.add_grad((s * B.data).T @ G)", "A.add_grad(B.data.T @ G)", "folded"),
+    Mutant("order-counted-without-H", "fast/folded.py", "< 2 * M * (O + I) * r", "< M * (2 * O + I) * r", "folded"),
+    Mutant("order-counted-without-the-small-products", "fast/folded.py", "return M * O * I + 2 * O * I * r <", "return M * O * I <", "folded"),
+    Mutant("always-through-the-factors", "fast/folded.py", "            if through_weight(adapter, len(z)):", "            if False:", "folded"),
 )
 # fmt: on

@@ -37,7 +37,10 @@ class Folded:
         back_x = Linear(self.weight, base.bias).backward(x, need)
 
         def back(dy: Array) -> Array:
-            adapter.learn(rows(dy), adapter.scale * (z @ adapter.A.data.T), z)
+            if through_weight(adapter, len(z)):
+                adapter.learn_from(rows(dy).T @ z)
+            else:
+                adapter.learn(rows(dy), adapter.scale * (z @ adapter.A.data.T), z)
             return back_x(dy)
 
         return back if need is not Need.NONE else back_x
@@ -75,6 +78,15 @@ def pays(adapter: LowRank, M: int) -> bool:
     """
     O, I = len(adapter.B.data), adapter.A.data.shape[1]  # noqa: E741
     return M * (O + I) > 2 * O * I
+
+
+def through_weight(adapter: LowRank, M: int) -> bool:
+    """Whether M rows give dA and dB with fewer operations through G = dYᵀ X, the gradient of W.
+
+    That takes 2 M O I for G and 4 O I r for the two; H, dB, s dY B and dA take 4 M (O + I) r.
+    """
+    r, (O, I) = len(adapter.A.data), (len(adapter.B.data), adapter.A.data.shape[1])  # noqa: E741
+    return M * O * I + 2 * O * I * r < 2 * M * (O + I) * r
 
 
 @contextlib.contextmanager

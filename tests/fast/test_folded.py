@@ -6,7 +6,7 @@ from helpers import assert_precision_scales, batch, same_bits, seeds, tiny, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.fast.folded import Folded, folded, pays, places
+from minilora.fast.folded import Folded, folded, pays, places, through_weight
 from minilora.layers import Dropout, Linear, Need, Param
 from minilora.lora import Adapted, LowRank, inject, merge, owners
 from minilora.methods.bias import WithBias
@@ -50,6 +50,63 @@ def test_a_folded_layer_matches_the_plain_adapter(seed, o, i, r, m, need, bias):
                 p.grad = None
 
     assert_precision_scales(both)
+
+
+class Counted(np.ndarray):
+    """An array whose products of matrices are counted, in multiplications and additions."""
+
+    operations = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **how):
+        plain = [np.asarray(x) if isinstance(x, np.ndarray) else x for x in inputs]
+        result = np.asarray(getattr(ufunc, method)(*plain, **how))
+        if ufunc is np.matmul:
+            Counted.operations += 2 * result.size * plain[0].shape[-1]
+        return result.view(Counted)
+
+
+def through_both(M, O, I, r, dtype=np.float64, seed=0):  # noqa: E741
+    """dA and dB through H and through G, and the operations of each way."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.standard_normal(shape).astype(dtype).view(Counted)  # noqa: E731
+    adapter, z, dy = LowRank(Param(draw(r, I)), Param(draw(O, r)), 1.7), draw(M, I), draw(M, O)
+    ways = (
+        lambda: adapter.learn(dy, adapter.scale * (z @ adapter.A.data.T), z),
+        lambda: adapter.learn_from(dy.T @ z),
+    )
+    found, counts = [], []
+    for way in ways:
+        Counted.operations = 0
+        way()
+        counts.append(Counted.operations)
+        found.append(np.concatenate([np.asarray(p.grad).ravel() for p in (adapter.A, adapter.B)]))
+        adapter.A.grad = adapter.B.grad = None
+    return adapter, found, counts
+
+
+@given(seed=seeds, M=st.integers(1, 40), O=sizes, I=sizes, r=sizes)
+def test_both_orders_of_products_give_the_same_gradients(seed, M, O, I, r):  # noqa: E741
+    assert_precision_scales(lambda dtype: through_both(M, O, I, r, dtype, seed)[1])
+
+
+@given(M=st.integers(1, 200), O=st.integers(1, 40), I=st.integers(1, 40), r=st.integers(1, 20))
+def test_the_order_with_fewer_operations_is_taken(M, O, I, r):  # noqa: E741
+    """As counted while they are done, not by a formula."""
+    adapter, _, (by_factors, by_weight) = through_both(M, O, I, r)
+    assert through_weight(adapter, M) is (by_weight < by_factors)
+
+
+@pytest.mark.parametrize(("r", "expected"), [(2, "learn"), (3, "learn_from")])  # 2048 + 128 r < 1024 r
+def test_a_folded_layer_takes_that_order(r, expected, monkeypatch):
+    called = []
+    for name in ("learn", "learn_from"):
+        real = getattr(LowRank, name)
+        monkeypatch.setattr(LowRank, name, lambda *a, n=name, f=real: called.append(n) or f(*a))
+    tree = layer_of(8, 8, r)
+    with folded([places(tree)], 32):
+        _, back = tree["q"](np.ones((32, 8)), Need.ALL)
+        back(np.ones((32, 8)))
+    assert called == [expected]
 
 
 @given(seed=seeds, m=st.integers(1, 30), need=needs)
