@@ -81,21 +81,23 @@ def products(D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> Callable
     return run
 
 
-def fresh(mode: str, D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> tuple[Any, Any, Any]:
+def fresh(
+    mode: str, D: int, L: int, H: int, F: int, T: int, V: int, N: int, r: int = 8
+) -> tuple[Any, Any, Any]:
     """A model, and the ids and labels of one batch."""
     rng = np.random.default_rng(0)
     model = ml.llama(ml.Config(V, D, F, L, H, H), rng)
     if mode == "lora":
-        ml.inject(model, ml.LoraConfig(r=8), rng=rng)
+        ml.inject(model, ml.LoraConfig(r=r), rng=rng)
     return model, *rng.integers(0, V, (2, N, T))
 
 
 KEPT = contextlib.ExitStack()  # replicas live as long as the process
 
 
-def step(mode: str, *size: int, cores: int = 1) -> Callable[[], float]:
+def step(mode: str, *size: int, cores: int = 1, r: int = 8) -> Callable[[], float]:
     """One training step of a fresh model, as `train` makes it; it gives the loss."""
-    model, ids, labels = fresh("full" if mode == "full" else "lora", *size)
+    model, ids, labels = fresh("full" if mode == "full" else "lora", *size, r=r)
     if mode == "whole":
         parallel.MICRO_BATCH = sys.maxsize
     params, optimizer = ml.trained(model), ml.AdamW(1e-3)
@@ -119,16 +121,21 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
-def medians(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(runs: Mapping[str, Callable[[], object]], count: int) -> dict[str, float]:
     """Median milliseconds of each, timed in turn."""
+    return {name: median(t) for name, t in rounds(runs, count).items()}
+
+
+def rounds(runs: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
+    """The milliseconds of each in every round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 2):
+    for i in range(count + 2):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if i >= 2:  # the first two warm up
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {name: median(t) for name, t in times.items()}
+    return times
 
 
 # ---- a contestant

@@ -158,7 +158,7 @@ SUBJECTS = {
         Row("It is not only for language: diffusion models.",
             BEYOND, "Drawing", "In the large experiment 80 % do at rank 4"),
         Row("It is not only for language: vision transformers.",
-            BEYOND, "An image is a sequence", "79 % of the way at rank 4 and 85 % at rank 16"),
+            BEYOND, "An image is a sequence", "79 % of the way at rank 4 and 82 % at rank 16"),
         Row("It is not only for language: models of text and images together.",
             OVERLAYS, "Where they are used", "their version 1.5 with LoRA does about as well",
             "reported by the authors of LLaVA, not tried"),

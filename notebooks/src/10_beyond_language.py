@@ -144,7 +144,7 @@ holds("With five seeds", f.plan.seeds == 5)
 # %% [markdown]
 # Of the new digits the base has none right before. The classifier alone gets far, LoRA of rank 4 gets
 # further, and all weights furthest. With five seeds, from the classifier alone to all weights LoRA goes 79 %
-# of the way at rank 4 and 85 % at rank 16. To inverted or rotated images it goes nearly all the way at rank
+# of the way at rank 4 and 82 % at rank 16. To inverted or rotated images it goes nearly all the way at rank
 # 16; hence the condition in the ledger's sentence at the end of *Drawing*. (There are few test images: more
 # than 100 % means that a few more were right than with all weights.)
 #

@@ -112,6 +112,18 @@ sizes = {layer.base.weight.data.shape: layer.adapters[layer.active] for layer in
 least = {shape: next(M for M in range(1, 1000) if folded.pays(pair, M)) for shape, pair in sizes.items()}
 holds("from about 100 rows on, or 140, by the shape of the map", {*least.values()} == {97, 140})
 holds("The package counts forming twice", all(n == 2 * a * b // (a + b) + 1 for (a, b), n in least.items()))
+from minilora.layers import Param
+from minilora.lora import LowRank
+
+
+def shorter_from(shape, rows):
+    """The least rank for which dA and dB take fewer operations through the gradient of W."""
+    O, I = shape
+    pairs = (LowRank(Param(np.zeros((r, I))), Param(np.zeros((O, r))), 1.0) for r in range(1, I))
+    return next(len(pair.A.data) for pair in pairs if folded.through_weight(pair, rows))
+
+
+holds("with 1,024 rows from rank 26 on, or 38", {shorter_from(shape, 1024) for shape in sizes} == {26, 38})
 many = [(np.tile(ids, (16, 1)),) * 2]
 unmerged_loss = ml.evaluate(model, many)
 ml.merge(model)
@@ -124,6 +136,11 @@ ml.unmerge(model)
 # products beside $W$ cost more than forming $W + \Delta W$, so these form it for each batch. (The package
 # counts forming twice, for the time to read and write the array; the last exercise counts multiplications
 # alone.) There merged and unmerged are one computation, equal to the bit.
+#
+# Training counts once more. $dA$ and $dB$ also follow from $G = dY^\top X$, the gradient of $W$, as
+# $dB = s\,G A^\top$ and $dA = s\,B^\top G$. LoRA is there so that nobody has to keep $G$; but for a high rank it
+# is the shorter way (with 1,024 rows from rank 26 on, or 38, by the shape of the map), so `ml.train` forms it,
+# and drops it at once.
 #
 # The second array takes memory, one more copy of each adapted weight. `ml.fuse` is for those who will not go
 # back: it makes the model a plain one and drops base and adapter.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora import tree
+from minilora import lora, tree
 from minilora.lora import Adapted
 
 ROOT = Path(__file__).parents[2]
@@ -271,3 +271,28 @@ def test_the_page_on_speed_has_the_parts_of_a_step(monkeypatch):
 
     rows = json.loads((ROOT / "benchmarks/results/step_parts.json").read_text())["rows"]
     assert step_parts.table(rows) in (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+
+
+def test_a_forced_order_of_products_is_the_one_that_runs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gradient_order
+    import step
+
+    run = step.step("lora", 16, 2, 4, 24, 8, 11, 8, r=3)
+    called, losses = [], []
+    for name in ("learn", "learn_from"):
+        real = getattr(lora.LowRank, name)
+        monkeypatch.setattr(lora.LowRank, name, lambda *a, n=name, f=real: called.append(n) or f(*a))
+    for way, expected in (("factors", "learn"), ("weight", "learn_from")):
+        called.clear()
+        losses.append(gradient_order.forced(run, way)())
+        assert called == [expected] * 14
+    assert losses[1] < losses[0]  # the first step was made
+
+
+def test_the_page_on_speed_has_the_two_orders_of_products(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gradient_order
+
+    rows = json.loads((ROOT / "benchmarks/results/gradient_order.json").read_text())["rows"]
+    assert gradient_order.table(rows) in (ROOT / "docs/speed.md").read_text(encoding="utf-8")
