@@ -28,7 +28,8 @@ from common import Contestant, answer, threads, write
 
 import minilora as ml
 from minilora.experiments import rank_sweep
-from minilora.experiments.rank_sweep import LENGTH, Plan, Row, sweep
+from minilora.experiments.rank_sweep import Plan, Row, sweep
+from minilora.experiments.recipe import LENGTH
 
 
 def timed(plan: Plan, **how: Any) -> tuple[float, list[Row]]:

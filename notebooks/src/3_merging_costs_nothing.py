@@ -118,8 +118,8 @@ from minilora.lora import LowRank
 
 def shorter_from(shape, rows):
     """The least rank for which dA and dB take fewer operations through the gradient of W."""
-    O, I = shape
-    pairs = (LowRank(Param(np.zeros((r, I))), Param(np.zeros((O, r))), 1.0) for r in range(1, I))
+    out, inp = shape
+    pairs = (LowRank(Param(np.zeros((r, inp))), Param(np.zeros((out, r))), 1.0) for r in range(1, inp))
     return next(len(pair.A.data) for pair in pairs if folded.through_weight(pair, rows))
 
 
@@ -138,9 +138,9 @@ ml.unmerge(model)
 # alone.) There merged and unmerged are one computation, equal to the bit.
 #
 # Training counts once more. $dA$ and $dB$ also follow from $G = dY^\top X$, the gradient of $W$, as
-# $dB = s\,G A^\top$ and $dA = s\,B^\top G$. LoRA is there so that nobody has to keep $G$; but for a high rank it
-# is the shorter way (with 1,024 rows from rank 26 on, or 38, by the shape of the map), so `ml.train` forms it,
-# and drops it at once.
+# $dB = s\,G A^\top$ and $dA = s\,B^\top G$. LoRA is there so that nobody has to keep $G$; but for a high
+# rank it is the shorter way (with 1,024 rows from rank 26 on, or 38, by the shape of the map), so `ml.train`
+# forms it, and drops it at once.
 #
 # The second array takes memory, one more copy of each adapted weight. `ml.fuse` is for those who will not go
 # back: it makes the model a plain one and drops base and adapter.

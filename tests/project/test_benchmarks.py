@@ -4,7 +4,9 @@ And the table of the activations that a block stores matches the code, as do the
 LoRA's rivals are timed as the experiment trains them.
 """
 
+import ast
 import copy
+import importlib.util
 import itertools
 import json
 import os
@@ -296,3 +298,52 @@ def test_the_page_on_speed_has_the_two_orders_of_products(monkeypatch):
 
     rows = json.loads((ROOT / "benchmarks/results/gradient_order.json").read_text())["rows"]
     assert gradient_order.table(rows) in (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_speed_has_the_numbers_of_inference():
+    rows = json.loads((ROOT / "benchmarks/results/inference.json").read_text())["rows"]
+    to_base = {(row["job"], row["size"]["D"]): row["to_base"] for row in rows if row["part"] == "latency"}
+    token, forward = ([to_base[job, D] for D in (64, 128, 256, 512)] for job in ("token", "forward"))
+
+    def span(values, form):
+        return f"{min(values):{form}} to {max(values):{form}}"
+
+    beyond = {f"{found['merged'] - 1:.0%}" for found in token[2:]}
+    assert len(beyond) == 1
+    of_64, of_128 = (f"{found['merged'] - 1:.0%}" for found in token[:2])
+    again = [max(abs(found["base again"] - 1) for found in some) for some in (forward, token)]
+    cost = [f"{found['unmerged'] - 1:.0%}" for found in token]
+    times = [row["times_faster"] for row in rows if row["part"] == "decoding"]
+    said = (
+        f"base's time: {span([found['merged'] for found in forward], '.2f')} of a forward",
+        f"where the base timed against itself differs by up to {again[0]:.0%}",
+        f"takes: {of_64} at D = 64, {of_128} at 128 and {beyond.pop()} beyond, "
+        f"where the base against itself differs by up to {again[1]:.0%}",
+        f"costs {cost[0]} of a token's time at D = 64, {cost[1]} at 128, {cost[2]} at 256 and "
+        f"{cost[3]} at 512",
+        f"and {span([100 * (found['unmerged'] - 1) for found in forward], '.0f')}% of a forward's",
+        f"decoding is {span(times, '.1f')} times",
+    )
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8").replace(" %", "%")
+    for words in said:
+        assert words in page, words
+
+
+PROGRAMS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.stem)
+def test_a_benchmark_names_only_what_there_is(program, monkeypatch):
+    """What it imports from the package and from its neighbours; other libraries may be missing here."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ours = {"minilora", *(other.stem for other in PROGRAMS)}
+    asked = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(program.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in ours
+        for alias in node.names
+    ]
+    for module, name in asked:
+        if module != "rivals":  # which needs torch
+            found = importlib.import_module(module)
+            assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module}.{name}"
