@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -158,5 +158,10 @@ def machine() -> dict[str, Any]:
 
 def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """results/<name>.json: the rows, and the machine."""
+    write_each(name, rows, **machine())
+
+
+def write_each(name: str, rows: Iterable[Mapping[str, Any]], **others: Any) -> None:
+    """results/<name>.json: the rows, each of which names its own machine if `others` does not."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"rows": list(rows), **machine()}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({"rows": list(rows), **others}, indent=1) + "\n")

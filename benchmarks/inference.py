@@ -194,7 +194,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
                           label=f"{kind}, {what}")  # fmt: skip
                 other = [of_job[d]["merged" if kind == "unmerged" else "unmerged"] for d in D]
                 for x, value, beside in zip(places + shift, y, other, strict=True):
-                    below = filled and value < beside  # else it would lie on the other
+                    below = value < beside
                     left.annotate(f"{value:.2f}", (x, value), (0, -18 if below else 8),
                                   textcoords="offset points", ha="center", fontsize=10,
                                   color=colour)  # fmt: skip

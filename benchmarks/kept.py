@@ -3,8 +3,8 @@
     python benchmarks/kept.py [D]
 
 One block of the Llama of step.py, one micro-batch, every gradient needed: the frozen base, LoRA
-(r = 8) on all linear maps, LoRA with recomputation, and everything trained. Memory that several closures
-share is listed once, under its first name. Writes results/kept.json and results/kept.md.
+(r = 8) on all linear maps, LoRA with the two ways of recomputation, and everything trained. Memory that
+several closures share is listed once, under its first name. Writes results/kept.json and results/kept.md.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from common import RESULTS, SIZES, write
 import minilora as ml
 from minilora.fast.folded import folded, places
 from minilora.fast.parallel import MICRO_BATCH
-from minilora.fast.recompute import recompute
+from minilora.fast.recompute import HOW, recompute
 from minilora.layers import Need
 from minilora.ops import saved
 from minilora.table import Table
 
-KINDS = ("frozen base", "LoRA", "LoRA, recomputed", "everything trained")
+KINDS = ("frozen base", "LoRA", *(f"LoRA, {how}" for how in HOW), "everything trained")
 PARTS = {"back_a": "attention", "back_m": "MLP"}
 
 
@@ -35,8 +35,8 @@ def kept(kind: str, size: tuple[int, ...]) -> dict[str, np.ndarray]:
     if kind.startswith("LoRA"):
         ml.inject(model, ml.LoraConfig(r=8), rng=rng)
     x = rng.standard_normal((min(N, MICRO_BATCH // (T * D)), T, D), dtype=np.float32)
-    if kind.endswith("recomputed"):
-        recompute(model)
+    if how := kind.partition(", ")[2]:
+        recompute(model, how)
     adapters = places(model)
     with folded([adapters], x.size // D):
         _, back = model.model.layers[-1](x, model.tables(T, np.float32), Need.ALL)

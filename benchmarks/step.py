@@ -12,9 +12,9 @@ and the head. LoRA's own thin products are not among them. Each has `threads` of
 products inside one operation, our steps for micro-batches. Ratios are medians over rounds.
 
 Also the peak of bytes above the weights that one LoRA step holds: tracemalloc's here (NumPy reports to
-it), the profiler's there; what a step takes that does not cut its batch ("whole"); and what
-one with per-block recomputation takes, of time too. Writes results/step.json, where rows of other sizes
-and threads stay; --draw only draws results/step.png and .svg from it.
+it), the profiler's there; what a step takes that does not cut its batch ("whole"); and what the two ways of
+recomputation take ("selective", and in full: "recomputed"), of time too. Writes results/step.json, where rows
+of other sizes, threads and processors stay; --draw only draws results/step.png and .svg from it.
 """
 
 import argparse
@@ -30,7 +30,18 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import RESULTS, SIZES, Contestant, alternate, answer, named, ratio, threads, write
+from common import (
+    RESULTS,
+    SIZES,
+    Contestant,
+    alternate,
+    answer,
+    machine,
+    named,
+    ratio,
+    threads,
+    write_each,
+)
 
 import minilora as ml
 from minilora.backend import Array, floats, keep_memory, to_device, xp
@@ -39,9 +50,10 @@ from minilora.optim import squared_norm
 from minilora.table import Table
 
 ROUNDS = {64: 40, 128: 15, 256: 7, 512: 5}
-OURS = ("products", "lora", "full", "recomputed")
+OURS = ("products", "lora", "full", "selective", "recomputed")
 THEIRS = ("peft", "torch", "compiled")
-HELD = ("lora", "whole", "recomputed")  # whose memory is measured
+HELD = ("lora", "selective", "recomputed", "whole", "selective whole")  # whose memory is measured
+AGAIN = {"selective": "selective", "selective whole": "selective", "recomputed": "full"}
 
 
 def products(D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> Callable[[], None]:
@@ -98,10 +110,10 @@ KEPT = contextlib.ExitStack()  # replicas live as long as the process
 def step(mode: str, *size: int, cores: int = 1, r: int = 8) -> Callable[[], float]:
     """One training step of a fresh model, as `train` makes it; it gives the loss."""
     model, ids, labels = fresh("full" if mode == "full" else "lora", *size, r=r)
-    if mode == "whole":
+    if mode.endswith("whole"):
         parallel.MICRO_BATCH = sys.maxsize
     params, optimizer = ml.trained(model), ml.AdamW(1e-3)
-    gradient = KEPT.enter_context(parallel.on_threads(model, cores, mode == "recomputed"))
+    gradient = KEPT.enter_context(parallel.on_threads(model, cores, AGAIN.get(mode)))
 
     def run() -> float:
         loss, square = floats(gradient([(ids, labels)]), squared_norm(params))
@@ -199,76 +211,110 @@ def measure(chosen: list[int], cores: list[int], there: bool) -> list[dict[str, 
             row = {
                 "size": named(SIZES[i]), "threads": n, "ms": {name: median(t) for name, t in times.items()},
                 "floor": ratio(times["products"], lora), "to_full": ratio(lora, times["full"]),
-                "recomputed_to_lora": ratio(times["recomputed"], lora),
+                **{f"{name}_to_lora": ratio(times[name], lora) for name in ("selective", "recomputed")},
                 "times_faster": {name: ratio(times[name], lora) for name in THEIRS * there},
                 "peak_bytes": {name: peak(name, i, n) for name in (*HELD, *["peft"] * there)},
+                "machine": machine(),
             }  # fmt: skip
             rows.append(row)
             print(f"{SIZES[i][0]:4} {n:7} " + " ".join(f"{row['ms'][name]:10.1f}" for name in names))
             faster = "  ".join(f"{name} {x:.2f}" for name, x in row["times_faster"].items())
             held = "  ".join(f"{name} {b / 2**20:.1f}" for name, b in row["peak_bytes"].items())
             print(f"{'':12} products / step {row['floor']:.2f}  step / full {row['to_full']:.2f}  "
+                  f"selective / step {row['selective_to_lora']:.2f}  "
                   f"recomputed / step {row['recomputed_to_lora']:.2f}  times faster than: {faster}  "
                   f"peak MiB: {held}", flush=True)  # fmt: skip
     return rows
 
 
-# ---- the table and the figure
+# ---- the tables and the figure
+
+
+def processors(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Name of a processor -> its rows."""
+    names = sorted({row["machine"]["processor"] for row in rows})
+    return {name: [row for row in rows if row["machine"]["processor"] == name] for name in names}
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a new row replaces: one of the same processor, size and threads."""
+    return row["machine"]["processor"], row["size"]["D"], row["threads"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown; times in ms, peaks in MiB."""
+    """The rows of one processor in Markdown; times in ms."""
     head = ("D", "threads", "step", "PEFT", "times faster than PEFT", "by hand", "torch.compile",
-            "products / step", "step / full", "peak", "recomputed", "PEFT's")  # fmt: skip
+            "products / step", "step / full")  # fmt: skip
     lines = []
     for row in rows:
-        ms, faster, peaks = row["ms"], row["times_faster"], row["peak_bytes"]
+        ms, faster = row["ms"], row["times_faster"]
         lines.append((
             str(row["size"]["D"]), str(row["threads"]), f"{ms['lora']:.1f}", f"{ms['peft']:.1f}",
             *(f"{faster[name]:.2f}" for name in THEIRS), f"{row['floor']:.2f}", f"{row['to_full']:.2f}",
-            *(f"{peaks[name] / 2**20:.0f}" for name in ("lora", "recomputed", "peft")),
         ))  # fmt: skip
     return Table(head, lines).markdown("r" * len(head))
 
 
+def memory(rows: list[dict[str, Any]]) -> str:
+    """The peaks in Markdown, in MiB, each time of recomputation beside a step's; of rows that have both."""
+    head = ("D", "threads", "step", "selective", "time", "full", "time", "one part", "selective, one part",
+            "PEFT's")  # fmt: skip
+    lines = []
+    for row in rows:
+        if "selective" in (peaks := row["peak_bytes"]):
+            mib = {name: f"{peaks[name] / 2**20:.0f}" for name in (*HELD, "peft")}
+            time = {name: f"{row[f'{name}_to_lora']:.2f}" for name in ("selective", "recomputed")}
+            lines.append((
+                str(row["size"]["D"]), str(row["threads"]), mib["lora"], mib["selective"], time["selective"],
+                mib["recomputed"], time["recomputed"], mib["whole"], mib["selective whole"], mib["peft"],
+            ))  # fmt: skip
+    return Table(head, lines).markdown("r" * len(head))
+
+
 def draw(rows: list[dict[str, Any]]) -> None:
-    """results/step.png and .svg."""
+    """results/step.png and .svg: a panel of times for each processor, and one of memory."""
     from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, WINE, Picture, axes, styled
+
+    D = sorted({row["size"]["D"] for row in rows})
+    kinds = (("peft", BLUE, "o", "transformers + PEFT"), ("torch", ORANGE, "s", "by hand, eager"),
+             ("compiled", GREEN, "^", "by hand, torch.compile"))  # fmt: skip
+    peaks = (("peft", BLUE, "o-", "transformers + PEFT"), ("lora", WINE, "D-", "minilora"),
+             ("selective", WINE, "D--", "minilora, selective"),
+             ("recomputed", WINE, "D:", "minilora, full recomputation"))  # fmt: skip
+
+    def of_size(rows: list[dict[str, Any]], threads: int) -> dict[int, dict[str, Any]]:
+        return {row["size"]["D"]: row for row in rows if row["threads"] == threads}
+
+    def race(panel: Any, name: str, rows: list[dict[str, Any]]) -> None:
+        panel.axhline(1, color=GREY, linewidth=1)
+        for n, dashes in ((2, "-"), (1, "--")):
+            some = {d: row["times_faster"] for d, row in of_size(rows, n).items() if row["times_faster"]}
+            for kind, colour, marker, label in kinds:
+                panel.plot([D.index(d) for d in some], [faster[kind] for faster in some.values()],
+                           marker=marker, markersize=8, linestyle=dashes, color=colour,
+                           label=f"{label}, {n} thread{'s' * (n > 1)}")  # fmt: skip
+        panel.set_ylim(0, 1.05 * max(max(row["times_faster"].values(), default=1) for row in rows))
+        panel.set_ylabel("time of PyTorch / time of minilora")
+        panel.set_title(f"A LoRA step on {name}")
+        panel.legend(fontsize=9)
 
     @styled
     def picture() -> Picture:
-        figure, ((left, right),) = axes(2, size=(12, 4.8))
-        D = sorted({row["size"]["D"] for row in rows})
-        left.axhline(1, color=GREY, linewidth=1)
-        kinds = (("peft", BLUE, "o", "transformers + PEFT"), ("torch", ORANGE, "s", "by hand, eager"),
-                 ("compiled", GREEN, "^", "by hand, torch.compile"))  # fmt: skip
-        for n, dashes in ((2, "-"), (1, "--")):
-            some = {row["size"]["D"]: row for row in rows if row["threads"] == n and row["times_faster"]}
-            for name, colour, marker, label in kinds:
-                at = [i for i, d in enumerate(D) if d in some]
-                left.plot(at, [some[D[i]]["times_faster"][name] for i in at], marker=marker, markersize=8,
-                          linestyle=dashes, color=colour,
-                          label=f"{label}, {n} thread{'s' * (n > 1)}")  # fmt: skip
-        left.set_ylim(bottom=0)
-        left.set_ylabel("time of PyTorch / time of minilora")
-        left.set_title("A LoRA step, times faster than PyTorch")
-        left.legend(fontsize=9)
-        some = {
-            row["size"]["D"]: row["peak_bytes"]
-            for row in rows
-            if row["threads"] == max(r["threads"] for r in rows)
-        }
-        peaks = (("peft", BLUE, "o-", "transformers + PEFT"), ("lora", WINE, "D-", "minilora"),
-                 ("recomputed", WINE, "d:", "minilora, blocks recomputed"))  # fmt: skip
-        for name, colour, look, label in peaks:
-            at = [i for i, d in enumerate(D) if name in some.get(d, {})]
-            right.plot(at, [some[D[i]][name] / 2**20 for i in at], look, markersize=8, color=colour,
-                       label=label)  # fmt: skip
-        right.set_yscale("log")
-        right.set_ylabel("peak above the weights (MiB)")
-        right.set_title("What a LoRA step holds, on two threads")
-        right.legend(fontsize=10)
-        for panel in (left, right):
+        of = processors(rows)
+        figure, (panels,) = axes(len(of) + 1, size=(6 * len(of) + 6, 4.8))
+        for panel, (name, some) in zip(panels, of.items(), strict=False):
+            race(panel, name.replace("(R)", "").removesuffix(" Processor"), some)
+        held = panels[-1]
+        some = {d: row["peak_bytes"] for d, row in of_size(rows, 2).items()}
+        for kind, colour, look, label in peaks:
+            at = [d for d in D if kind in some.get(d, {})]
+            held.plot([D.index(d) for d in at], [some[d][kind] / 2**20 for d in at], look, markersize=8,
+                      color=colour, label=label)  # fmt: skip
+        held.set_yscale("log")
+        held.set_ylabel("peak above the weights (MiB)")
+        held.set_title("What a LoRA step holds, on two threads")
+        held.legend(fontsize=10)
+        for panel in panels:
             panel.set_xticks(range(len(D)), [str(d) for d in D])
             panel.set_xlabel("width D")
         return Picture(figure, "Times of a LoRA step against PyTorch's, and its peak of memory.")
@@ -296,11 +342,9 @@ def main() -> None:
             )
         chosen = [i for i, size in enumerate(SIZES) if not args.D or size[0] in args.D]
         rows = measure(chosen, args.threads, there)
-        measured = {(row["size"]["D"], row["threads"]): row for row in rows}
         path = RESULTS / "step.json"
         kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        kept = [measured.pop((row["size"]["D"], row["threads"]), row) for row in kept]
-        write("step", [*kept, *measured.values()])
+        write_each("step", {key(row): row for row in (*kept, *rows)}.values())
     draw(json.loads((RESULTS / "step.json").read_text())["rows"])
 
 

@@ -48,6 +48,7 @@ PLACES = (  # kind, where the name is looked up, and the name
     ("products", layers.Linear, "backward"),
     ("thin products", lora.LowRank, "__call__"),
     ("thin products", lora.LowRank, "learn"),
+    ("thin products", lora.LowRank, "learn_from"),
     ("thin products", lora.LowRank, "merged"),
     ("thin products", folded.Folded, "__call__"),
     ("attention", model, "attention"),
@@ -120,6 +121,7 @@ def calls(D: int, L: int, H: int, F: int, T: int, V: int, N: int) -> Callable[[]
     def one() -> Any:
         with (
             patch.object(folded, "pays", lambda adapter, M: True),
+            patch.object(folded, "through_weight", lambda adapter, M: False),
             patch.object(parallel, "MICRO_BATCH", width),
         ):
             return run()

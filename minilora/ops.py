@@ -164,7 +164,9 @@ def unheads(x: Array) -> Array:
 TILE = 64  # queries per step of attention: few, to skip masked keys; many, for long products
 
 
-def attention(q: Array, k: Array, v: Array, tile: int = TILE, causal: bool = True) -> tuple[Array, Back]:
+def attention(
+    q: Array, k: Array, v: Array, tile: int = TILE, causal: bool = True, keep: bool = True
+) -> tuple[Array, Back]:
     """Causal softmax(q kᵀ / sqrt(E)) v (Vaswani et al. 2017), grouped queries (Ainslie et al. 2023).
 
     q (N, H, T, E); k, v (N, G, S, E), where head h reads group h // (H/G) and the T queries are the
@@ -177,7 +179,8 @@ def attention(q: Array, k: Array, v: Array, tile: int = TILE, causal: bool = Tru
 
         dv = eᵀ dy'        ds = e * (dy' vᵀ - δ)        δ = sum(dy' * y) over E = sum(p * dp) over S
 
-    where [dy', -δ] [v, 1]ᵀ is one product (δ as in FlashAttention: Dao et al. 2022, appendix B).
+    where [dy', -δ] [v, 1]ᵀ is one product (δ as in FlashAttention: Dao et al. 2022, appendix B). If not
+    `keep`, only each row's largest score is kept, and the backward computes e again, as FlashAttention does.
     """
     N, H, T, E = q.shape
     G, S = k.shape[1:3]
@@ -187,18 +190,23 @@ def attention(q: Array, k: Array, v: Array, tile: int = TILE, causal: bool = Tru
     v = xp.concatenate([v, xp.ones_like(v[..., :1])], -1)  # [v, 1]
     shape, order = (N, T, G, H // G, E + 1), (0, 2, 3, 1, 4)  # in memory, heads of one position together
     z = xp.empty(shape, q.dtype).transpose(order)  # [e v, e 1]
+
+    def exponentials(of: slice, seen: int, m: Array = None) -> tuple[Array, Array]:
+        e = q[..., of, :] @ k[..., :seen, :].swapaxes(-1, -2)
+        if causal and (t := of.stop - of.start) > 1:
+            future = xp.arange(t) > xp.arange(t)[:, None]
+            e[..., seen - t :] += xp.where(future, -math.inf, 0.0).astype(e.real.dtype)
+        m = e.real.max(-1, keepdims=True) if m is None else m
+        e -= m
+        return xp.exp(e, out=e), m
+
     tiles = []
     for start in range(0, T, tile):
         of = slice(start, min(start + tile, T))
         seen = S - T + of.stop if causal else S
-        e = q[..., of, :] @ k[..., :seen, :].swapaxes(-1, -2)
-        if causal and (t := of.stop - start) > 1:
-            future = xp.arange(t) > xp.arange(t)[:, None]
-            e[..., seen - t :] += xp.where(future, -math.inf, 0.0).astype(e.real.dtype)
-        e -= e.real.max(-1, keepdims=True)
-        xp.exp(e, out=e)
+        e, m = exponentials(of, seen)
         xp.matmul(e, v[..., :seen, :], out=z[..., of, :])
-        tiles.append((of, seen, e))
+        tiles.append((of, seen, e if keep else m))
     l = z[..., E:].copy()  # noqa: E741
     y = xp.empty((N, T, G, H // G, E), q.dtype).transpose(order)
     xp.divide(z[..., :E], l, out=y)
@@ -211,7 +219,8 @@ def attention(q: Array, k: Array, v: Array, tile: int = TILE, causal: bool = Tru
         dk: Array = None
         dv: Array = None
         while tiles:  # the last tile first: it sees all keys
-            of, seen, e = tiles.pop()
+            of, seen, kept = tiles.pop()
+            e = kept if keep else exponentials(of, seen, kept)[0]
             dv = _add(dv, seen, e.swapaxes(-1, -2) @ d[..., of, :E])
             e *= d[..., of, :] @ v[..., :seen, :].swapaxes(-1, -2)  # now ds
             xp.matmul(e, k[..., :seen, :], out=dq[..., of, :])

@@ -44,7 +44,7 @@ def train(
     rngs: Mapping[str, np.random.Generator] | None = None,
     identity: Mapping[str, Any] | None = None,
     threads: int | None = None,
-    recompute: bool = False,
+    recompute: str | None = None,
 ) -> History:
     """Train all trainable parameters for `steps` updates; each averages `accumulate` batches of equal weight.
 
@@ -52,10 +52,10 @@ def train(
     every `eval_every` updates and after the last. With a `checkpoint` path, the run resumes from the file if
     it exists and keeps it up to date. `rngs` names the generators of batches and dropout, whose states the
     file holds; `identity` is what else a resumed run must share (the data, say). `threads` compute
-    micro-batches (default: one per core); `recompute` keeps two activations per block and recomputes the
-    rest. Neither changes a bit of the result (fast/). StateError when nothing is trainable, InputError when
-    the batches run out, NonFiniteError when loss or gradient is not finite: the parameters are then those of
-    the last good step.
+    micro-batches (default: one per core); `recompute` saves memory: "selective" computes exponentials, norms
+    and SwiGLU again in the backward, "full" all but two activations per block. Neither changes a bit of the
+    result (fast/). StateError when nothing is trainable, InputError when the batches run out, NonFiniteError
+    when loss or gradient is not finite: the parameters are then those of the last good step.
     """
     check_batches(batches, "ml.batches(ml.encode(text), rng, batch_size, length)")
     check_int("steps", steps, 1)

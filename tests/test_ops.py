@@ -166,6 +166,26 @@ def test_tiled_attention_matches_plain_attention(seed, T, past, tile, causal):
     assert_precision_scales(both)
 
 
+@given(
+    seed=seeds, T=st.integers(1, 9), past=st.integers(0, 3), tile=st.integers(1, 9), causal=st.booleans(),
+    dtype=dtypes,
+)  # fmt: skip
+def test_attention_that_keeps_no_exponentials_gives_the_same_bits(seed, T, past, tile, causal, dtype):
+    rng = np.random.default_rng(seed)
+    S, E = T + past, 4
+    q, dy = (rng.standard_normal((2, 6, T, E)).astype(dtype) for _ in range(2))
+    k, v = (rng.standard_normal((2, 2, S, E)).astype(dtype) for _ in range(2))
+    found = []
+    for keep in (True, False):
+        y, back = attention(q, k, v, tile, causal, keep)
+        kept = sum(a.size for name, a in saved(back).items() if "tiles" in name)
+        found.append([kept, y, *back(dy.copy())])
+    (all_of_them, *a), (one_a_row, *b) = found
+    assert one_a_row == y.size // E
+    assert all_of_them >= one_a_row * (past + 1)
+    assert all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
 def plain_attention(q, k, v, causal=True):
     """All the scores, and a mask if `causal`: the clear version of what `attention` does in tiles."""
     (_, H, T, E), (G, S) = q.shape, k.shape[1:3]

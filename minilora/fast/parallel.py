@@ -57,7 +57,7 @@ def add(total: Array | None, g: Array | None) -> Array | None:
 
 @contextlib.contextmanager
 def on_threads(
-    model: Any, threads: int | None = None, recompute: bool = False
+    model: Any, threads: int | None = None, recompute: str | None = None
 ) -> Iterator[Callable[[list[Batch]], Array]]:
     """Yields a function: batches -> their mean loss, on the device; it leaves the gradient in the parameters.
 
@@ -81,8 +81,8 @@ def on_threads(
         free: SimpleQueue[Any] = SimpleQueue()
         for copy in replicas:
             free.put((copy, list(trained(copy).values())))
-            if recompute:
-                wrap(copy)
+            if recompute is not None:
+                wrap(copy, recompute)
         adapters = [places(copy) for copy in replicas]
 
         def run(micro_batch: Weighted) -> tuple[Array, list[Array | None]]:

@@ -1,8 +1,10 @@
-"""Activation checkpointing: a block keeps what enters its two halves and runs each again in the backward.
+"""Activation checkpointing: what a block does not keep, it computes again in the backward.
 
-Trades time for memory (Chen et al. 2016): one more forward, without the last product of each half, whose
-value is not needed again. The dropout generators are rewound, so the gradients are the same bits. A rewrite
-of a replica: every block is wrapped.
+Trades time for memory. "full": a block keeps what enters its two halves and runs each again, without the last
+product of each half, whose value is not needed again (Chen et al. 2016). "selective": it keeps the results of
+its products with weights, and computes what is cheap again: attention's e = exp(scores), the MLP's norm and
+SwiGLU (after Korthikanti et al. 2022, who take attention alone). The dropout generators are rewound, so the
+gradients are the same bits. A rewrite of a replica: every block is wrapped.
 """
 
 from __future__ import annotations
@@ -11,23 +13,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backend import Array
+from ..errors import ConfigError, short
 from ..layers import Dropout, Layer, Linear, Need
 from ..lora import Adapted
 from ..model import Block, Turn, after, residual
-from ..ops import Back, back_nothing
+from ..ops import Back, attention, back_nothing
 from ..tree import replace, walk
 from .folded import Folded
 
+HOW = ("selective", "full")
+
 
 @dataclass(eq=False)
-class Last:
-    """The last linear map of a half: in the second run its value is not needed."""
+class Known:
+    """A linear map whose value in the second run is known, or not needed."""
 
     layer: Layer
+    keep: bool = False  # the value of the first run
+    value: Any = 0
     again: bool = False
 
     def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Any, Back]:
-        return (0, self.backward(x, need)) if self.again else self.layer(x, need)
+        if self.again:
+            return self.value, self.backward(x, need)
+        y, back = self.layer(x, need)
+        if self.keep:
+            self.value = y
+        return y, back
 
     def backward(self, x: Array, need: Need) -> Back:
         """The backward, without the value where that can be skipped."""
@@ -42,20 +54,32 @@ class Last:
 
 
 @dataclass(eq=False)
+class Fresh:
+    """A cache that holds nothing, and attends without keeping the exponentials."""
+
+    causal: bool
+    seen: int = 0
+
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Back]:
+        """The attention (N, H, T, E), as in a block without a cache."""
+        return attention(q, k, v, causal=self.causal, keep=False)
+
+
+@dataclass(eq=False)
 class Recomputed:
-    """A block that keeps only what enters its two halves; called like a block."""
+    """A block that keeps less; called like a block."""
 
     block: Block
+    how: str  # one of HOW
 
     def __call__(
         self, x: Array, turn: Turn | None, need: Need = Need.ALL, cache: Any = None
     ) -> tuple[Array, Back]:
         block = self.block
-        attention, mlp = block.self_attn, block.mlp
-        last = within(attention).o_proj
-        need_a = after(need, [block.input_layernorm, attention])
-        x, back_a = half(block.input_layernorm, attention, last, x, need, turn, cache)
-        x, back_m = half(block.post_attention_layernorm, mlp, mlp.down_proj, x, need_a)
+        run, cache = (half, cache) if self.how == "full" else (residual, cache or Fresh(turn is not None))
+        need_a = after(need, [block.input_layernorm, block.self_attn])
+        x, back_a = run(block.input_layernorm, block.self_attn, x, need, turn, cache)
+        x, back_m = half(block.post_attention_layernorm, block.mlp, x, need_a)
 
         def back(dy: Array) -> Array:
             return back_a(back_m(dy))
@@ -63,11 +87,14 @@ class Recomputed:
         return x, back
 
 
-def half(norm: Any, inner: Any, last: Any, x: Array, need: Need, *how: Any) -> tuple[Array, Back]:
-    """x + inner(norm(x)), which runs again in the backward; `last` is its last map."""
-    rngs = [node.rng.bit_generator for _, node in walk(inner) if isinstance(node, Dropout)]
+def half(norm: Any, inner: Any, x: Array, need: Need, *how: Any) -> tuple[Array, Back]:
+    """x + inner(norm(x)), which runs again in the backward."""
+    nodes = [node for _, node in walk(inner)]
+    rngs = [node.rng.bit_generator for node in nodes if isinstance(node, Dropout)]
+    maps = [node for node in nodes if isinstance(node, Known)]
     before = [rng.state for rng in rngs]
     y, back_once = residual(norm, inner, x, need, *how)
+    values = [forget(known) for known in maps]
     if back_once is back_nothing:
         return y, back_nothing
 
@@ -75,11 +102,13 @@ def half(norm: Any, inner: Any, last: Any, x: Array, need: Need, *how: Any) -> t
         states = [rng.state for rng in rngs]
         for rng, state in zip(rngs, before, strict=True):  # the same dropout masks again
             rng.state = state
-        last.again = True
+        for known in reversed(maps):
+            known.again, known.value = True, values.pop()
         try:
             _, back_again = residual(norm, inner, x, need, *how)
         finally:
-            last.again = False
+            for known in maps:
+                forget(known)
             for rng, state in zip(rngs, states, strict=True):
                 rng.state = state
         return back_again(dy)
@@ -87,15 +116,27 @@ def half(norm: Any, inner: Any, last: Any, x: Array, need: Need, *how: Any) -> t
     return y, back
 
 
+def forget(known: Known) -> Any:
+    """The value of a map, which is then as it was before it ran."""
+    value, known.value, known.again = known.value, 0, False
+    return value
+
+
 def within(half: Any) -> Any:
     """A half of a block without what is put around it, a prefix say."""
     return half.base if isinstance(half, Adapted) else half
 
 
-def recompute(model: Any) -> None:
-    """Wrap every block of a replica."""
+def recompute(model: Any, how: str = "full") -> None:
+    """Wrap every block of a replica; ConfigError for another `how` than those of HOW."""
+    if how not in HOW:
+        raise ConfigError(f"recompute is {short(how)}; expected 'selective', 'full' or None")
     for path, block in [(path, node) for path, node in walk(model) if isinstance(node, Block)]:
-        attention = within(block.self_attn)
-        attention.o_proj = Last(attention.o_proj)
-        block.mlp.down_proj = Last(block.mlp.down_proj)
-        replace(model, path, Recomputed(block))
+        mlp = block.mlp
+        if how == "full":
+            attention = within(block.self_attn)
+            attention.o_proj = Known(attention.o_proj)
+        else:
+            mlp.gate_proj, mlp.up_proj = Known(mlp.gate_proj, True), Known(mlp.up_proj, True)
+        mlp.down_proj = Known(mlp.down_proj)
+        replace(model, path, Recomputed(block, how))

@@ -8,9 +8,10 @@ from helpers import NORMS, batch, dtypes, same_bits, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.errors import ConfigError
 from minilora.fast import parallel
 from minilora.fast.folded import folded, places
-from minilora.fast.recompute import recompute
+from minilora.fast.recompute import HOW, recompute
 from minilora.layers import Linear, Need
 from minilora.lora import inject
 from minilora.methods.lora_config import LoraConfig
@@ -19,7 +20,7 @@ from minilora.optim import AdamW
 from minilora.training import train
 from minilora.tree import named_params, replica, trained
 
-HOW = {
+KINDS = {
     "lora": {"modules_to_save": NORMS},
     "dropout": {"dropout": 0.4},
     "dora": {"dora": True},
@@ -30,28 +31,27 @@ HOW = {
 
 def model_of(kind, seed, dtype):
     model, rng = tiny(seed, dtype)
-    if HOW[kind] is not None:
-        inject(model, LoraConfig(r=3, alpha=7, init="both", **HOW[kind]), rng=rng)
+    if KINDS[kind] is not None:
+        inject(model, LoraConfig(r=3, alpha=7, init="both", **KINDS[kind]), rng=rng)
     return model, rng
 
 
-def wrapped(model):
+def wrapped(model, how):
     """A replica whose blocks are recomputed."""
     copy = replica(model)
-    recompute(copy)
+    recompute(copy, how)
     return copy
 
 
 @settings(max_examples=5)
-@given(seed=seeds, dtype=dtypes, kind=st.sampled_from(list(HOW)), fold=st.booleans())
+@given(seed=seeds, dtype=dtypes, kind=st.sampled_from(list(KINDS)), fold=st.booleans())
 def test_recomputing_gives_the_same_bits_and_stores_less(seed, dtype, kind, fold):
     model, rng = model_of(kind, seed, dtype)
     ids, labels = batch(rng)
     state = rng.bit_generator.state
-    plain, copy = replica(model), wrapped(model)
     names = list(trained(model))
     results = []
-    for some in (plain, copy):
+    for some in (replica(model), *(wrapped(model, how) for how in HOW)):
         rng.bit_generator.state = state
         with folded([places(some)], 10**9 if fold else 0):
             loss, back = some.loss(ids, labels, train=True)
@@ -61,16 +61,37 @@ def test_recomputing_gives_the_same_bits_and_stores_less(seed, dtype, kind, fold
         results.append(
             (loss, rng.bit_generator.state, kept, {n: p.grad for n, p in zip(names, params, strict=True)})
         )
-    (loss, after, kept, g), (again, end, less, h) = results
-    assert (loss, after) == (again, end)
-    assert same_bits(g, h)
-    assert less < kept
+    (loss, after, kept, g), *others = results
+    for again, end, _, h in others:
+        assert (loss, after) == (again, end)
+        assert same_bits(g, h)
+    selective, full = (less for _, _, less, _ in others)
+    assert full < selective < kept
+
+
+def test_selective_keeps_what_products_with_weights_give():
+    """Attention keeps the largest score of a row, not its exponentials; the MLP its input, gate and up."""
+    model, rng = model_of("lora", 0, np.float32)
+    ids, labels = batch(rng)
+    kept = []
+    for some in (replica(model), wrapped(model, "selective")):
+        with folded([places(some)], 10**9):
+            arrays = saved(some.loss(ids, labels, train=True)[1])
+        kept.append({name: a.shape for name, a in arrays.items() if ".backs.0." in name})
+    plain, selective = ({n: s for n, s in some.items() if ".back_a.back_half" in n} for some in kept)
+    largest = {name: (*shape[:-1], 1) for name, shape in plain.items() if ".tiles." in name}  # of each row
+    assert largest
+    assert selective == plain | largest
+    N, T, D, F = *ids.shape, model.config.hidden_size, model.config.intermediate_size
+    mlp = [shape for name, shape in kept[1].items() if ".backs.0.back_m." in name]
+    assert sorted(mlp) == [(N, T, D), (N, T, F), (N, T, F)]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_recomputing_skips_the_last_product_of_both_halves(kind, monkeypatch):
+@pytest.mark.parametrize("how", HOW)
+def test_recomputing_skips_every_product_that_it_can(kind, how, monkeypatch):
     model, rng = model_of(kind, 0, np.float64)
-    model = wrapped(model)
+    model = wrapped(model, how)
     L, ran, real = 2, Counter(), Linear.__call__
 
     def spied(self, x, need=Need.ALL):
@@ -83,7 +104,8 @@ def test_recomputing_skips_the_last_product_of_both_halves(kind, monkeypatch):
         first = ran.copy()
         back()
     again = ran - first
-    assert sum(again.values()) == 5 * L  # q, k, v, gate and up; neither o nor down
+    # q, k, v, gate and up, neither o nor down; or none
+    assert sum(again.values()) == (5 * L if how == "full" else 0)
     assert sum(first.values()) == 7 * L + 1
 
 
@@ -91,27 +113,35 @@ def test_recomputing_skips_the_last_product_of_both_halves(kind, monkeypatch):
 @given(seed=seeds, kind=st.sampled_from(["lora", "dropout"]))
 def test_recomputing_does_not_change_a_run(seed, kind):
     runs = []
-    for again in (False, True):
+    for how in (None, *HOW):
         model, _ = model_of(kind, seed, np.float32)
         batches = [batch(np.random.default_rng(i)) for i in range(3)]
         with pytest.MonkeyPatch.context() as patch:
             wraps = []
-            patch.setattr(parallel, "wrap", lambda copy, wraps=wraps: wraps.append(copy) or recompute(copy))
-            history = train(model, batches, AdamW(1e-2), steps=3, **({"recompute": True} if again else {}))
-        assert bool(wraps) is again
+            patch.setattr(parallel, "wrap", lambda *a, wraps=wraps: wraps.append(a[1:]) or recompute(*a))
+            history = train(model, batches, AdamW(1e-2), steps=3, **({"recompute": how} if how else {}))
+        assert {*wraps} == ({(how,)} if how else set())
         runs.append((history.loss, {path: p.data.tobytes() for path, p in trained(model).items()}))
         assert not any("Recomputed" in type(node).__name__ for node in model.model.layers)
-    assert runs[0] == runs[1]
+    assert runs[0] == runs[1] == runs[2]
 
 
-def test_a_failed_backward_restores_every_skipped_product():
+@pytest.mark.parametrize("how", HOW)
+def test_a_failed_backward_restores_every_skipped_product(how, monkeypatch):
     """Else the next forward would be without its value."""
     model, rng = model_of("lora", 0, np.float32)
-    copy = wrapped(model)
-    block = copy.model.layers[0].block
-    last, gate = block.mlp.down_proj, block.mlp.gate_proj
-    _, back = copy.loss(*batch(rng), train=True)
-    gate.base.weight.data = gate.base.weight.data[:, 1:]  # what the second forward meets is broken
-    with pytest.raises(ValueError, match="mismatch"):
-        back()
-    assert last.again is False
+    copy, ids = wrapped(model, how), batch(rng)
+    expected = float(copy.loss(*ids)[0])
+    _, back = copy.loss(*ids, train=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("minilora.model.swiglu", lambda g, u: 1 / 0)  # the second forward fails
+        with pytest.raises(ZeroDivisionError):
+            back()
+    assert float(copy.loss(*ids)[0]) == expected
+
+
+@pytest.mark.parametrize("how", [True, False, "some", ""])
+def test_another_way_to_recompute_is_refused(how):
+    model, rng = model_of("lora", 0, np.float32)
+    with pytest.raises(ConfigError, match=rf"recompute is {how!r}; expected 'selective', 'full' or None"):
+        train(model, [batch(rng)], AdamW(1e-2), steps=1, recompute=how)

@@ -108,7 +108,11 @@ def test_training_learns_and_leaves_every_bit_of_the_base(kind):
 
 
 @pytest.mark.parametrize("kind", RIVALS)
-@pytest.mark.parametrize("how", [{"threads": 2}, {"recompute": True}], ids=["threads", "recompute"])
+@pytest.mark.parametrize(
+    "how",
+    [{"threads": 2}, {"recompute": "selective"}, {"recompute": "full"}],
+    ids=["threads", "selective", "full"],
+)
 def test_threads_and_recomputation_change_no_bit(kind, how):
     def run(**how):
         model, rng = moved(kind, dtype=np.float32)
