@@ -128,6 +128,11 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
+def brief(processor: str) -> str:
+    """The name of a processor as one says it."""
+    return processor.replace("(R)", "").removesuffix(" Processor")
+
+
 def in_torch(model: ml.Llama) -> Any:
     """transformers' model with the same weights, and no token at which it stops."""
     import torch

@@ -36,6 +36,7 @@ from common import (
     Contestant,
     alternate,
     answer,
+    brief,
     machine,
     named,
     ratio,
@@ -231,9 +232,11 @@ def measure(chosen: list[int], cores: list[int], there: bool) -> list[dict[str, 
 
 
 def processors(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Name of a processor -> its rows."""
-    names = sorted({row["machine"]["processor"] for row in rows})
-    return {name: [row for row in rows if row["machine"]["processor"] == name] for name in names}
+    """Short name of a processor -> its rows."""
+    of: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of.setdefault(brief(row["machine"]["processor"]), []).append(row)
+    return of
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -271,16 +274,42 @@ def memory(rows: list[dict[str, Any]]) -> str:
     return Table(head, lines).markdown("r" * len(head))
 
 
+def said(rows: list[dict[str, Any]]) -> list[str]:
+    """What docs/speed.md says of the rows."""
+
+    def span(values: list[float]) -> str:
+        return f"{min(values):.2f} to {max(values):.2f}"
+
+    lines = []
+    for name, some in processors(rows).items():
+        faster = {kind: span([row["times_faster"][kind] for row in some]) for kind in THEIRS}
+        lines.append(f"On the {name} a step is {faster['peft']} times as fast as PEFT's, {faster['torch']} "
+                     f"times as fast as the one by hand, and {faster['compiled']} times as fast as that one "
+                     "compiled.")  # fmt: skip
+    wide = [row for row in rows if "selective" in row["peak_bytes"] and row["size"]["D"] >= 128]
+    parts = [row["peak_bytes"]["selective whole"] / row["peak_bytes"]["peft"] for row in wide]
+    time = {name: span([row[f"{name}_to_lora"] for row in wide]) for name in ("selective", "recomputed")}
+    lines += [
+        f"takes {time['selective']} of a step's time from D = 128 on",
+        f"a batch that is not cut holds {span(parts)} of PEFT's peak",
+        f"it takes {time['recomputed']} of the time",
+    ]
+    return lines
+
+
 def draw(rows: list[dict[str, Any]]) -> None:
     """results/step.png and .svg: a panel of times for each processor, and one of memory."""
-    from minilora.analysis.plotting import BLUE, GREEN, GREY, ORANGE, WINE, Picture, axes, styled
+    from minilora.analysis.plotting import BLUE, GOLD, GREEN, GREY, ORANGE, SKY, WINE, Picture, axes, styled
 
     D = sorted({row["size"]["D"] for row in rows})
+    top = max(max(row["times_faster"].values(), default=1) for row in rows)
     kinds = (("peft", BLUE, "o", "transformers + PEFT"), ("torch", ORANGE, "s", "by hand, eager"),
              ("compiled", GREEN, "^", "by hand, torch.compile"))  # fmt: skip
-    peaks = (("peft", BLUE, "o-", "transformers + PEFT"), ("lora", WINE, "D-", "minilora"),
-             ("selective", WINE, "D--", "minilora, selective"),
-             ("recomputed", WINE, "D:", "minilora, full recomputation"))  # fmt: skip
+    again = (
+        ("selective", GOLD, "v", "selective recomputation"),
+        ("recomputed", SKY, "P", "full recomputation"),
+    )
+    peaks = (("peft", BLUE, "o", "transformers + PEFT"), ("lora", WINE, "D", "minilora"), *again)
 
     def of_size(rows: list[dict[str, Any]], threads: int) -> dict[int, dict[str, Any]]:
         return {row["size"]["D"]: row for row in rows if row["threads"] == threads}
@@ -293,28 +322,39 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 panel.plot([D.index(d) for d in some], [faster[kind] for faster in some.values()],
                            marker=marker, markersize=8, linestyle=dashes, color=colour,
                            label=f"{label}, {n} thread{'s' * (n > 1)}")  # fmt: skip
-        panel.set_ylim(0, 1.05 * max(max(row["times_faster"].values(), default=1) for row in rows))
+        panel.set_ylim(0, 1.05 * top)
         panel.set_ylabel("time of PyTorch / time of minilora")
-        panel.set_title(f"A LoRA step on {name}")
-        panel.legend(fontsize=9)
+        panel.set_title(f"A LoRA step, on {name}")
 
     @styled
     def picture() -> Picture:
         of = processors(rows)
-        figure, (panels,) = axes(len(of) + 1, size=(6 * len(of) + 6, 4.8))
-        for panel, (name, some) in zip(panels, of.items(), strict=False):
-            race(panel, name.replace("(R)", "").removesuffix(" Processor"), some)
-        held = panels[-1]
-        some = {d: row["peak_bytes"] for d, row in of_size(rows, 2).items()}
-        for kind, colour, look, label in peaks:
+        figure, (races, (held, cost)) = axes(2, 2, size=(12, 9.6))
+        for panel, (name, some) in zip(races, of.items(), strict=True):
+            race(panel, name, some)
+        races[0].legend(fontsize=9)
+        both = [row for row in rows if "selective" in row["ms"]]
+        some = {d: row["peak_bytes"] for d, row in of_size(both, 2).items()}
+        for kind, colour, marker, label in peaks:
             at = [d for d in D if kind in some.get(d, {})]
-            held.plot([D.index(d) for d in at], [some[d][kind] / 2**20 for d in at], look, markersize=8,
-                      color=colour, label=label)  # fmt: skip
+            held.plot([D.index(d) for d in at], [some[d][kind] / 2**20 for d in at], marker=marker,
+                      markersize=8, color=colour, label=label)  # fmt: skip
         held.set_yscale("log")
         held.set_ylabel("peak above the weights (MiB)")
         held.set_title("What a LoRA step holds, on two threads")
         held.legend(fontsize=10)
-        for panel in panels:
+        for n, dashes in ((2, "-"), (1, "--")):
+            for kind, colour, marker, label in again:
+                some = {d: row[f"{kind}_to_lora"] for d, row in of_size(both, n).items()}
+                cost.plot([D.index(d) for d in some], [*some.values()], marker=marker, markersize=8,
+                          linestyle=dashes, color=colour,
+                          label=f"{label}, {n} thread{'s' * (n > 1)}")  # fmt: skip
+        cost.axhline(1, color=GREY, linewidth=1)
+        cost.set_ylim(0, 1.5)
+        cost.set_ylabel("time / time of a step")
+        cost.set_title("What recomputation costs")
+        cost.legend(fontsize=10)
+        for panel in (*races, held, cost):
             panel.set_xticks(range(len(D)), [str(d) for d in D])
             panel.set_xlabel("width D")
         return Picture(figure, "Times of a LoRA step against PyTorch's, and its peak of memory.")

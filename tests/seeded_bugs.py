@@ -41,7 +41,7 @@ MUTANTS = (
     Mutant("nothing-to-draw-from", DIGITS, "if not len(images.labels):", "if False:", "digits"),
     Mutant("no-order-but-causal", "model.py", "causal=turn is not None", "causal=True", "vit"),
     Mutant("prefix-of-an-image-causal", PREFIXES, "causal=turn is not None", "causal=True", "vit"),
-    Mutant("causal-mask-for-all", "ops.py", "if causal and (t := of.stop - start) > 1:", "if (t := of.stop - start) > 1:", "ops vit"),
+    Mutant("causal-mask-for-all", "ops.py", "if causal and (t := of.stop - of.start) > 1:", "if (t := of.stop - of.start) > 1:", "ops vit"),
     Mutant("tiles-see-all-keys", "ops.py", "if causal else S\n", "if causal else S - T + of.stop\n", "ops"),
     Mutant("patches-are-columns", VIT, "return x.reshape(-1, ROW, PATCH, ROW, PATCH).swapaxes(2, 3)", "return x.reshape(-1, ROW, PATCH, ROW, PATCH).swapaxes(2, 4)", "vit"),
     Mutant("unpatched-by-columns", VIT, "return x.reshape(-1, ROW, ROW, PATCH, PATCH).swapaxes(2, 3)", "return x.reshape(-1, ROW, ROW, PATCH, PATCH).swapaxes(1, 3)", "vit"),
@@ -2456,5 +2456,13 @@ MUTANTS = (
     Mutant("order-counted-without-H", "fast/folded.py", "< 2 * M * (O + I) * r", "< M * (2 * O + I) * r", "folded"),
     Mutant("order-counted-without-the-small-products", "fast/folded.py", "return M * O * I + 2 * O * I * r <", "return M * O * I <", "folded"),
     Mutant("always-through-the-factors", "fast/folded.py", "            if through_weight(adapter, len(z)):", "            if False:", "folded"),
+    # ---- recomputation, full and selective
+    Mutant("selective-keeps-the-exponentials", "fast/recompute.py", "keep=False", "keep=True", "recompute"),
+    Mutant("exponentials-against-another-max", "ops.py", "if m is None else m\n", "if m is None else m + 1\n", "ops"),
+    Mutant("the-value-of-gate-is-forgotten", "fast/recompute.py", "Known(mlp.gate_proj, True)", "Known(mlp.gate_proj)", "recompute"),
+    Mutant("recomputed-patches-have-an-order", "fast/recompute.py", "Fresh(turn is not None)", "Fresh(True)", "adapters_beyond"),
+    Mutant("known-values-stay-in-the-tree", "fast/recompute.py", "value, known.value, known.again = known.value, 0, False", "value, known.again = known.value, False", "recompute"),
+    Mutant("any-word-recomputes", "fast/recompute.py", "if how not in HOW:", "if not how:", "recompute"),
+    Mutant("every-recomputation-is-full", "fast/parallel.py", "wrap(copy, recompute)", "wrap(copy)", "recompute"),
 )
 # fmt: on

@@ -45,7 +45,7 @@ def adapters_slow_inference(rows: Rows) -> Verdict:
 def fraction_of_the_time(rows: Rows) -> Verdict:
     """Holds if a step of LoRA on all linear maps takes less than half of full fine-tuning's at every size."""
     ratios = [row["to_full"] for row in rows]
-    return HOLDS if max(ratios) < 0.5 else FAILS, f"{span(ratios)} as long, the less the larger"
+    return HOLDS if max(ratios) < 0.5 else FAILS, f"{span(ratios)} as long"
 
 
 def four_bits_save_memory(rows: Rows) -> Verdict:

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from minilora.errors import ConfigError
 from minilora.fast import parallel
 from minilora.fast.folded import folded, places
-from minilora.fast.recompute import HOW, recompute
+from minilora.fast.recompute import HOW, Known, recompute
 from minilora.layers import Linear, Need
 from minilora.lora import inject
 from minilora.methods.lora_config import LoraConfig
 from minilora.ops import saved
 from minilora.optim import AdamW
 from minilora.training import train
-from minilora.tree import named_params, replica, trained
+from minilora.tree import named_params, replica, trained, walk
 
 KINDS = {
     "lora": {"modules_to_save": NORMS},
@@ -132,11 +132,14 @@ def test_a_failed_backward_restores_every_skipped_product(how, monkeypatch):
     model, rng = model_of("lora", 0, np.float32)
     copy, ids = wrapped(model, how), batch(rng)
     expected = float(copy.loss(*ids)[0])
+    maps = [node for _, node in walk(copy) if isinstance(node, Known)]
     _, back = copy.loss(*ids, train=True)
+    assert not any(np.ndim(known.value) for known in maps)  # the backward has them
     with monkeypatch.context() as patch:
         patch.setattr("minilora.model.swiglu", lambda g, u: 1 / 0)  # the second forward fails
         with pytest.raises(ZeroDivisionError):
             back()
+    assert not any(np.ndim(known.value) for known in maps)
     assert float(copy.loss(*ids)[0]) == expected
 
 

@@ -281,10 +281,8 @@ def test_a_step_that_only_calls_makes_the_calls_of_the_step(monkeypatch):
         with monkeypatch.context() as patch:
             for _, owner, name in step_parts.PLACES:
                 if owner is not step_parts.xp:  # attention's tiles: one token has one
-                    real, at = getattr(owner, name), (owner, name)
-                    patch.setattr(
-                        owner, name, lambda *a, f=real, at=at, **k: called.update([at]) or f(*a, **k)
-                    )
+                    at, f = (owner, name), getattr(owner, name)
+                    patch.setattr(*at, lambda *a, at=at, f=f, **k: called.update([at]) or f(*a, **k))
             run()
         return called
 

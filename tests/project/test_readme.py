@@ -67,7 +67,28 @@ def test_the_step_table_matches_its_benchmark(monkeypatch):
     import step
 
     rows = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["rows"]
-    assert step.table(rows) in page("speed")
+    of, said = step.processors(rows), page("speed")
+    assert len(of) == 2
+    for name, some in of.items():
+        assert f"**{name}**\n\n{step.table(some)}\n" in said
+    for text in (step.memory(rows), *step.said(rows)):
+        assert text in said, text
+
+
+@pytest.mark.parametrize("name", ["inference", "sweep", "step_parts", "gradient_order", "packed"])
+def test_the_page_on_speed_names_the_processor_of_each_benchmark(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from common import brief
+
+    assert re.search(rf"`python benchmarks/{name}.py`\W+{brief(results(name)['processor'])}\b", page("speed"))
+
+
+def test_a_new_row_of_the_step_replaces_one_of_the_same_processor(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step
+
+    rows = results("step")["rows"]
+    assert len({step.key(row) for row in rows}) == len(rows) == 16
 
 
 def test_the_tables_of_four_bits_match_their_benchmarks(monkeypatch):
