@@ -25,7 +25,7 @@ import math
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -50,7 +50,7 @@ from minilora.fast import parallel
 from minilora.optim import squared_norm
 from minilora.table import Table
 
-ROUNDS = {64: 40, 128: 15, 256: 7, 512: 5}
+ROUNDS = {64: 40, 128: 15, 256: 11, 512: 9}
 OURS = ("products", "lora", "full", "selective", "recomputed")
 THEIRS = ("peft", "torch", "compiled")
 HELD = ("lora", "selective", "recomputed", "whole", "selective whole")  # whose memory is measured
@@ -140,12 +140,12 @@ def medians(runs: Mapping[str, Callable[[], object]], count: int) -> dict[str, f
 
 
 def rounds(runs: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
-    """The milliseconds of each in every round."""
+    """The milliseconds of each in every round; to and fro, so that nobody is always first."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(count + 2):
-        for name, run in runs.items():
+        for name in list(runs)[:: -1 if i % 2 else 1]:
             start = time.perf_counter()
-            run()
+            runs[name]()
             if i >= 2:  # the first two warm up
                 times[name].append(1000 * (time.perf_counter() - start))
     return times
@@ -239,14 +239,15 @@ def processors(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return of
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a new row replaces: one of the same processor, size and threads."""
-    return row["machine"]["processor"], row["size"]["D"], row["threads"]
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The old rows, with a new one in place of that of the same processor, size and threads."""
+    of = {(row["machine"]["processor"], row["size"]["D"], row["threads"]): row for row in (*old, *new)}
+    return list(of.values())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of one processor in Markdown; times in ms."""
-    head = ("D", "threads", "step", "PEFT", "times faster than PEFT", "by hand", "torch.compile",
+    head = ("D", "threads", "step", "PEFT", "PEFT / step", "by hand / step", "compiled / step",
             "products / step", "step / full")  # fmt: skip
     lines = []
     for row in rows:
@@ -259,46 +260,49 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def memory(rows: list[dict[str, Any]]) -> str:
-    """The peaks in Markdown, in MiB, each time of recomputation beside a step's; of rows that have both."""
+    """The peaks of one processor's rows in Markdown, in MiB, and how long recomputation takes."""
     head = ("D", "threads", "step", "selective", "time", "full", "time", "one part", "selective, one part",
             "PEFT's")  # fmt: skip
     lines = []
     for row in rows:
-        if "selective" in (peaks := row["peak_bytes"]):
-            mib = {name: f"{peaks[name] / 2**20:.0f}" for name in (*HELD, "peft")}
-            time = {name: f"{row[f'{name}_to_lora']:.2f}" for name in ("selective", "recomputed")}
-            lines.append((
-                str(row["size"]["D"]), str(row["threads"]), mib["lora"], mib["selective"], time["selective"],
-                mib["recomputed"], time["recomputed"], mib["whole"], mib["selective whole"], mib["peft"],
-            ))  # fmt: skip
+        mib = {name: f"{size / 2**20:.0f}" for name, size in row["peak_bytes"].items()}
+        time = {name: f"{row[f'{name}_to_lora']:.2f}" for name in ("selective", "recomputed")}
+        lines.append((
+            str(row["size"]["D"]), str(row["threads"]), mib["lora"], mib["selective"], time["selective"],
+            mib["recomputed"], time["recomputed"], mib["whole"], mib["selective whole"], mib["peft"],
+        ))  # fmt: skip
     return Table(head, lines).markdown("r" * len(head))
 
 
-def said(rows: list[dict[str, Any]]) -> list[str]:
-    """What docs/speed.md says of the rows."""
+def span(values: Iterable[float]) -> str:
+    """The least and the greatest."""
+    values = list(values)
+    return f"{min(values):.2f} to {max(values):.2f}"
 
-    def span(values: list[float]) -> str:
-        return f"{min(values):.2f} to {max(values):.2f}"
 
-    lines = []
-    for name, some in processors(rows).items():
-        faster = {kind: span([row["times_faster"][kind] for row in some]) for kind in THEIRS}
-        lines.append(f"On the {name} a step is {faster['peft']} times as fast as PEFT's, {faster['torch']} "
-                     f"times as fast as the one by hand, and {faster['compiled']} times as fast as that one "
-                     "compiled.")  # fmt: skip
-    wide = [row for row in rows if "selective" in row["peak_bytes"] and row["size"]["D"] >= 128]
-    parts = [row["peak_bytes"]["selective whole"] / row["peak_bytes"]["peft"] for row in wide]
-    time = {name: span([row[f"{name}_to_lora"] for row in wide]) for name in ("selective", "recomputed")}
-    lines += [
-        f"takes {time['selective']} of a step's time from D = 128 on",
-        f"a batch that is not cut holds {span(parts)} of PEFT's peak",
-        f"it takes {time['recomputed']} of the time",
+def raced(name: str, rows: list[dict[str, Any]]) -> str:
+    """The sentence on a processor's times."""
+    faster = {kind: span(row["times_faster"][kind] for row in rows) for kind in THEIRS}
+    return (
+        f"On the {name} a step is {faster['peft']} times as fast as PEFT's, {faster['torch']} times as fast "
+        f"as the one by hand, and {faster['compiled']} times as fast as that one compiled."
+    )
+
+
+def recomputing(rows: list[dict[str, Any]]) -> list[str]:
+    """The sentences on recomputation, by the rows from D = 128 on."""
+    wide = [row for row in rows if row["size"]["D"] >= 128]
+    time = {name: span(row[f"{name}_to_lora"] for row in wide) for name in ("selective", "recomputed")}
+    parts = span(row["peak_bytes"]["selective whole"] / row["peak_bytes"]["peft"] for row in wide)
+    return [
+        f"From D = 128 on it takes {time['selective']} times as long as a step that keeps everything, "
+        f"and one part holds {parts} of PEFT's peak.",
+        f"From D = 128 on it takes {time['recomputed']} times as long.",
     ]
-    return lines
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """results/step.png and .svg: a panel of times for each processor, and one of memory."""
+    """results/step.png and .svg: a panel of times for each processor, and the memory and time of the last."""
     from minilora.analysis.plotting import BLUE, GOLD, GREEN, GREY, ORANGE, SKY, WINE, Picture, axes, styled
 
     D = sorted({row["size"]["D"] for row in rows})
@@ -329,11 +333,15 @@ def draw(rows: list[dict[str, Any]]) -> None:
     @styled
     def picture() -> Picture:
         of = processors(rows)
-        figure, (races, (held, cost)) = axes(2, 2, size=(12, 9.6))
-        for panel, (name, some) in zip(races, of.items(), strict=True):
+        lines = math.ceil(len(of) / 2) + 1
+        figure, grid = axes(2, lines, size=(12, 4.8 * lines))
+        *races, held, cost = grid.flat
+        for panel, (name, some) in zip(races, of.items(), strict=False):
             race(panel, name, some)
         races[0].legend(fontsize=9)
-        both = [row for row in rows if "selective" in row["ms"]]
+        for panel in races[len(of) :]:
+            panel.remove()
+        last, both = [(name, some) for name, some in of.items() if "selective" in some[0]["ms"]][-1]
         some = {d: row["peak_bytes"] for d, row in of_size(both, 2).items()}
         for kind, colour, marker, label in peaks:
             at = [d for d in D if kind in some.get(d, {})]
@@ -341,7 +349,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
                       markersize=8, color=colour, label=label)  # fmt: skip
         held.set_yscale("log")
         held.set_ylabel("peak above the weights (MiB)")
-        held.set_title("What a LoRA step holds, on two threads")
+        held.set_title(f"What it holds on two threads, on {last}")
         held.legend(fontsize=10)
         for n, dashes in ((2, "-"), (1, "--")):
             for kind, colour, marker, label in again:
@@ -352,9 +360,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
         cost.axhline(1, color=GREY, linewidth=1)
         cost.set_ylim(0, 1.5)
         cost.set_ylabel("time / time of a step")
-        cost.set_title("What recomputation costs")
+        cost.set_title(f"What recomputation costs, on {last}")
         cost.legend(fontsize=10)
-        for panel in (*races, held, cost):
+        for panel in (*races[: len(of)], held, cost):
             panel.set_xticks(range(len(D)), [str(d) for d in D])
             panel.set_xlabel("width D")
         return Picture(figure, "Times of a LoRA step against PyTorch's, and its peak of memory.")
@@ -384,7 +392,7 @@ def main() -> None:
         rows = measure(chosen, args.threads, there)
         path = RESULTS / "step.json"
         kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        write_each("step", {key(row): row for row in (*kept, *rows)}.values())
+        write_each("step", merged(kept, rows))
     draw(json.loads((RESULTS / "step.json").read_text())["rows"])
 
 

@@ -22,6 +22,7 @@ from .digests import of_json
 from .errors import InputError, NonFiniteError, StateError, UnsupportedError, check_int, short
 from .fast.folded import folded, places
 from .fast.parallel import Batch, on_threads
+from .fast.recompute import check_recompute
 from .formats.atomic import exists
 from .formats.checkpoint import GENERATORS, History, load_checkpoint, save_checkpoint
 from .optim import AdamW, Schedule, squared_norm
@@ -52,10 +53,11 @@ def train(
     every `eval_every` updates and after the last. With a `checkpoint` path, the run resumes from the file if
     it exists and keeps it up to date. `rngs` names the generators of batches and dropout, whose states the
     file holds; `identity` is what else a resumed run must share (the data, say). `threads` compute
-    micro-batches (default: one per core); `recompute` saves memory: "selective" computes exponentials, norms
-    and SwiGLU again in the backward, "full" all but two activations per block. Neither changes a bit of the
-    result (fast/). StateError when nothing is trainable, InputError when the batches run out, NonFiniteError
-    when loss or gradient is not finite: the parameters are then those of the last good step.
+    micro-batches (default: one per core); `recompute` saves memory: "selective" computes attention's
+    exponentials, the MLP's norm and SwiGLU again in the backward, "full" all but the inputs of a block's two
+    halves. Neither changes a bit of the result (fast/). ConfigError for another `recompute`, StateError when
+    nothing is trainable, InputError when the batches run out, NonFiniteError when loss or gradient is not
+    finite: the parameters are then those of the last good step.
     """
     check_batches(batches, "ml.batches(ml.encode(text), rng, batch_size, length)")
     check_int("steps", steps, 1)
@@ -64,6 +66,7 @@ def train(
     for what, number in optional.items():
         if number is not None:
             check_int(what, number, 1)
+    check_recompute(recompute)
     params = trained(model)
     if not params:
         raise StateError("nothing is trainable; inject an adapter, or unfreeze the model")

@@ -2455,14 +2455,19 @@ MUTANTS = (
     Mutant("gradient-of-A-from-G-without-the-scale", "lora.py", "A.add_grad((s * B.data).T @ G)", "A.add_grad(B.data.T @ G)", "folded"),
     Mutant("order-counted-without-H", "fast/folded.py", "< 2 * M * (O + I) * r", "< M * (2 * O + I) * r", "folded"),
     Mutant("order-counted-without-the-small-products", "fast/folded.py", "return M * O * I + 2 * O * I * r <", "return M * O * I <", "folded"),
-    Mutant("always-through-the-factors", "fast/folded.py", "            if through_weight(adapter, len(z)):", "            if False:", "folded"),
+    Mutant("always-through-the-factors", "fast/folded.py", "return through_G if through_weight(adapter, len(z)) else through_factors", "return through_factors", "folded"),
     # ---- recomputation, full and selective
     Mutant("selective-keeps-the-exponentials", "fast/recompute.py", "keep=False", "keep=True", "recompute"),
     Mutant("exponentials-against-another-max", "ops.py", "if m is None else m\n", "if m is None else m + 1\n", "ops"),
     Mutant("the-value-of-gate-is-forgotten", "fast/recompute.py", "Known(mlp.gate_proj, True)", "Known(mlp.gate_proj)", "recompute"),
-    Mutant("recomputed-patches-have-an-order", "fast/recompute.py", "Fresh(turn is not None)", "Fresh(True)", "adapters_beyond"),
+    Mutant("recomputed-patches-have-an-order", "fast/recompute.py", "WithoutExponentials(turn is not None)", "WithoutExponentials(True)", "adapters_beyond"),
     Mutant("known-values-stay-in-the-tree", "fast/recompute.py", "value, known.value, known.again = known.value, 0, False", "value, known.again = known.value, False", "recompute"),
-    Mutant("any-word-recomputes", "fast/recompute.py", "if how not in HOW:", "if not how:", "recompute"),
+    Mutant("any-word-recomputes", "fast/recompute.py", "how is not None and how not in HOW", "how is not None and not how", "recompute"),
+    Mutant("recompute-is-checked-too-late", "training.py", "    check_recompute(recompute)\n    params = trained(model)\n", "    params = trained(model)\n", "recompute"),
+    Mutant("a-block-that-nothing-needs-is-kept", "fast/recompute.py", "    if back_once is back_nothing:\n        return y, back_nothing\n", "", "recompute"),
+    Mutant("gate-is-multiplied-twice-beside-an-adapter", "fast/recompute.py", "isinstance(adapter, LowRank) and isinstance(layer.base, Linear)", "False", "recompute"),
+    Mutant("a-given-cache-is-forgotten", "fast/recompute.py", "cache or WithoutExponentials", "WithoutExponentials", "recompute"),
+    Mutant("a-failed-first-run-keeps-its-values", "fast/recompute.py", "    try:\n        y, back_once = residual(norm, inner, x, need, *how)\n    finally:\n        values = [forget(known) for known in maps]\n", "    y, back_once = residual(norm, inner, x, need, *how)\n    values = [forget(known) for known in maps]\n", "recompute"),
     Mutant("every-recomputation-is-full", "fast/parallel.py", "wrap(copy, recompute)", "wrap(copy)", "recompute"),
 )
 # fmt: on

@@ -36,14 +36,17 @@ class Folded:
         adapter, z = self.adapter, rows(x)  # (M, I)
         back_x = Linear(self.weight, base.bias).backward(x, need)
 
-        def back(dy: Array) -> Array:
-            if through_weight(adapter, len(z)):
-                adapter.learn_from(rows(dy).T @ z)
-            else:
-                adapter.learn(rows(dy), adapter.scale * (z @ adapter.A.data.T), z)
+        def through_factors(dy: Array) -> Array:
+            adapter.learn(rows(dy), adapter.scale * (z @ adapter.A.data.T), z)
             return back_x(dy)
 
-        return back if need is not Need.NONE else back_x
+        def through_G(dy: Array) -> Array:
+            adapter.learn_from(rows(dy).T @ z)
+            return back_x(dy)
+
+        if need is Need.NONE:
+            return back_x
+        return through_G if through_weight(adapter, len(z)) else through_factors
 
 
 class Place(NamedTuple):

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..backend import Array
+from ..backend import Array, xp
 from ..errors import ConfigError, short
 from ..layers import Dropout, Layer, Linear, Need
-from ..lora import Adapted
+from ..lora import Adapted, LowRank
 from ..model import Block, Turn, after, residual
 from ..ops import Back, attention, back_nothing
 from ..tree import replace, walk
@@ -29,8 +29,8 @@ class Known:
     """A linear map whose value in the second run is known, or not needed."""
 
     layer: Layer
-    keep: bool = False  # the value of the first run
-    value: Any = 0
+    keep: bool = False  # the first run's value for the second
+    value: Any = 0  # 0 stands for a value that nobody reads
     again: bool = False
 
     def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Any, Back]:
@@ -50,12 +50,21 @@ class Known:
             adapter = layer.adapters[layer.active]
             if isinstance(adapter, Folded):
                 return adapter.backward(layer.base, x, need)
+            if isinstance(adapter, LowRank) and isinstance(layer.base, Linear):
+                return adapter(Unset(layer.base.weight, layer.base.bias), x, need)[1]
         return layer(x, need)[1]
 
 
+class Unset(Linear):
+    """A Linear without its product, for an adapter that runs for the sake of its backward."""
+
+    def __call__(self, x: Array, need: Need = Need.ALL) -> tuple[Array, Back]:
+        return xp.zeros((*x.shape[:-1], self.weight.shape[0]), x.dtype), self.backward(x, need)
+
+
 @dataclass(eq=False)
-class Fresh:
-    """A cache that holds nothing, and attends without keeping the exponentials."""
+class WithoutExponentials:
+    """A cache that holds nothing; its attention does not keep the exponentials."""
 
     causal: bool
     seen: int = 0
@@ -76,7 +85,11 @@ class Recomputed:
         self, x: Array, turn: Turn | None, need: Need = Need.ALL, cache: Any = None
     ) -> tuple[Array, Back]:
         block = self.block
-        run, cache = (half, cache) if self.how == "full" else (residual, cache or Fresh(turn is not None))
+        run, cache = (
+            (half, cache)
+            if self.how == "full"
+            else (residual, cache or WithoutExponentials(turn is not None))
+        )
         need_a = after(need, [block.input_layernorm, block.self_attn])
         x, back_a = run(block.input_layernorm, block.self_attn, x, need, turn, cache)
         x, back_m = half(block.post_attention_layernorm, block.mlp, x, need_a)
@@ -93,8 +106,10 @@ def half(norm: Any, inner: Any, x: Array, need: Need, *how: Any) -> tuple[Array,
     rngs = [node.rng.bit_generator for node in nodes if isinstance(node, Dropout)]
     maps = [node for node in nodes if isinstance(node, Known)]
     before = [rng.state for rng in rngs]
-    y, back_once = residual(norm, inner, x, need, *how)
-    values = [forget(known) for known in maps]
+    try:
+        y, back_once = residual(norm, inner, x, need, *how)
+    finally:
+        values = [forget(known) for known in maps]
     if back_once is back_nothing:
         return y, back_nothing
 
@@ -127,10 +142,14 @@ def within(half: Any) -> Any:
     return half.base if isinstance(half, Adapted) else half
 
 
-def recompute(model: Any, how: str = "full") -> None:
-    """Wrap every block of a replica; ConfigError for another `how` than those of HOW."""
-    if how not in HOW:
+def check_recompute(how: str | None) -> None:
+    """ConfigError unless it is one of HOW, or None."""
+    if how is not None and how not in HOW:
         raise ConfigError(f"recompute is {short(how)}; expected 'selective', 'full' or None")
+
+
+def recompute(model: Any, how: str) -> None:
+    """Wrap every block of a replica, in one of the ways of HOW."""
     for path, block in [(path, node) for path, node in walk(model) if isinstance(node, Block)]:
         mlp = block.mlp
         if how == "full":

@@ -8,6 +8,7 @@ from helpers import NORMS, batch, dtypes, same_bits, seeds, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.decoding import generate
 from minilora.errors import ConfigError
 from minilora.fast import parallel
 from minilora.fast.folded import folded, places
@@ -15,10 +16,11 @@ from minilora.fast.recompute import HOW, Known, recompute
 from minilora.layers import Linear, Need
 from minilora.lora import inject
 from minilora.methods.lora_config import LoraConfig
+from minilora.methods.quantize import quantize
 from minilora.ops import saved
 from minilora.optim import AdamW
 from minilora.training import train
-from minilora.tree import named_params, replica, trained, walk
+from minilora.tree import digest, named_params, replica, trained, walk
 
 KINDS = {
     "lora": {"modules_to_save": NORMS},
@@ -87,18 +89,22 @@ def test_selective_keeps_what_products_with_weights_give():
     assert sorted(mlp) == [(N, T, D), (N, T, F), (N, T, F)]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", ["full", "lora", "folded lora", "dropout", "lora in four bits"])
 def test_recomputing_skips_every_product_that_it_can(kind, how, monkeypatch):
-    model, rng = model_of(kind, 0, np.float64)
+    model, rng = tiny(0, np.float32)
+    if kind.endswith("bits"):
+        quantize(model)
+    if kind != "full":
+        inject(model, LoraConfig(r=3, init="both", dropout=0.4 * (kind == "dropout")), rng=rng)
     model = wrapped(model, how)
     L, ran, real = 2, Counter(), Linear.__call__
 
     def spied(self, x, need=Need.ALL):
-        ran[self.weight.data.shape] += 1
+        ran[self.weight.shape] += 1
         return real(self, x, need)
 
-    with folded([places(model)], 10**9):
+    with folded([places(model)], 10**9 if kind.startswith("folded") else 0):
         monkeypatch.setattr(Linear, "__call__", spied)
         _, back = model.loss(*batch(rng), train=True)
         first = ran.copy()
@@ -107,6 +113,28 @@ def test_recomputing_skips_every_product_that_it_can(kind, how, monkeypatch):
     # q, k, v, gate and up, neither o nor down; or none
     assert sum(again.values()) == (5 * L if how == "full" else 0)
     assert sum(first.values()) == 7 * L + 1
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_block_below_all_that_is_trained_keeps_nothing(how):
+    model, rng = tiny(0, np.float32)
+    inject(model, LoraConfig(r=3, layers_to_transform=[1]), rng=rng)
+    _, back = wrapped(model, how).loss(*batch(rng), train=True)
+    assert {name.split(".")[2] for name in saved(back) if ".backs." in name} == {
+        "0",
+        "1",
+    }  # a block, the norm
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_recomputed_block_takes_a_cache(how):
+    model, rng = model_of("lora", 0, np.float32)
+    ids, _ = batch(rng)
+    found = [
+        np.stack([*generate(some, ids[:, :3], 3, rng=rng, temperature=0)])
+        for some in (model, wrapped(model, how))
+    ]
+    assert np.array_equal(*found)
 
 
 @settings(max_examples=3)
@@ -127,24 +155,32 @@ def test_recomputing_does_not_change_a_run(seed, kind):
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_failed_backward_restores_every_skipped_product(how, monkeypatch):
-    """Else the next forward would be without its value."""
+def test_a_run_that_fails_leaves_the_block_as_it_was(how, monkeypatch):
+    """Else the next forward would be without its value, or memory would not be freed."""
     model, rng = model_of("lora", 0, np.float32)
     copy, ids = wrapped(model, how), batch(rng)
     expected = float(copy.loss(*ids)[0])
     maps = [node for _, node in walk(copy) if isinstance(node, Known)]
     _, back = copy.loss(*ids, train=True)
     assert not any(np.ndim(known.value) for known in maps)  # the backward has them
-    with monkeypatch.context() as patch:
-        patch.setattr("minilora.model.swiglu", lambda g, u: 1 / 0)  # the second forward fails
-        with pytest.raises(ZeroDivisionError):
-            back()
-    assert not any(np.ndim(known.value) for known in maps)
+    for run in (back, lambda: copy.loss(*ids, train=True)):
+        with monkeypatch.context() as patch:
+            patch.setattr("minilora.model.swiglu", lambda g, u: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run()
+        assert not any(np.ndim(known.value) for known in maps)
     assert float(copy.loss(*ids)[0]) == expected
 
 
 @pytest.mark.parametrize("how", [True, False, "some", ""])
-def test_another_way_to_recompute_is_refused(how):
+def test_another_way_to_recompute_is_refused_before_anything_is_read(how, tmp_path):
     model, rng = model_of("lora", 0, np.float32)
+    train(model, [batch(rng)], AdamW(1e-2), steps=1, checkpoint=tmp_path / "run")
+    model, rng = model_of("lora", 0, np.float32)
+    before = digest(model)
     with pytest.raises(ConfigError, match=rf"recompute is {how!r}; expected 'selective', 'full' or None"):
-        train(model, [batch(rng)], AdamW(1e-2), steps=1, recompute=how)
+        train(
+            model, [batch(rng)] * 2, AdamW(1e-2), steps=2, checkpoint=tmp_path / "run",
+            evaluate=lambda: 1 / 0, recompute=how,
+        )  # fmt: skip
+    assert digest(model) == before

@@ -21,6 +21,7 @@ import pytest
 
 import minilora as ml
 from minilora import lora, tree
+from minilora.analysis.plotting import Picture
 from minilora.lora import Adapted
 
 ROOT = Path(__file__).parents[2]
@@ -299,6 +300,67 @@ def test_the_page_on_speed_has_the_parts_of_a_step(monkeypatch):
     assert step_parts.table(rows) in (ROOT / "docs/speed.md").read_text(encoding="utf-8")
 
 
+def test_a_new_row_of_the_step_replaces_one_of_the_same_processor_size_and_threads(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step
+
+    def row(processor, D, threads, ms):
+        return {"machine": {"processor": processor}, "size": {"D": D}, "threads": threads, "ms": ms}
+
+    old = [row("a", 64, 1, 5), row("a", 64, 2, 4), row("b", 64, 1, 3)]
+    new = [row("a", 64, 2, 7), row("a", 128, 2, 9)]
+    assert step.merged(old, new) == [old[0], new[0], old[2], new[1]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_is_drawn_for_any_number_of_processors(count, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step
+
+    rows = json.loads((ROOT / "benchmarks/results/step.json").read_text())["rows"]
+    newest = [row for row in rows if "selective" in row["ms"]]
+    drawn = []
+    monkeypatch.setattr(Picture, "save", lambda picture, folder, name: drawn.append(picture.figure))
+    step.draw([row | {"machine": {"processor": f"P{i}"}} for i in range(count) for row in newest])
+    titles = [ax.get_title() for ax in drawn[0].axes]
+    assert titles == [
+        *(f"A LoRA step, on P{i}" for i in range(count)),
+        f"What it holds on two threads, on P{count - 1}", f"What recomputation costs, on P{count - 1}",
+    ]  # fmt: skip
+
+
+def test_each_step_that_is_timed_or_weighed_recomputes_and_cuts_as_its_name_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step
+
+    from minilora.fast import parallel
+
+    size, cut = (64, 1, 4, 24, 512, 11, 9), parallel.MICRO_BATCH
+    wrap, micro_batches = parallel.wrap, parallel.micro_batches
+    seen = []
+
+    def wrapped(model, how):
+        seen.append(how)
+        wrap(model, how)
+
+    def parts(*batch):
+        seen.append(len(cuts := list(micro_batches(*batch))))
+        return cuts
+
+    monkeypatch.setattr(parallel, "wrap", wrapped)
+    monkeypatch.setattr(parallel, "micro_batches", parts)
+    found = {}
+    for name in dict.fromkeys((*step.OURS[1:], *step.HELD)):
+        monkeypatch.setattr(parallel, "MICRO_BATCH", cut)
+        seen.clear()
+        step.step(name, *size)()
+        found[name] = (*seen,)
+    assert found == {
+        "lora": (3,), "full": (3,), "selective": ("selective", 3), "recomputed": ("full", 3),
+        "whole": (1,), "selective whole": ("selective", 1),
+    }  # fmt: skip
+
+
 def test_a_forced_order_of_products_is_the_one_that_runs(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gradient_order
@@ -321,7 +383,9 @@ def test_the_page_on_speed_has_the_two_orders_of_products(monkeypatch):
     import gradient_order
 
     rows = json.loads((ROOT / "benchmarks/results/gradient_order.json").read_text())["rows"]
-    assert gradient_order.table(rows) in (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8").replace(" %", "%")
+    assert gradient_order.table(rows) in page
+    assert gradient_order.said(rows) in page
 
 
 def test_the_page_on_speed_has_the_numbers_of_inference():

@@ -62,16 +62,18 @@ def test_the_rank_table_matches_the_rows():
     assert markdown(read_rows(ROOT / "figures" / "rows.jsonl")) in page("which_rank")
 
 
-def test_the_step_table_matches_its_benchmark(monkeypatch):
+def test_the_page_on_speed_has_the_rows_of_the_step(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import step
 
-    rows = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["rows"]
-    of, said = step.processors(rows), page("speed")
-    assert len(of) == 2
-    for name, some in of.items():
-        assert f"**{name}**\n\n{step.table(some)}\n" in said
-    for text in (step.memory(rows), *step.said(rows)):
+    of, said = step.processors(results("step")["rows"]), page("speed")
+    assert of
+    for name, rows in of.items():
+        assert f"**{name}**\n\n{step.table(rows)}\n" in said
+        assert step.raced(name, rows) in said
+    last, rows = [(name, rows) for name, rows in of.items() if "selective" in rows[0]["ms"]][-1]
+    assert f"on the {last}:\n\n{step.memory(rows)}\n" in said
+    for text in step.recomputing(rows):
         assert text in said, text
 
 
@@ -81,14 +83,6 @@ def test_the_page_on_speed_names_the_processor_of_each_benchmark(name, monkeypat
     from common import brief
 
     assert re.search(rf"`python benchmarks/{name}.py`\W+{brief(results(name)['processor'])}\b", page("speed"))
-
-
-def test_a_new_row_of_the_step_replaces_one_of_the_same_processor(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import step
-
-    rows = results("step")["rows"]
-    assert len({step.key(row) for row in rows}) == len(rows) == 16
 
 
 def test_the_tables_of_four_bits_match_their_benchmarks(monkeypatch):
