@@ -8,7 +8,9 @@ so that it ends within minutes. Ours: the whole command but the drawing, start o
 of rows included. Theirs: for every run of that grid transformers' Llama of the base's shape with PEFT's
 LoRA (none for full fine-tuning), as many AdamW steps on as many windows and the same evaluations, in one
 process with one model made per run and as many threads as cores; nothing is written. Overhead is what
-the one process spends outside training and evaluation. Writes results/sweep.json.
+the one process spends outside training and evaluation. What two processes can be worth is measured in the
+same minutes, before, between and after ours: the bare products of a step (step.py), in one process and in two
+at once. Writes results/sweep.json, where other runs of the same grid on the same processor stay.
 """
 
 import argparse
@@ -18,13 +20,15 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Contestant, answer, threads, write
+from common import RESULTS, SIZES, Contestant, answer, processor, threads, write
+from step import products
 
 import minilora as ml
 from minilora.experiments import rank_sweep
@@ -38,6 +42,18 @@ def timed(plan: Plan, **how: Any) -> tuple[float, list[Row]]:
         start = time.perf_counter()
         rows = sweep(plan, Path(folder), **how)
         return time.perf_counter() - start, rows
+
+
+def two_of_products(rounds: int = 15) -> float:
+    """How many times as many bare products two processes do as one, in the median of the rounds."""
+    pair = [Contestant([__file__, "--products"], threads(1)) for _ in range(2)]
+    for one in pair:
+        one.line()
+    with ThreadPoolExecutor(2) as executor:
+        found = [2 * pair[0].run() / max(executor.map(Contestant.run, pair)) for _ in range(rounds)]
+    for one in pair:
+        one.close()
+    return median(found)
 
 
 @contextlib.contextmanager
@@ -118,26 +134,57 @@ def peft_grid(runs: list[Row], cores: int) -> None:
             held_out(model, text.test, run["test_windows"] * LENGTH)
 
 
+def said(rows: list[Row]) -> str:
+    """The sentences of docs/speed.md on all runs of one processor."""
+
+    def span(values: Iterable[float]) -> str:
+        values = sorted(values)
+        return f"{values[0]:.1f} to {values[-1]:.1f}"
+
+    products = span(x for row in rows for x in row["two_to_one_of_products"])
+    return (
+        f"In {len(rows)} runs the First Folio's grid on two processes took "
+        f"{span(row['times_faster'] for row in rows)} times less than the same grid in PEFT on two threads, "
+        f"run after run. Two processes were {span(row['two_to_one'] for row in rows)} times as fast as one, "
+        f"and in the same minutes did {products} times as many bare products as one. A process spends at "
+        f"most {max(row['overhead'] for row in rows):.1%} of its time outside training and evaluation."
+    )
+
+
+def merged(old: dict[str, Any], row: Row) -> list[Row]:
+    """The rows of the same processor and grid, and the new one."""
+    same = old.get("processor") == processor()
+    grid = ("steps", "seeds")
+    return [*(r for r in old.get("rows", []) if same and all(r[k] == row[k] for k in grid)), row]
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--as", dest="grid", help=argparse.SUPPRESS)
+    parser.add_argument("--products", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.products:
+        answer(products(*SIZES[1]))
+        return
     if args.grid:
         runs = json.loads(Path(args.grid).read_text())
         answer(lambda: peft_grid(runs, 2), warm=0)
         return
     plan = Plan(targets=("folio",), steps=args.steps, seeds=args.seeds)
     seconds: Row = {}
+    two = [two_of_products()]
     seconds["two processes"], rows = timed(plan, jobs=2)
+    two.append(two_of_products())
     seconds["one process"], _ = timed(plan, jobs=1)
+    two.append(two_of_products())
     with inside() as parts, ThreadPoolExecutor(1) as executor:
         whole, _ = timed(plan, executor=executor)
     row = {
         "steps": args.steps, "seeds": args.seeds, "runs": len(rows), "seconds": seconds,
-        "two_to_one": seconds["one process"] / seconds["two processes"],
+        "two_to_one": seconds["one process"] / seconds["two processes"], "two_to_one_of_products": two,
         "overhead": 1 - sum(parts) / whole,
     }  # fmt: skip
     if all(map(importlib.util.find_spec, ("torch", "transformers", "peft"))):
@@ -150,7 +197,8 @@ def main() -> None:
             rival.close()
         row["times_faster"] = seconds["peft"] / seconds["two processes"]
     print(json.dumps(row, indent=1))
-    write("sweep", [row])
+    path = RESULTS / "sweep.json"
+    write("sweep", merged(json.loads(path.read_text()) if path.exists() else {}, row))
 
 
 if __name__ == "__main__":

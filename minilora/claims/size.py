@@ -34,7 +34,7 @@ def size_lowers_the_rank(rows: Rows) -> Verdict:
     arms = size_figures.found(rows)
     ranks = [float(np.median(arm.needed())) for arm in arms.values()]
     shares = [rank / width for rank, width in zip(ranks, arms, strict=True)]
-    number = size_figures.each(arms, size_figures.needs)
+    number = f"rank needed, {size_figures.each(arms, size_figures.needs)}"
     if all(b < a for a, b in pairwise(ranks)):
         return HOLDS, number
     relative = all(b < a for a, b in pairwise(shares))

@@ -388,6 +388,22 @@ def test_the_page_on_speed_has_the_two_orders_of_products(monkeypatch):
     assert gradient_order.said(rows) in page
 
 
+def test_the_page_on_speed_has_the_numbers_of_the_sweep(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import sweep
+
+    found = json.loads((ROOT / "benchmarks/results/sweep.json").read_text())
+    assert sweep.said(found["rows"]) in (ROOT / "docs/speed.md").read_text(encoding="utf-8").replace(
+        " %", "%"
+    )
+    monkeypatch.setattr(sweep, "processor", lambda: found["processor"])
+    assert sweep.merged(found, found["rows"][0]) == [*found["rows"], found["rows"][0]]
+    other = found["rows"][0] | {"steps": 7}
+    assert sweep.merged(found, other) == sweep.merged({}, other) == [other]
+    monkeypatch.setattr(sweep, "processor", lambda: "another one")
+    assert sweep.merged(found, other) == [other]
+
+
 def test_the_page_on_speed_has_the_numbers_of_inference():
     rows = json.loads((ROOT / "benchmarks/results/inference.json").read_text())["rows"]
     to_base = {(row["job"], row["size"]["D"]): row["to_base"] for row in rows if row["part"] == "latency"}
