@@ -116,7 +116,7 @@ SUBJECTS = {
         Row("Gradients and moments shrink with the parameters that are trained.",
             ONE, "A whole model", "gradient and moments, LoRA: 0.50 MiB"),
         Row("Training takes a fraction of the time and compute.",
-            WHAT, "What it costs", "A step takes 0.71 to 0.96 times as long as full fine-tuning's",
+            WHAT, "What it costs", "A step takes 0.71 to 0.99 times as long as full fine-tuning's",
             "no small fraction: the way through the frozen weights remains"),
         Row("An adapter of a 7B model takes 10 to 50 MB.",
             WHAT, "What it costs", "takes 33.6 MB in 16 bits"),

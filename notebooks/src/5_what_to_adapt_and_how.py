@@ -241,8 +241,8 @@ says("merged, {}", number("Once merged").partition(", ")[2].replace("token", "to
 # adapter of a 7B model at $r = 16$ on all attention maps trains 16.8 million numbers, one in 402 of the
 # model's, and takes 33.6 MB in 16 bits. The gradients and moments of Adam shrink with them; the base's
 # weights and the activations do not. Nor does time shrink as much: the forward pass and the way back through
-# the frozen weights remain. A step takes 0.71 to 0.96 times as long as full fine-tuning's, the less the
-# larger the model; merged, a token takes 1.01 times the base's time. The ledger's benchmarks measured both.
+# the frozen weights remain. A step takes 0.71 to 0.99 times as long as full fine-tuning's; merged, a
+# token takes 1.03 times the base's time. The ledger's benchmarks measured both.
 
 # %%
 print(claims().of("cost/parameters", "cost/training", "cost/disk"))
