@@ -2469,5 +2469,6 @@ MUTANTS = (
     Mutant("a-given-cache-is-forgotten", "fast/recompute.py", "cache or WithoutExponentials", "WithoutExponentials", "recompute"),
     Mutant("a-failed-first-run-keeps-its-values", "fast/recompute.py", "    try:\n        y, back_once = residual(norm, inner, x, need, *how)\n    finally:\n        values = [forget(known) for known in maps]\n", "    y, back_once = residual(norm, inner, x, need, *how)\n    values = [forget(known) for known in maps]\n", "recompute"),
     Mutant("every-recomputation-is-full", "fast/parallel.py", "wrap(copy, recompute)", "wrap(copy)", "recompute"),
+    Mutant("an-interrupt-in-the-middle-of-dasks-future", "experiments/harness.py", "        with uninterrupted():\n            if self.executor is not None:\n                return self.executor.submit(self.job, cell)\n", "        if self.executor is not None:\n            return self.executor.submit(self.job, cell)\n        with uninterrupted():\n", "harness"),
 )
 # fmt: on

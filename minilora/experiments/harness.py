@@ -510,9 +510,9 @@ class Pool:
 
     def submit(self, cell: Cell) -> Future[Outcome]:
         """Submit one run."""
-        if self.executor is not None:
-            return self.executor.submit(self.job, cell)
         with uninterrupted():
+            if self.executor is not None:
+                return self.executor.submit(self.job, cell)
             if self.processes is None:
                 from concurrent.futures import ProcessPoolExecutor
                 from multiprocessing import get_context
@@ -524,7 +524,7 @@ class Pool:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold interrupts back while a worker starts: they would leave it half started.
+    """Hold interrupts back while a run is submitted: they would leave a worker, or dask's future, half made.
 
     The worker inherits the mask, so no interrupt reaches it before it can ignore them. The mask alone is not
     enough here: another thread may take the signal, and Python runs the handler in this one.

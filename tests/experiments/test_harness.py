@@ -586,3 +586,17 @@ def test_a_row_has_what_its_kind_measures_or_why_it_diverged():
 def test_a_row_that_no_run_of_its_kind_leaves_is_refused_by_its_field(change, named):
     with pytest.raises(FormatError, match=named):
         BY_KIND.check("row", ROW | change)
+
+
+def test_an_interrupt_waits_until_a_run_is_submitted():
+    """In the middle of it, dask's future would be half made."""
+    submitted = []
+
+    class Interrupted:
+        def submit(self, job, cell):
+            signal.raise_signal(signal.SIGINT)
+            submitted.append(cell)
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.Pool(id, 1, Interrupted()).submit("a")
+    assert submitted == ["a"]
