@@ -85,11 +85,9 @@ class Recomputed:
         self, x: Array, turn: Turn | None, need: Need = Need.ALL, cache: Any = None
     ) -> tuple[Array, Back]:
         block = self.block
-        run, cache = (
-            (half, cache)
-            if self.how == "full"
-            else (residual, cache or WithoutExponentials(turn is not None))
-        )
+        run = half if self.how == "full" else residual
+        if self.how == "selective":
+            cache = cache or WithoutExponentials(turn is not None)
         need_a = after(need, [block.input_layernorm, block.self_attn])
         x, back_a = run(block.input_layernorm, block.self_attn, x, need, turn, cache)
         x, back_m = half(block.post_attention_layernorm, block.mlp, x, need_a)

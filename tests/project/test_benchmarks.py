@@ -388,6 +388,53 @@ def test_the_page_on_speed_has_the_two_orders_of_products(monkeypatch):
     assert gradient_order.said(rows) in page
 
 
+def test_runs_take_turns_to_and_fro_and_the_first_two_rounds_warm_up(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step
+
+    ran = []
+    times = step.rounds({name: lambda name=name: ran.append(name) for name in "abc"}, 2)
+    assert "".join(ran) == "abccbaabccba"
+    assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", 2)
+
+
+def test_an_order_of_products_is_that_many_times_as_fast(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gradient_order
+
+    times = {"factors": [2.0, 6.0, 4.0], "weight": [1.0, 3.0, 2.0], "chosen": [4.0, 12.0, 8.0]}
+    monkeypatch.setattr(gradient_order.steps, "step", lambda *size, r: None)
+    monkeypatch.setattr(gradient_order.steps, "rounds", lambda runs, count: times)
+    row = gradient_order.measure(gradient_order.SIZES[0], 4)
+    assert row["to_factors"] == {"weight": 2.0, "chosen": 0.5}
+    assert row["ms"] == {"factors": 4.0, "weight": 2.0, "chosen": 8.0}
+
+
+def test_two_processes_are_judged_by_the_slower_of_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import sweep
+
+    made = []
+
+    class Fake:
+        def __init__(self, argv, env):
+            self.answers = [[100.0, 160.0], [125.0]][len(made) % 2] * 3
+            made.append(env)
+
+        def line(self):
+            return "ready"
+
+        def run(self):
+            return self.answers.pop(0)
+
+        def close(self):
+            assert self.answers == []
+
+    monkeypatch.setattr(sweep, "Contestant", Fake)
+    assert sweep.two_of_products(3) == 2 * 100 / 160
+    assert made == [sweep.threads(1)] * 2
+
+
 def test_the_page_on_speed_has_the_numbers_of_the_sweep(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import sweep
